@@ -1,0 +1,27 @@
+"""Latent Perceptual Loss: train latent diffusion models with a loss that knows what the decoder makes visible."""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from lpl.perceptual.loss import LatentPerceptualLoss, LPLOutput
+    from lpl.perceptual.objective import PerceptualObjective, PerceptualTerm
+
+_PUBLIC = {
+    "LatentPerceptualLoss": "lpl.perceptual.loss",
+    "LPLOutput": "lpl.perceptual.loss",
+    "PerceptualObjective": "lpl.perceptual.objective",
+    "PerceptualTerm": "lpl.perceptual.objective",
+}
+
+__all__ = ["LPLOutput", "LatentPerceptualLoss", "PerceptualObjective", "PerceptualTerm", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first asked for: `import lpl` alone loads no torch."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'lpl' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_PUBLIC[name]), name)

@@ -1,0 +1,162 @@
+"""The command `lpl`. Nothing heavy is imported until a command's options have been checked."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import tyro
+
+from lpl import __version__
+from lpl.config import TrainConfig
+from lpl.config_io import REFUSED, as_flags, environment, nearest, presets, read_options
+from lpl.errors import TrainingStoppedError, UserError
+
+COMMANDS = {
+    "train": "fine-tune a model with the Latent Perceptual Loss",
+    "demo": "train a small SDXL on photographs: runs anywhere, needs no download",
+    "env": "print the versions that matter in a bug report",
+}
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Fine-tune a small but real SDXL on photographs with LPL, or export its parts."""
+
+    output_dir: str = "lpl-demo"
+    """Where model, data and result go."""
+    export_model: str | None = None
+    """Only write the small SDXL to this folder, in diffusers' format."""
+    export_data: str | None = None
+    """Only write its photographs to this folder, with metadata.jsonl."""
+    max_train_steps: int | None = None
+    """Optimizer steps; unset: the preset's."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command line; exits with 0, 2 (bad input) or 3 (training had to stop)."""
+    try:
+        _dispatch(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        _fail(error, 2)
+    except TrainingStoppedError as error:
+        _fail(error, 3)
+
+
+def _fail(error: Exception, code: int) -> None:
+    # One process of a launch speaks for all.
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {error}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _dispatch(argv: list[str]) -> None:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(f"usage: lpl COMMAND [options]\n\nlpl {__version__}: Latent Perceptual Loss\n\ncommands:")
+        print("\n".join(f"  {name:7} {text}" for name, text in COMMANDS.items()))
+        print("\n`lpl COMMAND --help` lists its options.")
+    elif argv[0] == "--version":
+        print(__version__)
+    elif argv[0] == "train":
+        config = parse_train(argv[1:])
+        run_train(config)
+    elif argv[0] == "demo":
+        demo = _parse(DemoConfig, argv[1:], "lpl demo", list(DemoConfig.__dataclass_fields__))
+        from lpl.demo.run import run_demo
+
+        run_demo(demo.output_dir, demo.export_model, demo.export_data, demo.max_train_steps)
+    elif argv[0] == "env":
+        print("\n".join(f"{key}: {value}" for key, value in environment().items()))
+    else:
+        raise UserError(f"unknown command {argv[0]!r}{nearest(argv[0], list(COMMANDS))}; known: {', '.join(COMMANDS)}")
+
+
+def run_train(config: TrainConfig) -> None:
+    """Checks everything that is cheap to check, then trains, or prints the plan under --dry_run."""
+    from lpl.training.preflight import preflight
+
+    checked = preflight(config)
+    if config.run.dry_run:
+        from lpl.analysis.plan import describe
+
+        print(describe(config, checked))
+    elif checked.finished_step is not None and checked.finished_step >= (config.run.max_train_steps or 0):
+        print(f"nothing to do: {config.run.output_dir} holds this run, finished at step {checked.finished_step}")
+    else:
+        from lpl.training.trainer import train
+
+        train(config, checked)
+
+
+def parse_train(argv: list[str]) -> TrainConfig:
+    """Options of `lpl train`: --config (a file or preset) first, flags after it win.
+
+    Raises:
+        UserError: an unknown, refused or malformed option, or values that fail the config's checks.
+    """
+    argv, config_name = _take_config(argv)
+    base = [] if config_name is None else as_flags(read_options(config_name))
+    help_text = f"--config FILE-or-preset is read first, flags win. Presets: {', '.join(presets())}."
+    return _parse(TrainConfig, base + argv, "lpl train", list(TrainConfig().flat()), help_text)
+
+
+def _take_config(argv: list[str]) -> tuple[list[str], str | None]:
+    rest, name = [], None
+    tokens = iter(argv)
+    for token in tokens:
+        if token == "--config":
+            name = next(tokens, None)
+            if name is None:
+                raise UserError("--config needs a file or the name of a preset")
+        elif token.startswith("--config="):
+            name = token.split("=", 1)[1]
+        else:
+            rest.append(token)
+    return rest, name
+
+
+def _parse(cls: Any, argv: list[str], prog: str, known: list[str], description: str | None = None) -> Any:
+    _check_flags(argv, known)
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(
+                cls,
+                args=argv,
+                prog=prog,
+                description=description,
+                use_underscores=True,
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise UserError(_one_line(errors.getvalue())) from None
+
+
+def _check_flags(argv: list[str], known: list[str]) -> None:
+    for i, token in enumerate(argv):
+        if not token.startswith("--") or token == "--help":
+            continue
+        name = token[2:].split("=", 1)[0].replace("-", "_")
+        if name in REFUSED:
+            raise UserError(f"--{name} is not taken: {REFUSED[name]}")
+        if name not in known and name.removeprefix("no_") not in known:
+            raise UserError(f"unknown option --{name}{nearest(name, known)}")
+        value = token.partition("=")[2] or (argv[i + 1] if i + 1 < len(argv) else "")
+        if value.lower() in ("true", "false") and _is_switch(name):
+            raise UserError(f"--{name} takes no value: write --{name} or --no_{name}")
+
+
+def _is_switch(name: str) -> bool:
+    return isinstance(TrainConfig().flat().get(name), bool)
+
+
+def _one_line(box: str) -> str:
+    """tyro's boxed message without its frame, on one line."""
+    words = "".join(" " if 0x2500 <= ord(c) <= 0x257F else c for c in box).split()
+    return " ".join(words).removeprefix("Parsing error ").split(" For full helptext")[0]

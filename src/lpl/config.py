@@ -1,0 +1,376 @@
+"""Every option of `lpl train`: frozen groups whose field names are the flags and the YAML keys.
+
+No heavy imports here: `lpl --help` and every check of a flag run before torch loads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from lpl.errors import UserError
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises UserError(message) unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def free(default: Any) -> Any:
+    """A field that does not change the trajectory of a run: an unfinished run may be continued with another value."""
+    return field(default=default, metadata={"free": True})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Model: what is trained."""
+
+    pretrained_model_name_or_path: str | None = None
+    """A diffusers folder, a Hub id, or one .safetensors file."""
+    pretrained_vae_model_name_or_path: str | None = None
+    """Another VAE than the model's own: a diffusers folder or a Hub id."""
+    revision: str | None = None
+    """Branch, tag or commit of the model on the Hub."""
+    variant: str | None = None
+    """Variant of the weight files, such as fp16."""
+    cache_dir: str | None = free(None)
+    """Where downloads from the Hub are kept."""
+    single_file_config: str | None = free(None)
+    """For a .safetensors file without network: a folder with that model's configs and tokenizers (the diffusers layout)."""
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
+    """What the denoiser predicts; unset: what the model's scheduler says. The saved pipeline says the same."""
+    rank: int | None = None
+    """Train a LoRA of this rank instead of the whole denoiser."""
+
+    def __post_init__(self) -> None:
+        require(self.rank is None or self.rank >= 1, f"--rank must be at least 1, not {self.rank}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Data: images and captions, and how they are cropped and cached."""
+
+    train_data_dir: str | None = None
+    """An image folder with metadata.jsonl, or with a .txt caption beside each image."""
+    dataset_name: str | None = None
+    """A data set on the Hub, or a local folder that `datasets` reads."""
+    dataset_config_name: str | None = None
+    """Configuration of that data set."""
+    image_column: str = "image"
+    """Column with the images of --dataset_name."""
+    caption_column: str = "text"
+    """Column (or metadata.jsonl key) with the captions."""
+    max_train_samples: int | None = None
+    """Use only the first N samples."""
+    resolution: int = 1024
+    """Height and width of the training crops, in pixels."""
+    center_crop: bool = False
+    """Crop the centre; off: a random crop."""
+    crop_variants: int = 1
+    """How many different random crops of each image to cache; each draw takes one of them."""
+    random_flip: bool = False
+    """Mirror images at random, freshly at each draw (both are cached)."""
+    image_interpolation_mode: Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"] = "lanczos"
+    """How images are resized."""
+    proportion_empty_prompts: float = 0.0
+    """Share of draws whose caption is dropped, drawn anew each time."""
+    latent_cache_dir: str | None = free(None)
+    """Where latents and text embeddings are cached; unset: a folder of the user's cache, shared by all runs."""
+    dataloader_num_workers: int = free(0)
+    """Processes that read and decode images while the cache is filled."""
+
+    def __post_init__(self) -> None:
+        require(self.resolution >= 8, f"--resolution must be at least 8 pixels, not {self.resolution}")
+        require(
+            0 <= self.proportion_empty_prompts <= 1,
+            f"--proportion_empty_prompts must lie in 0..1, not {self.proportion_empty_prompts}",
+        )
+        require(
+            self.max_train_samples is None or self.max_train_samples >= 1,
+            f"--max_train_samples must be at least 1, not {self.max_train_samples}",
+        )
+        require(self.crop_variants >= 1, f"--crop_variants must be at least 1, not {self.crop_variants}")
+        require(
+            not (self.center_crop and self.crop_variants > 1),
+            "--crop_variants needs random crops: drop --center_crop or --crop_variants",
+        )
+        require(self.dataloader_num_workers >= 0, "--dataloader_num_workers must be 0 or more")
+        require(
+            self.train_data_dir is None or self.dataset_name is None,
+            "--train_data_dir and --dataset_name are both given: choose one",
+        )
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """Diffusion objective: the loss that LPL is added to."""
+
+    snr_gamma: float | None = None
+    """Min-SNR weighting of the diffusion loss with this gamma (5 is usual)."""
+    noise_offset: float = 0.0
+    """Scale of noise added per channel, the same for every pixel."""
+    timestep_bias_strategy: Literal["none", "earlier", "later", "range"] = "none"
+    """Which timesteps are drawn more often."""
+    timestep_bias_multiplier: float = 1.0
+    """How much more often."""
+    timestep_bias_portion: float = 0.25
+    """Share of the schedule that `earlier` and `later` favour."""
+    timestep_bias_begin: int = 0
+    """First timestep that `range` favours."""
+    timestep_bias_end: int = 1000
+    """Timestep before which `range` ends."""
+
+    def __post_init__(self) -> None:
+        require(self.snr_gamma is None or self.snr_gamma > 0, f"--snr_gamma must be positive, not {self.snr_gamma}")
+        require(self.timestep_bias_multiplier >= 0, "--timestep_bias_multiplier must be 0 or more")
+        require(0 < self.timestep_bias_portion <= 1, "--timestep_bias_portion must lie in 0..1")
+        if self.timestep_bias_strategy == "range":
+            require(
+                0 <= self.timestep_bias_begin < self.timestep_bias_end,
+                f"--timestep_bias_begin {self.timestep_bias_begin} must be 0 or more and lie below "
+                f"--timestep_bias_end {self.timestep_bias_end}",
+            )
+
+
+@dataclass(frozen=True)
+class LPLConfig:
+    """Latent Perceptual Loss."""
+
+    use_lpl: bool = True
+    """Off: the plain diffusion objective, bit for bit."""
+    lpl_weight: float | Literal["auto"] = "auto"
+    """Weight against the diffusion loss; auto: set once from the measured gradient share."""
+    lpl_target_share: float = 0.2
+    """For auto: LPL's share of the gradient at the denoiser's output, r_lpl/(r_lpl + r_diffusion)."""
+    lpl_reduction: Literal["expected", "gated"] = "expected"
+    """Divide by batch size times gate probability, or (as the diffusers project does) by the samples that passed."""
+    lpl_t_threshold: int | None = None
+    """Apply where the timestep is below this; 200 unless another gate is given."""
+    lpl_snr_threshold: float | None = None
+    """The gate as a signal-to-noise ratio: apply where SNR is at least this."""
+    lpl_sigma_threshold: float | None = None
+    """The gate as noise/signal: apply where it is at most this (the paper's tau; 3 to 6 did best there)."""
+    lpl_loss_type: Literal["mse", "l1"] = "mse"
+    """Distance of normalised features."""
+    lpl_norm_type: Literal["default", "shared", "batch", "channel", "channel_detached"] = "shared"
+    """How features are normalised; weights do not carry over between norms."""
+    lpl_pow_law: bool = True
+    """Halve a layer's weight each time its resolution doubles."""
+    lpl_num_blocks: int = 4
+    """Up blocks compared after the middle block; the decoder is never run past the last one."""
+    lpl_remove_outliers: bool = True
+    """Leave decoder outliers (of the target's features, at strides 1 and 2) out of the distance."""
+    lpl_scale: bool = True
+    """Multiply each sample's LPL by min(1, g/SNR), g = --snr_gamma or 5."""
+    lpl_start: int = 0
+    """First optimizer step with LPL."""
+    lpl_max_samples: int | None = None
+    """At most this many gated samples of a micro-batch go through the decoder; rescaled, so unbiased."""
+    lpl_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the decoder in LPL; it never runs under autocast."""
+    lpl_checkpointing: Literal["auto", "true", "false"] = "auto"
+    """Recompute the decoder in the backward pass to save memory; auto follows --gradient_checkpointing."""
+
+    def __post_init__(self) -> None:
+        weight = self.lpl_weight
+        require(weight == "auto" or float(weight) >= 0, f"--lpl_weight must be 0 or more, not {weight}")
+        require(0 < self.lpl_target_share < 1, f"--lpl_target_share must lie between 0 and 1, not {self.lpl_target_share}")
+        require(
+            weight == "auto" or self.lpl_target_share == LPLConfig.lpl_target_share,
+            "--lpl_target_share acts with --lpl_weight auto only: drop one of them",
+        )
+        gates = {
+            "--lpl_t_threshold": self.lpl_t_threshold,
+            "--lpl_snr_threshold": self.lpl_snr_threshold,
+            "--lpl_sigma_threshold": self.lpl_sigma_threshold,
+        }
+        given = [f"{name} {value}" for name, value in gates.items() if value is not None]
+        require(len(given) <= 1, f"contradictory gates: {', '.join(given)}; give one")
+        for name, value in gates.items():
+            require(value is None or value > 0, f"{name} must be positive, not {value}: LPL would never apply")
+        require(self.lpl_num_blocks >= 0, f"--lpl_num_blocks must be 0 or more, not {self.lpl_num_blocks}")
+        require(self.lpl_start >= 0, f"--lpl_start must be 0 or more, not {self.lpl_start}")
+        require(
+            self.lpl_max_samples is None or self.lpl_max_samples >= 1,
+            f"--lpl_max_samples must be at least 1, not {self.lpl_max_samples}",
+        )
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimizer and schedule."""
+
+    learning_rate: float | None = None
+    """Peak learning rate; unset: 1e-5 for full fine-tuning, 1e-4 for LoRA."""
+    scale_lr: bool = False
+    """Multiply the learning rate by batch size, accumulation and processes."""
+    lr_scheduler: Literal[
+        "constant",
+        "constant_with_warmup",
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "polynomial",
+        "piecewise_constant",
+    ] = "constant"
+    """Learning-rate schedule, stepped once per optimizer step."""
+    lr_num_cycles: int = 1
+    """Restarts of cosine_with_restarts."""
+    lr_power: float = 1.0
+    """Power of polynomial."""
+    lr_step_rules: str | None = None
+    """Rules of piecewise_constant: `1:10,0.1:20,0.01` is 1 x to step 10, 0.1 x to step 20, then 0.01 x."""
+    lr_warmup_steps: int | None = None
+    """Optimizer steps of warm-up; unset: 500, or 0 for the constant schedule, which has none."""
+    use_8bit_adam: bool = False
+    """AdamW of bitsandbytes with 8-bit state."""
+    adam_beta1: float = 0.9
+    """Decay of the first moment."""
+    adam_beta2: float = 0.999
+    """Decay of the second moment."""
+    adam_weight_decay: float = 1e-2
+    """Decoupled weight decay."""
+    adam_epsilon: float = 1e-8
+    """Term added to the denominator."""
+    max_grad_norm: float = 1.0
+    """Clip the gradient's norm to this."""
+    use_ema: bool = False
+    """Keep an exponential moving average of the weights; it is what is validated and saved as the result."""
+    ema_decay: float = 0.9999
+    """Decay of the average (reached after a warm-up)."""
+
+    def __post_init__(self) -> None:
+        rate = self.learning_rate
+        require(rate is None or rate > 0, f"--learning_rate must be positive, not {rate}")
+        require(
+            self.lr_warmup_steps is None or self.lr_warmup_steps >= 0,
+            f"--lr_warmup_steps must be 0 or more, not {self.lr_warmup_steps}",
+        )
+        for name, owner, default in (
+            ("lr_num_cycles", "cosine_with_restarts", 1),
+            ("lr_power", "polynomial", 1.0),
+            ("lr_step_rules", "piecewise_constant", None),
+        ):
+            value = getattr(self, name)
+            require(
+                self.lr_scheduler == owner or value == default,
+                f"--{name} {value} acts with --lr_scheduler {owner} only, not {self.lr_scheduler}",
+            )
+        require(
+            self.lr_scheduler != "piecewise_constant" or self.lr_step_rules is not None,
+            "--lr_scheduler piecewise_constant needs --lr_step_rules, such as 1:10,0.1:20,0.01",
+        )
+        require(self.max_grad_norm > 0, f"--max_grad_norm must be positive, not {self.max_grad_norm}")
+        for name, beta in (("--adam_beta1", self.adam_beta1), ("--adam_beta2", self.adam_beta2)):
+            require(0 <= beta < 1, f"{name} must lie in 0..1, not {beta}")
+        require(0 < self.ema_decay < 1, f"--ema_decay must lie between 0 and 1, not {self.ema_decay}")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Run: length, batches, precision, checkpoints."""
+
+    output_dir: str = free("lpl-output")
+    """Where the result, checkpoints, samples and config.yaml go."""
+    seed: int = 0
+    """Seed of every draw: order, crops, flips, noise, timesteps."""
+    train_batch_size: int = 1
+    """Samples per process and micro-batch."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches per optimizer step."""
+    num_train_epochs: int = 100
+    """Passes over the data, unless --max_train_steps is given."""
+    max_train_steps: int | None = None
+    """Optimizer steps in all."""
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """Precision of the denoiser's arithmetic; unset: what `accelerate config` says, else no."""
+    allow_tf32: bool = False
+    """Allow TF32 on NVIDIA GPUs, also in LPL's float32 decoder."""
+    gradient_checkpointing: bool = False
+    """Recompute the denoiser in the backward pass to save memory."""
+    checkpointing_steps: int = free(500)
+    """Optimizer steps between checkpoints."""
+    checkpoints_total_limit: int | None = free(None)
+    """Keep only this many of the newest checkpoints."""
+    resume_from_checkpoint: str | None = free(None)
+    """`latest` or a checkpoint folder; without it an unfinished run in --output_dir is continued all the same."""
+    dry_run: bool = free(False)
+    """Print the plan (parameters, taps, steps, memory) and stop."""
+
+    def __post_init__(self) -> None:
+        for name in ("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "checkpointing_steps"):
+            require(getattr(self, name) >= 1, f"--{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("max_train_steps", "checkpoints_total_limit"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"--{name} must be at least 1, not {value}")
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """Validation images, logs and publishing."""
+
+    validation_prompt: str | None = free(None)
+    """Prompt of the validation images; unset: none are made."""
+    num_validation_images: int = free(4)
+    """Validation images each time."""
+    validation_epochs: int = free(1)
+    """Epochs between validations."""
+    validation_steps: int | None = free(None)
+    """Optimizer steps between validations, instead of epochs."""
+    report_to: Literal["tensorboard", "wandb", "comet_ml", "all", "none"] = free("tensorboard")
+    """Where metrics go."""
+    logging_dir: str = free("logs")
+    """TensorBoard folder, within --output_dir."""
+    log_every: int = free(10)
+    """Optimizer steps between logged metrics; the device is not synchronised in between."""
+    push_to_hub: bool = free(False)
+    """Upload the result with a model card when training ends."""
+    hub_model_id: str | None = free(None)
+    """Repository to push to; unset: the name of --output_dir."""
+    hub_token: str | None = free(None)
+    """Token for the push; never written to config.yaml. `hf auth login` is safer."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_validation_images", "validation_epochs", "log_every"):
+            require(getattr(self, name) >= 1, f"--{name} must be at least 1, not {getattr(self, name)}")
+        require(self.validation_steps is None or self.validation_steps >= 1, "--validation_steps must be at least 1")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Fine-tune a latent diffusion model with the Latent Perceptual Loss."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    lpl: LPLConfig = field(default_factory=LPLConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    @property
+    def learning_rate(self) -> float:
+        """The peak learning rate before --scale_lr."""
+        if self.optim.learning_rate is not None:
+            return self.optim.learning_rate
+        return 1e-5 if self.model.rank is None else 1e-4
+
+    @property
+    def lpl_checkpointing(self) -> bool:
+        """Whether LPL recomputes the decoder in its backward pass."""
+        choice = self.lpl.lpl_checkpointing
+        return self.run.gradient_checkpointing if choice == "auto" else choice == "true"
+
+    def flat(self) -> dict[str, Any]:
+        """Every option by its flag's name."""
+        return {f.name: getattr(group, f.name) for group in self.groups() for f in fields(group)}
+
+    def groups(self) -> list[Any]:
+        """The groups of options, in order."""
+        return [getattr(self, f.name) for f in fields(self)]
+
+
+def free_options() -> set[str]:
+    """Names of the options that do not change a run's trajectory."""
+    return {f.name for group in TrainConfig().groups() for f in fields(group) if f.metadata.get("free")}

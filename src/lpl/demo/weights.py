@@ -1,0 +1,86 @@
+"""The shipped weights: bfloat16 safetensors of the four networks, and the pipeline made of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from lpl.demo.architecture import build_pipeline
+
+WEIGHTS_FOLDER = Path(__file__).parent / "weights"
+COMPONENTS = ("vae", "unet", "text_encoder", "text_encoder_2")
+
+
+def save_component(name: str, module: nn.Module, metadata: dict[str, str] | None = None) -> Path:
+    """Write one network's weights, rounded to bfloat16, into the package.
+
+    Args:
+        name: one of `COMPONENTS`.
+        module: the network.
+        metadata: for the file's header; "vae" needs its "scaling_factor".
+
+    Returns:
+        The file.
+    """
+    path = WEIGHTS_FOLDER / f"{name}.safetensors"
+    path.parent.mkdir(exist_ok=True)
+    tensors = {key: value.detach().to(torch.bfloat16).contiguous() for key, value in module.state_dict().items()}
+    partial = path.with_suffix(".partial")
+    save_file(tensors, partial, metadata={"format": "pt", **(metadata or {})})
+    partial.replace(path)
+    return path
+
+
+def load_component(name: str, module: nn.Module) -> None:
+    """Fill one network with its shipped weights, as float32.
+
+    Args:
+        name: one of `COMPONENTS`.
+        module: the network, as `lpl.demo.architecture` builds it.
+
+    Raises:
+        RuntimeError: if the file is missing or does not fit the network.
+    """
+    path = WEIGHTS_FOLDER / f"{name}.safetensors"
+    if not path.is_file():
+        raise RuntimeError(f"{path} is missing: make it with python -m lpl.demo.pretrain, or install lpl again")
+    with safe_open(path, framework="pt") as file:
+        module.load_state_dict({key: file.get_tensor(key).float() for key in file.keys()})  # noqa: SIM118 (no mapping)
+
+
+def shipped_scaling_factor() -> float:
+    """1 / standard deviation of the shipped autoencoder's latents."""
+    with safe_open(WEIGHTS_FOLDER / "vae.safetensors", framework="pt") as file:
+        return float(file.metadata()["scaling_factor"])
+
+
+def load_pipeline() -> StableDiffusionXLPipeline:
+    """The demo's pipeline with its shipped weights, float32, in eval mode.
+
+    Raises:
+        RuntimeError: if a file of weights is missing or does not fit.
+    """
+    pipeline = build_pipeline(shipped_scaling_factor())
+    for name in COMPONENTS:
+        module = getattr(pipeline, name)
+        load_component(name, module)
+        module.eval()
+    return pipeline
+
+
+def export_model(folder: str | Path) -> Path:
+    """Write the pipeline in diffusers' format, for `StableDiffusionXLPipeline.from_pretrained` and `lpl train`.
+
+    Args:
+        folder: where to write; made if missing.
+
+    Returns:
+        The folder.
+    """
+    load_pipeline().save_pretrained(folder, safe_serialization=True)
+    return Path(folder)

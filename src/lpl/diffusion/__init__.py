@@ -1,0 +1,1 @@
+"""The diffusion process: pure functions that know nothing of models or trainers."""

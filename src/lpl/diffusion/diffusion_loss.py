@@ -1,0 +1,36 @@
+"""The diffusion loss, per sample: mean squared error, weighted by min-SNR where asked.
+
+Source: Ho et al. 2020; min-SNR weighting: Hang et al., ICCV 2023 (arXiv 2303.09556).
+"""
+
+import torch
+from torch import Tensor
+
+
+def min_snr_weight(snr: Tensor, gamma: float, prediction_type: str, sigma: Tensor | None = None) -> Tensor:
+    """Weight of each sample's loss, (B,), with m = min(SNR, gamma).
+
+        epsilon m / SNR    v_prediction m / (SNR + 1)    sample m    flow m * sigma^2
+
+    Each is m times |do/dx0|^-2: the weight m on the implied x0 error, stated for the model's output.
+
+    Raises:
+        ValueError: flow without sigma.
+    """
+    m = snr.clamp(max=gamma)
+    if prediction_type == "epsilon":
+        # SNR = 0 (a zero-terminal schedule) carries no signal: weight 1, the limit of m / SNR.
+        return torch.where(snr > 0, m / snr.clamp_min(torch.finfo(snr.dtype).tiny), torch.ones_like(snr))
+    if prediction_type == "v_prediction":
+        return m / (snr + 1)
+    if prediction_type == "sample":
+        return m
+    if sigma is None:
+        raise ValueError("min-SNR weighting of a flow model needs sigma")
+    return m * sigma.square()
+
+
+def diffusion_loss(model_output: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    """weight_i * mean((model_output_i - target_i)^2), (B,), in float32, for tensors (B, C, ...)."""
+    loss = (model_output.float() - target.float()).square().flatten(1).mean(1)
+    return loss if weight is None else loss * weight.to(loss)

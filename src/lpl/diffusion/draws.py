@@ -1,0 +1,77 @@
+"""Random draws keyed by what they are for, not by where they happen.
+
+A draw is a function of (seed, stream, sample id, how often that sample has been drawn), made on the CPU in
+float32. Process, worker, batch position, device and LPL itself do not enter, so runs that differ in those see the
+same crops, noise and timesteps, and a resumed run needs no random state.
+"""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+
+def keyed_seed(*key: int | str) -> int:
+    """A 63-bit seed from a key, the same on every machine."""
+    digest = hashlib.blake2b("\x1f".join(map(str, key)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def keyed_generator(*key: int | str) -> torch.Generator:
+    """A CPU generator for a key such as (seed, "noise", sample_id, count)."""
+    return torch.Generator("cpu").manual_seed(keyed_seed(*key))
+
+
+def keyed_uniform(*key: int | str) -> float:
+    """One number in [0, 1) for a key."""
+    return keyed_seed(*key) / 2**63
+
+
+def draw_normal(shape: tuple[int, ...], *key: int | str) -> Tensor:
+    """Standard normal float32 of a shape for a key."""
+    return torch.randn(shape, generator=keyed_generator(*key), dtype=torch.float32)
+
+
+def draw_timestep(probabilities: Tensor, *key: int | str) -> int:
+    """A timestep from probabilities (T,), float64, that sum to 1, by inversion of their cumulative sum."""
+    cumulative = probabilities.cumsum(0)
+    point = torch.tensor([keyed_uniform(*key)], dtype=torch.float64) * cumulative[-1]
+    return min(int(torch.searchsorted(cumulative, point, right=True)), len(probabilities) - 1)
+
+
+def timestep_probabilities(
+    num_timesteps: int,
+    strategy: str = "none",
+    multiplier: float = 1.0,
+    portion: float = 0.25,
+    begin: int = 0,
+    end: int = 1000,
+) -> Tensor:
+    """How likely each timestep is, (T,), float64, summing to 1.
+
+    Args:
+        num_timesteps: length T of the schedule.
+        strategy: none (uniform), earlier (the first `portion` of the schedule), later (the last), range (begin..end-1).
+        multiplier: how much more likely the favoured timesteps are.
+        portion: share of the schedule that earlier and later favour.
+        begin: first favoured timestep of range.
+        end: timestep before which range ends.
+
+    Raises:
+        ValueError: an unknown strategy, a range outside the schedule, or nothing left to draw.
+    """
+    weights = torch.ones(num_timesteps, dtype=torch.float64)
+    count = int(portion * num_timesteps)
+    if strategy == "earlier":
+        weights[:count] = multiplier
+    elif strategy == "later":
+        weights[num_timesteps - count :] = multiplier
+    elif strategy == "range":
+        if not 0 <= begin < end <= num_timesteps:
+            raise ValueError(f"timestep range {begin}..{end} lies outside the schedule's 0..{num_timesteps}")
+        weights[begin:end] = multiplier
+    elif strategy != "none":
+        raise ValueError(f"unknown timestep strategy {strategy!r}")
+    if not weights.sum() > 0:
+        raise ValueError("the timestep bias leaves no timestep to draw")
+    return weights / weights.sum()

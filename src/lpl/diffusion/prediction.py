@@ -1,0 +1,110 @@
+"""What a denoiser's output means: the clean latent it implies, its target, and the signal-to-noise ratio.
+
+A noisy latent is x = alpha * x0 + sigma * eps (flow matching: alpha = 1 - s, sigma = s). With o the output:
+
+    epsilon        o = eps                     x0 = (x - sigma * o) / alpha     |dx0/do| = sigma / alpha
+    v_prediction   o = alpha * eps - sigma * x0    x0 = alpha * x - sigma * o   |dx0/do| = sigma
+    sample         o = x0                      x0 = o                           |dx0/do| = 1
+    flow           o = eps - x0                x0 = x - sigma * o               |dx0/do| = sigma
+    flow_to_data   o = x0 - eps                x0 = x + sigma * o               |dx0/do| = sigma
+
+Sources: Ho et al. 2020 (epsilon), Salimans & Ho 2022 (v), Lipman et al. 2023 and Liu et al. 2023 (flow). Everything
+is computed in float32 from the float32 noisy latent; never by scheduler.step, which clamps.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow", "flow_to_data")
+
+
+def expand(value: Tensor, like: Tensor) -> Tensor:
+    """(B,) to (B, 1, ...) with as many dimensions, and on the same device, as `like`."""
+    return value.to(like.device, non_blocking=True).view(-1, *[1] * (like.dim() - 1))
+
+
+def alpha_sigma_table(noise_scheduler: Any) -> tuple[Tensor, Tensor]:
+    """alpha_t and sigma_t of a discrete variance-preserving schedule, each (T,), float64, on the CPU.
+
+    alpha_t = sqrt(alphas_cumprod_t), sigma_t = sqrt(1 - alphas_cumprod_t).
+
+    Raises:
+        ValueError: a scheduler without alphas_cumprod (a flow schedule passes its sigmas instead).
+    """
+    cumprod = getattr(noise_scheduler, "alphas_cumprod", None)
+    if cumprod is None:
+        raise ValueError(f"{type(noise_scheduler).__name__} has no alphas_cumprod: pass sigmas (flow matching)")
+    cumprod = torch.as_tensor(cumprod).detach().double().cpu()
+    return cumprod.sqrt(), (1 - cumprod).clamp_min(0).sqrt()
+
+
+def signal_to_noise(alpha: Tensor, sigma: Tensor) -> Tensor:
+    """SNR = (alpha / sigma)^2, elementwise; inf where sigma is 0."""
+    return (alpha / sigma).square()
+
+
+def add_noise(latents: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """x = alpha * x0 + sigma * eps for latents and noise (B, ...) and coefficients (B,)."""
+    return expand(alpha, latents) * latents + expand(sigma, latents) * noise
+
+
+def x0_from_output(
+    model_output: Tensor, noisy_latents: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: str
+) -> Tensor:
+    """The clean latent that a model output implies, by the table above.
+
+    Args:
+        model_output: (B, C, ...), any float dtype; computed with as float32.
+        noisy_latents: (B, C, ...), float32 or float64, model space.
+        alpha, sigma: (B,), the coefficients that made noisy_latents.
+        prediction_type: one of PREDICTION_TYPES.
+
+    Returns:
+        (B, C, ...), model space, in noisy_latents' dtype, differentiable in model_output.
+
+    Raises:
+        ValueError: half-precision noisy_latents, or an unknown prediction type.
+    """
+    if noisy_latents.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"noisy_latents are {noisy_latents.dtype}: x0 needs the float32 ones, not their cast")
+    o = model_output.to(noisy_latents.dtype)
+    a, s = (expand(c.to(noisy_latents.dtype), noisy_latents) for c in (alpha, sigma))
+    if prediction_type == "epsilon":
+        return (noisy_latents - s * o) / a
+    if prediction_type == "v_prediction":
+        return a * noisy_latents - s * o
+    if prediction_type == "sample":
+        return o
+    if prediction_type == "flow":
+        return noisy_latents - s * o
+    if prediction_type == "flow_to_data":
+        return noisy_latents + s * o
+    raise ValueError(f"unknown prediction type {prediction_type!r}; known: {', '.join(PREDICTION_TYPES)}")
+
+
+def output_sensitivity(alpha: Tensor, sigma: Tensor, prediction_type: str) -> Tensor:
+    """|dx0/do| of the table above, (B,)."""
+    if prediction_type == "epsilon":
+        return sigma / alpha
+    return torch.ones_like(sigma) if prediction_type == "sample" else sigma
+
+
+def target_of(latents: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: str) -> Tensor:
+    """What the model should output for clean latents (B, C, ...) and the noise (B, C, ...) added to them.
+
+    Raises:
+        ValueError: an unknown prediction type.
+    """
+    if prediction_type == "epsilon":
+        return noise
+    if prediction_type == "v_prediction":
+        return expand(alpha, noise) * noise - expand(sigma, latents) * latents
+    if prediction_type == "sample":
+        return latents
+    if prediction_type == "flow":
+        return noise - latents
+    if prediction_type == "flow_to_data":
+        return latents - noise
+    raise ValueError(f"unknown prediction type {prediction_type!r}; known: {', '.join(PREDICTION_TYPES)}")

@@ -1,0 +1,9 @@
+"""The one exception whose message is meant for the user's eyes: one line, what was found, what to do."""
+
+
+class UserError(Exception):
+    """A fault in what the user handed over; the command line prints its message alone and exits with 2."""
+
+
+class TrainingStoppedError(Exception):
+    """A run that cannot go on (a loss that is not finite); the command line prints its message and exits with 3."""

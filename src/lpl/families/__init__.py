@@ -1,0 +1,28 @@
+"""Model families. Names of models live in this package only; further families join here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lpl.config import ModelConfig
+from lpl.families.sdxl_check import check_model
+
+if TYPE_CHECKING:
+    import torch
+
+    from lpl.families.sdxl import SDXL
+
+
+def load_family(config: ModelConfig, device: torch.device, weight_dtype: torch.dtype) -> SDXL:
+    """Loads the model that the config names; check_model has passed."""
+    from lpl.families.sdxl import SDXL
+
+    return SDXL(config, device, weight_dtype)
+
+
+def model_configs(config: ModelConfig) -> dict[str, Any]:
+    """Checks the model and returns its components' configs; nothing heavy loads."""
+    return check_model(config)
+
+
+__all__ = ["load_family", "model_configs"]

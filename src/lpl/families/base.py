@@ -1,0 +1,64 @@
+"""What the trainer asks of a model family. Everything that knows a model's name lives behind this."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+
+class Family(Protocol):
+    """A loaded model: the denoiser that is trained, and the frozen parts around it."""
+
+    denoiser: nn.Module
+    """The network that is trained, float32 (LoRA: base weights in the run's precision)."""
+    vae: Any
+    """The frozen VAE, float32, in eval mode."""
+    noise_scheduler: Any
+    """The training schedule, with alphas_cumprod and config.prediction_type."""
+    latent_key: str
+    """Hash of the image encoder's weights and settings."""
+    text_key: str
+    """Hash of the text encoders' weights and settings."""
+
+    def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Posterior mean and std, raw latents (B, C, h, w), float32 on the CPU, of pixels (B, 3, H, W) in [-1, 1]."""
+
+    def encode_text(self, captions: list[str]) -> dict[str, Tensor]:
+        """What the denoiser needs of each caption, (B, ...) on the CPU."""
+
+    def denoise(
+        self, denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, text: Mapping[str, Tensor], sizes: Tensor
+    ) -> Tensor:
+        """The model's output, (B, C, h, w), for sizes (B, 6) = original (h, w), crop (y, x), target (h, w)."""
+
+    def prepare_prompt(self, prompt: str) -> None:
+        """Encodes a prompt for `generate`, while the text encoders are at hand."""
+
+    def free_encoders(self) -> None:
+        """Moves what only encodes off the device; called once everything is cached."""
+
+    def generate(self, denoiser: nn.Module, prompt: str, count: int, seed: int, resolution: int) -> list[Image.Image]:
+        """Images of a prepared prompt from a denoiser in eval mode; the VAE decodes in float32."""
+
+    def export(self, denoiser: nn.Module, folder: Path) -> None:
+        """Writes a pipeline with this denoiser that `from_pretrained` loads and that says its prediction type."""
+
+    def export_lora(self, denoiser: nn.Module, folder: Path) -> None:
+        """Writes the denoiser's adapter as `load_lora_weights` expects it."""
+
+
+def weights_hash(*modules: nn.Module, settings: str = "") -> str:
+    """A hash of modules' weights, whatever files they came from, and of settings."""
+    import hashlib
+
+    digest = hashlib.blake2b(settings.encode(), digest_size=16)
+    for module in modules:
+        for name, tensor in module.state_dict().items():
+            digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

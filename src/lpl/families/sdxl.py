@@ -1,0 +1,175 @@
+"""SDXL: loading, encoding, conditioning, sampling and export, all through diffusers' own pipeline."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline
+from diffusers.training_utils import _collate_lora_metadata
+from peft.utils import get_peft_model_state_dict
+from PIL import Image
+from torch import Tensor, nn
+
+from lpl.config import ModelConfig
+from lpl.diffusion.latent_space import LatentSpace
+from lpl.errors import UserError
+from lpl.families.base import weights_hash
+
+LORA_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
+SAMPLING_STEPS = 25
+GUIDANCE_SCALE = 5.0
+
+
+class SDXL:
+    """A StableDiffusionXLPipeline taken apart for training; implements families.base.Family.
+
+    Differs from the diffusers scripts: a dropped caption is what the pipeline uses for no caption (zeros where the
+    model says force_zeros_for_empty_prompt), not the encoding of "".
+
+    Args:
+        config: which model.
+        device: where encoding happens and the denoiser goes.
+        weight_dtype: precision of frozen weights (text encoders; under LoRA the denoiser's base too).
+
+    Raises:
+        UserError: the model cannot be loaded.
+    """
+
+    def __init__(self, config: ModelConfig, device: torch.device, weight_dtype: torch.dtype) -> None:
+        self.device, self.weight_dtype = device, weight_dtype
+        self.pipeline = _load(config)
+        self.denoiser: nn.Module = self.pipeline.unet
+        self.vae = self.pipeline.vae.float().eval().requires_grad_(False)
+        self.text_encoders = (self.pipeline.text_encoder, self.pipeline.text_encoder_2)
+        for encoder in self.text_encoders:
+            encoder.to(dtype=weight_dtype).eval().requires_grad_(False)
+        schedule = dict(self.pipeline.scheduler.config)
+        if config.prediction_type is not None:
+            schedule["prediction_type"] = config.prediction_type
+            self.pipeline.scheduler = type(self.pipeline.scheduler).from_config(schedule)
+        self.noise_scheduler = DDPMScheduler.from_config(schedule)
+        self.force_zeros = bool(self.pipeline.config.force_zeros_for_empty_prompt)
+        self.latent_key = weights_hash(
+            *[m for m in (self.vae.encoder, self.vae.quant_conv) if m is not None], settings=type(self.vae).__name__
+        )
+        tokenizers = [json.dumps(t.get_vocab(), sort_keys=True) for t in self._tokenizers()]
+        self.text_key = weights_hash(*self.text_encoders, settings=f"{self.force_zeros}{weight_dtype}{tokenizers}")
+        self._prompts: dict[str, tuple[Tensor, ...]] = {}
+
+    def _tokenizers(self) -> tuple[Any, Any]:
+        return self.pipeline.tokenizer, self.pipeline.tokenizer_2
+
+    def to_device(self) -> None:
+        """Brings the encoders to the device."""
+        self.vae.to(self.device)
+        for encoder in self.text_encoders:
+            encoder.to(self.device)
+
+    @torch.no_grad()
+    def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        posterior = self.vae.encode(pixels.to(self.device, torch.float32)).latent_dist
+        return posterior.mean.float().cpu(), posterior.std.float().cpu()
+
+    @torch.no_grad()
+    def encode_text(self, captions: list[str]) -> dict[str, Tensor]:
+        embeds, _, pooled, _ = self.pipeline.encode_prompt(
+            captions, device=self.device, do_classifier_free_guidance=False
+        )
+        if self.force_zeros:
+            keep = torch.tensor([caption != "" for caption in captions], device=embeds.device)
+            embeds, pooled = embeds * keep[:, None, None], pooled * keep[:, None]
+        return {"prompt_embeds": embeds.cpu(), "pooled": pooled.cpu()}
+
+    def denoise(
+        self, denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, text: Mapping[str, Tensor], sizes: Tensor
+    ) -> Tensor:
+        conditions = {"text_embeds": text["pooled"].to(noisy_latents.dtype), "time_ids": sizes.to(noisy_latents.dtype)}
+        embeds = text["prompt_embeds"].to(noisy_latents.dtype)
+        return denoiser(noisy_latents, timesteps, embeds, added_cond_kwargs=conditions, return_dict=False)[0]
+
+    def prepare_prompt(self, prompt: str) -> None:
+        with torch.no_grad():
+            encoded = self.pipeline.encode_prompt(prompt, device=self.device, do_classifier_free_guidance=True)
+        self._prompts[prompt] = tuple(e.float().cpu() for e in encoded)
+
+    def free_encoders(self) -> None:
+        for encoder in self.text_encoders:
+            encoder.to("cpu")
+        self.vae.encoder.to("cpu")
+
+    @torch.no_grad()
+    def generate(self, denoiser: nn.Module, prompt: str, count: int, seed: int, resolution: int) -> list[Image.Image]:
+        embeds, negative, pooled, negative_pooled = (
+            e.to(self.device).repeat(count, *[1] * (e.dim() - 1)) for e in self._prompts[prompt]
+        )
+        pipeline = StableDiffusionXLPipeline(
+            vae=self.vae,
+            text_encoder=None,
+            text_encoder_2=None,
+            tokenizer=None,
+            tokenizer_2=None,
+            unet=denoiser,
+            scheduler=self.pipeline.scheduler,
+            force_zeros_for_empty_prompt=self.force_zeros,
+            add_watermarker=False,
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        half = self.weight_dtype != torch.float32
+        with torch.autocast(self.device.type, self.weight_dtype) if half else nullcontext():
+            latents = pipeline(
+                prompt_embeds=embeds,
+                negative_prompt_embeds=negative,
+                pooled_prompt_embeds=pooled,
+                negative_pooled_prompt_embeds=negative_pooled,
+                height=resolution,
+                width=resolution,
+                num_inference_steps=SAMPLING_STEPS,
+                guidance_scale=GUIDANCE_SCALE,
+                generator=[torch.Generator("cpu").manual_seed(seed + i) for i in range(count)],
+                output_type="latent",
+            ).images
+        raw = LatentSpace.from_config(self.vae.config).to_raw(latents.float())
+        images = torch.cat([self.vae.decode(z[None]).sample for z in raw])
+        return pipeline.image_processor.postprocess(images, output_type="pil")
+
+    def export(self, denoiser: nn.Module, folder: Path) -> None:
+        self.pipeline.unet = denoiser
+        self.pipeline.save_pretrained(folder, safe_serialization=True)
+
+    def export_lora(self, denoiser: nn.Module, folder: Path) -> None:
+        StableDiffusionXLPipeline.save_lora_weights(
+            folder,
+            unet_lora_layers=get_peft_model_state_dict(denoiser),
+            **_collate_lora_metadata({"unet": denoiser}),
+        )
+
+
+def _load(config: ModelConfig) -> StableDiffusionXLPipeline:
+    name = str(config.pretrained_model_name_or_path)
+    common: dict[str, Any] = {"torch_dtype": torch.float32, "cache_dir": config.cache_dir}
+    try:
+        if config.pretrained_vae_model_name_or_path is not None:
+            vae_name = config.pretrained_vae_model_name_or_path
+            common["vae"] = AutoencoderKL.from_pretrained(
+                vae_name, torch_dtype=torch.float32, use_safetensors=True, cache_dir=config.cache_dir
+            )
+        if name.endswith(".safetensors"):
+            local = config.single_file_config
+            return StableDiffusionXLPipeline.from_single_file(
+                name, config=local, local_files_only=local is not None, add_watermarker=False, **common
+            )
+        return StableDiffusionXLPipeline.from_pretrained(
+            name,
+            revision=config.revision,
+            variant=config.variant,
+            use_safetensors=True,
+            add_watermarker=False,
+            **common,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"--pretrained_model_name_or_path {name}: {' '.join(str(error).split())[:400]}") from error

@@ -1,0 +1,159 @@
+"""What can be said against an SDXL model before anything heavy loads: JSON only, no torch."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+from lpl.config import ModelConfig
+from lpl.errors import UserError
+
+FLAG = "--pretrained_model_name_or_path"
+PIPELINE = "StableDiffusionXLPipeline"
+COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+WITH_WEIGHTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+
+
+def check_model(config: ModelConfig) -> dict[str, Any]:
+    """Refuses a model that this trainer would not train right.
+
+    Returns:
+        The configs that were read, by component ("unet", "vae", "scheduler"); empty for a single file.
+
+    Raises:
+        UserError: what is missing or wrong, in one line.
+    """
+    name = config.pretrained_model_name_or_path
+    if name is None:
+        raise UserError(f"{FLAG} is missing: give a diffusers folder, a Hub id or a .safetensors file")
+    path = Path(name)
+    if path.suffix in (".safetensors", ".ckpt", ".pt", ".bin", ".pth"):
+        _check_single_file(path, config)
+        return {}
+    if not path.exists():
+        if name.count("/") != 1 or name.startswith((".", "/", "~")):
+            raise UserError(f"{FLAG} {name}: no such folder")
+        read = _hub_reader(config)
+    elif path.is_dir():
+        _check_complete(path, config.variant)
+        read = lambda file: json.loads((path / file).read_text())  # noqa: E731
+    else:
+        raise UserError(f"{FLAG} {name}: a file, but not .safetensors; give that or a diffusers folder")
+    configs = _read(read, name)
+    _check_configs(configs, config)
+    _check_vae(config, configs)
+    return configs
+
+
+def _read(read: Any, name: str) -> dict[str, Any]:
+    index = read("model_index.json")
+    configs = {"unet": read("unet/config.json"), "vae": read("vae/config.json")}
+    configs["scheduler"] = read("scheduler/scheduler_config.json")
+    cls = index.get("_class_name")
+    if index.get("requires_aesthetics_score") or (index.get("text_encoder") or [None])[0] is None:
+        raise UserError(f"{FLAG} {name}: an SDXL refiner (no first text encoder); train the base model")
+    if cls != PIPELINE and not (isinstance(cls, str) and cls.startswith("StableDiffusionXL")):
+        raise UserError(f"{FLAG} {name}: model_index.json says {cls}; this trainer needs {PIPELINE}")
+    return configs
+
+
+def _hub_reader(config: ModelConfig) -> Any:
+    def read(file: str) -> Any:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+        name = config.pretrained_model_name_or_path
+        try:
+            found = hf_hub_download(str(name), file, revision=config.revision, cache_dir=config.cache_dir)
+        except LocalEntryNotFoundError as error:
+            raise UserError(f"{FLAG} {name}: no such folder, and the Hub cannot be reached for {file}") from error
+        except (EntryNotFoundError, HfHubHTTPError) as error:
+            raise UserError(f"{FLAG} {name}: no such folder, and not on the Hub: {str(error).splitlines()[0]}") from error
+        return json.loads(Path(found).read_text())
+
+    return read
+
+
+def _check_complete(folder: Path, variant: str | None) -> None:
+    if not (folder / "model_index.json").is_file():
+        inside = ", ".join(sorted(p.name for p in folder.iterdir())[:6]) or "nothing"
+        raise UserError(f"{FLAG} {folder}: no model_index.json, so no diffusers model; it holds {inside}")
+    missing = [name for name in COMPONENTS if not (folder / name).is_dir()]
+    for name in WITH_WEIGHTS:
+        if name in missing:
+            continue
+        if not (folder / name / "config.json").is_file():
+            missing.append(f"{name}/config.json")
+        weights = list((folder / name).glob(f"*.{variant}*.safetensors" if variant else "*.safetensors"))
+        if not weights:
+            others = list((folder / name).glob("*.bin"))
+            hint = " (only .bin, which is not read: convert it to safetensors)" if others else ""
+            missing.append(f"{name}/*.safetensors{hint}")
+    if "scheduler" not in missing and not (folder / "scheduler" / "scheduler_config.json").is_file():
+        missing.append("scheduler/scheduler_config.json")
+    if missing:
+        raise UserError(f"{FLAG} {folder}: missing in it: {', '.join(missing)}")
+
+
+def _check_configs(configs: dict[str, Any], config: ModelConfig) -> None:
+    name = config.pretrained_model_name_or_path
+    unet, vae, scheduler = configs["unet"], configs["vae"], configs["scheduler"]
+    channels, latent_channels = unet.get("in_channels", 4), vae.get("latent_channels", 4)
+    if channels == 9 and latent_channels == 4:
+        raise UserError(f"{FLAG} {name}: an inpainting model (9 input channels); this trainer needs a text-to-image one")
+    if channels != latent_channels:
+        raise UserError(f"{FLAG} {name}: the UNet takes {channels} channels, the VAE's latents have {latent_channels}")
+    if unet.get("addition_embed_type") != "text_time":
+        raise UserError(f"{FLAG} {name}: the UNet lacks SDXL's size conditioning (addition_embed_type text_time)")
+    kind = str(scheduler.get("_class_name"))
+    if kind.startswith("EDM") or "FlowMatch" in kind:
+        raise UserError(f"{FLAG} {name}: its scheduler is {kind}; EDM and flow schedules are not trained right here yet")
+    prediction_type = config.prediction_type or scheduler.get("prediction_type", "epsilon")
+    if prediction_type not in ("epsilon", "v_prediction", "sample"):
+        raise UserError(f"{FLAG} {name}: prediction type {prediction_type} is not trained here; see --prediction_type")
+    if scheduler.get("rescale_betas_zero_snr") and prediction_type == "epsilon":
+        raise UserError(
+            f"{FLAG} {name}: epsilon prediction with a zero-terminal-SNR schedule says nothing at its last timestep; "
+            "use --prediction_type v_prediction or a scheduler with rescale_betas_zero_snr false"
+        )
+
+
+def _check_vae(config: ModelConfig, configs: dict[str, Any]) -> None:
+    name = config.pretrained_vae_model_name_or_path
+    if name is None or not Path(name).exists():
+        if name is not None and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
+            raise UserError(f"--pretrained_vae_model_name_or_path {name}: no such folder")
+        return
+    file = Path(name) / "config.json"
+    if not file.is_file():
+        raise UserError(f"--pretrained_vae_model_name_or_path {name}: no config.json in it")
+    channels = json.loads(file.read_text()).get("latent_channels", 4)
+    if channels != configs["unet"].get("in_channels", 4):
+        raise UserError(
+            f"--pretrained_vae_model_name_or_path {name}: {channels} latent channels, "
+            f"the UNet takes {configs['unet'].get('in_channels', 4)}"
+        )
+
+
+def _check_single_file(path: Path, config: ModelConfig) -> None:
+    if path.suffix != ".safetensors":
+        raise UserError(f"{FLAG} {path}: {path.suffix} files are pickles and are not read; convert it to .safetensors")
+    if not path.is_file():
+        raise UserError(f"{FLAG} {path}: no such file")
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(min(length, 100_000_000)))
+    except (struct.error, ValueError) as error:
+        raise UserError(f"{FLAG} {path}: not a safetensors file, or cut short") from error
+    if "conditioner.embedders.1.model.ln_final.weight" not in header:
+        refiner = "conditioner.embedders.0.model.ln_final.weight" in header
+        found = "an SDXL refiner; train the base model" if refiner else "not an SDXL checkpoint (no second text encoder)"
+        raise UserError(f"{FLAG} {path}: {found}")
+    channels = header.get("model.diffusion_model.input_blocks.0.0.weight", {}).get("shape", [0, 4])[1]
+    if channels == 9:
+        raise UserError(f"{FLAG} {path}: an inpainting model (9 input channels); this trainer needs a text-to-image one")
+    if config.single_file_config is not None and not (Path(config.single_file_config) / "model_index.json").is_file():
+        raise UserError(f"--single_file_config {config.single_file_config}: no model_index.json in it")

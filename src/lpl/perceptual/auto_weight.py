@@ -1,0 +1,84 @@
+"""The weight of LPL, set from measured gradients instead of guessed."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MEASURED_SAMPLES = 256
+"""Gated samples after which the weight is fixed."""
+
+
+class AutoWeight:
+    """The weight at which LPL has a target share of the gradient at the denoiser's output.
+
+    With r = sqrt(mean over all samples of |d(term)/d(model_output)|^2), reduction included, and the share
+    r_lpl / (r_lpl + r_diffusion):    weight = share / (1 - share) * r_diffusion / r_lpl(weight 1).
+
+    Measured over the first 256 gated samples of the run. Until then the weight of an optimizer step is the estimate
+    from the steps before it (0 before the first gated sample); after that it is fixed and belongs in the checkpoint.
+
+    Args:
+        target_share: in (0, 1).
+    """
+
+    def __init__(self, target_share: float) -> None:
+        self.target_share = target_share
+        self.weight: Tensor | float = 0.0
+        self.fixed = False
+        self.measured = 0
+        self._squares: Tensor | None = None
+        self._step_squares: Tensor | None = None
+        self._step_samples = 0
+
+    def measure(self, lpl_square: Tensor, diffusion_square: Tensor, gated: int) -> None:
+        """Adds one micro-batch: mean squared gradient of LPL at weight 1 and of the diffusion loss, and its gated samples.
+
+        Raises:
+            RuntimeError: end_step() was never called.
+        """
+        if self.fixed:
+            return
+        pair = torch.stack([lpl_square, diffusion_square]).double().detach()
+        self._step_squares = pair if self._step_squares is None else self._step_squares + pair
+        self._step_samples += gated
+        if self._step_samples > 64 * MEASURED_SAMPLES:
+            raise RuntimeError("lpl_weight 'auto' needs objective.end_step() after each optimizer step")
+
+    def end_step(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Takes over what the finished optimizer step measured.
+
+        Args:
+            reduce: sums a tensor over processes; needed where there are several.
+        """
+        if self.fixed or self._step_squares is None:
+            return
+        squares, samples = self._step_squares, self._step_samples
+        if reduce is not None:
+            summed = reduce(torch.cat([squares, squares.new_tensor([samples])]))
+            squares, samples = summed[:2], int(summed[2])
+        self._squares = squares if self._squares is None else self._squares.to(squares) + squares
+        self.measured += samples
+        self._step_squares, self._step_samples = None, 0
+        lpl, diffusion = self._squares.unbind()
+        odds = self.target_share / (1 - self.target_share)
+        self.weight = torch.where(lpl > 0, odds * (diffusion / lpl).sqrt(), 0.0).float()
+        if self.measured >= MEASURED_SAMPLES:
+            self.weight, self.fixed = float(self.weight), True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers, for a checkpoint."""
+        return {
+            "weight": float(self.weight),
+            "fixed": self.fixed,
+            "measured": self.measured,
+            "squares": None if self._squares is None else self._squares.tolist(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what state_dict gave."""
+        self.fixed, self.measured = bool(state["fixed"]), int(state["measured"])
+        self.weight = float(state["weight"])
+        squares = state["squares"]
+        self._squares = None if squares is None else torch.tensor(squares, dtype=torch.float64)

@@ -1,0 +1,109 @@
+"""Where LPL applies: the noise-level gate, the probability of passing it, and the scale by SNR."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lpl.diffusion.prediction import alpha_sigma_table, signal_to_noise
+
+DEFAULT_T_THRESHOLD = 200
+DEFAULT_SNR_GAMMA = 5.0
+
+
+class Gate:
+    """Passes a sample whose noise level is low enough for its clean estimate to mean something.
+
+    One of three statements: t < t_threshold (t of the schedule's timesteps; for flow matching t = T * sigma), SNR >=
+    snr_threshold, or sigma / alpha <= sigma_threshold. Without any, t < 200.
+
+    Source: Berrada et al., ICLR 2025, section 3.2, where it is sigma <= tau; t < 200 is the diffusers project's.
+
+    Args:
+        noise_scheduler: a diffusers scheduler with alphas_cumprod, or a flow-matching one without.
+        t_threshold, snr_threshold, sigma_threshold: at most one of them.
+
+    Raises:
+        ValueError: more than one statement, one outside the schedule, or one that no timestep passes.
+    """
+
+    def __init__(
+        self,
+        noise_scheduler: Any,
+        t_threshold: int | None = None,
+        snr_threshold: float | None = None,
+        sigma_threshold: float | None = None,
+    ) -> None:
+        given = [v for v in (t_threshold, snr_threshold, sigma_threshold) if v is not None]
+        if len(given) > 1:
+            raise ValueError("contradictory gates: give one of lpl_t_threshold, lpl_snr_threshold, lpl_sigma_threshold")
+        self.num_timesteps = int(noise_scheduler.config.num_train_timesteps)
+        self.is_flow = getattr(noise_scheduler, "alphas_cumprod", None) is None
+        if not given:
+            t_threshold = min(DEFAULT_T_THRESHOLD, self.num_timesteps)
+        if t_threshold is not None and not 0 < t_threshold <= self.num_timesteps:
+            raise ValueError(
+                f"lpl_t_threshold {t_threshold} lies outside the schedule's 1..{self.num_timesteps} timesteps"
+            )
+        self.t_threshold, self.snr_threshold, self.sigma_threshold = t_threshold, snr_threshold, sigma_threshold
+        if not self.is_flow:
+            alpha, sigma = alpha_sigma_table(noise_scheduler)
+            self.table = self._open(torch.arange(self.num_timesteps), alpha, sigma)
+            if not self.table.any():
+                raise ValueError(f"no timestep of the schedule passes the gate {self}")
+
+    def passes(self, timesteps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """Which samples pass, (B,) bool, on timesteps' device; alpha and sigma (B,) as in prediction.py."""
+        if self.is_flow:
+            return self._open(sigma * self.num_timesteps, alpha, sigma)
+        return self.table.to(timesteps.device)[timesteps]
+
+    def probability(self, p_gate: float | Tensor | None) -> float:
+        """The probability that a sample passes.
+
+        Args:
+            p_gate: None for uniform timesteps (for flow: uniform sigma), weights per timestep (T,), or the
+                probability itself.
+
+        Raises:
+            ValueError: weights of the wrong length or for a flow schedule, or a probability outside (0, 1].
+        """
+        if p_gate is None:
+            if self.is_flow:
+                grid = (torch.arange(10**5, dtype=torch.float64) + 0.5) / 10**5
+                probability = float(self._open(grid * self.num_timesteps, 1 - grid, grid).double().mean())
+            else:
+                probability = float(self.table.double().mean())
+        elif isinstance(p_gate, Tensor):
+            if self.is_flow or p_gate.shape != self.table.shape:
+                raise ValueError(f"p_gate as weights needs one per timestep of a discrete schedule, not {p_gate.shape}")
+            weights = p_gate.detach().double().cpu()
+            probability = float(weights[self.table].sum() / weights.sum())
+        else:
+            probability = float(p_gate)
+        if not 0 < probability <= 1:
+            raise ValueError(f"p_gate is {probability}: no timestep that is drawn passes the gate {self}")
+        return probability
+
+    def _open(self, timesteps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        if self.t_threshold is not None:
+            return timesteps < self.t_threshold
+        if self.snr_threshold is not None:
+            return signal_to_noise(alpha, sigma) >= self.snr_threshold
+        return sigma <= self.sigma_threshold * alpha
+
+    def __str__(self) -> str:
+        if self.t_threshold is not None:
+            return f"t < {self.t_threshold}"
+        if self.snr_threshold is not None:
+            return f"SNR >= {self.snr_threshold}"
+        return f"sigma <= {self.sigma_threshold}"
+
+
+def snr_scale(snr: Tensor, gamma: float | None) -> Tensor:
+    """min(1, g / SNR) with g = gamma or 5, (B,).
+
+    One rule for every parameterisation, since LPL lives in x0 space. Differs from the diffusers project: its rule for
+    v_prediction has a further factor SNR / (SNR + 1).
+    """
+    return ((gamma or DEFAULT_SNR_GAMMA) / snr).clamp(max=1)

@@ -1,0 +1,76 @@
+"""Publishing a result on the Hugging Face Hub, with a model card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lpl.config import TrainConfig
+from lpl.config_io import CONFIG_FILE
+from lpl.errors import UserError
+
+
+def create_repository(config: TrainConfig) -> str:
+    """Makes sure, before training, that the push at its end can work; returns the repository's full name.
+
+    Raises:
+        UserError: no network, or no right to create the repository.
+    """
+    from huggingface_hub import create_repo
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    name = config.logging.hub_model_id or Path(config.run.output_dir).resolve().name
+    try:
+        return create_repo(name, exist_ok=True, token=config.logging.hub_token).repo_id
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"--push_to_hub: cannot create {name}: {reason}; see `hf auth login`, --hub_token") from error
+
+
+def push(config: TrainConfig, repository: str) -> None:
+    """Uploads the result, its samples and config.yaml; checkpoints and logs stay here."""
+    from huggingface_hub import upload_folder
+
+    folder = Path(config.run.output_dir)
+    write_model_card(config, folder)
+    upload_folder(
+        repo_id=repository,
+        folder_path=folder,
+        commit_message="End of training",
+        ignore_patterns=["checkpoint-*", ".tmp-*", f"{config.logging.logging_dir}/*"],
+        token=config.logging.hub_token,
+    )
+
+
+def write_model_card(config: TrainConfig, folder: Path) -> Path:
+    """Writes folder/README.md: base model, data, method, how to load it, and the configuration."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    lora = config.model.rank is not None
+    base = str(config.model.pretrained_model_name_or_path)
+    data = ModelCardData(
+        base_model=base if not Path(base).exists() else None,
+        license="openrail++",
+        library_name="diffusers",
+        tags=["text-to-image", "diffusers", "latent-perceptual-loss", *(["lora"] if lora else [])],
+        datasets=[config.data.dataset_name] if config.data.dataset_name else None,
+    )
+    samples = sorted((folder / "samples").glob("*.png"))
+    picture = f"![{config.logging.validation_prompt}](samples/{samples[-1].name})\n\n" if samples else ""
+    load = "pipeline.load_lora_weights(...)" if lora else "StableDiffusionXLPipeline.from_pretrained(...)"
+    method = (
+        "the Latent Perceptual Loss (Berrada et al., ICLR 2025, arXiv 2411.04873)"
+        if config.lpl.use_lpl
+        else "the plain diffusion objective"
+    )
+    text = f"""---
+{data.to_yaml()}
+---
+# {folder.resolve().name}
+
+{"A LoRA" if lora else "A full fine-tune"} of `{base}`, trained with {method}. Load it with `{load}`.
+
+{picture}```yaml
+{(folder / CONFIG_FILE).read_text()}```
+"""
+    ModelCard(text).save(folder / "README.md")
+    return folder / "README.md"

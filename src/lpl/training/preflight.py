@@ -1,0 +1,97 @@
+"""Every check that needs no model and no torch, so that bad input costs a second and loses nothing."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lpl.config import TrainConfig
+from lpl.config_io import CONFIG_FILE, differences
+from lpl.data.sources import Source, open_source
+from lpl.errors import UserError
+from lpl.families import model_configs
+
+logger = logging.getLogger("lpl")
+
+FINISHED = "finished.json"
+TRACKERS = {"tensorboard": ("tensorboard",), "wandb": ("wandb",), "comet_ml": ("comet_ml",), "none": (), "all": ()}
+
+
+class Checked(NamedTuple):
+    """What the checks found."""
+
+    source: Source
+    model_configs: dict[str, Any]
+    """Configs of the model's components; empty for a single file."""
+    finished_step: int | None
+    """The step at which this very run has already ended."""
+
+
+def preflight(config: TrainConfig) -> Checked:
+    """Checks model, data, output folder and options against each other.
+
+    Raises:
+        UserError: the first fault found, in one line.
+    """
+    finished_step = _check_output(config)
+    for package in TRACKERS[config.logging.report_to]:
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"--report_to {config.logging.report_to}: {package} is not installed: pip install {package}")
+    configs = model_configs(config.model)
+    if configs:
+        _check_schedule(config, configs)
+    _warn_idle(config)
+    return Checked(open_source(config.data, config.model.cache_dir), configs, finished_step)
+
+
+def _check_output(config: TrainConfig) -> int | None:
+    folder = Path(config.run.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output_dir {folder}: a file is in the way")
+    if not (folder / CONFIG_FILE).is_file():
+        if config.run.resume_from_checkpoint == "latest" and not folder.is_dir():
+            logger.warning("--resume_from_checkpoint latest: %s holds no run yet, starting one", folder)
+        return None
+    changed = differences(config, folder)
+    if config.optim.lr_scheduler in ("constant", "constant_with_warmup", "piecewise_constant"):
+        # The length does not enter these schedules: a run may be prolonged.
+        changed = [c for c in changed if not c.startswith(("--max_train_steps ", "--num_train_epochs "))]
+    if changed:
+        raise UserError(
+            f"--output_dir {folder} holds a run of another configuration: {', '.join(changed)}; "
+            "choose another folder or the same options"
+        )
+    file = folder / FINISHED
+    return int(json.loads(file.read_text())["step"]) if file.is_file() else None
+
+
+def _check_schedule(config: TrainConfig, configs: dict[str, Any]) -> None:
+    timesteps = configs["scheduler"].get("num_train_timesteps", 1000)
+    threshold = config.lpl.lpl_t_threshold
+    if config.lpl.use_lpl and threshold is not None and threshold > timesteps:
+        raise UserError(f"--lpl_t_threshold {threshold} lies outside the model's schedule of {timesteps} timesteps")
+    bias = config.diffusion
+    if bias.timestep_bias_strategy == "range" and bias.timestep_bias_end > timesteps:
+        raise UserError(f"--timestep_bias_end {bias.timestep_bias_end} lies outside the model's {timesteps} timesteps")
+    stride = 2 ** (len(configs["vae"].get("block_out_channels", [64])) - 1)
+    if config.data.resolution % stride:
+        raise UserError(f"--resolution {config.data.resolution} is no multiple of the VAE's {stride} pixels per latent")
+
+
+def _warn_idle(config: TrainConfig) -> None:
+    """Says once, by name, which given options cannot act in this run."""
+    default = TrainConfig()
+    if not config.lpl.use_lpl:
+        idle = [k for k, v in vars(config.lpl).items() if k != "use_lpl" and v != getattr(default.lpl, k)]
+        if idle:
+            logger.warning("without LPL these have no effect: --%s", ", --".join(idle))
+    if config.optim.lr_scheduler == "constant" and config.optim.lr_warmup_steps:
+        logger.warning("--lr_warmup_steps has no effect with --lr_scheduler constant; use constant_with_warmup")
+    bias = config.diffusion
+    if bias.timestep_bias_strategy == "none" and bias.timestep_bias_multiplier != 1:
+        logger.warning("--timestep_bias_multiplier has no effect without --timestep_bias_strategy")
+    if config.logging.hub_model_id and not config.logging.push_to_hub:
+        logger.warning("--hub_model_id has no effect without --push_to_hub")

@@ -1,0 +1,113 @@
+"""One training step's loss, without accelerate: draws, noise, denoiser, diffusion loss, LPL."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lpl.config import DiffusionConfig
+from lpl.data.dataset import Batch
+from lpl.diffusion.diffusion_loss import diffusion_loss, min_snr_weight
+from lpl.diffusion.draws import draw_normal, draw_timestep, timestep_probabilities
+from lpl.diffusion.latent_space import LatentSpace
+from lpl.diffusion.prediction import add_noise, alpha_sigma_table, signal_to_noise, target_of
+from lpl.errors import UserError
+from lpl.families.base import Family
+from lpl.perceptual.objective import PerceptualObjective
+
+
+class StepLoss(NamedTuple):
+    """The loss of one micro-batch."""
+
+    loss: Tensor
+    """Scalar: diffusion loss plus weighted LPL."""
+    diffusion_per_sample: Tensor
+    """(B,), detached."""
+    lpl: Tensor
+    """Scalar, weighted, detached."""
+    metrics: dict[str, Tensor | float]
+    num_lpl_samples: int
+
+
+class Drawn(NamedTuple):
+    """What was drawn for a micro-batch, on the CPU."""
+
+    noise: Tensor
+    timesteps: Tensor
+
+
+class TrainingStep:
+    """Computes the loss of a micro-batch; holds what is the same at every step.
+
+    Args:
+        family: the loaded model.
+        config: the diffusion objective.
+        objective: LPL, or None for the plain diffusion objective.
+        seed: of the draws.
+    """
+
+    def __init__(self, family: Family, config: DiffusionConfig, objective: PerceptualObjective | None, seed: int) -> None:
+        self.family, self.config, self.objective, self.seed = family, config, objective, seed
+        scheduler = family.noise_scheduler
+        self.prediction_type = str(scheduler.config.prediction_type)
+        self.alpha, self.sigma = alpha_sigma_table(scheduler)
+        self.latent_space = LatentSpace.from_config(family.vae.config)
+        self.probabilities = timestep_weights(scheduler.config.num_train_timesteps, config)
+
+    def draw(self, batch: Batch) -> Drawn:
+        """Noise and timesteps of a batch, keyed by sample and by how often it was drawn."""
+        shape = tuple(batch.raw_latents.shape[1:])
+        noise, timesteps = [], []
+        for key in zip(batch.sample_ids, batch.counts, strict=True):
+            eps = draw_normal(shape, self.seed, "noise", *key)
+            if self.config.noise_offset:
+                eps = eps + self.config.noise_offset * draw_normal((shape[0], 1, 1), self.seed, "noise_offset", *key)
+            noise.append(eps)
+            timesteps.append(draw_timestep(self.probabilities, self.seed, "timestep", *key))
+        return Drawn(torch.stack(noise), torch.tensor(timesteps))
+
+    def __call__(self, denoiser: nn.Module, batch: Batch, device: torch.device, use_lpl: bool) -> StepLoss:
+        """The loss of a micro-batch whose tensors are on the CPU."""
+        drawn = self.draw(batch)
+        alpha, sigma = self.alpha[drawn.timesteps], self.sigma[drawn.timesteps]
+        snr = signal_to_noise(alpha, sigma).float()
+        latents = self.latent_space.from_raw(batch.raw_latents.to(device, non_blocking=True))
+        noise = drawn.noise.to(device, non_blocking=True)
+        noisy_latents = add_noise(latents, noise, alpha.float(), sigma.float())
+        text = {name: value.to(device, non_blocking=True) for name, value in batch.text.items()}
+        timesteps, sizes = (t.to(device, non_blocking=True) for t in (drawn.timesteps, batch.sizes))
+        model_output = self.family.denoise(denoiser, noisy_latents, timesteps, text, sizes).float()
+
+        target = target_of(latents, noise, alpha.float(), sigma.float(), self.prediction_type)
+        gamma = self.config.snr_gamma
+        weight = None if gamma is None else min_snr_weight(snr, gamma, self.prediction_type)
+        per_sample = diffusion_loss(model_output, target, weight)
+        loss = per_sample.mean()
+        metrics: dict[str, Tensor | float] = {"diffusion_loss": loss.detach()}
+        if not use_lpl or self.objective is None:
+            return StepLoss(loss, per_sample.detach(), torch.zeros_like(loss).detach(), metrics, 0)
+        term = self.objective(model_output, noisy_latents, latents, drawn.timesteps, diffusion_loss=loss)
+        return StepLoss(
+            loss + term.loss, per_sample.detach(), term.loss.detach(), metrics | term.metrics, term.num_samples
+        )
+
+
+def timestep_weights(num_timesteps: int, config: DiffusionConfig) -> Tensor:
+    """How likely each timestep is, (T,), under --timestep_bias_*.
+
+    Raises:
+        UserError: a range outside the schedule, or nothing left to draw.
+    """
+    try:
+        return timestep_probabilities(
+            num_timesteps,
+            config.timestep_bias_strategy,
+            config.timestep_bias_multiplier,
+            config.timestep_bias_portion,
+            config.timestep_bias_begin,
+            config.timestep_bias_end,
+        )
+    except ValueError as error:
+        raise UserError(f"--timestep_bias_strategy {config.timestep_bias_strategy}: {error}") from error

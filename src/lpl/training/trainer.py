@@ -1,0 +1,362 @@
+"""The training loop on accelerate: what happens when. What a step computes is in step.py."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, set_seed
+from tqdm.auto import tqdm
+
+from lpl.config import TrainConfig
+from lpl.config_io import write_config
+from lpl.data.encode import encode_dataset
+from lpl.data.sampler import DrawOrder
+from lpl.diffusion.draws import keyed_seed
+from lpl.errors import TrainingStoppedError, UserError
+from lpl.families import load_family
+from lpl.families.sdxl import LORA_TARGETS
+from lpl.perceptual.loss import LatentPerceptualLoss
+from lpl.perceptual.objective import PerceptualObjective
+from lpl.training import hub
+from lpl.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from lpl.training.lora import add_lora
+from lpl.training.optim import build_ema, build_optimizer, build_schedule, scaled_learning_rate
+from lpl.training.preflight import FINISHED, Checked
+from lpl.training.step import TrainingStep, timestep_weights
+from lpl.training.tracking import FiniteGuard, Tracker
+from lpl.training.validation import publish_images
+
+logger = logging.getLogger("lpl")
+
+WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def train(config: TrainConfig, checked: Checked) -> None:
+    """Runs or continues the run that the config describes; the result is in config.run.output_dir.
+
+    Raises:
+        UserError: bad input that preflight could not see.
+        TrainingStoppedError: a loss or gradient that is not finite; the last checkpoint stays.
+    """
+    trainer = Trainer(config, checked)
+    trainer.fit()
+    trainer.finish()
+
+
+class Trainer:
+    """One run. Construction loads, caches and resumes; fit trains; finish exports."""
+
+    def __init__(self, config: TrainConfig, checked: Checked) -> None:
+        self.config, self.folder = config, Path(config.run.output_dir)
+        run = config.run
+        self.accelerator = accelerator = _accelerator(config)
+        set_seed(run.seed)
+        self.repository = hub.create_repository(config) if self._push and accelerator.is_main_process else None
+        if accelerator.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_config(config, self.folder)
+        weight_dtype = WEIGHT_DTYPES[accelerator.mixed_precision]
+        self.family = family = load_family(config.model, accelerator.device, weight_dtype)
+        family.to_device()
+        self.data = encode_dataset(
+            checked.source,
+            config.data,
+            family,
+            run.seed,
+            run.train_batch_size,
+            accelerator.process_index,
+            accelerator.num_processes,
+            accelerator.wait_for_everyone,
+            accelerator.is_local_main_process,
+        )
+        if config.logging.validation_prompt is not None:
+            family.prepare_prompt(config.logging.validation_prompt)
+        family.free_encoders()
+        self.order = DrawOrder(run.seed, len(self.data))
+        self.samples_per_step = run.train_batch_size * run.gradient_accumulation_steps * accelerator.num_processes
+        self.steps_per_epoch = len(self.data) / self.samples_per_step
+        self.num_steps = run.max_train_steps or math.ceil(run.num_train_epochs * self.steps_per_epoch)
+        self._build_model(weight_dtype)
+        self.objective = build_objective(config, family) if config.lpl.use_lpl else None
+        self.step_loss = TrainingStep(family, config.diffusion, self.objective, run.seed)
+        self.guard = FiniteGuard()
+        self.tracker = Tracker(
+            accelerator, self.samples_per_step, f"--lpl_weight {config.lpl.lpl_weight} --lpl_norm_type {config.lpl.lpl_norm_type}"
+        )
+        self.step = 0
+        self._resume()
+        self._announce()
+
+    @property
+    def _push(self) -> bool:
+        return self.config.logging.push_to_hub
+
+    def _build_model(self, weight_dtype: torch.dtype) -> None:
+        config, denoiser = self.config, self.family.denoiser
+        if config.model.rank is not None:
+            denoiser.to(dtype=weight_dtype)
+            add_lora(denoiser, config.model.rank, LORA_TARGETS, config.run.seed)
+        else:
+            denoiser.requires_grad_(True)
+        if config.run.gradient_checkpointing:
+            denoiser.enable_gradient_checkpointing()
+        denoiser.to(self.accelerator.device).train()
+        self.parameters = {n: p for n, p in denoiser.named_parameters() if p.requires_grad}
+        trained = list(self.parameters.values())
+        rate = scaled_learning_rate(config, self.accelerator.num_processes)
+        optimizer = build_optimizer(trained, config.optim, rate)
+        # Not prepared by accelerate, which would step it once per process.
+        self.schedule = build_schedule(optimizer, config.optim, self.num_steps)
+        self.ema = build_ema(trained, config.optim)
+        self.denoiser, self.optimizer = self.accelerator.prepare(denoiser, optimizer)
+
+    def _resume(self) -> None:
+        path = find_checkpoint(self.folder, self.config.run.resume_from_checkpoint)
+        if path is None:
+            return
+        state = load_checkpoint(path, self.parameters, self.optimizer, self.ema)
+        self.step = state["step"]
+        self.schedule.load_state_dict(state["schedule"])
+        if self.objective is not None and self.objective.auto is not None and state["auto_weight"] is not None:
+            self.objective.auto.load_state_dict(state["auto_weight"])
+        if self.accelerator.scaler is not None and state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        logger.info("continuing from %s at step %d of %d", path, self.step, self.num_steps)
+
+    def _announce(self) -> None:
+        count = sum(p.numel() for p in self.parameters.values())
+        logger.info(
+            "training %s parameters on %d samples: %d steps of %d samples, learning rate %g, %s",
+            f"{count:,}", len(self.data), self.num_steps, self.samples_per_step,
+            self.optimizer.param_groups[0]["lr"], f"mixed precision {self.accelerator.mixed_precision}",
+        )  # fmt: skip
+        if self.objective is not None:
+            loss = self.objective.loss_fn
+            logger.info(
+                "LPL: weight %s, gate %s (passed with probability %.3g), decoder in %s outside autocast, TF32 %s, taps %s",
+                self.config.lpl.lpl_weight, self.objective.gate, self.objective.p_gate,
+                str(loss.dtype).removeprefix("torch."), "on" if self.config.run.allow_tf32 else "off",
+                ", ".join(f"{t.name} ({t.channels} channels, stride {t.stride})" for t in loss.taps),
+            )  # fmt: skip
+
+    def fit(self) -> None:
+        """Trains to the last step."""
+        run, log, accelerator = self.config.run, self.config.logging, self.accelerator
+        trackers_config = {k: v for k, v in self.config.flat().items() if isinstance(v, (int, float, str, bool))}
+        trackers_config.pop("hub_token", None)
+        accelerator.init_trackers("lpl", config=trackers_config)
+        self.tracker.start(self.step)
+        bar = tqdm(
+            total=self.num_steps, initial=self.step, desc="training", disable=not accelerator.is_local_main_process
+        )
+        while self.step < self.num_steps:
+            gradient_norm = self._optimizer_step()
+            self.step += 1
+            bar.update()
+            if self.step % log.log_every == 0 or self.step in (1, self.num_steps):
+                self._require_finite()
+                extra = {"learning_rate": self.schedule.get_last_lr()[0], "gradient_norm": float(gradient_norm)}
+                metrics = self.tracker.log(self.step, extra)
+                shown = {"loss": "train_loss", "lpl": "lpl/weighted_loss", "share": "lpl/gradient_share"}
+                bar.set_postfix({k: f"{metrics[name]:.3g}" for k, name in shown.items() if name in metrics})
+            if self._validates():
+                self.validate()
+            if self.step % run.checkpointing_steps == 0:
+                self.save()
+        bar.close()
+
+    def _optimizer_step(self) -> torch.Tensor:
+        run, accelerator = self.config.run, self.accelerator
+        use_lpl = self.step >= self.config.lpl.lpl_start
+        # Whatever randomness is left in the model (dropout) is a function of the step.
+        torch.manual_seed(keyed_seed(run.seed, "step", self.step, accelerator.process_index))
+        norm = torch.zeros(())
+        for micro_batch in range(run.gradient_accumulation_steps):
+            batch = self.data.batch([self.order.draw(p) for p in self._positions(self.step, micro_batch)])
+            with accelerator.accumulate(self.denoiser):
+                out = self.step_loss(self.denoiser, batch, accelerator.device, use_lpl)
+                self.guard.watch(
+                    self.step * run.gradient_accumulation_steps + micro_batch, out.diffusion_per_sample, out.lpl
+                )
+                self.tracker.window.add(out.metrics, out.num_lpl_samples)
+                accelerator.backward(out.loss)
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(self.parameters.values(), self.config.optim.max_grad_norm)
+                    if accelerator.scaler is None:
+                        self.guard.watch_gradient(self.step, norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        if not accelerator.optimizer_step_was_skipped:
+            self.schedule.step()
+        if self.ema is not None:
+            self.ema.step(self.parameters.values())
+        if self.objective is not None:
+            self.objective.end_step(accelerator.reduce if accelerator.num_processes > 1 else None)
+        return norm
+
+    def _positions(self, step: int, micro_batch: int) -> list[int]:
+        run, accelerator = self.config.run, self.accelerator
+        return self.order.positions(
+            step,
+            micro_batch,
+            accelerator.process_index,
+            run.train_batch_size,
+            run.gradient_accumulation_steps,
+            accelerator.num_processes,
+        )
+
+    def _require_finite(self) -> None:
+        mine: list[str] = []
+        if (found := self.guard.first()) is not None:
+            accumulation = self.config.run.gradient_accumulation_steps
+            step, micro_batch = divmod(found.micro_step, accumulation)
+            indices = [self.order.draw(p)[0] for p in self._positions(step, micro_batch)]
+            culprits = found.samples or range(len(indices))
+            ids = ", ".join(self.data.records[indices[i]].id for i in culprits)
+            terms = " and ".join(["the diffusion loss"] * bool(found.samples) + ["LPL"] * found.lpl)
+            mine = [f"{terms} was not finite at step {step} (samples {ids})"]
+        elif (step_of_gradient := self.guard.first_gradient()) is not None:
+            mine = [f"the gradient was not finite at step {step_of_gradient}, though the loss was"]
+        reports = gather_object(mine)
+        if reports:
+            last = find_checkpoint(self.folder, None)
+            kept = f"{last} is the last checkpoint" if last else "no checkpoint was written yet"
+            raise TrainingStoppedError(f"{reports[0]}; {kept}")
+
+    def _validates(self) -> bool:
+        log = self.config.logging
+        if log.validation_prompt is None:
+            return False
+        if self.step == self.num_steps:
+            return True
+        if log.validation_steps is not None:
+            return self.step % log.validation_steps == 0
+        every = max(1, round(log.validation_epochs * self.steps_per_epoch))
+        return self.step % every == 0
+
+    def validate(self) -> None:
+        """Makes validation images with the averaged weights where there are any; leaves training as it was."""
+        self._require_finite()
+        log, accelerator = self.config.logging, self.accelerator
+        if accelerator.is_main_process:
+            denoiser = accelerator.unwrap_model(self.denoiser)
+            denoiser.eval()
+            if self.ema is not None:
+                self.ema.store(self.parameters.values())
+                self.ema.copy_to(self.parameters.values())
+            prompt = str(log.validation_prompt)
+            images = self.family.generate(
+                denoiser, prompt, log.num_validation_images, self.config.run.seed, self.config.data.resolution
+            )
+            if self.ema is not None:
+                self.ema.restore(self.parameters.values())
+            denoiser.train()
+            publish_images(accelerator, images, prompt, self.folder / "samples", self.step)
+        accelerator.wait_for_everyone()
+
+    def save(self) -> None:
+        """Writes a checkpoint of this step."""
+        self._require_finite()
+        if self.accelerator.is_main_process:
+            auto = self.objective.auto if self.objective is not None else None
+            scaler = self.accelerator.scaler
+            state: dict[str, Any] = {
+                "schedule": self.schedule.state_dict(),
+                "auto_weight": auto.state_dict() if auto is not None else None,
+                "scaler": scaler.state_dict() if scaler is not None else None,
+            }
+            limit = self.config.run.checkpoints_total_limit
+            save_checkpoint(self.folder, self.step, self.parameters, self.optimizer, self.ema, state, limit)
+        self.accelerator.wait_for_everyone()
+
+    def finish(self) -> None:
+        """Exports the result (the averaged weights where there are any) into the output folder."""
+        accelerator, family = self.accelerator, self.family
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            if self.ema is not None:
+                self.ema.copy_to(self.parameters.values())
+            denoiser = accelerator.unwrap_model(self.denoiser)
+            temporary = self.folder / ".tmp-result"
+            shutil.rmtree(temporary, ignore_errors=True)
+            if self.config.model.rank is None:
+                family.export(denoiser, temporary)
+            else:
+                family.export_lora(denoiser, temporary)
+            for part in temporary.iterdir():
+                target = self.folder / part.name
+                if target.is_dir():
+                    shutil.rmtree(target)
+                part.replace(target)
+            temporary.rmdir()
+            (self.folder / FINISHED).write_text(json.dumps({"step": self.step}))
+            if self.repository is not None:
+                hub.push(self.config, self.repository)
+            logger.info("done: the result is in %s", self.folder)
+        accelerator.end_training()
+
+
+def build_objective(config: TrainConfig, family: Any) -> PerceptualObjective:
+    """LPL as the config describes it, on the family's VAE.
+
+    Raises:
+        UserError: a gate that the schedule or the timestep bias never passes.
+    """
+    options = config.lpl
+    loss_fn = LatentPerceptualLoss(
+        family.vae,
+        num_blocks=options.lpl_num_blocks,
+        norm_type=options.lpl_norm_type,
+        loss_type=options.lpl_loss_type,
+        pow_law=options.lpl_pow_law,
+        remove_outliers=options.lpl_remove_outliers,
+        checkpointing=config.lpl_checkpointing,
+        dtype=getattr(torch, options.lpl_dtype),
+    )
+    try:
+        return PerceptualObjective(
+            loss_fn,
+            family.noise_scheduler,
+            lpl_weight=options.lpl_weight,
+            lpl_t_threshold=options.lpl_t_threshold,
+            lpl_snr_threshold=options.lpl_snr_threshold,
+            lpl_sigma_threshold=options.lpl_sigma_threshold,
+            lpl_scale=options.lpl_scale,
+            lpl_reduction=options.lpl_reduction,
+            p_gate=timestep_weights(family.noise_scheduler.config.num_train_timesteps, config.diffusion),
+            snr_gamma=config.diffusion.snr_gamma,
+            lpl_max_samples=options.lpl_max_samples,
+            lpl_target_share=options.lpl_target_share,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _accelerator(config: TrainConfig) -> Accelerator:
+    """The engine; precision the device lacks is refused here, before anything loads."""
+    run, log = config.run, config.logging
+    accelerator = Accelerator(
+        gradient_accumulation_steps=run.gradient_accumulation_steps,
+        mixed_precision=run.mixed_precision,
+        log_with=None if log.report_to == "none" else log.report_to,
+        project_dir=str(Path(run.output_dir) / log.logging_dir),
+    )
+    kind = accelerator.device.type
+    if accelerator.mixed_precision == "fp16" and kind == "cpu":
+        raise UserError("--mixed_precision fp16 needs an accelerator; on a CPU use bf16 or no")
+    if accelerator.mixed_precision == "bf16" and kind == "cuda" and not torch.cuda.is_bf16_supported():
+        raise UserError("--mixed_precision bf16: this GPU has no bfloat16; use fp16")
+    if config.optim.use_8bit_adam and kind == "cpu":
+        raise UserError("--use_8bit_adam needs a GPU; drop it on a CPU")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = run.allow_tf32
+    level = logging.INFO if accelerator.is_main_process else logging.ERROR
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logger.setLevel(level)
+    return accelerator
