@@ -28,3 +28,93 @@ def tiny_vae(seed: int = 0, widths: tuple[int, ...] = (8, 16, 16, 16), **config:
     )
     randomize(vae, seed)
     return vae.eval().requires_grad_(False)
+
+
+def tiny_sdxl(folder: Any, seed: int = 0, prediction_type: str = "epsilon", **scheduler: Any) -> Any:
+    """Writes a StableDiffusionXLPipeline of about 50,000 parameters to a folder, in diffusers' format.
+
+    Latents have 4 channels and stride 4, so 16-pixel images do.
+
+    Args:
+        folder: where to.
+        seed: of the weights.
+        prediction_type: of its scheduler.
+        scheduler: further settings of its scheduler.
+    """
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    from lpl.demo.architecture import build_tokenizers
+
+    tokenizer, tokenizer_2 = build_tokenizers()
+
+    def text_config(width: int) -> CLIPTextConfig:
+        return CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=width,
+            projection_dim=width,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=tokenizer.model_max_length,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+
+    vae = tiny_vae(seed, widths=(8, 8, 16))
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel(
+        sample_size=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        transformer_layers_per_block=1,
+        attention_head_dim=(1, 2),
+        norm_num_groups=4,
+        cross_attention_dim=24,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=6 * 4 + 16,
+    )
+    pipeline = StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(text_config(8)),
+        text_encoder_2=CLIPTextModelWithProjection(text_config(16)),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer_2,
+        unet=unet,
+        scheduler=EulerDiscreteScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            timestep_spacing="leading",
+            steps_offset=1,
+            prediction_type=prediction_type,
+            **scheduler,
+        ),
+        add_watermarker=False,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def tiny_images(folder: Any, count: int = 6, size: int = 24, seed: int = 0) -> Any:
+    """Writes small random pictures with metadata.jsonl to a folder."""
+    import json
+    from pathlib import Path
+
+    import numpy as np
+    from PIL import Image
+
+    folder, random = Path(folder), np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for i in range(count):
+        coarse = Image.fromarray(random.integers(0, 256, (4, 5, 3), dtype=np.uint8))
+        coarse.resize((size + 4 * i, size), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
+        lines.append(json.dumps({"file_name": f"{i}.png", "text": f"picture {i} of a pattern"}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return folder

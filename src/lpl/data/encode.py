@@ -117,18 +117,19 @@ def encode_dataset(
     captions = {caption_key(caption): caption for caption in [*(r.caption for r in source.records), *dropped]}
     crop_keys = {key for job in plan.jobs for key in job.crops}
     missing_crops = crop_keys - latents.keys()
-    missing_captions = {key: caption for key, caption in captions.items() if key not in text}
+    missing_captions = captions.keys() - text.keys()
     if process_index == 0 and plan.upscaled:
         logger.warning(
             "%d of %d images are smaller than --resolution %d and are scaled up: they will train blur",
             *(plan.upscaled, len(source), config.resolution),
         )
-    barrier()  # all have seen what is missing before the first one writes: their shares fit together
+    barrier()  # nobody writes before all have counted what is missing
 
-    jobs = [ImageJob(job.index, {k: c for k, c in job.crops.items() if k in missing_crops}) for job in plan.jobs]
-    share = slice(process_index, None, num_processes)
-    _encode_images(source, [job for job in jobs if job.crops][share], config, family, batch_size, latents, progress)
-    _encode_captions(list(missing_captions.items())[share], family, batch_size, text, progress)
+    share = slice(process_index, None, num_processes)  # of everything, so that shares fit whatever each has seen
+    jobs = [ImageJob(j.index, {k: c for k, c in j.crops.items() if k in missing_crops}) for j in plan.jobs[share]]
+    lines = [(key, caption) for key, caption in list(captions.items())[share] if key in missing_captions]
+    _encode_images(source, [job for job in jobs if job.crops], config, family, batch_size, latents, progress)
+    _encode_captions(lines, family, batch_size, text, progress)
     barrier()
 
     for cache, keys in ((latents, crop_keys), (text, captions.keys())):
@@ -194,7 +195,7 @@ def _encode_captions(
     captions: Sequence[tuple[str, str]], family: Encoder, batch_size: int, cache: TensorCache, progress: bool
 ) -> None:
     shards = _ShardWriter(cache)
-    with tqdm(total=len(captions), desc="encoding captions", disable=not progress) as bar:
+    with tqdm(total=len(captions), desc="encoding captions", disable=not (progress and captions)) as bar:
         for batch in _batches(captions, batch_size):
             fields = family.encode_text([caption for _, caption in batch])
             for position, (key, caption) in enumerate(batch):

@@ -181,8 +181,8 @@ class HubDataset:
         image = self._dataset[index][self._column] or {}
         if image.get("bytes") is not None:
             return bytes(image["bytes"])
-        path = image.get("path")
-        require(bool(path), f"{self.describe(index)} holds no image in --image_column {self._column}: remove the row")
+        path = str(image.get("path") or "")
+        require(path != "", f"{self.describe(index)} holds no image in --image_column {self._column}: remove the row")
         return _read_image(Path(path))
 
     def describe(self, index: int) -> str:

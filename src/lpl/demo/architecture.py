@@ -30,7 +30,7 @@ def learn_merges() -> tuple[tuple[str, str], ...]:
     """Byte pair merges learned from the captions, most frequent pair first, until each word is one token."""
     counts = Counter(word for caption in all_captions() for word in caption.lower().replace(",", " ,").split())
     words = {word: [*word[:-1], word[-1] + "</w>"] for word in counts}
-    merges = []
+    merges: list[tuple[str, str]] = []
     while True:
         pairs: Counter[tuple[str, str]] = Counter()
         for word, symbols in words.items():
@@ -58,7 +58,8 @@ def build_vocabulary() -> dict[str, int]:
 
 def build_tokenizers() -> tuple[CLIPTokenizer, CLIPTokenizer]:
     """SDXL's pair: one vocabulary, the first pads with the end token, the second with "!" (id 0)."""
-    vocabulary, merges = build_vocabulary(), list(learn_merges())
+    vocabulary = build_vocabulary()
+    merges: list = list(learn_merges())  # pairs, though the signature says strings
     first, second = (
         CLIPTokenizer(
             vocab=vocabulary,

@@ -7,13 +7,16 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
-class TimedRun:
+
+class TimedRun(Generic[ModuleT]):
     """Trains a module until its budget of minutes is spent; the same call again resumes from the last checkpoint.
 
     Args:
@@ -27,7 +30,7 @@ class TimedRun:
 
     def __init__(
         self,
-        module: nn.Module,
+        module: ModuleT,
         checkpoint: Path,
         minutes: float,
         learning_rate: float,
@@ -107,5 +110,5 @@ class TimedRun:
     @torch.no_grad()
     def _update_average(self) -> None:
         decay = min(self.ema_decay, (1 + self.step) / (10 + self.step))
-        averaged, current = list(self.average.parameters()), list(self.module.parameters())
+        averaged, current = tuple(self.average.parameters()), tuple(self.module.parameters())
         torch._foreach_lerp_(averaged, current, 1.0 - decay)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.training_utils import _collate_lora_metadata
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
@@ -149,14 +149,22 @@ class SDXL:
         )
 
 
+def meta_models(configs: dict[str, Any]) -> tuple[UNet2DConditionModel, AutoencoderKL]:
+    """UNet and VAE without weights, on the meta device, from their configs."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(configs["unet"])
+        vae = AutoencoderKL.from_config(configs["vae"])
+    return unet, vae.eval()
+
+
 def _load(config: ModelConfig) -> StableDiffusionXLPipeline:
     name = str(config.pretrained_model_name_or_path)
-    common: dict[str, Any] = {"torch_dtype": torch.float32, "cache_dir": config.cache_dir}
+    common: dict[str, Any] = {"dtype": torch.float32, "cache_dir": config.cache_dir}
     try:
         if config.pretrained_vae_model_name_or_path is not None:
             vae_name = config.pretrained_vae_model_name_or_path
             common["vae"] = AutoencoderKL.from_pretrained(
-                vae_name, torch_dtype=torch.float32, use_safetensors=True, cache_dir=config.cache_dir
+                vae_name, dtype=torch.float32, use_safetensors=True, cache_dir=config.cache_dir
             )
         if name.endswith(".safetensors"):
             local = config.single_file_config

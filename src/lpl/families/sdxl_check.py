@@ -20,7 +20,8 @@ def check_model(config: ModelConfig) -> dict[str, Any]:
     """Refuses a model that this trainer would not train right.
 
     Returns:
-        The configs that were read, by component ("unet", "vae", "scheduler"); empty for a single file.
+        The configs that were read, by component ("unet", "vae", "scheduler"); for a single file those of
+        --single_file_config, or nothing.
 
     Raises:
         UserError: what is missing or wrong, in one line.
@@ -31,13 +32,16 @@ def check_model(config: ModelConfig) -> dict[str, Any]:
     path = Path(name)
     if path.suffix in (".safetensors", ".ckpt", ".pt", ".bin", ".pth"):
         _check_single_file(path, config)
-        return {}
-    if not path.exists():
+        if config.single_file_config is None:
+            return {}
+        path, name = Path(config.single_file_config), config.single_file_config
+    if config.single_file_config is None and not path.exists():
         if name.count("/") != 1 or name.startswith((".", "/", "~")):
             raise UserError(f"{FLAG} {name}: no such folder")
         read = _hub_reader(config)
     elif path.is_dir():
-        _check_complete(path, config.variant)
+        if config.single_file_config is None:
+            _check_complete(path, config.variant)
         read = lambda file: json.loads((path / file).read_text())  # noqa: E731
     else:
         raise UserError(f"{FLAG} {name}: a file, but not .safetensors; give that or a diffusers folder")

@@ -7,10 +7,12 @@ with Perceptual Objectives", ICLR 2025 (arXiv 2411.04873), section 3.
 """
 
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.amp import autocast, is_autocast_available
 from torch.nn.functional import interpolate
 from torch.utils.checkpoint import checkpoint
 
@@ -106,36 +108,32 @@ class LatentPerceptualLoss:
         """
         self._check(pred_latents, target_latents)
         target_latents = target_latents.detach()
-        if not (torch.is_grad_enabled() and pred_latents.requires_grad):
-            return self._compare(pred_latents, target_latents, mask)
-        pred = pred_latents.detach().to(self.arithmetic).requires_grad_()
-        out = self._compare(pred, target_latents, mask)
-        # float16 features have gradients below its smallest number: scale them by a power of two, exactly undone.
-        scale = 2.0**16 if self.dtype == torch.float16 else 1.0
-        # Autocast also casts what a backward pass calls (the products of the attention's linear layers).
-        with torch.autocast(pred.device.type, enabled=False):
+        with _without_autocast(pred_latents.device.type):
+            if not (torch.is_grad_enabled() and pred_latents.requires_grad):
+                return self._compare(pred_latents, target_latents, mask)
+            pred = pred_latents.detach().to(self.arithmetic).requires_grad_()
+            out = self._compare(pred, target_latents, mask)
+            # float16 features have gradients below its smallest number: scale them by a power of two, exactly undone.
+            scale = 2.0**16 if self.dtype == torch.float16 else 1.0
             (gradient,) = torch.autograd.grad(out.per_sample.sum() * scale, pred)
-        gradient = gradient / scale
-        return out._replace(
-            per_sample=WithGradient.apply(pred_latents, out.per_sample.detach(), gradient), gradient=gradient
-        )
+            per_sample = WithGradient.apply(pred_latents, out.per_sample.detach(), gradient / scale)
+            return out._replace(per_sample=per_sample, gradient=gradient / scale)
 
     def _compare(self, pred_latents: Tensor, target_latents: Tensor, mask: Tensor | None) -> LPLOutput:
         per_layer, outliers, means, stds = {}, {}, {}, {}
         total = torch.zeros(len(pred_latents), device=pred_latents.device, dtype=self.arithmetic)
-        with torch.autocast(pred_latents.device.type, enabled=False):
-            x, y = (self.decoder.begin(self._raw(z)) for z in (pred_latents, target_latents))
-            for stage, (tap, weight) in enumerate(zip(self.taps, self.weights, strict=True)):
-                with torch.no_grad():
-                    y = self.decoder.run(stage, y)
-                x = self._run(stage, x)
-                target = y.to(self.arithmetic)
-                inliers = inlier_mask(target, tap.stride) if self.remove_outliers and tap.stride <= MAX_STRIDE else None
-                distance = self._distance(x.to(self.arithmetic), target, inliers, mask)
-                total = total + weight * distance
-                per_layer[tap.name] = distance.detach()
-                outliers[tap.name] = torch.zeros_like(distance) if inliers is None else 1 - inliers.mean((1, 2, 3))
-                stds[tap.name], means[tap.name] = torch.std_mean(target, (1, 2, 3))
+        x, y = (self.decoder.begin(self._raw(z)) for z in (pred_latents, target_latents))
+        for stage, (tap, weight) in enumerate(zip(self.taps, self.weights, strict=True)):
+            with torch.no_grad():
+                y = self.decoder.run(stage, y)
+            x = self._run(stage, x)
+            target = y.to(self.arithmetic)
+            inliers = inlier_mask(target, tap.stride) if self.remove_outliers and tap.stride <= MAX_STRIDE else None
+            distance = self._distance(x.to(self.arithmetic), target, inliers, mask)
+            total = total + weight * distance
+            per_layer[tap.name] = distance.detach()
+            outliers[tap.name] = torch.zeros_like(distance) if inliers is None else 1 - inliers.mean((1, 2, 3))
+            stds[tap.name], means[tap.name] = torch.std_mean(target, (1, 2, 3))
         return LPLOutput(total / len(self.taps), per_layer, outliers, means, stds, None)
 
     def _raw(self, latents: Tensor) -> Tensor:
@@ -172,3 +170,8 @@ class LatentPerceptualLoss:
                 module.to(pred.device)
             if weight.dtype != self.dtype:
                 raise ValueError(f"the VAE was cast to {weight.dtype} after the loss was built for {self.dtype}")
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Also around the backward pass: autocast would cast what the attention's products call there."""
+    return autocast(device_type, enabled=False) if is_autocast_available(device_type) else nullcontext()

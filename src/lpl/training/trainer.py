@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from lpl.config import TrainConfig
 from lpl.config_io import write_config
 from lpl.data.encode import encode_dataset
-from lpl.data.sampler import DrawOrder
+from lpl.data.sampler import DrawOrder, positions
 from lpl.diffusion.draws import keyed_seed
 from lpl.errors import TrainingStoppedError, UserError
 from lpl.families import load_family
@@ -203,7 +203,7 @@ class Trainer:
 
     def _positions(self, step: int, micro_batch: int) -> list[int]:
         run, accelerator = self.config.run, self.accelerator
-        return self.order.positions(
+        return positions(
             step,
             micro_batch,
             accelerator.process_index,

@@ -1,0 +1,101 @@
+"""`lpl demo`: the whole of `lpl train` on a small SDXL and photographs, with sample grids before and after."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from lpl.errors import UserError
+
+PROMPTS_SHOWN = 8
+SEED = 7
+SAMPLING_STEPS = 25
+GUIDANCE_SCALE = 4.0
+
+
+def run_demo(output_dir: str, export_model: str | None, export_data: str | None, max_train_steps: int | None) -> None:
+    """Exports model or data, or runs the demo: export both, train by the preset, show samples before and after.
+
+    Args:
+        output_dir: gets model/, data/, run/ (the result) and samples.png.
+        export_model: only write the model here.
+        export_data: only write the data here.
+        max_train_steps: instead of the preset's.
+
+    Raises:
+        UserError: the folder is in the way, or the photographs' packages are missing.
+    """
+    if export_model is not None or export_data is not None:
+        _export(export_model, export_data)
+        return
+    started, folder = time.perf_counter(), Path(output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output_dir {folder}: a file is in the way")
+    model, data, run = folder / "model", folder / "data", folder / "run"
+    _export(str(model), str(data))
+
+    from lpl.cli import parse_train, run_train
+
+    length = [] if max_train_steps is None else [f"--max_train_steps={max_train_steps}"]
+    run_train(
+        parse_train(
+            [
+                "--config=demo",
+                f"--pretrained_model_name_or_path={model}",
+                f"--train_data_dir={data}",
+                f"--output_dir={run}",
+                f"--latent_cache_dir={folder / 'cache'}",
+                *length,
+            ]
+        )
+    )
+    picture = show_samples(model, run, folder / "samples.png")
+    minutes = (time.perf_counter() - started) / 60
+    print(
+        f"lpl demo: done in {minutes:.1f} minutes. Model: {run}; samples before and after: {picture}; "
+        f"logs: tensorboard --logdir {run / 'logs'}"
+    )
+
+
+def _export(model: str | None, data: str | None) -> None:
+    from lpl.demo.photographs import export_data
+    from lpl.demo.weights import export_model
+
+    try:
+        if model is not None:
+            print(f"the small SDXL is in {export_model(model)}")
+        if data is not None:
+            print(f"its photographs are in {export_data(data)}")
+    except RuntimeError as error:
+        raise UserError(str(error)) from error
+
+
+def show_samples(before: Path, after: Path, picture: Path) -> Path:
+    """Writes a grid: a column a caption; rows: real crop, before, after, from the same noise.
+
+    Args:
+        before, after: pipeline folders.
+        picture: the PNG to write.
+    """
+    import torch
+    from diffusers import StableDiffusionXLPipeline
+    from PIL import Image
+
+    from lpl.demo.photographs import training_crops
+    from lpl.training.validation import image_grid
+
+    crops = training_crops()
+    shown = crops[:: max(1, len(crops) // PROMPTS_SHOWN)][:PROMPTS_SHOWN]
+    captions, rows = [crop.caption for crop in shown], [crop.image for crop in shown]
+    for folder in (before, after):
+        pipeline = StableDiffusionXLPipeline.from_pretrained(folder, use_safetensors=True, add_watermarker=False)
+        pipeline.set_progress_bar_config(desc=f"samples {folder.name}")
+        rows += pipeline(
+            captions,
+            num_inference_steps=SAMPLING_STEPS,
+            guidance_scale=GUIDANCE_SCALE,
+            generator=[torch.Generator().manual_seed(SEED + i) for i in range(len(captions))],
+        ).images
+    grid = image_grid(rows, len(captions))
+    grid.resize((grid.width * 2, grid.height * 2), Image.Resampling.NEAREST).save(picture)
+    return picture
