@@ -175,7 +175,9 @@ class LPLConfig:
     def __post_init__(self) -> None:
         weight = self.lpl_weight
         require(weight == "auto" or float(weight) >= 0, f"--lpl_weight must be 0 or more, not {weight}")
-        require(0 < self.lpl_target_share < 1, f"--lpl_target_share must lie between 0 and 1, not {self.lpl_target_share}")
+        require(
+            0 < self.lpl_target_share < 1, f"--lpl_target_share must lie between 0 and 1, not {self.lpl_target_share}"
+        )
         require(
             weight == "auto" or self.lpl_target_share == LPLConfig.lpl_target_share,
             "--lpl_target_share acts with --lpl_weight auto only: drop one of them",

@@ -64,7 +64,9 @@ def describe(config: TrainConfig, checked: Checked) -> str:
             norm_type=config.lpl.lpl_norm_type, remove_outliers=config.lpl.lpl_remove_outliers,
         )  # fmt: skip
         rows.append(("LPL, one gated sample", _lpl_bytes(loss, (1, *shape[1:]), config)))
-        lines.append(f"LPL          weight {config.lpl.lpl_weight}, {config.lpl.lpl_norm_type}, {config.lpl.lpl_loss_type}")
+        lines.append(
+            f"LPL          weight {config.lpl.lpl_weight}, {config.lpl.lpl_norm_type}, {config.lpl.lpl_loss_type}"
+        )
         for tap, weight in zip(loss.taps, loss.weights, strict=True):
             cells = config.data.resolution // tap.stride
             lines.append(f"  tap {tap.name:6}  {tap.channels} x {cells} x {cells}, weight {weight:g}")
@@ -81,7 +83,11 @@ def _unet_bytes(unet: Any, shape: tuple[int, ...], config: TrainConfig) -> int:
     batch, settings = shape[0], unet.config
     pooled = settings.projection_class_embeddings_input_dim - 6 * settings.addition_time_embed_dim
     with torch.device("meta"):
-        inputs = (torch.empty(shape), torch.zeros(batch, dtype=torch.long), torch.empty(batch, 77, settings.cross_attention_dim))
+        inputs = (
+            torch.empty(shape),
+            torch.zeros(batch, dtype=torch.long),
+            torch.empty(batch, 77, settings.cross_attention_dim),
+        )
         conditions = {"text_embeds": torch.empty(batch, pooled), "time_ids": torch.empty(batch, 6)}
     return count_saved_bytes(lambda: unet(*inputs, added_cond_kwargs=conditions), unet.parameters())
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 class Family(Protocol):
     """A loaded model: the denoiser that is trained, and the frozen parts around it."""
 
-    denoiser: nn.Module
+    denoiser: Any
     """The network that is trained, float32 (LoRA: base weights in the run's precision)."""
     vae: Any
     """The frozen VAE, float32, in eval mode."""

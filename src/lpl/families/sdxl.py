@@ -43,7 +43,7 @@ class SDXL:
     def __init__(self, config: ModelConfig, device: torch.device, weight_dtype: torch.dtype) -> None:
         self.device, self.weight_dtype = device, weight_dtype
         self.pipeline = _load(config)
-        self.denoiser: nn.Module = self.pipeline.unet
+        self.denoiser = self.pipeline.unet
         self.vae = self.pipeline.vae.float().eval().requires_grad_(False)
         self.text_encoders = (self.pipeline.text_encoder, self.pipeline.text_encoder_2)
         for encoder in self.text_encoders:

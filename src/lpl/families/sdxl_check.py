@@ -74,7 +74,9 @@ def _hub_reader(config: ModelConfig) -> Any:
         except LocalEntryNotFoundError as error:
             raise UserError(f"{FLAG} {name}: no such folder, and the Hub cannot be reached for {file}") from error
         except (EntryNotFoundError, HfHubHTTPError) as error:
-            raise UserError(f"{FLAG} {name}: no such folder, and not on the Hub: {str(error).splitlines()[0]}") from error
+            raise UserError(
+                f"{FLAG} {name}: no such folder, and not on the Hub: {str(error).splitlines()[0]}"
+            ) from error
         return json.loads(Path(found).read_text())
 
     return read
@@ -106,14 +108,18 @@ def _check_configs(configs: dict[str, Any], config: ModelConfig) -> None:
     unet, vae, scheduler = configs["unet"], configs["vae"], configs["scheduler"]
     channels, latent_channels = unet.get("in_channels", 4), vae.get("latent_channels", 4)
     if channels == 9 and latent_channels == 4:
-        raise UserError(f"{FLAG} {name}: an inpainting model (9 input channels); this trainer needs a text-to-image one")
+        raise UserError(
+            f"{FLAG} {name}: an inpainting model (9 input channels); this trainer needs a text-to-image one"
+        )
     if channels != latent_channels:
         raise UserError(f"{FLAG} {name}: the UNet takes {channels} channels, the VAE's latents have {latent_channels}")
     if unet.get("addition_embed_type") != "text_time":
         raise UserError(f"{FLAG} {name}: the UNet lacks SDXL's size conditioning (addition_embed_type text_time)")
     kind = str(scheduler.get("_class_name"))
     if kind.startswith("EDM") or "FlowMatch" in kind:
-        raise UserError(f"{FLAG} {name}: its scheduler is {kind}; EDM and flow schedules are not trained right here yet")
+        raise UserError(
+            f"{FLAG} {name}: its scheduler is {kind}; EDM and flow schedules are not trained right here yet"
+        )
     prediction_type = config.prediction_type or scheduler.get("prediction_type", "epsilon")
     if prediction_type not in ("epsilon", "v_prediction", "sample"):
         raise UserError(f"{FLAG} {name}: prediction type {prediction_type} is not trained here; see --prediction_type")
@@ -154,10 +160,14 @@ def _check_single_file(path: Path, config: ModelConfig) -> None:
         raise UserError(f"{FLAG} {path}: not a safetensors file, or cut short") from error
     if "conditioner.embedders.1.model.ln_final.weight" not in header:
         refiner = "conditioner.embedders.0.model.ln_final.weight" in header
-        found = "an SDXL refiner; train the base model" if refiner else "not an SDXL checkpoint (no second text encoder)"
+        found = (
+            "an SDXL refiner; train the base model" if refiner else "not an SDXL checkpoint (no second text encoder)"
+        )
         raise UserError(f"{FLAG} {path}: {found}")
     channels = header.get("model.diffusion_model.input_blocks.0.0.weight", {}).get("shape", [0, 4])[1]
     if channels == 9:
-        raise UserError(f"{FLAG} {path}: an inpainting model (9 input channels); this trainer needs a text-to-image one")
+        raise UserError(
+            f"{FLAG} {path}: an inpainting model (9 input channels); this trainer needs a text-to-image one"
+        )
     if config.single_file_config is not None and not (Path(config.single_file_config) / "model_index.json").is_file():
         raise UserError(f"--single_file_config {config.single_file_config}: no model_index.json in it")

@@ -90,6 +90,7 @@ class Gate:
             return timesteps < self.t_threshold
         if self.snr_threshold is not None:
             return signal_to_noise(alpha, sigma) >= self.snr_threshold
+        assert self.sigma_threshold is not None
         return sigma <= self.sigma_threshold * alpha
 
     def __str__(self) -> str:

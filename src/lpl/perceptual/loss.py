@@ -83,7 +83,9 @@ class LatentPerceptualLoss:
             raise ValueError(f"num_blocks must be 0 or more, not {num_blocks}")
         decoder = decoder_taps(vae)
         if num_blocks > decoder.num_up_blocks:
-            logger.warning("num_blocks %d: this decoder has %d up blocks, all tapped", num_blocks, decoder.num_up_blocks)
+            logger.warning(
+                "num_blocks %d: this decoder has %d up blocks, all tapped", num_blocks, decoder.num_up_blocks
+            )
         for module in decoder.modules():
             module.requires_grad_(False)
         self.copied = any(p.dtype != dtype for m in decoder.modules() for p in m.parameters())

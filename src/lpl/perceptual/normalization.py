@@ -34,6 +34,7 @@ def normalize(x: Tensor, y: Tensor, norm_type: str) -> tuple[Tensor, Tensor]:
     if norm_type == "shared":
         length = _length(y) + 1e-6
         return x / length, y / length
+    dims: tuple[int, ...]
     if norm_type == "batch":
         statistics, dims = y, (0, 2, 3)
     elif norm_type in ("channel", "channel_detached"):

@@ -90,8 +90,14 @@ class PerceptualObjective:
         self._table = None if self.gate.is_flow else alpha_sigma_table(noise_scheduler)
         own = "flow" if self.gate.is_flow else noise_scheduler.config.prediction_type
         self.prediction_type = prediction_type or own
-        if self._table is not None and self.prediction_type == "epsilon" and (self._table[0][self.gate.table] == 0).any():
-            raise ValueError("epsilon prediction says nothing where alpha is 0 (zero-terminal SNR): close the gate there")
+        if (
+            self._table is not None
+            and self.prediction_type == "epsilon"
+            and (self._table[0][self.gate.table] == 0).any()
+        ):
+            raise ValueError(
+                "epsilon prediction says nothing where alpha is 0 (zero-terminal SNR): close the gate there"
+            )
 
     @property
     def weight(self) -> Tensor | float:

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def find_checkpoint(folder: Path, choice: str | None) -> Path | None:
 def save_checkpoint(
     folder: Path,
     step: int,
-    parameters: dict[str, Tensor],
+    parameters: Mapping[str, Tensor],
     optimizer: Any,
     ema: EMAModel | None,
     state: dict[str, Any],
@@ -89,7 +90,7 @@ def save_checkpoint(
     return final
 
 
-def load_checkpoint(path: Path, parameters: dict[str, Tensor], optimizer: Any, ema: EMAModel | None) -> dict[str, Any]:
+def load_checkpoint(path: Path, parameters: Mapping[str, Tensor], optimizer: Any, ema: EMAModel | None) -> dict[str, Any]:
     """Restores parameters, optimizer and average in place; returns the rest of what was kept.
 
     Raises:
@@ -113,7 +114,7 @@ def load_checkpoint(path: Path, parameters: dict[str, Tensor], optimizer: Any, e
     return state
 
 
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
+def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
     save_file({name: t.detach().contiguous() for name, t in tensors.items()}, path)
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from peft import LoraConfig
-from torch import nn
 
 from lpl.diffusion.draws import keyed_seed
 
 
-def add_lora(denoiser: nn.Module, rank: int, targets: tuple[str, ...], seed: int) -> None:
+def add_lora(denoiser: Any, rank: int, targets: tuple[str, ...], seed: int) -> None:
     """Freezes the denoiser and adds a trainable float32 adapter of this rank (alpha = rank) to the named layers.
 
     The adapter starts as the identity (B = 0); A is drawn from the seed, on the CPU, whatever the device.

@@ -39,7 +39,9 @@ def preflight(config: TrainConfig) -> Checked:
     finished_step = _check_output(config)
     for package in TRACKERS[config.logging.report_to]:
         if importlib.util.find_spec(package) is None:
-            raise UserError(f"--report_to {config.logging.report_to}: {package} is not installed: pip install {package}")
+            raise UserError(
+                f"--report_to {config.logging.report_to}: {package} is not installed: pip install {package}"
+            )
     configs = model_configs(config.model)
     if configs:
         _check_schedule(config, configs)

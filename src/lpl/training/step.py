@@ -48,7 +48,9 @@ class TrainingStep:
         seed: of the draws.
     """
 
-    def __init__(self, family: Family, config: DiffusionConfig, objective: PerceptualObjective | None, seed: int) -> None:
+    def __init__(
+        self, family: Family, config: DiffusionConfig, objective: PerceptualObjective | None, seed: int
+    ) -> None:
         self.family, self.config, self.objective, self.seed = family, config, objective, seed
         scheduler = family.noise_scheduler
         self.prediction_type = str(scheduler.config.prediction_type)

@@ -69,7 +69,7 @@ class Tracker:
         self.accelerator, self.samples_per_step, self.weight_option = accelerator, samples_per_step, weight_option
         self.window = MetricWindow()
         self._squares, self._gated, self._warned = [0.0, 0.0], 0.0, False
-        self._time, self._step = time.perf_counter(), None
+        self._time, self._step = time.perf_counter(), 0
 
     def start(self, step: int) -> None:
         """Starts the clock at an optimizer step."""
@@ -78,14 +78,17 @@ class Tracker:
     def log(self, step: int, extra: dict[str, float]) -> dict[str, float]:
         """Logs everything since the last log under diffusers' names; returns it."""
         metrics = self.window.read()
-        lpl_square, diffusion_square = metrics.pop("lpl/gradient_square", 0.0), metrics.pop("diffusion/gradient_square", 0.0)
+        lpl_square, diffusion_square = (
+            metrics.pop("lpl/gradient_square", 0.0),
+            metrics.pop("diffusion/gradient_square", 0.0),
+        )
         weighted = metrics.get("lpl/weighted_loss", 0.0)
         if "lpl/weight" in metrics:
             metrics["lpl/gradient_share"] = gradient_share(lpl_square, diffusion_square)
             metrics["lpl/loss_share"] = weighted / (weighted + metrics["diffusion_loss"] or 1.0)
             self._judge(lpl_square, diffusion_square, metrics)
         now = time.perf_counter()
-        done = step - (self._step or 0)
+        done = step - self._step
         metrics["train_loss"] = metrics["diffusion_loss"] + weighted
         metrics["samples_per_second"] = done * self.samples_per_step / (now - self._time)
         self._time, self._step = now, step
@@ -101,7 +104,12 @@ class Tracker:
         self._squares[1] += diffusion_square
         self._gated += metrics["lpl/application_ratio"] * self.samples_per_step
         share = gradient_share(*self._squares)
-        if self._warned or self._gated < SHARE_SAMPLES or metrics["lpl/weight"] == 0 or LOW_SHARE <= share <= HIGH_SHARE:
+        if (
+            self._warned
+            or self._gated < SHARE_SAMPLES
+            or metrics["lpl/weight"] == 0
+            or LOW_SHARE <= share <= HIGH_SHARE
+        ):
             return
         self._warned = True
         does, change = ("idles", "raise") if share < LOW_SHARE else ("dominates", "lower")

@@ -88,7 +88,9 @@ class Trainer:
         self.step_loss = TrainingStep(family, config.diffusion, self.objective, run.seed)
         self.guard = FiniteGuard()
         self.tracker = Tracker(
-            accelerator, self.samples_per_step, f"--lpl_weight {config.lpl.lpl_weight} --lpl_norm_type {config.lpl.lpl_norm_type}"
+            accelerator,
+            self.samples_per_step,
+            f"--lpl_weight {config.lpl.lpl_weight} --lpl_norm_type {config.lpl.lpl_norm_type}",
         )
         self.step = 0
         self._resume()

@@ -196,7 +196,7 @@ def test_row_without_image_is_named(tmp_path: Path) -> None:
     rows = {"image": [{"bytes": png(1), "path": None}, None], "text": ["x", "y"]}
     datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "saved"))
     source = open_source(DataConfig(dataset_name=str(tmp_path / "saved")), None)
-    with pytest.raises(UserError, match="row 1 of .* holds no image in --image_column image"):
+    with pytest.raises(UserError, match=r"row 1 of .* holds no image in --image_column image"):
         source.read(1)
 
 

@@ -74,8 +74,14 @@ def test_subclass_is_walked_like_its_base(vae):
 
 def test_unknown_class_is_refused_by_name():
     with pytest.raises(ValueError, match="no walk through the decoder of AutoencoderTiny"):
-        decoder_taps(AutoencoderTiny(decoder_block_out_channels=(8, 8), encoder_block_out_channels=(8, 8),
-                                     num_decoder_blocks=(1, 1), num_encoder_blocks=(1, 1)).eval())
+        decoder_taps(
+            AutoencoderTiny(
+                decoder_block_out_channels=(8, 8),
+                encoder_block_out_channels=(8, 8),
+                num_decoder_blocks=(1, 1),
+                num_encoder_blocks=(1, 1),
+            ).eval()
+        )
 
 
 def test_training_mode_is_refused():

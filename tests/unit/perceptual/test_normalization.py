@@ -42,7 +42,10 @@ def test_batch_standardises_both_with_the_targets_statistics_over_batch_and_spac
 @pytest.mark.parametrize("norm_type", ["channel", "channel_detached"])
 def test_channel_standardises_both_with_the_predictions_statistics_per_sample_and_channel(norm_type):
     """Rows: (sample 0, channel 0) mean 1 std 2; channel 1 ten times that; sample 1 mean -1 std 2 and mean 1 std 4."""
-    pred = [[[[0.0, 0.0], [0.0, 4.0]], [[0.0, 0.0], [0.0, 40.0]]], [[[0.0, 0.0], [-4.0, 0.0]], [[-1.0, -1.0], [7.0, -1.0]]]]
+    pred = [
+        [[[0.0, 0.0], [0.0, 4.0]], [[0.0, 0.0], [0.0, 40.0]]],
+        [[[0.0, 0.0], [-4.0, 0.0]], [[-1.0, -1.0], [7.0, -1.0]]],
+    ]
     target = [[[[1.0, 3.0], [5.0, -1.0]]] * 2] * 2
     x, y = both(pred, target, norm_type)
     torch.testing.assert_close(x[0], torch.tensor([[[-0.5, -0.5], [-0.5, 1.5]]] * 2))

@@ -1,0 +1,35 @@
+# `make demo` and `make test` each work alone on a machine with Python 3.10+, pip and venv.
+PYTHON ?= python3
+BIN := .venv/bin
+OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
+
+.PHONY: demo test lint bench demo-weights clean
+
+demo: .venv/installed
+	$(OFFLINE) $(BIN)/lpl demo --output_dir lpl-demo
+
+test: .venv/installed lint
+	OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/python -m pytest tests
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/installed
+	$(OFFLINE) $(BIN)/python benchmarks/step_profile.py
+	$(OFFLINE) $(BIN)/python benchmarks/loss_cost.py
+
+# Remakes the shipped weights: about two hours on two CPU cores.
+demo-weights: .venv/installed
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[pretrain]'
+	$(BIN)/python -m lpl.demo.pretrain
+
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[demo,dev]'
+	touch $@
+
+clean:
+	rm -rf .venv lpl-demo lpl-output build dist src/*.egg-info
