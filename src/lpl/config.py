@@ -37,7 +37,7 @@ class ModelConfig:
     cache_dir: str | None = free(None)
     """Where downloads from the Hub are kept."""
     single_file_config: str | None = free(None)
-    """For a .safetensors file without network: a folder with that model's configs and tokenizers (the diffusers layout)."""
+    """For a .safetensors file without network: a diffusers folder with that model's configs and tokenizers."""
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
     """What the denoiser predicts; unset: what the model's scheduler says. The saved pipeline says the same."""
     rank: int | None = None

@@ -1,4 +1,4 @@
-"""Bytes that autograd keeps for the backward pass, counted; works on the meta device, so full-size models cost nothing."""
+"""Bytes that autograd keeps for the backward pass, counted; full-size models on the meta device cost nothing."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import torch
 from lpl.analysis.memory import count_saved_bytes
 from lpl.config import TrainConfig
 from lpl.errors import UserError
-from lpl.families.sdxl import LORA_TARGETS, meta_models
+from lpl.families import meta_models
 from lpl.perceptual.loss import LatentPerceptualLoss
 from lpl.training.lora import add_lora
 from lpl.training.preflight import Checked
@@ -22,20 +22,21 @@ def describe(config: TrainConfig, checked: Checked) -> str:
     """The plan as text.
 
     Memory is an estimate: weights, gradients and optimizer state are exact; activations are the float32 bytes that
-    autograd keeps, counted on the meta device and halved under mixed precision; workspace and fragmentation are not in it.
+    autograd keeps, counted on the meta device and halved under mixed precision; workspace and
+    fragmentation are not in it.
 
     Raises:
         UserError: a single file without --single_file_config, whose configs are needed.
     """
     if not checked.model_configs:
         raise UserError("--dry_run of a .safetensors file needs --single_file_config, a folder with its configs")
-    unet, vae = meta_models(checked.model_configs)
+    unet, vae, lora_targets = meta_models(checked.model_configs)
     run, precision = config.run, config.run.mixed_precision or "no"
     half = precision in HALF
     weight_bytes = 2 if half and config.model.rank is not None else 4
     frozen = sum(p.numel() for p in unet.parameters())
     if config.model.rank is not None:
-        add_lora(unet, config.model.rank, LORA_TARGETS, run.seed)
+        add_lora(unet, config.model.rank, lora_targets, run.seed)
     trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
     stride = 2 ** (len(vae.config.block_out_channels) - 1)
     side = config.data.resolution // stride

@@ -26,7 +26,7 @@ WORKING_SIZE = 640  # longest side a photograph is shrunk to before it is cut
 HELD_OUT_FRACTION = 0.2
 HELD_OUT_GAP = 4  # pixels between the two regions: resampling mixes neighbours
 SCALES = ("wide", "medium", "close-up")
-SCALE_RANGES = {"wide": (0.85, 1.0), "medium": (0.5, 0.7), "close-up": (0.28, 0.42)}
+SCALE_RANGES = {"wide": (0.65, 0.85), "medium": (0.42, 0.58), "close-up": (0.22, 0.32)}  # of the region's shorter side
 CROPS_PER_PHOTOGRAPH = {"wide": 4, "medium": 8, "close-up": 10}
 HELD_OUT_CROPS_PER_PHOTOGRAPH = 8
 
@@ -133,7 +133,7 @@ def _place_of(box: Box, size: tuple[int, int]) -> str:
 def _cut(photograph: Photograph, box: Box, scale: str) -> Crop:
     image = load_photograph(photograph)
     # cropped first: with resize(box=...) the filter would reach over the edge of the box
-    pixels = image.crop(box).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)
+    pixels = image.crop(box).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR)
     return Crop(pixels, caption_of(photograph, scale, _place_of(box, image.size)), photograph.name, box)
 
 
@@ -181,14 +181,14 @@ def random_crops(count: int, rng: random.Random) -> list[Crop]:
 
 
 def random_patches(count: int, rng: random.Random) -> list[Image.Image]:
-    """Crops of the training regions for the autoencoder: any scale down to one pixel a pixel, mirrored and turned."""
+    """Crops of the training regions for the autoencoder: from wide to one pixel a pixel, half of them mirrored."""
     patches = []
     for _ in range(count):
         photograph = rng.choice(PHOTOGRAPHS)
         region, _ = split_regions(photograph)
-        side = round(math.exp(rng.uniform(math.log(IMAGE_SIZE), math.log(_shorter_side(region)))))
+        side = round(math.exp(rng.uniform(math.log(IMAGE_SIZE), math.log(0.85 * _shorter_side(region)))))
         image = _cut(photograph, _random_box(region, side, rng), "close-up").image
-        patches.append(image.transpose(rng.choice(list(Image.Transpose))))
+        patches.append(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else image)
     return patches
 
 

@@ -16,8 +16,8 @@ from lpl.demo.architecture import build_scheduler, build_text_encoders, build_to
 from lpl.demo.photographs import IMAGE_SIZE, all_captions, random_crops, to_tensor, training_crops
 from lpl.demo.timed_run import TimedRun
 
-BATCH_SIZE = 64
-NUM_RANDOM_CROPS = 4000
+BATCH_SIZE = 32
+NUM_RANDOM_CROPS = 3000
 CAPTION_DROPOUT = 0.1
 TIME_IDS = (IMAGE_SIZE, IMAGE_SIZE, 0, 0, IMAGE_SIZE, IMAGE_SIZE)  # original size, crop corner, target size
 
@@ -32,7 +32,7 @@ class EncodedCrops(NamedTuple):
 
 @torch.no_grad()
 def encode_crops(vae: AutoencoderKL, captions: list[str]) -> EncodedCrops:
-    """The fixed training crops and 4000 random ones, without mirroring.
+    """The fixed training crops and 3000 random ones, without mirroring.
 
     Args:
         vae: the autoencoder, with its scaling factor.

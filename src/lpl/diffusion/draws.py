@@ -24,7 +24,7 @@ def keyed_generator(*key: int | str) -> torch.Generator:
 
 def keyed_uniform(*key: int | str) -> float:
     """One number in [0, 1) for a key."""
-    return keyed_seed(*key) / 2**63
+    return (keyed_seed(*key) >> 10) / 2**53
 
 
 def draw_normal(shape: tuple[int, ...], *key: int | str) -> Tensor:

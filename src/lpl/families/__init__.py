@@ -20,9 +20,16 @@ def load_family(config: ModelConfig, device: torch.device, weight_dtype: torch.d
     return SDXL(config, device, weight_dtype)
 
 
+def meta_models(configs: dict[str, Any]) -> tuple[Any, Any, tuple[str, ...]]:
+    """Denoiser and VAE without weights, on the meta device, and the layers of the denoiser that a LoRA is put on."""
+    from lpl.families import sdxl
+
+    return *sdxl.meta_models(configs), sdxl.LORA_TARGETS
+
+
 def model_configs(config: ModelConfig) -> dict[str, Any]:
     """Checks the model and returns its components' configs; nothing heavy loads."""
     return check_model(config)
 
 
-__all__ = ["load_family", "model_configs"]
+__all__ = ["load_family", "meta_models", "model_configs"]

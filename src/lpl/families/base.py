@@ -20,6 +20,8 @@ class Family(Protocol):
     """The frozen VAE, float32, in eval mode."""
     noise_scheduler: Any
     """The training schedule, with alphas_cumprod and config.prediction_type."""
+    lora_targets: tuple[str, ...]
+    """Names of the denoiser's layers that a LoRA is put on."""
     latent_key: str
     """Hash of the image encoder's weights and settings."""
     text_key: str

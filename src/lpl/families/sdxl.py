@@ -40,6 +40,8 @@ class SDXL:
         UserError: the model cannot be loaded.
     """
 
+    lora_targets: tuple[str, ...] = LORA_TARGETS
+
     def __init__(self, config: ModelConfig, device: torch.device, weight_dtype: torch.dtype) -> None:
         self.device, self.weight_dtype = device, weight_dtype
         self.pipeline = _load(config)

@@ -33,7 +33,7 @@ class AutoWeight:
         self._step_samples = 0
 
     def measure(self, lpl_square: Tensor, diffusion_square: Tensor, gated: int) -> None:
-        """Adds one micro-batch: mean squared gradient of LPL at weight 1 and of the diffusion loss, and its gated samples.
+        """Adds one micro-batch: mean squared gradients of LPL at weight 1 and of the diffusion loss, and gated samples.
 
         Raises:
             RuntimeError: end_step() was never called.

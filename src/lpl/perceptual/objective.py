@@ -160,15 +160,16 @@ class PerceptualObjective:
         coefficient = coefficient * (gated / len(chosen))
         coefficient = coefficient / (size * self.p_gate if self.lpl_reduction == "expected" else gated)
         index = chosen.to(model_output.device, non_blocking=True)
+        coefficient = coefficient.to(index.device, non_blocking=True)
         if sample_weight is not None:
-            coefficient = coefficient.to(index.device) * sample_weight.to(index.device)[index]
+            coefficient = coefficient * sample_weight.to(index.device, non_blocking=True)[index]
         pred = x0_from_output(model_output[index], noisy_latents[index], alpha, sigma, self.prediction_type)
         out = self.loss_fn(pred, latents[index], None if mask is None else mask[index])
-        coefficient = coefficient.to(index.device, non_blocking=True)
         loss = self.weight * (coefficient * out.per_sample).sum()
         metrics |= _describe(out, snr) | {"lpl/weighted_loss": loss.detach()}
         if out.gradient is not None and diffusion_square is not None:
-            factor = coefficient * output_sensitivity(alpha, sigma, self.prediction_type).to(index.device)
+            sensitivity = output_sensitivity(alpha, sigma, self.prediction_type)
+            factor = coefficient * sensitivity.to(index.device, non_blocking=True)
             unit_square = (expand(factor, out.gradient) * out.gradient).float().square().sum() / size
             metrics["lpl/gradient_square"] = unit_square * self.weight**2
             if self.auto is not None:

@@ -90,7 +90,9 @@ def save_checkpoint(
     return final
 
 
-def load_checkpoint(path: Path, parameters: Mapping[str, Tensor], optimizer: Any, ema: EMAModel | None) -> dict[str, Any]:
+def load_checkpoint(
+    path: Path, parameters: Mapping[str, Tensor], optimizer: Any, ema: EMAModel | None
+) -> dict[str, Any]:
     """Restores parameters, optimizer and average in place; returns the rest of what was kept.
 
     Raises:

@@ -49,14 +49,13 @@ def write_model_card(config: TrainConfig, folder: Path) -> Path:
     base = str(config.model.pretrained_model_name_or_path)
     data = ModelCardData(
         base_model=base if not Path(base).exists() else None,
-        license="openrail++",
         library_name="diffusers",
         tags=["text-to-image", "diffusers", "latent-perceptual-loss", *(["lora"] if lora else [])],
         datasets=[config.data.dataset_name] if config.data.dataset_name else None,
     )
     samples = sorted((folder / "samples").glob("*.png"))
     picture = f"![{config.logging.validation_prompt}](samples/{samples[-1].name})\n\n" if samples else ""
-    load = "pipeline.load_lora_weights(...)" if lora else "StableDiffusionXLPipeline.from_pretrained(...)"
+    load = "pipeline.load_lora_weights(...)" if lora else "DiffusionPipeline.from_pretrained(...)"
     method = (
         "the Latent Perceptual Loss (Berrada et al., ICLR 2025, arXiv 2411.04873)"
         if config.lpl.use_lpl

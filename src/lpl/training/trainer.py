@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from tqdm.auto import tqdm
 
@@ -19,17 +18,15 @@ from lpl.config_io import write_config
 from lpl.data.encode import encode_dataset
 from lpl.data.sampler import DrawOrder, positions
 from lpl.diffusion.draws import keyed_seed
-from lpl.errors import TrainingStoppedError, UserError
+from lpl.errors import TrainingStoppedError
 from lpl.families import load_family
-from lpl.families.sdxl import LORA_TARGETS
-from lpl.perceptual.loss import LatentPerceptualLoss
-from lpl.perceptual.objective import PerceptualObjective
 from lpl.training import hub
 from lpl.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from lpl.training.engine import build_accelerator, build_objective
 from lpl.training.lora import add_lora
 from lpl.training.optim import build_ema, build_optimizer, build_schedule, scaled_learning_rate
 from lpl.training.preflight import FINISHED, Checked
-from lpl.training.step import TrainingStep, timestep_weights
+from lpl.training.step import TrainingStep
 from lpl.training.tracking import FiniteGuard, Tracker
 from lpl.training.validation import publish_images
 
@@ -56,7 +53,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, checked: Checked) -> None:
         self.config, self.folder = config, Path(config.run.output_dir)
         run = config.run
-        self.accelerator = accelerator = _accelerator(config)
+        self.accelerator = accelerator = build_accelerator(config)
         set_seed(run.seed)
         self.repository = hub.create_repository(config) if self._push and accelerator.is_main_process else None
         if accelerator.is_main_process:
@@ -104,7 +101,7 @@ class Trainer:
         config, denoiser = self.config, self.family.denoiser
         if config.model.rank is not None:
             denoiser.to(dtype=weight_dtype)
-            add_lora(denoiser, config.model.rank, LORA_TARGETS, config.run.seed)
+            add_lora(denoiser, config.model.rank, self.family.lora_targets, config.run.seed)
         else:
             denoiser.requires_grad_(True)
         if config.run.gradient_checkpointing:
@@ -142,7 +139,8 @@ class Trainer:
         if self.objective is not None:
             loss = self.objective.loss_fn
             logger.info(
-                "LPL: weight %s, gate %s (passed with probability %.3g), decoder in %s outside autocast, TF32 %s, taps %s",
+                "LPL: weight %s, gate %s (passed with probability %.3g), decoder in %s outside autocast, TF32 %s, "
+                "taps %s",
                 self.config.lpl.lpl_weight, self.objective.gate, self.objective.p_gate,
                 str(loss.dtype).removeprefix("torch."), "on" if self.config.run.allow_tf32 else "off",
                 ", ".join(f"{t.name} ({t.channels} channels, stride {t.stride})" for t in loss.taps),
@@ -303,62 +301,3 @@ class Trainer:
                 hub.push(self.config, self.repository)
             logger.info("done: the result is in %s", self.folder)
         accelerator.end_training()
-
-
-def build_objective(config: TrainConfig, family: Any) -> PerceptualObjective:
-    """LPL as the config describes it, on the family's VAE.
-
-    Raises:
-        UserError: a gate that the schedule or the timestep bias never passes.
-    """
-    options = config.lpl
-    loss_fn = LatentPerceptualLoss(
-        family.vae,
-        num_blocks=options.lpl_num_blocks,
-        norm_type=options.lpl_norm_type,
-        loss_type=options.lpl_loss_type,
-        pow_law=options.lpl_pow_law,
-        remove_outliers=options.lpl_remove_outliers,
-        checkpointing=config.lpl_checkpointing,
-        dtype=getattr(torch, options.lpl_dtype),
-    )
-    try:
-        return PerceptualObjective(
-            loss_fn,
-            family.noise_scheduler,
-            lpl_weight=options.lpl_weight,
-            lpl_t_threshold=options.lpl_t_threshold,
-            lpl_snr_threshold=options.lpl_snr_threshold,
-            lpl_sigma_threshold=options.lpl_sigma_threshold,
-            lpl_scale=options.lpl_scale,
-            lpl_reduction=options.lpl_reduction,
-            p_gate=timestep_weights(family.noise_scheduler.config.num_train_timesteps, config.diffusion),
-            snr_gamma=config.diffusion.snr_gamma,
-            lpl_max_samples=options.lpl_max_samples,
-            lpl_target_share=options.lpl_target_share,
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-
-def _accelerator(config: TrainConfig) -> Accelerator:
-    """The engine; precision the device lacks is refused here, before anything loads."""
-    run, log = config.run, config.logging
-    accelerator = Accelerator(
-        gradient_accumulation_steps=run.gradient_accumulation_steps,
-        mixed_precision=run.mixed_precision,
-        log_with=None if log.report_to == "none" else log.report_to,
-        project_dir=str(Path(run.output_dir) / log.logging_dir),
-    )
-    kind = accelerator.device.type
-    if accelerator.mixed_precision == "fp16" and kind == "cpu":
-        raise UserError("--mixed_precision fp16 needs an accelerator; on a CPU use bf16 or no")
-    if accelerator.mixed_precision == "bf16" and kind == "cuda" and not torch.cuda.is_bf16_supported():
-        raise UserError("--mixed_precision bf16: this GPU has no bfloat16; use fp16")
-    if config.optim.use_8bit_adam and kind == "cpu":
-        raise UserError("--use_8bit_adam needs a GPU; drop it on a CPU")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = run.allow_tf32
-    level = logging.INFO if accelerator.is_main_process else logging.ERROR
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logger.setLevel(level)
-    return accelerator

@@ -57,7 +57,7 @@ def test_contradictory_gates_are_refused(sdxl_scheduler, gates):
 @pytest.mark.parametrize("threshold", [-1, 0, 1001])
 def test_timestep_threshold_outside_the_schedule_is_refused(sdxl_scheduler, flow_scheduler, threshold):
     for scheduler in (sdxl_scheduler, flow_scheduler):
-        with pytest.raises(ValueError, match="lpl_t_threshold .* outside the schedule"):
+        with pytest.raises(ValueError, match=r"lpl_t_threshold .* outside the schedule"):
             Gate(scheduler, t_threshold=threshold)
 
 

@@ -27,7 +27,7 @@ def test_shared_divides_both_by_the_targets_length():
 
 
 def test_batch_standardises_both_with_the_targets_statistics_over_batch_and_space():
-    """Fails where the batch norm normalises nothing. Channel 0: mean 1, std sqrt(8/7); channel 1: mean 20, std 10 times it."""
+    """Fails where the batch norm normalises nothing. Means 1 and 20, std sqrt(8/7) and 10 times that."""
     pattern = torch.tensor([[[0.0, 2.0], [0.0, 2.0]], [[2.0, 2.0], [0.0, 0.0]]])
     target = torch.stack([pattern, 10 * pattern + 10], dim=1)
     pred = torch.full_like(target, 5.0)

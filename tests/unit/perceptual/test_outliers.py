@@ -6,7 +6,7 @@ from lpl.perceptual.outliers import inlier_mask
 
 
 def masked_block(height, width, stride, value=100.0):
-    """Bounding box (rows, columns) and number of the values masked for a block of outliers in a 32 x 32 map of zeros."""
+    """Rows, columns and number of the values masked for a block of outliers in a 32 x 32 map of zeros."""
     y = torch.zeros(1, 1, 32, 32)
     y[..., 10 : 10 + height, 12 : 12 + width] = value
     rows, columns = torch.nonzero(inlier_mask(y, stride)[0, 0] == 0, as_tuple=True)
@@ -95,5 +95,5 @@ def test_equals_textbook_on_heavy_tails(stride, dtype):
 
 
 def test_constant_map_is_masked_entirely():
-    """Inlier is strict: with std 0 no value lies between the bounds. The loss counts such a channel 0, see test_loss."""
+    """No value lies strictly between bounds that are equal; the loss counts such a channel 0, see test_loss."""
     assert (inlier_mask(torch.full((1, 1, 8, 8), 3.0), 2) == 0).all()

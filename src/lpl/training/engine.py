@@ -1,0 +1,81 @@
+"""What a run is built from: accelerate's engine and the LPL term."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from lpl.config import TrainConfig
+from lpl.errors import UserError
+from lpl.perceptual.loss import LatentPerceptualLoss
+from lpl.perceptual.objective import PerceptualObjective
+from lpl.training.step import timestep_weights
+
+logger = logging.getLogger("lpl")
+
+
+def build_accelerator(config: TrainConfig) -> Accelerator:
+    """accelerate's engine for this run, and the process's logging.
+
+    Raises:
+        UserError: precision or an optimizer that the device lacks, before anything loads.
+    """
+    run, log = config.run, config.logging
+    accelerator = Accelerator(
+        gradient_accumulation_steps=run.gradient_accumulation_steps,
+        mixed_precision=run.mixed_precision,
+        log_with=None if log.report_to == "none" else log.report_to,
+        project_dir=str(Path(run.output_dir) / log.logging_dir),
+    )
+    kind = accelerator.device.type
+    if accelerator.mixed_precision == "fp16" and kind == "cpu":
+        raise UserError("--mixed_precision fp16 needs an accelerator; on a CPU use bf16 or no")
+    if accelerator.mixed_precision == "bf16" and kind == "cuda" and not torch.cuda.is_bf16_supported():
+        raise UserError("--mixed_precision bf16: this GPU has no bfloat16; use fp16")
+    if config.optim.use_8bit_adam and kind == "cpu":
+        raise UserError("--use_8bit_adam needs a GPU; drop it on a CPU")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = run.allow_tf32
+    level = logging.INFO if accelerator.is_main_process else logging.ERROR
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logger.setLevel(level)
+    return accelerator
+
+
+def build_objective(config: TrainConfig, family: Any) -> PerceptualObjective:
+    """LPL as the config describes it, on the family's VAE.
+
+    Raises:
+        UserError: a gate that the schedule or the timestep bias never passes.
+    """
+    options = config.lpl
+    loss_fn = LatentPerceptualLoss(
+        family.vae,
+        num_blocks=options.lpl_num_blocks,
+        norm_type=options.lpl_norm_type,
+        loss_type=options.lpl_loss_type,
+        pow_law=options.lpl_pow_law,
+        remove_outliers=options.lpl_remove_outliers,
+        checkpointing=config.lpl_checkpointing,
+        dtype=getattr(torch, options.lpl_dtype),
+    )
+    try:
+        return PerceptualObjective(
+            loss_fn,
+            family.noise_scheduler,
+            lpl_weight=options.lpl_weight,
+            lpl_t_threshold=options.lpl_t_threshold,
+            lpl_snr_threshold=options.lpl_snr_threshold,
+            lpl_sigma_threshold=options.lpl_sigma_threshold,
+            lpl_scale=options.lpl_scale,
+            lpl_reduction=options.lpl_reduction,
+            p_gate=timestep_weights(family.noise_scheduler.config.num_train_timesteps, config.diffusion),
+            snr_gamma=config.diffusion.snr_gamma,
+            lpl_max_samples=options.lpl_max_samples,
+            lpl_target_share=options.lpl_target_share,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
