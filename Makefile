@@ -19,6 +19,7 @@ lint: .venv/installed
 bench: .venv/installed
 	$(OFFLINE) $(BIN)/python benchmarks/step_profile.py
 	$(OFFLINE) $(BIN)/python benchmarks/loss_cost.py
+	$(OFFLINE) $(BIN)/python benchmarks/step_flops.py
 
 # Remakes the shipped weights: about two hours on two CPU cores.
 demo-weights: .venv/installed

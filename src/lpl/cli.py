@@ -39,6 +39,8 @@ class DemoConfig:
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the command line; exits with 0, 2 (bad input) or 3 (training had to stop)."""
+    # transformers warns at import about image packages that nothing here needs.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         _dispatch(sys.argv[1:] if argv is None else argv)
     except UserError as error:

@@ -54,6 +54,27 @@ class EarlyFeatures(nn.Module):
         return torch.stack(terms).mean()
 
 
+def _fit(run: TimedRun[AutoencoderKL], train_encoder: bool) -> AutoencoderKL:
+    vae, features = run.module, EarlyFeatures()
+
+    def loss_of(step: int) -> tuple[torch.Tensor, dict[str, float]]:
+        images = to_tensor(random_patches(BATCH_SIZE, random.Random(f"vae {step}")))
+        generator = torch.Generator().manual_seed(step)
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.set_grad_enabled(train_encoder):
+                posterior = vae.encode(images).latent_dist
+                latents = posterior.sample(generator)
+            decoded = vae.decode(latents).sample
+            perceptual = features.distance(decoded[:FEATURE_BATCH], images[:FEATURE_BATCH])
+        error = decoded.float() - images
+        l1, mse, kl = error.abs().mean(), error.square().mean(), posterior.kl().mean() / posterior.mean[0].numel()
+        loss = l1 + MSE_WEIGHT * mse + FEATURE_WEIGHT * perceptual + KL_WEIGHT * kl
+        return loss, {"l1": l1.item(), "mse": mse.item(), "features": perceptual.item(), "kl": kl.item()}
+
+    run.fit(loss_of)
+    return run.average
+
+
 def train_vae(checkpoint: Path, minutes: float) -> AutoencoderKL:
     """Train the autoencoder from scratch, or from its checkpoint on, and return the averaged weights.
 
@@ -65,24 +86,21 @@ def train_vae(checkpoint: Path, minutes: float) -> AutoencoderKL:
         minutes: budget of training time.
     """
     torch.manual_seed(0)
-    vae = build_vae()
-    run = TimedRun(vae, checkpoint, minutes, learning_rate=1.5e-3)
-    features = EarlyFeatures()
+    return _fit(TimedRun(build_vae(), checkpoint, minutes, learning_rate=1.5e-3), train_encoder=True)
 
-    def loss_of(step: int) -> tuple[torch.Tensor, dict[str, float]]:
-        images = to_tensor(random_patches(BATCH_SIZE, random.Random(f"vae {step}")))
-        generator = torch.Generator().manual_seed(step)
-        with torch.autocast("cpu", torch.bfloat16):
-            posterior = vae.encode(images).latent_dist
-            decoded = vae.decode(posterior.sample(generator)).sample
-            perceptual = features.distance(decoded[:FEATURE_BATCH], images[:FEATURE_BATCH])
-        error = decoded.float() - images
-        l1, mse, kl = error.abs().mean(), error.square().mean(), posterior.kl().mean() / posterior.mean[0].numel()
-        loss = l1 + MSE_WEIGHT * mse + FEATURE_WEIGHT * perceptual + KL_WEIGHT * kl
-        return loss, {"l1": l1.item(), "mse": mse.item(), "features": perceptual.item(), "kl": kl.item()}
 
-    run.fit(loss_of)
-    return run.average
+def refine_decoder(vae: AutoencoderKL, checkpoint: Path, minutes: float) -> AutoencoderKL:
+    """Train the decoder on, with the same loss: the encoder stays, so a base model trained on its latents does too.
+
+    Args:
+        vae: the autoencoder to start from; changed in place.
+        checkpoint: file to resume from and to save to.
+        minutes: budget of training time.
+    """
+    torch.manual_seed(0)
+    vae.encoder.requires_grad_(False)
+    vae.quant_conv.requires_grad_(False)
+    return _fit(TimedRun(vae, checkpoint, minutes, learning_rate=8e-4), train_encoder=False)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.training_utils import _collate_lora_metadata
 from peft.utils import get_peft_model_state_dict
@@ -160,6 +161,7 @@ def meta_models(configs: dict[str, Any]) -> tuple[UNet2DConditionModel, Autoenco
 
 
 def _load(config: ModelConfig) -> StableDiffusionXLPipeline:
+    transformers.utils.logging.disable_progress_bar()  # a bar per text encoder; the pipeline's own bar stays
     name = str(config.pretrained_model_name_or_path)
     common: dict[str, Any] = {"dtype": torch.float32, "cache_dir": config.cache_dir}
     try:

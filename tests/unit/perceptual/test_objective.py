@@ -11,9 +11,9 @@ from lpl.diffusion.prediction import PREDICTION_TYPES, add_noise, alpha_sigma_ta
 from lpl.perceptual.objective import gradient_share
 from lpl.testing import tiny_vae
 
-TIMESTEPS = torch.tensor([700, 150, 950, 20, 450, 199, 200, 3])
-"""Four of the eight pass t < 200, none of them the first."""
-GATED = [1, 3, 5, 7]
+TIMESTEPS = torch.tensor([700, 150, 20, 199, 950, 450, 3, 200])
+"""Four of the eight pass t < 200, spread unevenly."""
+GATED = [1, 2, 3, 6]
 DISCRETE = ("epsilon", "v_prediction", "sample")
 
 
@@ -149,7 +149,7 @@ def test_expected_reduction_is_the_mean_over_gated_in_expectation(sdxl_scheduler
 def test_gated_reduction_is_the_mean_over_gated(sdxl_scheduler, latent_distance):
     batch = Batch(sdxl_scheduler)
     objective = PerceptualObjective(latent_distance, sdxl_scheduler, lpl_scale=False, lpl_reduction="gated", p_gate=0.9)
-    for rows in ([1, 3, 5, 7], [0, 1, 2], [5, 6, 7]):
+    for rows in ([1, 2, 3, 6], [0, 1, 3], [5, 6, 7]):
         gated = [r for r in rows if r in GATED]
         expected = batch.latent_errors()[gated].mean().item()
         assert objective(*batch.arguments(rows)).loss.item() == pytest.approx(expected, rel=1e-5)
