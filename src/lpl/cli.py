@@ -82,6 +82,7 @@ def run_train(config: TrainConfig) -> None:
     from lpl.training.preflight import preflight
 
     checked = preflight(config)
+    config = checked.config
     if config.run.dry_run:
         from lpl.analysis.plan import describe
 

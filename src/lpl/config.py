@@ -63,8 +63,8 @@ class DataConfig:
     """Column (or metadata.jsonl key) with the captions."""
     max_train_samples: int | None = None
     """Use only the first N samples."""
-    resolution: int = 1024
-    """Height and width of the training crops, in pixels."""
+    resolution: int | None = None
+    """Height and width of the training crops, in pixels; unset: what the model was made for (1024 for full size)."""
     center_crop: bool = False
     """Crop the centre; off: a random crop."""
     crop_variants: int = 1
@@ -81,7 +81,10 @@ class DataConfig:
     """Processes that read and decode images while the cache is filled."""
 
     def __post_init__(self) -> None:
-        require(self.resolution >= 8, f"--resolution must be at least 8 pixels, not {self.resolution}")
+        require(
+            self.resolution is None or self.resolution >= 8,
+            f"--resolution must be at least 8 pixels, not {self.resolution}",
+        )
         require(
             0 <= self.proportion_empty_prompts <= 1,
             f"--proportion_empty_prompts must lie in 0..1, not {self.proportion_empty_prompts}",
@@ -100,6 +103,12 @@ class DataConfig:
             self.train_data_dir is None or self.dataset_name is None,
             "--train_data_dir and --dataset_name are both given: choose one",
         )
+
+    @property
+    def crop_size(self) -> int:
+        """The resolution, once the model's own has taken the place of an unset one."""
+        assert self.resolution is not None
+        return self.resolution
 
 
 @dataclass(frozen=True)

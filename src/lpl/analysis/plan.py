@@ -39,7 +39,7 @@ def describe(config: TrainConfig, checked: Checked) -> str:
         add_lora(unet, config.model.rank, lora_targets, run.seed)
     trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
     stride = 2 ** (len(vae.config.block_out_channels) - 1)
-    side = config.data.resolution // stride
+    side = config.data.crop_size // stride
     shape = (run.train_batch_size, vae.config.latent_channels, side, side)
     samples, per_step = len(checked.source), run.train_batch_size * run.gradient_accumulation_steps
     steps = run.max_train_steps or math.ceil(run.num_train_epochs * samples / per_step)
@@ -48,7 +48,7 @@ def describe(config: TrainConfig, checked: Checked) -> str:
         f"model        {config.model.pretrained_model_name_or_path}",
         f"trains       {trained:,} parameters "
         + (f"(LoRA of rank {config.model.rank} on {frozen:,})" if config.model.rank else "(the whole UNet)"),
-        f"data         {samples} samples at {config.data.resolution} px, latents {shape[1]} x {side} x {side}",
+        f"data         {samples} samples at {config.data.crop_size} px, latents {shape[1]} x {side} x {side}",
         f"steps        {steps} of {per_step} samples per process, {steps * per_step / samples:.2f} epochs per process",
         f"rate         {config.learning_rate:g}, {config.optim.lr_scheduler}; mixed precision {precision}",
     ]
@@ -69,7 +69,7 @@ def describe(config: TrainConfig, checked: Checked) -> str:
             f"LPL          weight {config.lpl.lpl_weight}, {config.lpl.lpl_norm_type}, {config.lpl.lpl_loss_type}"
         )
         for tap, weight in zip(loss.taps, loss.weights, strict=True):
-            cells = config.data.resolution // tap.stride
+            cells = config.data.crop_size // tap.stride
             lines.append(f"  tap {tap.name:6}  {tap.channels} x {cells} x {cells}, weight {weight:g}")
     total = sum(size for _, size in rows)
     lines.append(f"memory       about {_readable(total)} on the device, of which")

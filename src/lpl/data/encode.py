@@ -121,7 +121,7 @@ def encode_dataset(
     if process_index == 0 and plan.upscaled:
         logger.warning(
             "%d of %d images are smaller than --resolution %d and are scaled up: they will train blur",
-            *(plan.upscaled, len(source), config.resolution),
+            *(plan.upscaled, len(source), config.crop_size),
         )
     barrier()  # nobody writes before all have counted what is missing
 

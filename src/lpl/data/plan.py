@@ -69,14 +69,14 @@ def plan_views(source: Source, config: DataConfig, seed: int, progress: bool) ->
         for variant in range(config.crop_variants):
             key = (seed, "crop", record.id, variant)
             flips = [
-                plan_crop(width, height, config.resolution, config.center_crop, *key, flip=flip)
+                plan_crop(width, height, config.crop_size, config.center_crop, *key, flip=flip)
                 for flip in ((False, True) if config.random_flip else (False,))
             ]
             keys = [latent_key(digest, crop, config.image_interpolation_mode) for crop in flips]
             variants.append([View(k, crop.size_conditioning) for k, crop in zip(keys, flips, strict=True)])
             crops |= {k: crop for k, crop in zip(keys, flips, strict=True) if k not in planned}
         planned |= crops.keys()
-        upscaled += min(width, height) < config.resolution
+        upscaled += min(width, height) < config.crop_size
         views.append(variants)
         jobs.append(ImageJob(index, crops))
     return ViewPlan(views, jobs, upscaled)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lpl.config import ModelConfig
-from lpl.families.sdxl_check import check_model
+from lpl.families.sdxl_check import check_model, native_resolution
 
 if TYPE_CHECKING:
     import torch
@@ -32,4 +32,4 @@ def model_configs(config: ModelConfig) -> dict[str, Any]:
     return check_model(config)
 
 
-__all__ = ["load_family", "meta_models", "model_configs"]
+__all__ = ["load_family", "meta_models", "model_configs", "native_resolution"]

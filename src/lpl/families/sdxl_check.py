@@ -12,6 +12,7 @@ from lpl.errors import UserError
 
 FLAG = "--pretrained_model_name_or_path"
 PIPELINE = "StableDiffusionXLPipeline"
+FULL_SIZE = 1024
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 WITH_WEIGHTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 
@@ -49,6 +50,14 @@ def check_model(config: ModelConfig) -> dict[str, Any]:
     _check_configs(configs, config)
     _check_vae(config, configs)
     return configs
+
+
+def native_resolution(configs: dict[str, Any]) -> int:
+    """Pixels that a model was made for: what its pipeline draws by default; SDXL's 1024 where no config is at hand."""
+    if not configs:
+        return FULL_SIZE
+    size = configs["unet"].get("sample_size") or 128
+    return int(size) * 2 ** (len(configs["vae"].get("block_out_channels", [1] * 4)) - 1)
 
 
 def _read(read: Any, name: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from lpl.config import TrainConfig
 from lpl.config_io import CONFIG_FILE, differences
 from lpl.data.sources import Source, open_source
 from lpl.errors import UserError
-from lpl.families import model_configs
+from lpl.families import model_configs, native_resolution
 
 logger = logging.getLogger("lpl")
 
@@ -23,6 +24,8 @@ TRACKERS = {"tensorboard": ("tensorboard",), "wandb": ("wandb",), "comet_ml": ("
 class Checked(NamedTuple):
     """What the checks found."""
 
+    config: TrainConfig
+    """The options, with what the model decides filled in."""
     source: Source
     model_configs: dict[str, Any]
     """Configs of the model's components; empty for a single file."""
@@ -36,17 +39,19 @@ def preflight(config: TrainConfig) -> Checked:
     Raises:
         UserError: the first fault found, in one line.
     """
-    finished_step = _check_output(config)
     for package in TRACKERS[config.logging.report_to]:
         if importlib.util.find_spec(package) is None:
             raise UserError(
                 f"--report_to {config.logging.report_to}: {package} is not installed: pip install {package}"
             )
     configs = model_configs(config.model)
+    if config.data.resolution is None:
+        config = replace(config, data=replace(config.data, resolution=native_resolution(configs)))
+    finished_step = _check_output(config)
     if configs:
         _check_schedule(config, configs)
     _warn_idle(config)
-    return Checked(open_source(config.data, config.model.cache_dir), configs, finished_step)
+    return Checked(config, open_source(config.data, config.model.cache_dir), configs, finished_step)
 
 
 def _check_output(config: TrainConfig) -> int | None:
@@ -79,8 +84,8 @@ def _check_schedule(config: TrainConfig, configs: dict[str, Any]) -> None:
     if bias.timestep_bias_strategy == "range" and bias.timestep_bias_end > timesteps:
         raise UserError(f"--timestep_bias_end {bias.timestep_bias_end} lies outside the model's {timesteps} timesteps")
     stride = 2 ** (len(configs["vae"].get("block_out_channels", [64])) - 1)
-    if config.data.resolution % stride:
-        raise UserError(f"--resolution {config.data.resolution} is no multiple of the VAE's {stride} pixels per latent")
+    if config.data.crop_size % stride:
+        raise UserError(f"--resolution {config.data.crop_size} is no multiple of the VAE's {stride} pixels per latent")
 
 
 def _warn_idle(config: TrainConfig) -> None:

@@ -253,7 +253,7 @@ class Trainer:
                 self.ema.copy_to(self.parameters.values())
             prompt = str(log.validation_prompt)
             images = self.family.generate(
-                denoiser, prompt, log.num_validation_images, self.config.run.seed, self.config.data.resolution
+                denoiser, prompt, log.num_validation_images, self.config.run.seed, self.config.data.crop_size
             )
             if self.ema is not None:
                 self.ema.restore(self.parameters.values())

@@ -206,8 +206,13 @@ def test_processes_share_the_work(
         train_data_dir=str(folder), resolution=32, random_flip=True, latent_cache_dir=str(tmp_path / "c")
     )
     encoders = [type(encoder)() for _ in range(3)]
-    slow = encoders[2].encode_images
-    encoders[2].encode_images = lambda pixels: time.sleep(0.1) or slow(pixels)
+    sound = encoders[2].encode_images
+
+    def slow(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        time.sleep(0.1)
+        return sound(pixels)
+
+    encoders[2].encode_images = slow
     gate = threading.Barrier(3, timeout=60)
     results: dict[int, TrainingData] = {}
 

@@ -200,8 +200,8 @@ def test_row_without_image_is_named(tmp_path: Path) -> None:
         source.read(1)
 
 
-def test_folders_do_without_datasets() -> None:
-    code = "import sys, lpl.data.encode; sys.exit('datasets' in sys.modules)"
+def test_folders_are_checked_before_anything_heavy_loads() -> None:
+    code = "import sys, lpl.data.sources; sys.exit(bool({'datasets', 'torch'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
