@@ -7,6 +7,7 @@ import io
 import os
 import sys
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import tyro
@@ -148,11 +149,12 @@ def _check_flags(argv: list[str], known: list[str]) -> None:
         name = token[2:].split("=", 1)[0].replace("-", "_")
         if name in REFUSED:
             raise UserError(f"--{name} is not taken: {REFUSED[name]}")
-        if name not in known and name.removeprefix("no_") not in known:
+        plain = name.removeprefix("no_")
+        if name not in known and not _is_switch(plain):
             raise UserError(f"unknown option --{name}{nearest(name, known)}")
         value = token.partition("=")[2] or (argv[i + 1] if i + 1 < len(argv) else "")
-        if value.lower() in ("true", "false") and _is_switch(name):
-            raise UserError(f"--{name} takes no value: write --{name} or --no_{name}")
+        if value.lower() in ("true", "false") and _is_switch(plain):
+            raise UserError(f"--{name} takes no value: write --{plain} or --no_{plain}")
 
 
 def _is_switch(name: str) -> bool:
@@ -160,6 +162,7 @@ def _is_switch(name: str) -> bool:
 
 
 def _one_line(box: str) -> str:
-    """tyro's boxed message without its frame, on one line."""
-    words = "".join(" " if 0x2500 <= ord(c) <= 0x257F else c for c in box).split()
-    return " ".join(words).removeprefix("Parsing error ").split(" For full helptext")[0]
+    """The message in tyro's box, without frame, title and help, on one line."""
+    lines = [line.strip("│ ") for line in box.splitlines()]
+    inside = takewhile(lambda line: not line.startswith("──"), lines[1:])
+    return " ".join(" ".join(inside).split()).split(" Got errors:")[0]

@@ -26,6 +26,7 @@ from lpl.data.transforms import decode_image, render
 from lpl.errors import UserError
 
 SHARD_ENTRIES = 256
+CAPTION_BATCH = 32
 
 logger = logging.getLogger("lpl")
 T = TypeVar("T")
@@ -100,7 +101,7 @@ def encode_dataset(
         config: crops, flips, caption dropout, cache folder and workers.
         family: the encoders.
         seed: seed of the run, which places random crops.
-        batch_size: images or captions per call of an encoder.
+        batch_size: images per call of the encoder; captions go by 32 or this, whichever is more.
         process_index: this process, 0 to num_processes - 1.
         num_processes: how many processes there are.
         barrier: returns when all processes have called it; called twice.
@@ -129,7 +130,7 @@ def encode_dataset(
     jobs = [ImageJob(j.index, {k: c for k, c in j.crops.items() if k in missing_crops}) for j in plan.jobs[share]]
     lines = [(key, caption) for key, caption in list(captions.items())[share] if key in missing_captions]
     _encode_images(source, [job for job in jobs if job.crops], config, family, batch_size, latents, progress)
-    _encode_captions(lines, family, batch_size, text, progress)
+    _encode_captions(lines, family, max(batch_size, CAPTION_BATCH), text, progress)
     barrier()
 
     for cache, keys in ((latents, crop_keys), (text, captions.keys())):

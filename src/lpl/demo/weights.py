@@ -36,6 +36,13 @@ def save_component(name: str, module: nn.Module, metadata: dict[str, str] | None
     return path
 
 
+def _find(name: str) -> Path:
+    path = WEIGHTS_FOLDER / f"{name}.safetensors"
+    if not path.is_file():
+        raise RuntimeError(f"{path} is missing: make it with python -m lpl.demo.pretrain, or install lpl again")
+    return path
+
+
 def load_component(name: str, module: nn.Module) -> None:
     """Fill one network with its shipped weights, as float32.
 
@@ -46,16 +53,13 @@ def load_component(name: str, module: nn.Module) -> None:
     Raises:
         RuntimeError: if the file is missing or does not fit the network.
     """
-    path = WEIGHTS_FOLDER / f"{name}.safetensors"
-    if not path.is_file():
-        raise RuntimeError(f"{path} is missing: make it with python -m lpl.demo.pretrain, or install lpl again")
-    with safe_open(path, framework="pt") as file:
+    with safe_open(_find(name), framework="pt") as file:
         module.load_state_dict({key: file.get_tensor(key).float() for key in file.keys()})  # noqa: SIM118 (no mapping)
 
 
 def shipped_scaling_factor() -> float:
     """1 / standard deviation of the shipped autoencoder's latents."""
-    with safe_open(WEIGHTS_FOLDER / "vae.safetensors", framework="pt") as file:
+    with safe_open(_find("vae"), framework="pt") as file:
         return float(file.metadata()["scaling_factor"])
 
 

@@ -1,0 +1,185 @@
+"""What all tests share: one thread, no network, a tiny SDXL, pictures, and `lpl train` inside the test's process."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch loads: results of one and of two threads differ in the last digit.
+os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+
+import contextlib
+import io
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+LOSSES = ("diffusion_loss", "train_loss", "lpl/loss", "lpl/weighted_loss", "gradient_norm", "learning_rate")
+"""Logged values that belong to the trajectory (the others are times and memory)."""
+
+
+class Run(NamedTuple):
+    """One call of `lpl train`."""
+
+    code: int
+    folder: Path
+    stdout: str
+    stderr: str
+    """Warnings included; progress bars too."""
+
+    @property
+    def errors(self) -> list[str]:
+        """Lines of stderr that begin with 'error:'."""
+        return [line for line in self.stderr.splitlines() if line.startswith("error:")]
+
+    def unet(self) -> dict[str, Any]:
+        """Weights of the exported UNet, or the exported LoRA."""
+        from safetensors.torch import load_file
+
+        lora = self.folder / "pytorch_lora_weights.safetensors"
+        return load_file(lora if lora.is_file() else self.folder / "unet" / "diffusion_pytorch_model.safetensors")
+
+    def checkpoint(self, step: int, part: str) -> dict[str, Any]:
+        """Tensors of a checkpoint: part is model, optimizer or ema."""
+        from safetensors.torch import load_file
+
+        return load_file(self.folder / f"checkpoint-{step}" / f"{part}.safetensors")
+
+    def logged(self) -> dict[str, dict[int, float]]:
+        """TensorBoard's scalars: name -> step -> value."""
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(self.folder / "logs" / "lpl"), size_guidance={"scalars": 0})
+        events.Reload()
+        return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+
+    def losses(self) -> dict[str, dict[int, float]]:
+        """The logged values that belong to the trajectory."""
+        return {name: values for name, values in self.logged().items() if name in LOSSES}
+
+
+def as_flags(options: dict[str, Any]) -> list[str]:
+    """Options as flags; a boolean becomes --x or --no_x, None is left out."""
+    flags = []
+    for name, value in options.items():
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no_{name}")
+        elif value is not None:
+            flags.append(f"--{name}={value}")
+    return flags
+
+
+@contextlib.contextmanager
+def fresh_process_state() -> Iterator[None]:
+    """accelerate keeps one state per process; a run in a test is to start as in a process of its own, on the CPU."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    def reset() -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+    reset()
+    before = os.environ.get("ACCELERATE_USE_CPU")
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    try:
+        yield
+    finally:
+        reset()
+        os.environ.pop("ACCELERATE_USE_CPU")
+        if before is not None:
+            os.environ["ACCELERATE_USE_CPU"] = before
+
+
+def call(argv: list[str]) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of `lpl ARGV`; log records count as stderr, as they do for a user."""
+    from lpl.cli import main
+
+    out, err = io.StringIO(), io.StringIO()
+    handler = logging.StreamHandler(err)
+    handler.setLevel(logging.WARNING)
+    logger = logging.getLogger("lpl")
+    logger.addHandler(handler)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), fresh_process_state():
+            main(argv)
+        code = 0
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    finally:
+        logger.removeHandler(handler)
+    return code, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for what several tests read."""
+    return tmp_path_factory.mktemp("shared")
+
+
+@pytest.fixture(scope="session")
+def model(shared: Path) -> Path:
+    """A tiny random SDXL in diffusers' format; not to be changed."""
+    from lpl.testing import tiny_sdxl
+
+    return tiny_sdxl(shared / "model")
+
+
+@pytest.fixture(scope="session")
+def data(shared: Path) -> Path:
+    """Six small pictures with captions; not to be changed."""
+    from lpl.testing import tiny_images
+
+    return tiny_images(shared / "data")
+
+
+@pytest.fixture(scope="session")
+def hollow_model(model: Path, shared: Path) -> Path:
+    """The tiny SDXL with empty weight files: whoever loads it fails, so what is said before that was said early."""
+    folder = shared / "hollow"
+    shutil.copytree(model, folder)
+    for file in folder.rglob("*.safetensors"):
+        file.write_bytes(b"")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run_cli() -> Callable[[list[str]], tuple[int, str, str]]:
+    """Runs `lpl ARGV`; returns (exit code, stdout, stderr)."""
+    return call
+
+
+@pytest.fixture(scope="session")
+def base_options(model: Path, data: Path, shared: Path) -> dict[str, Any]:
+    """Options that make a short run on the tiny model; LPL acts on most samples."""
+    return {
+        "pretrained_model_name_or_path": model,
+        "train_data_dir": data,
+        "latent_cache_dir": shared / "cache",
+        "resolution": 16,
+        "max_train_steps": 2,
+        "learning_rate": 1e-3,
+        "log_every": 1,
+        "lpl_weight": 1.0,
+        "lpl_norm_type": "channel",
+        "lpl_t_threshold": 700,
+    }
+
+
+@pytest.fixture
+def train(base_options: dict[str, Any], tmp_path: Path) -> Callable[..., Run]:
+    """Runs `lpl train` with base_options, changed by keywords (None leaves an option out), and expects success.
+
+    Positional arguments are put first as they are; expect_error=True expects a failure instead.
+    """
+
+    def run(*argv: str, output: str = "out", expect_error: bool = False, **options: Any) -> Run:
+        folder = tmp_path / output
+        flags = as_flags({"output_dir": folder, **base_options, **options})
+        result = Run(*(lambda code, out, err: (code, folder, out, err))(*call(["train", *argv, *flags])))
+        assert (result.code != 0) == expect_error, result.stderr
+        return result
+
+    return run
