@@ -10,7 +10,6 @@ os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="
 import contextlib
 import io
 import logging
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -133,16 +132,6 @@ def data(shared: Path) -> Path:
     from lpl.testing import tiny_images
 
     return tiny_images(shared / "data")
-
-
-@pytest.fixture(scope="session")
-def hollow_model(model: Path, shared: Path) -> Path:
-    """The tiny SDXL with empty weight files: whoever loads it fails, so what is said before that was said early."""
-    folder = shared / "hollow"
-    shutil.copytree(model, folder)
-    for file in folder.rglob("*.safetensors"):
-        file.write_bytes(b"")
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import io
 import os
 import sys
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import dropwhile, takewhile
 from typing import Any
 
 import tyro
@@ -88,7 +88,7 @@ def run_train(config: TrainConfig) -> None:
         from lpl.analysis.plan import describe
 
         print(describe(config, checked))
-    elif checked.finished_step is not None and checked.finished_step >= (config.run.max_train_steps or 0):
+    elif checked.finished_step is not None and checked.finished_step >= checked.num_steps:
         print(f"nothing to do: {config.run.output_dir} holds this run, finished at step {checked.finished_step}")
     else:
         from lpl.training.trainer import train
@@ -162,7 +162,10 @@ def _is_switch(name: str) -> bool:
 
 
 def _one_line(box: str) -> str:
-    """The message in tyro's box, without frame, title and help, on one line."""
-    lines = [line.strip("│ ") for line in box.splitlines()]
-    inside = takewhile(lambda line: not line.startswith("──"), lines[1:])
-    return " ".join(" ".join(inside).split()).split(" Got errors:")[0]
+    """The message in tyro's box (drawn or, where stdout is not UTF-8, blank), without title and help, on one line."""
+
+    def is_rule(line: str) -> bool:
+        return set(line) <= {"─", "-"}
+
+    lines = [line.strip("│ ") for line in box.splitlines()[1:]]
+    return " ".join(takewhile(lambda line: not is_rule(line), dropwhile(is_rule, lines)))

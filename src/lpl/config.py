@@ -272,10 +272,23 @@ class OptimConfig:
             self.lr_scheduler != "piecewise_constant" or self.lr_step_rules is not None,
             "--lr_scheduler piecewise_constant needs --lr_step_rules, such as 1:10,0.1:20,0.01",
         )
+        require(
+            self.lr_step_rules is None or _are_step_rules(self.lr_step_rules),
+            f"--lr_step_rules {self.lr_step_rules}: expected rules such as 1:10,0.1:20,0.01",
+        )
         require(self.max_grad_norm > 0, f"--max_grad_norm must be positive, not {self.max_grad_norm}")
         for name, beta in (("--adam_beta1", self.adam_beta1), ("--adam_beta2", self.adam_beta2)):
             require(0 <= beta < 1, f"{name} must lie in 0..1, not {beta}")
         require(0 < self.ema_decay < 1, f"--ema_decay must lie between 0 and 1, not {self.ema_decay}")
+
+
+def _are_step_rules(text: str) -> bool:
+    *rules, last = text.split(",")
+    try:
+        pairs = [(float(factor), int(step)) for factor, step in (rule.split(":") for rule in rules)]
+        return len(pairs) == len(rules) and float(last) >= 0
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True)
@@ -372,6 +385,12 @@ class TrainConfig:
         """Whether LPL recomputes the decoder in its backward pass."""
         choice = self.lpl.lpl_checkpointing
         return self.run.gradient_checkpointing if choice == "auto" else choice == "true"
+
+    def num_steps(self, samples: int, processes: int) -> int:
+        """Optimizer steps of the run: --max_train_steps, or what --num_train_epochs of so many samples take."""
+        run = self.run
+        per_step = run.train_batch_size * run.gradient_accumulation_steps * processes
+        return run.max_train_steps or -(-run.num_train_epochs * samples // per_step)
 
     def flat(self) -> dict[str, Any]:
         """Every option by its flag's name."""

@@ -51,7 +51,7 @@ def read_options(name: str) -> dict[str, str]:
     if name in presets():
         text = (files("lpl.presets") / f"{name}.yaml").read_text()
     elif path.is_file():
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8", errors="replace")
     else:
         raise UserError(f"--config {name}: neither a file nor a preset; presets: {', '.join(presets())}")
     try:
@@ -96,8 +96,18 @@ def write_config(config: TrainConfig, folder: Path) -> None:
 
 
 def differences(config: TrainConfig, folder: Path) -> list[str]:
-    """What of the trajectory differs from the run whose config.yaml lies in folder, as `--flag old -> new`."""
-    old = yaml.safe_load((folder / CONFIG_FILE).read_text()) or {}
+    """What of the trajectory differs from the run whose config.yaml lies in folder, as `--flag old -> new`.
+
+    Raises:
+        UserError: a config.yaml of something else, which a run would overwrite.
+    """
+    file = folder / CONFIG_FILE
+    try:
+        old = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError):
+        old = None
+    if not isinstance(old, dict) or RECORD not in old:
+        raise UserError(f"--output_dir {folder}: {file} was not written by lpl train; choose another folder")
     ignored = free_options()
     return [
         f"--{key} {old[key]} -> {value}"

@@ -27,9 +27,16 @@ def meta_models(configs: dict[str, Any]) -> tuple[Any, Any, tuple[str, ...]]:
     return *sdxl.meta_models(configs), sdxl.LORA_TARGETS
 
 
+def noise_scheduler(configs: dict[str, Any]) -> Any:
+    """The training schedule that a model's configs state."""
+    from lpl.families import sdxl
+
+    return sdxl.training_schedule(configs["scheduler"])
+
+
 def model_configs(config: ModelConfig) -> dict[str, Any]:
     """Checks the model and returns its components' configs; nothing heavy loads."""
     return check_model(config)
 
 
-__all__ = ["load_family", "meta_models", "model_configs", "native_resolution"]
+__all__ = ["load_family", "meta_models", "model_configs", "native_resolution", "noise_scheduler"]

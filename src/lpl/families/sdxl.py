@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, U
 from diffusers.training_utils import _collate_lora_metadata
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lpl.config import ModelConfig
@@ -55,7 +56,7 @@ class SDXL:
         if config.prediction_type is not None:
             schedule["prediction_type"] = config.prediction_type
             self.pipeline.scheduler = type(self.pipeline.scheduler).from_config(schedule)
-        self.noise_scheduler = DDPMScheduler.from_config(schedule)
+        self.noise_scheduler = training_schedule(schedule)
         self.force_zeros = bool(self.pipeline.config.force_zeros_for_empty_prompt)
         self.latent_key = weights_hash(
             *[m for m in (self.vae.encoder, self.vae.quant_conv) if m is not None], settings=type(self.vae).__name__
@@ -160,16 +161,22 @@ def meta_models(configs: dict[str, Any]) -> tuple[UNet2DConditionModel, Autoenco
     return unet, vae.eval()
 
 
+def training_schedule(scheduler: Mapping[str, Any]) -> DDPMScheduler:
+    """The training schedule of a pipeline whose scheduler has this config."""
+    return DDPMScheduler.from_config(dict(scheduler))
+
+
 def _load(config: ModelConfig) -> StableDiffusionXLPipeline:
     transformers.utils.logging.disable_progress_bar()  # a bar per text encoder; the pipeline's own bar stays
     name = str(config.pretrained_model_name_or_path)
     common: dict[str, Any] = {"dtype": torch.float32, "cache_dir": config.cache_dir}
-    try:
-        if config.pretrained_vae_model_name_or_path is not None:
-            vae_name = config.pretrained_vae_model_name_or_path
+    vae = config.pretrained_vae_model_name_or_path
+    if vae is not None:
+        with _named("--pretrained_vae_model_name_or_path", vae):
             common["vae"] = AutoencoderKL.from_pretrained(
-                vae_name, dtype=torch.float32, use_safetensors=True, cache_dir=config.cache_dir
+                vae, dtype=torch.float32, use_safetensors=True, cache_dir=config.cache_dir
             )
+    with _named("--pretrained_model_name_or_path", name):
         if name.endswith(".safetensors"):
             local = config.single_file_config
             return StableDiffusionXLPipeline.from_single_file(
@@ -183,5 +190,12 @@ def _load(config: ModelConfig) -> StableDiffusionXLPipeline:
             add_watermarker=False,
             **common,
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--pretrained_model_name_or_path {name}: {' '.join(str(error).split())[:400]}") from error
+
+
+@contextmanager
+def _named(flag: str, name: str) -> Iterator[None]:
+    """Turns what loading raises into one line that names the flag."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
+        raise UserError(f"{flag} {name}: {' '.join(str(error).split())[:400]}") from error

@@ -12,6 +12,7 @@ from lpl.errors import UserError
 
 FLAG = "--pretrained_model_name_or_path"
 PIPELINE = "StableDiffusionXLPipeline"
+VAE = "AutoencoderKL"
 FULL_SIZE = 1024
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 WITH_WEIGHTS = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -43,7 +44,8 @@ def check_model(config: ModelConfig) -> dict[str, Any]:
     elif path.is_dir():
         if config.single_file_config is None:
             _check_complete(path, config.variant)
-        read = lambda file: json.loads((path / file).read_text())  # noqa: E731
+        flag = FLAG if config.single_file_config is None else "--single_file_config"
+        read = lambda file: _read_json(path / file, flag)  # noqa: E731
     else:
         raise UserError(f"{FLAG} {name}: a file, but not .safetensors; give that or a diffusers folder")
     configs = _read(read, name)
@@ -86,9 +88,18 @@ def _hub_reader(config: ModelConfig) -> Any:
             raise UserError(
                 f"{FLAG} {name}: no such folder, and not on the Hub: {str(error).splitlines()[0]}"
             ) from error
-        return json.loads(Path(found).read_text())
+        return _read_json(Path(found), FLAG)
 
     return read
+
+
+def _read_json(file: Path, flag: str) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text())
+    except OSError as error:
+        raise UserError(f"{flag}: {file} cannot be read ({error.strerror})") from None
+    except ValueError:
+        raise UserError(f"{flag}: {file} is not JSON, or cut short") from None
 
 
 def _check_complete(folder: Path, variant: str | None) -> None:
@@ -102,6 +113,7 @@ def _check_complete(folder: Path, variant: str | None) -> None:
         if not (folder / name / "config.json").is_file():
             missing.append(f"{name}/config.json")
         weights = list((folder / name).glob(f"*.{variant}*.safetensors" if variant else "*.safetensors"))
+        missing += [f"the end of {name}/{file.name}" for file in weights if _header(file) is None]
         if not weights:
             others = list((folder / name).glob("*.bin"))
             hint = " (only .bin, which is not read: convert it to safetensors)" if others else ""
@@ -112,10 +124,25 @@ def _check_complete(folder: Path, variant: str | None) -> None:
         raise UserError(f"{FLAG} {folder}: missing in it: {', '.join(missing)}")
 
 
+def _header(path: Path) -> dict[str, Any] | None:
+    """The header of a safetensors file; None where it is none, or cut short."""
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(min(length, 100_000_000)))
+        end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+        return header if path.stat().st_size >= 8 + length + end else None
+    except (struct.error, ValueError, AttributeError, TypeError, LookupError):
+        return None
+
+
 def _check_configs(configs: dict[str, Any], config: ModelConfig) -> None:
     name = config.pretrained_model_name_or_path
     unet, vae, scheduler = configs["unet"], configs["vae"], configs["scheduler"]
     channels, latent_channels = unet.get("in_channels", 4), vae.get("latent_channels", 4)
+    kind = vae.get("_class_name", VAE)
+    if kind != VAE:
+        raise UserError(f"{FLAG} {name}: its VAE is {kind}; this trainer needs {VAE}")
     if channels == 9 and latent_channels == 4:
         raise UserError(
             f"{FLAG} {name}: an inpainting model (9 input channels); this trainer needs a text-to-image one"
@@ -148,7 +175,14 @@ def _check_vae(config: ModelConfig, configs: dict[str, Any]) -> None:
     file = Path(name) / "config.json"
     if not file.is_file():
         raise UserError(f"--pretrained_vae_model_name_or_path {name}: no config.json in it")
-    channels = json.loads(file.read_text()).get("latent_channels", 4)
+    vae = _read_json(file, "--pretrained_vae_model_name_or_path")
+    if vae.get("_class_name", VAE) != VAE:
+        raise UserError(f"--pretrained_vae_model_name_or_path {name}: {vae['_class_name']}; this trainer needs {VAE}")
+    weights = list(Path(name).glob("*.safetensors"))
+    if not weights or any(_header(file) is None for file in weights):
+        found = f"{weights[0].name} is cut short" if weights else "no .safetensors in it"
+        raise UserError(f"--pretrained_vae_model_name_or_path {name}: {found}")
+    channels = vae.get("latent_channels", 4)
     if channels != configs["unet"].get("in_channels", 4):
         raise UserError(
             f"--pretrained_vae_model_name_or_path {name}: {channels} latent channels, "
@@ -161,12 +195,9 @@ def _check_single_file(path: Path, config: ModelConfig) -> None:
         raise UserError(f"{FLAG} {path}: {path.suffix} files are pickles and are not read; convert it to .safetensors")
     if not path.is_file():
         raise UserError(f"{FLAG} {path}: no such file")
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(min(length, 100_000_000)))
-    except (struct.error, ValueError) as error:
-        raise UserError(f"{FLAG} {path}: not a safetensors file, or cut short") from error
+    header = _header(path)
+    if header is None:
+        raise UserError(f"{FLAG} {path}: not a safetensors file, or cut short")
     if "conditioner.embedders.1.model.ln_final.weight" not in header:
         refiner = "conditioner.embedders.0.model.ln_final.weight" in header
         found = (

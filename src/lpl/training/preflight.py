@@ -1,10 +1,11 @@
-"""Every check that needs no model and no torch, so that bad input costs a second and loses nothing."""
+"""Every check that needs no weights and (with few exceptions) no torch: bad input costs a second and loses nothing."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import logging
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +32,8 @@ class Checked(NamedTuple):
     """Configs of the model's components; empty for a single file."""
     finished_step: int | None
     """The step at which this very run has already ended."""
+    num_steps: int
+    """Optimizer steps of the run."""
 
 
 def preflight(config: TrainConfig) -> Checked:
@@ -50,16 +53,24 @@ def preflight(config: TrainConfig) -> Checked:
     finished_step = _check_output(config)
     if configs:
         _check_schedule(config, configs)
+        _check_gate(config, configs)
+    source = open_source(config.data, config.model.cache_dir)
     _warn_idle(config)
-    return Checked(config, open_source(config.data, config.model.cache_dir), configs, finished_step)
+    num_steps = config.num_steps(len(source), int(os.environ.get("WORLD_SIZE", "1")))
+    return Checked(config, source, configs, finished_step, num_steps)
 
 
 def _check_output(config: TrainConfig) -> int | None:
     folder = Path(config.run.output_dir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {folder}: a file is in the way")
+    choice = config.run.resume_from_checkpoint
+    if choice not in (None, "latest"):
+        from lpl.training.checkpoint import find_checkpoint
+
+        find_checkpoint(folder, choice)
     if not (folder / CONFIG_FILE).is_file():
-        if config.run.resume_from_checkpoint == "latest" and not folder.is_dir():
+        if choice == "latest":
             logger.warning("--resume_from_checkpoint latest: %s holds no run yet, starting one", folder)
         return None
     changed = differences(config, folder)
@@ -86,6 +97,32 @@ def _check_schedule(config: TrainConfig, configs: dict[str, Any]) -> None:
     stride = 2 ** (len(configs["vae"].get("block_out_channels", [64])) - 1)
     if config.data.crop_size % stride:
         raise UserError(f"--resolution {config.data.crop_size} is no multiple of the VAE's {stride} pixels per latent")
+
+
+def _check_gate(config: TrainConfig, configs: dict[str, Any]) -> None:
+    """Refuses a gate that nothing passes; needs the schedule's numbers, so it alone loads torch."""
+    options = config.lpl
+    given = {
+        "lpl_t_threshold": options.lpl_t_threshold,
+        "lpl_snr_threshold": options.lpl_snr_threshold,
+        "lpl_sigma_threshold": options.lpl_sigma_threshold,
+    }
+    bias = config.diffusion.timestep_bias_strategy
+    if not options.use_lpl or (given["lpl_snr_threshold"] is given["lpl_sigma_threshold"] is None and bias == "none"):
+        return
+    from lpl.families import noise_scheduler
+    from lpl.perceptual.gate import Gate
+    from lpl.training.step import timestep_weights
+
+    scheduler = noise_scheduler(configs)
+    weights = timestep_weights(scheduler.config.num_train_timesteps, config.diffusion)
+    try:
+        gate = Gate(scheduler, options.lpl_t_threshold, options.lpl_snr_threshold, options.lpl_sigma_threshold)
+        gate.probability(weights)
+    except ValueError as error:
+        flags = [f"--{name} {value}" for name, value in given.items() if value is not None]
+        flags += [f"--timestep_bias_strategy {bias}"] * (bias != "none")
+        raise UserError(f"{', '.join(flags)}: {error}") from error
 
 
 def _warn_idle(config: TrainConfig) -> None:

@@ -78,6 +78,7 @@ class Tracker:
     def log(self, step: int, extra: dict[str, float]) -> dict[str, float]:
         """Logs everything since the last log under diffusers' names; returns it."""
         metrics = self.window.read()
+        done = step - self._step
         lpl_square, diffusion_square = (
             metrics.pop("lpl/gradient_square", 0.0),
             metrics.pop("diffusion/gradient_square", 0.0),
@@ -86,9 +87,8 @@ class Tracker:
         if "lpl/weight" in metrics:
             metrics["lpl/gradient_share"] = gradient_share(lpl_square, diffusion_square)
             metrics["lpl/loss_share"] = weighted / (weighted + metrics["diffusion_loss"] or 1.0)
-            self._judge(lpl_square, diffusion_square, metrics)
+            self._judge(lpl_square, diffusion_square, done, metrics)
         now = time.perf_counter()
-        done = step - self._step
         metrics["train_loss"] = metrics["diffusion_loss"] + weighted
         metrics["samples_per_second"] = done * self.samples_per_step / (now - self._time)
         self._time, self._step = now, step
@@ -99,10 +99,10 @@ class Tracker:
         self.accelerator.log(metrics, step=step)
         return metrics
 
-    def _judge(self, lpl_square: float, diffusion_square: float, metrics: dict[str, float]) -> None:
-        self._squares[0] += lpl_square
-        self._squares[1] += diffusion_square
-        self._gated += metrics["lpl/application_ratio"] * self.samples_per_step
+    def _judge(self, lpl_square: float, diffusion_square: float, steps: int, metrics: dict[str, float]) -> None:
+        self._squares[0] += lpl_square * steps
+        self._squares[1] += diffusion_square * steps
+        self._gated += metrics["lpl/application_ratio"] * self.samples_per_step * steps
         share = gradient_share(*self._squares)
         if (
             self._warned

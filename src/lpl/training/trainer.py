@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -56,9 +55,6 @@ class Trainer:
         self.accelerator = accelerator = build_accelerator(config)
         set_seed(run.seed)
         self.repository = hub.create_repository(config) if self._push and accelerator.is_main_process else None
-        if accelerator.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_config(config, self.folder)
         weight_dtype = WEIGHT_DTYPES[accelerator.mixed_precision]
         self.family = family = load_family(config.model, accelerator.device, weight_dtype)
         family.to_device()
@@ -79,7 +75,7 @@ class Trainer:
         self.order = DrawOrder(run.seed, len(self.data))
         self.samples_per_step = run.train_batch_size * run.gradient_accumulation_steps * accelerator.num_processes
         self.steps_per_epoch = len(self.data) / self.samples_per_step
-        self.num_steps = run.max_train_steps or math.ceil(run.num_train_epochs * self.steps_per_epoch)
+        self.num_steps = config.num_steps(len(self.data), accelerator.num_processes)
         self._build_model(weight_dtype)
         self.objective = build_objective(config, family) if config.lpl.use_lpl else None
         self.step_loss = TrainingStep(family, config.diffusion, self.objective, run.seed)
@@ -91,6 +87,9 @@ class Trainer:
         )
         self.step = 0
         self._resume()
+        if accelerator.is_main_process:  # only now: a run that could not begin lays no claim to the folder
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_config(config, self.folder)
         self._announce()
 
     @property
@@ -153,24 +152,22 @@ class Trainer:
         trackers_config.pop("hub_token", None)
         accelerator.init_trackers("lpl", config=trackers_config)
         self.tracker.start(self.step)
-        bar = tqdm(
-            total=self.num_steps, initial=self.step, desc="training", disable=not accelerator.is_local_main_process
-        )
-        while self.step < self.num_steps:
-            gradient_norm = self._optimizer_step()
-            self.step += 1
-            bar.update()
-            if self.step % log.log_every == 0 or self.step in (1, self.num_steps):
-                self._require_finite()
-                extra = {"learning_rate": self.schedule.get_last_lr()[0], "gradient_norm": float(gradient_norm)}
-                metrics = self.tracker.log(self.step, extra)
-                shown = {"loss": "train_loss", "lpl": "lpl/weighted_loss", "share": "lpl/gradient_share"}
-                bar.set_postfix({k: f"{metrics[name]:.3g}" for k, name in shown.items() if name in metrics})
-            if self._validates():
-                self.validate()
-            if self.step % run.checkpointing_steps == 0:
-                self.save()
-        bar.close()
+        silent = not accelerator.is_local_main_process
+        with tqdm(total=self.num_steps, initial=self.step, desc="training", disable=silent) as bar:
+            while self.step < self.num_steps:
+                gradient_norm = self._optimizer_step()
+                self.step += 1
+                bar.update()
+                if self.step % log.log_every == 0 or self.step in (1, self.num_steps):
+                    self._require_finite()
+                    extra = {"learning_rate": self.schedule.get_last_lr()[0], "gradient_norm": float(gradient_norm)}
+                    metrics = self.tracker.log(self.step, extra)
+                    shown = {"loss": "train_loss", "lpl": "lpl/weighted_loss", "share": "lpl/gradient_share"}
+                    bar.set_postfix({k: f"{metrics[name]:.3g}" for k, name in shown.items() if name in metrics})
+                if self._validates():
+                    self.validate()
+                if self.step % run.checkpointing_steps == 0:
+                    self.save()
 
     def _optimizer_step(self) -> torch.Tensor:
         run, accelerator = self.config.run, self.accelerator
@@ -221,9 +218,10 @@ class Trainer:
             culprits = found.samples or range(len(indices))
             ids = ", ".join(self.data.records[indices[i]].id for i in culprits)
             terms = " and ".join(["the diffusion loss"] * bool(found.samples) + ["LPL"] * found.lpl)
-            mine = [f"{terms} was not finite at step {step} (samples {ids})"]
+            verb = "were" if found.samples and found.lpl else "was"
+            mine = [f"{terms} {verb} not finite at step {step + 1} (samples {ids})"]
         elif (step_of_gradient := self.guard.first_gradient()) is not None:
-            mine = [f"the gradient was not finite at step {step_of_gradient}, though the loss was"]
+            mine = [f"the gradient was not finite at step {step_of_gradient + 1}, though the loss was"]
         reports = gather_object(mine)
         if reports:
             last = find_checkpoint(self.folder, None)

@@ -1,0 +1,93 @@
+"""What README promises: its commands parse and run, its snippet works, its example trains."""
+
+import json
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lpl.cli import main, parse_train
+from lpl.config import TrainConfig
+from lpl.config_io import REFUSED, presets
+from lpl.testing import tiny_vae
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """The demo's model and data, exported as README says, with 12 of the images."""
+    folder = tmp_path_factory.mktemp("readme")
+    main(["demo", "--export_model", str(folder / "model")])
+    main(["demo", "--export_data", str(folder / "data")])
+    metadata = folder / "data" / "metadata.jsonl"
+    lines = metadata.read_text().splitlines()
+    assert len(lines) >= 200
+    for line in lines[12:]:
+        (folder / "data" / json.loads(line)["file_name"]).unlink()
+    metadata.write_text("\n".join(lines[:12]) + "\n")
+    return folder
+
+
+def test_every_train_command_parses():
+    commands = re.findall(r"^    (?:accelerate launch -m )?lpl train (.*)$", README, re.M)
+    assert len(commands) == 4
+    for command in commands:
+        assert isinstance(parse_train(shlex.split(command)), TrainConfig)
+
+
+def test_commands_by_hand_run(exported, monkeypatch):
+    (command,) = [c for c in re.findall(r"^    lpl (train .*)$", README, re.M) if "--max_train_steps 20" in c]
+    monkeypatch.chdir(exported)
+    main([*shlex.split(command.replace("steps 20", "steps 1")), "--latent_cache_dir", "cache"])
+    assert (exported / "lpl-output" / "model_index.json").is_file()
+
+
+def test_example_trains_and_saves(exported, monkeypatch, capsys):
+    monkeypatch.chdir(exported)
+    monkeypatch.setattr(sys, "argv", ["minimal_loop.py", "model", "data"])
+    source = (ROOT / "examples" / "minimal_loop.py").read_text()
+    assert len(source.splitlines()) < 100
+    script = exported / "minimal_loop.py"
+    script.write_text(
+        source.replace("STEPS, BATCH, LEARNING_RATE, SEED = 50, 8", "STEPS, BATCH, LEARNING_RATE, SEED = 2, 2")
+    )
+    runpy.run_path(str(script), run_name="__main__")
+    assert "step 0: diffusion" in capsys.readouterr().out
+    assert (exported / "minimal-loop-output" / "model_index.json").is_file()
+
+
+def test_snippet_runs():
+    from diffusers import DDPMScheduler
+
+    (snippet,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    latents, noise = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
+    noise_scheduler, timesteps = DDPMScheduler(), torch.tensor([5, 900])
+    noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
+    model_output = (0.9 * noise).requires_grad_()
+    names = {
+        "vae": tiny_vae(),
+        "noise_scheduler": noise_scheduler,
+        "model_output": model_output,
+        "noisy_latents": noisy_latents,
+        "latents": latents,
+        "timesteps": timesteps,
+        "diffusion_loss": (model_output - noise).square().mean(),
+    }
+    exec(snippet, names)
+    assert model_output.grad is not None
+    assert float(names["objective"].weight) > 0
+
+
+def test_tables_name_every_lpl_option_every_preset_and_every_refusal():
+    for name in vars(TrainConfig().lpl):
+        assert f"`{name}`" in README, name
+    for name in presets():
+        assert f"`{name}`" in README, name
+    for name in REFUSED:
+        assert f"`{name}`" in README, name

@@ -1,0 +1,93 @@
+"""How a global batch is split over micro-batches and processes changes nothing but the order of additions.
+
+AdamW's epsilon is large here, which makes an update a smooth function of the gradient (at most rate / epsilon times
+its error); with 1e-8 the update is nearly the gradient's sign, and rounding flips it where a gradient is all but 0.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+STEPS, RATE, EPSILON = 3, 1e-2, 1e-2
+FLOAT_ERROR = 1e-6
+"""Relative rounding of a gradient: sums of up to 8 terms and a few thousand products, float32."""
+OPTIONS = {
+    "max_train_steps": STEPS,
+    "learning_rate": RATE,
+    "adam_epsilon": EPSILON,
+    "train_batch_size": 8,
+    "snr_gamma": 5.0,
+    "noise_offset": 0.1,
+    "max_grad_norm": 0.5,
+}
+
+
+def assert_same_run(a: Any, b: Any) -> None:
+    """Losses agree to float32; weights to the update's slope times the gradient's rounding."""
+    losses, expected = a.losses(), b.losses()
+    assert losses.keys() == expected.keys()
+    assert {"diffusion_loss", "lpl/loss", "lpl/weighted_loss", "gradient_norm"} <= losses.keys()
+    for name, values in expected.items():
+        assert list(losses[name]) == list(values) == list(range(1, STEPS + 1))
+        for step, value in values.items():
+            assert losses[name][step] == pytest.approx(value, rel=2e-5), (name, step)
+    tolerance = STEPS * RATE / EPSILON * FLOAT_ERROR
+    moved = 0.0
+    for name, value in b.unet().items():
+        assert (a.unet()[name] - value).abs().max() <= tolerance * max(1.0, float(value.abs().max())), name
+        moved += float(value.abs().sum())
+    assert math.isfinite(moved)
+
+
+@pytest.fixture
+def whole(train: Any) -> Any:
+    return train(**OPTIONS, output="whole")
+
+
+@pytest.mark.parametrize(("batch", "accumulation"), [(1, 8), (4, 2)])
+def test_accumulation_equals_a_larger_batch(train: Any, whole: Any, batch: int, accumulation: int) -> None:
+    options = OPTIONS | {"train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+    assert_same_run(train(**options, output="split"), whole)
+
+
+def test_reduction_of_the_diffusers_project_depends_on_the_split(train: Any) -> None:
+    """What `expected` exists to avoid; if this fails the test above says nothing about the reduction."""
+    one = train(**OPTIONS, lpl_reduction="gated", output="one")
+    split = OPTIONS | {"train_batch_size": 1, "gradient_accumulation_steps": 8}
+    many = train(**split, lpl_reduction="gated", output="many")
+    ratio = many.logged()["lpl/weighted_loss"][1] / one.logged()["lpl/weighted_loss"][1]
+    assert abs(ratio - 1) > 0.05
+
+
+def test_auto_weight_and_share_do_not_depend_on_the_split(train: Any) -> None:
+    options = OPTIONS | {"lpl_weight": "auto", "lpl_t_threshold": 300}
+    one = train(**options, output="one").logged()
+    many = train(**options | {"train_batch_size": 1, "gradient_accumulation_steps": 8}, output="many").logged()
+    for step in (2, 3):
+        assert many["lpl/weight"][step] == pytest.approx(one["lpl/weight"][step], rel=1e-4)
+        assert many["lpl/gradient_share"][step] == pytest.approx(one["lpl/gradient_share"][step], rel=1e-4)
+
+
+def launch(argv: list[str]) -> None:
+    """One process of a launch; module level, so that it can be sent there."""
+    from lpl.cli import main
+
+    main(argv)
+
+
+def test_two_processes_equal_one_with_twice_the_batch(
+    whole: Any, base_options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from accelerate import debug_launcher
+    from conftest import Run, as_flags
+
+    options = {**base_options, **OPTIONS, "train_batch_size": 4, "output_dir": tmp_path / "two"}
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    debug_launcher(launch, (["train", *as_flags(options)],), num_processes=2)
+    two = Run(0, tmp_path / "two", "", "")
+    assert_same_run(two, whole)

@@ -1,0 +1,140 @@
+"""With LPL off the trainer is the plain loop that anyone would write, bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, StableDiffusionXLPipeline
+from torch import Tensor
+
+from lpl.config import DataConfig
+from lpl.data.encode import encode_dataset
+from lpl.data.sources import open_source
+from lpl.diffusion.draws import draw_normal, keyed_generator, keyed_uniform
+from lpl.families import load_family
+
+STEPS, BATCH, ACCUMULATION, RATE, SEED = 5, 2, 2, 1e-3, 3
+OPTIONS = {
+    "seed": SEED,
+    "max_train_steps": STEPS,
+    "train_batch_size": BATCH,
+    "gradient_accumulation_steps": ACCUMULATION,
+    "random_flip": True,
+    "proportion_empty_prompts": 0.3,
+}
+
+
+def plain_loop(model: Path, data: Path, cache: Path) -> dict[str, Tensor]:
+    """AdamW on the mean squared error of the noise; what the trainer caches and how it draws is taken from lpl."""
+    config = DataConfig(
+        train_data_dir=str(data),
+        latent_cache_dir=str(cache),
+        resolution=16,
+        random_flip=True,
+        proportion_empty_prompts=0.3,
+    )
+    from lpl.config import ModelConfig
+
+    family = load_family(ModelConfig(str(model)), torch.device("cpu"), torch.float32)
+    samples = encode_dataset(open_source(config, None), config, family, SEED, BATCH, 0, 1, lambda: None, False)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(model, use_safetensors=True, add_watermarker=False)
+    unet = pipeline.unet.train()
+    cumprod = DDPMScheduler.from_config(pipeline.scheduler.config).alphas_cumprod.double()
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=RATE, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8)
+    position = 0
+    for _ in range(STEPS):
+        for _ in range(ACCUMULATION):
+            draws = []
+            for _ in range(BATCH):
+                epoch, offset = divmod(position, len(samples))
+                order = torch.randperm(len(samples), generator=keyed_generator(SEED, "order", epoch))
+                draws.append((int(order[offset]), epoch))
+                position += 1
+            batch = samples.batch(draws)
+            keys = list(zip(batch.sample_ids, batch.counts, strict=True))
+            t = torch.tensor([int(keyed_uniform(SEED, "timestep", *key) * 1000) for key in keys])
+            latents = batch.raw_latents * pipeline.vae.config.scaling_factor
+            noise = torch.stack([draw_normal(tuple(latents.shape[1:]), SEED, "noise", *key) for key in keys])
+            alpha, sigma = (c.float()[:, None, None, None] for c in (cumprod[t].sqrt(), (1 - cumprod[t]).sqrt()))
+            output = unet(
+                alpha * latents + sigma * noise,
+                t,
+                batch.text["prompt_embeds"],
+                added_cond_kwargs={"text_embeds": batch.text["pooled"], "time_ids": batch.sizes},
+            ).sample
+            loss = (output - noise).square().flatten(1).mean(1).mean()
+            (loss / ACCUMULATION).backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: p.detach() for name, p in unet.named_parameters()}
+
+
+@pytest.fixture
+def off(train: Any) -> Any:
+    return train(**OPTIONS, use_lpl=False, lpl_weight=None, lpl_norm_type=None, lpl_t_threshold=None, output="off")
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    assert a.keys() == b.keys()
+    return all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_lpl_off_is_the_plain_loop(off: Any, model: Path, data: Path, shared: Path) -> None:
+    expected = plain_loop(model, data, shared / "cache")
+    assert same(off.unet(), expected)
+    start = StableDiffusionXLPipeline.from_pretrained(model, use_safetensors=True).unet.state_dict()
+    assert not same(off.unet(), start)
+
+
+def test_lpl_that_never_starts_or_weighs_nothing_is_off(off: Any, train: Any) -> None:
+    late = train(**OPTIONS, lpl_start=STEPS, output="late")
+    assert same(late.unet(), off.unet())
+    assert "lpl/loss" not in late.logged()
+    nothing = train(**OPTIONS, lpl_weight=0.0, output="nothing")
+    assert same(nothing.unet(), off.unet())
+    assert "lpl/loss" in nothing.logged()
+
+
+def test_lpl_acts_from_its_start_on(off: Any, train: Any) -> None:
+    last = train(**OPTIONS, lpl_start=STEPS - 1, output="last")
+    assert not same(last.unet(), off.unet())
+    logged, without = last.logged(), off.logged()
+    assert logged["train_loss"][STEPS - 1] == without["train_loss"][STEPS - 1]
+    assert logged["diffusion_loss"] == without["diffusion_loss"]
+    assert list(logged["lpl/loss"]) == [STEPS]
+    assert logged["train_loss"][STEPS] > without["train_loss"][STEPS]
+
+
+def test_lpl_on_and_off_see_the_same_draws(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lpl.training.step import TrainingStep
+
+    seen: list[Any] = []
+    original = TrainingStep.draw
+
+    def spy(self: TrainingStep, batch: Any) -> Any:
+        drawn = original(self, batch)
+        seen.append((batch.sample_ids, batch.counts, batch.raw_latents, batch.sizes, drawn.noise, drawn.timesteps))
+        return drawn
+
+    monkeypatch.setattr(TrainingStep, "draw", spy)
+    train(**OPTIONS, use_lpl=False, output="off")
+    without, seen = seen, []
+    train(**OPTIONS, output="on")
+    assert len(seen) == len(without) == STEPS * ACCUMULATION
+    for (ids, counts, *tensors), (ids_2, counts_2, *tensors_2) in zip(seen, without, strict=True):
+        assert (ids, counts) == (ids_2, counts_2)
+        assert all(torch.equal(a, b) for a, b in zip(tensors, tensors_2, strict=True))
+    assert len({tuple(t.tolist()) for *_, t in seen}) > 1
+
+
+def test_another_seed_is_another_run(off: Any, train: Any) -> None:
+    other = train(**OPTIONS | {"seed": SEED + 1}, use_lpl=False, output="other")
+    assert not same(other.unet(), off.unet())
+    assert other.losses()["diffusion_loss"] != off.losses()["diffusion_loss"]
+    again = train(**OPTIONS, use_lpl=False, output="again")
+    assert same(again.unet(), off.unet())
+    assert again.losses() == off.losses()
