@@ -60,7 +60,7 @@ class Run(NamedTuple):
         return {name: values for name, values in self.logged().items() if name in LOSSES}
 
 
-def as_flags(options: dict[str, Any]) -> list[str]:
+def flags_of(options: dict[str, Any]) -> list[str]:
     """Options as flags; a boolean becomes --x or --no_x, None is left out."""
     flags = []
     for name, value in options.items():
@@ -141,6 +141,18 @@ def run_cli() -> Callable[[list[str]], tuple[int, str, str]]:
 
 
 @pytest.fixture(scope="session")
+def as_flags() -> Callable[[dict[str, Any]], list[str]]:
+    """Turns options into flags."""
+    return flags_of
+
+
+@pytest.fixture(scope="session")
+def read_run() -> Callable[[Path], Run]:
+    """What a run that was started elsewhere left in its folder."""
+    return lambda folder: Run(0, folder, "", "")
+
+
+@pytest.fixture(scope="session")
 def base_options(model: Path, data: Path, shared: Path) -> dict[str, Any]:
     """Options that make a short run on the tiny model; LPL acts on most samples."""
     return {
@@ -157,18 +169,27 @@ def base_options(model: Path, data: Path, shared: Path) -> dict[str, Any]:
     }
 
 
-@pytest.fixture
-def train(base_options: dict[str, Any], tmp_path: Path) -> Callable[..., Run]:
+@pytest.fixture(scope="session")
+def train_in(base_options: dict[str, Any]) -> Callable[..., Run]:
     """Runs `lpl train` with base_options, changed by keywords (None leaves an option out), and expects success.
 
-    Positional arguments are put first as they are; expect_error=True expects a failure instead.
+    The first argument is the output folder; further ones are put first on the command line as they are.
+    expect_error=True expects a failure instead.
     """
 
-    def run(*argv: str, output: str = "out", expect_error: bool = False, **options: Any) -> Run:
-        folder = tmp_path / output
-        flags = as_flags({"output_dir": folder, **base_options, **options})
-        result = Run(*(lambda code, out, err: (code, folder, out, err))(*call(["train", *argv, *flags])))
-        assert (result.code != 0) == expect_error, result.stderr
-        return result
+    def run(folder: Path, *argv: str, expect_error: bool = False, **options: Any) -> Run:
+        code, out, err = call(["train", *argv, *flags_of({"output_dir": folder, **base_options, **options})])
+        assert (code != 0) == expect_error, err
+        return Run(code, folder, out, err)
+
+    return run
+
+
+@pytest.fixture
+def train(train_in: Callable[..., Run], tmp_path: Path) -> Callable[..., Run]:
+    """train_in with an output folder of this test: "out", or what `output` names."""
+
+    def run(*argv: str, output: str = "out", **options: Any) -> Run:
+        return train_in(tmp_path / output, *argv, **options)
 
     return run

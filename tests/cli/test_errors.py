@@ -24,10 +24,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def refused(run_cli: Any, base_options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Refused:
+def refused(
+    run_cli: Any, as_flags: Any, base_options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Refused:
     """Runs `lpl train`; returns the one line that it must end with, before any weights load."""
-    from conftest import as_flags
-
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").write_text("keep")

@@ -10,7 +10,7 @@ import torch
 from diffusers import DDPMScheduler, StableDiffusionXLPipeline
 from torch import Tensor
 
-from lpl.config import DataConfig
+from lpl.config import DataConfig, ModelConfig
 from lpl.data.encode import encode_dataset
 from lpl.data.sources import open_source
 from lpl.diffusion.draws import draw_normal, keyed_generator, keyed_uniform
@@ -36,8 +36,6 @@ def plain_loop(model: Path, data: Path, cache: Path) -> dict[str, Tensor]:
         random_flip=True,
         proportion_empty_prompts=0.3,
     )
-    from lpl.config import ModelConfig
-
     family = load_family(ModelConfig(str(model)), torch.device("cpu"), torch.float32)
     samples = encode_dataset(open_source(config, None), config, family, SEED, BATCH, 0, 1, lambda: None, False)
     pipeline = StableDiffusionXLPipeline.from_pretrained(model, use_safetensors=True, add_watermarker=False)
@@ -73,9 +71,10 @@ def plain_loop(model: Path, data: Path, cache: Path) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in unet.named_parameters()}
 
 
-@pytest.fixture
-def off(train: Any) -> Any:
-    return train(**OPTIONS, use_lpl=False, lpl_weight=None, lpl_norm_type=None, lpl_t_threshold=None, output="off")
+@pytest.fixture(scope="module")
+def off(train_in: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    no_lpl = {"use_lpl": False, "lpl_weight": None, "lpl_norm_type": None, "lpl_t_threshold": None}
+    return train_in(tmp_path_factory.mktemp("off") / "out", **OPTIONS, **no_lpl)
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -100,13 +99,18 @@ def test_lpl_that_never_starts_or_weighs_nothing_is_off(off: Any, train: Any) ->
 
 
 def test_lpl_acts_from_its_start_on(off: Any, train: Any) -> None:
-    last = train(**OPTIONS, lpl_start=STEPS - 1, output="last")
-    assert not same(last.unet(), off.unet())
-    logged, without = last.logged(), off.logged()
-    assert logged["train_loss"][STEPS - 1] == without["train_loss"][STEPS - 1]
-    assert logged["diffusion_loss"] == without["diffusion_loss"]
-    assert list(logged["lpl/loss"]) == [STEPS]
-    assert logged["train_loss"][STEPS] > without["train_loss"][STEPS]
+    """With this seed two of the fourth step's samples pass the gate, none of the fifth's."""
+    late = train(**OPTIONS, lpl_start=3)
+    assert not same(late.unet(), off.unet())
+    logged, without = late.logged(), off.logged()
+    assert [logged["train_loss"][step] for step in (1, 2, 3)] == [without["train_loss"][step] for step in (1, 2, 3)]
+    assert [logged["diffusion_loss"][step] for step in (1, 2, 3, 4)] == [
+        without["diffusion_loss"][step] for step in (1, 2, 3, 4)
+    ]
+    assert logged["diffusion_loss"][5] != without["diffusion_loss"][5]
+    assert list(logged["lpl/loss"]) == [4]
+    assert list(logged["lpl/application_ratio"].values()) == [0.5, 0.0]
+    assert logged["train_loss"][4] > without["train_loss"][4]
 
 
 def test_lpl_on_and_off_see_the_same_draws(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +125,7 @@ def test_lpl_on_and_off_see_the_same_draws(train: Any, monkeypatch: pytest.Monke
         return drawn
 
     monkeypatch.setattr(TrainingStep, "draw", spy)
-    train(**OPTIONS, use_lpl=False, output="off")
+    train(**OPTIONS, use_lpl=False, output="without")
     without, seen = seen, []
     train(**OPTIONS, output="on")
     assert len(seen) == len(without) == STEPS * ACCUMULATION

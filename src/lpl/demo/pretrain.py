@@ -46,7 +46,7 @@ def make_base(checkpoint: Path, minutes: float) -> None:
         print(save_component(name, getattr(model, name)))
 
 
-PARTS = {"vae": (make_vae, 50.0), "decoder": (make_decoder, 35.0), "base": (make_base, 60.0)}
+PARTS = {"vae": (make_vae, 45.0), "decoder": (make_decoder, 36.0), "base": (make_base, 57.0)}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -58,8 +58,10 @@ def timestep_probabilities(
         end: timestep before which range ends.
 
     Raises:
-        ValueError: an unknown strategy, a range outside the schedule, or nothing left to draw.
+        ValueError: an unknown strategy, a negative multiplier, a range outside the schedule, or nothing left to draw.
     """
+    if multiplier < 0:
+        raise ValueError(f"the timestep bias multiplier must be 0 or more, not {multiplier}")
     weights = torch.ones(num_timesteps, dtype=torch.float64)
     count = int(portion * num_timesteps)
     if strategy == "earlier":

@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow", "flow_to_data")
+DISCRETE_TYPES = ("epsilon", "v_prediction", "sample")
+FLOW_TYPES = ("flow", "flow_to_data")
+PREDICTION_TYPES = DISCRETE_TYPES + FLOW_TYPES
 
 
 def expand(value: Tensor, like: Tensor) -> Tensor:

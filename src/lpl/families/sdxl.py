@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -22,6 +23,10 @@ from lpl.diffusion.latent_space import LatentSpace
 from lpl.errors import UserError
 from lpl.families.base import weights_hash
 
+logger = logging.getLogger("lpl")
+# diffusers quotes every caption of a batch, padding and all, when one is cut; free_encoders says it in one line.
+logging.getLogger("diffusers.pipelines").setLevel(logging.ERROR)
+
 LORA_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
 SAMPLING_STEPS = 25
 GUIDANCE_SCALE = 5.0
@@ -36,7 +41,7 @@ class SDXL:
     Args:
         config: which model.
         device: where encoding happens and the denoiser goes.
-        weight_dtype: precision of frozen weights (text encoders; under LoRA the denoiser's base too).
+        weight_dtype: precision of the run's arithmetic; validation images are drawn in it.
 
     Raises:
         UserError: the model cannot be loaded.
@@ -51,7 +56,8 @@ class SDXL:
         self.vae = self.pipeline.vae.float().eval().requires_grad_(False)
         self.text_encoders = (self.pipeline.text_encoder, self.pipeline.text_encoder_2)
         for encoder in self.text_encoders:
-            encoder.to(dtype=weight_dtype).eval().requires_grad_(False)
+            # Float32 whatever the run's precision: they encode once, and are saved again as they came.
+            encoder.float().eval().requires_grad_(False)
         schedule = dict(self.pipeline.scheduler.config)
         if config.prediction_type is not None:
             schedule["prediction_type"] = config.prediction_type
@@ -62,8 +68,9 @@ class SDXL:
             *[m for m in (self.vae.encoder, self.vae.quant_conv) if m is not None], settings=type(self.vae).__name__
         )
         tokenizers = [json.dumps(t.get_vocab(), sort_keys=True) for t in self._tokenizers()]
-        self.text_key = weights_hash(*self.text_encoders, settings=f"{self.force_zeros}{weight_dtype}{tokenizers}")
+        self.text_key = weights_hash(*self.text_encoders, settings=f"{self.force_zeros}{tokenizers}")
         self._prompts: dict[str, tuple[Tensor, ...]] = {}
+        self._cut: list[str] = []
 
     def _tokenizers(self) -> tuple[Any, Any]:
         return self.pipeline.tokenizer, self.pipeline.tokenizer_2
@@ -81,6 +88,9 @@ class SDXL:
 
     @torch.no_grad()
     def encode_text(self, captions: list[str]) -> dict[str, Tensor]:
+        tokens = self.pipeline.tokenizer(captions).input_ids
+        limit = self.pipeline.tokenizer.model_max_length
+        self._cut += [caption for caption, ids in zip(captions, tokens, strict=True) if len(ids) > limit]
         embeds, _, pooled, _ = self.pipeline.encode_prompt(
             captions, device=self.device, do_classifier_free_guidance=False
         )
@@ -102,6 +112,10 @@ class SDXL:
         self._prompts[prompt] = tuple(e.float().cpu() for e in encoded)
 
     def free_encoders(self) -> None:
+        if self._cut:
+            limit = self.pipeline.tokenizer.model_max_length
+            logger.warning("%d captions were cut to %d tokens, first: %.80s", len(self._cut), limit, self._cut[0])
+            self._cut = []
         for encoder in self.text_encoders:
             encoder.to("cpu")
         self.vae.encoder.to("cpu")

@@ -9,6 +9,8 @@ from lpl.diffusion.prediction import alpha_sigma_table, signal_to_noise
 
 DEFAULT_T_THRESHOLD = 200
 DEFAULT_SNR_GAMMA = 5.0
+GRID = 10**5
+"""Values of sigma, uniform in (0, 1), on which a flow schedule's gate is tabulated."""
 
 
 class Gate:
@@ -46,11 +48,14 @@ class Gate:
                 f"lpl_t_threshold {t_threshold} lies outside the schedule's 1..{self.num_timesteps} timesteps"
             )
         self.t_threshold, self.snr_threshold, self.sigma_threshold = t_threshold, snr_threshold, sigma_threshold
-        if not self.is_flow:
+        if self.is_flow:
+            sigma = (torch.arange(GRID, dtype=torch.float64) + 0.5) / GRID
+            self.table = self._open(sigma * self.num_timesteps, 1 - sigma, sigma)
+        else:
             alpha, sigma = alpha_sigma_table(noise_scheduler)
             self.table = self._open(torch.arange(self.num_timesteps), alpha, sigma)
-            if not self.table.any():
-                raise ValueError(f"no timestep of the schedule passes the gate {self}")
+        if not self.table.any():
+            raise ValueError(f"no timestep of the schedule passes the gate {self}")
 
     def passes(self, timesteps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         """Which samples pass, (B,) bool, on timesteps' device; alpha and sigma (B,) as in prediction.py."""
@@ -69,11 +74,7 @@ class Gate:
             ValueError: weights of the wrong length or for a flow schedule, or a probability outside (0, 1].
         """
         if p_gate is None:
-            if self.is_flow:
-                grid = (torch.arange(10**5, dtype=torch.float64) + 0.5) / 10**5
-                probability = float(self._open(grid * self.num_timesteps, 1 - grid, grid).double().mean())
-            else:
-                probability = float(self.table.double().mean())
+            probability = float(self.table.double().mean())
         elif isinstance(p_gate, Tensor):
             if self.is_flow or p_gate.shape != self.table.shape:
                 raise ValueError(f"p_gate as weights needs one per timestep of a discrete schedule, not {p_gate.shape}")

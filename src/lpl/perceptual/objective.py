@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from lpl.diffusion.prediction import (
+    DISCRETE_TYPES,
+    FLOW_TYPES,
     alpha_sigma_table,
     expand,
     output_sensitivity,
@@ -80,6 +82,10 @@ class PerceptualObjective:
     ) -> None:
         if lpl_reduction not in ("expected", "gated"):
             raise ValueError(f"lpl_reduction {lpl_reduction!r} is neither expected nor gated")
+        if lpl_max_samples is not None and lpl_max_samples < 1:
+            raise ValueError(f"lpl_max_samples must be at least 1, not {lpl_max_samples}")
+        if snr_gamma is not None and snr_gamma <= 0:
+            raise ValueError(f"snr_gamma must be positive, not {snr_gamma}")
         self.loss_fn = loss_fn
         self.gate = Gate(noise_scheduler, lpl_t_threshold, lpl_snr_threshold, lpl_sigma_threshold)
         self.p_gate = self.gate.probability(p_gate)
@@ -90,6 +96,9 @@ class PerceptualObjective:
         self._table = None if self.gate.is_flow else alpha_sigma_table(noise_scheduler)
         own = "flow" if self.gate.is_flow else noise_scheduler.config.prediction_type
         self.prediction_type = prediction_type or own
+        if self.prediction_type not in (FLOW_TYPES if self.gate.is_flow else DISCRETE_TYPES):
+            kind = "a flow-matching" if self.gate.is_flow else "a discrete"
+            raise ValueError(f"prediction type {self.prediction_type!r} does not go with {kind} schedule")
         if (
             self._table is not None
             and self.prediction_type == "epsilon"

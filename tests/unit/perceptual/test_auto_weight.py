@@ -154,11 +154,11 @@ def test_target_share_is_reached(sdxl_scheduler, get_vae, share, options):
     """Plain autograd over the samples that were measured finds the share that was asked for."""
     loss_fn = LatentPerceptualLoss(get_vae("two_blocks"), num_blocks=1)
     objective = PerceptualObjective(loss_fn, sdxl_scheduler, "auto", lpl_target_share=share, **options)
-    batches, seed = [], 0
-    while not objective.auto.fixed:
-        batches.append(make_batch(sdxl_scheduler, 128, seed := seed + 1))
-        run_step(objective, batches[-1], [128])
-    assert objective.auto.measured >= 256
+    batches = [make_batch(sdxl_scheduler, 160, seed) for seed in range(4)]
+    for batch in batches:
+        assert not objective.auto.fixed
+        run_step(objective, batch, [160])
+    assert objective.auto.fixed
     assert measured_share(objective, batches) == pytest.approx(share, rel=1e-4)
     assert objective.weight == objective.auto.weight
 

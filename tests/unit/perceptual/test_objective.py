@@ -438,3 +438,17 @@ def test_sigma_of_a_sample_is_its_own(each_type, latent_distance):
     order = torch.tensor([7, 2, 5, 0, 1, 6, 3, 4])
     shuffled = objective(*batch.arguments(order)).loss
     assert shuffled.item() == pytest.approx(objective(*batch.arguments()).loss.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lpl_max_samples": 0}, "lpl_max_samples"),
+        ({"snr_gamma": 0.0}, "snr_gamma"),
+        ({"prediction_type": "flow"}, "discrete"),
+        ({"prediction_type": "x0"}, "x0"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused_at_once(sdxl_scheduler, get_vae, options, message):
+    with pytest.raises(ValueError, match=message):
+        PerceptualObjective(LatentPerceptualLoss(get_vae("two_blocks"), num_blocks=1), sdxl_scheduler, **options)

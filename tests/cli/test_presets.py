@@ -1,0 +1,196 @@
+"""Presets, config.yaml and --dry_run on tiny models, and the ways to start a process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from lpl.cli import parse_train
+from lpl.config import TrainConfig
+from lpl.config_io import RECORD, presets
+
+PRESETS = ["demo", "diffusers-lpl", "sdxl", "sdxl-lora"]
+
+
+def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    assert a.keys() == b.keys()
+    return all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_these_are_the_presets() -> None:
+    assert presets() == PRESETS
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_sets_what_it_says(name: str) -> None:
+    file = Path(__file__).parents[2] / "src" / "lpl" / "presets" / f"{name}.yaml"
+    written = yaml.safe_load(file.read_text())
+    assert len(written) > 10
+    found = parse_train(["--config", name]).flat()
+    assert {key: found[key] for key in written} == written
+    defaults = TrainConfig().flat()
+    assert {key: found[key] for key in found if key not in written} == {
+        key: defaults[key] for key in defaults if key not in written
+    }
+
+
+def test_preset_of_the_diffusers_project_has_its_numbers() -> None:
+    """Defaults of that project's argparse (its switches are off)."""
+    found = parse_train(["--config", "diffusers-lpl"]).flat()
+    theirs = {
+        "lpl_weight": 1.0, "lpl_t_threshold": 200, "lpl_loss_type": "mse", "lpl_norm_type": "default",
+        "lpl_pow_law": False, "lpl_num_blocks": 4, "lpl_remove_outliers": False, "lpl_scale": False, "lpl_start": 0,
+        "lpl_reduction": "gated", "train_batch_size": 16, "learning_rate": 1e-4, "lr_scheduler": "constant",
+        "num_train_epochs": 100, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_weight_decay": 1e-2,
+        "adam_epsilon": 1e-8, "max_grad_norm": 1.0, "gradient_accumulation_steps": 1,
+    }  # fmt: skip
+    assert {key: found[key] for key in theirs} == theirs
+
+
+def test_flags_win_over_the_preset_wherever_they_stand() -> None:
+    for argv in (["--config", "demo", "--seed", "5", "--no_use_ema"], ["--seed", "5", "--no_use_ema", "--config=demo"]):
+        config = parse_train(argv)
+        assert (config.run.seed, config.optim.use_ema, config.optim.ema_decay) == (5, False, 0.99)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_trains_two_steps_and_its_config_yaml_repeats_them(
+    train_in: Any, base_options: dict[str, Any], tmp_path: Path, name: str
+) -> None:
+    overrides = dict.fromkeys(base_options)  # nothing of base_options but what a tiny model needs
+    overrides |= {
+        key: base_options[key]
+        for key in ("pretrained_model_name_or_path", "train_data_dir", "latent_cache_dir", "resolution")
+    }
+    overrides |= {"max_train_steps": 2, "log_every": 1}
+    if name.startswith("sdxl"):
+        overrides |= {"pretrained_vae_model_name_or_path": Path(base_options["pretrained_model_name_or_path"]) / "vae"}
+    first = train_in(tmp_path / "first", "--config", name, **overrides)
+    assert list(first.losses()["train_loss"]) == [1, 2]
+    file = first.folder / "config.yaml"
+    written = yaml.safe_load(file.read_text())
+    assert {"torch", "diffusers", "latent-perceptual-loss", "git", "python"} <= written.pop(RECORD).keys()
+    preset = parse_train(["--config", name]).flat()
+    assert written.keys() == preset.keys() - {"hub_token", "dry_run", "resume_from_checkpoint"}
+    changed = {key for key in written if written[key] != preset[key]}
+    assert changed <= {*overrides, "output_dir"}
+    nothing = dict.fromkeys(base_options)
+    again = train_in(tmp_path / "again", "--config", str(file), **nothing)
+    assert same(again.unet(), first.unet())
+    assert again.losses() == first.losses()
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(
+    train_in: Any, base_options: dict[str, Any], tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    options = {"latent_cache_dir": cache, "use_ema": True, "train_batch_size": 4, "max_train_steps": None}
+    run = train_in(tmp_path / "out", "--dry_run", **options, num_train_epochs=10)
+    assert not run.folder.exists()
+    assert not cache.exists()
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+    for part in (
+        "trains       68,188 parameters (the whole UNet)",
+        "data         6 samples at 16 px, latents 4 x 4 x 4",
+        "steps        15 of 4 samples",
+        "tap mid     16 x 4 x 4, weight 1",
+        "tap up_2    8 x 16 x 16, weight 0.25",
+        "memory       about ",
+        "AdamW state",
+        "EMA",
+    ):
+        assert part in run.stdout
+    weights = {line.split("  ")[1].strip(): line.split()[-2] for line in run.stdout.splitlines() if "MiB" in line}
+    assert weights["UNet weights"] == f"{68188 * 4 / 2**20:.1f}"
+    assert weights["AdamW state"] == f"{68188 * 8 / 2**20:.1f}"
+    lora = train_in(tmp_path / "out", "--dry_run", **options, num_train_epochs=10, rank=2)
+    assert "(LoRA of rank 2 on 68,188)" in lora.stdout
+    plain = train_in(tmp_path / "out", "--dry_run", **options, num_train_epochs=10, use_lpl=False)
+    assert "tap" not in plain.stdout
+
+
+def test_dry_run_agrees_with_the_run(train: Any) -> None:
+    """Parameters and steps that the plan states are those that the run trains."""
+    options = {"rank": 2, "max_train_steps": None, "num_train_epochs": 1, "train_batch_size": 4}
+    plan = train("--dry_run", **options).stdout
+    run = train(**options)
+    trained = sum(t.numel() for t in run.unet().values())
+    assert f"trains       {trained:,} parameters" in plan
+    assert "steps        2 of 4 samples" in plan
+    assert list(run.losses()["train_loss"]) == [1, 2]
+
+
+# --- processes
+
+
+@pytest.fixture(scope="module")
+def launched(
+    base_options: dict[str, Any], as_flags: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, tuple[Path, subprocess.Popen[str]]]]:
+    """Two processes that run side by side, with their output folders: most of their time goes into imports."""
+    folder = tmp_path_factory.mktemp("launched")
+    model, data = (base_options[key] for key in ("pretrained_model_name_or_path", "train_data_dir"))
+    issue = (
+        f"train --pretrained_model_name_or_path {model} --train_data_dir {data} --use_lpl --lpl_weight 1.0 "
+        "--lpl_t_threshold 200 --lpl_loss_type mse --lpl_norm_type shared --lpl_pow_law --lpl_num_blocks 4 "
+        "--lpl_remove_outliers --lpl_scale --lpl_start 0 --max_train_steps 4 "
+        f"--output_dir {folder / 'issue'}"
+    )
+    script = Path(sys.executable).with_name("lpl")
+    start = [str(script)] if script.exists() else [sys.executable, "-m", "lpl"]
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m", "lpl"]
+    commands = {
+        "issue": [*start, *issue.split()],
+        "accelerate": [*accelerate, "train", *as_flags(base_options | {"output_dir": folder / "accelerate"})],
+    }
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "XDG_CACHE_HOME": str(folder / "cache")}
+    running = {
+        name: subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8"
+        )
+        for name, command in commands.items()
+    }
+    yield {name: (folder / name, process) for name, process in running.items()}
+    for process in running.values():
+        process.kill()
+
+
+def test_the_command_of_the_issue_as_a_process(launched: Any) -> None:
+    """No --resolution: what the model was made for; no cache folder: the user's."""
+    folder, process = launched["issue"]
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert "cache: 6 encoded, 0 reused (latents)" in err
+    assert "decoder in float32 outside autocast" in err
+    assert "100%" in err
+    assert f"done: the result is in {folder}" in err
+    assert list((folder.parent / "cache" / "lpl" / "latents").iterdir())
+    from diffusers import StableDiffusionXLPipeline
+
+    StableDiffusionXLPipeline.from_pretrained(folder, use_safetensors=True, add_watermarker=False)
+
+
+def test_accelerate_launch_trains_like_a_plain_call(launched: Any, train: Any, read_run: Any) -> None:
+    plain = train()
+    folder, process = launched["accelerate"]
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert same(plain.unet(), read_run(folder).unet())
+
+
+def test_python_m_and_version(run_cli: Any) -> None:
+    import lpl
+
+    done = subprocess.run([sys.executable, "-m", "lpl", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{lpl.__version__}\n"
+    code, out, err = run_cli(["env"])
+    assert (code, err) == (0, "")
+    assert f"torch: {torch.__version__}" in out

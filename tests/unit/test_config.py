@@ -1,0 +1,104 @@
+"""Options: groups, defaults that depend on others, and what is free to change between calls."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError, fields
+from typing import Any
+
+import pytest
+
+from lpl.config import (
+    DataConfig,
+    LPLConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+    free_options,
+    require,
+)
+from lpl.errors import UserError
+
+
+def test_every_option_has_one_name_and_a_help_text() -> None:
+    import ast
+    import inspect
+
+    import lpl.config
+
+    names = [f.name for group in TrainConfig().groups() for f in fields(group)]
+    assert len(names) == len(set(names)) == len(TrainConfig().flat())
+    documented = set()
+    for node in ast.walk(ast.parse(inspect.getsource(lpl.config))):
+        if isinstance(node, ast.ClassDef):
+            for field, text in zip(node.body, node.body[1:], strict=False):
+                if (
+                    isinstance(field, ast.AnnAssign)
+                    and isinstance(text, ast.Expr)
+                    and isinstance(text.value, ast.Constant)
+                ):
+                    documented.add(field.target.id)  # type: ignore[union-attr]
+    assert set(names) <= documented
+
+
+def test_groups_are_frozen() -> None:
+    with pytest.raises(FrozenInstanceError):
+        RunConfig().seed = 3  # type: ignore[misc]
+
+
+def test_learning_rate_depends_on_what_is_trained() -> None:
+    assert TrainConfig().learning_rate == 1e-5
+    assert TrainConfig(model=ModelConfig(rank=4)).learning_rate == 1e-4
+    assert TrainConfig(model=ModelConfig(rank=4), optim=OptimConfig(learning_rate=3e-4)).learning_rate == 3e-4
+
+
+@pytest.mark.parametrize(
+    ("choice", "denoiser", "expected"),
+    [("auto", False, False), ("auto", True, True), ("true", False, True), ("false", True, False)],
+)
+def test_lpl_checkpointing_follows_the_denoiser_unless_told(choice: Any, denoiser: bool, expected: bool) -> None:
+    config = TrainConfig(lpl=LPLConfig(lpl_checkpointing=choice), run=RunConfig(gradient_checkpointing=denoiser))
+    assert config.lpl_checkpointing is expected
+
+
+@pytest.mark.parametrize(
+    ("samples", "processes", "options", "expected"),
+    [
+        (6, 1, {"num_train_epochs": 1}, 6),
+        (6, 1, {"num_train_epochs": 1, "train_batch_size": 4}, 2),
+        (6, 1, {"num_train_epochs": 3, "train_batch_size": 2, "gradient_accumulation_steps": 2}, 5),
+        (6, 2, {"num_train_epochs": 3, "train_batch_size": 2, "gradient_accumulation_steps": 2}, 3),
+        (7, 3, {"num_train_epochs": 100, "train_batch_size": 1}, 234),
+        (10**9, 1, {"num_train_epochs": 3}, 3 * 10**9),
+        (6, 4, {"max_train_steps": 9}, 9),
+    ],
+)
+def test_number_of_steps(samples: int, processes: int, options: dict[str, int], expected: int) -> None:
+    """Epochs times samples over the global batch, rounded up once."""
+    assert TrainConfig(run=RunConfig(**options)).num_steps(samples, processes) == expected
+
+
+def test_crop_size_is_the_resolution() -> None:
+    assert DataConfig(resolution=64).crop_size == 64
+
+
+def test_free_options_are_those_that_leave_the_trajectory_alone() -> None:
+    assert free_options() == {
+        "cache_dir", "single_file_config", "latent_cache_dir", "dataloader_num_workers", "output_dir",
+        "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "dry_run", "validation_prompt",
+        "num_validation_images", "validation_epochs", "validation_steps", "report_to", "logging_dir", "log_every",
+        "push_to_hub", "hub_model_id", "hub_token",
+    }  # fmt: skip
+
+
+def test_require() -> None:
+    require(True, "never seen")
+    with pytest.raises(UserError, match=r"^said$"):
+        require(False, "said")
+
+
+def test_piecewise_rules_are_read_early() -> None:
+    OptimConfig(lr_scheduler="piecewise_constant", lr_step_rules="1:10,0.1:20,0.01")
+    for rules in ("", "1:10", "1:10,0.1:x,0.01", "1:10:3,0.1", "a,b"):
+        with pytest.raises(UserError, match="--lr_step_rules"):
+            OptimConfig(lr_scheduler="piecewise_constant", lr_step_rules=rules)

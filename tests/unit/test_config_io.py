@@ -1,0 +1,97 @@
+"""Options as YAML: what is written is read back, and faults are named."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lpl.cli import parse_train
+from lpl.config import LoggingConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from lpl.config_io import CONFIG_FILE, RECORD, as_flags, differences, environment, nearest, read_options, write_config
+from lpl.errors import UserError
+
+
+def round_trip(config: TrainConfig, folder: Path) -> TrainConfig:
+    write_config(config, folder)
+    return parse_train(["--config", str(folder / CONFIG_FILE)])
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["--lpl_weight", "0.25", "--no_lpl_scale", "--lpl_sigma_threshold", "3", "--learning_rate", "1e-05"],
+        ["--mixed_precision", "no", "--lpl_checkpointing", "true", "--rank", "4", "--snr_gamma", "5"],
+        ["--validation_prompt=-1", "--seed", "-7", "--adam_epsilon", "1e-08"],
+        ["--validation_prompt", "true: a 'quoted' # prompt, \"twice\"; 1e3 ünïcode", "--max_train_steps", "3"],
+        ["--train_data_dir", "/tmp/with space/and=sign", "--report_to", "none"],
+        ["--lr_scheduler", "piecewise_constant", "--lr_step_rules", "1:10,0.1:20,0.01"],
+    ],
+)
+def test_config_yaml_reads_back_as_it_was(tmp_path: Path, argv: list[str]) -> None:
+    config = parse_train(argv)
+    assert round_trip(config, tmp_path) == config
+
+
+def test_config_yaml_has_the_environment_and_no_token(tmp_path: Path) -> None:
+    config = TrainConfig(
+        logging=LoggingConfig(hub_token="hf_secret"), run=RunConfig(dry_run=True, resume_from_checkpoint="latest")
+    )
+    write_config(config, tmp_path)
+    text = (tmp_path / CONFIG_FILE).read_text()
+    written = yaml.safe_load(text)
+    assert written.pop(RECORD) == environment()
+    assert written.keys() == config.flat().keys() - {"hub_token", "dry_run", "resume_from_checkpoint"}
+    assert "hf_secret" not in text
+    assert [p.name for p in tmp_path.iterdir()] == [CONFIG_FILE]
+
+
+def test_booleans_and_nothing_become_flags() -> None:
+    options = {"use_lpl": "False", "random_flip": "true", "rank": "null", "snr_gamma": "", "seed": "-3"}
+    assert as_flags(options) == ["--no_use_lpl", "--random_flip", "--rank=None", "--snr_gamma=None", "--seed=-3"]
+
+
+def test_file_may_be_empty_or_commented(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("# nothing yet\n")
+    assert read_options(str(file)) == {}
+    file.write_text("# mine\nlpl_weight: 2  # half\n")
+    assert read_options(str(file)) == {"lpl_weight": "2"}
+
+
+def test_differences_name_what_changes_the_trajectory(tmp_path: Path) -> None:
+    config = TrainConfig(model=ModelConfig("m"), optim=OptimConfig(learning_rate=1e-5))
+    write_config(config, tmp_path)
+    assert differences(config, tmp_path) == []
+    free = replace(config, logging=LoggingConfig(log_every=3, hub_token="x"), run=RunConfig(output_dir="elsewhere"))
+    assert differences(free, tmp_path) == []
+    changed = replace(config, model=ModelConfig("n"), run=RunConfig(seed=2))
+    assert differences(changed, tmp_path) == ["--pretrained_model_name_or_path m -> n", "--seed 0 -> 2"]
+
+
+def test_config_of_an_older_version_is_compared_by_what_it_has(tmp_path: Path) -> None:
+    (tmp_path / CONFIG_FILE).write_text(f"seed: 0\nsome_former_option: 3\n{RECORD}: {{}}\n")
+    assert differences(TrainConfig(), tmp_path) == []
+
+
+def test_nearest_suggests_only_what_is_near() -> None:
+    known = ["lpl_weight", "lpl_start"]
+    assert nearest("lpl_wieght", known) == "; did you mean lpl_weight?"
+    assert nearest("zzz", known) == ""
+
+
+def test_environment_names_versions() -> None:
+    import torch
+
+    found: dict[str, Any] = environment()
+    assert found["torch"] == torch.__version__
+    assert {"python", "diffusers", "accelerate", "git"} <= found.keys()
+
+
+def test_file_that_is_not_there() -> None:
+    with pytest.raises(UserError, match="--config nothing: neither a file nor a preset"):
+        read_options("nothing")

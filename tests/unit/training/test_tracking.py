@@ -1,0 +1,144 @@
+"""Windows of metrics, the warning about LPL's share, and the guard against losses that are not finite."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from lpl.training.tracking import FiniteGuard, MetricWindow, Tracker
+
+
+class Recorder:
+    """Stands for accelerate's engine."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.logged: list[tuple[int, dict[str, float]]] = []
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        self.logged.append((step, dict(metrics)))
+
+
+def test_window_averages_over_micro_batches() -> None:
+    window = MetricWindow()
+    for value in (1.0, 2.0, 6.0):
+        window.add({"diffusion_loss": torch.tensor(value), "lpl/weighted_loss": value}, 0)
+    assert window.read() == {"diffusion_loss": 3.0, "lpl/weighted_loss": 3.0}
+    assert window.read() == {}
+
+
+def test_window_weighs_what_describes_gated_samples_by_their_number() -> None:
+    window = MetricWindow()
+    parts = [(3, 10.0, 0.5, 7.0), (1, 2.0, 0.1, 90.0)]
+    for samples, value, low, high in parts:
+        metrics: dict[str, Any] = {
+            "lpl/loss": torch.tensor(value),
+            "lpl/features/layer_0/distance": torch.tensor(value),
+            "lpl/snr_mean": torch.tensor(value),
+            "lpl/snr_min": torch.tensor(low),
+            "lpl/snr_max": torch.tensor(high),
+            "lpl/application_ratio": samples / 4,
+        }
+        window.add(metrics, samples)
+    window.add({"lpl/application_ratio": 0.0}, 0)
+    found = window.read()
+    mean = (3 * 10 + 2) / 4
+    assert found["lpl/loss"] == found["lpl/features/layer_0/distance"] == found["lpl/snr_mean"] == mean
+    assert (found["lpl/snr_min"], found["lpl/snr_max"]) == (pytest.approx(0.1), 90.0)
+    assert found["lpl/application_ratio"] == pytest.approx(1 / 3)
+
+
+def metrics(lpl_square: float, diffusion_square: float, gated: float = 1.0, weight: float = 2.0) -> dict[str, Any]:
+    return {
+        "diffusion_loss": torch.tensor(3.0),
+        "lpl/weighted_loss": torch.tensor(1.0),
+        "lpl/weight": weight,
+        "lpl/application_ratio": gated,
+        "lpl/gradient_square": torch.tensor(lpl_square),
+        "diffusion/gradient_square": torch.tensor(diffusion_square),
+    }
+
+
+def test_tracker_logs_shares() -> None:
+    engine = Recorder()
+    tracker = Tracker(engine, 4, "")  # type: ignore[arg-type]
+    tracker.start(10)
+    tracker.window.add(metrics(1.0, 16.0), 1)
+    tracker.window.add(metrics(7.0, 128.0), 1)
+    logged = tracker.log(12, {"learning_rate": 0.1})
+    assert engine.logged == [(12, logged)]
+    assert logged["lpl/gradient_share"] == pytest.approx(2 / (2 + math.sqrt(72)))
+    assert logged["lpl/loss_share"] == pytest.approx(0.25)
+    assert logged["train_loss"] == 4.0
+    assert logged["learning_rate"] == 0.1
+    assert logged["samples_per_second"] > 0
+    assert not any("square" in name for name in logged)
+
+
+@pytest.mark.parametrize(
+    ("lpl_square", "expected"), [(0.99e-4, "idles"), (2.5, "dominates"), (1.1e-4, None), (2.2, None)]
+)
+def test_share_outside_1_to_60_percent_warns_once_by_name(
+    caplog: pytest.LogCaptureFixture, lpl_square: float, expected: str | None
+) -> None:
+    tracker = Tracker(Recorder(), 4, "--lpl_weight 2.0 --lpl_norm_type shared")  # type: ignore[arg-type]
+    with caplog.at_level(logging.WARNING, "lpl"):
+        for step in range(1, 20):
+            tracker.window.add(metrics(lpl_square, 1.0, gated=0.5), 2)
+            tracker.log(step, {})
+            # Two gated samples a step, and 32 before anything is said.
+            assert len(caplog.records) == (1 if expected and step >= 16 else 0)
+    if expected:
+        text = caplog.records[0].getMessage()
+        assert f"LPL {expected}: " in text
+        assert "--lpl_weight 2.0 --lpl_norm_type shared" in text
+
+
+def test_share_is_judged_by_samples_however_seldom_it_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    tracker = Tracker(Recorder(), 4, "")  # type: ignore[arg-type]
+    with caplog.at_level(logging.WARNING, "lpl"):
+        for _ in range(8):
+            tracker.window.add(metrics(1e-9, 1.0), 4)
+        tracker.log(8, {})
+    assert "idles" in caplog.text
+
+
+def test_weight_0_is_no_idling(caplog: pytest.LogCaptureFixture) -> None:
+    tracker = Tracker(Recorder(), 64, "")  # type: ignore[arg-type]
+    with caplog.at_level(logging.WARNING, "lpl"):
+        tracker.window.add(metrics(0.0, 1.0, weight=0.0), 64)
+        tracker.log(1, {})
+    assert caplog.records == []
+
+
+def test_guard_keeps_the_first_bad_micro_batch() -> None:
+    guard = FiniteGuard()
+    good, zero, nan = torch.ones(3), torch.zeros(()), float("nan")
+    guard.watch(4, good, zero)
+    assert guard.first() is None
+    guard.watch(5, torch.tensor([1.0, nan, float("inf")]), zero)
+    guard.watch(6, torch.tensor([nan, 1.0, 1.0]), torch.tensor(nan))
+    found = guard.first()
+    assert found is not None
+    assert (found.micro_step, found.samples, found.lpl) == (5, [1, 2], False)
+
+
+def test_guard_tells_the_term() -> None:
+    guard = FiniteGuard()
+    guard.watch(0, torch.ones(2), torch.tensor(float("inf")))
+    found = guard.first()
+    assert found is not None
+    assert (found.micro_step, found.samples, found.lpl) == (0, [], True)
+
+
+def test_guard_watches_gradients() -> None:
+    guard = FiniteGuard()
+    assert guard.first_gradient() is None
+    for step, norm in enumerate([1.0, float("inf"), float("nan")]):
+        guard.watch_gradient(step, torch.tensor(norm))
+    assert guard.first_gradient() == 1

@@ -1,0 +1,238 @@
+"""What a run leaves behind: averages, validation images, logs, LoRA, and nothing secret."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from PIL import Image
+from safetensors.torch import load_file
+
+import lpl.families.sdxl as sdxl
+from lpl.perceptual.loss import LatentPerceptualLoss
+
+SDXL = sdxl.SDXL
+
+
+def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    assert a.keys() == b.keys()
+    return all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.fixture
+def quick_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sdxl, "SAMPLING_STEPS", 2)
+
+
+def unet_output(unet: Any, width: int = 24) -> torch.Tensor:
+    """A fixed input's output."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
+    conditions = {"text_embeds": draw(2, 16), "time_ids": torch.full((2, 6), 16.0)}
+    with torch.no_grad():
+        return unet(draw(2, 4, 4, 4), torch.tensor([10, 700]), draw(2, 5, width), added_cond_kwargs=conditions).sample
+
+
+def test_average_is_validated_and_saved(train: Any, quick_sampling: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[dict[str, Any]] = []
+    original = SDXL.generate
+
+    def spy(self: Any, denoiser: Any, *args: Any) -> Any:
+        assert not denoiser.training
+        shown.append({name: p.detach().clone() for name, p in denoiser.named_parameters()})
+        return original(self, denoiser, *args)
+
+    monkeypatch.setattr(SDXL, "generate", spy)
+    options = {"use_ema": True, "ema_decay": 0.7, "max_train_steps": 4, "checkpointing_steps": 2}
+    run = train(**options, validation_prompt="a pattern", validation_steps=2, num_validation_images=2)
+    assert len(shown) == 2
+    for step, weights in zip((2, 4), shown, strict=True):
+        assert same(weights, run.checkpoint(step, "ema"))
+        assert not same(weights, run.checkpoint(step, "model"))
+    assert same(run.unet(), run.checkpoint(4, "ema"))
+    assert sorted(p.name for p in (run.folder / "samples").iterdir()) == ["step-0000002.png", "step-0000004.png"]
+    assert Image.open(run.folder / "samples" / "step-0000004.png").size == (34, 16)
+    # Validation does not disturb training.
+    quiet = train(**options, output="quiet")
+    assert same(quiet.checkpoint(4, "model"), run.checkpoint(4, "model"))
+    assert not (quiet.folder / "samples").exists()
+    without = train(max_train_steps=4, output="without")
+    assert same(without.unet(), run.checkpoint(4, "model"))
+
+
+def test_validation_each_epoch_and_at_the_end(train: Any, quick_sampling: None) -> None:
+    """Six samples, two a step: an epoch is 3 steps; 7 steps end between two."""
+    run = train(max_train_steps=7, train_batch_size=2, validation_prompt="x", num_validation_images=1, use_lpl=False)
+    names = sorted(p.name for p in (run.folder / "samples").iterdir())
+    assert names == [f"step-000000{step}.png" for step in (3, 6, 7)]
+
+
+def test_result_is_a_pipeline_that_loads_bit_for_bit(train: Any, model: Path) -> None:
+    run = train(checkpointing_steps=2)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(run.folder, use_safetensors=True, add_watermarker=False)
+    assert same(dict(pipeline.unet.state_dict()), run.checkpoint(2, "model"))
+    base = StableDiffusionXLPipeline.from_pretrained(model, use_safetensors=True, add_watermarker=False)
+    assert not same(dict(pipeline.unet.state_dict()), dict(base.unet.state_dict()))
+    for part in ("vae", "text_encoder", "text_encoder_2"):
+        assert same(dict(getattr(pipeline, part).state_dict()), dict(getattr(base, part).state_dict()))
+    assert json.loads((run.folder / "finished.json").read_text()) == {"step": 2}
+    assert [p.name for p in run.folder.glob(".tmp*")] == []
+
+
+def test_result_of_bf16_training_draws_pictures(train: Any, model: Path) -> None:
+    """Frozen parts keep the weights they came with; what is saved is float32 throughout."""
+    run = train(mixed_precision="bf16")
+    assert {t.dtype for t in run.unet().values()} == {torch.float32}
+    pipeline = StableDiffusionXLPipeline.from_pretrained(run.folder, use_safetensors=True, add_watermarker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline("a pattern", num_inference_steps=1, height=16, width=16, output_type="np").images.shape[0] == 1
+    base = StableDiffusionXLPipeline.from_pretrained(model, use_safetensors=True, add_watermarker=False)
+    for part in ("vae", "text_encoder", "text_encoder_2"):
+        assert same(dict(getattr(pipeline, part).state_dict()), dict(getattr(base, part).state_dict())), part
+
+
+def test_lora_is_loaded_by_diffusers_whole(train: Any, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: list[torch.Tensor] = []
+    original = SDXL.export_lora
+
+    def spy(self: Any, denoiser: Any, folder: Path) -> None:
+        trained.append(unet_output(denoiser.eval()))
+        original(self, denoiser, folder)
+
+    monkeypatch.setattr(SDXL, "export_lora", spy)
+    run = train(rank=3, learning_rate=1e-2, max_train_steps=3)
+    saved = load_file(run.folder / "pytorch_lora_weights.safetensors")
+    pipeline = StableDiffusionXLPipeline.from_pretrained(model, use_safetensors=True, add_watermarker=False)
+    before = unet_output(pipeline.unet.eval())
+    layers = [n for n, m in pipeline.unet.named_modules() if n.endswith(("to_q", "to_k", "to_v", "to_out.0"))]
+    assert len(layers) > 0
+    assert len(saved) == 2 * len(layers)
+    assert {t.shape[0] for name, t in saved.items() if "lora_A" in name} == {3}
+    assert all(t.abs().sum() > 0 for t in saved.values())
+    pipeline.load_lora_weights(run.folder)
+    loaded = {n: p for n, p in pipeline.unet.named_parameters() if "lora_" in n}
+    assert len(loaded) == len(saved)
+    assert sorted(float(p.sum()) for p in loaded.values()) == sorted(float(t.sum()) for t in saved.values())
+    torch.testing.assert_close(unet_output(pipeline.unet.eval()), trained[0], rtol=1e-5, atol=1e-5)
+    assert (trained[0] - before).abs().max() > 1e-3
+    assert not (run.folder / "unet").exists()
+
+
+def test_metrics_of_a_step(train: Any) -> None:
+    logged = train(train_batch_size=4, max_train_steps=1).logged()
+    layers = [
+        f"lpl/features/layer_{i}/{name}" for i in range(4) for name in ("distance", "outlier_ratio", "mean", "std")
+    ]
+    expected = {
+        "diffusion_loss", "train_loss", "learning_rate", "gradient_norm", "samples_per_second",
+        "lpl/loss", "lpl/weighted_loss", "lpl/loss_share", "lpl/gradient_share", "lpl/application_ratio",
+        "lpl/num_samples", "lpl/weight", "lpl/snr_mean", "lpl/snr_min", "lpl/snr_max", *layers,
+    }  # fmt: skip
+    assert logged.keys() == expected
+    value = {name: values[1] for name, values in logged.items()}
+    assert value["train_loss"] == pytest.approx(value["diffusion_loss"] + value["lpl/weighted_loss"], rel=1e-6)
+    assert value["lpl/loss_share"] == pytest.approx(value["lpl/weighted_loss"] / value["train_loss"], rel=1e-6)
+    assert value["lpl/application_ratio"] == value["lpl/num_samples"] / 4 > 0
+    assert value["lpl/snr_min"] <= value["lpl/snr_mean"] <= value["lpl/snr_max"]
+
+
+def test_metrics_are_logged_every_n_steps_as_means(train: Any) -> None:
+    fine = train(max_train_steps=5, output="fine").logged()
+    coarse = train(max_train_steps=5, log_every=2, output="coarse").logged()
+    assert list(coarse["diffusion_loss"]) == [1, 2, 4, 5]
+    mean = (fine["diffusion_loss"][3] + fine["diffusion_loss"][4]) / 2
+    assert coarse["diffusion_loss"][4] == pytest.approx(mean, rel=1e-6)
+
+
+@pytest.mark.parametrize(("weight", "expected"), [(1e-9, "LPL idles"), (1e6, "LPL dominates")])
+def test_share_of_the_gradient_warns_once_by_name(train: Any, weight: float, expected: str) -> None:
+    run = train(lpl_weight=weight, train_batch_size=12, lpl_t_threshold=1000, max_train_steps=5)
+    warnings = [line for line in run.stderr.splitlines() if "% of the gradient" in line]
+    assert len(warnings) == 1
+    assert expected in warnings[0]
+    assert f"--lpl_weight {weight}" in warnings[0]
+
+
+def test_auto_weight_meets_its_share_without_a_warning(train: Any) -> None:
+    run = train(lpl_weight="auto", lpl_target_share=0.3, train_batch_size=12, lpl_t_threshold=1000, max_train_steps=5)
+    share = run.logged()["lpl/gradient_share"]
+    assert share[1] == 0.0  # nothing was measured yet
+    assert all(0.2 < share[step] < 0.4 for step in (2, 3, 4, 5))
+    assert "of the gradient" not in run.stderr
+
+
+def test_samples_that_the_gate_stops_cost_no_decoding(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[int] = []
+    original = LatentPerceptualLoss.__call__
+
+    def spy(self: Any, pred: Any, target: Any, mask: Any = None) -> Any:
+        decoded.append(len(pred))
+        return original(self, pred, target, mask)
+
+    monkeypatch.setattr(LatentPerceptualLoss, "__call__", spy)
+    run = train(lpl_t_threshold=1, max_train_steps=2, output="closed")
+    assert decoded == []
+    assert run.logged()["lpl/weighted_loss"] == {1: 0.0, 2: 0.0}
+    train(lpl_t_threshold=1000, train_batch_size=3, lpl_max_samples=2, max_train_steps=2, output="open")
+    assert decoded == [2, 2]
+
+
+def test_decoder_of_lpl_runs_in_float32_outside_autocast(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[torch.dtype, torch.dtype]] = []
+    original = LatentPerceptualLoss.__call__
+
+    def spy(self: Any, pred: Any, target: Any, mask: Any = None) -> Any:
+        convs = [m for part in self.decoder.modules() for m in part.modules() if isinstance(m, torch.nn.Conv2d)]
+        hooks = [c.register_forward_hook(lambda m, i, o: seen.append((i[0].dtype, o.dtype))) for c in convs]
+        try:
+            return original(self, pred, target, mask)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    monkeypatch.setattr(LatentPerceptualLoss, "__call__", spy)
+    train(mixed_precision="bf16", lpl_t_threshold=1000, max_train_steps=1)
+    assert set(seen) == {(torch.float32, torch.float32)}
+
+
+def test_gradient_checkpointing_changes_no_number(train: Any) -> None:
+    plain = train(lpl_t_threshold=1000, output="plain")
+    saving = train(lpl_t_threshold=1000, gradient_checkpointing=True, output="saving")
+    for name, value in plain.losses().items():
+        assert list(saving.losses()[name].values()) == pytest.approx(list(value.values()), rel=1e-5), name
+
+
+def test_prediction_type_is_trained_and_saved(train: Any) -> None:
+    epsilon = train(use_lpl=False, output="epsilon")
+    v = train(use_lpl=False, prediction_type="v_prediction", output="v")
+    assert epsilon.losses()["diffusion_loss"] != v.losses()["diffusion_loss"]
+    for run, expected in ((epsilon, "epsilon"), (v, "v_prediction")):
+        config = json.loads((run.folder / "scheduler" / "scheduler_config.json").read_text())
+        assert config["prediction_type"] == expected
+    UNet2DConditionModel.from_pretrained(v.folder / "unet", use_safetensors=True)
+
+
+def test_token_is_written_nowhere(train: Any) -> None:
+    run = train("--hub_token", "hf_verysecret", validation_prompt=None)
+    files = [p for p in run.folder.rglob("*") if p.is_file()]
+    assert len(files) > 10
+    assert not any(b"hf_verysecret" in p.read_bytes() for p in files)
+    assert "hub_token" not in (run.folder / "config.yaml").read_text()
+    assert "hf_verysecret" not in run.stderr
+
+
+def test_options_that_cannot_act_are_named(train: Any) -> None:
+    run = train(lr_warmup_steps=5, hub_model_id="a/b", timestep_bias_multiplier=2.0, use_lpl=False, lpl_start=1)
+    for flag in (
+        "--lr_warmup_steps has no effect",
+        "--hub_model_id has no effect",
+        "--timestep_bias_multiplier has no",
+    ):
+        assert run.stderr.count(flag) == 1
+    assert (
+        "without LPL these have no effect: --lpl_weight, --lpl_t_threshold, --lpl_norm_type, --lpl_start" in run.stderr
+    )
