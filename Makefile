@@ -6,7 +6,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 .PHONY: demo test lint bench demo-weights clean
 
 demo: .venv/installed
-	$(OFFLINE) $(BIN)/lpl demo --output_dir lpl-demo
+	$(OFFLINE) OMP_WAIT_POLICY=PASSIVE $(BIN)/lpl demo --output_dir lpl-demo
 
 test: .venv/installed lint
 	OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/python -m pytest tests
@@ -21,10 +21,10 @@ bench: .venv/installed
 	$(OFFLINE) $(BIN)/python benchmarks/loss_cost.py
 	$(OFFLINE) $(BIN)/python benchmarks/step_flops.py
 
-# Remakes the shipped weights: about two hours on two CPU cores.
+# Remakes the shipped weights: over two hours on two CPU cores.
 demo-weights: .venv/installed
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[pretrain]'
-	$(BIN)/python -m lpl.demo.pretrain
+	for part in vae decoder base; do $(BIN)/python -m lpl.demo.pretrain $$part || exit 1; done
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

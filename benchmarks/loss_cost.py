@@ -16,7 +16,7 @@ from lpl import LatentPerceptualLoss
 from lpl.analysis.memory import count_saved_bytes
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from textbook_lpl import textbook_lpl  # noqa: E402
+from textbook_lpl import textbook_lpl
 
 WIDTHS = (128, 256, 512, 512)
 
@@ -41,7 +41,9 @@ def main(pixels: int) -> None:
     print("| way | FLOPs, in plain decodes | saved for backward |\n|---|---|---|")
     for checkpointing in (False, True):
         ways = {
-            "textbook": lambda pred, c=checkpointing: textbook_lpl(vae, pred, latents, checkpointing=c).sum().backward(),
+            "textbook": lambda pred, c=checkpointing: (
+                textbook_lpl(vae, pred, latents, checkpointing=c).sum().backward()
+            ),
             "lpl": lambda pred, c=checkpointing: (
                 LatentPerceptualLoss(vae, checkpointing=c)(pred, latents).per_sample.sum().backward()
             ),

@@ -1,6 +1,6 @@
 """FLOPs of a full-size SDXL training step, with and without LPL, counted on the meta device.
 
-    python benchmarks/step_flops.py [pixels]
+python benchmarks/step_flops.py [pixels]
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Where the time of an `lpl train` step goes, on the demo's model and data: shares, so the machine cancels out.
 
-    python benchmarks/step_profile.py [steps]
+python benchmarks/step_profile.py [steps]
 """
 
 import sys
