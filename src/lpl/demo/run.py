@@ -7,7 +7,6 @@ from pathlib import Path
 
 from lpl.errors import UserError
 
-PROMPTS_SHOWN = 8
 SEED = 7
 SAMPLING_STEPS = 25
 GUIDANCE_SCALE = 4.0
@@ -71,7 +70,7 @@ def _export(model: str | None, data: str | None) -> None:
 
 
 def show_samples(before: Path, after: Path, picture: Path) -> Path:
-    """Writes a grid: a column a caption; rows: real crop, before, after, from the same noise.
+    """Writes a grid: a column a photograph, by its first caption; rows: real crop, before, after, from the same noise.
 
     Args:
         before, after: pipeline folders.
@@ -84,8 +83,7 @@ def show_samples(before: Path, after: Path, picture: Path) -> Path:
     from lpl.demo.photographs import training_crops
     from lpl.training.validation import image_grid
 
-    crops = training_crops()
-    shown = crops[:: max(1, len(crops) // PROMPTS_SHOWN)][:PROMPTS_SHOWN]
+    shown = list({crop.photograph: crop for crop in reversed(training_crops())}.values())[::-1]
     captions, rows = [crop.caption for crop in shown], [crop.image for crop in shown]
     for folder in (before, after):
         pipeline = StableDiffusionXLPipeline.from_pretrained(folder, use_safetensors=True, add_watermarker=False)

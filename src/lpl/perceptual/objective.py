@@ -155,7 +155,8 @@ class PerceptualObjective:
         if diffusion_loss is not None and diffusion_loss.requires_grad:
             (g,) = torch.autograd.grad(diffusion_loss, model_output, retain_graph=True)
             diffusion_square = g.float().square().sum() / size
-            metrics["diffusion/gradient_square"] = diffusion_square
+            # LPL's is 0 unless samples pass: the share is one of means over all samples.
+            metrics |= {"diffusion/gradient_square": diffusion_square, "lpl/gradient_square": 0.0}
         if not gated:
             metrics["lpl/weighted_loss"] = 0.0
             if self.auto is not None and diffusion_square is not None:

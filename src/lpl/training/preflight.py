@@ -132,10 +132,29 @@ def _warn_idle(config: TrainConfig) -> None:
         idle = [k for k, v in vars(config.lpl).items() if k != "use_lpl" and v != getattr(default.lpl, k)]
         if idle:
             logger.warning("without LPL these have no effect: --%s", ", --".join(idle))
-    if config.optim.lr_scheduler == "constant" and config.optim.lr_warmup_steps:
-        logger.warning("--lr_warmup_steps has no effect with --lr_scheduler constant; use constant_with_warmup")
-    bias = config.diffusion
-    if bias.timestep_bias_strategy == "none" and bias.timestep_bias_multiplier != 1:
-        logger.warning("--timestep_bias_multiplier has no effect without --timestep_bias_strategy")
-    if config.logging.hub_model_id and not config.logging.push_to_hub:
-        logger.warning("--hub_model_id has no effect without --push_to_hub")
+    given, usual = config.flat(), default.flat()
+    for option, can_act, needs in _rules(config):
+        # lr_warmup_steps 0 asks for nothing, and is what users of the constant schedule write.
+        if not can_act and given[option] != usual[option] and given[option] != 0:
+            logger.warning("--%s has no effect without %s", option, needs)
+
+
+def _rules(config: TrainConfig) -> list[tuple[str, bool, str]]:
+    """(option, whether it can act in this run, what it needs)."""
+    prompt = config.logging.validation_prompt is not None
+    biased = config.diffusion.timestep_bias_strategy
+    return [
+        ("lr_warmup_steps", config.optim.lr_scheduler != "constant", "a schedule with warm-up (constant_with_warmup)"),
+        ("ema_decay", config.optim.use_ema, "--use_ema"),
+        ("timestep_bias_multiplier", biased != "none", "--timestep_bias_strategy"),
+        ("timestep_bias_portion", biased in ("earlier", "later"), "--timestep_bias_strategy earlier or later"),
+        ("timestep_bias_begin", biased == "range", "--timestep_bias_strategy range"),
+        ("timestep_bias_end", biased == "range", "--timestep_bias_strategy range"),
+        ("dataset_config_name", config.data.dataset_name is not None, "--dataset_name"),
+        ("image_column", config.data.dataset_name is not None, "--dataset_name"),
+        ("num_validation_images", prompt, "--validation_prompt"),
+        ("validation_epochs", prompt, "--validation_prompt"),
+        ("validation_steps", prompt, "--validation_prompt"),
+        ("hub_model_id", config.logging.push_to_hub, "--push_to_hub"),
+        ("hub_token", config.logging.push_to_hub, "--push_to_hub"),
+    ]

@@ -90,7 +90,6 @@ class TrainingStep:
         metrics: dict[str, Tensor | float] = {"diffusion_loss": loss.detach()}
         if not use_lpl or self.objective is None:
             return StepLoss(loss, per_sample.detach(), torch.zeros_like(loss).detach(), metrics, 0)
-        metrics["lpl/gradient_square"] = 0.0  # unless samples passed the gate: shares are means over all samples
         term = self.objective(model_output, noisy_latents, latents, drawn.timesteps, diffusion_loss=loss)
         return StepLoss(
             loss + term.loss, per_sample.detach(), term.loss.detach(), metrics | term.metrics, term.num_samples

@@ -54,7 +54,7 @@ class Trainer:
         run = config.run
         self.accelerator = accelerator = build_accelerator(config)
         set_seed(run.seed)
-        self.repository = hub.create_repository(config) if self._push and accelerator.is_main_process else None
+        self.repository = hub.create_repository(config) if config.logging.push_to_hub else None
         weight_dtype = WEIGHT_DTYPES[accelerator.mixed_precision]
         self.family = family = load_family(config.model, accelerator.device, weight_dtype)
         family.to_device()
@@ -92,10 +92,6 @@ class Trainer:
             write_config(config, self.folder)
         self._announce()
 
-    @property
-    def _push(self) -> bool:
-        return self.config.logging.push_to_hub
-
     def _build_model(self, weight_dtype: torch.dtype) -> None:
         config, denoiser = self.config, self.family.denoiser
         if config.model.rank is not None:
@@ -130,10 +126,11 @@ class Trainer:
 
     def _announce(self) -> None:
         count = sum(p.numel() for p in self.parameters.values())
+        rate = scaled_learning_rate(self.config, self.accelerator.num_processes)
         logger.info(
             "training %s parameters on %d samples: %d steps of %d samples, learning rate %g, %s",
             f"{count:,}", len(self.data), self.num_steps, self.samples_per_step,
-            self.optimizer.param_groups[0]["lr"], f"mixed precision {self.accelerator.mixed_precision}",
+            rate, f"mixed precision {self.accelerator.mixed_precision}",
         )  # fmt: skip
         if self.objective is not None:
             loss = self.objective.loss_fn

@@ -1,0 +1,39 @@
+"""Options that cannot act in a run are named once, before anything loads; those that can are not."""
+
+import logging
+
+import pytest
+
+from lpl.cli import parse_train
+from lpl.training.preflight import preflight
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--ema_decay=0.5"], "--ema_decay has no effect without --use_ema"),
+        (["--lr_warmup_steps=10"], "--lr_warmup_steps has no effect without a schedule with warm-up"),
+        (["--num_validation_images=2"], "--num_validation_images has no effect without --validation_prompt"),
+        (["--timestep_bias_portion=0.5"], "--timestep_bias_portion has no effect"),
+        (["--hub_model_id=a/b"], "--hub_model_id has no effect without --push_to_hub"),
+        (["--no_use_lpl", "--lpl_num_blocks=2"], "without LPL these have no effect: --lpl_num_blocks"),
+    ],
+)
+def test_idle_options_are_named(model, data, tmp_path, caplog, flags, named):
+    base = [f"--pretrained_model_name_or_path={model}", f"--train_data_dir={data}", f"--output_dir={tmp_path / 'out'}"]
+    with caplog.at_level(logging.WARNING, "lpl"):
+        preflight(parse_train(base + flags))
+    assert sum(named in record.getMessage() for record in caplog.records) == 1
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [[], ["--use_ema", "--ema_decay=0.5"], ["--lr_warmup_steps=0"], ["--lr_scheduler=cosine", "--lr_warmup_steps=10"]],
+)
+def test_options_that_act_are_not_named(model, data, tmp_path, caplog, flags):
+    base = [f"--pretrained_model_name_or_path={model}", f"--train_data_dir={data}", f"--output_dir={tmp_path / 'out'}"]
+    with caplog.at_level(logging.WARNING, "lpl"):
+        checked = preflight(parse_train(base + flags))
+    assert not caplog.records
+    assert checked.config.data.resolution == 16
