@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class Family(Protocol):
-    """A loaded model: the denoiser that is trained, and the frozen parts around it."""
+    """A loaded model: the denoiser that is trained, still on the CPU, and the frozen parts around it, on the device."""
 
     denoiser: Any
     """The network that is trained, float32 (LoRA: base weights in the run's precision)."""
@@ -42,7 +42,7 @@ class Family(Protocol):
         """Encodes a prompt for `generate`, while the text encoders are at hand."""
 
     def free_encoders(self) -> None:
-        """Moves what only encodes off the device; called once everything is cached."""
+        """Moves the text encoders off the device; called once everything is cached. The VAE stays: LPL runs in it."""
 
     def generate(self, denoiser: nn.Module, prompt: str, count: int, seed: int, resolution: int) -> list[Image.Image]:
         """Images of a prepared prompt from a denoiser in eval mode; the VAE decodes in float32."""

@@ -71,15 +71,11 @@ class SDXL:
         self.text_key = weights_hash(*self.text_encoders, settings=f"{self.force_zeros}{tokenizers}")
         self._prompts: dict[str, tuple[Tensor, ...]] = {}
         self._cut: list[str] = []
+        for module in (self.vae, *self.text_encoders):  # hashed first: on the CPU that costs no copy
+            module.to(device)
 
     def _tokenizers(self) -> tuple[Any, Any]:
         return self.pipeline.tokenizer, self.pipeline.tokenizer_2
-
-    def to_device(self) -> None:
-        """Brings the encoders to the device."""
-        self.vae.to(self.device)
-        for encoder in self.text_encoders:
-            encoder.to(self.device)
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,7 +114,6 @@ class SDXL:
             self._cut = []
         for encoder in self.text_encoders:
             encoder.to("cpu")
-        self.vae.encoder.to("cpu")
 
     @torch.no_grad()
     def generate(self, denoiser: nn.Module, prompt: str, count: int, seed: int, resolution: int) -> list[Image.Image]:

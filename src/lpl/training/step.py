@@ -75,11 +75,11 @@ class TrainingStep:
         drawn = self.draw(batch)
         alpha, sigma = self.alpha[drawn.timesteps], self.sigma[drawn.timesteps]
         snr = signal_to_noise(alpha, sigma).float()
-        latents = self.latent_space.from_raw(batch.raw_latents.to(device, non_blocking=True))
-        noise = drawn.noise.to(device, non_blocking=True)
+        latents = self.latent_space.from_raw(_send(batch.raw_latents, device))
+        noise = _send(drawn.noise, device)
         noisy_latents = add_noise(latents, noise, alpha.float(), sigma.float())
-        text = {name: value.to(device, non_blocking=True) for name, value in batch.text.items()}
-        timesteps, sizes = (t.to(device, non_blocking=True) for t in (drawn.timesteps, batch.sizes))
+        text = {name: _send(value, device) for name, value in batch.text.items()}
+        timesteps, sizes = _send(drawn.timesteps, device), _send(batch.sizes, device)
         model_output = self.family.denoise(denoiser, noisy_latents, timesteps, text, sizes).float()
 
         target = target_of(latents, noise, alpha.float(), sigma.float(), self.prediction_type)
@@ -94,6 +94,11 @@ class TrainingStep:
         return StepLoss(
             loss + term.loss, per_sample.detach(), term.loss.detach(), metrics | term.metrics, term.num_samples
         )
+
+
+def _send(tensor: Tensor, device: torch.device) -> Tensor:
+    """To the device without waiting for it: only a copy from pinned memory does not."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def timestep_weights(num_timesteps: int, config: DiffusionConfig) -> Tensor:

@@ -57,7 +57,6 @@ class Trainer:
         self.repository = hub.create_repository(config) if config.logging.push_to_hub else None
         weight_dtype = WEIGHT_DTYPES[accelerator.mixed_precision]
         self.family = family = load_family(config.model, accelerator.device, weight_dtype)
-        family.to_device()
         self.data = encode_dataset(
             checked.source,
             config.data,
