@@ -39,7 +39,7 @@ class DemoConfig:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs the command line; exits with 0, 2 (bad input) or 3 (training had to stop)."""
+    """Runs the command line; exits with 0, 2 (bad input), 3 (training had to stop) or 130 (interrupted)."""
     # transformers warns at import about image packages that nothing here needs.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
@@ -48,6 +48,9 @@ def main(argv: list[str] | None = None) -> None:
         _fail(error, 2)
     except TrainingStoppedError as error:
         _fail(error, 3)
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
 
 
 def _fail(error: Exception, code: int) -> None:

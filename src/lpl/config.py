@@ -132,6 +132,7 @@ class DiffusionConfig:
 
     def __post_init__(self) -> None:
         require(self.snr_gamma is None or self.snr_gamma > 0, f"--snr_gamma must be positive, not {self.snr_gamma}")
+        require(0 <= self.noise_offset < float("inf"), f"--noise_offset must be 0 or more, not {self.noise_offset}")
         require(self.timestep_bias_multiplier >= 0, "--timestep_bias_multiplier must be 0 or more")
         require(0 < self.timestep_bias_portion <= 1, "--timestep_bias_portion must lie in 0..1")
         if self.timestep_bias_strategy == "range":
@@ -253,7 +254,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         rate = self.learning_rate
-        require(rate is None or rate > 0, f"--learning_rate must be positive, not {rate}")
+        require(rate is None or 0 < rate < float("inf"), f"--learning_rate must be positive, not {rate}")
         require(
             self.lr_warmup_steps is None or self.lr_warmup_steps >= 0,
             f"--lr_warmup_steps must be 0 or more, not {self.lr_warmup_steps}",
@@ -277,6 +278,8 @@ class OptimConfig:
             f"--lr_step_rules {self.lr_step_rules}: expected rules such as 1:10,0.1:20,0.01",
         )
         require(self.max_grad_norm > 0, f"--max_grad_norm must be positive, not {self.max_grad_norm}")
+        require(self.adam_weight_decay >= 0, f"--adam_weight_decay must be 0 or more, not {self.adam_weight_decay}")
+        require(self.adam_epsilon > 0, f"--adam_epsilon must be positive, not {self.adam_epsilon}")
         for name, beta in (("--adam_beta1", self.adam_beta1), ("--adam_beta2", self.adam_beta2)):
             require(0 <= beta < 1, f"{name} must lie in 0..1, not {beta}")
         require(0 < self.ema_decay < 1, f"--ema_decay must lie between 0 and 1, not {self.ema_decay}")
@@ -323,6 +326,7 @@ class RunConfig:
     """Print the plan (parameters, taps, steps, memory) and stop."""
 
     def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**32, f"--seed must lie in 0..{2**32 - 1}, not {self.seed}")
         for name in ("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "checkpointing_steps"):
             require(getattr(self, name) >= 1, f"--{name} must be at least 1, not {getattr(self, name)}")
         for name in ("max_train_steps", "checkpoints_total_limit"):

@@ -20,6 +20,14 @@ RECORD = "environment"
 
 CONFIG_FILE = "config.yaml"
 
+PATHS = (
+    "train_data_dir",
+    "dataset_name",
+    "pretrained_model_name_or_path",
+    "pretrained_vae_model_name_or_path",
+)
+"""Options that may name a folder."""
+
 REFUSED = {
     "enable_xformers_memory_efficient_attention": "PyTorch's own memory-efficient attention is always used",
     "enable_npu_flash_attention": "PyTorch's own memory-efficient attention is always used",
@@ -87,12 +95,16 @@ def as_flags(options: dict[str, str]) -> list[str]:
 
 
 def write_config(config: TrainConfig, folder: Path) -> None:
-    """Writes folder/config.yaml: every option but the token, with versions and git state; `--config` reads it."""
+    """Makes the folder and writes its config.yaml: every option but the token, with versions; `--config` reads it."""
     options = {k: v for k, v in config.flat().items() if k not in ("hub_token", "dry_run", "resume_from_checkpoint")}
     text = yaml.safe_dump(options | {RECORD: environment()}, sort_keys=False)
     temporary = folder / f".{CONFIG_FILE}.tmp"
-    temporary.write_text(text)
-    temporary.replace(folder / CONFIG_FILE)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text)
+        temporary.replace(folder / CONFIG_FILE)
+    except OSError as error:
+        raise UserError(f"--output_dir {folder}: cannot be written ({error.strerror})") from error
 
 
 def differences(config: TrainConfig, folder: Path) -> list[str]:
@@ -112,8 +124,15 @@ def differences(config: TrainConfig, folder: Path) -> list[str]:
     return [
         f"--{key} {old[key]} -> {value}"
         for key, value in config.flat().items()
-        if key not in ignored and key in old and old[key] != value
+        if key not in ignored and key in old and old[key] != value and not _same_path(key, old[key], value)
     ]
+
+
+def _same_path(key: str, old: Any, new: Any) -> bool:
+    """Whether two spellings of an option name one folder that is there."""
+    if key not in PATHS or not isinstance(old, str) or not isinstance(new, str):
+        return False
+    return Path(new).exists() and Path(old).resolve() == Path(new).resolve()
 
 
 def environment() -> dict[str, Any]:

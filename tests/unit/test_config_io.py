@@ -26,7 +26,7 @@ def round_trip(config: TrainConfig, folder: Path) -> TrainConfig:
         [],
         ["--lpl_weight", "0.25", "--no_lpl_scale", "--lpl_sigma_threshold", "3", "--learning_rate", "1e-05"],
         ["--mixed_precision", "no", "--lpl_checkpointing", "true", "--rank", "4", "--snr_gamma", "5"],
-        ["--validation_prompt=-1", "--seed", "-7", "--adam_epsilon", "1e-08"],
+        ["--validation_prompt=-1", "--seed", "7", "--adam_epsilon", "1e-08"],
         ["--validation_prompt", "true: a 'quoted' # prompt, \"twice\"; 1e3 ünïcode", "--max_train_steps", "3"],
         ["--train_data_dir", "/tmp/with space/and=sign", "--report_to", "none"],
         ["--lr_scheduler", "piecewise_constant", "--lr_step_rules", "1:10,0.1:20,0.01"],

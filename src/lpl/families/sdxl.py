@@ -17,6 +17,7 @@ from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from lpl.config import ModelConfig
 from lpl.diffusion.latent_space import LatentSpace
@@ -28,6 +29,7 @@ logger = logging.getLogger("lpl")
 logging.getLogger("diffusers.pipelines").setLevel(logging.ERROR)
 
 LORA_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
+COMPONENTS = ("vae", "text_encoder", "text_encoder_2")
 SAMPLING_STEPS = 25
 GUIDANCE_SCALE = 5.0
 
@@ -56,7 +58,7 @@ class SDXL:
         self.vae = self.pipeline.vae.float().eval().requires_grad_(False)
         self.text_encoders = (self.pipeline.text_encoder, self.pipeline.text_encoder_2)
         for encoder in self.text_encoders:
-            # Float32 whatever the run's precision: they encode once, and are saved again as they came.
+            # Float32 whatever the run's precision: they encode once, and the result is saved in float32.
             encoder.float().eval().requires_grad_(False)
         schedule = dict(self.pipeline.scheduler.config)
         if config.prediction_type is not None:
@@ -117,9 +119,7 @@ class SDXL:
 
     @torch.no_grad()
     def generate(self, denoiser: nn.Module, prompt: str, count: int, seed: int, resolution: int) -> list[Image.Image]:
-        embeds, negative, pooled, negative_pooled = (
-            e.to(self.device).repeat(count, *[1] * (e.dim() - 1)) for e in self._prompts[prompt]
-        )
+        embeds, negative, pooled, negative_pooled = (e.to(self.device) for e in self._prompts[prompt])
         pipeline = StableDiffusionXLPipeline(
             vae=self.vae,
             text_encoder=None,
@@ -133,22 +133,24 @@ class SDXL:
         )
         pipeline.set_progress_bar_config(disable=True)
         half = self.weight_dtype != torch.float32
-        with torch.autocast(self.device.type, self.weight_dtype) if half else nullcontext():
-            latents = pipeline(
-                prompt_embeds=embeds,
-                negative_prompt_embeds=negative,
-                pooled_prompt_embeds=pooled,
-                negative_pooled_prompt_embeds=negative_pooled,
-                height=resolution,
-                width=resolution,
-                num_inference_steps=SAMPLING_STEPS,
-                guidance_scale=GUIDANCE_SCALE,
-                generator=[torch.Generator("cpu").manual_seed(seed + i) for i in range(count)],
-                output_type="latent",
-            ).images
-        raw = LatentSpace.from_config(self.vae.config).to_raw(latents.float())
-        images = torch.cat([self.vae.decode(z[None]).sample for z in raw])
-        return pipeline.image_processor.postprocess(images, output_type="pil")
+        images: list[Image.Image] = []
+        for i in range(count):  # one at a time: validation is not to need more memory than training
+            with torch.autocast(self.device.type, self.weight_dtype) if half else nullcontext():
+                latents = pipeline(
+                    prompt_embeds=embeds,
+                    negative_prompt_embeds=negative,
+                    pooled_prompt_embeds=pooled,
+                    negative_pooled_prompt_embeds=negative_pooled,
+                    height=resolution,
+                    width=resolution,
+                    num_inference_steps=SAMPLING_STEPS,
+                    guidance_scale=GUIDANCE_SCALE,
+                    generator=torch.Generator("cpu").manual_seed(seed + i),
+                    output_type="latent",
+                ).images
+            raw = LatentSpace.from_config(self.vae.config).to_raw(latents.float())
+            images += pipeline.image_processor.postprocess(self.vae.decode(raw).sample, output_type="pil")
+        return images
 
     def export(self, denoiser: nn.Module, folder: Path) -> None:
         self.pipeline.unet = denoiser
@@ -191,14 +193,20 @@ def _load(config: ModelConfig) -> StableDiffusionXLPipeline:
             return StableDiffusionXLPipeline.from_single_file(
                 name, config=local, local_files_only=local is not None, add_watermarker=False, **common
             )
-        return StableDiffusionXLPipeline.from_pretrained(
-            name,
-            revision=config.revision,
-            variant=config.variant,
-            use_safetensors=True,
-            add_watermarker=False,
-            **common,
-        )
+        common |= {"revision": config.revision, "variant": config.variant, "use_safetensors": True}
+        for part, cls in (("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)):
+            # On its own: a pipeline would fill weights that are missing with random numbers, and say nothing.
+            settings = {key: value for key, value in common.items() if key not in COMPONENTS}
+            encoder, info = cls.from_pretrained(name, subfolder=part, output_loading_info=True, **settings)
+            if info["missing_keys"]:
+                raise ValueError(f"{part} lacks the weights {sorted(info['missing_keys'])[:3]}")
+            common[part] = encoder
+        pipeline = StableDiffusionXLPipeline.from_pretrained(name, add_watermarker=False, **common)
+        for part in ("unet", "vae"):
+            absent = [key for key, weight in getattr(pipeline, part).named_parameters() if weight.is_meta]
+            if absent:
+                raise ValueError(f"{part} lacks the weights {absent[:3]}")
+        return pipeline
 
 
 @contextmanager

@@ -95,11 +95,14 @@ def _hub_reader(config: ModelConfig) -> Any:
 
 def _read_json(file: Path, flag: str) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text())
+        found = json.loads(file.read_text())
     except OSError as error:
         raise UserError(f"{flag}: {file} cannot be read ({error.strerror})") from None
     except ValueError:
         raise UserError(f"{flag}: {file} is not JSON, or cut short") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{flag}: {file} is no JSON object")
+    return found
 
 
 def _check_complete(folder: Path, variant: str | None) -> None:
@@ -112,12 +115,17 @@ def _check_complete(folder: Path, variant: str | None) -> None:
             continue
         if not (folder / name / "config.json").is_file():
             missing.append(f"{name}/config.json")
-        weights = list((folder / name).glob(f"*.{variant}*.safetensors" if variant else "*.safetensors"))
+        found = list((folder / name).glob("*.safetensors"))
+        weights = [f for f in found if (f".{variant}" in f.name if variant else f.name.count(".") == 1)]
         missing += [f"the end of {name}/{file.name}" for file in weights if _header(file) is None]
         if not weights:
             others = list((folder / name).glob("*.bin"))
             hint = " (only .bin, which is not read: convert it to safetensors)" if others else ""
+            hint = f" (only {found[0].name}: give its --variant)" if found else hint
             missing.append(f"{name}/*.safetensors{hint}")
+    for name in ("tokenizer", "tokenizer_2"):
+        if name not in missing and not any((folder / name / f).is_file() for f in ("tokenizer.json", "vocab.json")):
+            missing.append(f"{name}/tokenizer.json")
     if "scheduler" not in missing and not (folder / "scheduler" / "scheduler_config.json").is_file():
         missing.append("scheduler/scheduler_config.json")
     if missing:

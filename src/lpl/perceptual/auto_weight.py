@@ -40,7 +40,7 @@ class AutoWeight:
         """
         if self.fixed:
             return
-        pair = torch.stack([lpl_square, diffusion_square]).double().detach()
+        pair = torch.stack([lpl_square, diffusion_square]).float().detach()
         self._step_squares = pair if self._step_squares is None else self._step_squares + pair
         self._step_samples += gated
         if self._step_samples > 64 * MEASURED_SAMPLES:
@@ -81,4 +81,4 @@ class AutoWeight:
         self.fixed, self.measured = bool(state["fixed"]), int(state["measured"])
         self.weight = float(state["weight"])
         squares = state["squares"]
-        self._squares = None if squares is None else torch.tensor(squares, dtype=torch.float64)
+        self._squares = None if squares is None else torch.tensor(squares, dtype=torch.float32)

@@ -143,6 +143,7 @@ class PerceptualObjective:
             raise ValueError(f"noisy_latents are {noisy_latents.dtype}: pass the float32 ones, not their cast")
         if self.auto is not None and diffusion_loss is None:
             raise ValueError("lpl_weight 'auto' measures gradients: pass diffusion_loss=")
+        timesteps, sigmas = timesteps.cpu(), None if sigmas is None else sigmas.cpu()
         alpha, sigma = self._coefficients(timesteps, sigmas)
         passed = self.gate.passes(timesteps, alpha, sigma).nonzero().flatten()
         size, gated = len(model_output), len(passed)
@@ -164,7 +165,7 @@ class PerceptualObjective:
             return PerceptualTerm(torch.zeros((), device=model_output.device), metrics, 0)
 
         chosen = passed[: self.lpl_max_samples]
-        alpha, sigma = alpha[chosen.to(alpha.device)].float(), sigma[chosen.to(sigma.device)].float()
+        alpha, sigma = alpha[chosen].float(), sigma[chosen].float()
         snr = signal_to_noise(alpha, sigma)
         coefficient = snr_scale(snr, self.snr_gamma) if self.lpl_scale else torch.ones_like(snr)
         coefficient = coefficient * (gated / len(chosen))
@@ -193,8 +194,7 @@ class PerceptualObjective:
 
     def _coefficients(self, timesteps: Tensor, sigmas: Tensor | None) -> tuple[Tensor, Tensor]:
         if self._table is not None:
-            alpha, sigma = (table.to(timesteps.device)[timesteps] for table in self._table)
-            return alpha, sigma
+            return self._table[0][timesteps], self._table[1][timesteps]
         if sigmas is None:
             raise ValueError("flow matching: pass sigmas, the float32 ones that made noisy_latents")
         return 1 - sigmas.double(), sigmas.double()

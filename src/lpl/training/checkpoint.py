@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -85,7 +86,8 @@ def save_checkpoint(
     temporary.rename(final)
     _sync(folder)
     if total_limit is not None:
-        for old in list_checkpoints(folder)[:-total_limit]:
+        older = [path for path in list_checkpoints(folder) if path != final]
+        for old in older[: max(0, len(older) + 1 - total_limit)]:
             shutil.rmtree(old)
     return final
 
@@ -96,10 +98,15 @@ def load_checkpoint(
     """Restores parameters, optimizer and average in place; returns the rest of what was kept.
 
     Raises:
-        UserError: a checkpoint of another model or of a run with another EMA setting.
+        UserError: a damaged checkpoint, one of another model, or of a run with another EMA setting.
     """
-    state = json.loads((path / STATE).read_text())
-    saved = load_file(path / "model.safetensors")
+    try:
+        state = json.loads((path / STATE).read_text())
+        saved = load_file(path / "model.safetensors")
+        tensors = load_file(path / "optimizer.safetensors")
+        shadow = load_file(path / "ema.safetensors") if "ema" in state else {}
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{path}: damaged ({error}); delete it to go on from the checkpoint before it") from error
     if list(saved.keys() - parameters.keys()) or list(parameters.keys() - saved.keys()):
         raise UserError(f"{path}: holds other parameters than this run trains (another model, or another --rank)")
     if (ema is None) != ("ema" not in state):
@@ -108,10 +115,8 @@ def load_checkpoint(
         for name, parameter in parameters.items():
             parameter.copy_(saved[name])
     if ema is not None:
-        shadow = load_file(path / "ema.safetensors")
         device = ema.shadow_params[0].device
         ema.load_state_dict(state.pop("ema") | {"shadow_params": [shadow[name].to(device) for name in parameters]})
-    tensors = load_file(path / "optimizer.safetensors")
     optimizer.load_state_dict(_join_optimizer(tensors, state.pop("optimizer")))
     return state
 

@@ -82,8 +82,15 @@ def _check_output(config: TrainConfig) -> int | None:
             f"--output_dir {folder} holds a run of another configuration: {', '.join(changed)}; "
             "choose another folder or the same options"
         )
-    file = folder / FINISHED
-    return int(json.loads(file.read_text())["step"]) if file.is_file() else None
+    return finished_at(folder)
+
+
+def finished_at(folder: Path) -> int | None:
+    """The step at which the run in a folder ended, or None."""
+    try:
+        return int(json.loads((folder / FINISHED).read_text())["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _check_schedule(config: TrainConfig, configs: dict[str, Any]) -> None:
@@ -132,6 +139,13 @@ def _warn_idle(config: TrainConfig) -> None:
         idle = [k for k, v in vars(config.lpl).items() if k != "use_lpl" and v != getattr(default.lpl, k)]
         if idle:
             logger.warning("without LPL these have no effect: --%s", ", --".join(idle))
+    steps, warmup = config.run.max_train_steps, config.optim.lr_warmup_steps
+    if steps is not None and config.lpl.use_lpl and config.lpl.lpl_start >= steps:
+        logger.warning(
+            "--lpl_start %d is not reached in --max_train_steps %d: LPL never acts", config.lpl.lpl_start, steps
+        )
+    if steps is not None and warmup is not None and warmup >= steps and config.optim.lr_scheduler != "constant":
+        logger.warning("--lr_warmup_steps %d: the run of %d steps never leaves the warm-up", warmup, steps)
     given, usual = config.flat(), default.flat()
     for option, can_act, needs in _rules(config):
         # lr_warmup_steps 0 asks for nothing, and is what users of the constant schedule write.

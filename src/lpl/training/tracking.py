@@ -75,6 +75,10 @@ class Tracker:
         """Starts the clock at an optimizer step."""
         self._time, self._step = time.perf_counter(), step
 
+    def pause(self, seconds: float) -> None:
+        """Takes time that was no training (validation, checkpoints) out of the samples per second."""
+        self._time += seconds
+
     def log(self, step: int, extra: dict[str, float]) -> dict[str, float]:
         """Logs everything since the last log under diffusers' names; returns it."""
         metrics = self.window.read()

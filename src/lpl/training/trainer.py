@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,14 @@ from lpl.config_io import write_config
 from lpl.data.encode import encode_dataset
 from lpl.data.sampler import DrawOrder, positions
 from lpl.diffusion.draws import keyed_seed
-from lpl.errors import TrainingStoppedError
+from lpl.errors import TrainingStoppedError, UserError
 from lpl.families import load_family
 from lpl.training import hub
 from lpl.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from lpl.training.engine import build_accelerator, build_objective
 from lpl.training.lora import add_lora
 from lpl.training.optim import build_ema, build_optimizer, build_schedule, scaled_learning_rate
-from lpl.training.preflight import FINISHED, Checked
+from lpl.training.preflight import FINISHED, Checked, finished_at
 from lpl.training.step import TrainingStep
 from lpl.training.tracking import FiniteGuard, Tracker
 from lpl.training.validation import publish_images
@@ -87,14 +88,18 @@ class Trainer:
         self.step = 0
         self._resume()
         if accelerator.is_main_process:  # only now: a run that could not begin lays no claim to the folder
-            self.folder.mkdir(parents=True, exist_ok=True)
             write_config(config, self.folder)
+        if self.samples_per_step > len(self.data):
+            logger.warning(
+                "a step takes %d samples of only %d: images repeat in it", self.samples_per_step, len(self.data)
+            )
         self._announce()
 
     def _build_model(self, weight_dtype: torch.dtype) -> None:
         config, denoiser = self.config, self.family.denoiser
         if config.model.rank is not None:
-            denoiser.to(dtype=weight_dtype)
+            if weight_dtype != torch.float32:
+                denoiser.to(dtype=weight_dtype)
             add_lora(denoiser, config.model.rank, self.family.lora_targets, config.run.seed)
         else:
             denoiser.requires_grad_(True)
@@ -113,15 +118,41 @@ class Trainer:
     def _resume(self) -> None:
         path = find_checkpoint(self.folder, self.config.run.resume_from_checkpoint)
         if path is None:
+            if finished_at(self.folder) is not None:
+                logger.warning("%s: the finished run left no checkpoint, so training starts over", self.folder)
             return
+        rates, options = list(self.schedule.base_lrs), [_options(group) for group in self.optimizer.param_groups]
         state = load_checkpoint(path, self.parameters, self.optimizer, self.ema)
         self.step = state["step"]
+        self._check_resumed(path, state)
         self.schedule.load_state_dict(state["schedule"])
+        # Rates and coefficients are this run's; the checkpoint may be another's.
+        self.schedule.base_lrs = rates
+        current = [rate * f(self.schedule.last_epoch) for rate, f in zip(rates, self.schedule.lr_lambdas, strict=True)]
+        self.schedule._last_lr = current
+        for group, own, rate in zip(self.optimizer.param_groups, options, current, strict=True):
+            group |= own | {"lr": rate}
         if self.objective is not None and self.objective.auto is not None and state["auto_weight"] is not None:
             self.objective.auto.load_state_dict(state["auto_weight"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         logger.info("continuing from %s at step %d of %d", path, self.step, self.num_steps)
+
+    def _check_resumed(self, path: Path, state: dict[str, Any]) -> None:
+        if self.step > self.num_steps:
+            raise UserError(
+                f"{path}: is at step {self.step}, beyond the run's {self.num_steps}: raise --max_train_steps"
+            )
+        if path.resolve().parent != self.folder.resolve():
+            return
+        if state["data"] != self._data_hash():
+            raise UserError(
+                f"{path}: was trained on other images or captions than --train_data_dir or --dataset_name now holds; "
+                "restore them, or choose another --output_dir and name this checkpoint with --resume_from_checkpoint"
+            )
+
+    def _data_hash(self) -> str:
+        return format(keyed_seed(*(part for r in self.data.records for part in (r.id, r.caption))), "x")
 
     def _announce(self) -> None:
         count = sum(p.numel() for p in self.parameters.values())
@@ -160,10 +191,12 @@ class Trainer:
                     metrics = self.tracker.log(self.step, extra)
                     shown = {"loss": "train_loss", "lpl": "lpl/weighted_loss", "share": "lpl/gradient_share"}
                     bar.set_postfix({k: f"{metrics[name]:.3g}" for k, name in shown.items() if name in metrics})
+                started = time.perf_counter()
                 if self._validates():
                     self.validate()
                 if self.step % run.checkpointing_steps == 0:
                     self.save()
+                self.tracker.pause(time.perf_counter() - started)
 
     def _optimizer_step(self) -> torch.Tensor:
         run, accelerator = self.config.run, self.accelerator
@@ -215,7 +248,8 @@ class Trainer:
             ids = ", ".join(self.data.records[indices[i]].id for i in culprits)
             terms = " and ".join(["the diffusion loss"] * bool(found.samples) + ["LPL"] * found.lpl)
             verb = "were" if found.samples and found.lpl else "was"
-            mine = [f"{terms} {verb} not finite at step {step + 1} (samples {ids})"]
+            hint = "; --lpl_dtype float32 does not overflow" * (found.lpl and self.config.lpl.lpl_dtype == "float16")
+            mine = [f"{terms} {verb} not finite at step {step + 1} (samples {ids}){hint}"]
         elif (step_of_gradient := self.guard.first_gradient()) is not None:
             mine = [f"the gradient was not finite at step {step_of_gradient + 1}, though the loss was"]
         reports = gather_object(mine)
@@ -262,6 +296,7 @@ class Trainer:
             auto = self.objective.auto if self.objective is not None else None
             scaler = self.accelerator.scaler
             state: dict[str, Any] = {
+                "data": self._data_hash(),
                 "schedule": self.schedule.state_dict(),
                 "auto_weight": auto.state_dict() if auto is not None else None,
                 "scaler": scaler.state_dict() if scaler is not None else None,
@@ -290,8 +325,15 @@ class Trainer:
                     shutil.rmtree(target)
                 part.replace(target)
             temporary.rmdir()
-            (self.folder / FINISHED).write_text(json.dumps({"step": self.step}))
+            marker = self.folder / f".tmp-{FINISHED}"
+            marker.write_text(json.dumps({"step": self.step}))
+            marker.replace(self.folder / FINISHED)
             if self.repository is not None:
                 hub.push(self.config, self.repository)
             logger.info("done: the result is in %s", self.folder)
         accelerator.end_training()
+
+
+def _options(group: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer group's coefficients, without its parameters and the rate of the moment."""
+    return {name: value for name, value in group.items() if name not in ("params", "lr")}
