@@ -49,7 +49,7 @@ class LatentPerceptualLoss:
     computed in the forward pass and only it is kept, so no feature map outlives the call.
 
     Args:
-        vae: a diffusers VAE in eval mode (AutoencoderKL).
+        vae: a diffusers VAE in eval mode, of a class that decoders.DECODERS names.
         num_blocks: up blocks compared after the middle block; the decoder is not run past the last one.
         norm_type: see normalization.normalize.
         loss_type: mse or l1, on normalised features.
