@@ -76,7 +76,7 @@ def plan_views(source: Source, config: DataConfig, seed: int, progress: bool) ->
             variants.append([View(k, crop.size_conditioning) for k, crop in zip(keys, flips, strict=True)])
             crops |= {k: crop for k, crop in zip(keys, flips, strict=True) if k not in planned}
         planned |= crops.keys()
-        upscaled += min(width, height) < config.crop_size
+        upscaled += flips[0].upscaled
         views.append(variants)
         jobs.append(ImageJob(index, crops))
     return ViewPlan(views, jobs, upscaled)
