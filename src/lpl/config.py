@@ -181,6 +181,17 @@ class LPLConfig:
     """Precision of the decoder in LPL; it never runs under autocast."""
     lpl_checkpointing: Literal["auto", "true", "false"] = "auto"
     """Recompute the decoder in the backward pass to save memory; auto follows --gradient_checkpointing."""
+    lpl_chunk: int | Literal["auto"] = "auto"
+    """Gated samples that go through the decoder at once; auto: as many as fill 256 x 256 pixels, at least one."""
+    lpl_channels_last: Literal["auto", "true", "false"] = "auto"
+    """Memory layout of LPL's decoder; auto: channels last on a CPU, where it is faster."""
+    lpl_compile: bool = False
+    """Fuse LPL's pointwise arithmetic with torch.compile; costs a minute at the start."""
+    lpl_crop: int | None = None
+    """Compare a random window of this many pixels, cut after the middle block: an approximation, for large images."""
+    lpl_random_depth: bool = False
+    """Stop each step at a random depth of the decoder, terms divided by the chance of reaching them: unbiased, cheaper,
+    noisier."""
 
     def __post_init__(self) -> None:
         weight = self.lpl_weight
@@ -207,6 +218,11 @@ class LPLConfig:
             self.lpl_max_samples is None or self.lpl_max_samples >= 1,
             f"--lpl_max_samples must be at least 1, not {self.lpl_max_samples}",
         )
+        require(
+            self.lpl_chunk == "auto" or int(self.lpl_chunk) >= 1,
+            f"--lpl_chunk must be auto or at least 1, not {self.lpl_chunk}",
+        )
+        require(self.lpl_crop is None or self.lpl_crop >= 8, f"--lpl_crop must be at least 8, not {self.lpl_crop}")
 
 
 @dataclass(frozen=True)

@@ -45,15 +45,11 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
-def build_objective(config: TrainConfig, family: Any) -> PerceptualObjective:
-    """LPL as the config describes it, on the family's VAE.
-
-    Raises:
-        UserError: a gate that the schedule or the timestep bias never passes.
-    """
+def build_loss(config: TrainConfig, vae: Any) -> LatentPerceptualLoss:
+    """The loss as the config describes it, on a VAE (which may be on the meta device)."""
     options = config.lpl
-    loss_fn = LatentPerceptualLoss(
-        family.vae,
+    return LatentPerceptualLoss(
+        vae,
         num_blocks=options.lpl_num_blocks,
         norm_type=options.lpl_norm_type,
         loss_type=options.lpl_loss_type,
@@ -62,6 +58,16 @@ def build_objective(config: TrainConfig, family: Any) -> PerceptualObjective:
         checkpointing=config.lpl_checkpointing,
         dtype=getattr(torch, options.lpl_dtype),
     )
+
+
+def build_objective(config: TrainConfig, family: Any) -> PerceptualObjective:
+    """LPL as the config describes it, on the family's VAE.
+
+    Raises:
+        UserError: a gate that the schedule or the timestep bias never passes.
+    """
+    options = config.lpl
+    loss_fn = build_loss(config, family.vae)
     try:
         return PerceptualObjective(
             loss_fn,
