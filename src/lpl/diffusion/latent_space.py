@@ -49,6 +49,10 @@ class LatentSpace:
         """Raw (B, C, ...) to model space, same dtype."""
         return (raw_latents - self._view(self.shift, raw_latents)) / self._view(self.scale, raw_latents)
 
+    def gradient_from_raw(self, gradient: Tensor) -> Tensor:
+        """Gradient with respect to raw latents (B, C, ...) to the one with respect to model space, same dtype."""
+        return gradient * self._view(self.scale, gradient)
+
     @staticmethod
     def _view(value: Tensor, like: Tensor) -> Tensor:
         return value.to(like.device, like.dtype, non_blocking=True).view(1, -1, *[1] * (like.dim() - 2))

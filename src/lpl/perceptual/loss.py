@@ -7,6 +7,7 @@ with Perceptual Objectives", ICLR 2025 (arXiv 2411.04873), section 3.
 """
 
 import logging
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -14,19 +15,24 @@ import torch
 from torch import Tensor
 from torch.amp import autocast, is_autocast_available
 from torch.nn.functional import interpolate
-from torch.utils.checkpoint import checkpoint
 
 from lpl.diffusion.latent_space import LatentSpace
+from lpl.perceptual.crop import Crop
 from lpl.perceptual.decoders import decoder_taps
+from lpl.perceptual.distance import NORM_TYPES, FeatureDistance, batch_scale
 from lpl.perceptual.forward_gradient import WithGradient
-from lpl.perceptual.normalization import NORM_TYPES, normalize
-from lpl.perceptual.outliers import MAX_STRIDE, inlier_mask
+from lpl.perceptual.random_depth import reach_probabilities
+from lpl.perceptual.segment import Segment
+from lpl.perceptual.sweep import compare, see_target
 
 logger = logging.getLogger(__name__)
 
+CHUNK_PIXELS = 256 * 256
+"""Pixels that `chunk=None` sends through the decoder at once, where one sample has fewer."""
+
 
 class LPLOutput(NamedTuple):
-    """What the loss returns; every dict maps a tap's name to (B,), detached float32."""
+    """What the loss returns; every dict maps a tap's name to (B,), detached float32, for the taps that were reached."""
 
     per_sample: Tensor
     """(B,), float32, differentiable (once) in pred_latents only."""
@@ -46,18 +52,28 @@ class LatentPerceptualLoss:
 
     It owns no weights: the VAE stays the caller's to place and to save. The decoder's parameters are frozen
     (requires_grad False) here. The decoder runs outside autocast in `dtype`; distances are float32. The gradient is
-    computed in the forward pass and only it is kept, so no feature map outlives the call.
+    computed in the forward pass, `chunk` samples at a time, and only it is kept: no feature map outlives the call, and
+    memory does not grow with the batch.
 
     Args:
         vae: a diffusers VAE in eval mode, of a class that decoders.DECODERS names.
         num_blocks: up blocks compared after the middle block; the decoder is not run past the last one.
-        norm_type: see normalization.normalize.
+        norm_type: see distance.py.
         loss_type: mse or l1, on normalised features.
         pow_law: weigh layers by w_l above; off: 1.
-        remove_outliers: mask the target's outliers, see outliers.inlier_mask.
-        checkpointing: keep only each stage's input and recompute the rest for the gradient.
+        remove_outliers: mask the target's outliers, see outliers.py.
+        checkpointing: keep only what goes in at the stages and recompute the rest for the gradient.
         dtype: precision of the decoder; where the VAE's weights have another, a private copy is made.
         latent_space: how model space maps to raw latents; None: what vae.config states.
+        chunk: samples that go through the decoder at once; None: as many as fill CHUNK_PIXELS, at least one. With
+            norm batch and more samples than that, the targets are decoded once more, for their statistics.
+        channels_last: memory layout of the decoder; None: on a CPU, where it is faster.
+        compile: fuse pointwise arithmetic with torch.compile.
+        crop: compare a random window of this many pixels, cut after the middle block. An approximation: group norms
+            see the window alone, and values at the image's edge are seen less often. Calls then need `windows`.
+        random_depth: calls may stop at a `depth`; then terms are divided by the probability of reaching them, which
+            makes the expectation over depths the full loss. True: reach_probabilities(); or the probabilities, one per
+            tap, falling from 1.
 
     Raises:
         ValueError: an unknown option value, or a VAE that cannot be walked.
@@ -74,6 +90,12 @@ class LatentPerceptualLoss:
         checkpointing: bool = False,
         dtype: torch.dtype = torch.float32,
         latent_space: LatentSpace | None = None,
+        *,
+        chunk: int | None = None,
+        channels_last: bool | None = None,
+        compile: bool = False,  # noqa: A002
+        crop: int | None = None,
+        random_depth: bool | Sequence[float] = False,
     ) -> None:
         if norm_type not in NORM_TYPES:
             raise ValueError(f"norm_type {norm_type!r} is none of {', '.join(NORM_TYPES)}")
@@ -81,6 +103,8 @@ class LatentPerceptualLoss:
             raise ValueError(f"loss_type {loss_type!r} is neither mse nor l1")
         if num_blocks < 0:
             raise ValueError(f"num_blocks must be 0 or more, not {num_blocks}")
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"chunk must be at least 1, not {chunk}")
         decoder = decoder_taps(vae)
         if num_blocks > decoder.num_up_blocks:
             logger.warning(
@@ -93,77 +117,136 @@ class LatentPerceptualLoss:
         self.latent_space = latent_space or LatentSpace.from_config(vae.config)
         self.taps = decoder.taps[: num_blocks + 1]
         self.weights = [tap.stride / self.taps[0].stride if pow_law else 1.0 for tap in self.taps]
-        self.norm_type, self.loss_type, self.remove_outliers = norm_type, loss_type, remove_outliers
-        self.checkpointing, self.dtype = checkpointing, dtype
+        self.norm_type, self.checkpointing, self.dtype, self.chunk = norm_type, checkpointing, dtype, chunk
+        self.channels_last = channels_last
         self.arithmetic = torch.promote_types(dtype, torch.float32)
+        fuse = (lambda f: torch.compile(f, dynamic=True)) if compile else (lambda f: f)
+        self.segments = self.decoder.segments(fuse)
+        self.distances = [FeatureDistance(norm_type, loss_type, t.stride, remove_outliers, fuse) for t in self.taps]
+        self.crop = None if crop is None else max(1, crop // self.taps[0].stride)
+        self.reach = reach_probabilities(len(self.taps), random_depth)
 
-    def __call__(self, pred_latents: Tensor, target_latents: Tensor, mask: Tensor | None = None) -> LPLOutput:
+    @torch.compiler.disable
+    def __call__(
+        self,
+        pred_latents: Tensor,
+        target_latents: Tensor,
+        mask: Tensor | None = None,
+        *,
+        depth: int | None = None,
+        windows: Tensor | None = None,
+    ) -> LPLOutput:
         """Compares two batches of latents.
 
         Args:
             pred_latents: (B, C, h, w), model space, any float dtype.
             target_latents: (B, C, h, w), model space; no gradient flows into it.
-            mask: (B, 1, h, w) in [0, 1]; only where it is above 0 do features count. None: everywhere.
+            mask: (B, 1, h, w) in [0, 1]: how much each location counts. None: everywhere alike.
+            depth: with random_depth, how many taps are compared. None: all, each with its full weight.
+            windows: with crop, (B, 2) numbers in [0, 1): where each sample's window lies, from top left to bottom
+                right.
 
         Raises:
-            ValueError: shapes that do not fit each other or the VAE, or a decoder in training mode or changed dtype.
+            ValueError: shapes that do not fit each other or the VAE, a depth or windows without the option or the
+                option without windows, or a decoder in training mode or changed dtype.
         """
-        self._check(pred_latents, target_latents)
-        target_latents = target_latents.detach()
-        with _without_autocast(pred_latents.device.type):
-            if not (torch.is_grad_enabled() and pred_latents.requires_grad):
-                return self._compare(pred_latents, target_latents, mask)
-            pred = pred_latents.detach().to(self.arithmetic).requires_grad_()
-            out = self._compare(pred, target_latents, mask)
-            # float16 features have gradients below its smallest number: scale them by a power of two, exactly undone.
-            scale = 2.0**16 if self.dtype == torch.float16 else 1.0
-            (gradient,) = torch.autograd.grad(out.per_sample.sum() * scale, pred)
-            per_sample = WithGradient.apply(pred_latents, out.per_sample.detach(), gradient / scale)
-            return out._replace(per_sample=per_sample, gradient=gradient / scale)
+        self._check(pred_latents, target_latents, mask, depth, windows)
+        with_gradient = torch.is_grad_enabled() and pred_latents.requires_grad
+        with torch.no_grad(), _without_autocast(pred_latents.device.type):
+            chunks = self._chunks(pred_latents, target_latents, mask, windows)
+            scales = self._scales(chunks, depth)
+            out = _join([self._compare(chunk, depth, scales, with_gradient) for chunk in chunks])
+        if not with_gradient:
+            return out
+        return out._replace(per_sample=WithGradient.apply(pred_latents, out.per_sample, out.gradient))
 
-    def _compare(self, pred_latents: Tensor, target_latents: Tensor, mask: Tensor | None) -> LPLOutput:
-        per_layer, outliers, means, stds = {}, {}, {}, {}
-        total = torch.zeros(len(pred_latents), device=pred_latents.device, dtype=self.arithmetic)
-        x, y = (self.decoder.begin(self._raw(z)) for z in (pred_latents, target_latents))
-        for stage, (tap, weight) in enumerate(zip(self.taps, self.weights, strict=True)):
-            with torch.no_grad():
-                y = self.decoder.run(stage, y)
-            x = self._run(stage, x)
-            target = y.to(self.arithmetic)
-            inliers = inlier_mask(target, tap.stride) if self.remove_outliers and tap.stride <= MAX_STRIDE else None
-            distance = self._distance(x.to(self.arithmetic), target, inliers, mask)
-            total = total + weight * distance
-            per_layer[tap.name] = distance.detach()
-            outliers[tap.name] = torch.zeros_like(distance) if inliers is None else 1 - inliers.mean((1, 2, 3))
-            stds[tap.name], means[tap.name] = torch.std_mean(target, (1, 2, 3))
-        return LPLOutput(total / len(self.taps), per_layer, outliers, means, stds, None)
+    def _chunks(
+        self, pred_latents: Tensor, target_latents: Tensor, mask: Tensor | None, windows: Tensor | None
+    ) -> list["Chunk"]:
+        batch, _, height, width = pred_latents.shape
+        size = self.chunk or max(1, CHUNK_PIXELS // (height * width * self.taps[0].stride ** 2))
+        chunks = []
+        for first in range(0, batch, size):
+            part = slice(first, first + size)
+            crop = None if windows is None or self.crop is None else Crop(self.crop, windows[part], (height, width))
+            insides: list[Tensor | None] = [None] * len(self.taps)
+            if mask is not None:
+                inside = mask[part].to(self.arithmetic)
+                for i, tap in enumerate(self.taps):
+                    if i == 1 and crop is not None:
+                        inside = crop.cut(inside)
+                    insides[i] = interpolate(inside, scale_factor=self.taps[0].stride / tap.stride, mode="nearest")
+            chunks.append(Chunk(pred_latents[part], target_latents[part], insides, self._segments(crop)))
+        return chunks
+
+    def _segments(self, crop: Crop | None) -> list[Segment]:
+        if crop is None or len(self.taps) == 1:
+            return self.segments
+        first, second, *rest = self.segments
+        return [first, Segment(second.head, [crop, *second.operations]), *rest]
+
+    def _scales(self, chunks: list["Chunk"], depth: int | None) -> list[Tensor] | None:
+        """For norm `batch` in several chunks: the scale of each tap over all samples."""
+        if self.norm_type != "batch" or len(chunks) == 1:
+            return None
+        taps = self.distances[:depth]
+        seen = [see_target(c.segments, taps, self._raw(c.target), c.insides)[1] for c in chunks]
+        return [batch_scale(list(tap)) for tap in zip(*seen, strict=True)]
+
+    def _compare(
+        self, chunk: "Chunk", depth: int | None, scales: list[Tensor] | None, with_gradient: bool
+    ) -> LPLOutput:
+        reach = self.reach if depth is not None and self.reach is not None else [1.0] * len(self.taps)
+        depth = depth or len(self.taps)
+        weights = [w / (len(self.taps) * p) for w, p in zip(self.weights, reach, strict=True)][:depth]
+        # float16 features have gradients below its smallest number: scale them by a power of two, exactly undone.
+        factor = 2.0**16 if self.dtype == torch.float16 else 1.0
+        found = compare(
+            chunk.segments[: depth + 1],
+            self.distances[:depth],
+            self._raw(chunk.pred),
+            self._raw(chunk.target),
+            chunk.insides,
+            scales,
+            [factor * w for w in weights] if with_gradient else None,
+            self.checkpointing,
+        )
+        per_sample = torch.stack([w * d for w, d in zip(weights, found.distances, strict=True)]).sum(0)
+        gradient = found.gradient
+        if gradient is not None:
+            gradient = self.latent_space.gradient_from_raw(gradient.to(self.arithmetic)) / factor
+        names = [tap.name for tap in self.taps[:depth]]
+
+        def by_name(values: Iterable[Tensor]) -> dict[str, Tensor]:
+            return dict(zip(names, values, strict=True))
+
+        return LPLOutput(
+            per_sample,
+            by_name(found.distances),
+            by_name(s.outlier_fraction for s in found.statistics),
+            by_name(s.mean for s in found.statistics),
+            by_name(s.std for s in found.statistics),
+            gradient,
+        )
 
     def _raw(self, latents: Tensor) -> Tensor:
-        return self.latent_space.to_raw(latents.to(self.arithmetic)).to(self.dtype)
+        raw = self.latent_space.to_raw(latents.to(self.arithmetic)).to(self.dtype)
+        last = latents.device.type == "cpu" if self.channels_last is None else self.channels_last
+        return raw.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
-    def _run(self, stage: int, x: Tensor) -> Tensor:
-        if self.checkpointing and x.requires_grad:
-            return checkpoint(self.decoder.run, stage, x, use_reentrant=False)
-        return self.decoder.run(stage, x)
-
-    def _distance(self, x: Tensor, y: Tensor, inliers: Tensor | None, mask: Tensor | None) -> Tensor:
-        """d_l, (B,): per channel the mean over the values that count, then the mean over channels."""
-        x, y = normalize(x, y if inliers is None else y * inliers, self.norm_type)
-        distance = (x - y).square() if self.loss_type == "mse" else (x - y).abs()
-        count = inliers
-        if mask is not None:
-            inside = interpolate(mask.to(y.dtype), y.shape[-2:], mode="nearest").expand_as(y)
-            count = inside if inliers is None else inside * inliers
-        if count is None:
-            return distance.mean((1, 2, 3))
-        total = count.sum((2, 3))
-        return ((distance * count).sum((2, 3)) / torch.where(total > 0, total, 1)).mean(1)
-
-    def _check(self, pred: Tensor, target: Tensor) -> None:
+    def _check(
+        self, pred: Tensor, target: Tensor, mask: Tensor | None, depth: int | None, windows: Tensor | None
+    ) -> None:
         if pred.shape != target.shape or pred.dim() != 4:
             raise ValueError(f"latents must be two (B, C, h, w) of one shape, not {pred.shape} and {target.shape}")
         if pred.shape[1] != self.decoder.latent_channels:
             raise ValueError(f"latents have {pred.shape[1]} channels, the VAE's have {self.decoder.latent_channels}")
+        if mask is not None and mask.shape != (len(pred), 1, *pred.shape[2:]):
+            raise ValueError(f"the mask of latents {tuple(pred.shape)} must be (B, 1, h, w), not {tuple(mask.shape)}")
+        if depth is not None and (self.reach is None or not 1 <= depth <= len(self.taps)):
+            raise ValueError(f"depth {depth} needs random_depth and must lie in 1..{len(self.taps)}")
+        if (windows is None) != (self.crop is None) or (windows is not None and windows.shape != (len(pred), 2)):
+            raise ValueError("windows, (B, 2) numbers in [0, 1), go with crop")
         for module in self.decoder.modules():
             if module.training:
                 raise ValueError("the VAE went to training mode: call vae.eval()")
@@ -174,6 +257,28 @@ class LatentPerceptualLoss:
                 raise ValueError(f"the VAE was cast to {weight.dtype} after the loss was built for {self.dtype}")
 
 
+class Chunk(NamedTuple):
+    """Samples that go through the decoder together."""
+
+    pred: Tensor
+    target: Tensor
+    insides: list[Tensor | None]
+    """Per tap, the caller's mask at the size of its map."""
+    segments: list[Segment]
+
+
+def _join(parts: list[LPLOutput]) -> LPLOutput:
+    """The chunks' outputs as the batch's."""
+    if len(parts) == 1:
+        return parts[0]
+    values: list[Any] = []
+    for same in zip(*parts, strict=True):
+        if isinstance(same[0], dict):
+            values.append({name: torch.cat([part[name] for part in same]) for name in same[0]})
+        else:
+            values.append(None if same[0] is None else torch.cat(same))
+    return LPLOutput(*values)
+
+
 def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """Also around the backward pass: autocast would cast what the attention's products call there."""
     return autocast(device_type, enabled=False) if is_autocast_available(device_type) else nullcontext()

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from lpl.diffusion.draws import keyed_uniform
 from lpl.diffusion.prediction import (
     DISCRETE_TYPES,
     FLOW_TYPES,
@@ -25,6 +26,7 @@ from lpl.diffusion.prediction import (
 from lpl.perceptual.auto_weight import AutoWeight
 from lpl.perceptual.gate import Gate, snr_scale
 from lpl.perceptual.loss import LatentPerceptualLoss, LPLOutput
+from lpl.perceptual.random_depth import depth_of
 
 
 class PerceptualTerm(NamedTuple):
@@ -58,6 +60,7 @@ class PerceptualObjective:
         lpl_target_share: for "auto", LPL's share of the gradient at the model's output.
         prediction_type: one of diffusion.prediction.PREDICTION_TYPES; None: the scheduler's ("flow" without
             alphas_cumprod).
+        seed: of the depths that a loss with random_depth stops at.
 
     Raises:
         ValueError: options that contradict each other or the schedule.
@@ -79,6 +82,7 @@ class PerceptualObjective:
         lpl_max_samples: int | None = None,
         lpl_target_share: float = 0.2,
         prediction_type: str | None = None,
+        seed: int = 0,
     ) -> None:
         if lpl_reduction not in ("expected", "gated"):
             raise ValueError(f"lpl_reduction {lpl_reduction!r} is neither expected nor gated")
@@ -90,7 +94,7 @@ class PerceptualObjective:
         self.gate = Gate(noise_scheduler, lpl_t_threshold, lpl_snr_threshold, lpl_sigma_threshold)
         self.p_gate = self.gate.probability(p_gate)
         self.lpl_scale, self.snr_gamma, self.lpl_reduction = lpl_scale, snr_gamma, lpl_reduction
-        self.lpl_max_samples = lpl_max_samples
+        self.lpl_max_samples, self.seed = lpl_max_samples, seed
         self.auto = AutoWeight(lpl_target_share) if lpl_weight == "auto" else None
         self._weight = 0.0 if lpl_weight == "auto" else float(lpl_weight)
         self._table = None if self.gate.is_flow else alpha_sigma_table(noise_scheduler)
@@ -123,6 +127,8 @@ class PerceptualObjective:
         sample_weight: Tensor | None = None,
         mask: Tensor | None = None,
         diffusion_loss: Tensor | None = None,
+        step: int | None = None,
+        windows: Tensor | None = None,
     ) -> PerceptualTerm:
         """LPL of one micro-batch.
 
@@ -135,14 +141,19 @@ class PerceptualObjective:
             sample_weight: (B,), multiplies each sample's LPL.
             mask: (B, 1, h, w) in [0, 1]: where LPL counts.
             diffusion_loss: the scalar that LPL is added to, for the gradient meter; its graph is kept.
+            step: the optimizer step, the same on every process: with the seed it decides how deep a loss with
+                random_depth goes. While "auto" measures, that is all the way.
+            windows: (B, 2) in [0, 1), for a loss with crop: where each sample's window lies.
 
         Raises:
-            ValueError: half-precision noisy_latents, missing sigmas, or "auto" without diffusion_loss.
+            ValueError: half-precision noisy_latents, missing sigmas, "auto" without diffusion_loss, random_depth
+                without step, or crop without windows.
         """
         if noisy_latents.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"noisy_latents are {noisy_latents.dtype}: pass the float32 ones, not their cast")
         if self.auto is not None and diffusion_loss is None:
             raise ValueError("lpl_weight 'auto' measures gradients: pass diffusion_loss=")
+        depth = self._depth(step)
         timesteps, sigmas = timesteps.cpu(), None if sigmas is None else sigmas.cpu()
         alpha, sigma = self._coefficients(timesteps, sigmas)
         passed = self.gate.passes(timesteps, alpha, sigma).nonzero().flatten()
@@ -175,7 +186,13 @@ class PerceptualObjective:
         if sample_weight is not None:
             coefficient = coefficient * sample_weight.to(index.device, non_blocking=True)[index]
         pred = x0_from_output(model_output[index], noisy_latents[index], alpha, sigma, self.prediction_type)
-        out = self.loss_fn(pred, latents[index], None if mask is None else mask[index])
+        out = self.loss_fn(
+            pred,
+            latents[index],
+            None if mask is None else mask[index],
+            depth=depth,
+            windows=None if windows is None else windows[chosen],
+        )
         loss = self.weight * (coefficient * out.per_sample).sum()
         metrics |= _describe(out, snr) | {"lpl/weighted_loss": loss.detach()}
         if out.gradient is not None and diffusion_square is not None:
@@ -191,6 +208,14 @@ class PerceptualObjective:
         """Says that an optimizer step is done; "auto" then updates its weight. `reduce` sums over processes."""
         if self.auto is not None:
             self.auto.end_step(reduce)
+
+    def _depth(self, step: int | None) -> int | None:
+        reach = self.loss_fn.reach
+        if reach is None or (self.auto is not None and not self.auto.fixed):
+            return None
+        if step is None:
+            raise ValueError("the loss stops at a random depth: pass step=, the optimizer step")
+        return depth_of(keyed_uniform(self.seed, "lpl_depth", step), reach)
 
     def _coefficients(self, timesteps: Tensor, sigmas: Tensor | None) -> tuple[Tensor, Tensor]:
         if self._table is not None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +41,22 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         raise UserError("--mixed_precision bf16: this GPU has no bfloat16; use fp16")
     if config.optim.use_8bit_adam and kind == "cpu":
         raise UserError("--use_8bit_adam needs a GPU; drop it on a CPU")
+    if config.lpl.use_lpl and config.lpl.lpl_compile and not _can_compile(kind):
+        raise UserError(
+            f"--lpl_compile needs {'a C++ compiler' if kind == 'cpu' else 'Triton'}, which was not found; install it or drop the option"
+        )
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = run.allow_tf32
     level = logging.INFO if accelerator.is_main_process else logging.ERROR
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logger.setLevel(level)
     return accelerator
+
+
+def _can_compile(kind: str) -> bool:
+    """Whether torch.compile has what it needs on this kind of device."""
+    if kind != "cpu":
+        return importlib.util.find_spec("triton") is not None
+    return any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++", "cl"))
 
 
 def build_loss(config: TrainConfig, vae: Any) -> LatentPerceptualLoss:
@@ -57,6 +71,11 @@ def build_loss(config: TrainConfig, vae: Any) -> LatentPerceptualLoss:
         remove_outliers=options.lpl_remove_outliers,
         checkpointing=config.lpl_checkpointing,
         dtype=getattr(torch, options.lpl_dtype),
+        chunk=None if options.lpl_chunk == "auto" else options.lpl_chunk,
+        channels_last=None if options.lpl_channels_last == "auto" else options.lpl_channels_last == "true",
+        compile=options.lpl_compile,
+        crop=options.lpl_crop,
+        random_depth=options.lpl_random_depth,
     )
 
 
@@ -82,6 +101,7 @@ def build_objective(config: TrainConfig, family: Any) -> PerceptualObjective:
             snr_gamma=config.diffusion.snr_gamma,
             lpl_max_samples=options.lpl_max_samples,
             lpl_target_share=options.lpl_target_share,
+            seed=config.run.seed,
         )
     except ValueError as error:
         raise UserError(str(error)) from error

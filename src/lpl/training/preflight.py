@@ -52,8 +52,7 @@ def preflight(config: TrainConfig) -> Checked:
         config = replace(config, data=replace(config.data, resolution=native_resolution(configs)))
     finished_step = _check_output(config)
     if configs:
-        _check_schedule(config, configs)
-        _check_gate(config, configs)
+        check_options(config, configs)
     source = open_source(config.data, config.model.cache_dir)
     _warn_idle(config)
     num_steps = config.num_steps(len(source), int(os.environ.get("WORLD_SIZE", "1")))
@@ -93,6 +92,16 @@ def finished_at(folder: Path) -> int | None:
         return None
 
 
+def check_options(config: TrainConfig, configs: dict[str, Any]) -> None:
+    """Checks the options against the model's schedule and its VAE.
+
+    Raises:
+        UserError: the first that does not go with them.
+    """
+    _check_schedule(config, configs)
+    _check_gate(config, configs)
+
+
 def _check_schedule(config: TrainConfig, configs: dict[str, Any]) -> None:
     timesteps = configs["scheduler"].get("num_train_timesteps", 1000)
     threshold = config.lpl.lpl_t_threshold
@@ -104,6 +113,12 @@ def _check_schedule(config: TrainConfig, configs: dict[str, Any]) -> None:
     stride = 2 ** (len(configs["vae"].get("block_out_channels", [64])) - 1)
     if config.data.crop_size % stride:
         raise UserError(f"--resolution {config.data.crop_size} is no multiple of the VAE's {stride} pixels per latent")
+    crop = config.lpl.lpl_crop
+    if config.lpl.use_lpl and crop is not None and (crop % stride or crop >= config.data.crop_size):
+        raise UserError(
+            f"--lpl_crop {crop} must be a multiple of the VAE's {stride} pixels per latent and smaller than the "
+            f"images' {config.data.crop_size}"
+        )
 
 
 def _check_gate(config: TrainConfig, configs: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lpl.config import DiffusionConfig
 from lpl.data.dataset import Batch
 from lpl.diffusion.diffusion_loss import diffusion_loss, min_snr_weight
-from lpl.diffusion.draws import draw_normal, draw_timestep, timestep_probabilities
+from lpl.diffusion.draws import draw_normal, draw_timestep, keyed_uniform, timestep_probabilities
 from lpl.diffusion.latent_space import LatentSpace
 from lpl.diffusion.prediction import add_noise, alpha_sigma_table, signal_to_noise, target_of
 from lpl.errors import UserError
@@ -70,8 +70,14 @@ class TrainingStep:
             timesteps.append(draw_timestep(self.probabilities, self.seed, "timestep", *key))
         return Drawn(torch.stack(noise), torch.tensor(timesteps))
 
-    def __call__(self, denoiser: nn.Module, batch: Batch, device: torch.device, use_lpl: bool) -> StepLoss:
-        """The loss of a micro-batch whose tensors are on the CPU."""
+    def _windows(self, batch: Batch) -> Tensor:
+        """Where --lpl_crop's window of each sample lies, (B, 2), keyed as the noise is."""
+        keys = zip(batch.sample_ids, batch.counts, strict=True)
+        places = [[keyed_uniform(self.seed, f"lpl_crop_{axis}", *key) for axis in "yx"] for key in keys]
+        return torch.tensor(places, dtype=torch.float64)
+
+    def __call__(self, denoiser: nn.Module, batch: Batch, device: torch.device, use_lpl: bool, step: int) -> StepLoss:
+        """The loss of a micro-batch of an optimizer step; the batch's tensors are on the CPU."""
         drawn = self.draw(batch)
         alpha, sigma = self.alpha[drawn.timesteps], self.sigma[drawn.timesteps]
         snr = signal_to_noise(alpha, sigma).float()
@@ -90,7 +96,15 @@ class TrainingStep:
         metrics: dict[str, Tensor | float] = {"diffusion_loss": loss.detach()}
         if not use_lpl or self.objective is None:
             return StepLoss(loss, per_sample.detach(), torch.zeros_like(loss).detach(), metrics, 0)
-        term = self.objective(model_output, noisy_latents, latents, drawn.timesteps, diffusion_loss=loss)
+        term = self.objective(
+            model_output,
+            noisy_latents,
+            latents,
+            drawn.timesteps,
+            diffusion_loss=loss,
+            step=step,
+            windows=self._windows(batch) if self.objective.loss_fn.crop is not None else None,
+        )
         return StepLoss(
             loss + term.loss, per_sample.detach(), term.loss.detach(), metrics | term.metrics, term.num_samples
         )

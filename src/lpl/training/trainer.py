@@ -207,7 +207,7 @@ class Trainer:
         for micro_batch in range(run.gradient_accumulation_steps):
             batch = self.data.batch([self.order.draw(p) for p in self._positions(self.step, micro_batch)])
             with accelerator.accumulate(self.denoiser):
-                out = self.step_loss(self.denoiser, batch, accelerator.device, use_lpl)
+                out = self.step_loss(self.denoiser, batch, accelerator.device, use_lpl, self.step)
                 self.guard.watch(
                     self.step * run.gradient_accumulation_steps + micro_batch, out.diffusion_per_sample, out.lpl
                 )
@@ -248,7 +248,9 @@ class Trainer:
             ids = ", ".join(self.data.records[indices[i]].id for i in culprits)
             terms = " and ".join(["the diffusion loss"] * bool(found.samples) + ["LPL"] * found.lpl)
             verb = "were" if found.samples and found.lpl else "was"
-            hint = "; --lpl_dtype float32 does not overflow" * (found.lpl and self.config.lpl.lpl_dtype == "float16")
+            hint = "; --lpl_dtype bfloat16 or float32 does not overflow" * (
+                found.lpl and self.config.lpl.lpl_dtype == "float16"
+            )
             mine = [f"{terms} {verb} not finite at step {step + 1} (samples {ids}){hint}"]
         elif (step_of_gradient := self.guard.first_gradient()) is not None:
             mine = [f"the gradient was not finite at step {step_of_gradient + 1}, though the loss was"]

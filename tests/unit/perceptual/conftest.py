@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lpl.perceptual.loss import LPLOutput
 from lpl.testing import tiny_vae
@@ -64,10 +65,12 @@ def sdxl_scheduler():
 class LatentDistance:
     """Stands in for LatentPerceptualLoss where its value does not matter: L_i = mean (pred_i - target_i)^2."""
 
+    reach = crop = None
+
     def __init__(self):
         self.batch_sizes = []
 
-    def __call__(self, pred_latents, target_latents, mask=None):
+    def __call__(self, pred_latents, target_latents, mask=None, *, depth=None, windows=None):
         self.batch_sizes.append(len(pred_latents))
         error = pred_latents - target_latents
         per_sample = error.square().flatten(1).mean(1)
@@ -77,3 +80,26 @@ class LatentDistance:
 @pytest.fixture
 def latent_distance():
     return LatentDistance()
+
+
+class _Convolutions(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.weights = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.convolution.default:
+            self.weights.append(args[1].data_ptr())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(scope="session")
+def weights_used():
+    """A function: where the weights lie that convolutions use while another function runs, in order."""
+
+    def watch(function):
+        with _Convolutions() as mode:
+            function()
+        return mode.weights
+
+    return watch

@@ -2,7 +2,18 @@ import pytest
 import torch
 from textbook_lpl import inlier_mask as textbook_mask
 
-from lpl.perceptual.outliers import inlier_mask
+from lpl.perceptual import outliers
+from lpl.perceptual.outliers import HALO, inlier_range
+from lpl.perceptual.strips import channel_moments
+
+
+def standard_deviation(y):
+    n = y.shape[2] * y.shape[3]
+    return (channel_moments(y)[1] / max(n - 1, 1)).sqrt()
+
+
+def inlier_mask(y, stride):
+    return outliers.inlier_mask(y, *inlier_range(y, standard_deviation(y)), stride).to(y.dtype)
 
 
 def masked_block(height, width, stride, value=100.0):
@@ -90,10 +101,44 @@ def test_equals_textbook_on_heavy_tails(stride, dtype):
     y[:, :, 3:7, 20:24] = torch.tensor([-1e4, 1e4]).view(2, 1, 1, 1)
     mask = inlier_mask(y, stride)
     assert torch.equal(mask, textbook_mask(y, stride))
-    assert mask.dtype == dtype
     assert 0 < (mask == 0).double().mean() < 0.5
 
 
 def test_constant_map_is_masked_entirely():
     """No value lies strictly between bounds that are equal; the loss counts such a channel 0, see test_loss."""
     assert (inlier_mask(torch.full((1, 1, 8, 8), 3.0), 2) == 0).all()
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_rows_with_their_halo_have_the_mask_of_the_whole_map(stride):
+    y = torch.randn(2, 4, 40, 24, generator=torch.Generator().manual_seed(3)) ** 5
+    y[:, :, 8:11, 3:7] = 1e4
+    found = inlier_range(y, standard_deviation(y))
+    whole = outliers.inlier_mask(y, *found, stride)
+    assert not whole.all()
+    for first, last in ((0, 6), (6, 12), (12, 30), (38, 40)):
+        low, high = max(0, first - HALO), min(40, last + HALO)
+        rows = outliers.inlier_mask(y[:, :, low:high], *found, stride)[:, :, first - low : last - low]
+        assert torch.equal(rows, whole[:, :, first:last])
+
+
+@pytest.mark.parametrize("shape", [(512, 512), (300, 400), (257, 1021)])
+def test_sampled_order_statistics_differ_on_under_a_thousandth(shape):
+    """Smooth maps with structure at every scale, larger than the sample, as feature maps are."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.zeros(1, 4, *shape)
+    for size in (4, 16, 64, 256):
+        coarse = torch.randn(1, 4, size, size, generator=generator)
+        y += torch.nn.functional.interpolate(coarse, shape, mode="bilinear")
+    y = y**3
+    std = standard_deviation(y)
+    sampled = outliers.inlier_mask(y, *inlier_range(y, std), 1)
+    exact = textbook_mask(y, 1).bool()
+    assert not exact.all()
+    assert (sampled != exact).double().mean() < 1e-3
+    low, high = inlier_range(y, std)
+    flat = y.flatten(2)
+    n = flat.shape[-1]
+    sampled_rank = (flat < (low + 2 * std)[..., 0]).double().mean(-1)
+    assert ((sampled_rank - 0.02).abs() < 0.004).all(), n
+    assert (low + 2 * std < high - 2 * std).all()

@@ -1,10 +1,13 @@
-"""What the loss needs to know of a decoder: its stages in order, and how to run one at a time."""
+"""What the loss needs to know of a decoder: its stages in order, and how to run them."""
 
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from lpl.perceptual.frozen import Fuse, Identity, Plain
+from lpl.perceptual.segment import Segment
 
 
 class Tap(NamedTuple):
@@ -56,3 +59,23 @@ class DecoderTaps(ABC):
     @abstractmethod
     def finish(self, x: Tensor) -> Tensor:
         """The last stage's output to the image, (B, 3, H, W), about [-1, 1]."""
+
+    def segments(self, fuse: Fuse) -> list[Segment]:
+        """The stages as segments (the first one with `begin`) that run forward and backward by hand.
+
+        Here: plain blocks, through autograd. A decoder overrides it with the operations of frozen.py. The heads follow
+        the taps: tap i is the output of the head of segment i + 1, and the list ends with the last tap's head.
+
+        Args:
+            fuse: applied to pointwise functions.
+        """
+        plain = [Segment(Identity(), [self.plain(stage)]) for stage in range(len(self.taps))]
+        return [*plain, Segment(Identity(), [])]
+
+    def plain(self, stage: int) -> Plain:
+        """A stage (the first one with `begin`) as plain blocks."""
+
+        def function(x: Tensor) -> Tensor:
+            return self.run(stage, x if stage else self.begin(x))
+
+        return Plain(function)

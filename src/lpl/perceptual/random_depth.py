@@ -1,0 +1,60 @@
+"""Stopping the decoder at a random depth: the deep stages cost most and weigh least.
+
+With p_l the probability of reaching tap l (p_0 = 1, falling), sum over the taps reached of term_l / p_l has the full
+loss as its expectation. With G_l the gradient of all terms from l on, and c_l = |G_l|^2 - |G_{l+1}|^2, its squared
+gradient norm is on average sum_l c_l / p_l (1/p_l of the earlier of two taps is what their product keeps), and its cost
+sum_l k_l p_l, k_l the cost of going from tap l - 1 to tap l. p_l proportional to sqrt(c_l / k_l), made to fall,
+minimises the product.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+REACH = (1.0, 0.8, 0.6, 0.35, 0.25)
+"""For the taps of SDXL's decoder (middle block and four up blocks), from benchmarks/random_depth.py."""
+
+
+def reach_probabilities(taps: int, given: bool | Sequence[float]) -> tuple[float, ...] | None:
+    """The probability of reaching each tap, or None without random depth.
+
+    Args:
+        taps: how many there are.
+        given: False; True for REACH (a decoder with more taps keeps its last value); or the probabilities.
+
+    Raises:
+        ValueError: probabilities that are not one per tap, do not start at 1, rise, or reach 0.
+    """
+    if given is False:
+        return None
+    if given is True:
+        return tuple(REACH[min(i, len(REACH) - 1)] for i in range(taps))
+    reach = tuple(float(p) for p in given)
+    falls = all(a >= b > 0 for a, b in pairwise(reach))
+    if len(reach) != taps or reach[0] != 1 or not falls:
+        raise ValueError(f"random_depth needs {taps} probabilities, one per tap, falling from 1 and above 0: {reach}")
+    return reach
+
+
+def depth_of(draw: float, reach: Sequence[float]) -> int:
+    """How many taps are compared, for a draw that is uniform in [0, 1)."""
+    return sum(draw < p for p in reach)
+
+
+def best_reach(squares: Sequence[float], costs: Sequence[float]) -> list[float]:
+    """The probabilities that minimise (mean squared gradient) * (mean cost).
+
+    Neighbours whose order a falling sequence forbids are pooled: they share sqrt(sum c / sum k).
+
+    Args:
+        squares: c_l above, averaged over samples.
+        costs: k_l above, in any unit.
+    """
+    pools: list[tuple[float, float, int]] = []
+    for square, cost in zip(squares, costs, strict=True):
+        pool = (max(square, 0.0), cost, 1)
+        while pools and pools[-1][0] * pool[1] <= pool[0] * pools[-1][1]:
+            square_before, cost_before, size = pools.pop()
+            pool = (square_before + pool[0], cost_before + pool[1], size + pool[2])
+        pools.append(pool)
+    top = pools[0][0] / pools[0][1]
+    return [(square / cost / top) ** 0.5 for square, cost, size in pools for _ in range(size)]

@@ -1,0 +1,94 @@
+"""Feature maps worked through in strips of rows: temporaries stay small, in cache, and out of the allocator's way.
+
+A strip's arithmetic is float32 for half-precision maps. Every function here is for a map (B, C, H, W).
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+STRIP_BYTES = {"cpu": 2**23}
+"""Bytes of a strip: what stays in cache while it is worked on."""
+STRIP_BYTES_ELSEWHERE = 2**24
+"""On other devices: enough to keep them busy, little beside a map of a 1024-pixel image."""
+
+
+def strip_bytes(x: Tensor) -> int:
+    """Bytes of a strip on x's device."""
+    return STRIP_BYTES.get(x.device.type, STRIP_BYTES_ELSEWHERE)
+
+
+def spans(x: Tensor, channels: int | None = None) -> list[tuple[int, int]]:
+    """The strips (first row, row after the last) of a map; channels: the widest of its temporaries, if not x itself.
+
+    All but the last are of an even number of rows.
+    """
+    batch, own, height, width = x.shape
+    rows = max(2, strip_bytes(x) // (x.element_size() * batch * max(own, channels or 0) * width) // 2 * 2)
+    return [(first, min(first + rows, height)) for first in range(0, height, rows)]
+
+
+def assemble(strips: list[tuple[int, int]], make: Callable[[int, int], Tensor]) -> Tensor:
+    """The map whose rows first to last are make(first, last)."""
+    height = strips[-1][1]
+    if len(strips) == 1:
+        return make(0, height)
+    out: Tensor | None = None
+    for first, last in strips:
+        part = make(first, last)
+        if out is None:
+            batch, channels, _, width = part.shape
+            out = torch.empty(
+                (batch, channels, height, width),
+                dtype=part.dtype,
+                device=part.device,
+                memory_format=layout(part),
+            )
+        out[:, :, first:last] = part
+    assert out is not None
+    return out
+
+
+def layout(x: Tensor) -> torch.memory_format:
+    """channels_last or contiguous, whichever x has."""
+    return torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+
+
+def window(x: Tensor, first: int, last: int, change: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """Rows first to last of change(x), with zeros where they lie outside the map."""
+    top, bottom = max(0, -first), max(0, last - x.shape[2])
+    inside = x[:, :, first + top : last - bottom]
+    if change is not None:
+        inside = change(inside)
+    return torch.nn.functional.pad(inside, (0, 0, top, bottom)) if top or bottom else inside
+
+
+def arithmetic(x: Tensor) -> torch.dtype:
+    """float32, or float64 for a float64 map."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def channel_moments(x: Tensor, rows: Callable[[int, int], Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and sum of squared deviations from it, per sample and channel over space: two of (B, C, 1, 1).
+
+    Args:
+        x: the map; only its shape matters where rows are given.
+        rows: rows first to last of the map that is meant, in its arithmetic precision.
+    """
+    dtype = arithmetic(x)
+    take = rows or (lambda first, last: x[:, :, first:last].to(dtype))
+    sizes, means, squares = [], [], []
+    for first, last in spans(x):
+        part = take(first, last)
+        sizes.append((last - first) / x.shape[2])
+        means.append(part.mean((2, 3), keepdim=True))
+        squares.append((part - means[-1]).square_().sum((2, 3), keepdim=True))
+    if len(sizes) == 1:
+        return means[0], squares[0]
+    # Strips are put together by their own means: nothing cancels.
+    share = torch.tensor(sizes, dtype=dtype).to(x.device, non_blocking=True).view(-1, 1, 1, 1, 1)
+    each = torch.stack(means)
+    mean = (share * each).sum(0)
+    between = (share * (each - mean).square()).sum(0) * (x.shape[2] * x.shape[3])
+    return mean, torch.stack(squares).sum(0) + between

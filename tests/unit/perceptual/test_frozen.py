@@ -1,0 +1,193 @@
+"""The decoder's operations against plain autograd: values, gradients, layouts, precisions, what they keep."""
+
+import copy
+
+import pytest
+import torch
+from diffusers.models.attention_processor import Attention as DiffusersAttention
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
+
+from lpl.analysis.memory import count_saved_bytes
+from lpl.perceptual import strips
+from lpl.perceptual.frozen import Attention, Convolution, Identity, Plain, Resnet, Upsampling, differentiable
+from lpl.testing import randomize
+
+
+def resnet(width_in, width_out):
+    return ResnetBlock2D(in_channels=width_in, out_channels=width_out, temb_channels=None, groups=4, eps=1e-6)
+
+
+def attention():
+    return DiffusersAttention(
+        8, heads=2, dim_head=4, norm_num_groups=4, residual_connection=True, bias=True, eps=1e-6,
+        _from_deprecated_attn_block=True,
+    )  # fmt: skip
+
+
+MODULES = {
+    "convolution": lambda: torch.nn.Conv2d(8, 12, 3, padding=1),
+    "convolution without bias": lambda: torch.nn.Conv2d(8, 12, 3, padding=1, bias=False),
+    "pointwise convolution": lambda: torch.nn.Conv2d(8, 12, 1),
+    "resnet": lambda: resnet(8, 8),
+    "resnet with a shortcut": lambda: resnet(8, 12),
+    "upsampling": lambda: Upsample2D(8, use_conv=True),
+    "attention": attention,
+}
+
+
+def build(name, dtype=torch.float64):
+    """A module with random weights, and the operation on it."""
+    torch.manual_seed(0)
+    module = randomize(MODULES[name]()).to(dtype).eval().requires_grad_(False)
+    if "convolution" in name:
+        return module, Convolution(module)
+    if name == "upsampling":
+        return module, Upsampling(module.conv)
+    return module, Attention(module) if name == "attention" else Resnet(module)
+
+
+def run_module(module, x):
+    return module(x, None) if isinstance(module, ResnetBlock2D) else module(x)
+
+
+def random_map(dtype=torch.float64, batch=2, size=(6, 5), layout=torch.contiguous_format):
+    x = torch.randn(batch, 8, *size, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 0.5
+    return x.to(dtype).contiguous(memory_format=layout).requires_grad_()
+
+
+def compare(module, operation, x, tolerance):
+    """Values and gradients against the module's own under autograd, relative to their norms."""
+    y, expected = differentiable(operation)(x), run_module(module, x)
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(y.dtype)
+    grads = [torch.autograd.grad((out * weights).sum(), x)[0] for out in (y, expected)]
+    for ours, theirs in ((y, expected), grads):
+        assert ours.dtype == theirs.dtype == x.dtype
+        assert (ours.double() - theirs.double()).norm() <= tolerance * theirs.double().norm()
+
+
+@pytest.mark.parametrize("strip", [1, 2**23])
+@pytest.mark.parametrize("name", MODULES)
+def test_gradcheck_in_double_precision(monkeypatch, name, strip):
+    """By differences; whole and in strips of two rows."""
+    monkeypatch.setattr(strips, "STRIP_BYTES", {"cpu": strip})
+    _, operation = build(name)
+    assert torch.autograd.gradcheck(differentiable(operation), random_map(), fast_mode=False)
+
+
+@pytest.mark.parametrize("strip", [1, 2**23])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", MODULES)
+def test_equals_autograd_in_double_precision(monkeypatch, name, batch, layout, strip):
+    monkeypatch.setattr(strips, "STRIP_BYTES", {"cpu": strip})
+    for size in ((6, 5), (1, 4), (7, 2)):
+        compare(*build(name), random_map(batch=batch, size=size, layout=layout), 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 0.02), (torch.float16, 0.003)]
+)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", MODULES)
+def test_equals_autograd_in_every_precision(name, layout, dtype, tolerance):
+    compare(*build(name, dtype), random_map(dtype, size=(12, 10), layout=layout), tolerance)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_half_precision_is_as_near_the_truth_as_autograd(name):
+    """The error against float64 is that of plain autograd in bfloat16, or 1.5 times it where weights are folded."""
+    exact, _ = build(name)
+    module, operation = build(name, torch.bfloat16)
+    exact.load_state_dict({k: v.double() for k, v in module.state_dict().items()})
+    x = random_map(torch.bfloat16, size=(16, 16))
+    truth = x.detach().double().requires_grad_()
+    values = [differentiable(operation)(x), run_module(module, x), run_module(exact, truth)]
+    grads = [torch.autograd.grad(v.sum() + (v * v).sum(), s)[0] for v, s in zip(values, (x, x, truth), strict=True)]
+    for ours, theirs, right in (values, grads):
+        assert (ours.double() - right).norm() <= 1.5 * (theirs.double() - right).norm() + 1e-12
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_autocast_changes_no_bit(name):
+    _, operation = build(name, torch.float32)
+    x = random_map(torch.float32)
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y = differentiable(operation)(x)
+            results += [y, torch.autograd.grad(y.square().sum(), x)[0]]
+    assert torch.equal(results[0], results[2])
+    assert torch.equal(results[1], results[3])
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_under_torch_compile(name):
+    """Traced by dynamo and differentiated by AOTAutograd: the same values and gradients."""
+    torch.compiler.reset()
+    _, operation = build(name, torch.float32)
+    x = random_map(torch.float32)
+    results = []
+    for function in (differentiable(operation), torch.compile(differentiable(operation), backend="aot_eager")):
+        y = function(x)
+        results.append((y, torch.autograd.grad(y.square().sum(), x)[0]))
+    torch.testing.assert_close(results[1], results[0])
+
+
+KEPT = {
+    "convolution": 0,
+    "pointwise convolution": 0,
+    "upsampling": 0,
+    "resnet": 2,
+    "resnet with a shortcut": 2.5,
+    "attention": 1,
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_what_is_kept(name):
+    """In maps of the input's size: a convolution nothing, a norm with its SiLU the input and four numbers a channel."""
+    _, operation = build(name, torch.float32)
+    x = random_map(torch.float32, size=(32, 32))
+    saved = count_saved_bytes(lambda: differentiable(operation)(x), [])
+    statistics = 4 * 2 * 2 * (8 + 12) * 4
+    assert saved == pytest.approx(KEPT[name] * x.nbytes, abs=statistics)
+
+
+def test_mean_that_dwarfs_the_deviation():
+    """Fails where a variance is E[x^2] - E[x]^2, or the gradient's sums cancel: float32 has 7 digits."""
+    module, operation = build("resnet", torch.float32)
+    x = (random_map(torch.float32, size=(64, 64)).detach() * 0.1 + 100).requires_grad_()
+    exact = copy.deepcopy(module).double()
+    truth = x.detach().double().requires_grad_()
+    grads = [
+        torch.autograd.grad(y.square().sum(), at)[0].double()
+        for y, at in ((differentiable(operation)(x), x), (module(x, None), x), (exact(truth, None), truth))
+    ]
+    ours, theirs = ((g - grads[2]).norm() / grads[2].norm() for g in grads[:2])
+    assert ours < 2 * theirs + 1e-6
+
+
+def test_upsampling_takes_16_of_36_multiplications():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    module, operation = build("upsampling", torch.float32)
+    x = random_map(torch.float32, size=(64, 64))
+    flops = []
+    for run in (lambda: operation.forward(x, False), lambda: module(x)):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            run()
+        flops.append(counter.get_total_flops())
+    assert flops[0] / flops[1] == pytest.approx(16 / 36, rel=0.04)
+
+
+def test_plain_and_identity():
+    module, _ = build("resnet")
+    x = random_map()
+    y, saved = Plain(lambda z: module(z, None)).forward(x, keep=True)
+    assert not y.requires_grad
+    grad = Plain(lambda z: module(z, None)).backward(saved, torch.ones_like(y))
+    torch.testing.assert_close(grad, torch.autograd.grad(module(x, None).sum(), x)[0])
+    assert saved == []
+    assert Identity().forward(x, keep=True) == (x, [])
+    assert Identity().backward([], x) is x
