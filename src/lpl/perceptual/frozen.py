@@ -263,8 +263,8 @@ class Upsampling(Operation):
     """y = W * nearest(x) + b, nearest doubling height and width, W of 3 x 3. Keeps nothing.
 
     Output pixel (2i + a, 2j + c) is a 2 x 2 convolution of x around (i, j), with weights of its own for each (a, c):
-    along an axis, taps (w0, w1 + w2) on x[i - 1], x[i] for a = 0 and (w0 + w1, w2) on x[i], x[i + 1] for a = 1. Sums are
-    taken in float32 and rounded to the weights' precision: in bfloat16 the error is up to 1.5 times that of 3 x 3.
+    along an axis, taps (w0, w1 + w2) on x[i - 1], x[i] for a = 0 and (w0 + w1, w2) on x[i], x[i + 1] for a = 1. Sums
+    are taken in float32 and rounded to the weights' precision: in bfloat16 the error is up to 1.5 times that of 3 x 3.
     """
 
     def __init__(self, module: nn.Conv2d) -> None:

@@ -10,7 +10,7 @@ minimises the product.
 from collections.abc import Sequence
 from itertools import pairwise
 
-REACH = (1.0, 0.8, 0.6, 0.35, 0.25)
+REACH = (1.0, 1.0, 0.4, 0.3, 0.25)
 """For the taps of SDXL's decoder (middle block and four up blocks), from benchmarks/random_depth.py."""
 
 
@@ -40,14 +40,16 @@ def depth_of(draw: float, reach: Sequence[float]) -> int:
     return sum(draw < p for p in reach)
 
 
-def best_reach(squares: Sequence[float], costs: Sequence[float]) -> list[float]:
-    """The probabilities that minimise (mean squared gradient) * (mean cost).
+def best_reach(squares: Sequence[float], costs: Sequence[float], budget: float | None = None) -> list[float]:
+    """The probabilities with the least mean squared gradient at a mean cost: p_l = min(1, t sqrt(c_l / k_l)), falling.
 
     Neighbours whose order a falling sequence forbids are pooled: they share sqrt(sum c / sum k).
 
     Args:
         squares: c_l above, averaged over samples.
         costs: k_l above, in any unit.
+        budget: the mean cost, between the first cost and their sum, which decides t; None: the t at which the product
+            of mean squared gradient and mean cost is least, p_0 being just 1.
     """
     pools: list[tuple[float, float, int]] = []
     for square, cost in zip(squares, costs, strict=True):
@@ -57,4 +59,22 @@ def best_reach(squares: Sequence[float], costs: Sequence[float]) -> list[float]:
             pool = (square_before + pool[0], cost_before + pool[1], size + pool[2])
         pools.append(pool)
     top = pools[0][0] / pools[0][1]
-    return [(square / cost / top) ** 0.5 for square, cost, size in pools for _ in range(size)]
+    shape = [(square / cost / top) ** 0.5 for square, cost, size in pools for _ in range(size)]
+    if budget is None:
+        return shape
+    low, high = 1.0, 1 / min(shape)
+    for _ in range(60):
+        t = (low * high) ** 0.5
+        cost = mean_cost([min(1.0, t * p) for p in shape], costs)
+        low, high = (low, t) if cost > budget else (t, high)
+    return [min(1.0, low * p) for p in shape]
+
+
+def mean_cost(reach: Sequence[float], costs: Sequence[float]) -> float:
+    """sum_l k_l p_l."""
+    return sum(p * k for p, k in zip(reach, costs, strict=True))
+
+
+def mean_square(reach: Sequence[float], squares: Sequence[float]) -> float:
+    """sum_l c_l / p_l."""
+    return sum(c / p for p, c in zip(reach, squares, strict=True))
