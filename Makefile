@@ -16,10 +16,12 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The figures of docs/performance.md: over half an hour on two CPU cores.
 bench: .venv/installed
-	$(OFFLINE) $(BIN)/python benchmarks/step_profile.py
-	$(OFFLINE) $(BIN)/python benchmarks/loss_cost.py
-	$(OFFLINE) $(BIN)/python benchmarks/step_flops.py
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[bench]'
+	for what in loss_cost "loss_time time" "loss_time memory" "loss_time sweep" random_depth crop_bias step_time \
+	    step_profile step_flops plan_check plan_table; do \
+	    set -- $$what; echo "## $$what"; $(OFFLINE) $(BIN)/python benchmarks/$$1.py $$2 || exit 1; done
 
 # Remakes the shipped weights: over two hours on two CPU cores.
 demo-weights: .venv/installed

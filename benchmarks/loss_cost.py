@@ -1,8 +1,9 @@
-"""What LPL costs on an SDXL-shaped decoder, counted: FLOPs in plain decodes, bytes that autograd keeps.
+"""What LPL costs on SDXL's decoder, counted: FLOPs in plain decodes, bytes kept for the backward pass, peak bytes.
 
-    python benchmarks/loss_cost.py [pixels]
+    python benchmarks/loss_cost.py [pixels ...]
 
-Runs on the meta device: no weights, no arithmetic, the same figures everywhere.
+Runs on the meta device: no weights, no arithmetic, the same figures everywhere. With several sizes it also draws
+docs/cost.png. "textbook" is tests/textbook_lpl.py: two passes of plain autograd.
 """
 
 import sys
@@ -10,19 +11,23 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from torch.utils.flop_counter import FlopCounterMode
 
 from lpl import LatentPerceptualLoss
+from lpl.analysis.counter import StepCounter
 from lpl.analysis.memory import count_saved_bytes
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from textbook_lpl import textbook_lpl
 
+DOCS = Path(__file__).parents[1] / "docs"
 WIDTHS = (128, 256, 512, 512)
+MIB = 2**20
 
 
-def main(pixels: int) -> None:
-    with torch.device("meta"):
+def sdxl_vae(device, dtype=torch.float32):
+    """SDXL's VAE without its weights: none on the meta device, random ones elsewhere."""
+    torch.manual_seed(0)
+    with torch.device(device):
         vae = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4,
@@ -31,34 +36,109 @@ def main(pixels: int) -> None:
             latent_channels=4,
             scaling_factor=0.13025,
         )
-        latents = torch.empty(1, 4, pixels // 8, pixels // 8)
-    vae.eval().requires_grad_(False)
-    weights = list(vae.parameters())
-    with FlopCounterMode(display=False) as plain:
-        vae.decode(latents)
-    decode = plain.get_total_flops()
-    print(f"{pixels} px, one sample; a plain decode is {decode / 1e12:.3f} TFLOP\n")
-    print("| way | FLOPs, in plain decodes | saved for backward |\n|---|---|---|")
-    for checkpointing in (False, True):
-        ways = {
-            "textbook": lambda pred, c=checkpointing: (
-                textbook_lpl(vae, pred, latents, checkpointing=c).sum().backward()
-            ),
-            "lpl": lambda pred, c=checkpointing: (
-                LatentPerceptualLoss(vae, checkpointing=c)(pred, latents).per_sample.sum().backward()
-            ),
-        }
-        for name, run in ways.items():
-            pred = torch.empty_like(latents).requires_grad_()
-            with FlopCounterMode(display=False) as counter:
-                saved = count_saved_bytes(lambda run=run, pred=pred: run(pred), weights)
-            suffix = ", checkpointing" if checkpointing else ""
-            print(f"| {name}{suffix} | {counter.get_total_flops() / decode:.2f} | {saved / 2**20:.0f} MiB |")
-    gated_out = LatentPerceptualLoss(vae, num_blocks=0)
-    with FlopCounterMode(display=False) as counter:
-        gated_out(torch.empty_like(latents).requires_grad_(), latents).per_sample.sum().backward()
-    print(f"| lpl, num_blocks 0 | {counter.get_total_flops() / decode:.2f} | |")
+    # Not vae.to(), which warns at each call.
+    return torch.nn.Module.to(vae, dtype).eval().requires_grad_(False)
+
+
+def meta_latents(pixels, samples=1):
+    return torch.empty(samples, 4, pixels // 8, pixels // 8, device="meta").requires_grad_()
+
+
+def decode_flops(vae, pixels):
+    """FLOPs of one vae.decode() of one sample."""
+    with torch.no_grad(), StepCounter() as counter:
+        vae.decode(meta_latents(pixels).to(vae.dtype))
+    return counter.flops
+
+
+def count_lpl(pixels, samples=1, dtype=torch.float32, **options):
+    """FLOPs, bytes kept for the decoder's backward pass, and peak bytes of a call (gradient included).
+
+    Kept: everything alive when that pass begins, but for the gradient that it starts from.
+    """
+    vae = sdxl_vae("meta", dtype)
+    loss_fn = LatentPerceptualLoss(vae, dtype=dtype, **options)
+    pred = meta_latents(pixels, samples)
+    kept = []
+    segment = loss_fn.segments[len(loss_fn.taps) - 1]
+    backward = segment.backward
+    with StepCounter() as counter:
+
+        def watched(saved, grads, checkpoint):
+            kept.append(counter.live - sum(g.nbytes for g in grads))
+            return backward(saved, grads, checkpoint)
+
+        segment.backward = watched
+        loss_fn(pred, pred.detach())
+    return counter.flops, kept[0], counter.peak
+
+
+def count_textbook(pixels, checkpointing=False):
+    """FLOPs, bytes saved for backward (distinct storages, weights excluded), and peak bytes."""
+    vae, pred = sdxl_vae("meta"), meta_latents(pixels)
+    with StepCounter() as counter:
+        textbook_lpl(vae, pred, pred.detach(), checkpointing=checkpointing).sum().backward()
+    pred.grad = None
+    saved = count_saved_bytes(
+        lambda: textbook_lpl(vae, pred, pred.detach(), checkpointing=checkpointing), vae.parameters()
+    )
+    return counter.flops, saved, counter.peak
+
+
+def table(pixels):
+    decode = decode_flops(sdxl_vae("meta"), pixels)
+    print(f"\n{pixels} px, one sample; a plain decode is {decode / 1e12:.3f} TFLOP\n")
+    print("| way | FLOPs, in plain decodes | kept for backward | of the textbook's | peak |\n|---|---|---|---|---|")
+    base = None
+    for name, (flops, kept, peak) in {
+        "textbook": count_textbook(pixels),
+        "textbook, checkpointing": count_textbook(pixels, True),
+        "lpl": count_lpl(pixels),
+        "lpl, checkpointing": count_lpl(pixels, checkpointing=True),
+        "lpl, bfloat16": count_lpl(pixels, dtype=torch.bfloat16),
+        "lpl, bfloat16, checkpointing": count_lpl(pixels, dtype=torch.bfloat16, checkpointing=True),
+    }.items():
+        base = base or kept
+        print(f"| {name} | {flops / decode:.2f} | {kept / MIB:.0f} MiB | {kept / base:.3f} | {peak / MIB:.0f} MiB |")
+    print("\n| blocks | FLOPs, in plain decodes | peak |\n|---|---|---|")
+    for blocks in range(5):
+        flops, _, peak = count_lpl(pixels, num_blocks=blocks)
+        print(f"| {blocks} | {flops / decode:.2f} | {peak / MIB:.0f} MiB |")
+
+
+def draw(sizes):
+    """docs/cost.png: cost against pixels, blocks and gated samples."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), constrained_layout=True)
+    counted = [count_lpl(size) for size in sizes]
+    megapixels = [size * size / 1e6 for size in sizes]
+    axes[0].plot(megapixels, [c[0] / 1e12 for c in counted], "o-", label="TFLOP")
+    axes[0].plot(megapixels, [c[2] / 2**30 for c in counted], "s-", label="peak GiB")
+    largest = counted[-1][0] / 1e12 / megapixels[-1]
+    axes[0].plot(megapixels, [m * largest for m in megapixels], ":", color="gray", label="straight line")
+    axes[0].set(xlabel="megapixels", title="by pixels (middle block's attention bends it)")
+    decode = decode_flops(sdxl_vae("meta"), 512)
+    blocks = [count_lpl(512, num_blocks=n) for n in range(5)]
+    axes[1].bar(range(5), [b[0] / decode for b in blocks])
+    axes[1].set(xlabel="lpl_num_blocks", ylabel="plain decodes", title="by blocks, 512 px: as the decoder's work lies")
+    batches = (1, 2, 4, 8)
+    samples = [count_lpl(256, samples=n) for n in batches]
+    axes[2].plot(batches, [s[0] / 1e12 for s in samples], "o-", label="TFLOP")
+    axes[2].plot(batches, [s[2] / 2**30 for s in samples], "s-", label="peak GiB")
+    axes[2].set(xlabel="gated samples, 256 px", title="by samples: straight in time, flat in memory")
+    for axis in (axes[0], axes[2]):
+        axis.legend()
+        axis.set_ylim(bottom=0)
+    figure.savefig(DOCS / "cost.png", dpi=80)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 512)
+    given = [int(a) for a in sys.argv[1:]] or [64, 128, 256, 512, 1024]
+    for pixels in given:
+        table(pixels)
+    if len(given) > 2:
+        draw(given)

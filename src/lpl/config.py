@@ -18,7 +18,7 @@ def require(condition: bool, message: str) -> None:
 
 
 def free(default: Any) -> Any:
-    """A field that does not change the trajectory of a run: an unfinished run may be continued with another value."""
+    """A field that changes the trajectory of a run by float rounding at most: a run may be continued with another."""
     return field(default=default, metadata={"free": True})
 
 
@@ -179,13 +179,13 @@ class LPLConfig:
     """At most this many gated samples of a micro-batch go through the decoder; rescaled, so unbiased."""
     lpl_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the decoder in LPL; it never runs under autocast."""
-    lpl_checkpointing: Literal["auto", "true", "false"] = "auto"
+    lpl_checkpointing: Literal["auto", "true", "false"] = free("auto")
     """Recompute the decoder in the backward pass to save memory; auto follows --gradient_checkpointing."""
-    lpl_chunk: int | Literal["auto"] = "auto"
+    lpl_chunk: int | Literal["auto"] = free("auto")
     """Gated samples that go through the decoder at once; auto: as many as fill 256 x 256 pixels, at least one."""
-    lpl_channels_last: Literal["auto", "true", "false"] = "auto"
+    lpl_channels_last: Literal["auto", "true", "false"] = free("auto")
     """Memory layout of LPL's decoder; auto: channels last on a CPU, where it is faster."""
-    lpl_compile: bool = False
+    lpl_compile: bool = free(False)
     """Fuse LPL's pointwise arithmetic with torch.compile; costs a minute at the start."""
     lpl_crop: int | None = None
     """Compare a random window of this many pixels, cut after the middle block: an approximation, for large images."""

@@ -241,3 +241,47 @@ def test_options_that_cannot_act_are_named(train: Any) -> None:
     assert (
         "without LPL these have no effect: --lpl_weight, --lpl_t_threshold, --lpl_norm_type, --lpl_start" in run.stderr
     )
+
+
+def test_random_depth_follows_seed_and_step(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The depth is a function of (seed, step), every micro-batch of a step has it, and layers log when reached."""
+    depths: list[int] = []
+    original = LatentPerceptualLoss.__call__
+
+    def spy(self: Any, *args: Any, **options: Any) -> Any:
+        depths.append(options["depth"])
+        return original(self, *args, **options)
+
+    monkeypatch.setattr(LatentPerceptualLoss, "__call__", spy)
+    options = {"lpl_random_depth": True, "lpl_weight": 1.0, "lpl_t_threshold": 1000, "max_train_steps": 8}
+    train(**options, gradient_accumulation_steps=2, log_every=1, output="accumulated")
+    assert depths[::2] == depths[1::2]
+    first, depths[:] = depths[::2], []
+    run = train(**options, log_every=1, output="plain")
+    assert depths == first
+    assert len(set(depths)) > 1
+    logged = run.logged()
+    for i in range(4):
+        assert set(logged[f"lpl/features/layer_{i}/distance"]) == {n + 1 for n, d in enumerate(depths) if d > i}
+    depths.clear()
+    train(**options, seed=5, output="seed")
+    assert depths != first
+
+
+def test_windows_belong_to_the_draw_of_a_sample(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--lpl_crop: a sample's window does not depend on the batch it is in, and is another the next time."""
+    windows: list[Any] = []
+    original = LatentPerceptualLoss.__call__
+
+    def spy(self: Any, *args: Any, **options: Any) -> Any:
+        windows.extend(options["windows"].tolist())
+        return original(self, *args, **options)
+
+    monkeypatch.setattr(LatentPerceptualLoss, "__call__", spy)
+    options = {"lpl_crop": 8, "lpl_weight": 1.0, "lpl_t_threshold": 1000}
+    train(**options, max_train_steps=12, output="one")
+    one = windows.copy()
+    windows.clear()
+    train(**options, train_batch_size=3, max_train_steps=4, output="three")
+    assert windows == one
+    assert len({tuple(w) for w in one}) == 12
