@@ -40,11 +40,13 @@ def layer_gradients(vae, error, **options):
 
 
 def squares_of(gradients):
-    """c_l, and the full loss's variance over samples: mean |g|^2 less |mean g|^2."""
+    """c_l, the full gradient's mean square, and the square of its mean over samples (estimated without bias)."""
     rest = gradients.flip(0).cumsum(0).flip(0)
     norms = [*rest.square().sum(-1).mean(1).tolist(), 0.0]
     full = gradients.sum(0)
-    return [a - b for a, b in itertools.pairwise(norms)], norms[0], float(full.mean(0).square().sum())
+    pairs = len(full) * (len(full) - 1)
+    of_mean = float(full.sum(0).square().sum() - full.square().sum()) / pairs
+    return [a - b for a, b in itertools.pairwise(norms)], norms[0], of_mean
 
 
 def costs():
@@ -64,10 +66,10 @@ def main():
     curves = {}
     decoders = {"SDXL's shape, random weights": sdxl_vae("cpu"), "the demo's, trained": load_pipeline().vae}
     for (name, vae), norm, error in itertools.product(decoders.items(), ("shared", "channel"), ERRORS):
-        squares, norm_square, mean_square_of_mean = squares_of(layer_gradients(vae, error, norm_type=norm))
-        variance = norm_square - mean_square_of_mean
+        squares, norm_square, of_mean = squares_of(layer_gradients(vae, error, norm_type=norm))
+        variance = norm_square - of_mean
 
-        def ratio(reach, squares=squares, variance=variance, of_mean=mean_square_of_mean):
+        def ratio(reach, squares=squares, variance=variance, of_mean=of_mean):
             return (mean_square(reach, squares) - of_mean) / variance
 
         best = best_reach(squares, per_tap, BUDGET)
