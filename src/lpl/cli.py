@@ -5,23 +5,55 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import dropwhile, takewhile
 from typing import Any
 
 import tyro
 
 from lpl import __version__
-from lpl.config import TrainConfig
+from lpl.config import TrainConfig, require
 from lpl.config_io import REFUSED, as_flags, environment, nearest, presets, read_options
 from lpl.errors import TrainingStoppedError, UserError
 
 COMMANDS = {
     "train": "fine-tune a model with the Latent Perceptual Loss",
+    "plan": "say what memory and arithmetic a run needs, and what fits a GPU: no data, no weights",
     "demo": "train a small SDXL on photographs: runs anywhere, needs no download",
     "env": "print the versions that matter in a bug report",
 }
+
+UNITS = {"gib": 2**30, "gb": 10**9, "mib": 2**20, "mb": 10**6}
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """Say what a run needs, and what it would need with one option changed; no data and no weights are read.
+
+    Takes every option of `lpl train`. Without --pretrained_model_name_or_path: SDXL base 1.0.
+    """
+
+    train: TrainConfig = field(default_factory=TrainConfig)
+    memory: str = "24GiB"
+    """Memory of the GPU: 24GiB or 24 (2^30 bytes each), 24GB (10^9)."""
+
+    def __post_init__(self) -> None:
+        require(self.memory_bytes > 0, f"--memory must be above 0, not {self.memory}")
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory of the GPU in bytes.
+
+        Raises:
+            UserError: no size.
+        """
+        found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(GiB|GB|MiB|MB)?", self.memory, re.IGNORECASE)
+        if found is None:
+            raise UserError(f"--memory {self.memory}: expected a size such as 24GiB, 24GB or 24 (GiB)")
+        number, unit = found.groups()
+        return int(float(number) * UNITS[(unit or "GiB").lower()])
 
 
 @dataclass(frozen=True)
@@ -70,6 +102,11 @@ def _dispatch(argv: list[str]) -> None:
     elif argv[0] == "train":
         config = parse_train(argv[1:])
         run_train(config)
+    elif argv[0] == "plan":
+        options = parse_plan(argv[1:])
+        from lpl.analysis.plan import plan
+
+        print(plan(options.train, options.memory_bytes))
     elif argv[0] == "demo":
         demo = _parse(DemoConfig, argv[1:], "lpl demo", list(DemoConfig.__dataclass_fields__))
         from lpl.demo.run import run_demo
@@ -105,10 +142,24 @@ def parse_train(argv: list[str]) -> TrainConfig:
     Raises:
         UserError: an unknown, refused or malformed option, or values that fail the config's checks.
     """
+    return _parse_options(TrainConfig, argv, "lpl train", list(TrainConfig().flat()))
+
+
+def parse_plan(argv: list[str]) -> PlanConfig:
+    """Options of `lpl plan`: those of `lpl train`, and --memory.
+
+    Raises:
+        UserError: as parse_train, or a --memory that is no size.
+    """
+    return _parse_options(PlanConfig, argv, "lpl plan", [*TrainConfig().flat(), "memory"])
+
+
+def _parse_options(cls: Any, argv: list[str], prog: str, known: list[str]) -> Any:
     argv, config_name = _take_config(argv)
     base = [] if config_name is None else as_flags(read_options(config_name))
-    help_text = f"--config FILE-or-preset is read first, flags win. Presets: {', '.join(presets())}."
-    return _parse(TrainConfig, base + argv, "lpl train", list(TrainConfig().flat()), help_text)
+    intro = cls.__doc__.splitlines()[0]
+    help_text = f"{intro} --config FILE-or-preset is read first, flags win. Presets: {', '.join(presets())}."
+    return _parse(cls, base + argv, prog, known, help_text)
 
 
 def _take_config(argv: list[str]) -> tuple[list[str], str | None]:

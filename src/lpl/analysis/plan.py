@@ -1,103 +1,162 @@
-"""`lpl train --dry_run`: what a run will train, compare and need, from configs alone, before anything loads."""
+"""`lpl plan` and `lpl train --dry_run`: what a run trains, compares and needs, from configs alone."""
 
 from __future__ import annotations
 
-import math
+import os
+import sys
+from dataclasses import replace
 from typing import Any
 
-import torch
+from tqdm import tqdm
 
-from lpl.analysis.memory import count_saved_bytes
+from lpl.analysis.alternatives import HEADROOM, Change, Choice, cheapest, fits, neighbours, smallest
+from lpl.analysis.needs import Needs, estimate
+from lpl.analysis.rehearsal import Rehearsal
 from lpl.config import TrainConfig
 from lpl.errors import UserError
-from lpl.families import meta_models
-from lpl.perceptual.loss import LatentPerceptualLoss
-from lpl.training.lora import add_lora
-from lpl.training.preflight import Checked
+from lpl.families import blueprint, native_resolution, plan_configs
+from lpl.training.preflight import Checked, check_options
 
-HALF = ("fp16", "bf16")
+QUIET = 2.0
+"""Seconds without a progress bar."""
 
 
-def describe(config: TrainConfig, checked: Checked) -> str:
-    """The plan as text.
-
-    Memory is an estimate: weights, gradients and optimizer state are exact; activations are the float32 bytes that
-    autograd keeps, counted on the meta device and halved under mixed precision; workspace and
-    fragmentation are not in it.
+def plan(config: TrainConfig, memory: int) -> str:
+    """What the run needs, what it would need with one option changed, and what fits a device of so much memory.
 
     Raises:
-        UserError: a single file without --single_file_config, whose configs are needed.
+        UserError: a model whose configs cannot be read, or options that do not go with it.
     """
-    if not checked.model_configs:
-        raise UserError("--dry_run of a .safetensors file needs --single_file_config, a folder with its configs")
-    unet, vae, lora_targets = meta_models(checked.model_configs)
-    run, precision = config.run, config.run.mixed_precision or "no"
-    half = precision in HALF
-    weight_bytes = 2 if half and config.model.rank is not None else 4
-    frozen = sum(p.numel() for p in unet.parameters())
-    if config.model.rank is not None:
-        add_lora(unet, config.model.rank, lora_targets, run.seed)
-    trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
-    stride = 2 ** (len(vae.config.block_out_channels) - 1)
-    side = config.data.crop_size // stride
-    shape = (run.train_batch_size, vae.config.latent_channels, side, side)
-    samples, per_step = len(checked.source), run.train_batch_size * run.gradient_accumulation_steps
-    steps = run.max_train_steps or math.ceil(run.num_train_epochs * samples / per_step)
-
+    configs = plan_configs(config.model)
+    if config.data.resolution is None:
+        config = replace(config, data=replace(config.data, resolution=native_resolution(configs)))
+    config = _with_launched_precision(config)
+    check_options(config, configs)
+    rehearsal, processes = Rehearsal(blueprint(configs)), _processes()
+    changes = [Change("as asked", lambda same: same), *neighbours(config)]
+    rows = []
+    with tqdm(changes, desc="counting", delay=QUIET, leave=False, file=sys.stderr) as bar:
+        for change in bar:
+            rows.append(Choice(change.flags, estimate(change.apply(config), rehearsal, processes)))
+        asked = rows[0].needs
+        verdict = _verdict(config, asked, memory, rehearsal, processes)
+    run = config.run
+    checkpointing = "on" if run.gradient_checkpointing else "off"
     lines = [
-        f"model        {config.model.pretrained_model_name_or_path}",
-        f"trains       {trained:,} parameters "
-        + (f"(LoRA of rank {config.model.rank} on {frozen:,})" if config.model.rank else "(the whole UNet)"),
-        f"data         {samples} samples at {config.data.crop_size} px, latents {shape[1]} x {side} x {side}",
-        f"steps        {steps} of {per_step} samples per process, {steps * per_step / samples:.2f} epochs per process",
-        f"rate         {config.learning_rate:g}, {config.optim.lr_scheduler}; mixed precision {precision}",
+        f"model        {config.model.pretrained_model_name_or_path or 'SDXL base 1.0'}",
+        _trains(asked, config),
+        f"run          {config.data.crop_size} px, batch {run.train_batch_size} x {run.gradient_accumulation_steps}, "
+        f"mixed precision {run.mixed_precision}, gradient checkpointing {checkpointing}",
+        *_details(asked, config),
+        "",
+        *_table(rows, memory),
+        "",
+        verdict,
     ]
-    state = 1 if config.optim.use_8bit_adam else 4
-    rows = [("UNet weights", frozen * weight_bytes + (trained * 4 if config.model.rank else 0))]
-    rows += [("gradients", trained * 4), ("AdamW state", 2 * trained * state)]
-    if config.optim.use_ema:
-        rows.append(("EMA", trained * 4))
-    rows.append(("VAE, float32", sum(p.numel() for p in vae.parameters()) * 4))
-    rows.append(("UNet activations", _unet_bytes(unet, shape, config) // (2 if half else 1)))
-    if config.lpl.use_lpl:
-        loss = LatentPerceptualLoss(
-            vae, num_blocks=config.lpl.lpl_num_blocks, checkpointing=config.lpl_checkpointing,
-            norm_type=config.lpl.lpl_norm_type, remove_outliers=config.lpl.lpl_remove_outliers,
-        )  # fmt: skip
-        rows.append(("LPL, one gated sample", _lpl_bytes(loss, (1, *shape[1:]), config)))
-        lines.append(
-            f"LPL          weight {config.lpl.lpl_weight}, {config.lpl.lpl_norm_type}, {config.lpl.lpl_loss_type}"
-        )
-        for tap, weight in zip(loss.taps, loss.weights, strict=True):
-            cells = config.data.crop_size // tap.stride
-            lines.append(f"  tap {tap.name:6}  {tap.channels} x {cells} x {cells}, weight {weight:g}")
-    total = sum(size for _, size in rows)
-    lines.append(f"memory       about {_readable(total)} on the device, of which")
-    lines += [f"  {name:22} {_readable(size):>10}" for name, size in rows]
     return "\n".join(lines)
 
 
-def _unet_bytes(unet: Any, shape: tuple[int, ...], config: TrainConfig) -> int:
-    if config.run.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    unet.train()
-    batch, settings = shape[0], unet.config
-    pooled = settings.projection_class_embeddings_input_dim - 6 * settings.addition_time_embed_dim
-    with torch.device("meta"):
-        inputs = (
-            torch.empty(shape),
-            torch.zeros(batch, dtype=torch.long),
-            torch.empty(batch, 77, settings.cross_attention_dim),
+def describe(config: TrainConfig, checked: Checked) -> str:
+    """The plan of one run on its data.
+
+    Raises:
+        UserError: a single file that is not SDXL's base model, without --single_file_config.
+    """
+    config = _with_launched_precision(config)
+    configs = checked.model_configs or plan_configs(config.model)
+    rehearsal, run = Rehearsal(blueprint(configs)), config.run
+    needs = estimate(config, rehearsal, _processes())
+    samples, per_step = len(checked.source), run.train_batch_size * run.gradient_accumulation_steps
+    steps = config.num_steps(samples, 1)
+    _, channels, side, _ = rehearsal.latents(config, 1)
+    lines = [
+        f"model        {config.model.pretrained_model_name_or_path}",
+        _trains(needs, config),
+        f"data         {samples} samples at {config.data.crop_size} px, latents {channels} x {side} x {side}",
+        f"steps        {steps} of {per_step} samples per process, {steps * per_step / samples:.2f} epochs per process",
+        f"rate         {config.learning_rate:g}, {config.optim.lr_scheduler}; mixed precision {run.mixed_precision}",
+        *_details(needs, config),
+    ]
+    return "\n".join(lines)
+
+
+def _with_launched_precision(config: TrainConfig) -> TrainConfig:
+    """The precision that accelerate falls back to, in the place of an unset one."""
+    precision: Any = config.run.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", "fp16", "bf16"):
+        raise UserError(f"ACCELERATE_MIXED_PRECISION is {precision}: give --mixed_precision no, fp16 or bf16")
+    return replace(config, run=replace(config.run, mixed_precision=precision))
+
+
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _trains(needs: Needs, config: TrainConfig) -> str:
+    rank = config.model.rank
+    what = f"LoRA of rank {rank} on {needs.base:,}" if rank else "the whole UNet"
+    return f"trains       {needs.trained:,} parameters ({what})"
+
+
+def _details(needs: Needs, config: TrainConfig) -> list[str]:
+    lpl, lines = config.lpl, []
+    if lpl.use_lpl:
+        lines.append(f"LPL          weight {lpl.lpl_weight}, {lpl.lpl_norm_type}, {lpl.lpl_loss_type}")
+        for name, channels, stride, weight in needs.taps:
+            cells = config.data.crop_size // stride
+            lines.append(f"  tap {name:6}  {channels} x {cells} x {cells}, weight {weight:g}")
+    flops = f"FLOPs        {_tera(needs.step_flops)} TFLOP a sample"
+    if lpl.use_lpl:
+        mean = needs.decoded * needs.lpl_flops
+        flops += (
+            f", LPL {_tera(needs.lpl_flops)} more where the gate passes (probability {needs.p_gate:.2g}), "
+            f"{_tera(mean)} on average: {1 + mean / needs.step_flops:.2f} times"
         )
-        conditions = {"text_embeds": torch.empty(batch, pooled), "time_ids": torch.empty(batch, 6)}
-    return count_saved_bytes(lambda: unet(*inputs, added_cond_kwargs=conditions), unet.parameters())
+    weights, *others = needs.stays.items()
+    rows = [weights, ("gradients", needs.gradients), *others, ("UNet activations", needs.kept)]
+    if lpl.use_lpl:
+        rows.append(("LPL, while it runs", needs.lpl))
+    return [
+        *lines,
+        flops,
+        f"memory       about {_readable(needs.peak)} on the GPU at its peak ({needs.phase}); parts:",
+        *(f"  {name:22} {_readable(size):>10}" for name, size in rows),
+        "peaks        on the GPU:",
+        *(f"  {phase:22} {_readable(peak):>10}" for phase, peak in needs.phases.items()),
+    ]
 
 
-def _lpl_bytes(loss: LatentPerceptualLoss, shape: tuple[int, ...], config: TrainConfig) -> int:
-    weights = [p for module in loss.decoder.modules() for p in module.parameters()]
-    pred, target = torch.empty(shape, device="meta", requires_grad=True), torch.empty(shape, device="meta")
-    size = count_saved_bytes(lambda: loss(pred, target), weights)
-    return size if config.lpl.lpl_dtype == "float32" else size // 2
+def _table(rows: list[Choice], memory: int) -> list[str]:
+    width = max(len(row.flags) for row in rows)
+    lines = [f"{'one change':{width}}  {'peak':>10}  {'at':14}  TFLOP  {_memory(memory)}"]
+    for flags, needs in rows:
+        flops = needs.step_flops + needs.decoded * needs.lpl_flops
+        answer = "fits" if fits(needs.peak, memory) else "no"
+        lines.append(f"{flags:{width}}  {_readable(needs.peak):>10}  {needs.phase:14}  {_tera(flops):>5}  {answer}")
+    return [
+        *lines,
+        f"TFLOP: of a sample, on average. What fits leaves {HEADROOM:.0%} for what is not counted: the CUDA context, "
+        "workspace inside kernels, fragmentation.",
+    ]
+
+
+def _verdict(config: TrainConfig, asked: Needs, memory: int, rehearsal: Rehearsal, processes: int) -> str:
+    if fits(asked.peak, memory):
+        return f"fits {_memory(memory)}"
+    found = cheapest(config, memory, rehearsal, processes)
+    if found is None:
+        least = smallest(config, rehearsal, processes)
+        return f"does not fit {_memory(memory)}, nor does {least.flags} ({_readable(least.needs.peak)})"
+    peak = _readable(found.needs.peak)
+    return f"does not fit {_memory(memory)}; the cheapest change that does: {found.flags} ({peak})"
+
+
+def _tera(flops: float) -> str:
+    return f"{flops / 1e12:.1f}" if flops >= 1e11 else f"{flops / 1e12:.2g}"
+
+
+def _memory(size: int) -> str:
+    return f"{size / 2**30:.4g} GiB"
 
 
 def _readable(size: float) -> str:

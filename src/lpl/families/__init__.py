@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lpl.config import ModelConfig
-from lpl.families.sdxl_check import check_model, native_resolution
+from lpl.families.sdxl_check import check_model, configs_for_plan, native_resolution
 
 if TYPE_CHECKING:
     import torch
 
+    from lpl.families.base import Blueprint
     from lpl.families.sdxl import SDXL
 
 
@@ -20,11 +21,11 @@ def load_family(config: ModelConfig, device: torch.device, weight_dtype: torch.d
     return SDXL(config, device, weight_dtype)
 
 
-def meta_models(configs: dict[str, Any]) -> tuple[Any, Any, tuple[str, ...]]:
-    """Denoiser and VAE without weights, on the meta device, and the layers of the denoiser that a LoRA is put on."""
-    from lpl.families import sdxl
+def blueprint(configs: dict[str, Any]) -> Blueprint:
+    """The networks that a model's configs describe, for a plan."""
+    from lpl.families.sdxl_blueprint import SDXLBlueprint
 
-    return *sdxl.meta_models(configs), sdxl.LORA_TARGETS
+    return SDXLBlueprint(configs)
 
 
 def noise_scheduler(configs: dict[str, Any]) -> Any:
@@ -39,4 +40,9 @@ def model_configs(config: ModelConfig) -> dict[str, Any]:
     return check_model(config)
 
 
-__all__ = ["load_family", "meta_models", "model_configs", "native_resolution", "noise_scheduler"]
+def plan_configs(config: ModelConfig) -> dict[str, Any]:
+    """The configs of a model that need not be there: no weights are asked for, and SDXL's own configs are known."""
+    return configs_for_plan(config)
+
+
+__all__ = ["blueprint", "load_family", "model_configs", "native_resolution", "noise_scheduler", "plan_configs"]

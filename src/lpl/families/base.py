@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -52,6 +52,33 @@ class Family(Protocol):
 
     def export_lora(self, denoiser: nn.Module, folder: Path) -> None:
         """Writes the denoiser's adapter as `load_lora_weights` expects it."""
+
+
+class Blueprint(Protocol):
+    """What a plan asks of a model family: networks without trained weights, and inputs of their shapes."""
+
+    lora_targets: tuple[str, ...]
+    noise_scheduler: Any
+    latent_channels: int
+    stride: int
+    """Pixels per cell of a latent."""
+    denoise: Callable[..., Tensor]
+    """Family.denoise."""
+
+    def denoiser(self) -> Any:
+        """The network that is trained, float32, built on the device that is the default now."""
+
+    def vae(self) -> Any:
+        """The VAE, float32, frozen and in eval mode."""
+
+    def text_encoders(self) -> list[nn.Module]:
+        """The text encoders, float32."""
+
+    def tokens(self, batch: int) -> Tensor:
+        """Token ids of so many captions, as each text encoder takes them."""
+
+    def text(self, batch: int) -> dict[str, Tensor]:
+        """What encode_text gives for so many captions: zeros of those shapes."""
 
 
 def weights_hash(*modules: nn.Module, settings: str = "") -> str:

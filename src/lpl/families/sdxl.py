@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import transformers
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline
 from diffusers.training_utils import _collate_lora_metadata
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
@@ -97,8 +97,9 @@ class SDXL:
             embeds, pooled = embeds * keep[:, None, None], pooled * keep[:, None]
         return {"prompt_embeds": embeds.cpu(), "pooled": pooled.cpu()}
 
+    @staticmethod
     def denoise(
-        self, denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, text: Mapping[str, Tensor], sizes: Tensor
+        denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, text: Mapping[str, Tensor], sizes: Tensor
     ) -> Tensor:
         conditions = {"text_embeds": text["pooled"].to(noisy_latents.dtype), "time_ids": sizes.to(noisy_latents.dtype)}
         embeds = text["prompt_embeds"].to(noisy_latents.dtype)
@@ -162,14 +163,6 @@ class SDXL:
             unet_lora_layers=get_peft_model_state_dict(denoiser),
             **_collate_lora_metadata({"unet": denoiser}),
         )
-
-
-def meta_models(configs: dict[str, Any]) -> tuple[UNet2DConditionModel, AutoencoderKL]:
-    """UNet and VAE without weights, on the meta device, from their configs."""
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(configs["unet"])
-        vae = AutoencoderKL.from_config(configs["vae"])
-    return unet, vae.eval()
 
 
 def training_schedule(scheduler: Mapping[str, Any]) -> DDPMScheduler:

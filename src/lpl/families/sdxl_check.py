@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from pathlib import Path
 from typing import Any
 
 from lpl.config import ModelConfig
 from lpl.errors import UserError
+from lpl.families import sdxl_configs
 
 FLAG = "--pretrained_model_name_or_path"
 PIPELINE = "StableDiffusionXLPipeline"
@@ -22,8 +24,8 @@ def check_model(config: ModelConfig) -> dict[str, Any]:
     """Refuses a model that this trainer would not train right.
 
     Returns:
-        The configs that were read, by component ("unet", "vae", "scheduler"); for a single file those of
-        --single_file_config, or nothing.
+        The configs that were read, by component ("unet", "vae", "scheduler", "text_encoder", "text_encoder_2"); for a
+        single file those of --single_file_config, or nothing.
 
     Raises:
         UserError: what is missing or wrong, in one line.
@@ -37,21 +39,58 @@ def check_model(config: ModelConfig) -> dict[str, Any]:
         if config.single_file_config is None:
             return {}
         path, name = Path(config.single_file_config), config.single_file_config
-    if config.single_file_config is None and not path.exists():
-        if name.count("/") != 1 or name.startswith((".", "/", "~")):
-            raise UserError(f"{FLAG} {name}: no such folder")
-        read = _hub_reader(config)
-    elif path.is_dir():
-        if config.single_file_config is None:
-            _check_complete(path, config.variant)
-        flag = FLAG if config.single_file_config is None else "--single_file_config"
-        read = lambda file: _read_json(path / file, flag)  # noqa: E731
-    else:
-        raise UserError(f"{FLAG} {name}: a file, but not .safetensors; give that or a diffusers folder")
-    configs = _read(read, name)
+    if config.single_file_config is None and path.is_dir():
+        _check_complete(path, config.variant)
+    configs = _read(_reader(path, name, config), name)
     _check_configs(configs, config)
     _check_vae(config, configs)
     return configs
+
+
+def configs_for_plan(config: ModelConfig) -> dict[str, Any]:
+    """The configs of a model for `lpl plan`: no weights are needed, and nothing is read where they are known.
+
+    No model, SDXL base 1.0 by its Hub id, and a single file with as many parameters as its UNet: its published configs.
+
+    Raises:
+        UserError: a model of another kind, or one whose configs cannot be read.
+    """
+    name = config.pretrained_model_name_or_path
+    if name is None or (name == sdxl_configs.NAME and not Path(name).exists()):
+        return sdxl_configs.PUBLISHED
+    path = Path(name)
+    if path.suffix == ".safetensors":
+        _check_single_file(path, config)
+        if config.single_file_config is None:
+            return _configs_of_file(path)
+        path, name = Path(config.single_file_config), config.single_file_config
+    configs = _read(_reader(path, name, config), name)
+    _check_configs(configs, config)
+    return configs
+
+
+def _configs_of_file(path: Path) -> dict[str, Any]:
+    header = _header(path) or {}
+    shapes = [entry["shape"] for key, entry in header.items() if key.startswith("model.diffusion_model.")]
+    found = sum(math.prod(shape) for shape in shapes)
+    if found != sdxl_configs.UNET_PARAMETERS:
+        raise UserError(
+            f"{FLAG} {path}: its UNet has {found:,} parameters, not the {sdxl_configs.UNET_PARAMETERS:,} of SDXL base: "
+            "a plan needs --single_file_config, a folder with its configs"
+        )
+    return sdxl_configs.PUBLISHED
+
+
+def _reader(path: Path, name: str, config: ModelConfig) -> Any:
+    """What reads a JSON file of the model, by its path in the model's folder."""
+    flag = FLAG if config.single_file_config is None else "--single_file_config"
+    if path.is_dir():
+        return lambda file: _read_json(path / file, flag)
+    if path.exists():
+        raise UserError(f"{flag} {name}: a file, but not .safetensors; give that or a diffusers folder")
+    if config.single_file_config is not None or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UserError(f"{flag} {name}: no such folder")
+    return _hub_reader(config)
 
 
 def native_resolution(configs: dict[str, Any]) -> int:
@@ -71,7 +110,7 @@ def _read(read: Any, name: str) -> dict[str, Any]:
         raise UserError(f"{FLAG} {name}: an SDXL refiner (no first text encoder); train the base model")
     if cls != PIPELINE and not (isinstance(cls, str) and cls.startswith("StableDiffusionXL")):
         raise UserError(f"{FLAG} {name}: model_index.json says {cls}; this trainer needs {PIPELINE}")
-    return configs
+    return configs | {part: read(f"{part}/config.json") for part in ("text_encoder", "text_encoder_2")}
 
 
 def _hub_reader(config: ModelConfig) -> Any:

@@ -14,7 +14,7 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 
 from lpl.config import ModelConfig
-from lpl.families import load_family, meta_models, model_configs, native_resolution, noise_scheduler
+from lpl.families import blueprint, load_family, model_configs, native_resolution, noise_scheduler
 from lpl.families.sdxl import GUIDANCE_SCALE, SAMPLING_STEPS, SDXL
 from lpl.testing import tiny_sdxl
 
@@ -182,9 +182,15 @@ def test_v_prediction_model_trains_by_what_its_scheduler_says(train: Any, tmp_pa
 def test_configs_alone_give_schedule_models_and_resolution(model: Path, family: SDXL) -> None:
     configs = model_configs(ModelConfig(str(model)))
     assert torch.equal(noise_scheduler(configs).alphas_cumprod, family.noise_scheduler.alphas_cumprod)
-    unet, vae, targets = meta_models(configs)
-    assert {p.device.type for m in (unet, vae) for p in m.parameters()} == {"meta"}
-    assert unet.state_dict().keys() == family.denoiser.state_dict().keys()
-    assert targets == family.lora_targets
+    plan = blueprint(configs)
+    with torch.device("meta"):
+        parts = [plan.denoiser(), plan.vae(), *plan.text_encoders()]
+    for part, loaded in zip(parts, (family.denoiser, family.vae, *family.text_encoders), strict=True):
+        shapes = {name: weight.shape for name, weight in loaded.state_dict().items()}
+        assert {name: weight.shape for name, weight in part.state_dict().items()} == shapes
+    assert plan.lora_targets == family.lora_targets
+    text = family.encode_text(["a fox", "a hare"])
+    assert {name: value.shape for name, value in plan.text(2).items()} == {n: v.shape for n, v in text.items()}
+    assert plan.tokens(2).shape == (2, family.pipeline.tokenizer.model_max_length)
     assert native_resolution(configs) == 4 * 4
     assert native_resolution({}) == 1024

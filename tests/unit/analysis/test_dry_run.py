@@ -9,22 +9,8 @@ from typing import Any
 
 import pytest
 
-# stabilityai/stable-diffusion-xl-base-1.0, as published.
-UNET = {
-    "_class_name": "UNet2DConditionModel", "sample_size": 128, "in_channels": 4, "out_channels": 4,
-    "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "attention_head_dim": [5, 10, 20],
-    "block_out_channels": [320, 640, 1280], "cross_attention_dim": 2048, "layers_per_block": 2,
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    "projection_class_embeddings_input_dim": 2816, "transformer_layers_per_block": [1, 2, 10],
-    "use_linear_projection": True,
-}  # fmt: skip
-VAE = {
-    "_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "latent_channels": 4,
-    "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "norm_num_groups": 32, "sample_size": 1024,
-    "scaling_factor": 0.13025, "force_upcast": True,
-    "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
-}  # fmt: skip
+from lpl.families.sdxl_configs import PUBLISHED
+
 PARAMETERS = {"unet": 2_567_463_684, "vae": 83_653_863}
 
 
@@ -32,19 +18,15 @@ PARAMETERS = {"unet": 2_567_463_684, "vae": 83_653_863}
 def full_size(tmp_path: Path) -> Path:
     """A folder with SDXL's configs and weight files without weights."""
     folder = tmp_path / "sdxl"
-    scheduler = {"_class_name": "EulerDiscreteScheduler", "num_train_timesteps": 1000, "prediction_type": "epsilon",
-                 "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}  # fmt: skip
     index = {"_class_name": "StableDiffusionXLPipeline", "text_encoder": ["transformers", "CLIPTextModel"]}
-    files = {
+    files: dict[str, Any] = {
         "model_index.json": index,
-        "unet/config.json": UNET,
-        "vae/config.json": VAE,
-        "text_encoder/config.json": {},
-        "text_encoder_2/config.json": {},
         "tokenizer/vocab.json": {},
         "tokenizer_2/vocab.json": {},
-        "scheduler/scheduler_config.json": scheduler,
+        "scheduler/scheduler_config.json": PUBLISHED["scheduler"],
     }
+    for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        files[f"{part}/config.json"] = PUBLISHED[part]
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(json.dumps(content))
@@ -76,6 +58,11 @@ def test_full_fine_tune_of_sdxl(plan: Callable[..., dict[str, str]]) -> None:
     for name, size in (("UNet weights", 4), ("gradients", 4), ("AdamW state", 8), ("EMA", 4)):
         assert found[name] == f"{PARAMETERS['unet'] * size / 2**30:.2f} GiB"
     assert found["VAE, float32"] == f"{PARAMETERS['vae'] * 4 / 2**20:.1f} MiB"
+    # Weights, gradients, state, average, and as much as the weights for the square root of AdamW's second moment.
+    peak = (PARAMETERS["unet"] * (4 + 4 + 8 + 4 + 4) + PARAMETERS["vae"] * 4) / 2**30
+    assert found["optimizer step"] == f"{peak:.2f} GiB"
+    assert f"memory       about {peak:.2f} GiB on the GPU at its peak (optimizer step)" in text
+    assert "FLOPs        25.8 TFLOP a sample, LPL " in text
     for tap in (
         "tap mid     512 x 128 x 128, weight 1",
         "tap up_0    512 x 256 x 256, weight 0.5",
@@ -86,17 +73,21 @@ def test_full_fine_tune_of_sdxl(plan: Callable[..., dict[str, str]]) -> None:
         assert tap in text
 
 
-def size_of(text: str) -> float:
-    value, unit = text.split()
-    return float(value) * (2**30 if unit == "GiB" else 2**20)
+def test_what_saves_memory_saves_it_in_the_plan(train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows(**options: Any) -> dict[str, float]:
+        text = train("--dry_run", **options).stdout
+        lines = (line.rsplit(maxsplit=2) for line in text.splitlines() if line.endswith("MiB"))
+        return {name.strip(): float(value) for name, value, _ in lines}
 
-
-def test_what_saves_memory_saves_it_in_the_plan(plan: Callable[..., dict[str, str]]) -> None:
-    common = ["--resolution", "256", "--max_train_steps", "7"]
-    full = plan(*common)
-    lean = plan(*common, "--gradient_checkpointing", "--mixed_precision", "bf16", "--rank", "16")
-    assert f"(LoRA of rank 16 on {PARAMETERS['unet']:,})" in lean["text"]
-    for row in ("UNet activations", "LPL, one gated sample", "gradients", "AdamW state", "UNet weights"):
-        assert size_of(lean[row]) < size_of(full[row]), row
-    # Half the bytes of the base, and a few float32 adapters.
-    assert size_of(lean["UNet weights"]) == pytest.approx(PARAMETERS["unet"] * 2, rel=0.03)
+    full = rows(resolution=128)
+    lean = {"gradient_checkpointing": True, "mixed_precision": "bf16", "rank": 2}
+    found = rows(resolution=128, **lean)
+    assert found.keys() == full.keys()
+    for row in ("UNet activations", "LPL, while it runs", "gradients", "AdamW state", "LPL", "backward pass"):
+        assert found[row] < full[row], row
+    # What `accelerate launch --mixed_precision bf16` tells its processes.
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert rows(resolution=128, **lean | {"mixed_precision": None}) == found
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    failed = train("--dry_run", expect_error=True)
+    assert failed.errors == ["error: ACCELERATE_MIXED_PRECISION is fp8: give --mixed_precision no, fp16 or bf16"]

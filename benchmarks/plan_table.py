@@ -1,0 +1,44 @@
+"""What fits a GPU, as a table for README: SDXL at 1024 px, batch 1, with the cheapest settings that fit.
+
+    python benchmarks/plan_table.py [GiB ...]
+
+Counted (lpl.analysis), not measured on a GPU. Left out: the CUDA context, workspace inside kernels, fragmentation;
+5 % of the GPU's memory is left for them.
+"""
+
+import sys
+
+from lpl.analysis.alternatives import RANK, cheapest, smallest
+from lpl.analysis.rehearsal import Rehearsal
+from lpl.cli import parse_train
+from lpl.config import TrainConfig
+from lpl.families import blueprint, plan_configs
+
+FIXED = (f"--rank {RANK}", "--no_use_lpl")
+KINDS = {
+    "LoRA": ["--no_use_lpl", f"--rank={RANK}"],
+    "LoRA with LPL": [f"--rank={RANK}"],
+    "full": ["--no_use_lpl"],
+    "full with LPL": [],
+}
+
+
+def main(sizes: list[float]) -> None:
+    configs = {name: parse_train(["--resolution=1024", *flags]) for name, flags in KINDS.items()}
+    rehearsal = Rehearsal(blueprint(plan_configs(TrainConfig().model)))
+    print("| GPU | " + " | ".join(KINDS) + " |\n|---|" + "---|" * len(KINDS))
+    for size in sizes:
+        cells = []
+        for config in configs.values():
+            found = cheapest(config, int(size * 2**30), rehearsal, fixed=FIXED)
+            if found is None:
+                least = smallest(config, rehearsal, fixed=FIXED)
+                cells.append(f"no: at least {least.needs.peak / 2**30:.1f} GiB")
+            else:
+                flags = found.flags.replace("--", "")
+                cells.append(f"{found.needs.peak / 2**30:.1f} GiB" + (f": `{flags}`" if flags else ""))
+        print(f"| {size:g} GB | " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main([float(size) for size in sys.argv[1:]] or [8, 12, 16, 24, 48, 80])

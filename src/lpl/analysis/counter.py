@@ -1,0 +1,86 @@
+"""Counts what runs under it: floating-point operations, and the bytes of the tensors that are alive."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+aten: Any = torch.ops.aten
+
+
+class StepCounter(TorchDispatchMode):
+    """Counts FLOPs, and live and peak bytes of every storage that an operation under it allocates.
+
+    Works on real, meta and fake tensors alike: it counts storages, not pages. It does not see what a kernel allocates
+    and frees within itself, and does not count what was there before.
+
+    Attributes:
+        flops: of matrix products, convolutions and attention so far; a multiplication with its addition is two.
+        live: bytes alive now.
+        peak: the most bytes alive at once, since the start or the last reset_peak().
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops, self.live, self.peak = 0, 0, 0
+        self._known: dict[int, weakref.finalize[Any, Any]] = {}
+
+    def reset_peak(self) -> None:
+        """Looks for the peak anew, from what is alive now."""
+        self.peak = self.live
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func.namespace == "prim":  # a question about a tensor, no operation
+            return out
+        new = {id(storage): storage for storage in _storages((out,)) if id(storage) not in self._known}
+        if new:
+            for storage in _storages((args, kwargs.values())):
+                new.pop(id(storage), None)
+            for key, storage in new.items():
+                self._add(key, storage)
+        formula = FORMULAS.get(func.overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **kwargs, out_val=out)
+        return out
+
+    def _add(self, key: int, storage: Any) -> None:
+        size = storage.nbytes()
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        self._known[key] = weakref.finalize(storage, self._remove, key, size)
+        self._known[key].atexit = False
+
+    def _remove(self, key: int, size: int) -> None:
+        self.live -= size
+        del self._known[key]
+
+
+def _storages(values: Any) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value.untyped_storage()
+        elif isinstance(value, (list, tuple, type({}.values()))):
+            yield from _storages(value)
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query.shape, key.shape, value.shape)
+
+
+def _attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    return sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
+
+
+FORMULAS: dict[Any, Any] = flop_registry | {
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+"""torch's, and the ones for what a CPU runs."""

@@ -1,0 +1,286 @@
+"""Runs each part of a training run on full-size networks that take no memory, and counts what it would take."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lpl.analysis.counter import StepCounter
+from lpl.analysis.fused_attention import FusedAttention, checkpoint
+from lpl.config import TrainConfig
+from lpl.data.encode import CAPTION_BATCH
+from lpl.diffusion.diffusion_loss import diffusion_loss
+from lpl.families.base import Blueprint
+from lpl.perceptual.loss import CHUNK_PIXELS
+from lpl.training.engine import build_loss
+from lpl.training.lora import add_lora
+
+Device = Literal["cuda", "cpu"]
+HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
+T = TypeVar("T")
+
+
+class Parameters(NamedTuple):
+    """The denoiser's, in numbers of values."""
+
+    base: int
+    """Of the model itself."""
+    trained: int
+    """The model's, or its adapter's."""
+    largest: int
+    """Of the largest trained tensor."""
+    size: int
+    """Bytes of all."""
+
+
+class DenoiserCost(NamedTuple):
+    """A micro-batch's forward and backward pass through the denoiser; bytes are on top of what was there before."""
+
+    forward: int
+    """Peak of the forward pass."""
+    kept: int
+    """What the forward pass leaves for the backward pass."""
+    backward: int
+    """Peak of the backward pass, with the gradients as they appear."""
+    flops: int
+
+
+class LossCost(NamedTuple):
+    """LPL with its gradient; bytes are on top of what was there before."""
+
+    copy: int
+    """Bytes of the decoder's copy in another precision, which stays."""
+    peak: int
+    flops: int
+    """Of one sample, on average over depths."""
+    taps: list[tuple[str, int, int, float]]
+    """Name, channels, stride and weight."""
+
+
+class Rehearsal:
+    """Counts parts of a run; a part that several plans share is counted once.
+
+    Shapes, dtypes and lifetimes are a run's, arithmetic does not happen: everything is on the meta device, but for a
+    denoiser in half precision, which is on a fake CPU, since autocast does not act on the meta device.
+
+    Args:
+        blueprint: of the model.
+        device: where the run is to be.
+    """
+
+    def __init__(self, blueprint: Blueprint, device: Device = "cuda") -> None:
+        self.blueprint, self.device = blueprint, device
+        self._fake = FakeTensorMode()
+        self._done: dict[tuple[Any, ...], Any] = {}
+
+    def latents(self, config: TrainConfig, batch: int) -> tuple[int, int, int, int]:
+        """The shape of a batch of latents."""
+        side = config.data.crop_size // self.blueprint.stride
+        return batch, self.blueprint.latent_channels, side, side
+
+    def parameters(self, config: TrainConfig) -> Parameters:
+        """How many there are."""
+        rank, precision = config.model.rank, _precision(config)
+        return self._once(("parameters", rank, precision), lambda: self._parameters(rank, precision))
+
+    def _parameters(self, rank: int | None, precision: str) -> Parameters:
+        with torch.device("meta"):
+            base = sum(p.numel() for p in self.blueprint.denoiser().parameters())
+        weights = list(self._model(rank, precision).parameters())
+        trained = [p.numel() for p in weights if p.requires_grad]
+        return Parameters(base, sum(trained), max(trained), sum(p.numel() * p.element_size() for p in weights))
+
+    def denoiser(self, config: TrainConfig) -> DenoiserCost:
+        """One micro-batch, as the trainer runs it; with accumulation, gradients of earlier ones are there already."""
+        run, shape = config.run, self.latents(config, config.run.train_batch_size)
+        held, rank, precision = run.gradient_accumulation_steps > 1, config.model.rank, _precision(config)
+        return self._once(
+            ("denoiser", rank, run.gradient_checkpointing, precision, shape, held),
+            lambda: self._denoiser(rank, run.gradient_checkpointing, precision, shape, held),
+        )
+
+    def _denoiser(
+        self, rank: int | None, checkpointing: bool, precision: str, shape: tuple[int, ...], held: bool
+    ) -> DenoiserCost:
+        denoiser = self._model(rank, precision)
+        denoiser.disable_gradient_checkpointing()
+        if checkpointing:
+            denoiser.enable_gradient_checkpointing(checkpoint)
+        trained = [p for p in denoiser.parameters() if p.requires_grad]
+        with self._tensors(precision in HALF), FusedAttention():
+            inputs = self._inputs(shape)
+            for parameter in trained:
+                parameter.grad = torch.empty_like(parameter) if held else None
+            with StepCounter() as counter:
+                with _autocast(precision):
+                    output = self.blueprint.denoise(denoiser, *inputs)
+                loss = diffusion_loss(output.float(), inputs[0]).mean()
+                forward, kept = counter.peak, counter.live
+                counter.reset_peak()
+                loss.backward()
+            for parameter in trained:
+                parameter.grad = None
+        return DenoiserCost(forward, kept, counter.peak, counter.flops)
+
+    def _model(self, rank: int | None, precision: str) -> Any:
+        """The denoiser in training mode, as the trainer prepares it."""
+        return self._once(("model", rank, precision), lambda: self._build_model(rank, precision))
+
+    def _build_model(self, rank: int | None, precision: str) -> Any:
+        with torch.device("meta"):
+            denoiser = self.blueprint.denoiser()
+            if rank is not None:
+                _cast(denoiser, HALF.get(precision, torch.float32))
+                add_lora(denoiser, rank, self.blueprint.lora_targets, 0)
+        if precision in HALF:
+            self._make_fake(denoiser)
+            for module in denoiser.modules():
+                if self.device == "cuda" and isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
+                    module.register_forward_pre_hook(_to_float32)
+        return denoiser.train()
+
+    def _make_fake(self, module: nn.Module) -> None:
+        # Fake tensors refuse module.to(): what they are to be is settled on the meta device.
+        for part in module.modules():
+            for name, p in part._parameters.items():
+                if p is not None:
+                    with self._fake:
+                        part._parameters[name] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad)
+
+    def _inputs(self, shape: tuple[int, ...]) -> tuple[Any, ...]:
+        batch = shape[0]
+        timesteps, sizes = torch.zeros(batch, dtype=torch.long), torch.zeros(batch, 6)
+        return torch.empty(shape), timesteps, self.blueprint.text(batch), sizes
+
+    def loss(self, config: TrainConfig) -> LossCost:
+        """LPL of a micro-batch in which every sample passes the gate."""
+        options = replace(config.lpl, lpl_compile=False)  # fused arithmetic needs less, by what is not known
+        if self.device == "cpu" and options.lpl_channels_last == "auto":
+            options = replace(options, lpl_channels_last="true")
+        config = replace(config, lpl=options)
+        # No more than fill the decoder once (or, for statistics of the batch, twice): memory does not grow after that.
+        chunk = max(1, CHUNK_PIXELS // config.data.crop_size**2) if options.lpl_chunk == "auto" else options.lpl_chunk
+        limit = 2 * chunk if options.lpl_norm_type == "batch" else chunk
+        batch = min(config.run.train_batch_size, options.lpl_max_samples or limit, limit)
+        shape = self.latents(config, batch)
+        return self._once(("loss", options, config.lpl_checkpointing, shape), lambda: self._loss(config, shape))
+
+    def _loss(self, config: TrainConfig, shape: tuple[int, ...]) -> LossCost:
+        with torch.device("meta"), StepCounter() as counter:
+            vae = self.blueprint.vae()
+            before = counter.live
+            with _quiet(any(key[0] == "loss" for key in self._done)):  # what the loss has to say, it says once
+                loss = build_loss(config, vae)
+            copy = counter.live - before
+            # Built again on weights of its own precision, which can be made fake: it then copies nothing.
+            _cast(vae, getattr(torch, config.lpl.lpl_dtype))
+        if self.device == "cpu":
+            self._make_fake(vae)
+        with _quiet(True):
+            loss = build_loss(config, vae)
+        windows = None if config.lpl.lpl_crop is None else torch.zeros(shape[0], 2)
+        reach = [*(loss.reach or [1.0] * len(loss.taps)), 0.0]
+        flops, peak = 0.0, 0
+        for depth, (reached, passed) in enumerate(pairwise(reach), 1):
+            if reached > passed:
+                # The loss takes its work in smaller parts on a CPU than elsewhere.
+                with self._tensors(self.device == "cpu"), FusedAttention(), StepCounter() as counter:
+                    pred, target = torch.empty(shape).requires_grad_(), torch.empty(shape)
+                    loss(pred, target, windows=windows, **({} if loss.reach is None else {"depth": depth}))
+                flops += (reached - passed) * counter.flops / shape[0]
+                peak = max(peak, counter.peak)
+        taps = [(tap.name, tap.channels, tap.stride, w) for tap, w in zip(loss.taps, loss.weights, strict=True)]
+        return LossCost(copy, peak, round(flops), taps)
+
+    def _tensors(self, fake: bool) -> AbstractContextManager[Any]:
+        """Where new tensors come from: a fake CPU, or the meta device."""
+        return self._fake if fake else torch.device("meta")
+
+    def vae(self) -> int:
+        """Bytes of the VAE's weights, float32."""
+        return self._once(("vae",), lambda: _bytes(self._on_meta(self.blueprint.vae)))
+
+    def caching(self, config: TrainConfig) -> int:
+        """Peak of filling the caches, weights of VAE and text encoders included: the denoiser is not there yet."""
+        images, captions = config.run.train_batch_size, max(config.run.train_batch_size, CAPTION_BATCH)
+        return self._once(
+            ("caching", config.data.crop_size, images), lambda: self._caching(config.data.crop_size, images, captions)
+        )
+
+    def _caching(self, size: int, images: int, captions: int) -> int:
+        encoders = self._on_meta(self.blueprint.text_encoders)
+        vae = self._on_meta(self.blueprint.vae)
+        with torch.device("meta"), torch.no_grad(), FusedAttention():
+            with StepCounter() as counter:
+                vae.encode(torch.empty(images, 3, size, size))
+            for encoder in encoders:
+                with counter:
+                    encoder(self.blueprint.tokens(captions), output_hidden_states=True)
+        return counter.peak + _bytes(vae) + sum(map(_bytes, encoders))
+
+    def validation(self, config: TrainConfig) -> int:
+        """Peak of drawing one validation image, on top of what was there before."""
+        precision, rank = _precision(config), config.model.rank
+        shape = self.latents(config, 2)  # with and without the prompt
+        return self._once(("validation", rank, precision, shape), lambda: self._validation(rank, precision, shape))
+
+    def _validation(self, rank: int | None, precision: str, shape: tuple[int, ...]) -> int:
+        denoiser = self._model(rank, precision)
+        vae = self._on_meta(self.blueprint.vae)
+        with torch.no_grad(), FusedAttention():
+            with self._tensors(precision in HALF), StepCounter() as sampling, _autocast(precision):
+                self.blueprint.denoise(denoiser, *self._inputs(shape))
+            with torch.device("meta"), StepCounter() as decoding:
+                vae.decode(torch.empty(1, *shape[1:]))
+        return max(sampling.peak, decoding.peak)
+
+    def _on_meta(self, build: Callable[[], T]) -> T:
+        with torch.device("meta"):
+            return build()
+
+    def _once(self, key: tuple[Any, ...], count: Callable[[], T]) -> T:
+        if key not in self._done:
+            self._done[key] = count()
+        return self._done[key]
+
+
+@contextmanager
+def _quiet(active: bool) -> Iterator[None]:
+    logger = logging.getLogger("lpl.perceptual")
+    level = logger.level
+    if active:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _precision(config: TrainConfig) -> str:
+    return config.run.mixed_precision or "no"
+
+
+def _autocast(precision: str) -> AbstractContextManager[Any]:
+    return torch.autocast("cpu", HALF.get(precision, torch.bfloat16), enabled=precision in HALF)
+
+
+def _to_float32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What CUDA's autocast does to the inputs of a norm, and the CPU's does not."""
+    return tuple(x.float() for x in inputs) if torch.is_autocast_enabled("cpu") else inputs
+
+
+def _cast(module: nn.Module, dtype: torch.dtype) -> None:
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())

@@ -1,0 +1,50 @@
+"""What a plan needs of an SDXL model: its networks and inputs of their shapes, from configs alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from lpl.families.sdxl import LORA_TARGETS, SDXL, training_schedule
+
+
+class SDXLBlueprint:
+    """Builds networks with random weights; on the meta device they take no memory. See families.base.Blueprint.
+
+    Args:
+        configs: by component, as check_model returns them.
+    """
+
+    lora_targets: tuple[str, ...] = LORA_TARGETS
+
+    def __init__(self, configs: Mapping[str, Any]) -> None:
+        self._configs = configs
+        self.denoise = SDXL.denoise
+        self.noise_scheduler = training_schedule(configs["scheduler"])
+        self.latent_channels = int(configs["vae"].get("latent_channels", 4))
+        self.stride = 2 ** (len(configs["vae"].get("block_out_channels", [64])) - 1)
+        self._text_configs = [CLIPTextConfig.from_dict(configs[part]) for part in ("text_encoder", "text_encoder_2")]
+
+    def denoiser(self) -> Any:
+        return UNet2DConditionModel.from_config(self._configs["unet"])
+
+    def vae(self) -> Any:
+        return AutoencoderKL.from_config(self._configs["vae"]).eval().requires_grad_(False)
+
+    def text_encoders(self) -> list[nn.Module]:
+        first, second = self._text_configs
+        return [CLIPTextModel(first).eval(), CLIPTextModelWithProjection(second).eval()]
+
+    def tokens(self, batch: int) -> Tensor:
+        return torch.zeros(batch, self._text_configs[0].max_position_embeddings, dtype=torch.long)
+
+    def text(self, batch: int) -> dict[str, Tensor]:
+        unet = self._configs["unet"]
+        pooled = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
+        embeds = torch.zeros(batch, self._text_configs[0].max_position_embeddings, unet["cross_attention_dim"])
+        return {"prompt_embeds": embeds, "pooled": torch.zeros(batch, pooled)}

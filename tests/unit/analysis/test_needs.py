@@ -1,0 +1,133 @@
+"""What is added up: states and workspace against real optimizers, shares against counting."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.training_utils import EMAModel
+
+from lpl.analysis.counter import StepCounter
+from lpl.analysis.needs import Needs, decoded_share, estimate, fixed_costs, floor, optimizer_workspace
+from lpl.analysis.rehearsal import Rehearsal
+from lpl.cli import parse_train
+from lpl.config import TrainConfig
+from lpl.families import blueprint, model_configs
+
+
+@pytest.fixture(scope="module")
+def plan_of(model: Path) -> Any:
+    return blueprint(model_configs(options(f"--pretrained_model_name_or_path={model}").model))
+
+
+@pytest.fixture(scope="module")
+def rehearsal(plan_of: Any) -> Rehearsal:
+    return Rehearsal(plan_of)
+
+
+def options(*flags: str) -> TrainConfig:
+    return parse_train(["--resolution=64", "--train_batch_size=2", *flags])
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_adamw_takes_what_its_arithmetic_says(plan_of: Any, device: Any) -> None:
+    """foreach is what AdamW does on a GPU; on a CPU it goes parameter by parameter."""
+    rehearsal, config = Rehearsal(plan_of, device), options()
+    parameters = list(plan_of.denoiser().parameters())
+    optimizer = torch.optim.AdamW(parameters, foreach=device == "cuda")
+    for p in parameters:
+        p.grad = torch.zeros_like(p)
+    with StepCounter() as counter:
+        optimizer.step()
+        state = counter.live
+        counter.reset_peak()
+        optimizer.step()
+    small = 64 * len(parameters)  # the step counts
+    assert state == pytest.approx(fixed_costs(config, rehearsal, 1)["AdamW state"], abs=small)
+    assert counter.peak - state == pytest.approx(optimizer_workspace(config, rehearsal), abs=small)
+
+
+def test_ema_takes_a_copy_and_as_much_again_while_it_steps(plan_of: Any, rehearsal: Rehearsal) -> None:
+    config, parameters = options("--use_ema"), list(plan_of.denoiser().parameters())
+    with StepCounter() as counter:
+        ema = EMAModel(parameters, foreach=True)
+        copy = counter.live
+        ema.step(parameters)
+    found = estimate(config, rehearsal)
+    assert found.stays["EMA"] == copy
+    assert found.phases["EMA update"] - sum(found.stays.values()) == counter.peak - copy
+
+
+def test_phases_are_what_stays_and_what_comes_on_top(rehearsal: Rehearsal) -> None:
+    config = options()
+    found, denoiser, loss = estimate(config, rehearsal), rehearsal.denoiser(config), rehearsal.loss(config)
+    parameters = rehearsal.parameters(config)
+    assert found.stays == {
+        "UNet weights": 4 * parameters.trained, "AdamW state": 8 * parameters.trained, "VAE, float32": rehearsal.vae(),
+    }  # fmt: skip
+    total = sum(found.stays.values())
+    assert found.gradients == 4 * parameters.trained
+    assert found.phases == {
+        "caching": rehearsal.caching(config),
+        "forward pass": total + denoiser.forward,
+        "LPL": total + denoiser.kept + loss.peak,
+        "backward pass": total + denoiser.backward,
+        "optimizer step": total + 2 * found.gradients,
+    }
+    assert found.peak == max(found.phases.values()) == found.phases[found.phase]
+    assert floor(config, rehearsal) == found.phases["optimizer step"]
+
+
+def test_accumulated_gradients_are_there_from_the_start(rehearsal: Rehearsal) -> None:
+    once, twice = estimate(options(), rehearsal), estimate(options("--gradient_accumulation_steps=2"), rehearsal)
+    assert twice.phases["forward pass"] - once.phases["forward pass"] == once.gradients
+    assert twice.phases["LPL"] - once.phases["LPL"] == once.gradients
+    assert twice.phases["optimizer step"] == once.phases["optimizer step"]
+    # They no longer come on top of the activations one by one, but all are there while the first are made.
+    assert twice.phases["backward pass"] > once.phases["backward pass"]
+
+
+def change(rehearsal: Rehearsal, *flags: str, processes: int = 1) -> tuple[Needs, Needs]:
+    return estimate(options(), rehearsal), estimate(options(*flags), rehearsal, processes)
+
+
+def test_options_act_on_their_rows(rehearsal: Rehearsal) -> None:
+    full, lora = change(rehearsal, "--rank=2", "--mixed_precision=bf16")
+    assert lora.base == full.base == full.trained > lora.trained
+    assert lora.stays["UNet weights"] == 2 * full.base + 4 * lora.trained
+    assert lora.gradients == 4 * lora.trained
+    full, small = change(rehearsal, "--use_8bit_adam")
+    assert small.stays["AdamW state"] == pytest.approx(full.stays["AdamW state"] / 4, rel=0.02)
+    assert full.phases["optimizer step"] - small.phases["optimizer step"] > full.gradients
+    full, plain = change(rehearsal, "--no_use_lpl")
+    assert (plain.lpl, plain.lpl_flops, plain.decoded, plain.taps) == (0, 0, 0, [])
+    assert "LPL" not in plain.phases
+    assert plain.step_flops == full.step_flops
+    full, half = change(rehearsal, "--lpl_dtype=bfloat16")
+    assert half.stays["LPL's decoder, bfloat16"] > 0
+    assert half.lpl < full.lpl
+    alone, several = change(rehearsal, processes=2)
+    assert several.stays["gradients in exchange"] == alone.gradients
+    alone, validated = change(rehearsal, "--validation_prompt=x")
+    assert validated.phases["validation"] == sum(alone.stays.values()) + rehearsal.validation(options())
+
+
+def test_flops_are_of_a_sample(rehearsal: Rehearsal) -> None:
+    two, four = change(rehearsal, "--train_batch_size=4")
+    assert four.step_flops == two.step_flops
+    assert four.lpl_flops == two.lpl_flops
+    assert two.p_gate == pytest.approx(0.2)
+    assert two.decoded == two.p_gate
+    assert estimate(options("--lpl_t_threshold=500"), rehearsal).p_gate == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("batch", "limit"), [(1, 1), (3, 1), (3, 2), (4, 4), (2, None)])
+def test_decoded_share_is_the_mean_over_all_cases(batch: int, limit: int | None) -> None:
+    p, total = 0.3, 0.0
+    for passed in product([0, 1], repeat=batch):
+        chance = p ** sum(passed) * (1 - p) ** (batch - sum(passed))
+        total += chance * min(sum(passed), batch if limit is None else limit)
+    assert decoded_share(p, batch, limit) == pytest.approx(total / batch)
