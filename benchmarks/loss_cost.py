@@ -2,8 +2,8 @@
 
     python benchmarks/loss_cost.py [pixels ...]
 
-Runs on the meta device: no weights, no arithmetic, the same figures everywhere. With several sizes it also draws
-docs/cost.png. "textbook" is tests/textbook_lpl.py: two passes of plain autograd.
+Runs on the meta device, attention as one kernel: no weights, no arithmetic, the same figures everywhere. With several
+sizes it also draws docs/cost.png. "textbook" is tests/textbook_lpl.py: two passes of plain autograd.
 """
 
 import sys
@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL
 
 from lpl import LatentPerceptualLoss
 from lpl.analysis.counter import StepCounter
+from lpl.analysis.fused_attention import FusedAttention
 from lpl.analysis.memory import count_saved_bytes
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -46,7 +47,7 @@ def meta_latents(pixels, samples=1):
 
 def decode_flops(vae, pixels):
     """FLOPs of one vae.decode() of one sample."""
-    with torch.no_grad(), StepCounter() as counter:
+    with torch.no_grad(), FusedAttention(), StepCounter() as counter:
         vae.decode(meta_latents(pixels).to(vae.dtype))
     return counter.flops
 
@@ -62,7 +63,7 @@ def count_lpl(pixels, samples=1, dtype=torch.float32, **options):
     kept = []
     segment = loss_fn.segments[len(loss_fn.taps) - 1]
     backward = segment.backward
-    with StepCounter() as counter:
+    with FusedAttention(), StepCounter() as counter:
 
         def watched(saved, grads, checkpoint):
             kept.append(counter.live - sum(g.nbytes for g in grads))
@@ -76,12 +77,13 @@ def count_lpl(pixels, samples=1, dtype=torch.float32, **options):
 def count_textbook(pixels, checkpointing=False):
     """FLOPs, bytes saved for backward (distinct storages, weights excluded), and peak bytes."""
     vae, pred = sdxl_vae("meta"), meta_latents(pixels)
-    with StepCounter() as counter:
+    with FusedAttention(), StepCounter() as counter:
         textbook_lpl(vae, pred, pred.detach(), checkpointing=checkpointing).sum().backward()
     pred.grad = None
-    saved = count_saved_bytes(
-        lambda: textbook_lpl(vae, pred, pred.detach(), checkpointing=checkpointing), vae.parameters()
-    )
+    with FusedAttention():
+        saved = count_saved_bytes(
+            lambda: textbook_lpl(vae, pred, pred.detach(), checkpointing=checkpointing), vae.parameters()
+        )
     return counter.flops, saved, counter.peak
 
 

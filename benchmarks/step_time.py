@@ -2,7 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/step_time.py [steps]
 
-The demo's decoder is large beside its denoiser, and its gate passes 67 % of the samples; for SDXL see step_flops.py.
+The demo's decoder is large beside its denoiser, and its gate passes 67 % of the samples; for SDXL
+see `lpl plan`.
 """
 
 import sys

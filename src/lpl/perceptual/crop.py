@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lpl.perceptual.frozen import Operation
+from lpl.perceptual.convolution import Operation
 
 
 class Crop(Operation):

@@ -24,7 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lpl.perceptual.frozen import Fuse, Rows, rows_of
+from lpl.perceptual.convolution import Rows, rows_of
+from lpl.perceptual.frozen import Fuse
 from lpl.perceptual.outliers import HALO, MAX_STRIDE, inlier_mask, inlier_range
 from lpl.perceptual.strips import arithmetic, channel_moments, spans
 

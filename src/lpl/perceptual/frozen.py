@@ -4,39 +4,21 @@ Each has a forward pass and the backward pass to its input, and keeps for the la
 convolution nothing, a fused GroupNorm + SiLU its input and two statistics per group. (Plain autograd keeps the input of
 every convolution, norm and SiLU.) The result of GroupNorm + SiLU exists only strip by strip, on its way into the
 convolution behind it.
-
-The 3 x 3 convolution behind a nearest-neighbour upsampling reads each input value up to four times; adding the weights
-that meet the same value first gives four 2 x 2 convolutions of the small map, 16/36 of the arithmetic. That is exact: a
-sum in another order.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import conv2d, linear, scaled_dot_product_attention, silu
+from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
-from lpl.perceptual.strips import arithmetic, assemble, channel_moments, layout, spans, strip_bytes, window
+from lpl.perceptual.convolution import Convolution, Operation, Rows, row_convolution, rows_of
+from lpl.perceptual.strips import assemble, channel_moments, spans, strip_bytes, window
 
-Rows = Callable[[int, int], Tensor]
-"""Rows first to last of a map."""
 Fuse = Callable[[Callable[..., Any]], Callable[..., Any]]
 """What is done to pointwise functions before use: nothing, or torch.compile."""
-
-
-class Operation(ABC):
-    """A part of the decoder. Runs without autograd; `differentiable` shows one to it."""
-
-    @abstractmethod
-    def forward(self, x: Tensor, keep: bool) -> tuple[Tensor, list[Any]]:
-        """The output for x (B, C, H, W) and, if keep, what backward needs."""
-
-    @abstractmethod
-    def backward(self, saved: list[Any], grad: Tensor) -> Tensor:
-        """The gradient with respect to x, from the output's. Empties saved, so that maps are freed on the way."""
 
 
 def _unfused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -55,40 +37,6 @@ def _norm_silu_backward(grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor) -
 
 def _norm_backward(grad: Tensor, x: Tensor, scale: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
     return torch.addcmul(offset, x, slope).addcmul_(grad, scale)
-
-
-def _transposed(weight: Tensor) -> Tensor:
-    """The weights with which a convolution's backward pass (stride 1, odd size, zero padding) is a convolution."""
-    return weight.flip(2, 3).transpose(0, 1).contiguous(memory_format=torch.channels_last)
-
-
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Of rows that have their halo: no rows are padded, columns are."""
-    return conv2d(x, weight, bias, padding=(0, weight.shape[3] // 2))
-
-
-class Convolution(Operation):
-    """y = W * x + b: a convolution of stride 1 and odd size that keeps the map's size. Keeps nothing."""
-
-    def __init__(self, module: nn.Conv2d) -> None:
-        self.module = module
-
-    def rows(self, x: Tensor) -> Rows:
-        """The rows of the output."""
-        halo = self.module.weight.shape[2] // 2
-        return lambda first, last: _convolve(window(x, first - halo, last + halo), self.module.weight, self.module.bias)
-
-    def rows_backward(self, grad: Tensor) -> Rows:
-        """The rows of the gradient with respect to the input."""
-        weight = _transposed(self.module.weight)
-        halo = weight.shape[2] // 2
-        return lambda first, last: _convolve(window(grad, first - halo, last + halo), weight, None)
-
-    def forward(self, x: Tensor, keep: bool) -> tuple[Tensor, list[Any]]:
-        return assemble(spans(x, self.module.out_channels), self.rows(x)), []
-
-    def backward(self, saved: list[Any], grad: Tensor) -> Tensor:
-        return assemble(spans(grad, self.module.in_channels), self.rows_backward(grad))
 
 
 class _Norm:
@@ -153,15 +101,15 @@ class NormSiLUConvolution:
         """plus: rows of the map that is added to the output."""
         mean, rstd = self.norm.statistics(x)
         scale, shift = self.norm.affine(mean, rstd)
-        convolution = self.convolution.module
-        halo = convolution.weight.shape[2] // 2
+        module, halo = self.convolution.module, self.convolution.halo
+        convolve = row_convolution(module.weight, module.bias, x)
 
         def make(first: int, last: int) -> Tensor:
             norm = window(x, first - halo, last + halo, lambda rows: self.norm_silu(rows, scale, shift))
-            y = _convolve(norm, convolution.weight, convolution.bias)
+            y = convolve(norm)
             return y if plus is None else y.add_(plus(first, last))
 
-        return assemble(spans(x, convolution.out_channels), make), [x, mean, rstd] if keep else []
+        return assemble(spans(x, module.out_channels), make), [x, mean, rstd] if keep else []
 
     def backward(self, saved: list[Any], grad: Tensor, plus: Rows | None = None) -> Tensor:
         """plus: rows of the gradient that is added to the input's."""
@@ -259,87 +207,6 @@ def _heads(tokens: Tensor, heads: int) -> Tensor:
     return tokens.unflatten(2, (heads, -1)).transpose(1, 2)
 
 
-class Upsampling(Operation):
-    """y = W * nearest(x) + b, nearest doubling height and width, W of 3 x 3. Keeps nothing.
-
-    Output pixel (2i + a, 2j + c) is a 2 x 2 convolution of x around (i, j), with weights of its own for each (a, c):
-    along an axis, taps (w0, w1 + w2) on x[i - 1], x[i] for a = 0 and (w0 + w1, w2) on x[i], x[i + 1] for a = 1. Sums
-    are taken in float32 and rounded to the weights' precision: in bfloat16 the error is up to 1.5 times that of 3 x 3.
-    """
-
-    def __init__(self, module: nn.Conv2d) -> None:
-        self.module = module
-
-    def rows(self, x: Tensor) -> Rows:
-        """The rows of the output, from an even row to an even row."""
-        fill = self._filler(x)
-
-        def make(first: int, last: int) -> Tensor:
-            out = self._empty(x, last - first)
-            fill(first // 2, last // 2, out)
-            return out
-
-        return make
-
-    def forward(self, x: Tensor, keep: bool) -> tuple[Tensor, list[Any]]:
-        fill, out = self._filler(x), self._empty(x, 2 * x.shape[2])
-        for first, last in spans(x, 4 * self.module.out_channels):
-            fill(first, last, out[:, :, 2 * first : 2 * last])
-        return out, []
-
-    def _empty(self, x: Tensor, rows: int) -> Tensor:
-        shape = (len(x), self.module.out_channels, rows, 2 * x.shape[3])
-        return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout(x))
-
-    def _filler(self, x: Tensor) -> Callable[[int, int, Tensor], None]:
-        """Fills out with the output's rows for rows first to last of x."""
-        weight, width = self._folded(), x.shape[3]
-        bias = None if self.module.bias is None else self.module.bias.repeat(4)
-
-        def fill(first: int, last: int, out: Tensor) -> None:
-            y = conv2d(window(x, first - 1, last + 1), weight, bias, padding=(0, 1))
-            for phase, part in enumerate(y.split(self.module.out_channels, 1)):
-                a, c = divmod(phase, 2)
-                out[:, :, a::2, c::2] = part[:, :, a : a + last - first, c : c + width]
-
-        return fill
-
-    def backward(self, saved: list[Any], grad: Tensor) -> Tensor:
-        weight = _transposed(self._folded())
-        batch, channels, height, width = grad.shape
-        height, width = height // 2, width // 2
-
-        def make(first: int, last: int) -> Tensor:
-            # The gradient of y in `rows`: its four phases stacked, each moved by half a pixel.
-            stacked = torch.empty(
-                (batch, 4 * channels, last - first + 1, width + 1),
-                dtype=grad.dtype,
-                device=grad.device,
-                memory_format=layout(grad),
-            ).zero_()
-            for phase, part in enumerate(stacked.split(channels, 1)):
-                a, c = divmod(phase, 2)
-                rows = grad[:, :, a::2, c::2]
-                low, high = max(first - a, 0), min(last + 1 - a, height)
-                part[:, :, low + a - first : high + a - first, c : c + width] = rows[:, :, low:high]
-            return conv2d(stacked, weight)
-
-        small = grad[:, :, ::2, ::2]
-        return assemble(spans(small, 4 * channels), make)
-
-    def _folded(self) -> Tensor:
-        """(4 * out, in, 2, 2): the weights of the four output phases, in the order of (a, c)."""
-        weight = self.module.weight
-        phases = [w for rows in _fold(weight.to(arithmetic(weight)), 2) for w in _fold(rows, 3)]
-        return torch.cat(phases).to(weight.dtype).contiguous(memory_format=torch.channels_last)
-
-
-def _fold(weight: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    """Three taps on an upsampled axis as two on the original: for even output positions and for odd ones."""
-    w0, w1, w2 = weight.unbind(axis)
-    return torch.stack([w0, w1 + w2], axis), torch.stack([w0 + w1, w2], axis)
-
-
 class Identity(Operation):
     """y = x."""
 
@@ -372,11 +239,6 @@ class Plain(Operation):
         x, y = saved
         saved.clear()
         return torch.autograd.grad(y, x, grad)[0]
-
-
-def rows_of(x: Tensor) -> Rows:
-    """The rows of a map that exists."""
-    return lambda first, last: x[:, :, first:last]
 
 
 class _Differentiable(torch.autograd.Function):

@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lpl.perceptual.frozen import Identity, Operation, Upsampling
+from lpl.perceptual.convolution import Operation, Upsampling
+from lpl.perceptual.frozen import Identity
 
 
 class Segment:

@@ -42,9 +42,8 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     if config.optim.use_8bit_adam and kind == "cpu":
         raise UserError("--use_8bit_adam needs a GPU; drop it on a CPU")
     if config.lpl.use_lpl and config.lpl.lpl_compile and not _can_compile(kind):
-        raise UserError(
-            f"--lpl_compile needs {'a C++ compiler' if kind == 'cpu' else 'Triton'}, which was not found; install it or drop the option"
-        )
+        missing = "a C++ compiler" if kind == "cpu" else "Triton"
+        raise UserError(f"--lpl_compile needs {missing}, which was not found: install it or drop the option")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = run.allow_tf32
     level = logging.INFO if accelerator.is_main_process else logging.ERROR
     logging.basicConfig(format="%(message)s", level=logging.WARNING)

@@ -6,9 +6,10 @@ import torch
 from lpl import LatentPerceptualLoss
 from lpl.analysis.counter import StepCounter
 from lpl.perceptual import strips
+from lpl.perceptual.convolution import Convolution, Upsampling
 from lpl.perceptual.crop import Crop
 from lpl.perceptual.distance import NORM_TYPES
-from lpl.perceptual.frozen import Attention, Convolution, Plain, Resnet, Upsampling
+from lpl.perceptual.frozen import Attention, Plain, Resnet
 from lpl.testing import tiny_vae
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from lpl.perceptual import strips
+from lpl.perceptual.convolution import rows_of
 from lpl.perceptual.distance import NORM_TYPES, FeatureDistance, batch_scale
-from lpl.perceptual.frozen import rows_of
 
 TWO_CHANNELS_X = torch.tensor([[[[3.0, 1.0], [0.0, 2.0]], [[4.0, 0.0], [5.0, 0.0]]]])
 TWO_CHANNELS_Y = torch.tensor([[[[0.0, 3.0], [1.0, 8.0]], [[2.0, 4.0], [0.0, 6.0]]]])

@@ -9,8 +9,9 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 
 from lpl.analysis.memory import count_saved_bytes
-from lpl.perceptual import strips
-from lpl.perceptual.frozen import Attention, Convolution, Identity, Plain, Resnet, Upsampling, differentiable
+from lpl.perceptual import convolution, strips
+from lpl.perceptual.convolution import Convolution, Upsampling
+from lpl.perceptual.frozen import Attention, Identity, Plain, Resnet, differentiable
 from lpl.testing import randomize
 
 
@@ -83,6 +84,49 @@ def test_equals_autograd_in_double_precision(monkeypatch, name, batch, layout, s
     monkeypatch.setattr(strips, "STRIP_BYTES", {"cpu": strip})
     for size in ((6, 5), (1, 4), (7, 2)):
         compare(*build(name), random_map(batch=batch, size=size, layout=layout), 1e-12)
+
+
+@pytest.fixture
+def winograd(monkeypatch):
+    """Every 3 x 3 convolution takes F(2, 3), however small."""
+    monkeypatch.setattr(convolution, "WINOGRAD_CHANNELS", 1)
+    monkeypatch.setattr(convolution, "WINOGRAD_CELLS", 1)
+
+
+@pytest.mark.parametrize("strip", [1, 2**23])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", ["convolution", "convolution without bias", "resnet", "resnet with a shortcut"])
+def test_winograd_equals_autograd(monkeypatch, winograd, name, layout, strip):
+    """Also for maps of an odd number of rows, whose last row is convolved directly."""
+    monkeypatch.setattr(strips, "STRIP_BYTES", {"cpu": strip})
+    for size in ((6, 5), (2, 4), (1, 3), (7, 2)):
+        compare(*build(name), random_map(size=size, layout=layout), 1e-12)
+
+
+@pytest.mark.parametrize("name", ["convolution", "resnet"])
+def test_winograd_is_as_near_the_truth_as_the_direct_sum(winograd, name):
+    module, operation = build(name, torch.float32)
+    exact = copy.deepcopy(module).double()
+    x = random_map(torch.float32, size=(64, 32))
+    truth = x.detach().double().requires_grad_()
+    outputs = [differentiable(operation)(x), run_module(module, x), run_module(exact, truth)]
+    grads = [torch.autograd.grad(y.square().sum(), at)[0] for y, at in zip(outputs, (x, x, truth), strict=True)]
+    for ours, theirs, right in (outputs, grads):
+        assert (ours.double() - right).norm() <= 1.5 * (theirs.double() - right).norm()
+
+
+def test_winograd_takes_two_thirds_of_the_products_where_it_pays():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    flops = {}
+    for width, size, dtype in ((64, 64, torch.float32), (64, 32, torch.float32), (64, 64, torch.bfloat16)):
+        module = torch.nn.Conv2d(width, 64, 3, padding=1).to(dtype)
+        x = torch.randn(1, width, size, size, dtype=dtype)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            Convolution(module).forward(x, keep=False)
+        flops[size, dtype] = counter.get_total_flops() / (2 * 9 * width * 64 * size * size)
+    assert flops[64, torch.float32] == pytest.approx(2 / 3, rel=0.01)
+    assert flops[32, torch.float32] == flops[64, torch.bfloat16] == 1
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lpl.perceptual.convolution import Convolution, Operation, Upsampling
 from lpl.perceptual.decoders.base import DecoderTaps, Tap
-from lpl.perceptual.frozen import Attention, Convolution, Fuse, Identity, Operation, Plain, Resnet, Upsampling
+from lpl.perceptual.frozen import Attention, Fuse, Identity, Plain, Resnet
 from lpl.perceptual.segment import Segment
 
 logger = logging.getLogger("lpl")

@@ -1,0 +1,196 @@
+"""Convolutions whose weights are frozen: exact, strip by strip, keeping nothing for the backward pass.
+
+Two identities save arithmetic; both are exact, sums in another order.
+
+- The 3 x 3 convolution behind a nearest-neighbour upsampling reads each input value up to four times; adding the
+  weights that meet the same value first gives four 2 x 2 convolutions of the small map, 16/36 of the products.
+- Winograd's F(2, 3) along columns: two output rows from four input rows d take four products instead of six,
+  y0 = m0 + m1 + m2, y1 = m1 - m2 - m3, with m0 = (d0 - d2) g0, m1 = (d1 + d2) (g0 + g1 + g2)/2,
+  m2 = (d2 - d1) (g0 - g1 + g2)/2, m3 = (d1 - d3) g2; each product is a 1 x 3 convolution along the rows. (Winograd,
+  Arithmetic Complexity of Computations, 1980; Lavin & Gray, CVPR 2016.) Used on a CPU in float32, where its rounding
+  error is no larger than the direct sum's. In bfloat16 it would double the error; GPU libraries choose their own way.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import conv2d
+
+from lpl.perceptual.strips import arithmetic, assemble, layout, spans, window
+
+Rows = Callable[[int, int], Tensor]
+"""Rows first to last of a map."""
+WINOGRAD_CHANNELS, WINOGRAD_CELLS = 64, 4096
+"""Input channels and cells of a map (all samples) from which on F(2, 3) pays for making its weights."""
+
+
+class Operation(ABC):
+    """A part of the decoder. Runs without autograd; `differentiable` shows one to it."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, keep: bool) -> tuple[Tensor, list[Any]]:
+        """The output for x (B, C, H, W) and, if keep, what backward needs."""
+
+    @abstractmethod
+    def backward(self, saved: list[Any], grad: Tensor) -> Tensor:
+        """The gradient with respect to x, from the output's. Empties saved, so that maps are freed on the way."""
+
+
+def rows_of(x: Tensor) -> Rows:
+    """The rows of a map that exists."""
+    return lambda first, last: x[:, :, first:last]
+
+
+def row_convolution(weight: Tensor, bias: Tensor | None, x: Tensor) -> Callable[[Tensor], Tensor]:
+    """A convolution (stride 1, odd size) of strips of the map x: rows with their halo in, rows without it out.
+
+    Columns are padded with zeros; rows are not.
+    """
+    padding = (0, weight.shape[3] // 2)
+
+    def direct(rows: Tensor) -> Tensor:
+        return conv2d(rows, weight, bias, padding=padding)
+
+    cells = x.shape[0] * x.shape[2] * x.shape[3]
+    pays = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+    if not pays or weight.shape[2] != 3 or weight.shape[1] < WINOGRAD_CHANNELS or cells < WINOGRAD_CELLS:
+        return direct
+    g0, g1, g2 = weight.unbind(2)
+    kernels = [g.unsqueeze(2) for g in (g0, (g0 + g1 + g2) / 2, (g0 - g1 + g2) / 2, g2)]
+    k0, k1, k2, k3 = (k.contiguous(memory_format=torch.channels_last) for k in kernels)
+
+    def winograd(rows: Tensor) -> Tensor:
+        n = rows.shape[2] - 2
+        if n % 2:
+            return direct(rows)
+        d0, d1, d2, d3 = (rows[:, :, i : i + n : 2] for i in range(4))
+        m1 = conv2d(d1 + d2, k1, bias, padding=padding)
+        m2 = conv2d(d2 - d1, k2, None, padding=padding)
+        m0 = conv2d(d0 - d2, k0, None, padding=padding)
+        out = torch.empty(
+            (len(rows), len(weight), n, rows.shape[3]), dtype=x.dtype, device=x.device, memory_format=layout(m1)
+        )
+        torch.add(m0.add_(m1), m2, out=out[:, :, ::2])
+        del m0
+        m3 = conv2d(d1 - d3, k3, None, padding=padding)
+        torch.sub(m1.sub_(m2), m3, out=out[:, :, 1::2])
+        return out
+
+    return winograd
+
+
+def transposed(weight: Tensor) -> Tensor:
+    """The weights with which a convolution's backward pass (stride 1, odd size, zero padding) is a convolution."""
+    return weight.flip(2, 3).transpose(0, 1).contiguous(memory_format=torch.channels_last)
+
+
+class Convolution(Operation):
+    """y = W * x + b: a convolution of stride 1 and odd size that keeps the map's size. Keeps nothing."""
+
+    def __init__(self, module: nn.Conv2d) -> None:
+        self.module = module
+
+    def rows(self, x: Tensor) -> Rows:
+        """The rows of the output."""
+        convolve, halo = row_convolution(self.module.weight, self.module.bias, x), self.halo
+        return lambda first, last: convolve(window(x, first - halo, last + halo))
+
+    def rows_backward(self, grad: Tensor) -> Rows:
+        """The rows of the gradient with respect to the input."""
+        convolve, halo = row_convolution(transposed(self.module.weight), None, grad), self.halo
+        return lambda first, last: convolve(window(grad, first - halo, last + halo))
+
+    @property
+    def halo(self) -> int:
+        """Rows on either side that an output row needs."""
+        return self.module.weight.shape[2] // 2
+
+    def forward(self, x: Tensor, keep: bool) -> tuple[Tensor, list[Any]]:
+        return assemble(spans(x, self.module.out_channels), self.rows(x)), []
+
+    def backward(self, saved: list[Any], grad: Tensor) -> Tensor:
+        return assemble(spans(grad, self.module.in_channels), self.rows_backward(grad))
+
+
+class Upsampling(Operation):
+    """y = W * nearest(x) + b, nearest doubling height and width, W of 3 x 3. Keeps nothing.
+
+    Output pixel (2i + a, 2j + c) is a 2 x 2 convolution of x around (i, j), with weights of its own for each (a, c):
+    along an axis, taps (w0, w1 + w2) on x[i - 1], x[i] for a = 0 and (w0 + w1, w2) on x[i], x[i + 1] for a = 1. Sums
+    are taken in float32 and rounded to the weights' precision: in bfloat16 the error is up to 1.5 times that of 3 x 3.
+    """
+
+    def __init__(self, module: nn.Conv2d) -> None:
+        self.module = module
+
+    def rows(self, x: Tensor) -> Rows:
+        """The rows of the output, from an even row to an even row."""
+        fill = self._filler(x)
+
+        def make(first: int, last: int) -> Tensor:
+            out = self._empty(x, last - first)
+            fill(first // 2, last // 2, out)
+            return out
+
+        return make
+
+    def forward(self, x: Tensor, keep: bool) -> tuple[Tensor, list[Any]]:
+        fill, out = self._filler(x), self._empty(x, 2 * x.shape[2])
+        for first, last in spans(x, 4 * self.module.out_channels):
+            fill(first, last, out[:, :, 2 * first : 2 * last])
+        return out, []
+
+    def _empty(self, x: Tensor, rows: int) -> Tensor:
+        shape = (len(x), self.module.out_channels, rows, 2 * x.shape[3])
+        return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout(x))
+
+    def _filler(self, x: Tensor) -> Callable[[int, int, Tensor], None]:
+        """Fills out with the output's rows for rows first to last of x."""
+        weight, width = self._folded(), x.shape[3]
+        bias = None if self.module.bias is None else self.module.bias.repeat(4)
+
+        def fill(first: int, last: int, out: Tensor) -> None:
+            y = conv2d(window(x, first - 1, last + 1), weight, bias, padding=(0, 1))
+            for phase, part in enumerate(y.split(self.module.out_channels, 1)):
+                a, c = divmod(phase, 2)
+                out[:, :, a::2, c::2] = part[:, :, a : a + last - first, c : c + width]
+
+        return fill
+
+    def backward(self, saved: list[Any], grad: Tensor) -> Tensor:
+        weight = transposed(self._folded())
+        batch, channels, height, width = grad.shape
+        height, width = height // 2, width // 2
+
+        def make(first: int, last: int) -> Tensor:
+            # The gradient of y in `rows`: its four phases stacked, each moved by half a pixel.
+            stacked = torch.empty(
+                (batch, 4 * channels, last - first + 1, width + 1),
+                dtype=grad.dtype,
+                device=grad.device,
+                memory_format=layout(grad),
+            ).zero_()
+            for phase, part in enumerate(stacked.split(channels, 1)):
+                a, c = divmod(phase, 2)
+                rows = grad[:, :, a::2, c::2]
+                low, high = max(first - a, 0), min(last + 1 - a, height)
+                part[:, :, low + a - first : high + a - first, c : c + width] = rows[:, :, low:high]
+            return conv2d(stacked, weight)
+
+        small = grad[:, :, ::2, ::2]
+        return assemble(spans(small, 4 * channels), make)
+
+    def _folded(self) -> Tensor:
+        """(4 * out, in, 2, 2): the weights of the four output phases, in the order of (a, c)."""
+        weight = self.module.weight
+        phases = [w for rows in _fold(weight.to(arithmetic(weight)), 2) for w in _fold(rows, 3)]
+        return torch.cat(phases).to(weight.dtype).contiguous(memory_format=torch.channels_last)
+
+
+def _fold(weight: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """Three taps on an upsampled axis as two on the original: for even output positions and for odd ones."""
+    w0, w1, w2 = weight.unbind(axis)
+    return torch.stack([w0, w1 + w2], axis), torch.stack([w0 + w1, w2], axis)
