@@ -1,9 +1,11 @@
 """What LPL costs on SDXL's decoder, counted: FLOPs in plain decodes, bytes kept for the backward pass, peak bytes.
 
     python benchmarks/loss_cost.py [pixels ...]
+    python benchmarks/loss_cost.py cpu [pixels]
 
 Runs on the meta device, attention as one kernel: no weights, no arithmetic, the same figures everywhere. With several
-sizes it also draws docs/cost.png. "textbook" is tests/textbook_lpl.py: two passes of plain autograd.
+sizes it also draws docs/cost.png. cpu: FLOPs of a real call on a CPU in float32. "textbook" is tests/textbook_lpl.py:
+two passes of plain autograd.
 """
 
 import sys
@@ -108,6 +110,16 @@ def table(pixels):
         print(f"| {blocks} | {flops / decode:.2f} | {peak / MIB:.0f} MiB |")
 
 
+def on_cpu(pixels):
+    """FLOPs on a CPU in float32, where convolutions take Winograd's F(2, 3)."""
+    vae, decode = sdxl_vae("cpu"), decode_flops(sdxl_vae("meta"), pixels)
+    pred = torch.randn(1, 4, pixels // 8, pixels // 8).requires_grad_()
+    for checkpointing in (False, True):
+        with StepCounter() as counter:
+            LatentPerceptualLoss(vae, checkpointing=checkpointing)(pred, pred.detach())
+        print(f"{pixels} px, float32 on a CPU, checkpointing {checkpointing}: {counter.flops / decode:.2f} decodes")
+
+
 def draw(sizes):
     """docs/cost.png: cost against pixels, blocks and gated samples."""
     import matplotlib
@@ -138,9 +150,16 @@ def draw(sizes):
     figure.savefig(DOCS / "cost.png", dpi=80)
 
 
-if __name__ == "__main__":
-    given = [int(a) for a in sys.argv[1:]] or [64, 128, 256, 512, 1024]
-    for pixels in given:
+def main(*arguments):
+    if arguments[:1] == ("cpu",):
+        on_cpu(*map(int, arguments[1:] or (256,)))
+        return
+    sizes = [int(a) for a in arguments] or [64, 128, 256, 512, 1024]
+    for pixels in sizes:
         table(pixels)
-    if len(given) > 2:
-        draw(given)
+    if len(sizes) > 2:
+        draw(sizes)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

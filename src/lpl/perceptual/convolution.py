@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
-from lpl.perceptual.strips import arithmetic, assemble, layout, spans, window
+from lpl.perceptual.strips import Make, arithmetic, assemble, layout, spans, window
 
 Rows = Callable[[int, int], Tensor]
 """Rows first to last of a map."""
@@ -44,14 +44,14 @@ def rows_of(x: Tensor) -> Rows:
     return lambda first, last: x[:, :, first:last]
 
 
-def row_convolution(weight: Tensor, bias: Tensor | None, x: Tensor) -> Callable[[Tensor], Tensor]:
+def row_convolution(weight: Tensor, bias: Tensor | None, x: Tensor) -> Callable[[Tensor, Tensor | None], Tensor]:
     """A convolution (stride 1, odd size) of strips of the map x: rows with their halo in, rows without it out.
 
-    Columns are padded with zeros; rows are not.
+    Columns are padded with zeros; rows are not. The result may be written to a place that is given.
     """
     padding = (0, weight.shape[3] // 2)
 
-    def direct(rows: Tensor) -> Tensor:
+    def direct(rows: Tensor, place: Tensor | None) -> Tensor:
         return conv2d(rows, weight, bias, padding=padding)
 
     cells = x.shape[0] * x.shape[2] * x.shape[3]
@@ -62,17 +62,18 @@ def row_convolution(weight: Tensor, bias: Tensor | None, x: Tensor) -> Callable[
     kernels = [g.unsqueeze(2) for g in (g0, (g0 + g1 + g2) / 2, (g0 - g1 + g2) / 2, g2)]
     k0, k1, k2, k3 = (k.contiguous(memory_format=torch.channels_last) for k in kernels)
 
-    def winograd(rows: Tensor) -> Tensor:
+    def winograd(rows: Tensor, place: Tensor | None) -> Tensor:
         n = rows.shape[2] - 2
         if n % 2:
-            return direct(rows)
+            return direct(rows, place)
         d0, d1, d2, d3 = (rows[:, :, i : i + n : 2] for i in range(4))
         m1 = conv2d(d1 + d2, k1, bias, padding=padding)
         m2 = conv2d(d2 - d1, k2, None, padding=padding)
         m0 = conv2d(d0 - d2, k0, None, padding=padding)
-        out = torch.empty(
-            (len(rows), len(weight), n, rows.shape[3]), dtype=x.dtype, device=x.device, memory_format=layout(m1)
-        )
+        out = place
+        if out is None:
+            shape = (len(rows), len(weight), n, rows.shape[3])
+            out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout(m1))
         torch.add(m0.add_(m1), m2, out=out[:, :, ::2])
         del m0
         m3 = conv2d(d1 - d3, k3, None, padding=padding)
@@ -95,13 +96,17 @@ class Convolution(Operation):
 
     def rows(self, x: Tensor) -> Rows:
         """The rows of the output."""
-        convolve, halo = row_convolution(self.module.weight, self.module.bias, x), self.halo
-        return lambda first, last: convolve(window(x, first - halo, last + halo))
+        make = self._maker(x, self.module.weight, self.module.bias)
+        return lambda first, last: make(first, last, None)
 
     def rows_backward(self, grad: Tensor) -> Rows:
         """The rows of the gradient with respect to the input."""
-        convolve, halo = row_convolution(transposed(self.module.weight), None, grad), self.halo
-        return lambda first, last: convolve(window(grad, first - halo, last + halo))
+        make = self._maker(grad, transposed(self.module.weight), None)
+        return lambda first, last: make(first, last, None)
+
+    def _maker(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Make:
+        convolve, halo = row_convolution(weight, bias, x), self.halo
+        return lambda first, last, place: convolve(window(x, first - halo, last + halo), place)
 
     @property
     def halo(self) -> int:
@@ -109,10 +114,12 @@ class Convolution(Operation):
         return self.module.weight.shape[2] // 2
 
     def forward(self, x: Tensor, keep: bool) -> tuple[Tensor, list[Any]]:
-        return assemble(spans(x, self.module.out_channels), self.rows(x)), []
+        make = self._maker(x, self.module.weight, self.module.bias)
+        return assemble(spans(x, self.module.out_channels), x, self.module.out_channels, make), []
 
     def backward(self, saved: list[Any], grad: Tensor) -> Tensor:
-        return assemble(spans(grad, self.module.in_channels), self.rows_backward(grad))
+        make = self._maker(grad, transposed(self.module.weight), None)
+        return assemble(spans(grad, self.module.in_channels), grad, self.module.in_channels, make)
 
 
 class Upsampling(Operation):
@@ -165,7 +172,7 @@ class Upsampling(Operation):
         batch, channels, height, width = grad.shape
         height, width = height // 2, width // 2
 
-        def make(first: int, last: int) -> Tensor:
+        def make(first: int, last: int, _: Tensor | None) -> Tensor:
             # The gradient of y in `rows`: its four phases stacked, each moved by half a pixel.
             stacked = torch.empty(
                 (batch, 4 * channels, last - first + 1, width + 1),
@@ -181,7 +188,7 @@ class Upsampling(Operation):
             return conv2d(stacked, weight)
 
         small = grad[:, :, ::2, ::2]
-        return assemble(spans(small, 4 * channels), make)
+        return assemble(spans(small, 4 * channels), small, weight.shape[0], make)
 
     def _folded(self) -> Tensor:
         """(4 * out, in, 2, 2): the weights of the four output phases, in the order of (a, c)."""

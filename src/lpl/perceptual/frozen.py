@@ -65,14 +65,14 @@ class _Norm:
         gamma = self.module.weight.to(mean.dtype).view(1, -1, 1, 1)
         sums, products = torch.zeros_like(mean), torch.zeros_like(mean)
 
-        def make(first: int, last: int) -> Tensor:
+        def make(first: int, last: int, _: Tensor | None) -> Tensor:
             rows = d_norm(first, last)
             sums.add_(rows.sum((2, 3), keepdim=True))
             products.add_((x[:, :, first:last] - mean).mul_(rows).sum((2, 3), keepdim=True))
             return rows.to(x.dtype)
 
         strips = spans(x)
-        out = assemble(strips, make)
+        out = assemble(strips, x, x.shape[1], make)
         # dL/dx = gamma / std * dL/dy + slope * x + offset, the same slope and offset for all channels of a group.
         n = x.shape[2] * x.shape[3]
         slope = -(rstd**3) * self._group_mean(gamma * products / n)
@@ -104,12 +104,12 @@ class NormSiLUConvolution:
         module, halo = self.convolution.module, self.convolution.halo
         convolve = row_convolution(module.weight, module.bias, x)
 
-        def make(first: int, last: int) -> Tensor:
-            norm = window(x, first - halo, last + halo, lambda rows: self.norm_silu(rows, scale, shift))
-            y = convolve(norm)
+        def make(first: int, last: int, place: Tensor | None) -> Tensor:
+            y = convolve(window(x, first - halo, last + halo, lambda rows: self.norm_silu(rows, scale, shift)), place)
             return y if plus is None else y.add_(plus(first, last))
 
-        return assemble(spans(x, module.out_channels), make), [x, mean, rstd] if keep else []
+        y = assemble(spans(x, module.out_channels), x, module.out_channels, make)
+        return y, [x, mean, rstd] if keep else []
 
     def backward(self, saved: list[Any], grad: Tensor, plus: Rows | None = None) -> Tensor:
         """plus: rows of the gradient that is added to the input's."""

@@ -36,12 +36,25 @@ def inlier_range(y: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
     parts = []
     for block in grid.split(64, 1):  # a block's values are copied
         values = block.flatten(2).to(arithmetic(y))
-        smallest = values.topk(low, largest=False, sorted=False).values.amax(-1)
-        largest = values.topk(n - high + 1, largest=True, sorted=False).values.amin(-1)
-        parts.append(torch.stack([smallest, largest]))
+        parts.append(torch.stack([_kth(values, low, largest=False), _kth(values, n - high + 1, largest=True)]))
     q_low, q_high = torch.cat(parts, 2)[..., None, None].unbind()
     margin = 2 * std if y.shape[2] * y.shape[3] > 1 else torch.ones_like(std)
     return q_low - margin, q_high + margin
+
+
+def _kth(values: Tensor, k: int, largest: bool) -> Tensor:
+    """The k-th largest (or smallest) of the last axis.
+
+    The k largest lie in the k blocks of 8 with the largest maxima, so only these are looked through.
+    """
+    n = values.shape[-1]
+    if n % 8 == 0 and n >= 32 * k:
+        blocks = values.unflatten(-1, (8, -1))
+        ends = blocks.amax(-2) if largest else blocks.amin(-2)
+        chosen = ends.topk(k, largest=largest, sorted=False).indices.unsqueeze(-2)
+        values = blocks.gather(-1, chosen.expand(*chosen.shape[:-2], 8, k)).flatten(-2)
+    found = values.topk(k, largest=largest, sorted=False).values
+    return found.amin(-1) if largest else found.amax(-1)
 
 
 def inlier_mask(y: Tensor, low: Tensor, high: Tensor, stride: float) -> Tensor:

@@ -29,24 +29,21 @@ def spans(x: Tensor, channels: int | None = None) -> list[tuple[int, int]]:
     return [(first, min(first + rows, height)) for first in range(0, height, rows)]
 
 
-def assemble(strips: list[tuple[int, int]], make: Callable[[int, int], Tensor]) -> Tensor:
-    """The map whose rows first to last are make(first, last)."""
-    height = strips[-1][1]
+Make = Callable[[int, int, Tensor | None], Tensor]
+"""Makes rows first to last of a map, in the place that is given for them or in a new one."""
+
+
+def assemble(strips: list[tuple[int, int]], x: Tensor, channels: int, make: Make) -> Tensor:
+    """The map of so many channels, otherwise like x, whose strips are made."""
     if len(strips) == 1:
-        return make(0, height)
-    out: Tensor | None = None
+        return make(0, x.shape[2], None)
+    shape = (len(x), channels, *x.shape[2:])
+    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout(x))
     for first, last in strips:
-        part = make(first, last)
-        if out is None:
-            batch, channels, _, width = part.shape
-            out = torch.empty(
-                (batch, channels, height, width),
-                dtype=part.dtype,
-                device=part.device,
-                memory_format=layout(part),
-            )
-        out[:, :, first:last] = part
-    assert out is not None
+        place = out[:, :, first:last]
+        part = make(first, last, place)
+        if part is not place:
+            place.copy_(part)
     return out
 
 

@@ -142,3 +142,18 @@ def test_sampled_order_statistics_differ_on_under_a_thousandth(shape):
     sampled_rank = (flat < (low + 2 * std)[..., 0]).double().mean(-1)
     assert ((sampled_rank - 0.02).abs() < 0.004).all(), n
     assert (low + 2 * std < high - 2 * std).all()
+
+
+@pytest.mark.parametrize("n", [64, 4096, 4100])
+@pytest.mark.parametrize("k", [1, 2, 80, 128])
+@pytest.mark.parametrize("largest", [True, False])
+def test_kth_value_is_exact(n, k, largest):
+    """Where blocks are looked through and where not; with ties."""
+    k = min(k, n)
+    for values in (
+        torch.randn(3, 2, n),
+        torch.randint(0, 9, (3, 2, n)).float(),
+        torch.arange(n).float().expand(3, 2, n),
+    ):
+        expected = values.sort(-1, descending=largest).values[..., k - 1]
+        assert torch.equal(outliers._kth(values, k, largest), expected)
