@@ -6,9 +6,11 @@ Two identities save arithmetic; both are exact, sums in another order.
   weights that meet the same value first gives four 2 x 2 convolutions of the small map, 16/36 of the products.
 - Winograd's F(2, 3) along columns: two output rows from four input rows d take four products instead of six,
   y0 = m0 + m1 + m2, y1 = m1 - m2 - m3, with m0 = (d0 - d2) g0, m1 = (d1 + d2) (g0 + g1 + g2)/2,
-  m2 = (d2 - d1) (g0 - g1 + g2)/2, m3 = (d1 - d3) g2; each product is a 1 x 3 convolution along the rows. (Winograd,
-  Arithmetic Complexity of Computations, 1980; Lavin & Gray, CVPR 2016.) Used on a CPU in float32, where its rounding
-  error is no larger than the direct sum's. In bfloat16 it would double the error; GPU libraries choose their own way.
+  m2 = (d2 - d1) (g0 - g1 + g2)/2, m3 = (d1 - d3) g2; each product is a 1 x 3 convolution along the rows. The 2 x 2
+  convolutions take three instead of four, F(2, 2): m0 = (d0 - d1) g0, m1 = d1 (g0 + g1), m2 = (d1 - d2) g1,
+  y0 = m0 + m1, y1 = m1 - m2. (Winograd, Arithmetic Complexity of Computations, 1980; Lavin & Gray, CVPR 2016.) Used on
+  a CPU in float32, where its rounding error is no larger than the direct sum's. In bfloat16 it would double the error;
+  GPU libraries choose their own way.
 """
 
 from abc import ABC, abstractmethod
@@ -44,43 +46,64 @@ def rows_of(x: Tensor) -> Rows:
     return lambda first, last: x[:, :, first:last]
 
 
-def row_convolution(weight: Tensor, bias: Tensor | None, x: Tensor) -> Callable[[Tensor, Tensor | None], Tensor]:
-    """A convolution (stride 1, odd size) of strips of the map x: rows with their halo in, rows without it out.
+def row_convolution(
+    weight: Tensor, bias: Tensor | None, x: Tensor, padding: int | None = None
+) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """A convolution (stride 1) of strips of the map x: rows with their halo in, rows without it out.
 
-    Columns are padded with zeros; rows are not. The result may be written to a place that is given.
+    Columns are padded with zeros, as many as given or as keep the width; rows are not. The result may be written to a
+    place that is given.
     """
-    padding = (0, weight.shape[3] // 2)
+    columns = (0, weight.shape[3] // 2 if padding is None else padding)
 
-    def direct(rows: Tensor, place: Tensor | None) -> Tensor:
-        return conv2d(rows, weight, bias, padding=padding)
+    def convolve(rows: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
+        return conv2d(rows, kernel, bias, padding=columns)
 
-    cells = x.shape[0] * x.shape[2] * x.shape[3]
-    pays = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
-    if not pays or weight.shape[2] != 3 or weight.shape[1] < WINOGRAD_CHANNELS or cells < WINOGRAD_CELLS:
+    def direct(rows: Tensor, _: Tensor | None) -> Tensor:
+        return convolve(rows, weight, bias)
+
+    if not takes_winograd(weight, x):
         return direct
-    g0, g1, g2 = weight.unbind(2)
-    kernels = [g.unsqueeze(2) for g in (g0, (g0 + g1 + g2) / 2, (g0 - g1 + g2) / 2, g2)]
-    k0, k1, k2, k3 = (k.contiguous(memory_format=torch.channels_last) for k in kernels)
+    taps = weight.shape[2]
+    kernels = [g.unsqueeze(2).contiguous(memory_format=torch.channels_last) for g in _winograd_kernels(weight)]
 
     def winograd(rows: Tensor, place: Tensor | None) -> Tensor:
-        n = rows.shape[2] - 2
+        n = rows.shape[2] - taps + 1
         if n % 2:
             return direct(rows, place)
-        d0, d1, d2, d3 = (rows[:, :, i : i + n : 2] for i in range(4))
-        m1 = conv2d(d1 + d2, k1, bias, padding=padding)
-        m2 = conv2d(d2 - d1, k2, None, padding=padding)
-        m0 = conv2d(d0 - d2, k0, None, padding=padding)
+        d = [rows[:, :, i : i + n : 2] for i in range(taps + 1)]
+        if taps == 3:
+            middle = convolve(d[1] + d[2], kernels[1], bias)
+            other = convolve(d[2] - d[1], kernels[2])
+            first = convolve(d[0] - d[2], kernels[0]).add_(middle).add_(other)
+            second = middle.sub_(other).sub_(convolve(d[1] - d[3], kernels[3]))
+        else:
+            middle = convolve(d[1], kernels[1], bias)
+            first = convolve(d[0] - d[1], kernels[0]).add_(middle)
+            second = middle.sub_(convolve(d[1] - d[2], kernels[2]))
         out = place
         if out is None:
-            shape = (len(rows), len(weight), n, rows.shape[3])
-            out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout(m1))
-        torch.add(m0.add_(m1), m2, out=out[:, :, ::2])
-        del m0
-        m3 = conv2d(d1 - d3, k3, None, padding=padding)
-        torch.sub(m1.sub_(m2), m3, out=out[:, :, 1::2])
+            shape = (len(first), first.shape[1], n, first.shape[3])
+            out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout(first))
+        out[:, :, ::2], out[:, :, 1::2] = first, second
         return out
 
     return winograd
+
+
+def takes_winograd(weight: Tensor, x: Tensor) -> bool:
+    """Whether row_convolution saves products on the map x."""
+    exact = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+    cells = x.shape[0] * x.shape[2] * x.shape[3]
+    return exact and weight.shape[2] > 1 and weight.shape[1] >= WINOGRAD_CHANNELS and cells >= WINOGRAD_CELLS
+
+
+def _winograd_kernels(weight: Tensor) -> list[Tensor]:
+    if weight.shape[2] == 2:
+        g0, g1 = weight.unbind(2)
+        return [g0, g0 + g1, g1]
+    g0, g1, g2 = weight.unbind(2)
+    return [g0, (g0 + g1 + g2) / 2, (g0 - g1 + g2) / 2, g2]
 
 
 def transposed(weight: Tensor) -> Tensor:
@@ -115,11 +138,13 @@ class Convolution(Operation):
 
     def forward(self, x: Tensor, keep: bool) -> tuple[Tensor, list[Any]]:
         make = self._maker(x, self.module.weight, self.module.bias)
-        return assemble(spans(x, self.module.out_channels), x, self.module.out_channels, make), []
+        shape = (len(x), self.module.out_channels, *x.shape[2:])
+        return assemble(spans(x, shape[1]), shape, x, make), []
 
     def backward(self, saved: list[Any], grad: Tensor) -> Tensor:
         make = self._maker(grad, transposed(self.module.weight), None)
-        return assemble(spans(grad, self.module.in_channels), grad, self.module.in_channels, make)
+        shape = (len(grad), self.module.in_channels, *grad.shape[2:])
+        return assemble(spans(grad, shape[1]), shape, grad, make)
 
 
 class Upsampling(Operation):
@@ -156,12 +181,16 @@ class Upsampling(Operation):
 
     def _filler(self, x: Tensor) -> Callable[[int, int, Tensor], None]:
         """Fills out with the output's rows for rows first to last of x."""
-        weight, width = self._folded(), x.shape[3]
+        width, channels = x.shape[3], self.module.out_channels
         bias = None if self.module.bias is None else self.module.bias.repeat(4)
+        weight = self._folded()
+        convolve = row_convolution(weight, bias, x, padding=1)
+        # Winograd's way makes an even number of rows: one more than is needed, of an even number.
+        end = 2 if takes_winograd(weight, x) else 1
 
         def fill(first: int, last: int, out: Tensor) -> None:
-            y = conv2d(window(x, first - 1, last + 1), weight, bias, padding=(0, 1))
-            for phase, part in enumerate(y.split(self.module.out_channels, 1)):
+            y = convolve(window(x, first - 1, last + end), None)
+            for phase, part in enumerate(y.split(channels, 1)):
                 a, c = divmod(phase, 2)
                 out[:, :, a::2, c::2] = part[:, :, a : a + last - first, c : c + width]
 
@@ -171,6 +200,8 @@ class Upsampling(Operation):
         weight = transposed(self._folded())
         batch, channels, height, width = grad.shape
         height, width = height // 2, width // 2
+        small = grad[:, :, ::2, ::2]
+        convolve = row_convolution(weight, None, small, padding=0)
 
         def make(first: int, last: int, _: Tensor | None) -> Tensor:
             # The gradient of y in `rows`: its four phases stacked, each moved by half a pixel.
@@ -185,10 +216,10 @@ class Upsampling(Operation):
                 rows = grad[:, :, a::2, c::2]
                 low, high = max(first - a, 0), min(last + 1 - a, height)
                 part[:, :, low + a - first : high + a - first, c : c + width] = rows[:, :, low:high]
-            return conv2d(stacked, weight)
+            return convolve(stacked, None)
 
-        small = grad[:, :, ::2, ::2]
-        return assemble(spans(small, 4 * channels), small, weight.shape[0], make)
+        shape = (batch, weight.shape[0], height, width)
+        return assemble(spans(small, 4 * channels), shape, grad, make)
 
     def _folded(self) -> Tensor:
         """(4 * out, in, 2, 2): the weights of the four output phases, in the order of (a, c)."""

@@ -72,7 +72,7 @@ class _Norm:
             return rows.to(x.dtype)
 
         strips = spans(x)
-        out = assemble(strips, x, x.shape[1], make)
+        out = assemble(strips, x.shape, x, make)
         # dL/dx = gamma / std * dL/dy + slope * x + offset, the same slope and offset for all channels of a group.
         n = x.shape[2] * x.shape[3]
         slope = -(rstd**3) * self._group_mean(gamma * products / n)
@@ -108,7 +108,8 @@ class NormSiLUConvolution:
             y = convolve(window(x, first - halo, last + halo, lambda rows: self.norm_silu(rows, scale, shift)), place)
             return y if plus is None else y.add_(plus(first, last))
 
-        y = assemble(spans(x, module.out_channels), x, module.out_channels, make)
+        shape = (len(x), module.out_channels, *x.shape[2:])
+        y = assemble(spans(x, shape[1]), shape, x, make)
         return y, [x, mean, rstd] if keep else []
 
     def backward(self, saved: list[Any], grad: Tensor, plus: Rows | None = None) -> Tensor:

@@ -143,8 +143,8 @@ class LatentPerceptualLoss:
             target_latents: (B, C, h, w), model space; no gradient flows into it.
             mask: (B, 1, h, w) in [0, 1]: how much each location counts. None: everywhere alike.
             depth: with random_depth, how many taps are compared. None: all, each with its full weight.
-            windows: with crop, (B, 2) numbers in [0, 1): where each sample's window lies, from top left to bottom
-                right.
+            windows: with crop, (B, 2) numbers in [0, 1), on the CPU: where each sample's window lies, from top left
+                to bottom right.
 
         Raises:
             ValueError: shapes that do not fit each other or the VAE, a depth or windows without the option or the
@@ -237,7 +237,7 @@ class LatentPerceptualLoss:
     def _check(
         self, pred: Tensor, target: Tensor, mask: Tensor | None, depth: int | None, windows: Tensor | None
     ) -> None:
-        if pred.shape != target.shape or pred.dim() != 4:
+        if pred.shape != target.shape or pred.dim() != 4 or not len(pred):
             raise ValueError(f"latents must be two (B, C, h, w) of one shape, not {pred.shape} and {target.shape}")
         if pred.shape[1] != self.decoder.latent_channels:
             raise ValueError(f"latents have {pred.shape[1]} channels, the VAE's have {self.decoder.latent_channels}")

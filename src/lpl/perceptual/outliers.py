@@ -35,7 +35,7 @@ def inlier_range(y: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
     low, high = max(1, n * 2 // 100), max(1, n * 98 // 100)
     parts = []
     for block in grid.split(64, 1):  # a block's values are copied
-        values = block.flatten(2).to(arithmetic(y))
+        values = block.flatten(2).to(arithmetic(y)).contiguous()
         parts.append(torch.stack([_kth(values, low, largest=False), _kth(values, n - high + 1, largest=True)]))
     q_low, q_high = torch.cat(parts, 2)[..., None, None].unbind()
     margin = 2 * std if y.shape[2] * y.shape[3] > 1 else torch.ones_like(std)

@@ -33,12 +33,11 @@ Make = Callable[[int, int, Tensor | None], Tensor]
 """Makes rows first to last of a map, in the place that is given for them or in a new one."""
 
 
-def assemble(strips: list[tuple[int, int]], x: Tensor, channels: int, make: Make) -> Tensor:
-    """The map of so many channels, otherwise like x, whose strips are made."""
+def assemble(strips: list[tuple[int, int]], shape: tuple[int, ...], like: Tensor, make: Make) -> Tensor:
+    """The map (B, C, H, W) whose strips are made, in a precision and layout like another's."""
     if len(strips) == 1:
-        return make(0, x.shape[2], None)
-    shape = (len(x), channels, *x.shape[2:])
-    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout(x))
+        return make(0, shape[2], None)
+    out = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout(like))
     for first, last in strips:
         place = out[:, :, first:last]
         part = make(first, last, place)

@@ -95,7 +95,9 @@ def winograd(monkeypatch):
 
 @pytest.mark.parametrize("strip", [1, 2**23])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("name", ["convolution", "convolution without bias", "resnet", "resnet with a shortcut"])
+@pytest.mark.parametrize(
+    "name", ["convolution", "convolution without bias", "resnet", "resnet with a shortcut", "upsampling"]
+)
 def test_winograd_equals_autograd(monkeypatch, winograd, name, layout, strip):
     """Also for maps of an odd number of rows, whose last row is convolved directly."""
     monkeypatch.setattr(strips, "STRIP_BYTES", {"cpu": strip})
@@ -103,7 +105,7 @@ def test_winograd_equals_autograd(monkeypatch, winograd, name, layout, strip):
         compare(*build(name), random_map(size=size, layout=layout), 1e-12)
 
 
-@pytest.mark.parametrize("name", ["convolution", "resnet"])
+@pytest.mark.parametrize("name", ["convolution", "resnet", "upsampling"])
 def test_winograd_is_as_near_the_truth_as_the_direct_sum(winograd, name):
     module, operation = build(name, torch.float32)
     exact = copy.deepcopy(module).double()
@@ -115,7 +117,7 @@ def test_winograd_is_as_near_the_truth_as_the_direct_sum(winograd, name):
         assert (ours.double() - right).norm() <= 1.5 * (theirs.double() - right).norm()
 
 
-def test_winograd_takes_two_thirds_of_the_products_where_it_pays():
+def test_winograd_saves_products_where_it_pays():
     from torch.utils.flop_counter import FlopCounterMode
 
     flops = {}
@@ -127,6 +129,10 @@ def test_winograd_takes_two_thirds_of_the_products_where_it_pays():
         flops[size, dtype] = counter.get_total_flops() / (2 * 9 * width * 64 * size * size)
     assert flops[64, torch.float32] == pytest.approx(2 / 3, rel=0.01)
     assert flops[32, torch.float32] == flops[64, torch.bfloat16] == 1
+    upsampling, x = Upsampling(torch.nn.Conv2d(64, 64, 3, padding=1)), torch.randn(1, 64, 64, 64)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        upsampling.forward(x, keep=False)
+    assert counter.get_total_flops() / (2 * 9 * 64 * 64 * 128 * 128) == pytest.approx(16 / 36 * 3 / 4, rel=0.06)
 
 
 @pytest.mark.parametrize(
@@ -196,6 +202,19 @@ def test_what_is_kept(name):
     saved = count_saved_bytes(lambda: differentiable(operation)(x), [])
     statistics = 4 * 2 * 2 * (8 + 12) * 4
     assert saved == pytest.approx(KEPT[name] * x.nbytes, abs=statistics)
+
+
+@pytest.mark.parametrize("strip", [1, 2**23])
+@pytest.mark.parametrize("name", MODULES)
+def test_layout_is_kept(monkeypatch, name, strip):
+    """Fails where a map changes its layout on the way: what follows would copy it at every step."""
+    monkeypatch.setattr(strips, "STRIP_BYTES", {"cpu": strip})
+    _, operation = build(name)
+    x = random_map(size=(8, 6), layout=torch.channels_last)
+    y, saved = operation.forward(x.detach(), keep=True)
+    grad = operation.backward(saved, torch.ones_like(y))
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert grad.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_mean_that_dwarfs_the_deviation():

@@ -469,6 +469,7 @@ def test_private_copy_does_not_follow_the_vae(random_latents):
     [
         ((2, 4, 8, 8), (1, 4, 8, 8), "one shape"),
         ((4, 8, 8), (4, 8, 8), "one shape"),
+        ((0, 4, 8, 8), (0, 4, 8, 8), "one shape"),
         ((2, 3, 8, 8),) * 2 + ("3 channels",),
     ],
 )
