@@ -5,7 +5,7 @@ import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from lpl import LatentPerceptualLoss, PerceptualObjective
-from lpl.perceptual.normalization import NORM_TYPES
+from lpl.perceptual.distance import NORM_TYPES
 from lpl.testing import tiny_vae
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
