@@ -418,11 +418,11 @@ def test_nan_in_one_sample_stops_with_step_sample_and_term(
     seen: list[list[str]] = []
     original = TrainingStep.__call__
 
-    def poisoned(self: TrainingStep, denoiser: Any, batch: Any, device: Any, use_lpl: bool) -> Any:
+    def poisoned(self: TrainingStep, denoiser: Any, batch: Any, *rest: Any) -> Any:
         seen.append(batch.sample_ids)
         if len(seen) == 3 * accumulation:
             batch.text["pooled"][1] = float("nan")
-        return original(self, denoiser, batch, device, use_lpl)
+        return original(self, denoiser, batch, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(TrainingStep, "__call__", poisoned)
