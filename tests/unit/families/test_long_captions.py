@@ -15,17 +15,15 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lpl.config import ModelConfig
 from lpl.errors import UserError
-from lpl.families import blueprint, load_family, model_configs, plan_configs
+from lpl.families import blueprint, model_configs, plan_configs
 from lpl.families.base import weights_hash
 from lpl.families.sdxl import GUIDANCE_SCALE, SAMPLING_STEPS, SDXL
 from lpl.families.sdxl_configs import NAME
-from lpl.testing import randomize
 
-DEPTHS = {"text_encoder": 4, "text_encoder_2": 3}
 CAPTIONS = [
     "a red fox",
     "",
@@ -37,45 +35,6 @@ CAPTIONS = [
     "x " * 151,
     "w " * 300,
 ]
-
-
-def force_zeros(folder: Path, value: bool) -> Path:
-    index = json.loads((folder / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps(index | {"force_zeros_for_empty_prompt": value}))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def deep(model: Path, shared: Path) -> Path:
-    """The tiny SDXL with text encoders of four and three layers and tokenizers of SDXL's 77; no caption is zeros."""
-    folder = force_zeros(Path(shutil.copytree(model, shared / "deep")), False)
-    for n, (part, cls) in enumerate(zip(DEPTHS, (CLIPTextModel, CLIPTextModelWithProjection), strict=True)):
-        config = json.loads((folder / part / "config.json").read_text())
-        config |= {"num_hidden_layers": DEPTHS[part], "max_position_embeddings": 77}
-        torch.manual_seed(n)
-        encoder = randomize(cls(CLIPTextConfig.from_dict(config)), n)
-        shutil.rmtree(folder / part)
-        encoder.save_pretrained(folder / part)  # type: ignore[operator]
-    for part in ("tokenizer", "tokenizer_2"):
-        tokenizer = CLIPTokenizer.from_pretrained(folder / part, model_max_length=77)
-        shutil.rmtree(folder / part)
-        tokenizer.save_pretrained(folder / part)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def family(model: Path, deep: Path) -> Callable[..., SDXL]:
-    """Loads "tiny" (tokenizers of 32) or "deep" (of 77) with options, each once."""
-    loaded: dict[Any, SDXL] = {}
-
-    def load(which: str, **options: Any) -> SDXL:
-        key = (which, *sorted(options.items()))
-        if key not in loaded:
-            path = str({"tiny": model, "deep": deep}[which])
-            loaded[key] = load_family(ModelConfig(path, **options), torch.device("cpu"), torch.float32)
-        return loaded[key]
-
-    return load
 
 
 def input_of_layer(encoder: torch.nn.Module, index: int, ids: Tensor) -> tuple[Tensor, Any]:
@@ -119,9 +78,9 @@ def by_hand(folder: Path, caption: str, clip_skip: int, chunks: int) -> tuple[Te
     ],
 )  # fmt: skip
 def test_text_is_encoded_layer_by_layer_and_chunk_by_chunk(
-    family: Callable[..., SDXL], model: Path, deep: Path, which: str, clip_skip: int | None, tokens: int
+    family_of: Callable[..., SDXL], model: Path, deep: Path, which: str, clip_skip: int | None, tokens: int
 ) -> None:
-    loaded = family(which, clip_skip=clip_skip, max_token_length=tokens)
+    loaded = family_of(which, clip_skip=clip_skip, max_token_length=tokens)
     found = loaded.encode_text(CAPTIONS)
     length, chunks = (32, tokens // 75) if which == "tiny" else (77, tokens // 75)
     assert found["prompt_embeds"].shape == (len(CAPTIONS), chunks * length, 24)
@@ -137,9 +96,9 @@ def test_text_is_encoded_layer_by_layer_and_chunk_by_chunk(
 @pytest.mark.parametrize("which", ["tiny", "deep"])
 @pytest.mark.parametrize("clip_skip", [None, 0, 1])
 def test_one_chunk_is_the_pipelines_own_encoding_bit_for_bit(
-    family: Callable[..., SDXL], which: str, clip_skip: int | None
+    family_of: Callable[..., SDXL], which: str, clip_skip: int | None
 ) -> None:
-    loaded = family(which, clip_skip=clip_skip)
+    loaded = family_of(which, clip_skip=clip_skip)
     captions = [caption for caption in CAPTIONS if caption]
     found = loaded.encode_text(captions)
     with torch.no_grad():
@@ -150,8 +109,8 @@ def test_one_chunk_is_the_pipelines_own_encoding_bit_for_bit(
     assert torch.equal(found["pooled"], pooled)
 
 
-def test_skipped_layers_differ(family: Callable[..., SDXL]) -> None:
-    found = [family("deep", clip_skip=skip).encode_text(["a red fox"]) for skip in (0, 1, 2)]
+def test_skipped_layers_differ(family_of: Callable[..., SDXL]) -> None:
+    found = [family_of("deep", clip_skip=skip).encode_text(["a red fox"]) for skip in (0, 1, 2)]
     for n, one in enumerate(found):
         for other in found[:n]:
             assert (one["prompt_embeds"][..., :8] - other["prompt_embeds"][..., :8]).abs().max() > 0.1
@@ -160,8 +119,8 @@ def test_skipped_layers_differ(family: Callable[..., SDXL]) -> None:
 
 
 @pytest.mark.parametrize("which", ["tiny", "deep"])
-def test_further_chunks_change_nothing_of_the_first(family: Callable[..., SDXL], which: str) -> None:
-    short, long, longest = (family(which, max_token_length=n).encode_text(CAPTIONS) for n in (75, 150, 225))
+def test_further_chunks_change_nothing_of_the_first(family_of: Callable[..., SDXL], which: str) -> None:
+    short, long, longest = (family_of(which, max_token_length=n).encode_text(CAPTIONS) for n in (75, 150, 225))
     length = short["prompt_embeds"].shape[1]
     assert torch.equal(long["prompt_embeds"][:, :length], short["prompt_embeds"])
     assert torch.equal(longest["prompt_embeds"][:, : 2 * length], long["prompt_embeds"])
@@ -169,9 +128,9 @@ def test_further_chunks_change_nothing_of_the_first(family: Callable[..., SDXL],
     assert torch.equal(short["pooled"], longest["pooled"])
 
 
-def test_what_lies_beyond_the_first_chunk_counts(family: Callable[..., SDXL]) -> None:
+def test_what_lies_beyond_the_first_chunk_counts(family_of: Callable[..., SDXL]) -> None:
     captions = ["x " * 100 + "fox", "x " * 100 + "dog"]
-    short, long = (family("deep", max_token_length=n).encode_text(captions)["prompt_embeds"] for n in (75, 150))
+    short, long = (family_of("deep", max_token_length=n).encode_text(captions)["prompt_embeds"] for n in (75, 150))
     assert torch.equal(short[0], short[1])
     differs = (long[0] != long[1]).any(1)
     assert not differs[: 77 + 1 + 25].any()
@@ -180,9 +139,9 @@ def test_what_lies_beyond_the_first_chunk_counts(family: Callable[..., SDXL]) ->
 
 @pytest.mark.parametrize(("tokens", "cut"), [(75, 4), (150, 2), (225, 1)])
 def test_captions_are_counted_that_are_cut(
-    family: Callable[..., SDXL], caplog: pytest.LogCaptureFixture, tokens: int, cut: int
+    family_of: Callable[..., SDXL], caplog: pytest.LogCaptureFixture, tokens: int, cut: int
 ) -> None:
-    loaded = family("deep", max_token_length=tokens)
+    loaded = family_of("deep", max_token_length=tokens)
     loaded.free_encoders()  # what other tests have cut
     caplog.clear()
     with caplog.at_level(logging.WARNING, "lpl"):
@@ -196,25 +155,25 @@ def test_captions_are_counted_that_are_cut(
 
 
 def test_no_line_is_printed_for_a_caption_that_fits(
-    family: Callable[..., SDXL], caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+    family_of: Callable[..., SDXL], caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    loaded = family("deep", max_token_length=225, clip_skip=0)
+    loaded = family_of("deep", max_token_length=225, clip_skip=0)
     loaded.encode_text(["x " * 225])
     loaded.free_encoders()
     assert not caplog.records
     assert "onger than" not in capfd.readouterr().err
 
 
-def test_text_key_says_what_encodes(family: Callable[..., SDXL]) -> None:
-    usual = family("deep")
+def test_text_key_says_what_encodes(family_of: Callable[..., SDXL]) -> None:
+    usual = family_of("deep")
     tokenizers = [
         json.dumps(t.get_vocab(), sort_keys=True) for t in (usual.pipeline.tokenizer, usual.pipeline.tokenizer_2)
     ]
     # As it was before there were options: caches of those runs stay valid.
     assert usual.text_key == weights_hash(*usual.text_encoders, settings=f"False{tokenizers}")
-    assert family("deep", clip_skip=0, max_token_length=75).text_key == usual.text_key
+    assert family_of("deep", clip_skip=0, max_token_length=75).text_key == usual.text_key
     others = [
-        family("deep", clip_skip=skip, max_token_length=tokens) for skip in (None, 1, 2) for tokens in (75, 150, 225)
+        family_of("deep", clip_skip=skip, max_token_length=tokens) for skip in (None, 1, 2) for tokens in (75, 150, 225)
     ]
     assert len({other.text_key for other in others}) == 9
     assert {other.latent_key for other in others} == {usual.latent_key}
@@ -222,11 +181,11 @@ def test_text_key_says_what_encodes(family: Callable[..., SDXL]) -> None:
 
 @pytest.mark.parametrize(("which", "tokens"), [("tiny", 75), ("tiny", 150), ("deep", 75), ("deep", 225)])
 def test_validation_images_use_both(
-    family: Callable[..., SDXL], model: Path, deep: Path, which: str, tokens: int
+    family_of: Callable[..., SDXL], model: Path, deep: Path, which: str, tokens: int
 ) -> None:
     """As diffusers' pipeline draws them from embeddings that were made by hand."""
     folder, prompt, seed = {"tiny": model, "deep": deep}[which], "a red fox " * 40, 5
-    loaded = family(which, clip_skip=1, max_token_length=tokens)
+    loaded = family_of(which, clip_skip=1, max_token_length=tokens)
     loaded.prepare_prompt(prompt)
     (image,) = loaded.generate(loaded.denoiser.eval(), prompt, 1, seed, 16)
     embeds, pooled = by_hand(folder, prompt, 1, tokens // 75)
@@ -256,10 +215,12 @@ def test_validation_images_use_both(
 
 @pytest.mark.parametrize("tokens", [75, 150, 225])
 @pytest.mark.parametrize("which", ["tiny", "deep"])
-def test_a_plan_knows_the_shapes(family: Callable[..., SDXL], model: Path, deep: Path, which: str, tokens: int) -> None:
+def test_a_plan_knows_the_shapes(
+    family_of: Callable[..., SDXL], model: Path, deep: Path, which: str, tokens: int
+) -> None:
     configs = model_configs(ModelConfig(str({"tiny": model, "deep": deep}[which])))
     plan = blueprint(configs, tokens)
-    text = family(which, max_token_length=tokens).encode_text(["a fox", "x " * 300])
+    text = family_of(which, max_token_length=tokens).encode_text(["a fox", "x " * 300])
     assert {name: value.shape for name, value in plan.text(2).items()} == {n: v.shape for n, v in text.items()}
     assert plan.tokens(2).shape == (2, 32 if which == "tiny" else 77)
 
