@@ -32,7 +32,7 @@ def plan(config: TrainConfig, memory: int) -> str:
         config = replace(config, data=replace(config.data, resolution=native_resolution(configs)))
     config = _with_launched_precision(config)
     check_options(config, configs)
-    rehearsal, processes = Rehearsal(blueprint(configs)), _processes()
+    rehearsal, processes = Rehearsal(blueprint(configs, config.model.max_token_length)), _processes()
     changes = [Change("as asked", lambda same: same), *neighbours(config)]
     rows = []
     with tqdm(changes, desc="counting", delay=QUIET, leave=False, file=sys.stderr) as bar:
@@ -64,7 +64,7 @@ def describe(config: TrainConfig, checked: Checked) -> str:
     """
     config = _with_launched_precision(config)
     configs = checked.model_configs or plan_configs(config.model)
-    rehearsal, run = Rehearsal(blueprint(configs)), config.run
+    rehearsal, run = Rehearsal(blueprint(configs, config.model.max_token_length)), config.run
     needs = estimate(config, rehearsal, _processes())
     samples, per_step = len(checked.source), run.train_batch_size * run.gradient_accumulation_steps
     steps = config.num_steps(samples, 1)

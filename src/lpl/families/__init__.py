@@ -21,11 +21,11 @@ def load_family(config: ModelConfig, device: torch.device, weight_dtype: torch.d
     return SDXL(config, device, weight_dtype)
 
 
-def blueprint(configs: dict[str, Any]) -> Blueprint:
-    """The networks that a model's configs describe, for a plan."""
+def blueprint(configs: dict[str, Any], max_token_length: int = 75) -> Blueprint:
+    """The networks that a model's configs describe, for a plan with captions of so many tokens."""
     from lpl.families.sdxl_blueprint import SDXLBlueprint
 
-    return SDXLBlueprint(configs)
+    return SDXLBlueprint(configs, max_token_length)
 
 
 def noise_scheduler(configs: dict[str, Any]) -> Any:

@@ -31,7 +31,7 @@ class Family(Protocol):
         """Posterior mean and std, raw latents (B, C, h, w), float32 on the CPU, of pixels (B, 3, H, W) in [-1, 1]."""
 
     def encode_text(self, captions: list[str]) -> dict[str, Tensor]:
-        """What the denoiser needs of each caption, (B, ...) on the CPU."""
+        """What the denoiser needs of each caption, (B, ...) on the CPU; the same shapes for all captions of a run."""
 
     def denoise(
         self, denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, text: Mapping[str, Tensor], sizes: Tensor
@@ -75,7 +75,7 @@ class Blueprint(Protocol):
         """The text encoders, float32."""
 
     def tokens(self, batch: int) -> Tensor:
-        """Token ids of so many captions, as each text encoder takes them."""
+        """Token ids of so many captions, as each text encoder takes them at once: a chunk of each caption."""
 
     def text(self, batch: int) -> dict[str, Tensor]:
         """What encode_text gives for so many captions: zeros of those shapes."""

@@ -23,10 +23,9 @@ from lpl.config import ModelConfig
 from lpl.diffusion.latent_space import LatentSpace
 from lpl.errors import UserError
 from lpl.families.base import weights_hash
+from lpl.families.sdxl_text import PromptEncoder
 
 logger = logging.getLogger("lpl")
-# diffusers quotes every caption of a batch, padding and all, when one is cut; free_encoders says it in one line.
-logging.getLogger("diffusers.pipelines").setLevel(logging.ERROR)
 
 LORA_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
 COMPONENTS = ("vae", "text_encoder", "text_encoder_2")
@@ -38,7 +37,7 @@ class SDXL:
     """A StableDiffusionXLPipeline taken apart for training; implements families.base.Family.
 
     Differs from the diffusers scripts: a dropped caption is what the pipeline uses for no caption (zeros where the
-    model says force_zeros_for_empty_prompt), not the encoding of "".
+    model says force_zeros_for_empty_prompt), not the encoding of "". See also PromptEncoder.
 
     Args:
         config: which model.
@@ -69,8 +68,10 @@ class SDXL:
         self.latent_key = weights_hash(
             *[m for m in (self.vae.encoder, self.vae.quant_conv) if m is not None], settings=type(self.vae).__name__
         )
+        self._encode_prompts = PromptEncoder(self.pipeline, config.clip_skip, config.max_token_length)
         tokenizers = [json.dumps(t.get_vocab(), sort_keys=True) for t in self._tokenizers()]
-        self.text_key = weights_hash(*self.text_encoders, settings=f"{self.force_zeros}{tokenizers}")
+        settings = f"{self.force_zeros}{tokenizers}{self._encode_prompts.settings}"
+        self.text_key = weights_hash(*self.text_encoders, settings=settings)
         self._prompts: dict[str, tuple[Tensor, ...]] = {}
         self._cut: list[str] = []
         for module in (self.vae, *self.text_encoders):  # hashed first: on the CPU that costs no copy
@@ -86,12 +87,8 @@ class SDXL:
 
     @torch.no_grad()
     def encode_text(self, captions: list[str]) -> dict[str, Tensor]:
-        tokens = self.pipeline.tokenizer(captions).input_ids
-        limit = self.pipeline.tokenizer.model_max_length
-        self._cut += [caption for caption, ids in zip(captions, tokens, strict=True) if len(ids) > limit]
-        embeds, _, pooled, _ = self.pipeline.encode_prompt(
-            captions, device=self.device, do_classifier_free_guidance=False
-        )
+        self._cut += self._encode_prompts.cut(captions)
+        embeds, pooled = self._encode_prompts(captions, self.device)
         if self.force_zeros:
             keep = torch.tensor([caption != "" for caption in captions], device=embeds.device)
             embeds, pooled = embeds * keep[:, None, None], pooled * keep[:, None]
@@ -105,15 +102,21 @@ class SDXL:
         embeds = text["prompt_embeds"].to(noisy_latents.dtype)
         return denoiser(noisy_latents, timesteps, embeds, added_cond_kwargs=conditions, return_dict=False)[0]
 
+    @torch.no_grad()
     def prepare_prompt(self, prompt: str) -> None:
-        with torch.no_grad():
-            encoded = self.pipeline.encode_prompt(prompt, device=self.device, do_classifier_free_guidance=True)
-        self._prompts[prompt] = tuple(e.float().cpu() for e in encoded)
+        embeds, pooled = self._encode_prompts([prompt], self.device)
+        if self.force_zeros:
+            negative, negative_pooled = torch.zeros_like(embeds), torch.zeros_like(pooled)
+        else:
+            negative, negative_pooled = self._encode_prompts([""], self.device)
+        self._prompts[prompt] = tuple(e.cpu() for e in (embeds, negative, pooled, negative_pooled))
 
     def free_encoders(self) -> None:
         if self._cut:
-            limit = self.pipeline.tokenizer.model_max_length
-            logger.warning("%d captions were cut to %d tokens, first: %.80s", len(self._cut), limit, self._cut[0])
+            logger.warning(
+                "%d captions were cut to %d tokens (--max_token_length %d), first: %.80s",
+                *(len(self._cut), self._encode_prompts.limit, self._encode_prompts.max_token_length, self._cut[0]),
+            )
             self._cut = []
         for encoder in self.text_encoders:
             encoder.to("cpu")

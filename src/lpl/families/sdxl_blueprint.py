@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from lpl.families.sdxl import LORA_TARGETS, SDXL, training_schedule
+from lpl.families.sdxl_text import TOKENS_PER_CHUNK
 
 
 class SDXLBlueprint:
@@ -18,12 +19,14 @@ class SDXLBlueprint:
 
     Args:
         configs: by component, as check_model returns them.
+        max_token_length: of captions, see ModelConfig.
     """
 
     lora_targets: tuple[str, ...] = LORA_TARGETS
 
-    def __init__(self, configs: Mapping[str, Any]) -> None:
+    def __init__(self, configs: Mapping[str, Any], max_token_length: int = TOKENS_PER_CHUNK) -> None:
         self._configs = configs
+        self._chunks = max_token_length // TOKENS_PER_CHUNK
         self.denoise = SDXL.denoise
         self.noise_scheduler = training_schedule(configs["scheduler"])
         self.latent_channels = int(configs["vae"].get("latent_channels", 4))
@@ -46,5 +49,6 @@ class SDXLBlueprint:
     def text(self, batch: int) -> dict[str, Tensor]:
         unet = self._configs["unet"]
         pooled = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
-        embeds = torch.zeros(batch, self._text_configs[0].max_position_embeddings, unet["cross_attention_dim"])
+        length = self._chunks * self._text_configs[0].max_position_embeddings
+        embeds = torch.zeros(batch, length, unet["cross_attention_dim"])
         return {"prompt_embeds": embeds, "pooled": torch.zeros(batch, pooled)}

@@ -37,6 +37,7 @@ def check_model(config: ModelConfig) -> dict[str, Any]:
     if path.suffix in (".safetensors", ".ckpt", ".pt", ".bin", ".pth"):
         _check_single_file(path, config)
         if config.single_file_config is None:
+            _check_clip_skip(sdxl_configs.PUBLISHED, config)
             return {}
         path, name = Path(config.single_file_config), config.single_file_config
     if config.single_file_config is None and path.is_dir():
@@ -57,11 +58,13 @@ def configs_for_plan(config: ModelConfig) -> dict[str, Any]:
     """
     name = config.pretrained_model_name_or_path
     if name is None or (name == sdxl_configs.NAME and not Path(name).exists()):
+        _check_clip_skip(sdxl_configs.PUBLISHED, config)
         return sdxl_configs.PUBLISHED
     path = Path(name)
     if path.suffix == ".safetensors":
         _check_single_file(path, config)
         if config.single_file_config is None:
+            _check_clip_skip(sdxl_configs.PUBLISHED, config)
             return _configs_of_file(path)
         path, name = Path(config.single_file_config), config.single_file_config
     configs = _read(_reader(path, name, config), name)
@@ -210,6 +213,16 @@ def _check_configs(configs: dict[str, Any], config: ModelConfig) -> None:
         raise UserError(
             f"{FLAG} {name}: epsilon prediction with a zero-terminal-SNR schedule says nothing at its last timestep; "
             "use --prediction_type v_prediction or a scheduler with rescale_betas_zero_snr false"
+        )
+    _check_clip_skip(configs, config)
+
+
+def _check_clip_skip(configs: dict[str, Any], config: ModelConfig) -> None:
+    depths = {part: int(configs[part].get("num_hidden_layers", 12)) for part in ("text_encoder", "text_encoder_2")}
+    part = min(depths, key=lambda part: depths[part])
+    if config.clip_skip is not None and config.clip_skip >= depths[part]:
+        raise UserError(
+            f"--clip_skip {config.clip_skip}: the model's {part} has {depths[part]} layers; give less than that"
         )
 
 
