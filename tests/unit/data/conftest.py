@@ -13,9 +13,6 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from lpl.config import DataConfig
-from lpl.data.dataset import TrainingData
-from lpl.data.encode import encode_dataset
-from lpl.data.sources import open_source
 
 
 class FakeEncoder:
@@ -72,10 +69,12 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def encode(folder: Path, tmp_path: Path, encoder: FakeEncoder) -> Callable[..., TrainingData]:
+def encode(folder: Path, tmp_path: Path, encoder: FakeEncoder) -> Callable[..., Any]:
     """Encodes the folder with the fake encoder; keywords are options of the data, seed and batch_size."""
+    from lpl.data.encode import encode_dataset
+    from lpl.data.sources import open_source
 
-    def run(seed: int = 0, batch_size: int = 2, index: int = 0, processes: int = 1, **options: Any) -> TrainingData:
+    def run(seed: int = 0, batch_size: int = 2, index: int = 0, processes: int = 1, **options: Any) -> Any:
         defaults: dict[str, Any] = {"resolution": 32, "latent_cache_dir": str(tmp_path / "c")}
         config = DataConfig(train_data_dir=str(folder), **defaults | options)
         source = open_source(config, None)

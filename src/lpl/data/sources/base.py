@@ -1,0 +1,131 @@
+"""What a source of training images is: pieces in a fixed order, each with samples in a fixed order."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from lpl.config import require
+from lpl.data.decode import BadImageError
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif")
+PIECE_SIZE = 1024
+"""Samples in a piece of a source that has no shards of its own."""
+
+
+class Sample(NamedTuple):
+    """One image and its captions."""
+
+    id: str
+    """Stays the same from run to run, and occurs once in a source."""
+    captions: tuple[str, ...]
+    """At least one; each may be empty."""
+    group: str
+    """Folder of the image relative to the root, with /, "" at the root; the shard of a tar; "" for data sets."""
+    stamp: str
+    """Changes when the image or its captions may have changed."""
+    name: str
+    """What to call it in a message."""
+    read: Callable[[], bytes]
+    """The encoded image, from any thread, at least until the iterator that gave the sample moves to another shard or
+    is closed; raises BadImageError."""
+
+
+class Piece(Protocol):
+    """A part of a source that is read in one go."""
+
+    @property
+    def key(self) -> str:
+        """Names the piece within its source, the same from run to run."""
+        ...
+
+    @property
+    def stamp(self) -> str:
+        """Where it is equal to an earlier one, nothing in the piece has changed."""
+        ...
+
+    @property
+    def size(self) -> int | None:
+        """Number of samples, if known without opening it."""
+        ...
+
+    def samples(self) -> Iterator[Sample]:
+        """The samples in order; may be called again. A generator: close() frees what it holds.
+
+        Raises:
+            UserError: a caption that is missing or none, or a shard that cannot be read.
+        """
+        ...
+
+
+class Source(Protocol):
+    """Samples in a fixed order, in pieces."""
+
+    @property
+    def name(self) -> str:
+        """What to call it in a message: the flag and its value."""
+        ...
+
+    @property
+    def identity(self) -> str:
+        """Which source this is: absolute path, name or URL, and the options that decide its ids and captions."""
+        ...
+
+    @property
+    def size(self) -> int | None:
+        """Number of samples; None: not known before all shards have been read."""
+        ...
+
+    def pieces(self) -> Sequence[Piece]:
+        """The pieces in order."""
+        ...
+
+
+def captions_of(value: Any, where: str) -> tuple[str, ...]:
+    """The captions in a field that holds a string, or a list of at least one string.
+
+    Args:
+        value: what the field holds.
+        where: what to call the field in a message.
+
+    Raises:
+        UserError: anything else.
+    """
+    captions = tuple(value) if isinstance(value, list | tuple) else (value,)
+    require(
+        bool(captions) and all(isinstance(caption, str) for caption in captions),
+        f"{where}: a caption must be a string or a list of strings, not {str(value)[:60]!r}: correct it, or name "
+        "another field with --caption_column",
+    )
+    return captions
+
+
+def one_line(text: str) -> str:
+    """A caption file's text: lines stripped, empty ones left out, joined by spaces."""
+    return " ".join(filter(None, map(str.strip, text.splitlines())))
+
+
+def read_file(path: str | Path) -> bytes:
+    """An image file.
+
+    Raises:
+        BadImageError: it cannot be read.
+    """
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise BadImageError(f"cannot be read ({error.strerror})") from None
+
+
+def in_hand(data: bytes) -> Callable[[], bytes]:
+    """A `read` for bytes that have been read already."""
+    return partial(bytes, data)
+
+
+def digest(*parts: str) -> str:
+    """A short hash of strings, each told from the next."""
+    text = "".join(f"{len(part)}:{part}" for part in parts)
+    return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()

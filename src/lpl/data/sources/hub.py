@@ -1,0 +1,208 @@
+"""Data sets that `datasets` reads, row by row: of the Hub, local folders, saved ones, parquet files.
+
+No code of a data set is run: `datasets` is never told to trust it.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import pyarrow
+from datasets import Dataset, DatasetDict, Features, Image, LargeList, List, Value, load_dataset, load_from_disk
+from datasets.exceptions import DatasetsError
+
+from lpl.config import DataConfig, require
+from lpl.data.decode import BadImageError
+from lpl.data.sources.base import PIECE_SIZE, Piece, Sample, captions_of, digest, in_hand
+from lpl.errors import UserError
+
+FAULTS = (DatasetsError, pyarrow.ArrowException, OSError, ValueError, RuntimeError, NotImplementedError)
+"""What `datasets` raises for data that are missing or damaged."""
+_STRINGS = ("string", "large_string", "string_view")
+_BINARIES = ("binary", "large_binary", "binary_view")
+
+
+class HubSource:
+    """The train split of a data set; all rows of parquet files or of a saved data set without splits.
+
+    A sample's id is the number of its row, its stamp the data set's fingerprint, which stays the same from run to run
+    for unchanged files.
+
+    Raises:
+        UserError: no such data set, split or column, or a column of another kind.
+    """
+
+    def __init__(self, config: DataConfig, cache_dir: str | None) -> None:
+        assert config.dataset_name is not None
+        self.name = f"--dataset_name {config.dataset_name}"
+        self.identity = identity_of("dataset", config)
+        dataset, stamp = _load_train_split(config.dataset_name, config.dataset_config_name, cache_dir, self.name)
+        check_columns(dataset.features, self.name, config)
+        require(len(dataset) > 0, f"{self.name}: its train split is empty")
+        self.size: int | None = min(len(dataset), config.max_train_samples or len(dataset))
+        # Apart, so that reading a caption leaves the images alone, and the other way round.
+        images = dataset.select_columns([config.image_column])
+        images = images.cast_column(config.image_column, Image(decode=False))
+        captions = dataset.select_columns([config.caption_column])
+        self._pieces = [
+            RowsPiece(images, captions, config, range(start, min(start + PIECE_SIZE, self.size)), stamp)
+            for start in range(0, self.size, PIECE_SIZE)
+        ]
+
+    def pieces(self) -> Sequence[Piece]:
+        """Slices of the rows."""
+        return self._pieces
+
+
+class RowsPiece:
+    """Some rows of a data set."""
+
+    def __init__(self, images: Dataset, captions: Dataset, config: DataConfig, rows: range, stamp: str) -> None:
+        self._images, self._captions, self._config, self._rows, self._stamp = images, captions, config, rows, stamp
+        self.key = str(rows.start)
+        self.stamp = digest(stamp, str(rows.start), str(rows.stop))
+        self.size: int | None = len(rows)
+
+    def samples(self) -> Iterator[Sample]:
+        """The rows; images are read from the data set when they are asked for."""
+        column = self._config.caption_column
+        values = self._captions[self._rows.start : self._rows.stop][column]
+        for row, value in zip(self._rows, values, strict=True):
+            name = f"row {row} of {self._config.dataset_name}"
+            captions = captions_of(value, f"--caption_column {column}, {name}")
+            yield Sample(str(row), captions, "", self._stamp, name, partial(self._read, row))
+
+    def _read(self, row: int) -> bytes:
+        column = self._config.image_column
+        return reader(self._images[row][column], column)()
+
+
+def reader(value: Any, column: str) -> Callable[[], bytes]:
+    """How to read the image that a row holds: its bytes, or the file or URL that it names.
+
+    Args:
+        value: a dict of `bytes` and `path`, or None.
+        column: name of the column.
+    """
+    image = value or {}
+    if image.get("bytes") is not None:
+        return in_hand(image["bytes"])
+    return partial(_read_path, str(image.get("path") or ""), column)
+
+
+def _read_path(path: str, column: str) -> bytes:
+    import fsspec
+
+    if not path:
+        raise BadImageError(f"holds no image in --image_column {column}")
+    try:
+        with open(path, "rb") if "://" not in path else fsspec.open(path, "rb") as file:
+            return bytes(file.read())
+    except (OSError, ImportError, ValueError) as error:
+        reason = (str(getattr(error, "strerror", None) or error).splitlines() or [type(error).__name__])[0]
+        raise BadImageError(f"names the file {path}, which cannot be read ({reason})") from None
+
+
+def identity_of(kind: str, config: DataConfig) -> str:
+    """Which data set a configuration names: its place or name, its configuration and the columns."""
+    name = str(config.dataset_name)
+    local = os.path.expanduser(name)
+    if os.path.exists(local) or _names_parquet(name):
+        name = os.path.abspath(local)
+    return f"{kind} {name} {config.dataset_config_name} {config.image_column} {config.caption_column}"
+
+
+def arguments_of(name: str, config_name: str | None, flag: str) -> dict[str, Any]:
+    """What `datasets` is to load: `path`, `name` and `data_files` of load_dataset.
+
+    Args:
+        name: a name on the Hub, a local folder, a parquet file, or a pattern of such files.
+        config_name: the configuration.
+        flag: what to call the data set in a message.
+
+    Raises:
+        UserError: no such parquet files, or a configuration of something that has none.
+    """
+    local = os.path.expanduser(name)
+    if os.path.isdir(local):
+        return {"path": local, "name": config_name}
+    if not _names_parquet(name):
+        return {"path": name, "name": config_name}
+    require(config_name is None, f"--dataset_config_name {config_name}: parquet files have no configurations: drop it")
+    files = [local] if os.path.isfile(local) else sorted(filter(os.path.isfile, glob.glob(local, recursive=True)))
+    require(bool(files), f"{flag}: no such file: correct the path")
+    # datasets takes names of files for patterns.
+    return {"path": "parquet", "data_files": {"train": [glob.escape(os.path.abspath(file)) for file in files]}}
+
+
+def _names_parquet(name: str) -> bool:
+    return name.endswith(".parquet") or glob.has_magic(name)
+
+
+def was_saved(folder: str) -> bool:
+    """Whether save_to_disk wrote this folder."""
+    there = [os.path.isfile(os.path.join(folder, name)) for name in ("dataset_dict.json", "dataset_info.json")]
+    return there[0] or (there[1] and os.path.isfile(os.path.join(folder, "state.json")))
+
+
+def cannot_open(flag: str, error: Exception) -> UserError:
+    """The message for a data set that `datasets` does not open."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return UserError(f"{flag}: cannot be opened ({reason}): check the name, --dataset_config_name and the network")
+
+
+def _load_train_split(name: str, config_name: str | None, cache_dir: str | None, flag: str) -> tuple[Dataset, str]:
+    """The train split, and a stamp that changes with its data."""
+    local = os.path.expanduser(name)
+    try:
+        if not was_saved(local):
+            arguments = arguments_of(name, config_name, flag)
+            dataset = load_dataset(**arguments, split="train", cache_dir=cache_dir)
+            return dataset, str(dataset._fingerprint)
+        dataset = _open_saved(local, config_name, flag)
+        files = [os.stat(file["filename"]) for file in dataset.cache_files]
+    except FAULTS as error:
+        raise cannot_open(flag, error) from error
+    return dataset, digest(dataset._fingerprint, *(f"{status.st_size:x}.{status.st_mtime_ns:x}" for status in files))
+
+
+def _open_saved(folder: str, config_name: str | None, flag: str) -> Dataset:
+    require(
+        config_name is None,
+        f"--dataset_config_name {config_name}: {folder} was saved by save_to_disk and has no configurations: drop it",
+    )
+    saved = load_from_disk(folder)
+    if isinstance(saved, DatasetDict):
+        require("train" in saved, f"{flag}: no split train; it has: {', '.join(saved)}; save one under that name")
+        return saved["train"]
+    return saved
+
+
+def check_columns(features: Features, flag: str, config: DataConfig) -> None:
+    """Refuses columns that are missing, or that hold no images or captions.
+
+    Raises:
+        UserError: such a column.
+    """
+    image_column, caption_column = config.image_column, config.caption_column
+    there = ", ".join(features)
+    for option, column in (("--image_column", image_column), ("--caption_column", caption_column)):
+        require(column in features, f"{option} {column}: {flag} has no such column; it has: {there}")
+    kind = features[image_column]
+    stored = isinstance(kind, Value) and kind.dtype in _STRINGS + _BINARIES
+    encoded = isinstance(kind, dict) and {"bytes", "path"} <= set(kind)
+    require(
+        isinstance(kind, Image) or stored or encoded,
+        f"--image_column {image_column}: {flag} holds {kind} there, not images; it has: {there}",
+    )
+    kind = features[caption_column]
+    inner = kind.feature if isinstance(kind, List | LargeList) else kind
+    require(
+        isinstance(inner, Value) and inner.dtype in _STRINGS,
+        f"--caption_column {caption_column}: {flag} holds {kind} there, not strings or lists of strings; it has: "
+        f"{there}",
+    )

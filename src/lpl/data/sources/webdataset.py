@@ -1,0 +1,155 @@
+"""WebDataset shards: tars on this machine, or at URLs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import BinaryIO, cast
+
+from lpl.data.decode import BadImageError
+from lpl.data.sources.base import Piece, Sample, in_hand
+from lpl.data.sources.download import download
+from lpl.data.sources.first import cut
+from lpl.data.sources.shards import absolute, is_url, labels, list_shards, without_secrets
+from lpl.data.sources.tar import Span, captions_in, index_tar, read_span
+from lpl.errors import UserError
+
+logger = logging.getLogger("lpl")
+
+
+class WebDatasetSource:
+    """Shards of WebDataset's layout, one piece each, in the order in which they are named.
+
+    A sample's id is its shard's name and its key. Its captions are in its .json (under caption_column), or else its
+    .txt. Keys without an image are left out, and counted in the log.
+
+    Args:
+        spec: paths and URLs, see shards.list_shards.
+        caption_column: key of the captions in the .json of a sample.
+        max_samples: use only the first so many samples.
+
+    Raises:
+        UserError: a shard on this machine that is not there.
+    """
+
+    size = None
+
+    def __init__(self, spec: str, caption_column: str = "text", max_samples: int | None = None) -> None:
+        self.name = "--webdataset " + "::".join(map(without_secrets, spec.split("::")))
+        self.identity = f"webdataset {'::'.join(map(absolute, spec.split('::')))} {caption_column}"
+        shards = list_shards(spec)
+        warning = OnceWarning()
+        pieces = [
+            (RemoteShard if is_url(shard) else LocalShard)(shard, label, caption_column, warning)
+            for shard, label in zip(shards, labels(shards), strict=True)
+        ]
+        self._pieces = cut(pieces, max_samples)
+
+    def pieces(self) -> Sequence[Piece]:
+        """The shards; with max_samples, one piece."""
+        return self._pieces
+
+
+class OnceWarning:
+    """Says once in a run that keys have no image."""
+
+    def __init__(self) -> None:
+        self._lock, self._said = threading.Lock(), False
+
+    def keys_without_image(self, shard: str, count: int) -> None:
+        """Logs the count of a shard, unless another one has been logged."""
+        with self._lock:
+            if count and not self._said:
+                self._said = True
+                logger.warning(
+                    "%s: %d keys have no image and are left out; further shards with such keys go unmentioned",
+                    shard,
+                    count,
+                )
+
+
+class _Shard:
+    """What both kinds of shards share."""
+
+    size = None
+    stamp: str
+
+    def __init__(self, shard: str, label: str, caption_column: str, warning: OnceWarning) -> None:
+        self._shard, self._column, self._warning = shard, caption_column, warning
+        self._where = f"--webdataset {without_secrets(shard)}"
+        self.key = label
+
+    def _samples(self, file: BinaryIO) -> Iterator[tuple[Sample, Span]]:
+        """Samples that cannot be read yet, and where their images are."""
+        entries, without_image = index_tar(file, self._where)
+        self._warning.keys_without_image(self._where, without_image)
+        name = os.path.basename(without_secrets(self._shard))
+        for entry in entries:
+            captions = captions_in(file, entry, self._column, f"{self._where}: {entry.key}")
+            sample = Sample(f"{self.key}/{entry.key}", captions, self.key, self.stamp, f"{name}: {entry.key}", bytes)
+            yield sample, entry.image
+
+
+class LocalShard(_Shard):
+    """A tar on this machine: images are read from their place in it, at any time and in any order."""
+
+    def __init__(self, shard: str, label: str, caption_column: str, warning: OnceWarning) -> None:
+        super().__init__(shard, label, caption_column, warning)
+        try:
+            status = os.stat(shard)
+        except OSError as error:
+            raise UserError(f"{self._where}: cannot be read ({error.strerror}): correct its permissions") from None
+        self.stamp = f"{status.st_size:x}.{status.st_mtime_ns:x}"
+
+    def samples(self) -> Iterator[Sample]:
+        """See Piece; the headers of the tar are read first."""
+        try:
+            with open(self._shard, "rb") as file:
+                for sample, image in self._samples(file):
+                    yield sample._replace(read=partial(_read_image, self._shard, image))
+        except OSError as error:
+            raise UserError(f"{self._where}: cannot be read ({error.strerror}): restore it, then run again") from None
+
+
+class RemoteShard(_Shard):
+    """A tar at a URL: fetched whole to a nameless temporary file, which is gone when samples() ends or is closed.
+
+    Samples hold their image's bytes. The stamp is the URL without its query, which for signed URLs is new each time.
+    """
+
+    def __init__(self, shard: str, label: str, caption_column: str, warning: OnceWarning) -> None:
+        super().__init__(shard, label, caption_column, warning)
+        self.stamp = without_secrets(shard)
+
+    def samples(self) -> Iterator[Sample]:
+        """See Piece; the shard is fetched first."""
+        with _temporary_file(self._where) as file:
+            download(self._shard, file, self._where)
+            for sample, image in self._samples(file):
+                yield sample._replace(read=in_hand(read_span(file, image)))
+
+
+@contextmanager
+def _temporary_file(shard: str) -> Iterator[BinaryIO]:
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(tempfile.TemporaryFile(prefix="lpl-"))
+        except OSError as error:
+            raise UserError(
+                f"{shard}: the folder for temporary files cannot be written ({error.strerror}): name another one with "
+                "the environment variable TMPDIR"
+            ) from None
+        yield cast(BinaryIO, file)
+
+
+def _read_image(path: str, span: Span) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return read_span(file, span)
+    except OSError as error:
+        raise BadImageError(f"cannot be read ({error.strerror})") from None

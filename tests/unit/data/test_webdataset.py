@@ -1,0 +1,299 @@
+"""WebDataset shards on this machine: what they yield, what is read, and the one line each fault gives."""
+
+import gzip
+import io
+import json
+import logging
+import os
+import re
+import tarfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lpl.config import DataConfig
+from lpl.data.decode import BadImageError
+from lpl.data.sources import Sample, Source, open_source
+from lpl.errors import UserError
+
+
+def write_tar(path: Path, members: dict[str, bytes | str], tar_format: int = tarfile.PAX_FORMAT) -> Path:
+    with tarfile.open(path, "w", format=tar_format) as archive:
+        for name, data in members.items():
+            member = tarfile.TarInfo(name)
+            content = data.encode() if isinstance(data, str) else data
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+def source_of(*shards: Path | str, **options: Any) -> Source:
+    return open_source(DataConfig(webdataset="::".join(map(str, shards)), **options), None)
+
+
+def samples_of(source: Source) -> list[Sample]:
+    return [sample for piece in source.pieces() for sample in piece.samples()]
+
+
+def message(*shards: Path | str, **options: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        samples_of(source_of(*shards, **options))
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> tuple[Path, Path]:
+    one = write_tar(
+        tmp_path / "photos-000.tar",
+        {"b.jpg": b"image b", "b.txt": "a cat,\non a mat\n", "a.png": b"image a", "a.json": '{"text": ["one", "two"]}'},
+    )
+    two = write_tar(tmp_path / "photos-001.tar", {"b.jpg": b"other b", "b.txt": "other"})
+    return one, two
+
+
+def test_samples_in_the_order_of_the_tar(shards: tuple[Path, Path]) -> None:
+    source = source_of(*shards)
+    samples = samples_of(source)
+    assert [sample.id for sample in samples] == ["photos-000/b", "photos-000/a", "photos-001/b"]
+    assert [sample.captions for sample in samples] == [("a cat, on a mat",), ("one", "two"), ("other",)]
+    assert [sample.group for sample in samples] == ["photos-000", "photos-000", "photos-001"]
+    assert [sample.name for sample in samples] == ["photos-000.tar: b", "photos-000.tar: a", "photos-001.tar: b"]
+    assert [sample.read() for sample in samples] == [b"image b", b"image a", b"other b"]
+    assert [(piece.key, piece.size) for piece in source.pieces()] == [("photos-000", None), ("photos-001", None)]
+    assert source.size is None
+    assert source.name == f"--webdataset {shards[0]}::{shards[1]}"
+    assert [s.id for s in samples_of(source_of(shards[0].parent / "photos-{000..001}.tar"))] == [s.id for s in samples]
+
+
+def test_identity_is_the_same_from_another_folder(shards: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(shards[0].parent)
+    assert source_of("photos-000.tar").identity == source_of(shards[0]).identity
+    assert source_of(shards[0], caption_column="other").identity != source_of(shards[0]).identity
+    assert source_of("https://host/x.tar?a=1").identity == source_of("https://host/x.tar?a=2").identity
+
+
+def test_keys_and_extensions_as_webdataset_defines_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write_tar(
+        tmp_path / "x.tar",
+        {
+            "a/0.seg.png": b"a mask",
+            "a/0.JPG": b"0",
+            "a/0.TXT": "zero",
+            "b.c/0.webp": b"0 of b.c",
+            "b.c/0.txt": "",
+            "._0.jpg": b"not an image",
+            "readme": "no extension",
+            "9.npy": b"\x93NUMPY",
+            "9.pyd": b"cos\nsystem\n(S'exit 1'\ntR.",
+            "8.pth": b"x",
+            "1.avif": b"1",
+            "a/0.cls": "3",
+            "1.txt": "one",
+        },
+    )
+    with caplog.at_level(logging.WARNING, "lpl"):
+        samples = samples_of(source_of(path))
+    assert {sample.id: (sample.captions, sample.read()) for sample in samples} == {
+        "x/a/0": (("zero",), b"0"),
+        "x/b.c/0": (("",), b"0 of b.c"),
+        "x/1": (("one",), b"1"),
+    }
+    assert [record.getMessage() for record in caplog.records] == [
+        f"--webdataset {path}: 2 keys have no image and are left out; further shards with such keys go unmentioned"
+    ]
+
+
+def test_keys_without_image_are_mentioned_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tars = [write_tar(tmp_path / f"{n}.tar", {"a.txt": "x", "b.png": b"", "b.txt": ""}) for n in range(3)]
+    with caplog.at_level(logging.WARNING, "lpl"):
+        assert len(samples_of(source_of(*tars))) == 3
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_long_names_in_every_format(tmp_path: Path, tar_format: int) -> None:
+    key = f"{'d' * 99}/{'k' * 90}" if tar_format == tarfile.USTAR_FORMAT else f"{'d' * 200}/{'k' * 200}"
+    path = write_tar(tmp_path / "x.tar", {f"{key}.jpg": b"image", f"{key}.txt": "x"}, tar_format)
+    (sample,) = samples_of(source_of(path))
+    assert (sample.id, sample.read()) == (f"x/{key}", b"image")
+
+
+def test_hard_links_lead_to_their_data(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        for name, link in (("a.jpg", ""), ("a.txt", ""), ("b.jpg", "a.jpg"), ("b.txt", "a.txt")):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = (tarfile.LNKTYPE, link) if link else (tarfile.REGTYPE, "")
+            member.size = 0 if link else 5
+            archive.addfile(member, io.BytesIO(name.encode()))
+    samples = samples_of(source_of(tmp_path / "x.tar"))
+    assert [(s.id, s.captions, s.read()) for s in samples] == [
+        ("x/a", ("a.txt",), b"a.jpg"),
+        ("x/b", ("a.txt",), b"a.jpg"),
+    ]
+
+
+def test_opening_reads_nothing_and_indexing_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = b"i" * 1_000_000
+    path = write_tar(tmp_path / "x.tar", {"a.jpg": image, "a.txt": "x", "b.jpg": image, "b.txt": "y"})
+    count = [0]
+    real = open
+
+    class Counting:
+        def __init__(self, file: Any) -> None:
+            self._file = file
+
+        def read(self, size: int = -1) -> Any:
+            data = self._file.read(size)
+            count[0] += len(data)
+            return data
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._file, name)
+
+        def __enter__(self) -> "Counting":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            self._file.close()
+
+    def note(name: Any, *args: Any, **options: Any) -> Any:
+        file = real(name, *args, **options)
+        return Counting(file) if str(name) == str(path) else file
+
+    monkeypatch.setattr("builtins.open", note)
+    source = source_of(path)
+    assert count == [0]
+    samples = samples_of(source)
+    assert 0 < count[0] < 30_000
+    count[0] = 0
+    assert samples[1].read() == image
+    assert count == [len(image)]
+
+
+def test_images_are_read_from_many_threads_and_after_the_end(tmp_path: Path) -> None:
+    members: dict[str, bytes | str] = {}
+    for n in range(200):
+        members |= {f"{n}.jpg": b"%d" % n * (n + 1), f"{n}.txt": str(n)}
+    samples = samples_of(source_of(write_tar(tmp_path / "x.tar", members)))
+    with ThreadPoolExecutor(8) as threads:
+        read = list(threads.map(lambda sample: sample.read(), samples[::-1]))
+    assert read == [b"%d" % n * (n + 1) for n in reversed(range(200))]
+
+
+def test_stamps_stay_and_follow_the_tar(shards: tuple[Path, Path]) -> None:
+    def stamps() -> list[str]:
+        source = source_of(*shards)
+        pieces = [piece.stamp for piece in source.pieces()]
+        assert [sample.stamp for sample in samples_of(source)] == [pieces[0], pieces[0], pieces[1]]
+        return pieces
+
+    before = stamps()
+    assert stamps() == before
+    os.utime(shards[1], ns=(1, 1))
+    after = stamps()
+    assert after[0] == before[0]
+    assert after[1] != before[1]
+
+
+def test_max_train_samples_opens_no_further_shard(shards: tuple[Path, Path]) -> None:
+    whole = samples_of(source_of(*shards))
+    shards[1].write_bytes(b"not a tar")
+    source = source_of(*shards, max_train_samples=2)
+    (piece,) = source.pieces()
+    assert next(iter(piece.samples()))._replace(read=bytes) == whole[0]._replace(read=bytes)
+    assert [sample.id for sample in piece.samples()] == ["photos-000/b", "photos-000/a"]
+    assert piece.stamp == source_of(*shards, max_train_samples=2).pieces()[0].stamp
+    assert piece.key != source_of(*shards, max_train_samples=1).pieces()[0].key
+    assert "photos-001.tar: damaged" in message(*shards, max_train_samples=3)
+
+
+def test_captions_of_json_win_where_it_has_the_key(tmp_path: Path) -> None:
+    fields = json.dumps({"caption": "of json", "text": "other"})
+    path = write_tar(tmp_path / "x.tar", {"0.jpg": b"", "0.json": fields, "0.txt": "of txt"})
+    for column, expected in (("caption", "of json"), ("text", "other"), ("title", "of txt")):
+        assert samples_of(source_of(path, caption_column=column))[0].captions == (expected,)
+
+
+@pytest.mark.parametrize(
+    ("members", "expected"),
+    [
+        ({}, "key a/0 has no caption: put a .txt beside it"),
+        ({"a/0.json": '{"x": 1, "y": 2}'}, "key a/0 has no caption (keys of its .json: x, y): put"),
+        ({"a/0.json": '{"text": null}'}, "key a/0.json: a caption must be a string or a list of strings, not 'None'"),
+        ({"a/0.json": '{"text": []}'}, "key a/0.json: a caption must be a string"),
+        ({"a/0.json": "{"}, "key a/0.json: not JSON ("),
+        ({"a/0.json": "[1]"}, "key a/0.json: not a JSON object"),
+        ({"a/0.txt": b"caf\xe9"}, "key a/0.txt: not UTF-8 text (byte 3)"),
+        ({"a/0.txt": "x", "a/0.png": b""}, "two images of the key a/0"),
+        ({"a/0.txt": "x", "a/0.Txt": "y"}, "two .txt files of the key a/0"),
+    ],
+)
+def test_faulty_samples_are_named(tmp_path: Path, members: dict[str, bytes | str], expected: str) -> None:
+    path = write_tar(tmp_path / "x.tar", {"a/0.jpg": b"", **members})
+    assert message(path).startswith(f"--webdataset {path}: {expected.removeprefix('key ')}")
+
+
+def cut_in_image(data: bytes) -> bytes:
+    return data[: 3 * 512 + 700]
+
+
+def cut_between_members(data: bytes) -> bytes:
+    return data[: data.index(b"1.jpg")]
+
+
+def break_header(data: bytes) -> bytes:
+    place = data.index(b"1.jpg")
+    return data[: place + 148] + b"9999999\0" + data[place + 156 :]
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (cut_in_image, "unexpected end of data"),
+        (cut_between_members, "its end mark is missing"),
+        (break_header, "no header of a member at byte 2560"),
+        (lambda data: data + data, "no header of a member at byte"),
+        (lambda data: b"", "empty file"),
+        (lambda data: b"<html>" + bytes(2000), "truncated header|bad checksum|invalid header"),
+    ],
+)
+def test_damaged_tars_give_no_samples(tmp_path: Path, damage: Callable[[bytes], bytes], expected: str) -> None:
+    members: dict[str, bytes | str] = {"0.txt": "x", "0.jpg": b"0" * 900, "1.jpg": b"1" * 900, "1.txt": "x"}
+    path = write_tar(tmp_path / "x.tar", members)
+    path.write_bytes(damage(path.read_bytes()))
+    samples = source_of(path).pieces()[0].samples()
+    with pytest.raises(UserError) as caught:
+        next(samples)
+    assert re.match(rf"--webdataset {path}: damaged or cut short \(.*({expected})", str(caught.value))
+    assert "leave it out" in str(caught.value)
+
+
+def test_compressed_tars_are_refused(shards: tuple[Path, Path]) -> None:
+    packed = shards[0].with_suffix(".tar.gz")
+    packed.write_bytes(gzip.compress(shards[0].read_bytes()))
+    text = message(packed)
+    assert text.startswith(f"--webdataset {packed}: compressed (gzip)")
+    assert "unpack it" in text
+
+
+def test_tar_that_shrinks_or_vanishes(shards: tuple[Path, Path]) -> None:
+    source = source_of(*shards)
+    samples = samples_of(source)
+    shards[0].write_bytes(shards[0].read_bytes()[:600])
+    shards[1].unlink()
+    reasons = []
+    for sample in (samples[1], samples[2]):
+        with pytest.raises(BadImageError) as caught:
+            sample.read()
+        reasons.append(caught.value.reason)
+    assert reasons == [
+        "cannot be read (the shard has become shorter)",
+        "cannot be read (No such file or directory)",
+    ]
+    with pytest.raises(UserError, match=r"photos-001\.tar: cannot be read \(No such file or directory\)"):
+        list(source.pieces()[1].samples())
