@@ -11,7 +11,7 @@ from diffusers import DDPMScheduler, StableDiffusionXLPipeline
 from torch import Tensor
 
 from lpl.config import DataConfig, ModelConfig
-from lpl.data.encode import encode_dataset
+from lpl.data.prepare import prepare_data
 from lpl.data.sources import open_source
 from lpl.diffusion.draws import draw_normal, keyed_generator, keyed_uniform
 from lpl.families import load_family
@@ -37,7 +37,7 @@ def plain_loop(model: Path, data: Path, cache: Path) -> dict[str, Tensor]:
         proportion_empty_prompts=0.3,
     )
     family = load_family(ModelConfig(str(model)), torch.device("cpu"), torch.float32)
-    samples = encode_dataset(open_source(config, None), config, family, SEED, BATCH, 0, 1, lambda: None, False)
+    samples = prepare_data(open_source(config, None), None, config, family, SEED, cache / "bad_files.jsonl")
     pipeline = StableDiffusionXLPipeline.from_pretrained(model, use_safetensors=True, add_watermarker=False)
     unet = pipeline.unet.train()
     cumprod = DDPMScheduler.from_config(pipeline.scheduler.config).alphas_cumprod.double()

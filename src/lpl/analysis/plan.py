@@ -13,6 +13,7 @@ from lpl.analysis.alternatives import HEADROOM, Change, Choice, cheapest, fits, 
 from lpl.analysis.needs import Needs, estimate
 from lpl.analysis.rehearsal import Rehearsal
 from lpl.config import TrainConfig
+from lpl.data.buckets import image_sizes
 from lpl.errors import UserError
 from lpl.families import blueprint, native_resolution, plan_configs
 from lpl.training.preflight import Checked, check_options
@@ -66,14 +67,23 @@ def describe(config: TrainConfig, checked: Checked) -> str:
     configs = checked.model_configs or plan_configs(config.model)
     rehearsal, run = Rehearsal(blueprint(configs, config.model.max_token_length)), config.run
     needs = estimate(config, rehearsal, _processes())
-    samples, per_step = len(checked.source), run.train_batch_size * run.gradient_accumulation_steps
-    steps = config.num_steps(samples, 1)
+    samples, per_step = checked.source.size, run.train_batch_size * run.gradient_accumulation_steps
+    steps = None if checked.num_steps is None else config.num_steps(samples or 1, 1)
+    if steps is None:
+        length = f"{run.num_train_epochs} epochs, of a length known once the data are read"
+    elif samples is None:
+        length = f"{steps} of {per_step} samples per process"
+    else:
+        length = f"{steps} of {per_step} samples per process, {steps * per_step / samples:.2f} epochs per process"
+    sizes = image_sizes(config.data).sizes
+    shapes = f" in {len(sizes)} shapes" if len(sizes) > 1 else ""
     _, channels, side, _ = rehearsal.latents(config, 1)
     lines = [
         f"model        {config.model.pretrained_model_name_or_path}",
         _trains(needs, config),
-        f"data         {samples} samples at {config.data.crop_size} px, latents {channels} x {side} x {side}",
-        f"steps        {steps} of {per_step} samples per process, {steps * per_step / samples:.2f} epochs per process",
+        f"data         {samples or 'a stream of'} samples at {config.data.crop_size} px{shapes}, latents {channels} x "
+        f"{side} x {side}",
+        f"steps        {length}",
         f"rate         {config.learning_rate:g}, {config.optim.lr_scheduler}; mixed precision {run.mixed_precision}",
         *_details(needs, config),
     ]

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lpl.analysis.counter import StepCounter
 from lpl.analysis.fused_attention import FusedAttention, checkpoint
 from lpl.config import TrainConfig
-from lpl.data.encode import CAPTION_BATCH
+from lpl.data.filling import CAPTION_BATCH, batch_of
 from lpl.diffusion.diffusion_loss import diffusion_loss
 from lpl.families.base import Blueprint
 from lpl.perceptual.loss import CHUNK_PIXELS
@@ -210,12 +210,10 @@ class Rehearsal:
 
     def caching(self, config: TrainConfig) -> int:
         """Peak of filling the caches, weights of VAE and text encoders included: the denoiser is not there yet."""
-        images, captions = config.run.train_batch_size, max(config.run.train_batch_size, CAPTION_BATCH)
-        return self._once(
-            ("caching", config.data.crop_size, images), lambda: self._caching(config.data.crop_size, images, captions)
-        )
+        size = config.data.crop_size
+        return self._once(("caching", size), lambda: self._caching(size, batch_of((3, size, size))))
 
-    def _caching(self, size: int, images: int, captions: int) -> int:
+    def _caching(self, size: int, images: int) -> int:
         encoders = self._on_meta(self.blueprint.text_encoders)
         vae = self._on_meta(self.blueprint.vae)
         with torch.device("meta"), torch.no_grad(), FusedAttention():
@@ -223,7 +221,7 @@ class Rehearsal:
                 vae.encode(torch.empty(images, 3, size, size))
             for encoder in encoders:
                 with counter:
-                    encoder(self.blueprint.tokens(captions), output_hidden_states=True)
+                    encoder(self.blueprint.tokens(CAPTION_BATCH), output_hidden_states=True)
         return counter.peak + _bytes(vae) + sum(map(_bytes, encoders))
 
     def validation(self, config: TrainConfig) -> int:

@@ -94,6 +94,11 @@ class SDXL:
             embeds, pooled = embeds * keep[:, None, None], pooled * keep[:, None]
         return {"prompt_embeds": embeds.cpu(), "pooled": pooled.cpu()}
 
+    def entry_bytes(self, height: int, width: int) -> tuple[int, int]:
+        config = self.vae.config
+        stride = 2 ** (len(config.block_out_channels) - 1)
+        return 2 * 4 * config.latent_channels * (height // stride) * (width // stride), self._encode_prompts.entry_bytes
+
     @staticmethod
     def denoise(
         denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, text: Mapping[str, Tensor], sizes: Tensor

@@ -48,6 +48,13 @@ class PromptEncoder:
         """How many tokens of a caption count."""
         return self._chunks * _chunk_size(self._pipeline.tokenizer)
 
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes of what __call__ gives for one caption, in float32."""
+        encoders = self._pipeline.text_encoder.config, self._pipeline.text_encoder_2.config
+        length = self._chunks * int(self._pipeline.tokenizer.model_max_length)
+        return 4 * (length * sum(c.hidden_size for c in encoders) + int(encoders[1].projection_dim))
+
     def cut(self, captions: list[str]) -> list[str]:
         """The captions that have more tokens than count."""
         tokens = self._tokens(self._pipeline.tokenizer, captions)

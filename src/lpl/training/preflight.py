@@ -12,12 +12,15 @@ from typing import Any, NamedTuple
 
 from lpl.config import TrainConfig
 from lpl.config_io import CONFIG_FILE, differences
-from lpl.data.sources import Source, open_source
+from lpl.data.buckets import image_sizes
+from lpl.data.decode import parse_color
+from lpl.data.sources import Source, open_regularisation, open_source
 from lpl.errors import UserError
 from lpl.families import model_configs, native_resolution
 
 logger = logging.getLogger("lpl")
 
+SHUFFLING = ("keep_tokens", "caption_separator", "caption_variants")
 FINISHED = "finished.json"
 TRACKERS = {"tensorboard": ("tensorboard",), "wandb": ("wandb",), "comet_ml": ("comet_ml",), "none": (), "all": ()}
 
@@ -28,12 +31,13 @@ class Checked(NamedTuple):
     config: TrainConfig
     """The options, with what the model decides filled in."""
     source: Source
+    regularisation: Source | None
     model_configs: dict[str, Any]
     """Configs of the model's components; empty for a single file."""
     finished_step: int | None
     """The step at which this very run has already ended."""
-    num_steps: int
-    """Optimizer steps of the run."""
+    num_steps: int | None
+    """Optimizer steps of the run; None: not known before the data are read."""
 
 
 def preflight(config: TrainConfig) -> Checked:
@@ -47,6 +51,7 @@ def preflight(config: TrainConfig) -> Checked:
             raise UserError(
                 f"--report_to {config.logging.report_to}: {package} is not installed: pip install {package}"
             )
+    parse_color(config.data.background_color)
     configs = model_configs(config.model)
     if config.data.resolution is None:
         config = replace(config, data=replace(config.data, resolution=native_resolution(configs)))
@@ -54,9 +59,13 @@ def preflight(config: TrainConfig) -> Checked:
     if configs:
         check_options(config, configs)
     source = open_source(config.data, config.model.cache_dir)
+    regularisation = open_regularisation(config.data)
     _warn_idle(config)
-    num_steps = config.num_steps(len(source), int(os.environ.get("WORLD_SIZE", "1")))
-    return Checked(config, source, configs, finished_step, num_steps)
+    even = source.size is not None and config.data.repeats is regularisation is None
+    known = config.run.max_train_steps is not None or even
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    num_steps = config.num_steps(source.size or 1, processes) if known else None
+    return Checked(config, source, regularisation, configs, finished_step, num_steps)
 
 
 def _check_output(config: TrainConfig) -> int | None:
@@ -113,11 +122,16 @@ def _check_schedule(config: TrainConfig, configs: dict[str, Any]) -> None:
     stride = 2 ** (len(configs["vae"].get("block_out_channels", [64])) - 1)
     if config.data.crop_size % stride:
         raise UserError(f"--resolution {config.data.crop_size} is no multiple of the VAE's {stride} pixels per latent")
+    if config.data.buckets and config.data.bucket_step % stride:
+        raise UserError(
+            f"--bucket_step {config.data.bucket_step} is no multiple of the VAE's {stride} pixels per latent"
+        )
+    side = min(min(size) for size in image_sizes(config.data).sizes)
     crop = config.lpl.lpl_crop
-    if config.lpl.use_lpl and crop is not None and (crop % stride or crop >= config.data.crop_size):
+    if config.lpl.use_lpl and crop is not None and (crop % stride or crop >= side):
         raise UserError(
             f"--lpl_crop {crop} must be a multiple of the VAE's {stride} pixels per latent and smaller than the "
-            f"images' {config.data.crop_size}"
+            f"images' {side}"
         )
 
 
@@ -181,6 +195,9 @@ def _rules(config: TrainConfig) -> list[tuple[str, bool, str]]:
         ("timestep_bias_end", biased == "range", "--timestep_bias_strategy range"),
         ("dataset_config_name", config.data.dataset_name is not None, "--dataset_name"),
         ("image_column", config.data.dataset_name is not None, "--dataset_name"),
+        *((name, config.data.buckets, "--buckets") for name in ("bucket_area", "bucket_step", "bucket_max_aspect")),
+        *((name, config.data.shuffle_caption, "--shuffle_caption") for name in SHUFFLING),
+        ("prior_loss_weight", config.data.reg_data_dir is not None, "--reg_data_dir"),
         ("num_validation_images", prompt, "--validation_prompt"),
         ("validation_epochs", prompt, "--validation_prompt"),
         ("validation_steps", prompt, "--validation_prompt"),

@@ -92,7 +92,8 @@ class TrainingStep:
         gamma = self.config.snr_gamma
         weight = None if gamma is None else min_snr_weight(snr, gamma, self.prediction_type)
         per_sample = diffusion_loss(model_output, target, weight)
-        loss = per_sample.mean()
+        weights = None if batch.weights is None else _send(batch.weights, device)
+        loss = (per_sample if weights is None else per_sample * weights).mean()
         metrics: dict[str, Tensor | float] = {"diffusion_loss": loss.detach()}
         if not use_lpl or self.objective is None:
             return StepLoss(loss, per_sample.detach(), torch.zeros_like(loss).detach(), metrics, 0)
@@ -102,6 +103,7 @@ class TrainingStep:
             latents,
             drawn.timesteps,
             diffusion_loss=loss,
+            sample_weight=weights,
             step=step,
             windows=self._windows(batch) if self.objective.loss_fn.crop is not None else None,
         )

@@ -15,8 +15,9 @@ from tqdm.auto import tqdm
 
 from lpl.config import TrainConfig
 from lpl.config_io import write_config
-from lpl.data.encode import encode_dataset
-from lpl.data.sampler import DrawOrder, positions
+from lpl.data.bad_files import FILE as BAD_FILES
+from lpl.data.prepare import Processes, prepare_data
+from lpl.data.sampler import BatchOrder, share
 from lpl.diffusion.draws import keyed_seed
 from lpl.errors import TrainingStoppedError, UserError
 from lpl.families import load_family
@@ -58,24 +59,23 @@ class Trainer:
         self.repository = hub.create_repository(config) if config.logging.push_to_hub else None
         weight_dtype = WEIGHT_DTYPES[accelerator.mixed_precision]
         self.family = family = load_family(config.model, accelerator.device, weight_dtype)
-        self.data = encode_dataset(
+        self.data = prepare_data(
             checked.source,
+            checked.regularisation,
             config.data,
             family,
             run.seed,
-            run.train_batch_size,
-            accelerator.process_index,
-            accelerator.num_processes,
-            accelerator.wait_for_everyone,
+            self.folder / BAD_FILES,
+            Processes(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone),
             accelerator.is_local_main_process,
         )
         if config.logging.validation_prompt is not None:
             family.prepare_prompt(config.logging.validation_prompt)
         family.free_encoders()
-        self.order = DrawOrder(run.seed, len(self.data))
         self.samples_per_step = run.train_batch_size * run.gradient_accumulation_steps * accelerator.num_processes
-        self.steps_per_epoch = len(self.data) / self.samples_per_step
-        self.num_steps = config.num_steps(len(self.data), accelerator.num_processes)
+        self.order = BatchOrder(run.seed, self.data.buckets, self.data.repeats, self.samples_per_step)
+        self.steps_per_epoch = self.order.epoch_size / self.samples_per_step
+        self.num_steps = config.num_steps(self.order.epoch_size, accelerator.num_processes)
         self._build_model(weight_dtype)
         self.objective = build_objective(config, family) if config.lpl.use_lpl else None
         self.step_loss = TrainingStep(family, config.diffusion, self.objective, run.seed)
@@ -152,7 +152,7 @@ class Trainer:
             )
 
     def _data_hash(self) -> str:
-        return format(keyed_seed(*(part for r in self.data.records for part in (r.id, r.caption))), "x")
+        return self.data.samples.digest()
 
     def _announce(self) -> None:
         count = sum(p.numel() for p in self.parameters.values())
@@ -205,7 +205,7 @@ class Trainer:
         torch.manual_seed(keyed_seed(run.seed, "step", self.step, accelerator.process_index))
         norm = torch.zeros(())
         for micro_batch in range(run.gradient_accumulation_steps):
-            batch = self.data.batch([self.order.draw(p) for p in self._positions(self.step, micro_batch)])
+            batch = self.data.batch(self._draws(self.step, micro_batch))
             with accelerator.accumulate(self.denoiser):
                 out = self.step_loss(self.denoiser, batch, accelerator.device, use_lpl, self.step)
                 self.guard.watch(
@@ -227,25 +227,26 @@ class Trainer:
             self.objective.end_step(accelerator.reduce if accelerator.num_processes > 1 else None)
         return norm
 
-    def _positions(self, step: int, micro_batch: int) -> list[int]:
+    def _draws(self, step: int, micro_batch: int) -> list[tuple[int, int]]:
         run, accelerator = self.config.run, self.accelerator
-        return positions(
-            step,
+        own = share(
+            self.order.batch(step),
             micro_batch,
             accelerator.process_index,
             run.train_batch_size,
             run.gradient_accumulation_steps,
             accelerator.num_processes,
         )
+        return list(own)
 
     def _require_finite(self) -> None:
         mine: list[str] = []
         if (found := self.guard.first()) is not None:
             accumulation = self.config.run.gradient_accumulation_steps
             step, micro_batch = divmod(found.micro_step, accumulation)
-            indices = [self.order.draw(p)[0] for p in self._positions(step, micro_batch)]
+            indices = [index for index, _ in self._draws(step, micro_batch)]
             culprits = found.samples or range(len(indices))
-            ids = ", ".join(self.data.records[indices[i]].id for i in culprits)
+            ids = ", ".join(self.data.samples[indices[i]].id for i in culprits)
             terms = " and ".join(["the diffusion loss"] * bool(found.samples) + ["LPL"] * found.lpl)
             verb = "were" if found.samples and found.lpl else "was"
             hint = "; --lpl_dtype bfloat16 or float32 does not overflow" * (

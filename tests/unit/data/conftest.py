@@ -13,6 +13,9 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from lpl.config import DataConfig
+from lpl.data.dataset import TrainingData
+from lpl.data.prepare import Processes, prepare_data
+from lpl.data.sources import open_regularisation, open_source
 
 
 class FakeEncoder:
@@ -31,6 +34,9 @@ class FakeEncoder:
         pooled = avg_pool2d(pixels, 8)
         mean = torch.cat([pooled, pooled.mean(1, keepdim=True)], 1)
         return mean, 0.1 + 0.01 * mean.abs()
+
+    def entry_bytes(self, height: int, width: int) -> tuple[int, int]:
+        return 2 * 4 * 4 * (height // 8) * (width // 8), 4 * (8 * 4 + 5)
 
     def encode_text(self, captions: list[str]) -> dict[str, Tensor]:
         self.captions += captions
@@ -69,15 +75,19 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def encode(folder: Path, tmp_path: Path, encoder: FakeEncoder) -> Callable[..., Any]:
-    """Encodes the folder with the fake encoder; keywords are options of the data, seed and batch_size."""
-    from lpl.data.encode import encode_dataset
-    from lpl.data.sources import open_source
+def encode(folder: Path, tmp_path: Path, encoder: FakeEncoder) -> Callable[..., TrainingData]:
+    """Encodes the folder with the fake encoder; keywords are options of the data, seed and processes."""
 
-    def run(seed: int = 0, batch_size: int = 2, index: int = 0, processes: int = 1, **options: Any) -> Any:
-        defaults: dict[str, Any] = {"resolution": 32, "latent_cache_dir": str(tmp_path / "c")}
-        config = DataConfig(train_data_dir=str(folder), **defaults | options)
-        source = open_source(config, None)
-        return encode_dataset(source, config, encoder, seed, batch_size, index, processes, lambda: None, False)
+    def run(seed: int = 0, index: int = 0, processes: int = 1, **options: Any) -> TrainingData:
+        defaults: dict[str, Any] = {
+            "train_data_dir": str(folder),
+            "resolution": 32,
+            "latent_cache_dir": str(tmp_path / "c"),
+        }
+        config = DataConfig(**defaults | options)
+        sources = open_source(config, None), open_regularisation(config)
+        return prepare_data(
+            *sources, config, encoder, seed, tmp_path / "bad_files.jsonl", Processes(index, processes, lambda: None)
+        )
 
     return run

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -52,7 +52,7 @@ class Piece(Protocol):
         """Number of samples, if known without opening it."""
         ...
 
-    def samples(self) -> Iterator[Sample]:
+    def samples(self) -> Generator[Sample, None, None]:
         """The samples in order; may be called again. A generator: close() frees what it holds.
 
         Raises:

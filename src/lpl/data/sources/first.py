@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 from lpl.data.sources.base import Piece, Sample, digest
 
@@ -24,7 +24,7 @@ class FirstSamples:
         self.key = f"first {count}"
         self.stamp = digest(*(part for piece in pieces for part in (piece.key, piece.stamp)))
 
-    def samples(self) -> Iterator[Sample]:
+    def samples(self) -> Generator[Sample, None, None]:
         """See Piece."""
         left = self._count
         for piece in self._pieces:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import heapq
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -114,7 +114,7 @@ class FolderPiece:
         self.stamp = digest(*(part for entry in entries for part in (entry.id, entry.stamp)))
         self.size: int | None = len(entries)
 
-    def samples(self) -> Iterator[Sample]:
+    def samples(self) -> Generator[Sample, None, None]:
         """The images with their captions; a .txt file is read when its image's turn comes."""
         for entry in self._entries:
             path = os.path.join(self._root, entry.id)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from typing import Any
 
@@ -67,7 +67,7 @@ class RowsPiece:
         self.stamp = digest(stamp, str(rows.start), str(rows.stop))
         self.size: int | None = len(rows)
 
-    def samples(self) -> Iterator[Sample]:
+    def samples(self) -> Generator[Sample, None, None]:
         """The rows; images are read from the data set when they are asked for."""
         column = self._config.caption_column
         values = self._captions[self._rows.start : self._rows.stop][column]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 from datasets import Image, IterableDataset, load_dataset_builder
@@ -75,7 +75,7 @@ class ShardPiece:
         self.key = str(number)
         self.stamp = digest(stamp, str(number), str(dataset.num_shards))
 
-    def samples(self) -> Iterator[Sample]:
+    def samples(self) -> Generator[Sample, None, None]:
         """The rows in order."""
         config = self._config
         for row, fields in enumerate(self._rows()):

@@ -6,7 +6,7 @@ import logging
 import os
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import BinaryIO, cast
@@ -106,7 +106,7 @@ class LocalShard(_Shard):
             raise UserError(f"{self._where}: cannot be read ({error.strerror}): correct its permissions") from None
         self.stamp = f"{status.st_size:x}.{status.st_mtime_ns:x}"
 
-    def samples(self) -> Iterator[Sample]:
+    def samples(self) -> Generator[Sample, None, None]:
         """See Piece; the headers of the tar are read first."""
         try:
             with open(self._shard, "rb") as file:
@@ -126,7 +126,7 @@ class RemoteShard(_Shard):
         super().__init__(shard, label, caption_column, warning)
         self.stamp = without_secrets(shard)
 
-    def samples(self) -> Iterator[Sample]:
+    def samples(self) -> Generator[Sample, None, None]:
         """See Piece; the shard is fetched first."""
         with _temporary_file(self._where) as file:
             download(self._shard, file, self._where)

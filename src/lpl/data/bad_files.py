@@ -1,0 +1,85 @@
+"""Images that cannot be used: counted, listed with the reason, and too many of them stop the run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from lpl.data.files import write_atomically
+from lpl.errors import UserError
+
+FILE = "bad_files.jsonl"
+SEEN_FIRST = 1000
+"""Images of a stream, whose size is not known, that are seen before their share of bad ones counts."""
+
+
+class Bad(NamedTuple):
+    """One of them."""
+
+    id: str
+    name: str
+    reason: str
+
+
+class BadFiles:
+    """Counts the bad images of a run.
+
+    Args:
+        limit: share of all images that may be bad (--max_bad_fraction).
+        path: the list that is written.
+    """
+
+    def __init__(self, limit: float, path: Path) -> None:
+        self.limit, self.path = limit, path
+        self.found: list[Bad] = []
+
+    def begin(self, name: str, size: int | None) -> None:
+        """Starts counting afresh for a source of so many images; None: unknown."""
+        self._name, self._size = name, size
+        self._bad: list[Bad] = []
+        self._seen = 0
+
+    def count(self, id: str, name: str, reason: str | None) -> None:
+        """Takes note of an image of the source.
+
+        Raises:
+            UserError: too many are bad; those found so far are in the list.
+        """
+        self._seen += 1
+        if reason is None:
+            return
+        self._bad.append(Bad(id, name, reason))
+        total = self._size or (self._seen if self._seen >= SEEN_FIRST else None)
+        if total is not None:
+            self._check(total)
+
+    def settle(self, bad: Sequence[Bad], total: int) -> None:
+        """Takes the bad images of a whole source instead of those counted.
+
+        Raises:
+            UserError: too many are bad.
+        """
+        self._bad = list(bad)
+        self._check(total)
+        self.found += self._bad
+
+    def write(self) -> None:
+        """Writes the list, one JSON object a line; removes an old one if nothing is bad."""
+        bad = self.found
+        if bad:
+            lines = [json.dumps(entry._asdict(), ensure_ascii=False) + "\n" for entry in bad]
+            write_atomically(self.path, "".join(lines).encode("utf-8", "surrogateescape"))
+        else:
+            self.path.unlink(missing_ok=True)
+
+    def _check(self, total: int) -> None:
+        if len(self._bad) > self.limit * total:
+            self.found += self._bad
+            self.write()
+            first = self._bad[0]
+            raise UserError(
+                f"{self._name}: {len(self._bad)} of {total} images cannot be used, first {first.name} ({first.reason}); "
+                f"{self.path} lists them: mend or remove them, or allow more with --max_bad_fraction {self.limit}"
+            )

@@ -1,0 +1,191 @@
+"""What is known of a source's samples without reading them again: a file of columns for each piece of the source."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from lpl.data.files import write_atomically
+from lpl.data.sources import Piece, Source
+from lpl.errors import UserError
+
+SUFFIX = ".arrow"
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("captions", pa.list_(pa.string())),
+        ("group", pa.string()),
+        ("name", pa.string()),
+        ("stamp", pa.string()),
+        ("digest", pa.binary()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("reason", pa.string()),
+    ]
+)
+
+
+class Row(NamedTuple):
+    """A sample as the catalogue knows it."""
+
+    id: str
+    captions: list[str]
+    group: str
+    name: str
+    stamp: str
+    digest: bytes
+    """sha256 of the encoded image; empty if it could not be read."""
+    width: int
+    height: int
+    """Size once upright, in pixels; 0 if the image is bad."""
+    reason: str | None
+    """Why the image cannot be used; None if it can."""
+
+
+class Catalogue:
+    """The files of one source, in a folder of the cache named for it.
+
+    A file is named for its piece and the piece's stamp, so a changed piece has another file, and the old one still tells
+    what was known of the samples that have not changed.
+    """
+
+    def __init__(self, cache: Path, source: Source) -> None:
+        self.folder = cache / "catalogues" / hashlib.blake2b(source.identity.encode(), digest_size=16).hexdigest()
+        self._known: dict[tuple[str, str], tuple[bytes, int, int, str | None]] = {}
+
+    def path(self, piece: Piece) -> Path:
+        """The file of a piece."""
+        name = hashlib.blake2b(f"{piece.key}\0{piece.stamp}".encode(), digest_size=16).hexdigest()
+        return self.folder / f"{name}{SUFFIX}"
+
+    def find(self, piece: Piece) -> pa.Table | None:
+        """The rows of a piece, mapped into memory; None if the piece is new or has changed.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        path = self.path(piece)
+        return _read(path) if path.is_file() else None
+
+    def write(self, piece: Piece, rows: Sequence[Row], scratch: Path | None = None) -> None:
+        """Stores the rows of a piece, and returns when they are safely on disk; scratch as in write_atomically.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        columns = zip(*rows, strict=True) if rows else [[] for _ in SCHEMA]
+        arrays = [pa.array(list(c), field.type) for c, field in zip(columns, SCHEMA, strict=True)]
+        buffer = io.BytesIO()
+        with pa.ipc.new_file(buffer, SCHEMA) as file:
+            file.write_batch(pa.record_batch(arrays, schema=SCHEMA))
+        try:
+            write_atomically(self.path(piece), buffer.getvalue(), scratch)
+        except OSError as error:
+            raise UserError(
+                f"cache {self.folder} cannot be written ({error.strerror}): make room there, or name another folder "
+                "with --latent_cache_dir"
+            ) from error
+
+    def load_known(self) -> None:
+        """Gathers what any file of the source says of its samples, for `known`."""
+        self._known = {}
+        for path in sorted(self.folder.glob(f"[!.]*{SUFFIX}")):
+            table = _read(path).select(["id", "stamp", "digest", "width", "height", "reason"])
+            for id_, stamp, *rest in zip(*(column.to_pylist() for column in table.columns), strict=True):
+                self._known[id_, stamp] = tuple(rest)
+
+    def known(self, sample: str, stamp: str) -> tuple[bytes, int, int, str | None] | None:
+        """(digest, width, height, reason) of a sample that any piece has had with this stamp; after load_known."""
+        return self._known.get((sample, stamp))
+
+    def forget_known(self) -> None:
+        """Frees what load_known has gathered."""
+        self._known = {}
+
+
+class Samples:
+    """The usable samples of one or several sources, by number; columns stay in the mapped files.
+
+    Args:
+        tables: rows of every piece, in order.
+        weights: loss weight of each table's samples.
+        prefixes: put before each table's ids and groups, so that samples of two sources are told apart.
+    """
+
+    def __init__(self, tables: Sequence[pa.Table], weights: Sequence[float], prefixes: Sequence[str]) -> None:
+        self._tables = [[table.column(name).combine_chunks() for name in SCHEMA.names] for table in tables]
+        self.weights, self._prefixes = list(weights), list(prefixes)
+        pieces, rows = [], []
+        sizes = []
+        for number, table in enumerate(tables):
+            usable = np.flatnonzero(table.column("reason").combine_chunks().is_null().to_numpy(zero_copy_only=False))
+            pieces.append(np.full(len(usable), number, np.int32))
+            rows.append(usable.astype(np.int32))
+            columns = [table.column(name).to_numpy()[usable] for name in ("width", "height")]
+            sizes.append(np.stack(columns, 1).astype(np.int32))
+        self._piece = np.concatenate(pieces) if pieces else np.empty(0, np.int32)
+        self._row = np.concatenate(rows) if rows else np.empty(0, np.int32)
+        self.sizes = np.concatenate(sizes) if sizes else np.empty((0, 2), np.int32)
+        """(N, 2), width and height of each upright image, in pixels."""
+
+    def __len__(self) -> int:
+        """Number of usable samples."""
+        return len(self._row)
+
+    def __getitem__(self, index: int) -> Row:
+        """What is known of a sample."""
+        piece = int(self._piece[index])
+        row = Row(*(column[int(self._row[index])].as_py() for column in self._tables[piece]))
+        prefix = self._prefixes[piece]
+        return row._replace(id=prefix + row.id, group=prefix + row.group) if prefix else row
+
+    def weight(self, index: int) -> float:
+        """Loss weight of a sample."""
+        return self.weights[int(self._piece[index])]
+
+    def groups(self) -> tuple[list[str], np.ndarray]:
+        """The groups there are, and which of them each sample is in, (N,)."""
+        names: dict[str, int] = {}
+        codes = np.empty(len(self), np.int32)
+        start = 0
+        for number, columns in enumerate(self._tables):
+            rows = self._row[slice(*np.searchsorted(self._piece, [number, number + 1]))]
+            encoded = columns[SCHEMA.get_field_index("group")].dictionary_encode()
+            own = [names.setdefault(self._prefixes[number] + str(g), len(names)) for g in encoded.dictionary.to_pylist()]
+            indices = np.asarray(encoded.indices.to_numpy(zero_copy_only=False), np.int64)[rows]
+            codes[start : start + len(rows)] = np.asarray(own, np.int32)[indices] if len(rows) else []
+            start += len(rows)
+        return list(names), codes
+
+    def digest(self) -> str:
+        """A hash of all ids, captions and image contents, in order: what a resumed run must find again."""
+        found = hashlib.blake2b(digest_size=16)
+        for columns in self._tables:
+            for name in ("id", "captions", "digest", "reason"):
+                for part in _flat(columns[SCHEMA.get_field_index(name)]):
+                    found.update(part)
+        return found.hexdigest()
+
+
+def _flat(column: pa.Array) -> Iterator[bytes]:
+    for buffer in pa.concat_arrays([column]).buffers():
+        if buffer is not None:
+            yield memoryview(buffer)
+
+
+def _read(path: Path) -> pa.Table:
+    try:
+        with pa.memory_map(str(path)) as file:
+            table = pa.ipc.open_file(file).read_all()
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"cache file {path} is damaged ({' '.join(str(error).split())}): delete it and run again") from error
+    if table.schema != SCHEMA:
+        raise UserError(f"cache file {path} is not of this version: delete it and run again")
+    return table

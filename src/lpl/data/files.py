@@ -1,0 +1,46 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from pathlib import Path
+
+TEMPORARY = ".tmp"
+
+
+def write_atomically(path: Path, data: bytes, scratch: Path | None = None) -> None:
+    """Writes a file under a temporary name, syncs and renames it; makes the folders.
+
+    Args:
+        path: the file.
+        data: its content.
+        scratch: folder on the same file system for the temporary file, which stays there if the process is killed;
+            None: beside the file.
+
+    Raises:
+        OSError: it cannot be written; nothing is left behind then.
+    """
+    scratch = scratch or path.parent
+    for folder in (scratch, path.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    temporary = scratch / f".{uuid.uuid4().hex}{TEMPORARY}"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames in a folder survive a loss of power, where the system can."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

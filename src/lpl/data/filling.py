@@ -1,0 +1,211 @@
+"""Fills the caches from one source, piece by piece: what is missing is read, cropped, encoded and stored once."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lpl.config import DataConfig
+from lpl.data.bad_files import BadFiles
+from lpl.data.captions import CaptionRules
+from lpl.data.catalogue import Catalogue, Row
+from lpl.data.crops import to_float
+from lpl.data.reading import Reader, in_order, threads_of
+from lpl.data.sources import Piece, Source
+from lpl.data.staging import Staging
+from lpl.data.store import KEY_BYTES, TensorStore
+from lpl.data.views import Views
+from lpl.errors import UserError
+
+ENCODE_PIXELS = 2**20
+"""Pixels that go through the image encoder at once (whatever the batch size of training), at least one image."""
+ENCODE_IMAGES = 64
+CAPTION_BATCH = 32
+
+
+class Encoder(Protocol):
+    """What turns images and captions into what is cached."""
+
+    @property
+    def latent_key(self) -> str:
+        """Hex hash of the image encoder's weights and settings."""
+        ...
+
+    @property
+    def text_key(self) -> str:
+        """Hex hash of the text encoders' weights and settings."""
+        ...
+
+    def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Posterior mean and std, (B, C, h, w), float32, CPU, raw latent space, of pixels (B, 3, H, W) in [-1, 1]."""
+        ...
+
+    def encode_text(self, captions: list[str]) -> dict[str, Tensor]:
+        """By field, (B, ...) on the CPU, for B captions."""
+        ...
+
+    def entry_bytes(self, height: int, width: int) -> tuple[int, int]:
+        """Bytes of what is cached of an image of this size, in pixels, and of a caption."""
+        ...
+
+
+class Caches(NamedTuple):
+    """The stores of one model's latents and text embeddings, within a cache folder."""
+
+    folder: Path
+    latents: TensorStore
+    text: TensorStore
+
+    @classmethod
+    def open(cls, folder: Path, encoder: Encoder) -> Caches:
+        """Opens the stores that hold this encoder's output."""
+        return cls(
+            folder,
+            TensorStore(folder / "latents" / encoder.latent_key),
+            TensorStore(folder / "text" / encoder.text_key),
+        )
+
+    def staging(self, source: Source) -> Path:
+        """Where unfinished pieces of a source wait."""
+        name = "\0".join((source.identity, self.latents.folder.name, self.text.folder.name))
+        return self.folder / "staged" / hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
+
+
+def caption_key(caption: str) -> bytes:
+    """Key of a caption in the text cache."""
+    return hashlib.blake2b(caption.encode("utf-8", "surrogatepass"), digest_size=KEY_BYTES).digest()
+
+
+class Filler:
+    """Brings one source into the caches.
+
+    Args:
+        source: images and captions.
+        config: the options of the data.
+        views: which crops are cached.
+        rules: which captions are cached.
+        encoder: the encoders.
+        caches: where to.
+        catalogue: what is known of the source.
+        bad: counts what cannot be used, and stops the run if there is too much of it.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        config: DataConfig,
+        views: Views,
+        rules: CaptionRules,
+        encoder: Encoder,
+        caches: Caches,
+        catalogue: Catalogue,
+        bad: BadFiles,
+    ) -> None:
+        self.source, self.config, self.views, self.rules = source, config, views, rules
+        self.encoder, self.caches, self.catalogue, self.bad = encoder, caches, catalogue, bad
+        self.encoded_images = self.encoded_captions = 0
+        self.always = [""] if config.proportion_empty_prompts > 0 else []
+        """Captions that are cached whatever the samples say."""
+
+    def missing(self, piece: Piece) -> int:
+        """Crops of a piece that are not cached; -1 if the piece itself is not known, or its captions are not cached."""
+        table = None if self.config.rehash else self.catalogue.find(piece)
+        if table is None:
+            return -1
+        if any(caption_key(text) not in self.caches.text for text in self.always):
+            return -1
+        absent = 0
+        for row in table.to_pylist():
+            if row["reason"] is None:
+                crops = self.views.crops(row["id"], row["digest"], row["width"], row["height"])
+                absent += sum(key not in self.caches.latents for key in crops)
+                texts = self.rules.variants(row["id"], row["captions"])
+                if any(caption_key(text) not in self.caches.text for text in texts):
+                    return -1
+        return absent
+
+    def fill(self, pieces: Sequence[Piece], progress: bool) -> None:
+        """Reads, encodes and stores what is missing of some pieces.
+
+        Raises:
+            UserError: too many bad images, an encoder that makes NaN or Inf, a cache that cannot be written.
+        """
+        self.catalogue.load_known()
+        total = None if any(piece.size is None for piece in pieces) else sum(piece.size or 0 for piece in pieces)
+        with tqdm(total=total, desc="caching", unit="image", disable=not progress) as bar:
+            for piece in pieces:
+                self._fill_piece(piece, bar)
+        self.catalogue.forget_known()
+
+    def _fill_piece(self, piece: Piece, bar: Any) -> None:
+        folder = self.caches.staging(self.source) / self.catalogue.path(piece).stem
+        latents = Staging(self.caches.latents, folder / "latents")
+        text = Staging(self.caches.text, folder / "text")
+        known = None if self.config.rehash else self.catalogue
+        reader = Reader(self.views, self.config, latents.__contains__, known)
+        rows: list[Row] = []
+        waiting: dict[tuple[int, ...], list[tuple[bytes, Tensor, str]]] = {}
+        with closing(piece.samples()) as samples:
+            for read in in_order(reader, samples, threads_of(self.config)):
+                rows.append(read.row)
+                self.bad.count(read.row.id, read.row.name, read.row.reason)
+                for key in read.keys:
+                    if latents.claim(key):
+                        queue = waiting.setdefault(tuple(read.pixels[key].shape), [])
+                        queue.append((key, read.pixels[key], read.row.name))
+                        if len(queue) >= batch_of(queue[0][1].shape):
+                            self._encode_images(queue, latents)
+                            queue.clear()
+                bar.update()
+        for _, queue in sorted(waiting.items()):
+            self._encode_images(queue, latents)
+        self._encode_captions(rows, text)
+        for staging in (latents, text):
+            staging.commit()
+        for staging in (latents, text):
+            staging.clear()
+        self.catalogue.write(piece, rows, scratch=folder)
+        shutil.rmtree(folder)
+
+    def _encode_images(self, batch: Sequence[tuple[bytes, Tensor, str]], staging: Staging) -> None:
+        if not batch:
+            return
+        mean, std = self.encoder.encode_images(to_float(torch.stack([pixels for _, pixels, _ in batch])))
+        for (_, _, name), own_mean, own_std in zip(batch, mean, std, strict=True):
+            _require_finite((own_mean, own_std), name, "the VAE", "--pretrained_vae_model_name_or_path")
+        staging.add([key for key, _, _ in batch], {"mean": mean, "std": std})
+        self.encoded_images += len(batch)
+
+    def _encode_captions(self, rows: Sequence[Row], staging: Staging) -> None:
+        texts = list(self.always)
+        for row in rows:
+            if row.reason is None:
+                texts += self.rules.variants(row.id, row.captions)
+        lacking = [(key, text) for text in texts if staging.claim(key := caption_key(text))]
+        for start in range(0, len(lacking), CAPTION_BATCH):
+            batch = lacking[start : start + CAPTION_BATCH]
+            fields = self.encoder.encode_text([text for _, text in batch])
+            for position, (_, text) in enumerate(batch):
+                values = [values[position] for values in fields.values()]
+                name = f"caption {text[:60]!r}"
+                _require_finite(values, name, "the text encoder", "--pretrained_model_name_or_path")
+            staging.add([key for key, _ in batch], fields)
+            self.encoded_captions += len(batch)
+
+
+def batch_of(shape: Sequence[int]) -> int:
+    """How many crops (3, H, W) go through the image encoder at once."""
+    return max(1, min(ENCODE_IMAGES, ENCODE_PIXELS // (shape[-1] * shape[-2])))
+
+
+def _require_finite(tensors: Sequence[Tensor], name: str, encoder: str, flag: str) -> None:
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+        raise UserError(f"{name}: {encoder} makes NaN or Inf of it: check it, or choose another model with {flag}")

@@ -1,0 +1,274 @@
+"""From sources to training samples: fills the caches over all processes and hands out what is in them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from lpl.config import DataConfig
+from lpl.data.bad_files import Bad, BadFiles
+from lpl.data.captions import CaptionRules
+from lpl.data.catalogue import Catalogue, Samples
+from lpl.data.dataset import TrainingData
+from lpl.data.files import write_atomically
+from lpl.data.filling import Caches, Encoder, Filler, caption_key
+from lpl.data.lock import locked
+from lpl.data.repeats import parse_repeats
+from lpl.data.sources import Source
+from lpl.data.views import Views
+from lpl.errors import UserError
+
+logger = logging.getLogger("lpl")
+
+REGULARISATION = "reg/"
+"""Put before the ids and folders of regularisation images."""
+
+
+class Processes(NamedTuple):
+    """The processes of a run."""
+
+    index: int = 0
+    count: int = 1
+    barrier: Callable[[], None] = lambda: None
+    """Returns when all have called it."""
+
+
+def default_cache_dir() -> Path:
+    """The user's cache folder for this package: $XDG_CACHE_HOME/lpl, or ~/.cache/lpl."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "lpl"
+
+
+def cache_dir(config: DataConfig) -> Path:
+    """--latent_cache_dir, or the default."""
+    return Path(config.latent_cache_dir).expanduser() if config.latent_cache_dir else default_cache_dir()
+
+
+def prepare_data(
+    source: Source,
+    regularisation: Source | None,
+    config: DataConfig,
+    encoder: Encoder,
+    seed: int,
+    bad_files: Path,
+    processes: Processes = Processes(),  # noqa: B008
+    progress: bool = False,
+) -> TrainingData:
+    """Encodes what the caches lack and returns the samples, ready to be drawn.
+
+    Every process lists the sources and takes every n-th piece; the cache folder must be one that all of them see. Where
+    nothing has changed since an earlier run, no image is opened.
+
+    Args:
+        source: images and captions.
+        regularisation: of --reg_data_dir; None: none.
+        config: the options of the data.
+        encoder: the encoders.
+        seed: seed of the run; crops and what is cached do not depend on it.
+        bad_files: where images that cannot be used are listed.
+        processes: which one this is; the barrier is called several times.
+        progress: whether to show a progress bar.
+
+    Raises:
+        UserError: too many bad images, an encoder that makes NaN or Inf, a cache that cannot be used, too little room.
+    """
+    caches = Caches.open(cache_dir(config), encoder)
+    views, rules = Views(config), CaptionRules(config, seed)
+    bad = BadFiles(config.max_bad_fraction, bad_files)
+    tables: list[pa.Table] = []
+    weights: list[float] = []
+    prefixes: list[str] = []
+    for part, weight, prefix in ((source, 1.0, ""), (regularisation, config.prior_loss_weight, REGULARISATION)):
+        if part is not None:
+            own = _fill(part, config, views, rules, encoder, caches, bad, processes, progress)
+            tables += own
+            weights += [weight] * len(own)
+            prefixes += [prefix] * len(own)
+    if processes.index == 0:
+        bad.write()
+        if bad.found:
+            logger.warning("%d images cannot be used and are left out: %s lists them", len(bad.found), bad_files)
+    samples = Samples(tables, weights, prefixes)
+    if not len(samples):
+        raise UserError(f"{source.name}: no image in it can be used: {bad_files} says why")
+    buckets = views.buckets.assign(samples.sizes[:, 0], samples.sizes[:, 1])
+    if processes.index == 0:
+        _warn_upscaled(samples, views, buckets)
+    groups, codes = samples.groups()
+    repeats = parse_repeats(config.repeats, groups, codes)
+    return TrainingData(samples, views, rules, caches, seed, buckets, repeats)
+
+
+def _fill(
+    source: Source,
+    config: DataConfig,
+    views: Views,
+    rules: CaptionRules,
+    encoder: Encoder,
+    caches: Caches,
+    bad: BadFiles,
+    processes: Processes,
+    progress: bool,
+) -> list[pa.Table]:
+    """Fills the caches from one source; returns the rows of its pieces."""
+    catalogue = Catalogue(caches.folder, source)
+    pieces = source.pieces()
+    staging = caches.staging(source)
+    filler = Filler(source, config, views, rules, encoder, caches, catalogue, bad)
+    mark = Mark(catalogue, [catalogue.path(p).name for p in pieces], filler)
+    with ExitStack() as stack:
+        if processes.index == 0:
+            stack.enter_context(locked(staging, f"caching {source.name}"))
+        processes.barrier()
+        for store in (caches.latents, caches.text):
+            store.refresh()  # what the run that was waited for has written
+        whole = mark.holds() and not config.rehash
+        processes.barrier()  # nobody writes before all have looked
+        if not whole:
+            own = list(pieces)[processes.index :: processes.count]
+            lacking = {n: filler.missing(piece) for n, piece in enumerate(own)}
+            todo = [own[n] for n, absent in lacking.items() if absent]
+            if processes.index == 0:
+                _check_room(filler, [(own[n], absent) for n, absent in lacking.items() if absent], processes.count)
+            bad.begin(source.name, source.size)
+            filler.fill(todo, progress)
+            processes.barrier()
+            for store in (caches.latents, caches.text):
+                store.refresh()
+        tables = []
+        for piece in pieces:
+            table = catalogue.find(piece)
+            if table is None:
+                raise UserError(_unseen(caches.folder))
+            tables.append(table)
+        if processes.index == 0:
+            _settle(source, bad, tables)
+            if not whole:
+                mark.make(tables)
+                for store in (caches.latents, caches.text):
+                    store.save_index(scratch=staging)
+            mark.touch()
+            for left in staging.iterdir():
+                if left.is_dir():
+                    shutil.rmtree(left)
+            share = " by the first process" if processes.count > 1 else ""
+            logger.info(
+                "%s: %d samples; %d crops and %d captions encoded%s, all else was in %s",
+                source.name, sum(map(len, tables)), filler.encoded_images, filler.encoded_captions, share,
+                caches.folder,
+            )  # fmt: skip
+        processes.barrier()
+    return tables
+
+
+class Mark:
+    """A note beside a catalogue that everything a run needs of a source is cached, and in which shards."""
+
+    def __init__(self, catalogue: Catalogue, pieces: Sequence[str], filler: Filler) -> None:
+        self._pieces, self._filler = list(pieces), filler
+        caches = filler.caches
+        key = [filler.views.settings, filler.rules.settings, filler.always]
+        key += [caches.latents.folder.name, caches.text.folder.name, self._pieces]
+        name = hashlib.blake2b(json.dumps(key).encode(), digest_size=16).hexdigest()
+        self._path = catalogue.folder / f"complete-{name}.json"
+        self._catalogue = catalogue
+        self._shards: list[list[str]] | None = None
+
+    def holds(self) -> bool:
+        """Whether the note is there, and all files that it names."""
+        try:
+            self._shards = json.loads(self._path.read_text())
+        except (OSError, ValueError):
+            return False
+        assert self._shards is not None
+        files = {entry.name for entry in os.scandir(self._catalogue.folder)}
+        stores = (self._filler.caches.latents, self._filler.caches.text)
+        there = all(set(named) <= set(store.shards) for named, store in zip(self._shards, stores, strict=True))
+        return there and set(self._pieces) <= files
+
+    def make(self, tables: Sequence[pa.Table]) -> None:
+        """Looks every entry up and makes the note.
+
+        Raises:
+            UserError: an entry that another process has encoded is not there.
+        """
+        filler = self._filler
+        shards: tuple[set[str], set[str]] = (set(), set())
+        try:
+            shards[1].update(filler.caches.text.shard_of(caption_key(text)) for text in filler.always)
+            for table in tables:
+                for row in table.to_pylist():
+                    if row["reason"] is None:
+                        crops = filler.views.crops(row["id"], row["digest"], row["width"], row["height"])
+                        texts = filler.rules.variants(row["id"], row["captions"])
+                        shards[0].update(map(filler.caches.latents.shard_of, crops))
+                        shards[1].update(filler.caches.text.shard_of(caption_key(text)) for text in texts)
+        except KeyError as error:
+            raise UserError(_unseen(filler.caches.folder)) from error
+        self._shards = [sorted(names) for names in shards]
+        write_atomically(self._path, json.dumps(self._shards).encode(), filler.caches.staging(filler.source))
+
+    def touch(self) -> None:
+        """Marks all files as used now: `lpl cache prune` goes by that."""
+        caches = self._filler.caches
+        paths = [self._catalogue.folder / name for name in self._pieces] + [self._path]
+        for store, names in zip((caches.latents, caches.text), self._shards or [], strict=False):
+            paths += [store.folder / name for name in names]
+        for path in paths:
+            os.utime(path)
+
+
+def _settle(source: Source, bad: BadFiles, tables: Sequence[pa.Table]) -> None:
+    found = []
+    for table in tables:
+        rows = table.filter(pc.is_valid(table.column("reason"))).select(["id", "name", "reason"])
+        found += [Bad(**row) for row in rows.to_pylist()]
+    bad.begin(source.name, source.size)
+    bad.settle(found, sum(len(table) for table in tables))
+
+
+def _check_room(filler: Filler, todo: Sequence[tuple[Any, int]], processes: int) -> None:
+    """Refuses to start filling a disk that has no room for the result.
+
+    The share of this process stands for that of the others.
+    """
+    images = sum(filler.views.per_image * (p.size or 0) if absent < 0 else absent for p, absent in todo) * processes
+    captions = sum(p.size or 0 for p, absent in todo if absent < 0) * processes
+    latents, text = filler.encoder.entry_bytes(*filler.views.buckets.sizes[0])
+    variants = filler.config.caption_variants if filler.config.shuffle_caption else 1
+    needed = images * latents + captions * variants * text
+    filler.caches.folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(filler.caches.folder).free
+    if needed > free:
+        raise UserError(
+            f"cache {filler.caches.folder}: about {needed / 2**30:.1f} GiB are needed and {free / 2**30:.1f} GiB free: "
+            "make room there, or name another folder with --latent_cache_dir"
+        )
+
+
+def _warn_upscaled(samples: Samples, views: Views, buckets: Any) -> None:
+    targets = np.asarray(views.buckets.sizes)[buckets]
+    upscaled = int(((samples.sizes[:, 1] < targets[:, 0]) | (samples.sizes[:, 0] < targets[:, 1])).sum())
+    if upscaled:
+        logger.warning(
+            "%d of %d images are smaller than --resolution %d and are scaled up: they will train blur",
+            *(upscaled, len(samples), views.config.crop_size),
+        )
+
+
+def _unseen(folder: Path) -> str:
+    return (
+        f"cache {folder} lacks entries that other processes have encoded: name a folder that all of them see with "
+        "--latent_cache_dir"
+    )

@@ -1,0 +1,103 @@
+"""From a sample of a source to its row of the catalogue and the crops that are not cached yet, in threads."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
+
+from torch import Tensor
+
+from lpl.config import DataConfig
+from lpl.data.catalogue import Catalogue, Row
+from lpl.data.crops import render
+from lpl.data.decode import BadImageError, decode_image, parse_color
+from lpl.data.sources import Sample
+from lpl.data.views import Views
+
+MAX_THREADS = 8
+AHEAD = 2
+"""Samples that are read ahead, beyond one a thread."""
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+
+class Read(NamedTuple):
+    """What reading a sample gave."""
+
+    row: Row
+    keys: list[bytes]
+    """Keys of all its crops."""
+    pixels: dict[bytes, Tensor]
+    """uint8 (3, H, W) of those that were asked for."""
+
+
+class Reader:
+    """Reads a sample no further than needed: a known one whose crops are all cached is not opened.
+
+    Args:
+        views: which crops there are.
+        config: interpolation and background.
+        cached: whether a crop need not be rendered.
+        catalogue: what is known of samples; None: read them all again.
+    """
+
+    def __init__(
+        self, views: Views, config: DataConfig, cached: Callable[[bytes], bool], catalogue: Catalogue | None
+    ) -> None:
+        self._views, self._cached, self._catalogue = views, cached, catalogue
+        self._background = parse_color(config.background_color)
+        self._interpolation = config.image_interpolation_mode
+
+    def __call__(self, sample: Sample) -> Read:
+        """Reads one sample; a bad image comes back as a row with the reason."""
+        known = self._catalogue.known(sample.id, sample.stamp) if self._catalogue is not None else None
+        if known is not None:
+            digest, width, height, reason = known
+            keys = [] if reason else list(self._views.crops(sample.id, digest, width, height))
+            if all(self._cached(key) for key in keys):
+                return Read(_row(sample, digest, width, height, reason), keys, {})
+        digest = b""
+        try:
+            data = sample.read()
+            digest = hashlib.sha256(data).digest()
+            image = decode_image(data, self._background)
+        except BadImageError as error:
+            return Read(_row(sample, digest, 0, 0, error.reason), [], {})
+        crops = self._views.crops(sample.id, digest, image.width, image.height)
+        pixels = {key: render(image, crop, self._interpolation) for key, crop in crops.items() if not self._cached(key)}
+        return Read(_row(sample, digest, image.width, image.height, None), list(crops), pixels)
+
+
+def threads_of(config: DataConfig) -> int:
+    """How many threads read: --dataloader_num_workers, or one for each core up to eight."""
+    workers = config.dataloader_num_workers
+    return min(MAX_THREADS, os.cpu_count() or 1) if workers == "auto" else int(workers)
+
+
+def in_order(function: Callable[[A], B], items: Iterable[A], threads: int) -> Iterator[B]:
+    """map in threads: results in order, with few of them waiting at a time; 0 threads: in this one."""
+    if threads == 0:
+        yield from map(function, items)
+        return
+    with ThreadPoolExecutor(threads, thread_name_prefix="lpl-read") as pool:
+        waiting: deque[Future[B]] = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) >= threads + AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _row(sample: Sample, digest: bytes, width: int, height: int, reason: str | None) -> Row:
+    captions = list(sample.captions)
+    return Row(sample.id, captions, sample.group, sample.name, sample.stamp, digest, width, height, reason)

@@ -1,0 +1,62 @@
+"""Encoded batches that wait on disk until their piece of the source is whole, and then become shards."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from lpl.data.store import TensorStore
+
+SHARD_BYTES = 2**25
+"""About how large a shard becomes."""
+
+
+class Staging:
+    """One piece's entries on their way into a store.
+
+    Each batch is a small file of its own as soon as it is encoded, so a kill loses one batch at most; a restart finds
+    the batches there and goes on. Shards are written in the order in which keys were claimed, so the store ends up the
+    same, byte for byte, however often the piece was interrupted.
+
+    Args:
+        store: where the entries end up.
+        folder: where batches wait; one process at a time may use it.
+    """
+
+    def __init__(self, store: TensorStore, folder: Path) -> None:
+        self._store, self.folder = store, folder
+        self._staged = TensorStore(folder)
+        self._claimed: dict[bytes, None] = {}
+
+    def __contains__(self, key: bytes) -> bool:
+        """Whether an entry need not be encoded: it is in the store, or waits here."""
+        return key in self._store or key in self._staged
+
+    def claim(self, key: bytes) -> bool:
+        """Takes a key into the piece, unless the store has it; returns whether its entry must be encoded now."""
+        if key in self._claimed or key in self._store:
+            return False
+        self._claimed[key] = None
+        return key not in self._staged
+
+    def add(self, keys: Sequence[bytes], fields: Mapping[str, Tensor]) -> None:
+        """Keeps an encoded batch, of keys that were claimed."""
+        self._staged.write(keys, fields)
+
+    def commit(self) -> None:
+        """Moves everything that was claimed into shards of the store, entries of one shape together."""
+        by_shape: dict[str, list[bytes]] = {}
+        for key in self._claimed:
+            by_shape.setdefault(str(self._staged.layout(key)), []).append(key)
+        for _, keys in sorted(by_shape.items()):
+            rows = max(1, SHARD_BYTES // self._staged.entry_bytes(keys[0]))
+            for start in range(0, len(keys), rows):
+                part = keys[start : start + rows]
+                self._store.write(part, self._staged.gather(part), scratch=self.folder)
+
+    def clear(self) -> None:
+        """Removes the batches that waited."""
+        shutil.rmtree(self.folder, ignore_errors=True)

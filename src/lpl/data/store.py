@@ -1,0 +1,325 @@
+"""A store of small dicts of tensors on disk, shared by runs and by processes that write at the same time."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import mmap
+import os
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from lpl.data.files import write_atomically
+from lpl.errors import UserError
+
+SUFFIX = ".safetensors"
+INDEX = "index.npz"
+KEY_BYTES = 20
+MAPPED_BYTES = 2**28
+"""Shards are unmapped, oldest first, once this much of them has been read: memory stays flat."""
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
+DTYPES |= {"I64": torch.int64, "I32": torch.int32}
+RESERVED = ("keys", "checksums")
+Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Dtype and shape of an entry's tensors by field."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """Where one tensor of a shard lies: bytes of a row from `offset + row * row_bytes`."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one entry."""
+        return int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
+
+
+class Shard:
+    """One file, mapped into memory: `keys` (N, 20), `checksums` (N,) and every field stacked, (N, ...).
+
+    Raises:
+        UserError: the file is cut short or is no such shard.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            with open(path, "rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            length = int.from_bytes(self._map[:8], "little")
+            header = json.loads(self._map[8 : 8 + length])
+            base = 8 + length
+            self.fields = {
+                name: Field(DTYPES[entry["dtype"]], tuple(entry["shape"]), base + entry["data_offsets"][0])
+                for name, entry in header.items()
+                if name != "__metadata__"
+            }
+            end = base + max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+            whole = end == len(self._map) and set(RESERVED) <= self.fields.keys()
+        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+            raise UserError(_damaged(path, str(error) or type(error).__name__)) from error
+        if not whole:
+            raise UserError(_damaged(path, f"{len(self._map)} bytes, not {end}"))
+        names = sorted(self.fields.keys() - set(RESERVED))
+        self.layout: Layout = {name: (self.fields[name].dtype, self.fields[name].shape[1:]) for name in names}
+        self.touched = 0
+
+    def keys(self) -> np.ndarray:
+        """(N, 20), uint8: a copy."""
+        field = self.fields["keys"]
+        return np.frombuffer(self._map, np.uint8, field.shape[0] * KEY_BYTES, field.offset).reshape(-1, KEY_BYTES).copy()
+
+    def row(self, name: str, row: int) -> np.ndarray:
+        """The bytes of an entry's field, uint8, in the mapped file."""
+        field = self.fields[name]
+        self.touched += field.row_bytes
+        return np.frombuffer(self._map, np.uint8, field.row_bytes, field.offset + row * field.row_bytes)
+
+    def damaged_rows(self) -> list[int]:
+        """Rows whose bytes do not give their checksum."""
+        wanted = torch.frombuffer(bytearray(self.row_block("checksums")), dtype=torch.int64)
+        return [row for row, value in enumerate(wanted.tolist()) if value != self._checksum(row)]
+
+    def row_block(self, name: str) -> bytes:
+        """All bytes of a field."""
+        field = self.fields[name]
+        return self._map[field.offset : field.offset + field.shape[0] * field.row_bytes]
+
+    def _checksum(self, row: int) -> int:
+        value = zlib.crc32(self.row("keys", row))
+        for name in self.layout:
+            value = zlib.crc32(self.row(name, row), value)
+        return value
+
+
+class Index(NamedTuple):
+    """Where entries are, sorted by the first 8 bytes of their keys; replaced as a whole, so that threads may look."""
+
+    prefixes: np.ndarray
+    keys: np.ndarray
+    places: np.ndarray
+    """(N, 2), int32: number of the shard, row in it."""
+
+
+class TensorStore:
+    """Dicts of tensors by 20-byte key, in a folder of safetensors shards that never change once they have their name.
+
+    The entries of a shard have one shape. Opening reads an index of keys, shards and rows (28 bytes an entry), and of
+    shards that are newer than it their keys; tensors are mapped into memory and read on demand. A shard appears whole
+    or not at all.
+
+    Args:
+        folder: where the shards are; made when something is first written.
+
+    Raises:
+        UserError: a shard that is cut short.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.shards: list[str] = []
+        self._index = Index(np.empty(0, np.uint64), np.empty((0, KEY_BYTES), np.uint8), np.empty((0, 2), np.int32))
+        self._open: OrderedDict[int, Shard] = OrderedDict()
+        self._indexed: list[str] = []
+        self.refresh()
+
+    def __len__(self) -> int:
+        """Number of entries."""
+        return len(self._index.keys)
+
+    def __contains__(self, key: bytes) -> bool:
+        """Whether an entry is there."""
+        return self._find(key) is not None
+
+    def shard_of(self, key: bytes) -> str:
+        """Name of the shard that holds an entry.
+
+        Raises:
+            KeyError: no such entry.
+        """
+        return self.shards[self._at(key)[0]]
+
+    def layout(self, key: bytes) -> Layout:
+        """Dtype and shape of an entry's tensors by field."""
+        return self._shard(self._at(key)[0]).layout
+
+    def entry_bytes(self, key: bytes) -> int:
+        """Bytes of an entry's tensors."""
+        shard = self._shard(self._at(key)[0])
+        return sum(shard.fields[name].row_bytes for name in shard.layout)
+
+    def gather(self, keys: Sequence[bytes]) -> dict[str, Tensor]:
+        """The tensors of entries of one shape, stacked in the order of the keys, by field: copies on the CPU.
+
+        Raises:
+            KeyError: no such entry.
+            ValueError: entries of several shapes.
+        """
+        stacked: dict[str, Tensor] = {}
+        rows: dict[str, np.ndarray] = {}
+        layout: Layout = {}
+        for position, key in enumerate(keys):
+            number, row = self._at(key)
+            shard = self._shard(number)
+            if position == 0:
+                layout = shard.layout
+                for name, (dtype, shape) in layout.items():
+                    stacked[name] = torch.empty((len(keys), *shape), dtype=dtype)
+                    rows[name] = stacked[name].view(len(keys), -1).view(torch.uint8).numpy()
+            elif shard.layout != layout:
+                raise ValueError(f"entries of several shapes: {layout} and {shard.layout}")
+            for name, target in rows.items():
+                target[position] = shard.row(name, row)
+        return stacked
+
+    def write(self, keys: Sequence[bytes], fields: Mapping[str, Tensor], scratch: Path | None = None) -> None:
+        """Stores N entries in one new shard, and returns when it is safely on disk.
+
+        Args:
+            keys: N of 20 bytes.
+            fields: (N, ...) each.
+            scratch: folder for the temporary file, on the same file system; None: beside the shards.
+
+        Raises:
+            UserError: the folder cannot be written.
+            ValueError: keys or fields that cannot be stored.
+        """
+        if not keys:
+            return
+        lengths = {len(tensor) for tensor in fields.values()}
+        if lengths != {len(keys)} or any(len(key) != KEY_BYTES for key in keys) or set(RESERVED) & fields.keys():
+            raise ValueError(f"cannot store {len(keys)} keys with fields {list(fields)} of lengths {lengths}")
+        tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in fields.items()}
+        blocks = [tensors[name].view(len(keys), -1).view(torch.uint8).numpy() for name in sorted(tensors)]
+        checksums = []
+        for row, key in enumerate(keys):
+            value = zlib.crc32(key)
+            for block in blocks:
+                value = zlib.crc32(block[row], value)
+            checksums.append(value)
+        tensors["keys"] = torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(-1, KEY_BYTES)
+        tensors["checksums"] = torch.tensor(checksums, dtype=torch.int64)
+        name = hashlib.blake2b(b"".join(sorted(keys)), digest_size=16).hexdigest() + SUFFIX
+        try:
+            write_atomically(self.folder / name, save(tensors), scratch)
+        except OSError as error:
+            raise UserError(
+                f"cache {self.folder} cannot be written ({error.strerror}): make room there, or name another folder "
+                "with --latent_cache_dir"
+            ) from error
+        self._add([name])
+
+    def refresh(self) -> None:
+        """Takes up shards that other processes have written since.
+
+        Raises:
+            UserError: a shard that is cut short.
+        """
+        there = sorted(_shards_in(self.folder))
+        if not self.shards and there:
+            self._read_index(set(there))
+        have = set(self.shards)
+        self._add([name for name in there if name not in have])
+
+    def save_index(self, scratch: Path | None = None) -> None:
+        """Writes the index beside the shards, so that the next opening need not look into each."""
+        if not self.shards or self.shards == self._indexed:
+            return
+        by_name = np.argsort(np.asarray(self.shards))
+        number = np.empty(len(by_name), np.int32)
+        number[by_name] = np.arange(len(by_name), dtype=np.int32)
+        places = np.stack([number[self._index.places[:, 0]], self._index.places[:, 1]], 1)
+        order = np.lexsort((places[:, 1], places[:, 0]))
+        buffer = io.BytesIO()
+        np.savez(buffer, shards=np.asarray(self.shards)[by_name], keys=self._index.keys[order], places=places[order])
+        write_atomically(self.folder / INDEX, buffer.getvalue(), scratch)
+        self._indexed = list(self.shards)
+
+    def verify(self) -> Iterator[tuple[str, str | None]]:
+        """(shard, what is wrong with it or None), shard by shard, reading every byte."""
+        for name in sorted(_shards_in(self.folder)):
+            try:
+                rows = Shard(self.folder / name).damaged_rows()
+            except UserError as error:
+                yield name, str(error)
+            else:
+                wrong = f"{len(rows)} of its entries do not match their checksums" if rows else None
+                yield name, _damaged(self.folder / name, wrong) if wrong else None
+
+    def _read_index(self, there: set[str]) -> None:
+        path = self.folder / INDEX
+        if not path.is_file():
+            return
+        try:
+            with np.load(path, allow_pickle=False) as index:
+                shards, keys, places = index["shards"].tolist(), index["keys"], index["places"]
+        except (OSError, ValueError, KeyError, zlib.error, EOFError):
+            return  # an index says nothing that the shards do not: they are read instead
+        if set(shards) <= there:
+            self.shards, self._indexed = shards, list(shards)
+            self._set(keys, places)
+
+    def _add(self, names: Sequence[str]) -> None:
+        keys, places = [self._index.keys], [self._index.places]
+        for name in names:
+            found = Shard(self.folder / name).keys()
+            number = np.full(len(found), len(self.shards), np.int32)
+            self.shards.append(name)
+            keys.append(found)
+            places.append(np.stack([number, np.arange(len(found), dtype=np.int32)], 1))
+        if names:
+            self._set(np.concatenate(keys), np.concatenate(places))
+
+    def _set(self, keys: np.ndarray, places: np.ndarray) -> None:
+        prefix = np.ascontiguousarray(keys[:, :8]).view(np.uint64).ravel()
+        order = np.argsort(prefix, kind="stable")
+        self._index = Index(prefix[order], keys[order], places[order].astype(np.int32))
+
+    def _find(self, key: bytes) -> tuple[int, int] | None:
+        prefixes, keys, places = self._index
+        prefix = np.frombuffer(key, np.uint64, 1)[0]
+        at = int(np.searchsorted(prefixes, prefix))
+        while at < len(prefixes) and prefixes[at] == prefix:
+            if keys[at].tobytes() == key:
+                shard, row = places[at]
+                return int(shard), int(row)
+            at += 1
+        return None
+
+    def _at(self, key: bytes) -> tuple[int, int]:
+        place = self._find(key)
+        if place is None:
+            raise KeyError(key.hex())
+        return place
+
+    def _shard(self, number: int) -> Shard:
+        shard = self._open.get(number)
+        if shard is None:
+            shard = self._open[number] = Shard(self.folder / self.shards[number])
+            while len(self._open) > 1 and sum(s.touched for s in self._open.values()) > MAPPED_BYTES:
+                self._open.popitem(last=False)
+        return shard
+
+
+def _shards_in(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        return []
+    return [name for name in os.listdir(folder) if name.endswith(SUFFIX) and not name.startswith(".")]
+
+
+def _damaged(path: Path, what: str) -> str:
+    return f"cache shard {path} is damaged ({what}): `lpl cache verify --delete` removes it, the next run makes it again"

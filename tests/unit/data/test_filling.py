@@ -1,0 +1,416 @@
+"""Filling the caches: what is encoded, what is reused, what is left out, and what is refused."""
+
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from lpl.config import DataConfig
+from lpl.data import filling
+from lpl.data.crops import plan_crop, render, to_float
+from lpl.data.dataset import TrainingData
+from lpl.data.decode import decode_image
+from lpl.data.filling import caption_key
+from lpl.data.prepare import Processes, default_cache_dir, prepare_data
+from lpl.data.sources import folder as folder_module
+from lpl.data.sources import open_source
+from lpl.errors import UserError
+
+Encode = Callable[..., TrainingData]
+
+
+@pytest.fixture
+def lines(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """Takes the messages logged since the last call."""
+    caplog.set_level(logging.INFO, logger="lpl")
+
+    def take() -> list[str]:
+        messages = [record.getMessage() for record in caplog.records]
+        caplog.clear()
+        return messages
+
+    return take
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the images that are read from here on."""
+    names: list[str] = []
+    read_file = folder_module.read_file
+
+    def watched(path: str) -> bytes:
+        names.append(Path(path).name)
+        return read_file(path)
+
+    monkeypatch.setattr(folder_module, "read_file", watched)
+    return names
+
+
+def test_second_run_opens_and_encodes_nothing(
+    encode: Encode, encoder: Any, lines: Callable[[], list[str]], opened: list[str]
+) -> None:
+    encode(random_flip=True)
+    assert "5 samples; 10 crops and 5 captions encoded" in lines()[0]
+    assert len(opened) == 5
+    encode(random_flip=True)
+    assert "5 samples; 0 crops and 0 captions encoded" in lines()[0]
+    assert len(opened) == 5
+    assert (encoder.images, len(encoder.captions)) == (10, 5)
+
+
+def test_latents_are_those_of_the_planned_crop(encode: Encode, encoder: Any, folder: Path) -> None:
+    data = encode(random_flip=True, crop_variants=2, seed=7)
+    image = decode_image((folder / "3.png").read_bytes())
+    row = data.samples[3]
+    for variant in range(2):
+        for flip in (False, True):
+            crop = plan_crop(64, 48, (32, 32), False, 0, "crop", "3.png", variant, flip=flip)
+            found = data.caches.latents.gather([data.views.key(row.digest, crop)])
+            mean, std = encoder.encode_images(to_float(render(image, crop, "lanczos")[None]))
+            assert torch.equal(found["mean"], mean)
+            assert torch.equal(found["std"], std)
+
+
+def test_crops_of_one_size_are_encoded_together(
+    encode: Encode, encoder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(filling, "ENCODE_PIXELS", 4 * 32 * 32)
+    encode(random_flip=True)
+    assert encoder.batch_sizes == [4, 4, 2]
+
+
+def test_buckets_are_encoded_apart(encode: Encode, encoder: Any) -> None:
+    data = encode(buckets=True, bucket_step=8, dataloader_num_workers=0)
+    sizes = [data.views.buckets.sizes[b] for b in data.buckets]
+    assert sizes == [(32, 32), (32, 32), (40, 24), (24, 40), (24, 40)]
+    assert sorted(encoder.batch_sizes) == sorted(sizes.count(size) for size in set(sizes))
+    for index, (height, width) in enumerate(sizes):
+        batch = data.batch([(index, 0)])
+        assert batch.raw_latents.shape == (1, 4, height // 8, width // 8)
+        assert batch.sizes[0, 4:].tolist() == [height, width]
+
+
+def test_changing_one_image_encodes_one_image(encode: Encode, encoder: Any, folder: Path, opened: list[str]) -> None:
+    encode()
+    Image.new("RGB", (40, 32), "red").save(folder / "0.png")
+    opened.clear()
+    encode()
+    assert (encoder.images, len(encoder.captions)) == (6, 5)
+    assert opened == ["0.png"]
+
+
+def test_a_touched_image_is_read_but_not_encoded(
+    encode: Encode, encoder: Any, folder: Path, opened: list[str]
+) -> None:
+    encode()
+    (folder / "0.png").write_bytes((folder / "0.png").read_bytes())
+    opened.clear()
+    encode()
+    assert encoder.images == 5
+    assert opened == ["0.png"]
+
+
+def test_a_new_first_image_leaves_the_others_unread(
+    encode: Encode, encoder: Any, folder: Path, opened: list[str], picture: Any
+) -> None:
+    encode()
+    picture(77, 32, 32).save(folder / "+.png")
+    (folder / "+.txt").write_text("first")
+    opened.clear()
+    encode()
+    assert encoder.images == 6
+    assert opened == ["+.png"]
+
+
+def test_rehash_reads_everything_again_and_encodes_what_differs(
+    encode: Encode, encoder: Any, folder: Path, opened: list[str]
+) -> None:
+    encode()
+    status = (folder / "1.png").stat()
+    content = bytearray((folder / "1.png").read_bytes())
+    other = bytearray((folder / "1.png").read_bytes())
+    Image.new("RGB", (32, 32), "blue").save(folder / "other.bmp")
+    other = (folder / "other.bmp").read_bytes()
+    (folder / "other.bmp").unlink()
+    (folder / "1.png").write_bytes(other.ljust(len(content), b"\0")[: len(content)])
+    os.utime(folder / "1.png", ns=(status.st_atime_ns, status.st_mtime_ns))
+    opened.clear()
+    encode()
+    assert opened == []
+    encode(rehash=True)
+    assert len(opened) == 5
+    assert encoder.images == 6
+
+
+def test_changing_one_caption_encodes_one_caption(encode: Encode, encoder: Any, folder: Path) -> None:
+    encode()
+    (folder / "0.txt").write_text("new words")
+    encode()
+    assert encoder.images == 5
+    assert encoder.captions[5:] == ["new words"]
+
+
+def test_other_encoders_encode_everything(encode: Encode, encoder: Any) -> None:
+    encode()
+    encoder.latent_key = "another"
+    encode()
+    assert (encoder.images, len(encoder.captions)) == (10, 5)
+    encoder.text_key = "another"
+    encode()
+    assert (encoder.images, len(encoder.captions)) == (10, 10)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"resolution": 24},
+        {"image_interpolation_mode": "box"},
+        {"center_crop": True},
+        {"crop_variants": 3},
+        {"buckets": True, "bucket_step": 8},
+        {"background_color": "black"},
+    ],
+)
+def test_options_that_change_pixels_encode_anew(encode: Encode, encoder: Any, options: dict[str, Any]) -> None:
+    encode()
+    encode(**options)
+    assert encoder.images > 5
+    assert len(encoder.captions) == 5
+
+
+def test_another_seed_encodes_nothing(encode: Encode, encoder: Any) -> None:
+    one = encode(crop_variants=3)
+    other = encode(crop_variants=3, seed=1)
+    assert encoder.images == 15 - 2  # one image has no room to be cropped differently
+    draws = [(4, count) for count in range(8)]
+    assert not torch.equal(one.batch(draws).sizes, other.batch(draws).sizes)
+
+
+def test_flips_add_to_what_is_there(encode: Encode, encoder: Any) -> None:
+    encode()
+    encode(random_flip=True)
+    assert encoder.images == 10
+
+
+def test_the_same_image_and_caption_are_encoded_once(encode: Encode, encoder: Any, folder: Path) -> None:
+    (folder / "copy.png").write_bytes((folder / "1.png").read_bytes())
+    (folder / "copy.txt").write_text("caption 1")
+    data = encode()
+    assert data.samples[1].digest == data.samples[4].digest
+    assert (encoder.images, len(encoder.captions)) == (5, 5)
+
+
+def test_the_empty_caption_is_there_when_captions_are_dropped(encode: Encode, encoder: Any) -> None:
+    encode()
+    assert "" not in encoder.captions
+    data = encode(proportion_empty_prompts=0.1)
+    assert encoder.captions[5:] == [""]
+    assert caption_key("") in data.caches.text
+
+
+def test_every_order_of_a_caption_is_cached(encode: Encode, encoder: Any, folder: Path) -> None:
+    (folder / "0.txt").write_text("a, b, c")
+    data = encode(shuffle_caption=True, caption_variants=3)
+    assert len([caption for caption in encoder.captions if sorted(caption) == sorted("a, b, c")]) == 3
+    for count in range(6):
+        data.batch([(0, count)])
+
+
+def test_threads_give_the_same(encode: Encode, tmp_path: Path) -> None:
+    plain = encode(dataloader_num_workers=0)
+    threaded = encode(latent_cache_dir=str(tmp_path / "other"), dataloader_num_workers=3)
+    draws = [(n, 0) for n in range(5)]
+    assert torch.equal(plain.batch(draws).raw_latents, threaded.batch(draws).raw_latents)
+    assert contents(tmp_path / "c") == contents(tmp_path / "other")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a cache, but for the marks that runs leave."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "lock"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def test_bad_images_are_left_out_and_listed(
+    encode: Encode, folder: Path, tmp_path: Path, lines: Callable[[], list[str]], opened: list[str]
+) -> None:
+    (folder / "2.png").write_bytes((folder / "2.png").read_bytes()[:2000])
+    (folder / "1.png").write_text("not an image")
+    data = encode(max_bad_fraction=0.4)
+    assert [data.samples[n].id for n in range(len(data))] == ["0.png", "3.png", "sub/9.png"]
+    listed = [json.loads(line) for line in (tmp_path / "bad_files.jsonl").read_text().splitlines()]
+    assert [entry["id"] for entry in listed] == ["1.png", "2.png"]
+    assert all(entry["reason"] and entry["name"].startswith(str(folder)) for entry in listed)
+    assert any("2 images cannot be used" in line and "bad_files.jsonl" in line for line in lines())
+    opened.clear()
+    assert len(encode(max_bad_fraction=0.4)) == 3
+    assert opened == []
+    assert len((tmp_path / "bad_files.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_many_bad_images_stop_the_run(encode: Encode, folder: Path, tmp_path: Path, workers: int) -> None:
+    (folder / "2.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"1 of 5 images cannot be used.*2\.png.*--max_bad_fraction 0\.01") as caught:
+        encode(dataloader_num_workers=workers)
+    assert "\n" not in str(caught.value)
+    assert "2.png" in (tmp_path / "bad_files.jsonl").read_text()
+    with pytest.raises(UserError, match="1 of 5"):
+        encode(dataloader_num_workers=workers)
+    assert len(encode(max_bad_fraction=0.2)) == 4
+    with pytest.raises(UserError, match="1 of 5"):
+        encode()  # though everything is cached now
+
+
+def test_a_mended_image_comes_back(encode: Encode, folder: Path, tmp_path: Path, picture: Any) -> None:
+    (folder / "2.png").write_bytes(b"")
+    assert len(encode(max_bad_fraction=0.5)) == 4
+    picture(2, 32, 50).save(folder / "2.png")
+    assert len(encode()) == 5
+    assert not (tmp_path / "bad_files.jsonl").exists()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("field", [0, 1])
+def test_latents_that_are_not_finite_are_refused_by_name(
+    encode: Encode, encoder: Any, monkeypatch: pytest.MonkeyPatch, bad: float, field: int
+) -> None:
+    sound = encoder.encode_images
+
+    def overflowing(pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        result = sound(pixels)
+        if encoder.images == 4:
+            result[field][1, 0, 0, 0] = bad
+        return result
+
+    monkeypatch.setattr(filling, "ENCODE_PIXELS", 2 * 32 * 32)
+    monkeypatch.setattr(encoder, "encode_images", overflowing)
+    with pytest.raises(UserError, match=r"3\.png: the VAE makes NaN or Inf") as caught:
+        encode()
+    assert "\n" not in str(caught.value)
+
+
+def test_text_that_is_not_finite_is_refused_by_name(
+    encode: Encode, encoder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoder, "encode_text", lambda captions: {"e": torch.full((len(captions), 2), torch.nan)})
+    with pytest.raises(UserError, match="caption 'caption 0': the text encoder makes NaN"):
+        encode()
+
+
+def test_upscaled_images_are_counted_once(encode: Encode, lines: Callable[[], list[str]]) -> None:
+    encode(resolution=40, random_flip=True, crop_variants=2)
+    warned = [line for line in lines() if "--resolution 40" in line]
+    assert len(warned) == 1
+    assert warned[0].startswith("4 of 5 images")
+    encode(resolution=32)
+    assert len(lines()) == 1
+
+
+def test_killed_run_loses_one_batch_at_most(
+    encode: Encode, encoder: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(filling, "ENCODE_PIXELS", 32 * 32)
+    sound = encoder.encode_images
+
+    def killed(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if encoder.images == 3:
+            raise KeyboardInterrupt
+        return sound(pixels)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encoder, "encode_images", killed)
+        with pytest.raises(KeyboardInterrupt):
+            encode(dataloader_num_workers=0)
+    encoder.images = 0
+    encode(dataloader_num_workers=0)
+    assert encoder.images == 2
+    encode(latent_cache_dir=str(tmp_path / "undisturbed"))
+    assert contents(tmp_path / "c") == contents(tmp_path / "undisturbed")
+
+
+def test_too_little_room_is_said_before_the_first_image(
+    encode: Encode, monkeypatch: pytest.MonkeyPatch, opened: list[str]
+) -> None:
+    usage = type("Usage", (), {"free": 2000})
+    monkeypatch.setattr("lpl.data.prepare.shutil.disk_usage", lambda folder: usage)
+    with pytest.raises(UserError, match=r"GiB are needed and 0\.0 GiB free.*--latent_cache_dir"):
+        encode()
+    assert opened == []
+
+
+def test_processes_share_the_work(
+    folder: Path, tmp_path: Path, encoder: Any, encode: Encode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder_module, "PIECE_SIZE", 2)
+    config = DataConfig(
+        train_data_dir=str(folder), resolution=32, random_flip=True, latent_cache_dir=str(tmp_path / "c")
+    )
+    encoders = [type(encoder)() for _ in range(3)]
+    sound = encoders[2].encode_images
+
+    def slow(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        time.sleep(0.1)
+        return sound(pixels)
+
+    encoders[2].encode_images = slow
+    gate = threading.Barrier(3, timeout=60)
+    results: dict[int, TrainingData] = {}
+
+    def wait() -> None:
+        gate.wait()
+
+    def process(rank: int) -> None:
+        time.sleep(0.2 if rank == 0 else 0)  # the others would have written by now, did they not wait
+        processes = Processes(rank, 3, wait)
+        source = open_source(config, None)
+        results[rank] = prepare_data(source, None, config, encoders[rank], 0, tmp_path / "bad.jsonl", processes)
+
+    threads = [threading.Thread(target=process, args=(rank,)) for rank in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [e.images for e in encoders] == [4, 4, 2]
+    assert sorted(caption for e in encoders for caption in e.captions if caption) == [
+        f"caption {n}" for n in (0, 1, 2, 3, 9)
+    ]
+    alone = encode(random_flip=True, latent_cache_dir=str(tmp_path / "alone"))
+    draws = [(n, c) for n in range(5) for c in range(2)]
+    for data in results.values():
+        assert torch.equal(data.batch(draws).raw_latents, alone.batch(draws).raw_latents)
+    assert contents(tmp_path / "c") == contents(tmp_path / "alone")
+
+
+def test_cache_that_others_do_not_share_is_refused(encode: Encode, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder_module, "PIECE_SIZE", 2)
+    with pytest.raises(UserError, match=r"lacks entries that other processes have encoded: .*--latent_cache_dir"):
+        encode(index=0, processes=2)
+
+
+def test_damaged_shard_stops_the_run(encode: Encode, tmp_path: Path, encoder: Any) -> None:
+    data = encode()
+    shard = tmp_path / "c" / "latents" / "aa" / data.caches.latents.shards[0]
+    shard.write_bytes(shard.read_bytes()[:-5])
+    with pytest.raises(UserError, match="lpl cache verify --delete"):
+        encode(rehash=True).batch([(0, 0)])
+    shard.unlink()
+    encoder.images = 0
+    encode().batch([(0, 0)])
+    assert encoder.images == 5
+
+
+def test_default_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert default_cache_dir() == Path("/somewhere/lpl")
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert default_cache_dir() == Path.home() / ".cache" / "lpl"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert default_cache_dir() == Path.home() / ".cache" / "lpl"
