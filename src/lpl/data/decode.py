@@ -1,15 +1,185 @@
-"""Decoding of image files."""
+"""From the bytes of an image file to upright sRGB pixels on a background, or one plain reason why not."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import io
+import logging
+import struct
+import warnings
+import zlib
 
-class BadImageError(Exception):
-    """An image that cannot be used.
+from PIL import (
+    AvifImagePlugin,
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    ImageColor,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+    _imaging,
+)
+from PIL.ImageFile import ImageFile
 
-    Attributes:
-        reason: what is wrong with it, in one line, without the image's name.
+from lpl.data.bad_image import BadImageError
+from lpl.data.color import on_background, split_alpha, to_srgb
+from lpl.data.deep import is_deep, read_deep
+from lpl.data.png import check_png
+from lpl.errors import UserError
+
+MAX_PIXELS = 178_000_000
+"""Largest width x height that is decoded; the largest cameras make 151 million. 4 bytes each while decoding."""
+MIN_SIDE = 2
+"""Images of fewer pixels across are tracking pixels and rules, not pictures."""
+
+# Pillow's classes are called rather than Image.open, which tries every format it knows and warns as it goes.
+READERS: dict[str, type[ImageFile]] = {
+    "PNG": PngImagePlugin.PngImageFile,
+    "JPEG": JpegImagePlugin.JpegImageFile,
+    "WebP": WebPImagePlugin.WebPImageFile,
+    "AVIF": AvifImagePlugin.AvifImageFile,
+    "BMP": BmpImagePlugin.BmpImageFile,
+    "TIFF": TiffImagePlugin.TiffImageFile,
+    "GIF": GifImagePlugin.GifImageFile,
+}
+
+# What Pillow raises on files that are cut short, corrupt, or too large to be meant well.
+DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    EOFError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+ORIENTATION = 0x0112
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# Faults become reasons here. Set once, at import: warnings.catch_warnings is not safe in threads.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)
+with contextlib.suppress(AttributeError, OSError):  # where libtiff is a library of its own; it prints to stderr
+    ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler(None)
+
+
+def parse_color(text: str) -> tuple[int, int, int]:
+    """Red, green and blue, 0 to 255, of a CSS colour: a name, #rgb, #rrggbb, rgb(...), hsl(...).
+
+    Raises:
+        UserError: no such colour, or one with transparency; names --background_color.
     """
+    try:
+        color = ImageColor.getrgb(text)
+    except ValueError:
+        color = (0, 0, 0, 0)
+    if len(color) != 3:
+        raise UserError(f"--background_color {text!r} is no colour: give a name such as white, or #rrggbb")
+    return color
 
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
+
+def decode_image(data: bytes, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
+    """Decodes a PNG, JPEG, WebP, AVIF, BMP, TIFF or GIF file as a viewer would show it.
+
+    Upright by its EXIF orientation; its colour profile converted to sRGB (relative colorimetric, black point
+    compensated), unless that is broken, made for another kind of pixels, or sRGB already: then the values stand as
+    they are; what is transparent shows the background; more than 8 bits are rounded to 8. CMYK without a profile
+    becomes (1 - ink)(1 - black); JPEGs hold CMYK inverted, as all viewers take them to. Grey floats are 0..1, grey
+    integers beyond 16 bits 0..65535. Of several frames or pages the first is used.
+    PNG's gAMA and cHRM and the video colour codes (cICP, nclx) are not applied.
+
+    Args:
+        data: the encoded file.
+        background: red, green, blue, 0 to 255, under transparent pixels.
+
+    Returns:
+        An image of mode RGB.
+
+    Raises:
+        BadImageError: not such a file, cut short or damaged, above MAX_PIXELS, or below MIN_SIDE. Damage inside a
+            JPEG's compressed data is not always noticed: the format has no checksum.
+    """
+    kind = _kind(data)
+    try:
+        image = _open(kind, data)
+        deep = is_deep(image)
+        color, alpha = read_deep(image, _open(kind, data)) if deep else split_alpha(image)
+        if kind == "PNG":
+            check_png(data, image)
+        orientation = 1 if kind == "TIFF" else _orientation(image)  # TIFF: Pillow turns the pixels itself
+        rgb = to_srgb(color, image.info.get("icc_profile"))
+    except DECODE_ERRORS as error:
+        raise BadImageError(_reason(kind, error)) from error
+    if alpha is not None:
+        rgb = on_background(rgb, alpha, background)
+    return rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb
+
+
+def _kind(data: bytes) -> str:
+    if not data:
+        raise BadImageError("the file is empty")
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "PNG"
+    if data.startswith(b"\xff\xd8\xff"):
+        return "JPEG"
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "WebP"
+    if data[4:12] in (b"ftypavif", b"ftypavis", b"ftypmif1", b"ftypmsf1"):
+        if not AvifImagePlugin.SUPPORTED:
+            raise BadImageError("AVIF, which this Pillow was built without")
+        return "AVIF"
+    if data[:2] == b"BM":
+        return "BMP"
+    if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        return "TIFF"
+    if data[:6] in (b"GIF87a", b"GIF89a"):
+        return "GIF"
+    raise BadImageError(f"not a {', '.join(READERS)} file (begins with {data[:12]!r})")
+
+
+def _open(kind: str, data: bytes) -> ImageFile:
+    """Reads the header alone."""
+    image = READERS[kind](io.BytesIO(data))
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise BadImageError(f"too large: {width} x {height} pixels, more than {MAX_PIXELS:,}")
+    if min(width, height) < MIN_SIDE:
+        raise BadImageError(f"too small: {width} x {height} pixels")
+    return image
+
+
+def _orientation(image: ImageFile) -> int:
+    """EXIF orientation, 1 to 8, of a loaded image (a PNG may have it after its pixels)."""
+    try:
+        return int(image.getexif().get(ORIENTATION, 1))
+    except DECODE_ERRORS:
+        return 1  # EXIF that cannot be parsed says nothing; the pixels are sound
+
+
+def _reason(kind: str, error: BaseException) -> str:
+    if isinstance(error, Image.DecompressionBombError):
+        return f"too large: more than {MAX_PIXELS:,} pixels"
+    message = " ".join(str(error).split()) or type(error).__name__
+    if "runcated" in message:
+        return f"{kind} cut short"
+    if message == "not identified by this driver":
+        message = "its header gives no size or no kind of pixels"
+    return f"{kind} damaged, or of a kind that cannot be read ({message})"

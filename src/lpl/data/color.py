@@ -1,0 +1,143 @@
+"""Decoded pixels of any mode to sRGB: transparency apart, deep grey to 8 bits, colour profiles applied."""
+
+from __future__ import annotations
+
+import functools
+import io
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageCms
+from PIL.ImageFile import ImageFile
+
+from lpl.data.bad_image import BadImageError
+
+PHOTOMETRIC, BITS = 262, 258  # TIFF tags
+SPACES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}
+INTENT = ImageCms.Intent.RELATIVE_COLORIMETRIC
+UNPACKED = {"L;2": 85, "L;4": 17}
+"""Pillow spreads samples of 2 and 4 bits to 0..255, but not the sample value that a PNG declares transparent."""
+
+
+def split_alpha(image: ImageFile) -> tuple[Image.Image, Image.Image | None]:
+    """Loads an opened image and takes it apart.
+
+    Returns:
+        Colour of mode L, RGB, CMYK or LAB, and opacity of mode L; None: opaque.
+
+    Raises:
+        BadImageError: grey of a range whose white is not known.
+        OSError and others of Pillow: a damaged file.
+    """
+    tiles = image.tile
+    image.load()
+    transparent = image.info.get("transparency")
+    if image.mode == "RGB" and transparent is None:
+        return image, None
+    if image.mode == "F" or image.mode.startswith("I"):
+        return _deep_grey(image), _opacity(image, transparent, 1)
+    if image.mode in ("1", "L", "RGB"):
+        scale = UNPACKED.get(str(tiles[0].args), 1) if tiles else 1
+        color = image.convert("L") if image.mode == "1" else image
+        return _uncovered(color, _opacity(color, transparent, scale), tiles)
+    if image.mode == "P" and not image.has_transparency_data:
+        return _uncovered(image.convert("RGB"), None, tiles)
+    if image.mode in ("La", "LA"):
+        grey = image.convert("LA")
+        return grey.getchannel("L"), grey.getchannel("A")
+    if image.mode in ("P", "PA", "RGBa", "RGBA"):
+        rgba = image.convert("RGBA")
+        return _uncovered(rgba.convert("RGB"), rgba.getchannel("A"), tiles)
+    if image.mode in ("CMYK", "LAB"):
+        return image, None
+    return image.convert("RGB"), None
+
+
+def to_srgb(color: Image.Image, profile: bytes | None) -> Image.Image:
+    """An RGB image in sRGB from one of mode L, RGB, CMYK or LAB and its ICC profile.
+
+    A profile that is broken or of another colour space than the pixels is passed over.
+    """
+    if color.mode == "LAB":
+        return _from_lab().apply(color)
+    convert = _conversion(profile, color.mode) if profile else None
+    if convert is not None:
+        return convert(color)
+    return color if color.mode == "RGB" else color.convert("RGB")
+
+
+def on_background(rgb: Image.Image, alpha: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """RGB pixels over a plain colour, by their opacity (mode L)."""
+    canvas = Image.new("RGB", rgb.size, background)
+    canvas.paste(rgb, mask=alpha)
+    return canvas
+
+
+@functools.lru_cache(maxsize=32)
+def _conversion(profile: bytes, mode: str) -> Callable[[Image.Image], Image.Image] | None:
+    """From pixels with a profile to sRGB; None where there is nothing to do, or no way to."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if source.profile.xcolor_space.strip() != SPACES.get(mode):
+            return None
+        flags = ImageCms.Flags.BLACKPOINTCOMPENSATION | (ImageCms.Flags.NOOPTIMIZE if mode == "L" else 0)
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB", INTENT, flags)
+    except (ImageCms.PyCMSError, OSError):
+        return None
+    if mode == "CMYK":
+        return transform.apply
+    ramp = np.arange(0, 256, 15 if mode == "RGB" else 1, dtype=np.uint8)
+    grid = np.stack(np.meshgrid(*[ramp] * 3), -1).reshape(1, -1, 3) if mode == "RGB" else ramp[None]
+    moved = np.asarray(transform.apply(Image.fromarray(grid)))
+    # Most profiles are sRGB's own: colours that stay within one level are better left alone than rounded again.
+    if np.abs(moved.astype(int) - (grid if mode == "RGB" else grid[..., None])).max() <= 1:
+        return None
+    if mode == "RGB":
+        return transform.apply
+    # Grey of all 256 levels: lcms is off by up to 9 levels in the dark when it is to be fast.
+    table = moved[0].T.reshape(-1).tolist()
+    return lambda grey: grey.convert("RGB").point(table)
+
+
+@functools.lru_cache(maxsize=1)
+def _from_lab() -> ImageCms.ImageCmsTransform:
+    """L*a*b* (D50) to sRGB; not optimised, else saturated colours are off by up to 23 levels."""
+    lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+    return ImageCms.buildTransform(lab, srgb, "LAB", "RGB", INTENT, ImageCms.Flags.NOOPTIMIZE)
+
+
+def _opacity(image: Image.Image, transparent: object, scale: int) -> Image.Image | None:
+    """0 where pixels equal the colour declared transparent, in samples of 1/scale, else 255."""
+    if transparent is None:
+        return None
+    match = np.asarray(image) == np.asarray(transparent) * scale
+    if match.ndim == 3:
+        match = match.all(-1)
+    return Image.fromarray(np.where(match, 0, 255).astype(np.uint8))
+
+
+def _uncovered(
+    color: Image.Image, alpha: Image.Image | None, tiles: list[Any]
+) -> tuple[Image.Image, Image.Image | None]:
+    """Makes transparent what the frame of a GIF leaves of the canvas; frames of other formats fill it."""
+    extents = tiles[0].extents if len(tiles) == 1 and tiles[0].codec_name == "gif" else None
+    if extents is None or extents == (0, 0, *color.size):
+        return color, alpha
+    covered = Image.new("L", color.size, 0)
+    covered.paste(255 if alpha is None else alpha.crop(extents), extents)
+    return color, covered
+
+
+def _deep_grey(image: ImageFile) -> Image.Image:
+    """Grey of more than 8 bits to L; Pillow itself would clip it at 255."""
+    tags = getattr(image, "tag_v2", {})
+    bits = tags.get(BITS, (16,))
+    top = 1.0 if image.mode == "F" else 4095 if bits == (12,) else 65535
+    values = np.asarray(image)
+    low, high = values.min(), values.max()
+    if not (low >= 0 and high <= top):
+        raise BadImageError(f"grey values {low:g} to {high:g} have no known white, expected 0 to {top:g}")
+    levels = np.rint(values * np.float32(255.0 / top)).astype(np.uint8)
+    # Pillow turns WhiteIsZero round for 8 bits alone.
+    return Image.fromarray(255 - levels if tags.get(PHOTOMETRIC) == 0 else levels)
