@@ -128,7 +128,7 @@ def run_train(config: TrainConfig) -> None:
         from lpl.analysis.plan import describe
 
         print(describe(config, checked))
-    elif checked.finished_step is not None and checked.finished_step >= checked.num_steps:
+    elif checked.has_ended:
         print(f"nothing to do: {config.run.output_dir} holds this run, finished at step {checked.finished_step}")
     else:
         from lpl.training.trainer import train

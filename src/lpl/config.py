@@ -145,9 +145,7 @@ class DataConfig:
             workers == "auto" or int(workers) >= 0, f"--dataloader_num_workers must be auto or 0 or more, not {workers}"
         )
         given = [
-            f"--{name}"
-            for name in ("train_data_dir", "dataset_name", "webdataset")
-            if getattr(self, name) is not None
+            f"--{name}" for name in ("train_data_dir", "dataset_name", "webdataset") if getattr(self, name) is not None
         ]
         require(len(given) <= 1, f"{' and '.join(given)} are all given: choose one")
         require(

@@ -41,7 +41,7 @@ class BadFiles:
         self._bad: list[Bad] = []
         self._seen = 0
 
-    def count(self, id: str, name: str, reason: str | None) -> None:
+    def count(self, sample: str, name: str, reason: str | None) -> None:
         """Takes note of an image of the source.
 
         Raises:
@@ -50,7 +50,7 @@ class BadFiles:
         self._seen += 1
         if reason is None:
             return
-        self._bad.append(Bad(id, name, reason))
+        self._bad.append(Bad(sample, name, reason))
         total = self._size or (self._seen if self._seen >= SEEN_FIRST else None)
         if total is not None:
             self._check(total)
@@ -80,6 +80,7 @@ class BadFiles:
             self.write()
             first = self._bad[0]
             raise UserError(
-                f"{self._name}: {len(self._bad)} of {total} images cannot be used, first {first.name} ({first.reason}); "
-                f"{self.path} lists them: mend or remove them, or allow more with --max_bad_fraction {self.limit}"
+                f"{self._name}: {len(self._bad)} of {total} images cannot be used, first {first.name} "
+                f"({first.reason}); {self.path} lists them: mend or remove them, or allow more with --max_bad_fraction "
+                f"{self.limit}"
             )

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -52,8 +51,8 @@ class Row(NamedTuple):
 class Catalogue:
     """The files of one source, in a folder of the cache named for it.
 
-    A file is named for its piece and the piece's stamp, so a changed piece has another file, and the old one still tells
-    what was known of the samples that have not changed.
+    A file is named for its piece and the piece's stamp, so a changed piece has another file, and the old one still
+    tells what was known of the samples that have not changed.
     """
 
     def __init__(self, cache: Path, source: Source) -> None:
@@ -158,7 +157,9 @@ class Samples:
         for number, columns in enumerate(self._tables):
             rows = self._row[slice(*np.searchsorted(self._piece, [number, number + 1]))]
             encoded = columns[SCHEMA.get_field_index("group")].dictionary_encode()
-            own = [names.setdefault(self._prefixes[number] + str(g), len(names)) for g in encoded.dictionary.to_pylist()]
+            own = [
+                names.setdefault(self._prefixes[number] + str(g), len(names)) for g in encoded.dictionary.to_pylist()
+            ]
             indices = np.asarray(encoded.indices.to_numpy(zero_copy_only=False), np.int64)[rows]
             codes[start : start + len(rows)] = np.asarray(own, np.int32)[indices] if len(rows) else []
             start += len(rows)
@@ -174,7 +175,7 @@ class Samples:
         return found.hexdigest()
 
 
-def _flat(column: pa.Array) -> Iterator[bytes]:
+def _flat(column: pa.Array) -> Iterator[Any]:
     for buffer in pa.concat_arrays([column]).buffers():
         if buffer is not None:
             yield memoryview(buffer)
@@ -185,7 +186,9 @@ def _read(path: Path) -> pa.Table:
         with pa.memory_map(str(path)) as file:
             table = pa.ipc.open_file(file).read_all()
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"cache file {path} is damaged ({' '.join(str(error).split())}): delete it and run again") from error
+        raise UserError(
+            f"cache file {path} is damaged ({' '.join(str(error).split())}): delete it and run again"
+        ) from error
     if table.schema != SCHEMA:
         raise UserError(f"cache file {path} is not of this version: delete it and run again")
     return table

@@ -30,12 +30,12 @@ def locked(folder: Path, doing: str) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / "lock", "w")
+        (folder / "lock").touch()
     except OSError as error:
         raise UserError(
             f"cache {folder} cannot be written ({error.strerror}): name another folder with --latent_cache_dir"
         ) from error
-    with lock as file:
+    with open(folder / "lock", "w") as file:
         if fcntl is not None:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

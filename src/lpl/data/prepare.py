@@ -38,8 +38,8 @@ REGULARISATION = "reg/"
 class Processes(NamedTuple):
     """The processes of a run."""
 
-    index: int = 0
-    count: int = 1
+    rank: int = 0
+    size: int = 1
     barrier: Callable[[], None] = lambda: None
     """Returns when all have called it."""
 
@@ -95,7 +95,7 @@ def prepare_data(
             tables += own
             weights += [weight] * len(own)
             prefixes += [prefix] * len(own)
-    if processes.index == 0:
+    if processes.rank == 0:
         bad.write()
         if bad.found:
             logger.warning("%d images cannot be used and are left out: %s lists them", len(bad.found), bad_files)
@@ -103,7 +103,7 @@ def prepare_data(
     if not len(samples):
         raise UserError(f"{source.name}: no image in it can be used: {bad_files} says why")
     buckets = views.buckets.assign(samples.sizes[:, 0], samples.sizes[:, 1])
-    if processes.index == 0:
+    if processes.rank == 0:
         _warn_upscaled(samples, views, buckets)
     groups, codes = samples.groups()
     repeats = parse_repeats(config.repeats, groups, codes)
@@ -128,7 +128,7 @@ def _fill(
     filler = Filler(source, config, views, rules, encoder, caches, catalogue, bad)
     mark = Mark(catalogue, [catalogue.path(p).name for p in pieces], filler)
     with ExitStack() as stack:
-        if processes.index == 0:
+        if processes.rank == 0:
             stack.enter_context(locked(staging, f"caching {source.name}"))
         processes.barrier()
         for store in (caches.latents, caches.text):
@@ -136,11 +136,11 @@ def _fill(
         whole = mark.holds() and not config.rehash
         processes.barrier()  # nobody writes before all have looked
         if not whole:
-            own = list(pieces)[processes.index :: processes.count]
+            own = list(pieces)[processes.rank :: processes.size]
             lacking = {n: filler.missing(piece) for n, piece in enumerate(own)}
             todo = [own[n] for n, absent in lacking.items() if absent]
-            if processes.index == 0:
-                _check_room(filler, [(own[n], absent) for n, absent in lacking.items() if absent], processes.count)
+            if processes.rank == 0:
+                _check_room(filler, [(own[n], absent) for n, absent in lacking.items() if absent], processes.size)
             bad.begin(source.name, source.size)
             filler.fill(todo, progress)
             processes.barrier()
@@ -152,7 +152,7 @@ def _fill(
             if table is None:
                 raise UserError(_unseen(caches.folder))
             tables.append(table)
-        if processes.index == 0:
+        if processes.rank == 0:
             _settle(source, bad, tables)
             if not whole:
                 mark.make(tables)
@@ -162,7 +162,7 @@ def _fill(
             for left in staging.iterdir():
                 if left.is_dir():
                     shutil.rmtree(left)
-            share = " by the first process" if processes.count > 1 else ""
+            share = " by the first process" if processes.size > 1 else ""
             logger.info(
                 "%s: %d samples; %d crops and %d captions encoded%s, all else was in %s",
                 source.name, sum(map(len, tables)), filler.encoded_images, filler.encoded_captions, share,

@@ -12,9 +12,10 @@ from typing import NamedTuple, TypeVar
 from torch import Tensor
 
 from lpl.config import DataConfig
+from lpl.data.bad_image import BadImageError
 from lpl.data.catalogue import Catalogue, Row
 from lpl.data.crops import render
-from lpl.data.decode import BadImageError, decode_image, parse_color
+from lpl.data.decode import decode_image, parse_color
 from lpl.data.sources import Sample
 from lpl.data.views import Views
 

@@ -79,9 +79,8 @@ class Shard:
         self.touched = 0
 
     def keys(self) -> np.ndarray:
-        """(N, 20), uint8: a copy."""
-        field = self.fields["keys"]
-        return np.frombuffer(self._map, np.uint8, field.shape[0] * KEY_BYTES, field.offset).reshape(-1, KEY_BYTES).copy()
+        """(N, 20), uint8."""
+        return np.frombuffer(self.row_block("keys"), np.uint8).reshape(-1, KEY_BYTES)
 
     def row(self, name: str, row: int) -> np.ndarray:
         """The bytes of an entry's field, uint8, in the mapped file."""
@@ -100,9 +99,9 @@ class Shard:
         return self._map[field.offset : field.offset + field.shape[0] * field.row_bytes]
 
     def _checksum(self, row: int) -> int:
-        value = zlib.crc32(self.row("keys", row))
+        value = zlib.crc32(self.row("keys", row).data)
         for name in self.layout:
-            value = zlib.crc32(self.row(name, row), value)
+            value = zlib.crc32(self.row(name, row).data, value)
         return value
 
 
@@ -322,4 +321,6 @@ def _shards_in(folder: Path) -> list[str]:
 
 
 def _damaged(path: Path, what: str) -> str:
-    return f"cache shard {path} is damaged ({what}): `lpl cache verify --delete` removes it, the next run makes it again"
+    return (
+        f"cache shard {path} is damaged ({what}): `lpl cache verify --delete` removes it, the next run makes it again"
+    )

@@ -59,7 +59,7 @@ class Views:
         return {self.key(digest, crop): crop for crop in found}
 
     def draw(self, seed: int, sample: str, width: int, height: int, count: int) -> Crop:
-        """The crop of draw number `count`: variant and flip are drawn for (seed, "variant" or "flip", sample, count)."""
+        """The crop of a draw: variant and flip are drawn for (seed, "variant" or "flip", sample, count)."""
         variants = self.config.crop_variants
         variant = int(keyed_uniform(seed, "variant", sample, count) * variants) if variants > 1 else 0
         flip = self.config.random_flip and keyed_uniform(seed, "flip", sample, count) >= 0.5

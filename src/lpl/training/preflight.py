@@ -39,6 +39,12 @@ class Checked(NamedTuple):
     num_steps: int | None
     """Optimizer steps of the run; None: not known before the data are read."""
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether this very run is known to have ended already."""
+        steps = self.num_steps
+        return self.finished_step is not None and steps is not None and self.finished_step >= steps
+
 
 def preflight(config: TrainConfig) -> Checked:
     """Checks model, data, output folder and options against each other.

@@ -16,7 +16,8 @@ from odd_images import sound_images
 from PIL import Image, PngImagePlugin
 
 from lpl.data import decode
-from lpl.data.decode import BadImageError, decode_image, parse_color
+from lpl.data.bad_image import BadImageError
+from lpl.data.decode import decode_image, parse_color
 from lpl.errors import UserError
 
 # pytest puts its own filters of warnings in place of the module's; what users see has a test of its own.
@@ -66,7 +67,7 @@ def test_nothing_reaches_the_terminal(tmp_path: Path) -> None:
     script = tmp_path / "decode_all.py"
     script.write_text(
         "from broken_images import bad_images\nfrom odd_images import sound_images\n"
-        "from lpl.data.decode import BadImageError, decode_image\n"
+        "from lpl.data.bad_image import BadImageError, decode_image\n"
         "for odd in bad_images() + sound_images():\n"
         "    try:\n        decode_image(odd.data)\n    except BadImageError:\n        pass\n"
         "print('done')\n"

@@ -79,9 +79,7 @@ def test_latents_are_those_of_the_planned_crop(encode: Encode, encoder: Any, fol
             assert torch.equal(found["std"], std)
 
 
-def test_crops_of_one_size_are_encoded_together(
-    encode: Encode, encoder: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_crops_of_one_size_are_encoded_together(encode: Encode, encoder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(filling, "ENCODE_PIXELS", 4 * 32 * 32)
     encode(random_flip=True)
     assert encoder.batch_sizes == [4, 4, 2]
@@ -107,9 +105,7 @@ def test_changing_one_image_encodes_one_image(encode: Encode, encoder: Any, fold
     assert opened == ["0.png"]
 
 
-def test_a_touched_image_is_read_but_not_encoded(
-    encode: Encode, encoder: Any, folder: Path, opened: list[str]
-) -> None:
+def test_a_touched_image_is_read_but_not_encoded(encode: Encode, encoder: Any, folder: Path, opened: list[str]) -> None:
     encode()
     (folder / "0.png").write_bytes((folder / "0.png").read_bytes())
     opened.clear()

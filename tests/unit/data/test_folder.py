@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lpl.config import DataConfig
-from lpl.data.decode import BadImageError
+from lpl.data.bad_image import BadImageError
 from lpl.data.sources import Sample, Source, open_source
 from lpl.data.sources import folder as module
 from lpl.data.sources.folder import FolderSource, list_images

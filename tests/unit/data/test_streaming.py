@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from lpl.config import DataConfig
-from lpl.data.decode import BadImageError
+from lpl.data.bad_image import BadImageError
 from lpl.data.sources import Sample, Source, open_source
 from lpl.errors import UserError
 

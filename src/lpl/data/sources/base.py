@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from lpl.config import require
-from lpl.data.decode import BadImageError
+from lpl.data.bad_image import BadImageError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif")
 PIECE_SIZE = 1024

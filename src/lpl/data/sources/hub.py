@@ -16,7 +16,7 @@ from datasets import Dataset, DatasetDict, Features, Image, LargeList, List, Val
 from datasets.exceptions import DatasetsError
 
 from lpl.config import DataConfig, require
-from lpl.data.decode import BadImageError
+from lpl.data.bad_image import BadImageError
 from lpl.data.sources.base import PIECE_SIZE, Piece, Sample, captions_of, digest, in_hand
 from lpl.errors import UserError
 

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import BinaryIO, cast
 
-from lpl.data.decode import BadImageError
+from lpl.data.bad_image import BadImageError
 from lpl.data.sources.base import Piece, Sample, in_hand
 from lpl.data.sources.download import download
 from lpl.data.sources.first import cut
