@@ -24,7 +24,7 @@ def test_sizes_for_sdxl() -> None:
 
 @pytest.mark.parametrize(("area", "step", "max_aspect"), SETTINGS)
 def test_sizes_are_all_that_cannot_grow(area: int, step: int, max_aspect: float) -> None:
-    sides = range(step, int((area * max_aspect) ** 0.5) + 1, step)
+    sides = range(step, int((area * max_aspect) ** 0.5) + step, step)
     limit = Fraction(str(max_aspect))
     allowed = np.array([[h * w <= area and max(h, w) <= limit * min(h, w) for w in sides] for h in sides])
     # Of each size, how many allowed ones are at least as tall and as wide, itself included.
