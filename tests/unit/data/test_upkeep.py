@@ -77,5 +77,5 @@ def test_leftovers_of_killed_runs_go(encode: Encode, tmp_path: Path) -> None:
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     for command in (lambda folder: verify_cache(folder, False), lambda folder: prune_cache(folder, 1, False)):
-        with pytest.raises(UserError, match="--latent_cache_dir .* no such folder"):
+        with pytest.raises(UserError, match=r"--latent_cache_dir .* no such folder"):
             command(str(tmp_path / "none"))
