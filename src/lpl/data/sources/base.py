@@ -12,7 +12,7 @@ from lpl.config import require
 from lpl.data.bad_image import BadImageError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".gif")
-PIECE_SIZE = 1024
+PIECE_SIZE = 256
 """Samples in a piece of a source that has no shards of its own."""
 
 
