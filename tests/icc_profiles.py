@@ -55,6 +55,10 @@ _PARAMETRIC = b"para" + struct.pack(">IHH", 0, 3, 0) + _fixed(*SRGB_CURVE)
 ADOBE_PROFILE = _matrix_profile(ADOBE, _gamma(ADOBE_GAMMA))
 P3_PROFILE = _matrix_profile(P3, _PARAMETRIC)
 SRGB_PROFILE = _matrix_profile(SRGB, _PARAMETRIC)
+NEARLY_SRGB_PROFILE = _matrix_profile(SRGB * [1.006, 1, 1], _PARAMETRIC)
+_FAINT = b"curv" + struct.pack(">IIHH", 0, 2, 3000, 65535)
+FAINT_PROFILE = _matrix_profile(SRGB, _FAINT)
+"""Linear, with a black of 4.6 % light."""
 GREY_PROFILE = _profile(b"GRAY", {b"wtpt": _xyz(D50), b"kTRC": _gamma(1.0)})
 
 

@@ -10,14 +10,17 @@ import numpy as np
 from icc_profiles import (
     ADOBE_PROFILE,
     CMYK_PROFILE,
+    FAINT_PROFILE,
     GREY_PROFILE,
     INKS,
+    NEARLY_SRGB_PROFILE,
     P3_PROFILE,
     SRGB_PROFILE,
     from_adobe,
     from_lab,
     from_linear_grey,
     from_p3,
+    srgb_encoded,
 )
 from image_bytes import flat_jpeg, gif, png, tiff
 from odd_file import Odd, from_inks, grey, noise, over, quarters, saved
@@ -166,6 +169,8 @@ def profiles() -> Iterator[Odd]:
         ("AdobeRGB", ADOBE_PROFILE, from_adobe(rgb)),
         ("Display P3", P3_PROFILE, from_p3(rgb)),
         ("sRGB", SRGB_PROFILE, rgb),
+        ("sRGB within a level", NEARLY_SRGB_PROFILE, rgb),
+        ("of a faint black", FAINT_PROFILE, srgb_encoded(rgb / 255)),
         ("broken", ADOBE_PROFILE[:200] + b"\xff" * 100, rgb),
         ("cut", ADOBE_PROFILE[:100], rgb),
         ("empty", b"", rgb),

@@ -57,7 +57,7 @@ def tiffs() -> Iterator[Odd]:
     shown = premultiplied + np.array(BACKGROUND) * (1 - alpha[..., None] / 255)
     yield Odd("tiff RGBA premultiplied", tiff(four, 8, 2, more={338: ("H", [1])}), shown, 2)
     four = four.astype(np.uint16) * 257
-    yield Odd("tiff RGBA 16 premultiplied", tiff(four, 16, 2, more={338: ("H", [1])}), shown, 2)
+    yield Odd("tiff RGBA 16 premultiplied", tiff(four, 16, 2, more={338: ("H", [1])}), shown, 1)
     two = np.stack([rgb[..., 0], alpha], -1)
     yield Odd("tiff LA", tiff(two, 8, 1, more={338: ("H", [2])}), over(grey(rgb[..., 0]), alpha / 255), 1)
     two = np.stack([levels[..., 0] % 16, alpha], -1)

@@ -20,6 +20,7 @@ from lpl.errors import TrainingStoppedError, UserError
 
 COMMANDS = {
     "train": "fine-tune a model with the Latent Perceptual Loss",
+    "cache": "encode a run's images and captions beforehand; `cache verify` and `cache prune` look after the cache",
     "plan": "say what memory and arithmetic a run needs, and what fits a GPU: no data, no weights",
     "demo": "train a small SDXL on photographs: runs anywhere, needs no download",
     "env": "print the versions that matter in a bug report",
@@ -54,6 +55,31 @@ class PlanConfig:
             raise UserError(f"--memory {self.memory}: expected a size such as 24GiB, 24GB or 24 (GiB)")
         number, unit = found.groups()
         return int(float(number) * UNITS[(unit or "GiB").lower()])
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """Read every file of a cache and compare checksums; damage exits with 1."""
+
+    latent_cache_dir: str | None = None
+    """The cache; unset: the user's."""
+    delete: bool = False
+    """Remove what is damaged; the next run encodes it again."""
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """Remove from a cache what no run has used for a while."""
+
+    latent_cache_dir: str | None = None
+    """The cache; unset: the user's."""
+    days: float = 30.0
+    """For how long it must not have been used; 0: everything goes."""
+    dry_run: bool = False
+    """Only say what would go."""
+
+    def __post_init__(self) -> None:
+        require(self.days >= 0, f"--days must be 0 or more, not {self.days}")
 
 
 @dataclass(frozen=True)
@@ -102,6 +128,8 @@ def _dispatch(argv: list[str]) -> None:
     elif argv[0] == "train":
         config = parse_train(argv[1:])
         run_train(config)
+    elif argv[0] == "cache":
+        run_cache(argv[1:])
     elif argv[0] == "plan":
         options = parse_plan(argv[1:])
         from lpl.analysis.plan import plan
@@ -134,6 +162,27 @@ def run_train(config: TrainConfig) -> None:
         from lpl.training.trainer import train
 
         train(config, checked)
+
+
+def run_cache(argv: list[str]) -> None:
+    """Fills the cache of a run, or verifies or prunes a cache."""
+    if argv[:1] == ["verify"]:
+        verify = _parse(VerifyConfig, argv[1:], "lpl cache verify", list(VerifyConfig.__dataclass_fields__))
+        from lpl.data.upkeep import verify_cache
+
+        verify_cache(verify.latent_cache_dir, verify.delete)
+    elif argv[:1] == ["prune"]:
+        prune = _parse(PruneConfig, argv[1:], "lpl cache prune", list(PruneConfig.__dataclass_fields__))
+        from lpl.data.upkeep import prune_cache
+
+        prune_cache(prune.latent_cache_dir, prune.days, prune.dry_run)
+    else:
+        if argv and not argv[0].startswith("-"):
+            raise UserError(f"unknown command cache {argv[0]!r}{nearest(argv[0], ['verify', 'prune'])}")
+        config = _parse_options(TrainConfig, argv, "lpl cache", list(TrainConfig().flat()))
+        from lpl.training.caching import fill_cache
+
+        fill_cache(config)
 
 
 def parse_train(argv: list[str]) -> TrainConfig:

@@ -124,7 +124,7 @@ def test_flag_that_cannot_be_read(run_cli: Any, argv: list[str], expected: list[
         ({"resolution": 4}, "--resolution must be at least 8"),
         ({"snr_gamma": -1.0}, "--snr_gamma must be positive"),
         ({"proportion_empty_prompts": 1.5}, "--proportion_empty_prompts must lie in 0..1"),
-        ({"dataset_name": "a/b"}, "--train_data_dir and --dataset_name are both given"),
+        ({"dataset_name": "a/b"}, "--train_data_dir and --dataset_name are all given"),
         ({"center_crop": True, "crop_variants": 2}, "--crop_variants needs random crops"),
         ({"lr_scheduler": "piecewise_constant"}, "--lr_scheduler piecewise_constant needs --lr_step_rules"),
         ({"lr_power": 2.0}, "--lr_power 2.0 acts with --lr_scheduler polynomial only"),
@@ -474,8 +474,9 @@ def test_image_that_cannot_be_decoded(train: Any, data: Path, tmp_path: Path) ->
     copied = Path(shutil.copytree(data, tmp_path / "data"))
     (copied / "3.png").write_bytes((copied / "3.png").read_bytes()[:60])
     failed = train(train_data_dir=copied, expect_error=True)
-    assert failed.errors[0].startswith(f"error: {copied / '3.png'}: cannot be decoded")
-    assert not failed.folder.exists()
+    assert failed.errors[0].startswith(f"error: --train_data_dir {copied}: 1 of 6 images cannot be used, first ")
+    assert str(copied / "3.png") in failed.errors[0]
+    assert [path.name for path in failed.folder.iterdir()] == ["bad_files.jsonl"]
 
 
 # --- in a process of its own

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from lpl.cli import PlanConfig, parse_plan, parse_train
+from lpl.data import filling
 from lpl.errors import UserError
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -51,6 +52,7 @@ def table(text: str) -> dict[str, list[str]]:
 
 
 def test_plan_states_the_choice_its_neighbours_and_what_fits(plan: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(filling, "ENCODE_IMAGES", 1)  # else filling the cache would be this tiny model's peak
     text = plan("--resolution", "128", "--memory", "1")
     for part in (
         "trains       68,188 parameters (the whole UNet)",

@@ -85,7 +85,8 @@ def test_crop_size_is_the_resolution() -> None:
 def test_free_options_are_those_that_leave_the_trajectory_alone() -> None:
     assert free_options() == {
         "lpl_checkpointing", "lpl_chunk", "lpl_channels_last", "lpl_compile",
-        "cache_dir", "single_file_config", "latent_cache_dir", "dataloader_num_workers", "output_dir",
+        "cache_dir", "single_file_config", "latent_cache_dir", "rehash", "max_bad_fraction",
+        "dataloader_num_workers", "output_dir",
         "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "dry_run", "validation_prompt",
         "num_validation_images", "validation_epochs", "validation_steps", "report_to", "logging_dir", "log_every",
         "push_to_hub", "hub_model_id", "hub_token",

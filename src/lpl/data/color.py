@@ -14,7 +14,6 @@ from PIL.ImageFile import ImageFile
 from lpl.data.bad_image import BadImageError
 
 PHOTOMETRIC, BITS = 262, 258  # TIFF tags
-SPACES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}
 INTENT = ImageCms.Intent.RELATIVE_COLORIMETRIC
 UNPACKED = {"L;2": 85, "L;4": 17}
 """Pillow spreads samples of 2 and 4 bits to 0..255, but not the sample value that a PNG declares transparent."""
@@ -79,11 +78,9 @@ def _conversion(profile: bytes, mode: str) -> Callable[[Image.Image], Image.Imag
     """From pixels with a profile to sRGB; None where there is nothing to do, or no way to."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if source.profile.xcolor_space.strip() != SPACES.get(mode):
-            return None
         flags = ImageCms.Flags.BLACKPOINTCOMPENSATION | (ImageCms.Flags.NOOPTIMIZE if mode == "L" else 0)
         transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB", INTENT, flags)
-    except (ImageCms.PyCMSError, OSError):
+    except (ImageCms.PyCMSError, OSError):  # broken, or of another colour space
         return None
     if mode == "CMYK":
         return transform.apply

@@ -101,7 +101,6 @@ def render(image: Image.Image, crop: Crop, interpolation: str) -> Tensor:
     else:
         down, across = image.height / resized_height, image.width / resized_width
         box = (x * across, y * down, (x + width) * across, (y + height) * down)
-        box = (box[0], box[1], min(box[2], image.width), min(box[3], image.height))
         image = image.resize((width, height), Image.Resampling[interpolation.upper()], box)
     if crop.flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

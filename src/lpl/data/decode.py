@@ -124,7 +124,7 @@ def decode_image(data: bytes, background: tuple[int, int, int] = (255, 255, 255)
         color, alpha = read_deep(image, _open(kind, data)) if deep else split_alpha(image)
         if kind == "PNG":
             check_png(data, image)
-        orientation = 1 if kind == "TIFF" else _orientation(image)  # TIFF: Pillow turns the pixels itself
+        orientation = _orientation(image)
         rgb = to_srgb(color, image.info.get("icc_profile"))
     except DECODE_ERRORS as error:
         raise BadImageError(_reason(kind, error)) from error
@@ -167,7 +167,10 @@ def _open(kind: str, data: bytes) -> ImageFile:
 
 
 def _orientation(image: ImageFile) -> int:
-    """EXIF orientation, 1 to 8, of a loaded image (a PNG may have it after its pixels)."""
+    """EXIF orientation still to be applied to a loaded image.
+
+    Asked after loading: a PNG may have it behind its pixels, and Pillow turns a TIFF itself.
+    """
     try:
         return int(image.getexif().get(ORIENTATION, 1))
     except DECODE_ERRORS:

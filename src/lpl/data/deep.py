@@ -44,19 +44,18 @@ def read_deep(image: ImageFile, again: ImageFile) -> tuple[Image.Image, Image.Im
         OSError and others of Pillow: a damaged file.
     """
     raw = _raw_mode(image.tile[0])
-    planes = getattr(image, "tag_v2", {}).get(PLANAR, 1) == 2
     if raw.startswith("LA;"):  # Pillow has no such mode; four bytes a pixel are four channels
         _reread(again, lambda _: "RGBA")
         image.load()
         four = np.asarray(again).astype(np.uint16)
         samples: np.ndarray = four[..., ::2] << 8 | four[..., 1::2]
-    elif raw.startswith("RGBa") or planes:  # the high byte is all there is to be had
-        image.load()
-        samples = np.asarray(image).astype(np.uint16) * 257
-    else:
-        _reread(again, lambda mode: mode[:-3] + OTHER_BYTE[mode[-3:]])
-        image.load()
+    else:  # colours multiplied by their opacity (RGBa) as they are: Pillow would divide byte by byte
+        _reread(image, lambda mode: mode.replace("a", "A"))
+        _reread(again, lambda mode: mode.replace("a", "A")[:-3] + OTHER_BYTE[mode[-3:]])
         samples = np.asarray(image).astype(np.uint16) << 8 | np.asarray(again)
+        if raw.startswith("RGBa"):
+            alpha = np.maximum(samples[..., 3:], 1).astype(np.float32)
+            samples[..., :3] = np.minimum(samples[..., :3] * (65535 / alpha), 65535)
     levels = ((samples.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
     transparent = image.info.get("transparency")
     if transparent is not None:

@@ -27,7 +27,7 @@ from lpl.errors import UserError
 
 ENCODE_PIXELS = 2**20
 """Pixels that go through the image encoder at once (whatever the batch size of training), at least one image."""
-ENCODE_IMAGES = 64
+ENCODE_IMAGES = 16
 CAPTION_BATCH = 32
 
 

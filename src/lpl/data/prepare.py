@@ -23,6 +23,7 @@ from lpl.data.catalogue import Catalogue, Samples
 from lpl.data.dataset import TrainingData
 from lpl.data.files import write_atomically
 from lpl.data.filling import Caches, Encoder, Filler, caption_key
+from lpl.data.folders import cache_dir
 from lpl.data.lock import LOCK, locked
 from lpl.data.repeats import parse_repeats
 from lpl.data.sources import Source
@@ -42,17 +43,6 @@ class Processes(NamedTuple):
     size: int = 1
     barrier: Callable[[], None] = lambda: None
     """Returns when all have called it."""
-
-
-def default_cache_dir() -> Path:
-    """The user's cache folder for this package: $XDG_CACHE_HOME/lpl, or ~/.cache/lpl."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "lpl"
-
-
-def cache_dir(config: DataConfig) -> Path:
-    """--latent_cache_dir, or the default."""
-    return Path(config.latent_cache_dir).expanduser() if config.latent_cache_dir else default_cache_dir()
 
 
 def prepare_data(

@@ -14,11 +14,13 @@ if TYPE_CHECKING:
     from lpl.families.sdxl import SDXL
 
 
-def load_family(config: ModelConfig, device: torch.device, weight_dtype: torch.dtype) -> SDXL:
-    """Loads the model that the config names; check_model has passed."""
+def load_family(
+    config: ModelConfig, device: torch.device, weight_dtype: torch.dtype, encoders_only: bool = False
+) -> SDXL:
+    """Loads the model that the config names, with or without its denoiser; check_model has passed."""
     from lpl.families.sdxl import SDXL
 
-    return SDXL(config, device, weight_dtype)
+    return SDXL(config, device, weight_dtype, encoders_only)
 
 
 def blueprint(configs: dict[str, Any], max_token_length: int = 75) -> Blueprint:

@@ -43,6 +43,7 @@ class SDXL:
         config: which model.
         device: where encoding happens and the denoiser goes.
         weight_dtype: precision of the run's arithmetic; validation images are drawn in it.
+        encoders_only: leave the denoiser out, where its files are apart from the others.
 
     Raises:
         UserError: the model cannot be loaded.
@@ -50,9 +51,11 @@ class SDXL:
 
     lora_targets: tuple[str, ...] = LORA_TARGETS
 
-    def __init__(self, config: ModelConfig, device: torch.device, weight_dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: ModelConfig, device: torch.device, weight_dtype: torch.dtype, encoders_only: bool = False
+    ) -> None:
         self.device, self.weight_dtype = device, weight_dtype
-        self.pipeline = _load(config)
+        self.pipeline = _load(config, encoders_only)
         self.denoiser = self.pipeline.unet
         self.vae = self.pipeline.vae.float().eval().requires_grad_(False)
         self.text_encoders = (self.pipeline.text_encoder, self.pipeline.text_encoder_2)
@@ -178,7 +181,7 @@ def training_schedule(scheduler: Mapping[str, Any]) -> DDPMScheduler:
     return DDPMScheduler.from_config(dict(scheduler))
 
 
-def _load(config: ModelConfig) -> StableDiffusionXLPipeline:
+def _load(config: ModelConfig, encoders_only: bool) -> StableDiffusionXLPipeline:
     transformers.utils.logging.disable_progress_bar()  # a bar per text encoder; the pipeline's own bar stays
     name = str(config.pretrained_model_name_or_path)
     common: dict[str, Any] = {"dtype": torch.float32, "cache_dir": config.cache_dir}
@@ -202,8 +205,9 @@ def _load(config: ModelConfig) -> StableDiffusionXLPipeline:
             if info["missing_keys"]:
                 raise ValueError(f"{part} lacks the weights {sorted(info['missing_keys'])[:3]}")
             common[part] = encoder
-        pipeline = StableDiffusionXLPipeline.from_pretrained(name, add_watermarker=False, **common)
-        for part in ("unet", "vae"):
+        left_out: dict[str, Any] = {"unet": None} if encoders_only else {}
+        pipeline = StableDiffusionXLPipeline.from_pretrained(name, add_watermarker=False, **left_out, **common)
+        for part in ("vae",) if encoders_only else ("unet", "vae"):
             absent = [key for key, weight in getattr(pipeline, part).named_parameters() if weight.is_meta]
             if absent:
                 raise ValueError(f"{part} lacks the weights {absent[:3]}")

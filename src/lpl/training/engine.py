@@ -6,11 +6,13 @@ import importlib.util
 import logging
 import os
 import shutil
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 
 from lpl.config import TrainConfig
 from lpl.errors import UserError
@@ -29,6 +31,8 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     """
     run, log = config.run, config.logging
     accelerator = Accelerator(
+        # Filling the cache may keep processes waiting for each other far longer than torch's ten minutes.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=24))],
         gradient_accumulation_steps=run.gradient_accumulation_steps,
         mixed_precision=run.mixed_precision,
         log_with=None if log.report_to == "none" else log.report_to,

@@ -57,10 +57,7 @@ def preflight(config: TrainConfig) -> Checked:
             raise UserError(
                 f"--report_to {config.logging.report_to}: {package} is not installed: pip install {package}"
             )
-    parse_color(config.data.background_color)
-    configs = model_configs(config.model)
-    if config.data.resolution is None:
-        config = replace(config, data=replace(config.data, resolution=native_resolution(configs)))
+    config, configs = check_model(config)
     finished_step = _check_output(config)
     if configs:
         check_options(config, configs)
@@ -72,6 +69,19 @@ def preflight(config: TrainConfig) -> Checked:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     num_steps = config.num_steps(source.size or 1, processes) if known else None
     return Checked(config, source, regularisation, configs, finished_step, num_steps)
+
+
+def check_model(config: TrainConfig) -> tuple[TrainConfig, dict[str, Any]]:
+    """The options with the model's own resolution in the place of an unset one, and the model's configs.
+
+    Raises:
+        UserError: no such model, or a --background_color that is none.
+    """
+    parse_color(config.data.background_color)
+    configs = model_configs(config.model)
+    if config.data.resolution is None:
+        config = replace(config, data=replace(config.data, resolution=native_resolution(configs)))
+    return config, configs
 
 
 def _check_output(config: TrainConfig) -> int | None:
@@ -125,20 +135,34 @@ def _check_schedule(config: TrainConfig, configs: dict[str, Any]) -> None:
     bias = config.diffusion
     if bias.timestep_bias_strategy == "range" and bias.timestep_bias_end > timesteps:
         raise UserError(f"--timestep_bias_end {bias.timestep_bias_end} lies outside the model's {timesteps} timesteps")
-    stride = 2 ** (len(configs["vae"].get("block_out_channels", [64])) - 1)
+    check_sizes(config, configs)
+    side = min(min(size) for size in image_sizes(config.data).sizes)
+    crop, stride = config.lpl.lpl_crop, _stride(configs)
+    if config.lpl.use_lpl and crop is not None and (crop % stride or crop >= side):
+        raise UserError(
+            f"--lpl_crop {crop} must be a multiple of the VAE's {stride} pixels per latent and smaller than the "
+            f"images' {side}"
+        )
+
+
+def _stride(configs: dict[str, Any]) -> int:
+    return int(2 ** (len(configs["vae"].get("block_out_channels", [64])) - 1))
+
+
+def check_sizes(config: TrainConfig, configs: dict[str, Any]) -> None:
+    """Checks the sizes of the training images against the VAE.
+
+    Raises:
+        UserError: sizes that it does not take, or no bucket.
+    """
+    stride = _stride(configs)
     if config.data.crop_size % stride:
         raise UserError(f"--resolution {config.data.crop_size} is no multiple of the VAE's {stride} pixels per latent")
     if config.data.buckets and config.data.bucket_step % stride:
         raise UserError(
             f"--bucket_step {config.data.bucket_step} is no multiple of the VAE's {stride} pixels per latent"
         )
-    side = min(min(size) for size in image_sizes(config.data).sizes)
-    crop = config.lpl.lpl_crop
-    if config.lpl.use_lpl and crop is not None and (crop % stride or crop >= side):
-        raise UserError(
-            f"--lpl_crop {crop} must be a multiple of the VAE's {stride} pixels per latent and smaller than the "
-            f"images' {side}"
-        )
+    image_sizes(config.data)
 
 
 def _check_gate(config: TrainConfig, configs: dict[str, Any]) -> None:

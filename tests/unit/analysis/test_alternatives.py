@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,16 @@ from lpl.analysis.needs import estimate
 from lpl.analysis.rehearsal import Rehearsal
 from lpl.cli import parse_train
 from lpl.config import TrainConfig
+from lpl.data import filling
 from lpl.families import blueprint, model_configs
 
 
 @pytest.fixture(scope="module")
-def rehearsal(model: Path) -> Rehearsal:
-    return Rehearsal(blueprint(model_configs(options(f"--pretrained_model_name_or_path={model}").model)))
+def rehearsal(model: Path) -> Iterator[Rehearsal]:
+    """Of a tiny model, and one crop at a time through its encoder: else filling the cache would be the peak."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(filling, "ENCODE_IMAGES", 1)
+        yield Rehearsal(blueprint(model_configs(options(f"--pretrained_model_name_or_path={model}").model)))
 
 
 def options(*flags: str) -> TrainConfig:

@@ -12,6 +12,7 @@ from lpl.analysis.counter import StepCounter
 from lpl.analysis.rehearsal import Rehearsal
 from lpl.cli import parse_train
 from lpl.config import TrainConfig
+from lpl.data.filling import batch_of
 from lpl.diffusion.diffusion_loss import diffusion_loss
 from lpl.families import blueprint, model_configs
 from lpl.families.sdxl_configs import PUBLISHED
@@ -114,10 +115,10 @@ def test_caching_holds_all_encoders_and_its_images(plan_of: Any) -> None:
     with torch.device("meta"):
         encoders = sum(p.numel() for part in plan_of.text_encoders() for p in part.parameters())
     weights = 4 * encoders + rehearsal.vae()
-    small, large = (rehearsal.caching(options(f"--train_batch_size={n}")) for n in (2, 64))
+    small, large = (rehearsal.caching(options(f"--resolution={side}")) for side in (64, 256))
     assert weights < small < large
-    image = 3 * 64 * 64 * 4
-    assert large - weights > 64 * image
+    assert large - weights > batch_of((3, 256, 256)) * 3 * 256 * 256 * 4
+    assert rehearsal.caching(options("--train_batch_size=64")) == rehearsal.caching(options())
     assert rehearsal.validation(options()) > 0
 
 

@@ -11,6 +11,7 @@ from lpl.errors import UserError
 SETTINGS = [
     (1024 * 1024, 64, 2.0), (1024 * 1024, 64, 4.0), (512 * 512, 64, 2.0), (1_000_000, 64, 1.5), (512 * 512, 8, 2.0),
     (300_000, 32, 1.1), (64 * 64, 64, 2.0), (40 * 40, 8, 3.0), (128 * 64, 64, 2.0), (768 * 768, 64, 1.0),
+    (725 * 64 * 64, 64, 1.16),
 ]  # fmt: skip
 
 
@@ -23,7 +24,7 @@ def test_sizes_for_sdxl() -> None:
 
 @pytest.mark.parametrize(("area", "step", "max_aspect"), SETTINGS)
 def test_sizes_are_all_that_cannot_grow(area: int, step: int, max_aspect: float) -> None:
-    sides = range(step, int((area * max_aspect) ** 0.5) + 1, step)
+    sides = range(step, int((area * max_aspect) ** 0.5) + step, step)
     limit = Fraction(str(max_aspect))
     allowed = np.array([[h * w <= area and max(h, w) <= limit * min(h, w) for w in sides] for h in sides])
     # Of each size, how many allowed ones are at least as tall and as wide, itself included.

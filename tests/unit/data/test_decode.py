@@ -67,7 +67,7 @@ def test_nothing_reaches_the_terminal(tmp_path: Path) -> None:
     script = tmp_path / "decode_all.py"
     script.write_text(
         "from broken_images import bad_images\nfrom odd_images import sound_images\n"
-        "from lpl.data.bad_image import BadImageError, decode_image\n"
+        "from lpl.data.decode import BadImageError, decode_image\n"
         "for odd in bad_images() + sound_images():\n"
         "    try:\n        decode_image(odd.data)\n    except BadImageError:\n        pass\n"
         "print('done')\n"

@@ -19,7 +19,8 @@ from lpl.data.crops import plan_crop, render, to_float
 from lpl.data.dataset import TrainingData
 from lpl.data.decode import decode_image
 from lpl.data.filling import caption_key
-from lpl.data.prepare import Mark, Processes, default_cache_dir, prepare_data
+from lpl.data.folders import default_cache_dir
+from lpl.data.prepare import Mark, Processes, prepare_data
 from lpl.data.sources import folder as folder_module
 from lpl.data.sources import open_source
 from lpl.errors import UserError

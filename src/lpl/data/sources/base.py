@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 from lpl.config import require
 from lpl.data.bad_image import BadImageError
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".gif")
 PIECE_SIZE = 1024
 """Samples in a piece of a source that has no shards of its own."""
 

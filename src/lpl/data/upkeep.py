@@ -1,0 +1,119 @@
+"""Looking after a cache folder: finding damage, and removing what no run has used for long."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from lpl.data.folders import default_cache_dir
+from lpl.data.store import INDEX, SUFFIX, TensorStore
+from lpl.errors import UserError
+
+DAY = 24 * 3600
+
+
+class Unused(NamedTuple):
+    """What pruning removes."""
+
+    paths: list[Path]
+    size: int
+    """In bytes."""
+
+
+def verify_cache(folder: str | None, delete: bool) -> None:
+    """Says of every damaged shard what is wrong, and removes it if asked.
+
+    Raises:
+        UserError: no such folder, or damage that is still there.
+    """
+    cache = _existing(folder)
+    count, found = damaged(cache)
+    for _, wrong in found:
+        print(wrong)
+    if delete:
+        remove([path for path, _ in found])
+    print(f"{cache}: {count} shards, {len(found)} damaged{' and removed' if delete and found else ''}")
+    if found and not delete:
+        raise UserError(f"cache {cache}: {len(found)} of {count} shards are damaged: remove them with --delete")
+
+
+def prune_cache(folder: str | None, days: float, dry_run: bool) -> None:
+    """Removes what no run has used for so many days, or says what it would remove.
+
+    Raises:
+        UserError: no such folder.
+    """
+    cache = _existing(folder)
+    paths, size = unused(cache, days)
+    if not dry_run:
+        remove(paths)
+    print(f"{cache}: {len(paths)} files, {size / 2**30:.2f} GiB, {'would be removed' if dry_run else 'removed'}")
+
+
+def _existing(folder: str | None) -> Path:
+    cache = Path(folder).expanduser() if folder else default_cache_dir()
+    if not cache.is_dir():
+        raise UserError(f"--latent_cache_dir {cache}: no such folder")
+    return cache
+
+
+def stores(cache: Path) -> Iterator[Path]:
+    """Folders of shards within a cache folder."""
+    for kind in ("latents", "text"):
+        if (cache / kind).is_dir():
+            yield from sorted(path for path in (cache / kind).iterdir() if path.is_dir())
+
+
+def damaged(cache: Path) -> tuple[int, list[tuple[Path, str]]]:
+    """Reads every shard of a cache and compares checksums.
+
+    Returns:
+        How many shards there are, and of those that are damaged the path and what is wrong.
+    """
+    shards = [path for folder in stores(cache) for path in sorted(folder.glob(f"[!.]*{SUFFIX}"))]
+    found = []
+    for path in tqdm(shards, desc="verifying", unit="shard", disable=len(shards) < 20):
+        wrong = TensorStore.wrong_with(path)
+        if wrong is not None:
+            found.append((path, wrong))
+    return len(shards), found
+
+
+def unused(cache: Path, days: float) -> Unused:
+    """Shards and catalogues that no run has used for so many days, and what killed runs have left.
+
+    A run that starts marks what it uses by the files' time of change.
+    """
+    limit = time.time() - days * DAY
+    paths = [path for folder in stores(cache) for path in folder.iterdir() if path.name != INDEX]
+    paths += (cache / "catalogues").glob("*/*")
+    paths += (cache / "staged").glob("*")
+    old = [path for path in sorted(paths) if _last_change(path) < limit]
+    return Unused(old, sum(_size(path) for path in old))
+
+
+def remove(paths: list[Path]) -> None:
+    """Removes files and folders, and folders that are empty then."""
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+        parent = path.parent
+        left = list(parent.iterdir())
+        if all(entry.name == INDEX for entry in left):
+            shutil.rmtree(parent)
+
+
+def _last_change(path: Path) -> float:
+    inside = [entry.stat().st_mtime for entry in path.rglob("*")] if path.is_dir() else []
+    return max([path.stat().st_mtime, *inside])
+
+
+def _size(path: Path) -> int:
+    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.stat().st_size

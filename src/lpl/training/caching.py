@@ -1,0 +1,45 @@
+"""`lpl cache`: fills the caches and trains nothing, so that it can run beforehand, on other or more machines."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+
+from lpl.config import TrainConfig
+from lpl.data.bad_files import FILE
+from lpl.data.prepare import Processes, prepare_data
+from lpl.data.sources import open_regularisation, open_source
+from lpl.families import load_family
+from lpl.training.engine import build_accelerator
+from lpl.training.preflight import check_model, check_sizes
+
+logger = logging.getLogger("lpl")
+
+
+def fill_cache(config: TrainConfig) -> None:
+    """Encodes what the caches lack of a run's images and captions; a run with these options then encodes nothing.
+
+    Raises:
+        UserError: bad options, model or images.
+    """
+    config, configs = check_model(config)
+    if configs:
+        check_sizes(config, configs)
+    source = open_source(config.data, config.model.cache_dir)
+    regularisation = open_regularisation(config.data)
+    accelerator = build_accelerator(config)
+    family = load_family(config.model, accelerator.device, torch.float32, encoders_only=True)
+    data = prepare_data(
+        source,
+        regularisation,
+        config.data,
+        family,
+        config.run.seed,
+        Path(config.run.output_dir) / FILE,
+        Processes(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone),
+        accelerator.is_local_main_process,
+    )
+    logger.info("%d samples are cached in %s", len(data), data.caches.folder)
+    accelerator.end_training()

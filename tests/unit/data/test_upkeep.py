@@ -1,0 +1,81 @@
+"""Verifying and pruning a cache."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lpl.data.dataset import TrainingData
+from lpl.data.upkeep import prune_cache, unused, verify_cache
+from lpl.errors import UserError
+
+Encode = Callable[..., TrainingData]
+
+
+def age(folder: Path, days: float) -> None:
+    then = time.time() - days * 86400
+    for path in folder.rglob("*"):
+        os.utime(path, (then, then))
+
+
+def test_damage_is_said_removed_and_made_again(
+    encode: Encode, encoder: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, cache = encode(), tmp_path / "c"
+    verify_cache(str(cache), delete=False)
+    assert capsys.readouterr().out == f"{cache}: 2 shards, 0 damaged\n"
+    (name,) = data.caches.latents.shards
+    shard = cache / "latents" / "aa" / name
+    content = bytearray(shard.read_bytes())
+    content[-100] ^= 255
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match="1 of 2 shards are damaged: remove them with --delete"):
+        verify_cache(str(cache), delete=False)
+    assert str(shard) in capsys.readouterr().out
+    verify_cache(str(cache), delete=True)
+    assert "2 shards, 1 damaged and removed" in capsys.readouterr().out
+    encoder.images = 0
+    encode().batch([(0, 0)])
+    assert (encoder.images, len(encoder.captions)) == (5, 5)
+    verify_cache(str(cache), delete=False)
+
+
+def test_what_a_run_uses_stays(encode: Encode, encoder: Any, tmp_path: Path) -> None:
+    cache = tmp_path / "c"
+    encode()
+    encode(resolution=24)
+    age(cache, 40)
+    encode()  # marks what it uses
+    before = {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()}
+    prune_cache(str(cache), 30, dry_run=True)
+    assert {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()} == before
+    prune_cache(str(cache), 30, dry_run=False)
+    encoder.images = 0
+    encode()
+    assert encoder.images == 0
+    encode(resolution=24)
+    assert encoder.images == 5
+
+
+def test_leftovers_of_killed_runs_go(encode: Encode, tmp_path: Path) -> None:
+    cache = tmp_path / "c"
+    encode()
+    left = cache / "staged" / "some run" / "piece" / "latents"
+    left.mkdir(parents=True)
+    (left / ".half.tmp").write_bytes(b"1234")
+    assert [path.name for path in unused(cache, 1).paths] == []
+    age(cache / "staged", 2)
+    found = unused(cache, 1)
+    assert "some run" in [path.name for path in found.paths]
+    assert found.size == 4
+    prune_cache(str(cache), 0, dry_run=False)
+    assert [path for path in cache.rglob("*") if path.is_file()] == []
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    for command in (lambda folder: verify_cache(folder, False), lambda folder: prune_cache(folder, 1, False)):
+        with pytest.raises(UserError, match=r"--latent_cache_dir .* no such folder"):
+            command(str(tmp_path / "none"))
