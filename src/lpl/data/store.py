@@ -11,6 +11,8 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +29,8 @@ INDEX = "index.npz"
 KEY_BYTES = 20
 MAPPED_BYTES = 2**28
 """Shards are unmapped, oldest first, once this much of them has been read: memory stays flat."""
+OPEN_SHARDS = 256
+"""At most so many are mapped at a time: each takes a file handle."""
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
 DTYPES |= {"I64": torch.int64, "I32": torch.int32}
@@ -43,10 +47,10 @@ class Field:
     shape: tuple[int, ...]
     offset: int
 
-    @property
+    @cached_property
     def row_bytes(self) -> int:
         """Bytes of one entry."""
-        return int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
+        return prod(self.shape[1:]) * self.dtype.itemsize
 
 
 class Shard:
@@ -171,8 +175,7 @@ class TensorStore:
         stacked: dict[str, Tensor] = {}
         rows: dict[str, np.ndarray] = {}
         layout: Layout = {}
-        for position, key in enumerate(keys):
-            number, row = self._at(key)
+        for position, (number, row) in enumerate(self._places(keys)):
             shard = self._shard(number)
             if position == 0:
                 layout = shard.layout
@@ -297,6 +300,16 @@ class TensorStore:
             at += 1
         return None
 
+    def _places(self, keys: Sequence[bytes]) -> list[tuple[int, int]]:
+        """`_at` of many keys."""
+        prefixes, own, places = self._index
+        wanted = np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), -1)
+        at = np.searchsorted(prefixes, np.ascontiguousarray(wanted[:, :8]).view(np.uint64).ravel())
+        at = np.minimum(at, len(own) - 1)
+        if len(own) and np.array_equal(own[at], wanted):
+            return [(shard, row) for shard, row in places[at].tolist()]
+        return [self._at(key) for key in keys]  # one is not there, or two begin alike
+
     def _at(self, key: bytes) -> tuple[int, int]:
         place = self._find(key)
         if place is None:
@@ -307,7 +320,9 @@ class TensorStore:
         shard = self._open.get(number)
         if shard is None:
             shard = self._open[number] = Shard(self.folder / self.shards[number])
-            while len(self._open) > 1 and sum(s.touched for s in self._open.values()) > MAPPED_BYTES:
+            while len(self._open) > 1 and (
+                len(self._open) > OPEN_SHARDS or sum(s.touched for s in self._open.values()) > MAPPED_BYTES
+            ):
                 self._open.popitem(last=False)
         return shard
 
