@@ -271,10 +271,10 @@ class TensorStore:
             return  # an index says nothing that the shards do not: they are read instead
         if set(shards) <= there:
             self.shards, self._indexed = shards, list(shards)
-            self._set(keys, places)
+            self._index = _sorted_index(keys, places)
 
     def _add(self, names: Sequence[str]) -> None:
-        keys, places = [self._index.keys], [self._index.places]
+        keys, places = [], []
         for name in names:
             found = Shard(self.folder / name).keys()
             number = np.full(len(found), len(self.shards), np.int32)
@@ -282,12 +282,9 @@ class TensorStore:
             keys.append(found)
             places.append(np.stack([number, np.arange(len(found), dtype=np.int32)], 1))
         if names:
-            self._set(np.concatenate(keys), np.concatenate(places))
-
-    def _set(self, keys: np.ndarray, places: np.ndarray) -> None:
-        prefix = np.ascontiguousarray(keys[:, :8]).view(np.uint64).ravel()
-        order = np.argsort(prefix, kind="stable")
-        self._index = Index(prefix[order], keys[order], places[order].astype(np.int32))
+            old, new = self._index, _sorted_index(np.concatenate(keys), np.concatenate(places))
+            at = np.searchsorted(old.prefixes, new.prefixes, side="right")  # merged: most often few come to many
+            self._index = Index(*(np.insert(a, at, b, axis=0) for a, b in zip(old, new, strict=True)))
 
     def _find(self, key: bytes) -> tuple[int, int] | None:
         prefixes, keys, places = self._index
@@ -325,6 +322,12 @@ class TensorStore:
             ):
                 self._open.popitem(last=False)
         return shard
+
+
+def _sorted_index(keys: np.ndarray, places: np.ndarray) -> Index:
+    prefixes = np.ascontiguousarray(keys[:, :8]).view(np.uint64).ravel()
+    order = np.argsort(prefixes, kind="stable")
+    return Index(prefixes[order], keys[order], places[order].astype(np.int32))
 
 
 def _shards_in(folder: Path) -> list[str]:
