@@ -3,13 +3,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
-.PHONY: demo test lint bench demo-weights clean
+.PHONY: demo test soak lint bench demo-weights clean
 
 demo: .venv/installed
 	$(OFFLINE) OMP_WAIT_POLICY=PASSIVE $(BIN)/lpl demo --output_dir lpl-demo
 
 test: .venv/installed lint
 	OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/python -m pytest tests
+
+# Kills caching at 500 random moments and at 500 system calls: a quarter of an hour.
+soak: .venv/installed
+	LPL_KILLS=500 OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/python -m pytest tests/invariants/test_killed_caching.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 
 import numpy as np
 
@@ -55,7 +56,7 @@ class Buckets:
 
     def nearest(self, width: int, height: int) -> int:
         """Index of the size whose aspect is nearest in log to an image's; of two as near, the taller."""
-        return int(self.assign(np.array([width]), np.array([height]))[0])
+        return bisect_left(self._limits, float(width) * float(width) / (float(height) * float(height)))
 
     def assign(self, widths: np.ndarray, heights: np.ndarray) -> np.ndarray:
         """`nearest` for many images at once.
@@ -74,7 +75,8 @@ class Buckets:
         self.sizes = sorted(sizes, key=lambda size: size[1] / size[0])
         # Midway in log, squared: quotients of whole numbers, which all machines round alike; logs they do not.
         pairs = zip(self.sizes, self.sizes[1:], strict=False)
-        self._bounds = np.array([(w * wider) / (h * lower) for (h, w), (lower, wider) in pairs], np.float64)
+        self._limits = [(w * wider) / (h * lower) for (h, w), (lower, wider) in pairs]
+        self._bounds = np.array(self._limits, np.float64)
 
 
 def _floor(sides: float) -> int:

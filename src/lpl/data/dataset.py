@@ -13,7 +13,7 @@ from lpl.data.captions import CaptionRules
 from lpl.data.catalogue import Samples
 from lpl.data.filling import Caches, caption_key
 from lpl.data.views import Views
-from lpl.diffusion.draws import draw_normal
+from lpl.diffusion.draws import fill_normal
 
 
 @dataclass(frozen=True)
@@ -85,10 +85,10 @@ class TrainingData:
             sizes.append(crop.size_conditioning)
         posterior = self.caches.latents.gather(latents)
         raw = posterior["mean"]
-        shape = tuple(raw.shape[1:])
-        for position, (row, (_, count)) in enumerate(zip(rows, draws, strict=True)):
-            noise = draw_normal(shape, self.seed, "posterior", row.id, count)
-            raw[position] += posterior["std"][position] * noise
+        noise = torch.empty_like(raw)
+        for own, row, (_, count) in zip(noise, rows, draws, strict=True):
+            fill_normal(own, self.seed, "posterior", row.id, count)
+        raw += noise.mul_(posterior["std"])
         weights = [self.samples.weight(index) for index, _ in draws] if self._weighted else None
         return Batch(
             sample_ids=[row.id for row in rows],

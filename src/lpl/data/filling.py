@@ -17,7 +17,7 @@ from lpl.config import DataConfig
 from lpl.data.bad_files import BadFiles
 from lpl.data.captions import CaptionRules
 from lpl.data.catalogue import Catalogue, Row
-from lpl.data.crops import to_float
+from lpl.data.crops import Crop, to_float
 from lpl.data.reading import Reader, in_order, threads_of
 from lpl.data.sources import Piece, Source
 from lpl.data.staging import Staging
@@ -96,6 +96,7 @@ class Filler:
         caches: where to.
         catalogue: what is known of the source.
         bad: counts what cannot be used, and stops the run if there is too much of it.
+        prefix: put before ids wherever something is drawn for them, as `Samples` does.
     """
 
     def __init__(
@@ -108,12 +109,22 @@ class Filler:
         caches: Caches,
         catalogue: Catalogue,
         bad: BadFiles,
+        prefix: str = "",
     ) -> None:
+        self.prefix = prefix
         self.source, self.config, self.views, self.rules = source, config, views, rules
         self.encoder, self.caches, self.catalogue, self.bad = encoder, caches, catalogue, bad
         self.encoded_images = self.encoded_captions = 0
         self.always = [""] if config.proportion_empty_prompts > 0 else []
         """Captions that are cached whatever the samples say."""
+
+    def crops(self, sample: str, digest: bytes, width: int, height: int) -> dict[bytes, Crop]:
+        """Every crop of an image that is cached, by key."""
+        return self.views.crops(self.prefix + sample, digest, width, height)
+
+    def texts(self, sample: str, captions: Sequence[str]) -> list[str]:
+        """Every text of a sample that is cached."""
+        return self.rules.variants(self.prefix + sample, captions)
 
     def missing(self, piece: Piece) -> int:
         """Crops of a piece that are not cached; -1 if the piece itself is not known, or its captions are not cached."""
@@ -125,9 +136,9 @@ class Filler:
         absent = 0
         for row in table.to_pylist():
             if row["reason"] is None:
-                crops = self.views.crops(row["id"], row["digest"], row["width"], row["height"])
+                crops = self.crops(row["id"], row["digest"], row["width"], row["height"])
                 absent += sum(key not in self.caches.latents for key in crops)
-                texts = self.rules.variants(row["id"], row["captions"])
+                texts = self.texts(row["id"], row["captions"])
                 if any(caption_key(text) not in self.caches.text for text in texts):
                     return -1
         return absent
@@ -138,6 +149,8 @@ class Filler:
         Raises:
             UserError: too many bad images, an encoder that makes NaN or Inf, a cache that cannot be written.
         """
+        if not pieces:
+            return
         self.catalogue.load_known()
         total = None if any(piece.size is None for piece in pieces) else sum(piece.size or 0 for piece in pieces)
         with tqdm(total=total, desc="caching", unit="image", disable=not progress) as bar:
@@ -150,7 +163,7 @@ class Filler:
         latents = Staging(self.caches.latents, folder / "latents")
         text = Staging(self.caches.text, folder / "text")
         known = None if self.config.rehash else self.catalogue
-        reader = Reader(self.views, self.config, latents.__contains__, known)
+        reader = Reader(self.crops, self.config, latents.__contains__, known)
         rows: list[Row] = []
         waiting: dict[tuple[int, ...], list[tuple[bytes, Tensor, str]]] = {}
         with closing(piece.samples()) as samples:
@@ -188,7 +201,7 @@ class Filler:
         texts = list(self.always)
         for row in rows:
             if row.reason is None:
-                texts += self.rules.variants(row.id, row.captions)
+                texts += self.texts(row.id, row.captions)
         lacking = [(key, text) for text in texts if staging.claim(key := caption_key(text))]
         for start in range(0, len(lacking), CAPTION_BATCH):
             batch = lacking[start : start + CAPTION_BATCH]

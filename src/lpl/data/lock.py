@@ -14,6 +14,8 @@ try:
 except ImportError:  # not a POSIX system: two runs at the same time do work twice
     fcntl = None  # type: ignore[assignment]
 
+LOCK = "lock"
+
 logger = logging.getLogger("lpl")
 
 
@@ -30,12 +32,12 @@ def locked(folder: Path, doing: str) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "lock").touch()
+        (folder / LOCK).touch()
     except OSError as error:
         raise UserError(
             f"cache {folder} cannot be written ({error.strerror}): name another folder with --latent_cache_dir"
         ) from error
-    with open(folder / "lock", "w") as file:
+    with open(folder / LOCK, "w") as file:
         if fcntl is not None:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -24,7 +24,7 @@ from lpl.data.dataset import TrainingData
 from lpl.data.files import write_atomically
 from lpl.data.filling import Caches, Encoder, Filler, caption_key
 from lpl.data.folders import cache_dir
-from lpl.data.lock import locked
+from lpl.data.lock import LOCK, locked
 from lpl.data.repeats import parse_repeats
 from lpl.data.sources import Source
 from lpl.data.views import Views
@@ -81,7 +81,7 @@ def prepare_data(
     prefixes: list[str] = []
     for part, weight, prefix in ((source, 1.0, ""), (regularisation, config.prior_loss_weight, REGULARISATION)):
         if part is not None:
-            own = _fill(part, config, views, rules, encoder, caches, bad, processes, progress)
+            own = _fill(part, config, views, rules, encoder, caches, bad, prefix, processes, progress)
             tables += own
             weights += [weight] * len(own)
             prefixes += [prefix] * len(own)
@@ -108,6 +108,7 @@ def _fill(
     encoder: Encoder,
     caches: Caches,
     bad: BadFiles,
+    prefix: str,
     processes: Processes,
     progress: bool,
 ) -> list[pa.Table]:
@@ -115,7 +116,7 @@ def _fill(
     catalogue = Catalogue(caches.folder, source)
     pieces = source.pieces()
     staging = caches.staging(source)
-    filler = Filler(source, config, views, rules, encoder, caches, catalogue, bad)
+    filler = Filler(source, config, views, rules, encoder, caches, catalogue, bad, prefix)
     mark = Mark(catalogue, [catalogue.path(p).name for p in pieces], filler)
     with ExitStack() as stack:
         if processes.rank == 0:
@@ -144,14 +145,12 @@ def _fill(
             tables.append(table)
         if processes.rank == 0:
             _settle(source, bad, tables)
+            for store in (caches.latents, caches.text):
+                store.save_index(scratch=staging)
             if not whole:
-                mark.make(tables)
-                for store in (caches.latents, caches.text):
-                    store.save_index(scratch=staging)
+                mark.make(tables)  # last: with it, nothing else is looked at again
             mark.touch()
-            for left in staging.iterdir():
-                if left.is_dir():
-                    shutil.rmtree(left)
+            _clear(staging)
             share = " by the first process" if processes.size > 1 else ""
             logger.info(
                 "%s: %d samples; %d crops and %d captions encoded%s, all else was in %s",
@@ -168,7 +167,7 @@ class Mark:
     def __init__(self, catalogue: Catalogue, pieces: Sequence[str], filler: Filler) -> None:
         self._pieces, self._filler = list(pieces), filler
         caches = filler.caches
-        key = [filler.views.settings, filler.rules.settings, filler.always]
+        key = [filler.views.settings, filler.rules.settings, filler.always, filler.prefix]
         key += [caches.latents.folder.name, caches.text.folder.name, self._pieces]
         name = hashlib.blake2b(json.dumps(key).encode(), digest_size=16).hexdigest()
         self._path = catalogue.folder / f"complete-{name}.json"
@@ -200,8 +199,8 @@ class Mark:
             for table in tables:
                 for row in table.to_pylist():
                     if row["reason"] is None:
-                        crops = filler.views.crops(row["id"], row["digest"], row["width"], row["height"])
-                        texts = filler.rules.variants(row["id"], row["captions"])
+                        crops = filler.crops(row["id"], row["digest"], row["width"], row["height"])
+                        texts = filler.texts(row["id"], row["captions"])
                         shards[0].update(map(filler.caches.latents.shard_of, crops))
                         shards[1].update(filler.caches.text.shard_of(caption_key(text)) for text in texts)
         except KeyError as error:
@@ -217,6 +216,15 @@ class Mark:
             paths += [store.folder / name for name in names]
         for path in paths:
             os.utime(path)
+
+
+def _clear(staging: Path) -> None:
+    """Removes all but the lock: what killed runs have left, unfinished files included."""
+    for left in staging.iterdir():
+        if left.is_dir():
+            shutil.rmtree(left)
+        elif left.name != LOCK:
+            left.unlink()
 
 
 def _settle(source: Source, bad: BadFiles, tables: Sequence[pa.Table]) -> None:

@@ -14,10 +14,9 @@ from torch import Tensor
 from lpl.config import DataConfig
 from lpl.data.bad_image import BadImageError
 from lpl.data.catalogue import Catalogue, Row
-from lpl.data.crops import render
+from lpl.data.crops import Crop, render
 from lpl.data.decode import decode_image, parse_color
 from lpl.data.sources import Sample
-from lpl.data.views import Views
 
 MAX_THREADS = 8
 AHEAD = 2
@@ -41,16 +40,20 @@ class Reader:
     """Reads a sample no further than needed: a known one whose crops are all cached is not opened.
 
     Args:
-        views: which crops there are.
+        crops: every crop of an image by key, from id, digest, width and height.
         config: interpolation and background.
         cached: whether a crop need not be rendered.
         catalogue: what is known of samples; None: read them all again.
     """
 
     def __init__(
-        self, views: Views, config: DataConfig, cached: Callable[[bytes], bool], catalogue: Catalogue | None
+        self,
+        crops: Callable[[str, bytes, int, int], dict[bytes, Crop]],
+        config: DataConfig,
+        cached: Callable[[bytes], bool],
+        catalogue: Catalogue | None,
     ) -> None:
-        self._views, self._cached, self._catalogue = views, cached, catalogue
+        self._crops, self._cached, self._catalogue = crops, cached, catalogue
         self._background = parse_color(config.background_color)
         self._interpolation = config.image_interpolation_mode
 
@@ -59,7 +62,7 @@ class Reader:
         known = self._catalogue.known(sample.id, sample.stamp) if self._catalogue is not None else None
         if known is not None:
             digest, width, height, reason = known
-            keys = [] if reason else list(self._views.crops(sample.id, digest, width, height))
+            keys = [] if reason else list(self._crops(sample.id, digest, width, height))
             if all(self._cached(key) for key in keys):
                 return Read(_row(sample, digest, width, height, reason), keys, {})
         digest = b""
@@ -69,7 +72,7 @@ class Reader:
             image = decode_image(data, self._background)
         except BadImageError as error:
             return Read(_row(sample, digest, 0, 0, error.reason), [], {})
-        crops = self._views.crops(sample.id, digest, image.width, image.height)
+        crops = self._crops(sample.id, digest, image.width, image.height)
         pixels = {key: render(image, crop, self._interpolation) for key, crop in crops.items() if not self._cached(key)}
         return Read(_row(sample, digest, image.width, image.height, None), list(crops), pixels)
 

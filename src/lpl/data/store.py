@@ -11,6 +11,8 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +29,8 @@ INDEX = "index.npz"
 KEY_BYTES = 20
 MAPPED_BYTES = 2**28
 """Shards are unmapped, oldest first, once this much of them has been read: memory stays flat."""
+OPEN_SHARDS = 256
+"""At most so many are mapped at a time: each takes a file handle."""
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
 DTYPES |= {"I64": torch.int64, "I32": torch.int32}
@@ -43,10 +47,10 @@ class Field:
     shape: tuple[int, ...]
     offset: int
 
-    @property
+    @cached_property
     def row_bytes(self) -> int:
         """Bytes of one entry."""
-        return int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
+        return prod(self.shape[1:]) * self.dtype.itemsize
 
 
 class Shard:
@@ -171,8 +175,7 @@ class TensorStore:
         stacked: dict[str, Tensor] = {}
         rows: dict[str, np.ndarray] = {}
         layout: Layout = {}
-        for position, key in enumerate(keys):
-            number, row = self._at(key)
+        for position, (number, row) in enumerate(self._places(keys)):
             shard = self._shard(number)
             if position == 0:
                 layout = shard.layout
@@ -268,10 +271,10 @@ class TensorStore:
             return  # an index says nothing that the shards do not: they are read instead
         if set(shards) <= there:
             self.shards, self._indexed = shards, list(shards)
-            self._set(keys, places)
+            self._index = _sorted_index(keys, places)
 
     def _add(self, names: Sequence[str]) -> None:
-        keys, places = [self._index.keys], [self._index.places]
+        keys, places = [], []
         for name in names:
             found = Shard(self.folder / name).keys()
             number = np.full(len(found), len(self.shards), np.int32)
@@ -279,12 +282,9 @@ class TensorStore:
             keys.append(found)
             places.append(np.stack([number, np.arange(len(found), dtype=np.int32)], 1))
         if names:
-            self._set(np.concatenate(keys), np.concatenate(places))
-
-    def _set(self, keys: np.ndarray, places: np.ndarray) -> None:
-        prefix = np.ascontiguousarray(keys[:, :8]).view(np.uint64).ravel()
-        order = np.argsort(prefix, kind="stable")
-        self._index = Index(prefix[order], keys[order], places[order].astype(np.int32))
+            old, new = self._index, _sorted_index(np.concatenate(keys), np.concatenate(places))
+            at = np.searchsorted(old.prefixes, new.prefixes, side="right")  # merged: most often few come to many
+            self._index = Index(*(np.insert(a, at, b, axis=0) for a, b in zip(old, new, strict=True)))
 
     def _find(self, key: bytes) -> tuple[int, int] | None:
         prefixes, keys, places = self._index
@@ -297,6 +297,16 @@ class TensorStore:
             at += 1
         return None
 
+    def _places(self, keys: Sequence[bytes]) -> list[tuple[int, int]]:
+        """`_at` of many keys."""
+        prefixes, own, places = self._index
+        wanted = np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), -1)
+        at = np.searchsorted(prefixes, np.ascontiguousarray(wanted[:, :8]).view(np.uint64).ravel())
+        at = np.minimum(at, len(own) - 1)
+        if len(own) and np.array_equal(own[at], wanted):
+            return [(shard, row) for shard, row in places[at].tolist()]
+        return [self._at(key) for key in keys]  # one is not there, or two begin alike
+
     def _at(self, key: bytes) -> tuple[int, int]:
         place = self._find(key)
         if place is None:
@@ -307,9 +317,17 @@ class TensorStore:
         shard = self._open.get(number)
         if shard is None:
             shard = self._open[number] = Shard(self.folder / self.shards[number])
-            while len(self._open) > 1 and sum(s.touched for s in self._open.values()) > MAPPED_BYTES:
+            while len(self._open) > 1 and (
+                len(self._open) > OPEN_SHARDS or sum(s.touched for s in self._open.values()) > MAPPED_BYTES
+            ):
                 self._open.popitem(last=False)
         return shard
+
+
+def _sorted_index(keys: np.ndarray, places: np.ndarray) -> Index:
+    prefixes = np.ascontiguousarray(keys[:, :8]).view(np.uint64).ravel()
+    order = np.argsort(prefixes, kind="stable")
+    return Index(prefixes[order], keys[order], places[order].astype(np.int32))
 
 
 def _shards_in(folder: Path) -> list[str]:

@@ -32,6 +32,11 @@ def draw_normal(shape: tuple[int, ...], *key: int | str) -> Tensor:
     return torch.randn(shape, generator=keyed_generator(*key), dtype=torch.float32)
 
 
+def fill_normal(target: Tensor, *key: int | str) -> None:
+    """Puts what draw_normal gives for a key into a contiguous float32 tensor on the CPU."""
+    target.normal_(generator=keyed_generator(*key))
+
+
 def draw_timestep(probabilities: Tensor, *key: int | str) -> int:
     """A timestep from probabilities (T,), float64, that sum to 1, by inversion of their cumulative sum."""
     cumulative = probabilities.cumsum(0)

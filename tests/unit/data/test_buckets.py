@@ -87,3 +87,11 @@ def test_area_below_one_step_is_refused() -> None:
     with pytest.raises(UserError, match=r"--bucket_step 64: .*4095 pixels.*--bucket_area.*--resolution") as caught:
         Buckets(4095, 64, 2.0)
     assert "\n" not in str(caught.value)
+
+
+def test_nearest_is_assign_of_one() -> None:
+    buckets = Buckets(512 * 512, 64, 2.0)
+    random = np.random.default_rng(0)
+    widths, heights = random.integers(1, 4000, 2000), random.integers(1, 4000, 2000)
+    found = [buckets.nearest(int(w), int(h)) for w, h in zip(widths, heights, strict=True)]
+    assert found == buckets.assign(widths, heights).tolist()

@@ -20,7 +20,7 @@ from lpl.data.dataset import TrainingData
 from lpl.data.decode import decode_image
 from lpl.data.filling import caption_key
 from lpl.data.folders import default_cache_dir
-from lpl.data.prepare import Processes, prepare_data
+from lpl.data.prepare import Mark, Processes, prepare_data
 from lpl.data.sources import folder as folder_module
 from lpl.data.sources import open_source
 from lpl.errors import UserError
@@ -219,6 +219,21 @@ def test_every_order_of_a_caption_is_cached(encode: Encode, encoder: Any, folder
     assert len([caption for caption in encoder.captions if sorted(caption) == sorted("a, b, c")]) == 3
     for count in range(6):
         data.batch([(0, count)])
+
+
+def test_the_index_is_there_before_the_mark(encode: Encode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Mark, "make", killed)
+        with pytest.raises(KeyboardInterrupt):
+            encode()
+    assert len(list((tmp_path / "c").glob("*/*/index.npz"))) == 2
+    (left,) = (tmp_path / "c" / "staged").iterdir()
+    (left / ".unfinished.tmp").write_bytes(b"what a kill while writing leaves")
+    encode()
+    assert [path.name for path in left.iterdir()] == ["lock"]
 
 
 def test_threads_give_the_same(encode: Encode, tmp_path: Path) -> None:

@@ -184,3 +184,26 @@ def test_what_cannot_be_stored(tmp_path: Path) -> None:
             store.write(keys, values)
     store.write([], {})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_few_shards_are_mapped_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "OPEN_SHARDS", 3)
+    store = TensorStore(tmp_path)
+    for value in range(8):
+        store.write([key(str(value))], fields(value))
+    handles = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    for value in [*range(8), *range(8)]:
+        assert store.gather([key(str(value))])["mean"][0, 0, 0] == value
+    if handles:
+        assert len(os.listdir("/proc/self/fd")) <= handles + 3
+
+
+def test_keys_that_begin_alike_are_told_apart(tmp_path: Path) -> None:
+    store = TensorStore(tmp_path)
+    alike = [b"the same" + bytes([n]) * 12 for n in range(3)]
+    store.write(alike, fields(0.0, 1.0, 2.0))
+    assert store.gather([alike[2], alike[0], alike[1]])["mean"][:, 0, 0].tolist() == [2.0, 0.0, 1.0]
+    with pytest.raises(KeyError):
+        store.gather([alike[0], b"the same" + bytes(12)[:11] + b"x"])
+    with pytest.raises(KeyError):
+        store.gather([b"\xff" * 20])

@@ -112,6 +112,19 @@ def test_regularisation_images_have_their_weight(encode: Encode, tmp_path: Path,
     assert batch.weights.tolist() == [0.25, 1.0]
 
 
+def test_every_crop_and_text_of_regularisation_images_is_cached(encode: Encode, folder: Path) -> None:
+    for n in range(4):
+        (folder / f"{n}.txt").write_text("a, b, c, d")
+    options = {"crop_variants": 3, "random_flip": True, "shuffle_caption": True, "caption_variants": 5}
+    data = encode(reg_data_dir=str(folder), **options)
+    assert len(data) == 10
+    batch = data.batch([(index, count) for index in range(10) for count in range(40)])
+    assert len(batch.sizes[5 * 40 :].unique(dim=0)) > 5
+    encode(train_data_dir=str(folder), **options)  # the other role of the same folder
+    again = encode(reg_data_dir=str(folder), **options).batch([(9, 3)])
+    assert torch.equal(again.raw_latents[0], batch.raw_latents[9 * 40 + 3])
+
+
 def test_repeats_are_by_folder(encode: Encode) -> None:
     assert encode(repeats="sub=3").repeats.tolist() == [1, 1, 1, 1, 3]
 
