@@ -307,3 +307,9 @@ def test_names_that_are_not_utf8(tmp_path: Path) -> None:
     (sample,) = samples_of(FolderSource(str(tmp_path)))
     assert sample.read() == b"x"
     assert list(list_images(str(tmp_path))[0]) == [f"{name}.png"]
+
+
+def test_a_suffix_alone_is_no_image(tmp_path: Path) -> None:
+    for name in ("a.png", "a.txt", "png", "txt", "tif", "b.png.zip", "c.TXT"):
+        (tmp_path / name).write_text("x")
+    assert list(list_images(str(tmp_path))[0]) == ["a.png"]
