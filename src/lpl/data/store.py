@@ -7,6 +7,8 @@ import io
 import json
 import mmap
 import os
+import struct
+import zipfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -34,6 +36,8 @@ OPEN_SHARDS = 256
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
 DTYPES |= {"I64": torch.int64, "I32": torch.int32}
+UNZIP_ERRORS = (OSError, ValueError, LookupError, EOFError, RuntimeError, struct.error, zlib.error, zipfile.BadZipFile)
+"""What numpy raises on an .npz file that is damaged."""
 RESERVED = ("keys", "checksums")
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 """Dtype and shape of an entry's tensors by field."""
@@ -267,7 +271,7 @@ class TensorStore:
         try:
             with np.load(path, allow_pickle=False) as index:
                 shards, keys, places = index["shards"].tolist(), index["keys"], index["places"]
-        except (OSError, ValueError, KeyError, zlib.error, EOFError):
+        except UNZIP_ERRORS:
             return  # an index says nothing that the shards do not: they are read instead
         if set(shards) <= there:
             self.shards, self._indexed = shards, list(shards)

@@ -102,8 +102,24 @@ def test_an_index_of_shards_that_are_gone_is_not_used(tmp_path: Path) -> None:
     reader = TensorStore(tmp_path)
     assert key("1") not in reader
     assert reader.gather([key("2")])["mean"][0, 0, 0] == 2
-    (tmp_path / INDEX).write_bytes(b"PK damaged")
-    assert len(TensorStore(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("damage", ["cut short", "other", "bits"])
+def test_a_damaged_index_is_not_used(tmp_path: Path, damage: str) -> None:
+    store = write(tmp_path, *range(20))
+    store.save_index()
+    whole = (tmp_path / INDEX).read_bytes()
+    if damage == "cut short":
+        broken = [whole[:size] for size in range(0, len(whole), 41)]
+    elif damage == "other":
+        broken = [b"PK damaged", b"", b"PK\x03\x04" + bytes(100)]
+    else:
+        broken = [whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :] for at in range(0, len(whole), 13)]
+    for data in broken:
+        (tmp_path / INDEX).write_bytes(data)
+        reader = TensorStore(tmp_path)
+        assert len(reader) == 20
+        assert reader.gather([key("7")])["mean"][0, 0, 0] == 7
 
 
 def test_memory_stays_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
