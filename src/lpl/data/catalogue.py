@@ -79,11 +79,9 @@ class Catalogue:
         Raises:
             UserError: the folder cannot be written.
         """
-        columns = zip(*rows, strict=True) if rows else [[] for _ in SCHEMA]
-        arrays = [pa.array(list(c), field.type) for c, field in zip(columns, SCHEMA, strict=True)]
         buffer = io.BytesIO()
         with pa.ipc.new_file(buffer, SCHEMA) as file:
-            file.write_batch(pa.record_batch(arrays, schema=SCHEMA))
+            file.write_table(table_of(rows))
         try:
             write_atomically(self.path(piece), buffer.getvalue(), scratch)
         except OSError as error:
@@ -145,6 +143,10 @@ class Samples:
         prefix = self._prefixes[piece]
         return row._replace(id=prefix + row.id, group=prefix + row.group) if prefix else row
 
+    def piece(self, index: int) -> int:
+        """Number of the table that a sample is in."""
+        return int(self._piece[index])
+
     def weight(self, index: int) -> float:
         """Loss weight of a sample."""
         return self.weights[int(self._piece[index])]
@@ -173,6 +175,13 @@ class Samples:
                 for part in _flat(columns[SCHEMA.get_field_index(name)]):
                     found.update(part)
         return found.hexdigest()
+
+
+def table_of(rows: Sequence[Row]) -> pa.Table:
+    """Rows as a table of SCHEMA, in one chunk."""
+    columns = zip(*rows, strict=True) if rows else [[] for _ in SCHEMA]
+    arrays = [pa.array(list(c), field.type) for c, field in zip(columns, SCHEMA, strict=True)]
+    return pa.Table.from_batches([pa.record_batch(arrays, schema=SCHEMA)])
 
 
 def _flat(column: pa.Array) -> Iterator[Any]:

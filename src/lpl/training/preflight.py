@@ -16,7 +16,7 @@ from lpl.data.buckets import image_sizes
 from lpl.data.decode import parse_color
 from lpl.data.sources import Source, open_regularisation, open_source
 from lpl.errors import UserError
-from lpl.families import model_configs, native_resolution
+from lpl.families import model_configs, native_resolution, plan_configs
 
 logger = logging.getLogger("lpl")
 
@@ -72,6 +72,37 @@ def preflight(config: TrainConfig) -> Checked:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     num_steps = config.num_steps(source.size or 1, processes) if known else None
     return Checked(config, source, regularisation, configs, finished_step, num_steps)
+
+
+def check_data(config: TrainConfig, report: Path) -> Checked:
+    """The checks that `lpl data` needs: the model may be left out, and its weights need not be there.
+
+    Args:
+        config: the options.
+        report: folder that the report will be written to.
+
+    Raises:
+        UserError: the first fault found, in one line.
+    """
+    parse_color(config.data.background_color)
+    configs = plan_configs(config.model)
+    if config.data.resolution is None:
+        config = replace(config, data=replace(config.data, resolution=native_resolution(configs)))
+    if config.model.pretrained_model_name_or_path is not None:
+        check_options(config, configs)
+    for flag in ("train_data_dir", "reg_data_dir"):
+        images = getattr(config.data, flag)
+        if images is not None and report.resolve().is_relative_to(Path(images).expanduser().resolve()):
+            raise UserError(
+                f"--output_dir {config.run.output_dir} lies in --{flag} {images}: the report's pictures would be taken "
+                "for training images; name a folder outside"
+            )
+    if (report.exists() and not report.is_dir()) or (report.parent.exists() and not report.parent.is_dir()):
+        raise UserError(f"--output_dir {config.run.output_dir}: a file is in the way of {report}")
+    source = open_source(config.data, config.model.cache_dir)
+    regularisation = open_regularisation(config.data)
+    _warn_idle(config)
+    return Checked(config, source, regularisation, configs, None, None)
 
 
 def _check_output(config: TrainConfig) -> int | None:
