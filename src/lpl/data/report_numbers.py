@@ -184,10 +184,8 @@ def _warnings(survey: Survey, found: dict[str, Any]) -> Any:
     data, batch = survey.config.data, survey.batch_size
     for bucket in found["buckets"]:
         if 0 < bucket["draws"] < batch:
-            yield (
-                f"a batch of {batch} takes more than the {bucket['draws']:,} draws that an epoch has at "
-                f"{bucket['width']} x {bucket['height']}: images repeat in it"
-            )
+            draws, size = _count(bucket["draws"], "draw", "draws"), f"{bucket['width']} x {bucket['height']}"
+            yield f"a batch of {batch} takes more than the {draws} that an epoch has at {size}: images repeat in it"
     if found["run"]["epochs"] < 1:
         yield (
             f"the run of {found['run']['steps']:,} steps makes {found['run']['epochs']:.2f} epochs: some images are "
