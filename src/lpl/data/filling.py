@@ -229,6 +229,4 @@ def batch_of(shape: Sequence[int]) -> int:
 def _require_finite(tensors: Sequence[Tensor], name: str, encoder: str, flag: str) -> None:
     if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
         hint = " in --cache_dtype float16" if tensors[0].dtype == torch.float16 else ""
-        raise UserError(
-            f"{name}: {encoder} makes NaN or Inf of it{hint}: check it, or take another model with {flag}"
-        )
+        raise UserError(f"{name}: {encoder} makes NaN or Inf of it{hint}: check it, or take another model with {flag}")

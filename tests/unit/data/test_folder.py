@@ -69,6 +69,13 @@ def test_pieces_are_slices_in_the_order_of_paths(tmp_path: Path) -> None:
     assert [sample.captions for sample in pieces[1].samples()] == [("",)]
 
 
+def test_a_file_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"")
+    (tmp_path / os.fsdecode(b"b\xff.png")).write_bytes(b"")
+    with pytest.raises(UserError, match=r"the file name b'b\\xff\.png' is not UTF-8: rename it"):
+        list_images(str(tmp_path))
+
+
 def test_listing_opens_no_image_and_no_caption(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_metadata(folder, '{"file_name": "0.png", "text": "x"}')
     for name in ("1", "2", "3", "sub/9"):
