@@ -37,7 +37,7 @@ BATCH = 4
 CALLS = ("replace", "fsync", "unlink", "rmdir", "mkdir")
 """Functions of os that change what is on disk; a child can be killed at the n-th call of any."""
 SIZES = [(40, 32), (32, 32), (24, 40), (50, 30), (32, 64)]
-BARRIER_S = 60
+BARRIER_S, HANG_S = 60, 120
 
 
 class Counters:
@@ -202,9 +202,17 @@ def finished(child: int) -> bool:
     """Waits for a process; whether it came to its end.
 
     Raises:
-        AssertionError: it failed, rather than being killed.
+        AssertionError: it failed or hung, rather than being killed.
     """
-    status = os.waitpid(child, 0)[1]
+    limit = time.monotonic() + HANG_S
+    found, status = os.waitpid(child, os.WNOHANG)
+    while not found:
+        if time.monotonic() > limit:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            raise AssertionError("a run hangs")
+        time.sleep(0.001)
+        found, status = os.waitpid(child, os.WNOHANG)
     assert status in (0, signal.SIGKILL), f"a run failed: its wait status is {status}"
     return status == 0
 
