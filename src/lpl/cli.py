@@ -85,6 +85,7 @@ class PruneConfig:
         require(self.days >= 0, f"--days must be 0 or more, not {self.days}")
 
 
+@dataclass(frozen=True)
 class DataReportConfig:
     """Read all images once, report on them and draw what the model will see; no weights are needed, nothing is cached.
 

@@ -19,9 +19,10 @@ from lpl.data.captions import CaptionRules
 from lpl.data.catalogue import Catalogue, Row
 from lpl.data.crops import Crop, to_float
 from lpl.data.reading import Reader, in_order, threads_of
+from lpl.data.shard import KEY_BYTES
 from lpl.data.sources import Piece, Source
 from lpl.data.staging import Staging
-from lpl.data.store import KEY_BYTES, TensorStore
+from lpl.data.store import TensorStore
 from lpl.data.views import Views
 from lpl.errors import UserError
 

@@ -240,7 +240,7 @@ def _changed(row: Row) -> UserError:
 
 
 def _read(source: Source, pieces: list[Piece], views: Views, config: DataConfig) -> list[pa.Table]:
-    reader = Reader(views, config, lambda _: True, None)  # as if all crops were cached: none is rendered
+    reader = Reader(views.crops, config, lambda _: True, None)  # as if all crops were cached: none is rendered
     tables = []
     with _bar("reading", source.size) as bar:
         for piece in pieces:

@@ -307,15 +307,6 @@ def test_image_and_caption_that_vanish(folder: Path) -> None:
         next(samples)
 
 
-def test_names_that_are_not_utf8(tmp_path: Path) -> None:
-    name = os.fsdecode(b"caf\xe9")
-    (tmp_path / f"{name}.png").write_bytes(b"x")
-    (tmp_path / f"{name}.txt").write_text("x")
-    (sample,) = samples_of(FolderSource(str(tmp_path)))
-    assert sample.read() == b"x"
-    assert list(list_images(str(tmp_path))[0]) == [f"{name}.png"]
-
-
 def test_a_suffix_alone_is_no_image(tmp_path: Path) -> None:
     for name in ("a.png", "a.txt", "png", "txt", "tif", "b.png.zip", "c.TXT"):
         (tmp_path / name).write_text("x")
