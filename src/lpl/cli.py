@@ -9,23 +9,26 @@ import re
 import sys
 from dataclasses import dataclass, field
 from itertools import dropwhile, takewhile
+from pathlib import Path
 from typing import Any
 
 import tyro
 
 from lpl import __version__
 from lpl.config import TrainConfig, require
-from lpl.config_io import REFUSED, as_flags, environment, nearest, presets, read_options
+from lpl.config_io import DATA_REPORT, REFUSED, as_flags, environment, nearest, presets, read_options
 from lpl.errors import TrainingStoppedError, UserError
 
 COMMANDS = {
     "train": "fine-tune a model with the Latent Perceptual Loss",
     "cache": "encode a run's images and captions beforehand; `cache verify` and `cache prune` look after the cache",
     "plan": "say what memory and arithmetic a run needs, and what fits a GPU: no data, no weights",
+    "data": "read the images through, report on them and draw what the model will see: no weights",
     "demo": "train a small SDXL on photographs: runs anywhere, needs no download",
     "env": "print the versions that matter in a bug report",
 }
 
+MOST_SHOWN = 300
 UNITS = {"gib": 2**30, "gb": 10**9, "mib": 2**20, "mb": 10**6}
 
 
@@ -83,6 +86,21 @@ class PruneConfig:
 
 
 @dataclass(frozen=True)
+class DataReportConfig:
+    """Read all images once, report on them and draw what the model will see; no weights are needed, nothing is cached.
+
+    Takes every option of `lpl train`. Writes to OUTPUT_DIR/data-report. Streams are read anew for what is drawn.
+    """
+
+    train: TrainConfig = field(default_factory=TrainConfig)
+    num_shown: int = 24
+    """Draws on the contact sheet, the first of the run; 0: no pictures."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.num_shown <= MOST_SHOWN, f"--num_shown must lie in 0..{MOST_SHOWN}, not {self.num_shown}")
+
+
+@dataclass(frozen=True)
 class DemoConfig:
     """Fine-tune a small but real SDXL on photographs with LPL, or export its parts."""
 
@@ -135,6 +153,8 @@ def _dispatch(argv: list[str]) -> None:
         from lpl.analysis.plan import plan
 
         print(plan(options.train, options.memory_bytes))
+    elif argv[0] == "data":
+        run_data(parse_data(argv[1:]))
     elif argv[0] == "demo":
         demo = _parse(DemoConfig, argv[1:], "lpl demo", list(DemoConfig.__dataclass_fields__))
         from lpl.demo.run import run_demo
@@ -185,6 +205,25 @@ def run_cache(argv: list[str]) -> None:
         fill_cache(config)
 
 
+def run_data(options: DataReportConfig) -> None:
+    """Reads the data through, writes the report and the pictures, and prints the report.
+
+    Raises:
+        UserError: bad input; where a run would refuse the data, only after the report.
+    """
+    from lpl.training.preflight import check_data
+
+    folder = Path(options.train.run.output_dir) / DATA_REPORT
+    checked = check_data(options.train, folder)
+    from lpl.data.report import make_report
+
+    printed, fault = make_report(checked.config, checked.source, checked.regularisation, folder, options.num_shown)
+    encoding = sys.stdout.encoding or "utf-8"
+    print(printed.encode(encoding, "backslashreplace").decode(encoding))
+    if fault is not None:
+        raise fault
+
+
 def parse_train(argv: list[str]) -> TrainConfig:
     """Options of `lpl train`: --config (a file or preset) first, flags after it win.
 
@@ -201,6 +240,15 @@ def parse_plan(argv: list[str]) -> PlanConfig:
         UserError: as parse_train, or a --memory that is no size.
     """
     return _parse_options(PlanConfig, argv, "lpl plan", [*TrainConfig().flat(), "memory"])
+
+
+def parse_data(argv: list[str]) -> DataReportConfig:
+    """Options of `lpl data`: those of `lpl train`, and --num_shown.
+
+    Raises:
+        UserError: as parse_train, or a --num_shown that is out of range.
+    """
+    return _parse_options(DataReportConfig, argv, "lpl data", [*TrainConfig().flat(), "num_shown"])
 
 
 def _parse_options(cls: Any, argv: list[str], prog: str, known: list[str]) -> Any:

@@ -117,6 +117,8 @@ class DataConfig:
     """Weight of the regularisation images' loss, LPL included."""
     latent_cache_dir: str | None = free(None)
     """Where latents and text embeddings are cached; unset: a folder of the user's cache, shared by all runs."""
+    cache_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Precision in which latents and text embeddings are cached; the 16-bit ones halve the space."""
     rehash: bool = free(False)
     """Read every image again, also where path, size and time of change are those that were seen before."""
     dataloader_num_workers: int | Literal["auto"] = free("auto")

@@ -19,6 +19,8 @@ RECORD = "environment"
 """Key of config.yaml that holds versions and git state; it is read over."""
 
 CONFIG_FILE = "config.yaml"
+DATA_REPORT = "data-report"
+"""Folder of --output_dir that `lpl data` writes to; it shows training images, so it is never published."""
 
 PATHS = (
     "train_data_dir",

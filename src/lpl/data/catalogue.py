@@ -80,11 +80,9 @@ class Catalogue:
         Raises:
             UserError: the folder cannot be written.
         """
-        columns = zip(*rows, strict=True) if rows else [[] for _ in SCHEMA]
-        arrays = [pa.array(list(c), field.type) for c, field in zip(columns, SCHEMA, strict=True)]
         buffer = io.BytesIO()
         with pa.ipc.new_file(buffer, SCHEMA) as file:
-            file.write_batch(pa.record_batch(arrays, schema=SCHEMA))
+            file.write_table(table_of(rows))
         try:
             write_atomically(self.path(piece), buffer.getvalue(), scratch)
         except OSError as error:
@@ -160,6 +158,10 @@ class Samples:
         prefix = self._prefixes[piece]
         return row._replace(id=prefix + row.id, group=prefix + row.group) if prefix else row
 
+    def piece(self, index: int) -> int:
+        """Number of the table that a sample is in."""
+        return int(self._piece[index])
+
     def weight(self, index: int) -> float:
         """Loss weight of a sample."""
         return self.weights[int(self._piece[index])]
@@ -193,6 +195,13 @@ class Samples:
 def _whole(column: pa.ChunkedArray) -> pa.Array:
     """As one array; not copied where it is one already, as in the mapped files."""
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def table_of(rows: Sequence[Row]) -> pa.Table:
+    """Rows as a table of SCHEMA, in one chunk."""
+    columns = zip(*rows, strict=True) if rows else [[] for _ in SCHEMA]
+    arrays = [pa.array(list(c), field.type) for c, field in zip(columns, SCHEMA, strict=True)]
+    return pa.Table.from_batches([pa.record_batch(arrays, schema=SCHEMA)])
 
 
 def _flat(column: pa.Array) -> Iterator[Any]:

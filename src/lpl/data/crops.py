@@ -31,6 +31,11 @@ class Crop:
         return self.original_size + self.top_left + self.target_size
 
     @property
+    def scale(self) -> float:
+        """How many times as large resizing makes the image; of its two sides, the one that grows most."""
+        return max(new / old for new, old in zip(self.resized_size, self.original_size, strict=True))
+
+    @property
     def upscaled(self) -> bool:
         """Whether resizing enlarges the image."""
         return self.resized_size[0] > self.original_size[0] or self.resized_size[1] > self.original_size[1]

@@ -84,17 +84,17 @@ class TrainingData:
             texts.append(caption_key(self.rules.draw(row.id, row.captions, count)))
             sizes.append(crop.size_conditioning)
         posterior = self.caches.latents.gather(latents)
-        raw = posterior["mean"]
+        raw, std = posterior["mean"].float(), posterior["std"].float()
         noise = torch.empty_like(raw)
         for own, row, (_, count) in zip(noise, rows, draws, strict=True):
             fill_normal(own, self.seed, "posterior", row.id, count)
-        raw += noise.mul_(posterior["std"])
+        raw += noise.mul_(std)
         weights = [self.samples.weight(index) for index, _ in draws] if self._weighted else None
         return Batch(
             sample_ids=[row.id for row in rows],
             counts=[count for _, count in draws],
             raw_latents=raw,
-            text=self.caches.text.gather(texts),
+            text={name: values.float() for name, values in self.caches.text.gather(texts).items()},
             sizes=torch.tensor(sizes, dtype=torch.float32),
             weights=None if weights is None else torch.tensor(weights),
         )

@@ -19,9 +19,10 @@ from lpl.data.captions import CaptionRules
 from lpl.data.catalogue import Catalogue, Row
 from lpl.data.crops import Crop, to_float
 from lpl.data.reading import Reader, in_order, threads_of
+from lpl.data.shard import KEY_BYTES
 from lpl.data.sources import Piece, Source
 from lpl.data.staging import Staging
-from lpl.data.store import KEY_BYTES, TensorStore
+from lpl.data.store import TensorStore
 from lpl.data.views import Views
 from lpl.errors import UserError
 
@@ -53,7 +54,7 @@ class Encoder(Protocol):
         ...
 
     def entry_bytes(self, height: int, width: int) -> tuple[int, int]:
-        """Bytes of what is cached of an image of this size, in pixels, and of a caption."""
+        """Bytes of what is cached in float32 of an image of this size, in pixels, and of a caption."""
         ...
 
 
@@ -64,13 +65,18 @@ class Caches(NamedTuple):
     latents: TensorStore
     text: TensorStore
 
+    dtype: torch.dtype
+    """In which they are stored."""
+
     @classmethod
-    def open(cls, folder: Path, encoder: Encoder) -> Caches:
-        """Opens the stores that hold this encoder's output."""
+    def open(cls, folder: Path, encoder: Encoder, dtype: str = "float32") -> Caches:
+        """Opens the stores that hold this encoder's output in this precision."""
+        suffix = "" if dtype == "float32" else f"-{dtype}"
         return cls(
             folder,
-            TensorStore(folder / "latents" / encoder.latent_key),
-            TensorStore(folder / "text" / encoder.text_key),
+            TensorStore(folder / "latents" / f"{encoder.latent_key}{suffix}"),
+            TensorStore(folder / "text" / f"{encoder.text_key}{suffix}"),
+            getattr(torch, dtype),
         )
 
     def staging(self, source: Source) -> Path:
@@ -191,7 +197,8 @@ class Filler:
     def _encode_images(self, batch: Sequence[tuple[bytes, Tensor, str]], staging: Staging) -> None:
         if not batch:
             return
-        mean, std = self.encoder.encode_images(to_float(torch.stack([pixels for _, pixels, _ in batch])))
+        encoded = self.encoder.encode_images(to_float(torch.stack([pixels for _, pixels, _ in batch])))
+        mean, std = (values.to(self.caches.dtype) for values in encoded)
         for (_, _, name), own_mean, own_std in zip(batch, mean, std, strict=True):
             _require_finite((own_mean, own_std), name, "the VAE", "--pretrained_vae_model_name_or_path")
         staging.add([key for key, _, _ in batch], {"mean": mean, "std": std})
@@ -205,7 +212,8 @@ class Filler:
         lacking = [(key, text) for text in texts if staging.claim(key := caption_key(text))]
         for start in range(0, len(lacking), CAPTION_BATCH):
             batch = lacking[start : start + CAPTION_BATCH]
-            fields = self.encoder.encode_text([text for _, text in batch])
+            encoded = self.encoder.encode_text([text for _, text in batch])
+            fields = {name: values.to(self.caches.dtype) for name, values in encoded.items()}
             for position, (_, text) in enumerate(batch):
                 values = [values[position] for values in fields.values()]
                 name = f"caption {text[:60]!r}"
@@ -221,4 +229,5 @@ def batch_of(shape: Sequence[int]) -> int:
 
 def _require_finite(tensors: Sequence[Tensor], name: str, encoder: str, flag: str) -> None:
     if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
-        raise UserError(f"{name}: {encoder} makes NaN or Inf of it: check it, or choose another model with {flag}")
+        hint = " in --cache_dtype float16" if tensors[0].dtype == torch.float16 else ""
+        raise UserError(f"{name}: {encoder} makes NaN or Inf of it{hint}: check it, or take another model with {flag}")

@@ -73,7 +73,7 @@ def prepare_data(
     Raises:
         UserError: too many bad images, an encoder that makes NaN or Inf, a cache that cannot be used, too little room.
     """
-    caches = Caches.open(cache_dir(config), encoder)
+    caches = Caches.open(cache_dir(config), encoder, config.cache_dtype)
     views, rules = Views(config), CaptionRules(config, seed)
     bad = BadFiles(config.max_bad_fraction, bad_files)
     tables: list[pa.Table] = []
@@ -245,7 +245,7 @@ def _check_room(filler: Filler, todo: Sequence[tuple[Any, int]], processes: int)
     captions = sum(p.size or 0 for p, absent in todo if absent < 0) * processes
     latents, text = filler.encoder.entry_bytes(*filler.views.buckets.sizes[0])
     variants = filler.config.caption_variants if filler.config.shuffle_caption else 1
-    needed = images * latents + captions * variants * text
+    needed = (images * latents + captions * variants * text) * filler.caches.dtype.itemsize // 4
     filler.caches.folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(filler.caches.folder).free
     if needed > free:

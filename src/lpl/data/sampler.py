@@ -47,6 +47,7 @@ class BatchOrder:
 
     Attributes:
         epoch_size: draws in an epoch.
+        epoch_sizes: draws in an epoch by bucket, of those that are drawn from.
 
     Raises:
         ValueError: arrays that do not fit together, repeats below 0 or not finite, nothing to draw, more than
@@ -76,6 +77,7 @@ class BatchOrder:
         ]
         self._sizes = np.array([bucket.size for bucket in self._buckets], dtype=np.int64)
         self.epoch_size = int(self._sizes.sum())
+        self.epoch_sizes = {int(buckets[p[0]]): b.size for p, b in zip(parts, self._buckets, strict=True)}
         self._shuffled: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int32))
 
     def batch(self, step: int) -> list[tuple[int, int]]:

@@ -11,7 +11,8 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from lpl.data.folders import default_cache_dir
-from lpl.data.store import INDEX, SUFFIX, TensorStore
+from lpl.data.shard import SUFFIX, damage
+from lpl.data.store import INDEX
 from lpl.errors import UserError
 
 DAY = 24 * 3600
@@ -78,7 +79,7 @@ def damaged(cache: Path) -> tuple[int, list[tuple[Path, str]]]:
     shards = [path for folder in stores(cache) for path in sorted(folder.glob(f"[!.]*{SUFFIX}"))]
     found = []
     for path in tqdm(shards, desc="verifying", unit="shard", disable=len(shards) < 20):
-        wrong = TensorStore.wrong_with(path)
+        wrong = damage(path)
         if wrong is not None:
             found.append((path, wrong))
     return len(shards), found

@@ -9,7 +9,7 @@ import struct
 from lpl.config import DataConfig
 from lpl.data.buckets import image_sizes
 from lpl.data.crops import Crop, plan_crop
-from lpl.data.store import KEY_BYTES
+from lpl.data.shard import KEY_BYTES
 from lpl.diffusion.draws import keyed_uniform
 
 CROP_SEED = 0

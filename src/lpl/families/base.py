@@ -34,7 +34,7 @@ class Family(Protocol):
         """What the denoiser needs of each caption, (B, ...) on the CPU; the same shapes for all captions of a run."""
 
     def entry_bytes(self, height: int, width: int) -> tuple[int, int]:
-        """Bytes of what is cached of an image of this size, in pixels, and of a caption."""
+        """Bytes of what is cached in float32 of an image of this size, in pixels, and of a caption."""
 
     def denoise(
         self, denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, text: Mapping[str, Tensor], sizes: Tensor

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from lpl.config import TrainConfig
-from lpl.config_io import CONFIG_FILE
+from lpl.config_io import CONFIG_FILE, DATA_REPORT
+from lpl.data.bad_files import FILE as BAD_FILES
 from lpl.errors import UserError
 
 
@@ -27,7 +28,7 @@ def create_repository(config: TrainConfig) -> str:
 
 
 def push(config: TrainConfig, repository: str) -> None:
-    """Uploads the result, its samples and config.yaml; checkpoints and logs stay here."""
+    """Uploads the result, its samples and config.yaml; not checkpoints, logs, nor what shows or names images."""
     from huggingface_hub import upload_folder
 
     folder = Path(config.run.output_dir)
@@ -36,7 +37,13 @@ def push(config: TrainConfig, repository: str) -> None:
         repo_id=repository,
         folder_path=folder,
         commit_message="End of training",
-        ignore_patterns=["checkpoint-*", ".tmp-*", f"{config.logging.logging_dir}/*"],
+        ignore_patterns=[
+            "checkpoint-*",
+            ".tmp-*",
+            f"{config.logging.logging_dir}/*",
+            f"{DATA_REPORT}/*",
+            BAD_FILES,
+        ],
         token=config.logging.hub_token,
     )
 

@@ -6,17 +6,18 @@ import importlib.util
 import json
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lpl.config import TrainConfig
+from lpl.config import ModelConfig, TrainConfig
 from lpl.config_io import CONFIG_FILE, differences
 from lpl.data.buckets import image_sizes
 from lpl.data.decode import parse_color
 from lpl.data.sources import Source, open_regularisation, open_source
 from lpl.errors import UserError
-from lpl.families import model_configs, native_resolution
+from lpl.families import model_configs, native_resolution, plan_configs
 
 logger = logging.getLogger("lpl")
 
@@ -71,21 +72,63 @@ def preflight(config: TrainConfig) -> Checked:
     return Checked(config, source, regularisation, configs, finished_step, num_steps)
 
 
-def check_model(config: TrainConfig) -> tuple[TrainConfig, dict[str, Any]]:
+def check_model(
+    config: TrainConfig, configs_of: Callable[[ModelConfig], dict[str, Any]] = model_configs
+) -> tuple[TrainConfig, dict[str, Any]]:
     """The options with the model's own resolution in the place of an unset one, and the model's configs.
+
+    Args:
+        config: the options.
+        configs_of: finds the configs; model_configs asks for the weights to be there, plan_configs does not.
 
     Raises:
         UserError: no such model, or a --background_color that is none.
     """
     parse_color(config.data.background_color)
-    configs = model_configs(config.model)
+    configs = configs_of(config.model)
     if config.data.resolution is None:
         config = replace(config, data=replace(config.data, resolution=native_resolution(configs)))
     return config, configs
 
 
+def check_data(config: TrainConfig, report: Path) -> Checked:
+    """The checks that `lpl data` needs: the model may be left out, and its weights need not be there.
+
+    Args:
+        config: the options.
+        report: folder that the report will be written to.
+
+    Raises:
+        UserError: the first fault found, in one line.
+    """
+    config, configs = check_model(config, plan_configs)
+    if config.model.pretrained_model_name_or_path is not None:
+        check_options(config, configs)
+    _check_outside(config)
+    if (report.exists() and not report.is_dir()) or (report.parent.exists() and not report.parent.is_dir()):
+        raise UserError(f"--output_dir {config.run.output_dir}: a file is in the way of {report}")
+    source = open_source(config.data, config.model.cache_dir)
+    regularisation = open_regularisation(config.data)
+    _warn_idle(config)
+    return Checked(config, source, regularisation, configs, None, None)
+
+
+def _check_outside(config: TrainConfig) -> None:
+    """Pictures that are written must not be taken for training images the next time."""
+    for flag in ("train_data_dir", "reg_data_dir"):
+        images = getattr(config.data, flag)
+        if images is not None and Path(config.run.output_dir).resolve().is_relative_to(
+            Path(images).expanduser().resolve()
+        ):
+            raise UserError(
+                f"--output_dir {config.run.output_dir} lies in --{flag} {images}: its pictures would be taken for "
+                "training images; name a folder outside"
+            )
+
+
 def _check_output(config: TrainConfig) -> int | None:
     folder = Path(config.run.output_dir)
+    _check_outside(config)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {folder}: a file is in the way")
     choice = config.run.resume_from_checkpoint

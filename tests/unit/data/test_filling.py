@@ -317,6 +317,14 @@ def test_text_that_is_not_finite_is_refused_by_name(
         encode()
 
 
+def test_overflow_of_a_half_precision_cache_names_the_option(encode: Encode, encoder: Any) -> None:
+    sound = encoder.encode_images
+    encoder.encode_images = lambda pixels: tuple(1e6 * value for value in sound(pixels))
+    with pytest.raises(UserError, match=r"0\.png: the VAE makes NaN or Inf of it in --cache_dtype float16"):
+        encode(cache_dtype="float16")
+    encode(cache_dtype="bfloat16")
+
+
 def test_upscaled_images_are_counted_once(encode: Encode, lines: Callable[[], list[str]]) -> None:
     encode(resolution=40, random_flip=True, crop_variants=2)
     warned = [line for line in lines() if "--resolution 40" in line]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lpl.data import files as files_module
 from lpl.data import store as store_module
+from lpl.data.shard import damage
 from lpl.data.store import INDEX, TensorStore
 from lpl.errors import UserError
 
@@ -163,15 +164,15 @@ def test_shard_cut_short_is_named(tmp_path: Path, keep: int) -> None:
 def test_a_changed_byte_is_found(tmp_path: Path) -> None:
     store = write(tmp_path, 1, 2)
     shard = tmp_path / store.shard_of(key("2"))
-    assert TensorStore.wrong_with(shard) is None
+    assert damage(shard) is None
     content = bytearray(shard.read_bytes())
     for place in (-3, -60, -150):
         changed = bytearray(content)
         changed[place] ^= 1
         shard.write_bytes(changed)
-        assert "do not match" in str(TensorStore.wrong_with(shard)), place
+        assert "do not match" in str(damage(shard)), place
     shard.write_bytes(content[:-1])
-    assert "bytes, not" in str(TensorStore.wrong_with(shard))
+    assert "bytes, not" in str(damage(shard))
 
 
 def test_folder_that_cannot_be_written(tmp_path: Path) -> None:

@@ -125,6 +125,19 @@ def test_every_crop_and_text_of_regularisation_images_is_cached(encode: Encode, 
     assert torch.equal(again.raw_latents[0], batch.raw_latents[9 * 40 + 3])
 
 
+@pytest.mark.parametrize(("dtype", "error"), [("float16", 1e-3), ("bfloat16", 8e-3)])
+def test_half_precision_takes_half_the_space(encode: Encode, tmp_path: Path, dtype: str, error: float) -> None:
+    whole, half = encode(), encode(cache_dtype=dtype)
+    draws = [(index, 3) for index in range(5)]
+    a, b = whole.batch(draws), half.batch(draws)
+    assert b.raw_latents.dtype == b.text["pooled"].dtype == torch.float32
+    assert 0 < (a.raw_latents - b.raw_latents).abs().max() < error * 2
+    assert 0 < (a.text["pooled"] - b.text["pooled"]).abs().max() < error
+    (key, _), *_ = half.views.crops("0.png", half.samples[0].digest, 40, 32).items()
+    assert 2 * half.caches.latents.entry_bytes(key) == whole.caches.latents.entry_bytes(key)
+    assert encode().caches.latents.folder != half.caches.latents.folder
+
+
 def test_repeats_are_by_folder(encode: Encode) -> None:
     assert encode(repeats="sub=3").repeats.tolist() == [1, 1, 1, 1, 3]
 

@@ -56,7 +56,7 @@ def test_card_of_a_lora_without_lpl_from_a_folder(tmp_path: Path, model: Path) -
     assert "plain diffusion objective" in body
 
 
-def test_push_uploads_the_result_only(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_push_uploads_the_result_only(train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[dict[str, Any]] = []
 
     class Created:
@@ -68,6 +68,10 @@ def test_push_uploads_the_result_only(train: Any, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(huggingface_hub, "create_repo", create)
     monkeypatch.setattr(huggingface_hub, "upload_folder", lambda **options: calls.append(options))
+    (tmp_path / "out" / "data-report").mkdir(parents=True)
+    for name in ("data-report/draws.png", "bad_files.jsonl"):  # these show or name training images
+        (tmp_path / "out" / name).write_text("mine")
+    monkeypatch.setattr("lpl.data.bad_files.BadFiles.write", lambda _: None)
     run = train(push_to_hub=True, hub_token="hf_secret", checkpointing_steps=1)
     created, uploaded = calls
     assert created == {"create": "out", "exist_ok": True, "token": "hf_secret"}
@@ -78,8 +82,9 @@ def test_push_uploads_the_result_only(train: Any, monkeypatch: pytest.MonkeyPatc
     files = [str(p.relative_to(run.folder)) for p in run.folder.rglob("*") if p.is_file()]
     sent = set(filter_repo_objects(files, ignore_patterns=uploaded["ignore_patterns"]))
     assert {"README.md", "config.yaml", "model_index.json", "unet/config.json"} <= sent
-    assert not any(name.startswith(("checkpoint", "logs")) for name in sent)
-    assert any(name.startswith("checkpoint") for name in files)
+    kept = ("checkpoint", "logs", "data-report", "bad_files")
+    assert not any(name.startswith(kept) for name in sent)
+    assert all(any(name.startswith(start) for name in files) for start in kept)
     assert not any(b"hf_secret" in (run.folder / name).read_bytes() for name in sent)
 
 

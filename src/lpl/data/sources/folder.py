@@ -165,6 +165,7 @@ def list_images(root: str) -> tuple[dict[str, str], list[str]]:
                 if status is not None and stat.S_ISREG(status.st_mode):
                     texts[stem] = _stamp(status)
             elif suffix.lower() in _SUFFIXES:
+                _require_utf8(root, prefix, name)
                 status = _status(entry)
                 # A link to nothing stays in the list: reading it says what is wrong.
                 if status is None or stat.S_ISREG(status.st_mode):
@@ -185,6 +186,15 @@ def _scan(folder: str) -> Iterator[os.DirEntry[str]]:
         raise UserError(
             f"{folder}: cannot be listed ({error.strerror}): correct its permissions or move it elsewhere"
         ) from None
+
+
+def _require_utf8(root: str, prefix: str, name: str) -> None:
+    """A sample's id is a text; bytes that are none would come to light much later."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        folder = os.path.join(root, prefix)
+        raise UserError(f"{folder}: the file name {os.fsencode(name)!r} is not UTF-8: rename it") from None
 
 
 def _status(file: os.DirEntry[str] | str) -> os.stat_result | None:

@@ -1,0 +1,257 @@
+"""Reads every image of a run once, without a model or a cache, and works out what the run will draw of them."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Callable, Generator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from PIL import Image
+from tqdm import tqdm
+
+from lpl.config import DataConfig, TrainConfig
+from lpl.data.bad_files import Bad, BadFiles
+from lpl.data.bad_image import BadImageError
+from lpl.data.captions import CaptionRules
+from lpl.data.catalogue import Row, Samples, table_of
+from lpl.data.crops import Crop
+from lpl.data.decode import decode_image, parse_color
+from lpl.data.prepare import REGULARISATION
+from lpl.data.reading import Reader, in_order, threads_of
+from lpl.data.repeats import parse_repeats
+from lpl.data.sampler import BatchOrder
+from lpl.data.sources import Piece, Source
+from lpl.data.views import Views
+from lpl.errors import UserError
+
+QUIET = 2.0
+"""Seconds without a progress bar."""
+
+T = TypeVar("T")
+
+
+class Part(NamedTuple):
+    """What one source holds."""
+
+    source: Source
+    pieces: list[Piece]
+    rows: pa.Table
+    """The usable samples, in order."""
+    seen: int
+    """Samples in all."""
+    bad: list[Bad]
+    start: int
+    """Number of its first sample among those of all sources."""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """The sources of a run, read through.
+
+    Attributes:
+        config: the options, resolution filled in.
+        parts: the training images, then the regularisation images if there are any.
+        samples: the usable samples of all parts.
+        buckets: (N,), bucket of each sample.
+        groups: folders of the samples.
+        codes: (N,), folder of each sample.
+        repeats: (N,), how often an epoch draws each.
+        order: what each step draws; None if nothing is usable.
+        processes: how many processes share a step.
+        fault: why a run on these data would not start; None if it would.
+    """
+
+    config: TrainConfig
+    parts: list[Part]
+    samples: Samples
+    views: Views
+    rules: CaptionRules
+    buckets: np.ndarray
+    groups: list[str]
+    codes: np.ndarray
+    repeats: np.ndarray
+    order: BatchOrder | None
+    processes: int
+    fault: UserError | None
+
+    @property
+    def batch_size(self) -> int:
+        """Draws of an optimizer step, over all processes and micro-batches."""
+        run = self.config.run
+        return run.train_batch_size * run.gradient_accumulation_steps * self.processes
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the run."""
+        assert self.order is not None
+        return self.config.num_steps(self.order.epoch_size, self.processes)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One draw of a run."""
+
+    step: int
+    index: int
+    """Number of the sample."""
+    count: int
+    """How often the sample has been drawn before."""
+    row: Row
+    bucket: int
+    crop: Crop
+    caption: str
+    """What the text encoder gets; empty if dropped."""
+
+
+def read_through(
+    config: TrainConfig, source: Source, regularisation: Source | None, bad_files: Path, processes: int = 1
+) -> Survey:
+    """Reads and decodes every image once, in threads; crops, order and captions are planned as training does it.
+
+    Args:
+        config: the options, with a resolution.
+        source: images and captions.
+        regularisation: of --reg_data_dir; None: none.
+        bad_files: where images that cannot be used are listed; removed if there are none.
+        processes: how many processes the run will have.
+
+    Raises:
+        UserError: a source that cannot be read, captions of another kind, --repeats that does not go with the folders.
+    """
+    data = config.data
+    views, rules = Views(data), CaptionRules(data, config.run.seed)
+    bad = BadFiles(data.max_bad_fraction, bad_files)
+    parts: list[Part] = []
+    tables: list[pa.Table] = []
+    weights: list[float] = []
+    prefixes: list[str] = []
+    faults: list[UserError] = []
+    for own, weight, prefix in ((source, 1.0, ""), (regularisation, data.prior_loss_weight, REGULARISATION)):
+        if own is None:
+            continue
+        pieces = list(own.pieces())
+        read = _read(own, pieces, views, data)
+        whole = pa.concat_tables(read)
+        usable = whole.filter(pc.is_null(whole.column("reason")))
+        named = whole.filter(pc.is_valid(whole.column("reason"))).select(["id", "name", "reason"])
+        found = [Bad(**row) for row in named.to_pylist()]
+        bad.begin(own.name, own.size)
+        try:
+            bad.settle(found, len(whole))
+        except UserError as error:
+            faults.append(error)
+        parts.append(Part(own, pieces, usable, len(whole), found, sum(len(part.rows) for part in parts)))
+        tables += read
+        weights += [weight] * len(read)
+        prefixes += [prefix] * len(read)
+    bad.write()
+    samples = Samples(tables, weights, prefixes)
+    groups, codes = samples.groups()
+    buckets = views.buckets.assign(samples.sizes[:, 0], samples.sizes[:, 1])
+    repeats, order = np.zeros(0), None
+    if len(samples):
+        repeats = parse_repeats(data.repeats, groups, codes)
+        run = config.run
+        per_step = run.train_batch_size * run.gradient_accumulation_steps * processes
+        order = BatchOrder(run.seed, buckets, repeats, per_step)
+    elif not faults:
+        faults.append(UserError(f"{source.name}: no image in it can be used: {bad_files} says why"))
+    fault = faults[0] if faults else None
+    return Survey(config, parts, samples, views, rules, buckets, groups, codes, repeats, order, processes, fault)
+
+
+def first_draws(survey: Survey, number: int) -> list[Draw]:
+    """The first so many draws of the run, in its order; fewer if the run is shorter."""
+    order, draws = survey.order, []
+    assert order is not None
+    for step in range(min(survey.num_steps, -(-number // survey.batch_size))):
+        for index, count in order.batch(step):
+            row = survey.samples[index]
+            crop = survey.views.draw(survey.config.run.seed, row.id, row.width, row.height, count)
+            caption = survey.rules.draw(row.id, row.captions, count)
+            draws.append(Draw(step, index, count, row, int(survey.buckets[index]), crop, caption))
+    return draws[:number]
+
+
+def look_again(survey: Survey, jobs: Mapping[int, Callable[[Image.Image], T]]) -> dict[int, T]:
+    """Decodes chosen images once more; only pieces with one of them are opened, up to the last of them.
+
+    Args:
+        jobs: by number of the sample, what is to be made of its upright RGB image; called in threads.
+
+    Raises:
+        UserError: an image that is no longer what it was.
+    """
+    background = parse_color(survey.config.data.background_color)
+    by_piece: dict[int, dict[str, int]] = {}
+    for index in sorted(jobs):
+        row = survey.samples[index]
+        by_piece.setdefault(survey.samples.piece(index), {})[row.id] = index
+
+    def make(item: tuple[int, bytes]) -> tuple[int, T]:
+        index, data = item
+        return index, jobs[index](decode_image(data, background))
+
+    made: dict[int, T] = {}
+    pieces = [(part, piece) for part in survey.parts for piece in part.pieces]
+    with _bar("drawing", len(jobs)) as bar:
+        for number, wanted in by_piece.items():
+            part, piece = pieces[number]
+            prefix = REGULARISATION if part is not survey.parts[0] else ""
+            with closing(_chosen(survey, piece, prefix, wanted)) as chosen:
+                for index, result in in_order(make, chosen, threads_of(survey.config.data)):
+                    made[index] = result
+                    bar.update()
+            if wanted:
+                raise _changed(survey.samples[next(iter(wanted.values()))])
+    return made
+
+
+def _chosen(
+    survey: Survey, piece: Piece, prefix: str, wanted: dict[str, int]
+) -> Generator[tuple[int, bytes], None, None]:
+    """Numbers and bytes of the wanted samples, which are struck off as they come."""
+    with closing(piece.samples()) as samples:
+        for sample in samples:
+            index = wanted.pop(prefix + sample.id, None)
+            if index is None:
+                continue
+            row = survey.samples[index]
+            try:
+                data = sample.read()
+            except BadImageError as error:
+                raise _changed(row) from error
+            if hashlib.sha256(data).digest() != row.digest:
+                raise _changed(row)
+            yield index, data
+            if not wanted:
+                return
+
+
+def _changed(row: Row) -> UserError:
+    return UserError(f"{row.name} has changed while the data were read: run again")
+
+
+def _read(source: Source, pieces: list[Piece], views: Views, config: DataConfig) -> list[pa.Table]:
+    reader = Reader(views.crops, config, lambda _: True, None)  # as if all crops were cached: none is rendered
+    tables = []
+    with _bar("reading", source.size) as bar:
+        for piece in pieces:
+            rows = []
+            with closing(piece.samples()) as samples:
+                for read in in_order(reader, samples, threads_of(config)):
+                    rows.append(read.row)
+                    bar.update()
+            tables.append(table_of(rows))
+    return tables
+
+
+def _bar(what: str, total: int | None) -> Any:
+    return tqdm(total=total, desc=what, unit="image", delay=QUIET, leave=False, file=sys.stderr)
