@@ -73,6 +73,7 @@ def test_preset_trains_two_steps_and_its_config_yaml_repeats_them(
     overrides |= {"max_train_steps": 2, "log_every": 1}
     if name.startswith("sdxl"):
         overrides |= {"pretrained_vae_model_name_or_path": Path(base_options["pretrained_model_name_or_path"]) / "vae"}
+        overrides |= {"bucket_step": 4}
     first = train_in(tmp_path / "first", "--config", name, **overrides)
     assert list(first.losses()["train_loss"]) == [1, 2]
     file = first.folder / "config.yaml"
