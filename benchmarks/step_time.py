@@ -28,13 +28,12 @@ ARMS = {
 
 
 def main(steps: int) -> None:
+    import lpl.presets
     from lpl.training.trainer import Trainer
 
     with tempfile.TemporaryDirectory() as folder:
         model, data = export_model(Path(folder) / "model"), export_data(Path(folder) / "data")
         preset = Path(folder) / "demo.yaml"
-        import lpl.presets
-
         text = (Path(lpl.presets.__file__).parent / "demo.yaml").read_text()
         preset.write_text("\n".join(line for line in text.splitlines() if "lpl_sigma_threshold" not in line))
         seconds: dict[str, list[float]] = {name: [] for name in ARMS}
