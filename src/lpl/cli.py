@@ -62,7 +62,7 @@ class PlanConfig:
 
 @dataclass(frozen=True)
 class VerifyConfig:
-    """Read every file of a cache and compare checksums; damage exits with 1."""
+    """Read every file of a cache and compare checksums; damage exits with 2."""
 
     latent_cache_dir: str | None = None
     """The cache; unset: the user's."""

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import replace
 from typing import Any
-
-from tqdm import tqdm
 
 from lpl.analysis.alternatives import HEADROOM, Change, Choice, cheapest, fits, neighbours, smallest
 from lpl.analysis.needs import Needs, estimate
@@ -16,10 +13,8 @@ from lpl.config import TrainConfig
 from lpl.data.buckets import image_sizes
 from lpl.errors import UserError
 from lpl.families import blueprint, native_resolution, plan_configs
+from lpl.progress import progress
 from lpl.training.preflight import Checked, check_options
-
-QUIET = 2.0
-"""Seconds without a progress bar."""
 
 
 def plan(config: TrainConfig, memory: int) -> str:
@@ -36,7 +31,7 @@ def plan(config: TrainConfig, memory: int) -> str:
     rehearsal, processes = Rehearsal(blueprint(configs, config.model.max_token_length)), _processes()
     changes = [Change("as asked", lambda same: same), *neighbours(config)]
     rows = []
-    with tqdm(changes, desc="counting", delay=QUIET, leave=False, file=sys.stderr) as bar:
+    with progress(changes, desc="counting") as bar:
         for change in bar:
             rows.append(Choice(change.flags, estimate(change.apply(config), rehearsal, processes)))
         asked = rows[0].needs

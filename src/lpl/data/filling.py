@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from lpl.config import DataConfig
 from lpl.data.bad_files import BadFiles
@@ -25,6 +24,7 @@ from lpl.data.staging import Staging
 from lpl.data.store import TensorStore
 from lpl.data.views import Views
 from lpl.errors import UserError
+from lpl.progress import progress
 
 ENCODE_PIXELS = 2**20
 """Pixels that go through the image encoder at once (whatever the batch size of training), at least one image."""
@@ -149,7 +149,7 @@ class Filler:
                     return -1
         return absent
 
-    def fill(self, pieces: Sequence[Piece], progress: bool) -> None:
+    def fill(self, pieces: Sequence[Piece], show: bool) -> None:
         """Reads, encodes and stores what is missing of some pieces.
 
         Raises:
@@ -159,7 +159,7 @@ class Filler:
             return
         self.catalogue.load_known()
         total = None if any(piece.size is None for piece in pieces) else sum(piece.size or 0 for piece in pieces)
-        with tqdm(total=total, desc="caching", unit="image", disable=not progress) as bar:
+        with progress(total=total, desc="caching", unit="image", show=show) as bar:
             for piece in pieces:
                 self._fill_piece(piece, bar)
         self.catalogue.forget_known()

@@ -29,6 +29,7 @@ from lpl.data.repeats import parse_repeats
 from lpl.data.sources import Source
 from lpl.data.views import Views
 from lpl.errors import UserError
+from lpl.progress import progress
 
 logger = logging.getLogger("lpl")
 
@@ -53,7 +54,7 @@ def prepare_data(
     seed: int,
     bad_files: Path,
     processes: Processes = Processes(),  # noqa: B008
-    progress: bool = False,
+    show_progress: bool = False,
 ) -> TrainingData:
     """Encodes what the caches lack and returns the samples, ready to be drawn.
 
@@ -68,7 +69,7 @@ def prepare_data(
         seed: seed of the run; crops and what is cached do not depend on it.
         bad_files: where images that cannot be used are listed.
         processes: which one this is; the barrier is called several times.
-        progress: whether to show a progress bar.
+        show_progress: whether to show progress bars.
 
     Raises:
         UserError: too many bad images, an encoder that makes NaN or Inf, a cache that cannot be used, too little room.
@@ -81,7 +82,9 @@ def prepare_data(
     prefixes: list[str] = []
     for part, weight, prefix in ((source, 1.0, ""), (regularisation, config.prior_loss_weight, REGULARISATION)):
         if part is not None:
-            own = _fill(part, config, views, rules, encoder, caches, bad, prefix, processes, progress)
+            catalogue = Catalogue(caches.folder, part)
+            filler = Filler(part, config, views, rules, encoder, caches, catalogue, bad, prefix)
+            own = _fill(filler, processes, show_progress)
             tables += own
             weights += [weight] * len(own)
             prefixes += [prefix] * len(own)
@@ -100,40 +103,27 @@ def prepare_data(
     return TrainingData(samples, views, rules, caches, seed, buckets, repeats)
 
 
-def _fill(
-    source: Source,
-    config: DataConfig,
-    views: Views,
-    rules: CaptionRules,
-    encoder: Encoder,
-    caches: Caches,
-    bad: BadFiles,
-    prefix: str,
-    processes: Processes,
-    progress: bool,
-) -> list[pa.Table]:
+def _fill(filler: Filler, processes: Processes, show: bool) -> list[pa.Table]:
     """Fills the caches from one source; returns the rows of its pieces."""
-    catalogue = Catalogue(caches.folder, source)
-    pieces = source.pieces()
-    staging = caches.staging(source)
-    filler = Filler(source, config, views, rules, encoder, caches, catalogue, bad, prefix)
-    mark = Mark(catalogue, [catalogue.path(p).name for p in pieces], filler)
+    source, catalogue, caches, bad = filler.source, filler.catalogue, filler.caches, filler.bad
+    pieces, staging = source.pieces(), caches.staging(source)
+    mark = Mark([catalogue.path(piece).name for piece in pieces], filler)
     with ExitStack() as stack:
         if processes.rank == 0:
             stack.enter_context(locked(staging, f"caching {source.name}"))
         processes.barrier()
         for store in (caches.latents, caches.text):
             store.refresh()  # what the run that was waited for has written
-        whole = mark.holds() and not config.rehash
+        whole = mark.holds() and not filler.config.rehash
         processes.barrier()  # nobody writes before all have looked
         if not whole:
             own = list(pieces)[processes.rank :: processes.size]
-            lacking = {n: filler.missing(piece) for n, piece in enumerate(own)}
-            todo = [own[n] for n, absent in lacking.items() if absent]
+            checking = progress(own, desc="checking the cache", unit="piece", show=show)
+            lacking = [(piece, absent) for piece in checking if (absent := filler.missing(piece))]
             if processes.rank == 0:
-                _check_room(filler, [(own[n], absent) for n, absent in lacking.items() if absent], processes.size)
+                _check_room(filler, lacking, processes.size)
             bad.begin(source.name, source.size)
-            filler.fill(todo, progress)
+            filler.fill([piece for piece, _ in lacking], show)
             processes.barrier()
             for store in (caches.latents, caches.text):
                 store.refresh()
@@ -148,7 +138,7 @@ def _fill(
             for store in (caches.latents, caches.text):
                 store.save_index(scratch=staging)
             if not whole:
-                mark.make(tables)  # last: with it, nothing else is looked at again
+                mark.make(tables, show)  # last: with it, nothing else is looked at again
             mark.touch()
             _clear(staging)
             share = " by the first process" if processes.size > 1 else ""
@@ -164,14 +154,14 @@ def _fill(
 class Mark:
     """A note beside a catalogue that everything a run needs of a source is cached, and in which shards."""
 
-    def __init__(self, catalogue: Catalogue, pieces: Sequence[str], filler: Filler) -> None:
+    def __init__(self, pieces: Sequence[str], filler: Filler) -> None:
         self._pieces, self._filler = list(pieces), filler
         caches = filler.caches
         key = [filler.views.settings, filler.rules.settings, filler.always, filler.prefix]
         key += [caches.latents.folder.name, caches.text.folder.name, self._pieces]
         name = hashlib.blake2b(json.dumps(key).encode(), digest_size=16).hexdigest()
-        self._path = catalogue.folder / f"complete-{name}.json"
-        self._catalogue = catalogue
+        self._folder = filler.catalogue.folder
+        self._path = self._folder / f"complete-{name}.json"
         self._shards: list[list[str]] | None = None
 
     def holds(self) -> bool:
@@ -181,12 +171,12 @@ class Mark:
         except (OSError, ValueError):
             return False
         assert self._shards is not None
-        files = {entry.name for entry in os.scandir(self._catalogue.folder)}
+        files = {entry.name for entry in os.scandir(self._folder)}
         stores = (self._filler.caches.latents, self._filler.caches.text)
         there = all(set(named) <= set(store.shards) for named, store in zip(self._shards, stores, strict=True))
         return there and set(self._pieces) <= files
 
-    def make(self, tables: Sequence[pa.Table]) -> None:
+    def make(self, tables: Sequence[pa.Table], show: bool) -> None:
         """Looks every entry up and makes the note.
 
         Raises:
@@ -196,7 +186,7 @@ class Mark:
         shards: tuple[set[str], set[str]] = (set(), set())
         try:
             shards[1].update(filler.caches.text.shard_of(caption_key(text)) for text in filler.always)
-            for table in tables:
+            for table in progress(tables, desc="checking the cache", unit="piece", show=show):
                 for row in table.to_pylist():
                     if row["reason"] is None:
                         crops = filler.crops(row["id"], row["digest"], row["width"], row["height"])
@@ -211,11 +201,14 @@ class Mark:
     def touch(self) -> None:
         """Marks all files as used now: `lpl cache prune` goes by that."""
         caches = self._filler.caches
-        paths = [self._catalogue.folder / name for name in self._pieces] + [self._path]
+        paths = [self._folder / name for name in self._pieces] + [self._path]
         for store, names in zip((caches.latents, caches.text), self._shards or [], strict=False):
             paths += [store.folder / name for name in names]
-        for path in paths:
-            os.utime(path)
+        try:
+            for path in paths:
+                os.utime(path)
+        except PermissionError as error:
+            logger.warning("cache file %s is another user's: `lpl cache prune` may take it for unused", error.filename)
 
 
 def _clear(staging: Path) -> None:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
-from tqdm import tqdm
 
 from lpl.config import DataConfig, TrainConfig
 from lpl.data.bad_files import Bad, BadFiles
@@ -30,9 +28,7 @@ from lpl.data.sampler import BatchOrder
 from lpl.data.sources import Piece, Source
 from lpl.data.views import Views
 from lpl.errors import UserError
-
-QUIET = 2.0
-"""Seconds without a progress bar."""
+from lpl.progress import progress
 
 T = TypeVar("T")
 
@@ -201,7 +197,7 @@ def look_again(survey: Survey, jobs: Mapping[int, Callable[[Image.Image], T]]) -
 
     made: dict[int, T] = {}
     pieces = [(part, piece) for part in survey.parts for piece in part.pieces]
-    with _bar("drawing", len(jobs)) as bar:
+    with progress(desc="drawing", unit="image", total=len(jobs)) as bar:
         for number, wanted in by_piece.items():
             part, piece = pieces[number]
             prefix = REGULARISATION if part is not survey.parts[0] else ""
@@ -242,7 +238,7 @@ def _changed(row: Row) -> UserError:
 def _read(source: Source, pieces: list[Piece], views: Views, config: DataConfig) -> list[pa.Table]:
     reader = Reader(views.crops, config, lambda _: True, None)  # as if all crops were cached: none is rendered
     tables = []
-    with _bar("reading", source.size) as bar:
+    with progress(desc="reading", unit="image", total=source.size) as bar:
         for piece in pieces:
             rows = []
             with closing(piece.samples()) as samples:
@@ -251,7 +247,3 @@ def _read(source: Source, pieces: list[Piece], views: Views, config: DataConfig)
                     bar.update()
             tables.append(table_of(rows))
     return tables
-
-
-def _bar(what: str, total: int | None) -> Any:
-    return tqdm(total=total, desc=what, unit="image", delay=QUIET, leave=False, file=sys.stderr)

@@ -8,12 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from lpl.data.folders import default_cache_dir
 from lpl.data.shard import SUFFIX, damage
 from lpl.data.store import INDEX
 from lpl.errors import UserError
+from lpl.progress import progress
 
 DAY = 24 * 3600
 
@@ -78,7 +77,7 @@ def damaged(cache: Path) -> tuple[int, list[tuple[Path, str]]]:
     """
     shards = [path for folder in stores(cache) for path in sorted(folder.glob(f"[!.]*{SUFFIX}"))]
     found = []
-    for path in tqdm(shards, desc="verifying", unit="shard", disable=len(shards) < 20):
+    for path in progress(shards, desc="verifying", unit="shard"):
         wrong = damage(path)
         if wrong is not None:
             found.append((path, wrong))

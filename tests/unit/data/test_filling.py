@@ -427,6 +427,20 @@ def test_damaged_shard_stops_the_run(encode: Encode, tmp_path: Path, encoder: An
     assert encoder.images == 5
 
 
+def test_another_users_cache_is_used_and_said(
+    encode: Encode, monkeypatch: pytest.MonkeyPatch, lines: Callable[[], list[str]]
+) -> None:
+    encode()
+    lines()
+
+    def refused(path: Path) -> None:
+        raise PermissionError(1, "Operation not permitted", str(path))
+
+    monkeypatch.setattr("lpl.data.prepare.os.utime", refused)
+    assert len(encode()) == 5
+    assert len([line for line in lines() if "is another user's" in line and "lpl cache prune" in line]) == 1
+
+
 def test_default_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     assert default_cache_dir() == Path("/somewhere/lpl")

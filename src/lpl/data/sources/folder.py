@@ -15,6 +15,7 @@ from lpl.config import require
 from lpl.data.sources.base import IMAGE_SUFFIXES, PIECE_SIZE, Piece, Sample, digest, one_line, read_file
 from lpl.data.sources.metadata import read_metadata
 from lpl.errors import UserError
+from lpl.progress import progress
 
 _SUFFIXES = frozenset(suffix[1:] for suffix in IMAGE_SUFFIXES)
 _GONE = "gone"
@@ -139,6 +140,7 @@ def list_images(root: str) -> tuple[dict[str, str], list[str]]:
     seen: set[str] = set()
     folders = [("", os.path.realpath(root))]
     links: list[str] = []
+    bar = progress(desc="listing", unit="file", show=os.environ.get("LOCAL_RANK", "0") == "0")
     while folders or links:
         if folders:
             prefix, real = folders.pop()
@@ -170,9 +172,11 @@ def list_images(root: str) -> tuple[dict[str, str], list[str]]:
                 # A link to nothing stays in the list: reading it says what is wrong.
                 if status is None or stat.S_ISREG(status.st_mode):
                     found.append((name, stem, _stamp(status)))
+        bar.update(len(found) + len(texts))
         for name, stem, stamp in found:
             text = texts.get(stem)
             images[prefix + name] = stamp if text is None else f"{stamp} {text}"
+    bar.close()
     return images, sorted(metadata)
 
 
