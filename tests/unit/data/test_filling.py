@@ -433,7 +433,7 @@ def test_another_users_cache_is_used_and_said(
     encode()
     lines()
 
-    def refused(path: Path) -> None:
+    def refused(path: Path, *_: Any) -> None:
         raise PermissionError(1, "Operation not permitted", str(path))
 
     monkeypatch.setattr("lpl.data.prepare.os.utime", refused)
