@@ -53,7 +53,9 @@ class Run(NamedTuple):
 
         events = EventAccumulator(str(self.folder / "logs" / "lpl"), size_guidance={"scalars": 0})
         events.Reload()
-        return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+        # By time: files of one second are read in the order of their names, in which 10 comes before 9.
+        in_time = {tag: sorted(events.Scalars(tag), key=lambda e: e.wall_time) for tag in events.Tags()["scalars"]}
+        return {tag: {e.step: e.value for e in found} for tag, found in in_time.items()}
 
     def losses(self) -> dict[str, dict[int, float]]:
         """The logged values that belong to the trajectory."""
