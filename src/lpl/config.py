@@ -46,6 +46,9 @@ class ModelConfig:
     """Caption tokens that are used; beyond 75, in chunks of 75 that are encoded one by one and joined."""
     rank: int | None = None
     """Train a LoRA of this rank instead of the whole denoiser."""
+    rescale_betas_zero_snr: bool = False
+    """Rescale the schedule so that its last timestep is pure noise (zero terminal SNR, for v_prediction or sample); the
+    saved pipeline says the same, and samples with trailing timesteps."""
 
     def __post_init__(self) -> None:
         require(self.rank is None or self.rank >= 1, f"--rank must be at least 1, not {self.rank}")
@@ -194,12 +197,64 @@ class DiffusionConfig:
     """First timestep that `range` favours."""
     timestep_bias_end: int = 1000
     """Timestep before which `range` ends."""
+    loss_weighting: Literal["none", "debiased", "p2"] = "none"
+    """Weight by noise level instead of --snr_gamma: debiased estimation (1/sqrt(SNR)) or P2 (1/(k + SNR)^gamma)."""
+    p2_gamma: float = 1.0
+    """Strength of P2 weighting."""
+    p2_k: float = 1.0
+    """Keeps P2's weight finite where there is all but no signal."""
+    loss_type: Literal["mse", "huber"] = "mse"
+    """Distance between output and target; huber: pseudo-Huber, which minds outliers less."""
+    huber_c: float = 0.1
+    """Differences far above this count linearly, far below it squared; with a schedule, at the noisy end."""
+    huber_schedule: Literal["constant", "exponential", "snr"] = "snr"
+    """How the threshold falls from 1 at the first timestep to --huber_c at the last."""
+    pyramid_noise_iterations: int = 0
+    """Levels of ever coarser noise that are added to the noise (6 to 10 are usual); 0: none."""
+    pyramid_noise_discount: float = 0.3
+    """Factor from one level to the next, coarser one."""
+    timestep_distribution: Literal["uniform", "logit_normal"] = "uniform"
+    """How timesteps are drawn; --timestep_bias_strategy multiplies it."""
+    logit_mean: float = 0.0
+    """Mean of logit_normal, over logit(t / T); below 0: less noise, which LPL's gate passes more often."""
+    logit_std: float = 1.0
+    """Standard deviation of logit_normal."""
+    timestep_sampling: Literal["independent", "stratified"] = "independent"
+    """stratified: each step's timesteps cover the distribution evenly, so each step, and each process in it, has nearly
+    the same number of samples that pass LPL's gate."""
 
     def __post_init__(self) -> None:
         require(self.snr_gamma is None or self.snr_gamma > 0, f"--snr_gamma must be positive, not {self.snr_gamma}")
         require(0 <= self.noise_offset < float("inf"), f"--noise_offset must be 0 or more, not {self.noise_offset}")
         require(self.timestep_bias_multiplier >= 0, "--timestep_bias_multiplier must be 0 or more")
         require(0 < self.timestep_bias_portion <= 1, "--timestep_bias_portion must lie in 0..1")
+        require(
+            self.snr_gamma is None or self.loss_weighting == "none",
+            f"--snr_gamma {self.snr_gamma} and --loss_weighting {self.loss_weighting} are two weightings: drop one",
+        )
+        require(0 <= self.p2_gamma < float("inf"), f"--p2_gamma must be 0 or more, not {self.p2_gamma}")
+        require(0 < self.p2_k < float("inf"), f"--p2_k must be positive, not {self.p2_k}")
+        require(0 < self.huber_c < float("inf"), f"--huber_c must be positive, not {self.huber_c}")
+        require(
+            self.huber_c <= 1 or self.huber_schedule == "constant" or self.loss_type == "mse",
+            f"--huber_c {self.huber_c}: the threshold falls from 1 to it; give 1 or less, or --huber_schedule constant",
+        )
+        require(
+            self.pyramid_noise_iterations >= 0 and self.pyramid_noise_iterations != 1,
+            f"--pyramid_noise_iterations must be 0 or at least 2, not {self.pyramid_noise_iterations}: the first level "
+            "is as fine as the noise itself",
+        )
+        require(
+            0 < self.pyramid_noise_discount <= 1,
+            f"--pyramid_noise_discount must lie above 0 and be 1 at most, not {self.pyramid_noise_discount}",
+        )
+        require(
+            not (self.noise_offset and self.pyramid_noise_iterations),
+            f"--noise_offset {self.noise_offset} and --pyramid_noise_iterations {self.pyramid_noise_iterations} both "
+            "make coarse noise: drop one",
+        )
+        require(abs(self.logit_mean) < float("inf"), f"--logit_mean must be a number, not {self.logit_mean}")
+        require(0 < self.logit_std < float("inf"), f"--logit_std must be positive, not {self.logit_std}")
         if self.timestep_bias_strategy == "range":
             require(
                 0 <= self.timestep_bias_begin < self.timestep_bias_end,
@@ -257,6 +312,8 @@ class LPLConfig:
     lpl_random_depth: bool = False
     """Stop each step at a random depth of the decoder, terms divided by the chance of reaching them: unbiased, cheaper,
     noisier."""
+    lpl_warmup_steps: int = 0
+    """Optimizer steps over which LPL's weight rises linearly, from --lpl_start on; auto measures without this ramp."""
 
     def __post_init__(self) -> None:
         weight = self.lpl_weight
@@ -279,6 +336,7 @@ class LPLConfig:
             require(value is None or value > 0, f"{name} must be positive, not {value}: LPL would never apply")
         require(self.lpl_num_blocks >= 0, f"--lpl_num_blocks must be 0 or more, not {self.lpl_num_blocks}")
         require(self.lpl_start >= 0, f"--lpl_start must be 0 or more, not {self.lpl_start}")
+        require(self.lpl_warmup_steps >= 0, f"--lpl_warmup_steps must be 0 or more, not {self.lpl_warmup_steps}")
         require(
             self.lpl_max_samples is None or self.lpl_max_samples >= 1,
             f"--lpl_max_samples must be at least 1, not {self.lpl_max_samples}",

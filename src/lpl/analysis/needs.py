@@ -89,7 +89,7 @@ def estimate(config: TrainConfig, rehearsal: Rehearsal, processes: int = 1) -> N
         denoiser.flops // batch,
         0 if loss is None else loss.flops,
         p_gate,
-        decoded_share(p_gate, batch, config.lpl.lpl_max_samples),
+        decoded_share(p_gate, batch, config.lpl.lpl_max_samples, config.diffusion.timestep_sampling == "stratified"),
         [] if loss is None else loss.taps,
     )
 
@@ -128,9 +128,15 @@ def gate_probability(config: TrainConfig, rehearsal: Rehearsal) -> float:
     return gate.probability(timestep_weights(schedule.config.num_train_timesteps, config.diffusion))
 
 
-def decoded_share(p_gate: float, batch: int, limit: int | None) -> float:
-    """E[min(K, limit)] / batch for K of a batch's samples that pass the gate, each with probability p_gate."""
+def decoded_share(p_gate: float, batch: int, limit: int | None, stratified: bool = False) -> float:
+    """E[min(K, limit)] / batch for K of a batch's samples that pass the gate, each with probability p_gate.
+
+    K is binomial, or, where timesteps are stratified, batch * p_gate rounded up or down.
+    """
     if limit is None:
         return p_gate
+    if stratified:
+        fewest, more = int(batch * p_gate), batch * p_gate % 1
+        return ((1 - more) * min(fewest, limit) + more * min(fewest + 1, limit)) / batch
     chances = (comb(batch, k) * p_gate**k * (1 - p_gate) ** (batch - k) for k in range(batch + 1))
     return sum(min(k, limit) * chance for k, chance in enumerate(chances)) / batch

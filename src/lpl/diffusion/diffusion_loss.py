@@ -1,10 +1,12 @@
-"""The diffusion loss, per sample: mean squared error, weighted by min-SNR where asked.
+"""The diffusion loss, per sample: mean squared or pseudo-Huber error, weighted by min-SNR where asked.
 
-Source: Ho et al. 2020; min-SNR weighting: Hang et al., ICCV 2023 (arXiv 2303.09556).
+Source: Ho et al. 2020; min-SNR weighting: Hang et al., ICCV 2023 (arXiv 2303.09556); pseudo-Huber: huber.py.
 """
 
 import torch
 from torch import Tensor
+
+from lpl.diffusion.prediction import expand
 
 
 def min_snr_weight(snr: Tensor, gamma: float, prediction_type: str, sigma: Tensor | None = None) -> Tensor:
@@ -30,7 +32,17 @@ def min_snr_weight(snr: Tensor, gamma: float, prediction_type: str, sigma: Tenso
     return m * sigma.square()
 
 
-def diffusion_loss(model_output: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-    """weight_i * mean((model_output_i - target_i)^2), (B,), in float32, for tensors (B, C, ...)."""
-    loss = (model_output.float() - target.float()).square().flatten(1).mean(1)
+def diffusion_loss(
+    model_output: Tensor, target: Tensor, weight: Tensor | None = None, huber_c: Tensor | None = None
+) -> Tensor:
+    """weight_i * mean(f(model_output_i - target_i)), (B,), in float32, for tensors (B, C, ...).
+
+    f(d) = d^2, or with huber_c, (B,) and above 0:    f(d) = 2 c (sqrt(d^2 + c^2) - c)
+    """
+    square = (model_output.float() - target.float()).square()
+    if huber_c is not None:
+        c = expand(huber_c.to(square.dtype), square)
+        # 2 c (sqrt(d^2 + c^2) - c) without its cancellation where d is small
+        square = 2 * c * square / ((square + c.square()).sqrt() + c)
+    loss = square.flatten(1).mean(1)
     return loss if weight is None else loss * weight.to(loss)

@@ -23,6 +23,7 @@ from lpl.config import ModelConfig
 from lpl.diffusion.latent_space import LatentSpace
 from lpl.errors import UserError
 from lpl.families.base import weights_hash
+from lpl.families.sdxl_schedule import chosen_schedule
 from lpl.families.sdxl_text import PromptEncoder
 
 logger = logging.getLogger("lpl")
@@ -62,9 +63,9 @@ class SDXL:
         for encoder in self.text_encoders:
             # Float32 whatever the run's precision: they encode once, and the result is saved in float32.
             encoder.float().eval().requires_grad_(False)
-        schedule = dict(self.pipeline.scheduler.config)
-        if config.prediction_type is not None:
-            schedule["prediction_type"] = config.prediction_type
+        own = dict(self.pipeline.scheduler.config)
+        schedule = chosen_schedule({"_class_name": type(self.pipeline.scheduler).__name__} | own, config)
+        if config.prediction_type is not None or config.rescale_betas_zero_snr:
             self.pipeline.scheduler = type(self.pipeline.scheduler).from_config(schedule)
         self.noise_scheduler = training_schedule(schedule)
         self.force_zeros = bool(self.pipeline.config.force_zeros_for_empty_prompt)

@@ -11,6 +11,7 @@ from typing import Any
 from lpl.config import ModelConfig
 from lpl.errors import UserError
 from lpl.families import sdxl_configs
+from lpl.families.sdxl_schedule import chosen_schedule
 
 FLAG = "--pretrained_model_name_or_path"
 PIPELINE = "StableDiffusionXLPipeline"
@@ -45,7 +46,7 @@ def check_model(config: ModelConfig) -> dict[str, Any]:
     configs = _read(_reader(path, name, config), name)
     _check_configs(configs, config)
     _check_vae(config, configs)
-    return configs
+    return _with_options(configs, config)
 
 
 def configs_for_plan(config: ModelConfig) -> dict[str, Any]:
@@ -59,17 +60,22 @@ def configs_for_plan(config: ModelConfig) -> dict[str, Any]:
     name = config.pretrained_model_name_or_path
     if name is None or (name == sdxl_configs.NAME and not Path(name).exists()):
         _check_clip_skip(sdxl_configs.PUBLISHED, config)
-        return sdxl_configs.PUBLISHED
+        return _with_options(sdxl_configs.PUBLISHED, config)
     path = Path(name)
     if path.suffix == ".safetensors":
         _check_single_file(path, config)
         if config.single_file_config is None:
             _check_clip_skip(sdxl_configs.PUBLISHED, config)
-            return _configs_of_file(path)
+            return _with_options(_configs_of_file(path), config)
         path, name = Path(config.single_file_config), config.single_file_config
     configs = _read(_reader(path, name, config), name)
     _check_configs(configs, config)
-    return configs
+    return _with_options(configs, config)
+
+
+def _with_options(configs: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """The configs with the schedule that the options ask for."""
+    return configs | {"scheduler": chosen_schedule(configs["scheduler"], config)}
 
 
 def _configs_of_file(path: Path) -> dict[str, Any]:

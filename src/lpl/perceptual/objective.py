@@ -61,6 +61,9 @@ class PerceptualObjective:
         prediction_type: one of diffusion.prediction.PREDICTION_TYPES; None: the scheduler's ("flow" without
             alphas_cumprod).
         seed: of the depths that a loss with random_depth stops at.
+        lpl_start, lpl_warmup_steps: with n = lpl_warmup_steps above 0 the weight of optimizer step s (pass step with
+            every call) is multiplied by min(1, (s - lpl_start + 1) / (n + 1)): n steps of a linear ramp. "auto"
+            measures without the ramp, so its weight is that of the whole run, and what acts is the product of both.
 
     Raises:
         ValueError: options that contradict each other or the schedule.
@@ -83,7 +86,11 @@ class PerceptualObjective:
         lpl_target_share: float = 0.2,
         prediction_type: str | None = None,
         seed: int = 0,
+        lpl_start: int = 0,
+        lpl_warmup_steps: int = 0,
     ) -> None:
+        if lpl_warmup_steps < 0:
+            raise ValueError(f"lpl_warmup_steps must be 0 or more, not {lpl_warmup_steps}")
         if lpl_reduction not in ("expected", "gated"):
             raise ValueError(f"lpl_reduction {lpl_reduction!r} is neither expected nor gated")
         if lpl_max_samples is not None and lpl_max_samples < 1:
@@ -95,6 +102,7 @@ class PerceptualObjective:
         self.p_gate = self.gate.probability(p_gate)
         self.lpl_scale, self.snr_gamma, self.lpl_reduction = lpl_scale, snr_gamma, lpl_reduction
         self.lpl_max_samples, self.seed = lpl_max_samples, seed
+        self.lpl_start, self.lpl_warmup_steps = lpl_start, lpl_warmup_steps
         self.auto = AutoWeight(lpl_target_share) if lpl_weight == "auto" else None
         self._weight = 0.0 if lpl_weight == "auto" else float(lpl_weight)
         self._table = None if self.gate.is_flow else alpha_sigma_table(noise_scheduler)
@@ -114,7 +122,7 @@ class PerceptualObjective:
 
     @property
     def weight(self) -> Tensor | float:
-        """The weight in force."""
+        """The weight in force, after the ramp."""
         return self._weight if self.auto is None else self.auto.weight
 
     def __call__(
@@ -142,18 +150,18 @@ class PerceptualObjective:
             mask: (B, 1, h, w) in [0, 1]: where LPL counts.
             diffusion_loss: the scalar that LPL is added to, for the gradient meter; its graph is kept.
             step: the optimizer step, the same on every process: with the seed it decides how deep a loss with
-                random_depth goes. While "auto" measures, that is all the way.
+                random_depth goes. While "auto" measures, that is all the way. Needed for lpl_warmup_steps, too.
             windows: (B, 2) in [0, 1), for a loss with crop: where each sample's window lies.
 
         Raises:
             ValueError: half-precision noisy_latents, missing sigmas, "auto" without diffusion_loss, random_depth
-                without step, or crop without windows.
+                or lpl_warmup_steps without step, or crop without windows.
         """
         if noisy_latents.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"noisy_latents are {noisy_latents.dtype}: pass the float32 ones, not their cast")
         if self.auto is not None and diffusion_loss is None:
             raise ValueError("lpl_weight 'auto' measures gradients: pass diffusion_loss=")
-        depth = self._depth(step)
+        depth, weight = self._depth(step), self.weight * self._ramp(step)
         timesteps, sigmas = timesteps.cpu(), None if sigmas is None else sigmas.cpu()
         alpha, sigma = self._coefficients(timesteps, sigmas)
         passed = self.gate.passes(timesteps, alpha, sigma).nonzero().flatten()
@@ -161,7 +169,7 @@ class PerceptualObjective:
         metrics: dict[str, Tensor | float] = {
             "lpl/num_samples": float(gated),
             "lpl/application_ratio": gated / size,
-            "lpl/weight": self.weight,
+            "lpl/weight": weight,
         }
         diffusion_square = None
         if diffusion_loss is not None and diffusion_loss.requires_grad:
@@ -193,13 +201,13 @@ class PerceptualObjective:
             depth=depth,
             windows=None if windows is None else windows[chosen],
         )
-        loss = self.weight * (coefficient * out.per_sample).sum()
+        loss = weight * (coefficient * out.per_sample).sum()
         metrics |= _describe(out, snr) | {"lpl/weighted_loss": loss.detach()}
         if out.gradient is not None and diffusion_square is not None:
             sensitivity = output_sensitivity(alpha, sigma, self.prediction_type)
             factor = coefficient * sensitivity.to(index.device, non_blocking=True)
             unit_square = (expand(factor, out.gradient) * out.gradient).float().square().sum() / size
-            metrics["lpl/gradient_square"] = unit_square * self.weight**2
+            metrics["lpl/gradient_square"] = unit_square * weight**2
             if self.auto is not None:
                 self.auto.measure(unit_square, diffusion_square, gated)
         return PerceptualTerm(loss, metrics, len(chosen))
@@ -216,6 +224,13 @@ class PerceptualObjective:
         if step is None:
             raise ValueError("the loss stops at a random depth: pass step=, the optimizer step")
         return depth_of(keyed_uniform(self.seed, "lpl_depth", step), reach)
+
+    def _ramp(self, step: int | None) -> float:
+        if self.lpl_warmup_steps == 0:
+            return 1.0
+        if step is None:
+            raise ValueError("lpl_warmup_steps needs step=, the optimizer step")
+        return min(1.0, max(0, step - self.lpl_start + 1) / (self.lpl_warmup_steps + 1))
 
     def _coefficients(self, timesteps: Tensor, sigmas: Tensor | None) -> tuple[Tensor, Tensor]:
         if self._table is not None:

@@ -105,6 +105,8 @@ def build_objective(config: TrainConfig, family: Any) -> PerceptualObjective:
             lpl_max_samples=options.lpl_max_samples,
             lpl_target_share=options.lpl_target_share,
             seed=config.run.seed,
+            lpl_start=options.lpl_start,
+            lpl_warmup_steps=options.lpl_warmup_steps,
         )
     except ValueError as error:
         raise UserError(str(error)) from error

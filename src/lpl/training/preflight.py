@@ -18,6 +18,7 @@ from lpl.data.decode import parse_color
 from lpl.data.sources import Source, open_regularisation, open_source
 from lpl.errors import UserError
 from lpl.families import model_configs, native_resolution, plan_configs
+from lpl.training.objective_checks import objective_rules, warn_of_objective
 
 logger = logging.getLogger("lpl")
 
@@ -216,8 +217,9 @@ def _check_gate(config: TrainConfig, configs: dict[str, Any]) -> None:
         "lpl_snr_threshold": options.lpl_snr_threshold,
         "lpl_sigma_threshold": options.lpl_sigma_threshold,
     }
-    bias = config.diffusion.timestep_bias_strategy
-    if not options.use_lpl or (given["lpl_snr_threshold"] is given["lpl_sigma_threshold"] is None and bias == "none"):
+    bias, drawn = config.diffusion.timestep_bias_strategy, config.diffusion.timestep_distribution
+    usual = bias == "none" and drawn == "uniform"
+    if not options.use_lpl or (given["lpl_snr_threshold"] is given["lpl_sigma_threshold"] is None and usual):
         return
     from lpl.families import noise_scheduler
     from lpl.perceptual.gate import Gate
@@ -231,6 +233,7 @@ def _check_gate(config: TrainConfig, configs: dict[str, Any]) -> None:
     except ValueError as error:
         flags = [f"--{name} {value}" for name, value in given.items() if value is not None]
         flags += [f"--timestep_bias_strategy {bias}"] * (bias != "none")
+        flags += [f"--timestep_distribution {drawn}"] * (drawn != "uniform")
         raise UserError(f"{', '.join(flags)}: {error}") from error
 
 
@@ -248,6 +251,7 @@ def _warn_idle(config: TrainConfig) -> None:
         )
     if steps is not None and warmup is not None and warmup >= steps and config.optim.lr_scheduler != "constant":
         logger.warning("--lr_warmup_steps %d: the run of %d steps never leaves the warm-up", warmup, steps)
+    warn_of_objective(config)
     given, usual = config.flat(), default.flat()
     for option, can_act, needs in _rules(config):
         # lr_warmup_steps 0 asks for nothing, and is what users of the constant schedule write.
@@ -268,6 +272,7 @@ def _rules(config: TrainConfig) -> list[tuple[str, bool, str]]:
         ("timestep_bias_end", biased == "range", "--timestep_bias_strategy range"),
         ("dataset_config_name", config.data.dataset_name is not None, "--dataset_name"),
         ("image_column", config.data.dataset_name is not None, "--dataset_name"),
+        *objective_rules(config),
         *((name, config.data.buckets, "--buckets") for name in ("bucket_area", "bucket_step", "bucket_max_aspect")),
         *((name, config.data.shuffle_caption, "--shuffle_caption") for name in SHUFFLING),
         ("prior_loss_weight", config.data.reg_data_dir is not None, "--reg_data_dir"),

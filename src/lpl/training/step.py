@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,8 +12,12 @@ from lpl.config import DiffusionConfig
 from lpl.data.dataset import Batch
 from lpl.diffusion.diffusion_loss import diffusion_loss, min_snr_weight
 from lpl.diffusion.draws import draw_normal, draw_timestep, keyed_uniform, timestep_probabilities
+from lpl.diffusion.huber import huber_threshold
 from lpl.diffusion.latent_space import LatentSpace
 from lpl.diffusion.prediction import add_noise, alpha_sigma_table, signal_to_noise, target_of
+from lpl.diffusion.pyramid_noise import pyramid_noise
+from lpl.diffusion.strata import strata
+from lpl.diffusion.weighting import debiased_weight, p2_weight
 from lpl.errors import UserError
 from lpl.families.base import Family
 from lpl.perceptual.objective import PerceptualObjective
@@ -58,16 +63,35 @@ class TrainingStep:
         self.latent_space = LatentSpace.from_config(family.vae.config)
         self.probabilities = timestep_weights(scheduler.config.num_train_timesteps, config)
 
-    def draw(self, batch: Batch) -> Drawn:
-        """Noise and timesteps of a batch, keyed by sample and by how often it was drawn."""
+    def draw(self, batch: Batch, step: int = 0, positions: Sequence[int] = (), of: int = 0) -> Drawn:
+        """Noise and timesteps of a batch, keyed by sample and by how often it was drawn.
+
+        Args:
+            batch: a micro-batch.
+            step, positions, of: for stratified timesteps, see __call__.
+
+        Raises:
+            ValueError: stratified timesteps without the position of each sample.
+        """
         shape = tuple(batch.raw_latents.shape[1:])
         noise, timesteps = [], []
-        for key in zip(batch.sample_ids, batch.counts, strict=True):
+        parts = [0] * len(batch.sample_ids)
+        stratified = self.config.timestep_sampling == "stratified"
+        if stratified:
+            if len(positions) != len(parts):
+                raise ValueError(f"stratified timesteps: {len(parts)} samples but {len(positions)} positions")
+            numbers = strata(of, self.seed, step)
+            parts = [numbers[position] for position in positions]
+        for part, key in zip(parts, zip(batch.sample_ids, batch.counts, strict=True), strict=True):
             eps = draw_normal(shape, self.seed, "noise", *key)
             if self.config.noise_offset:
                 eps = eps + self.config.noise_offset * draw_normal((shape[0], 1, 1), self.seed, "noise_offset", *key)
+            if self.config.pyramid_noise_iterations:
+                levels, discount = self.config.pyramid_noise_iterations, self.config.pyramid_noise_discount
+                eps = pyramid_noise(eps, levels, discount, self.seed, "pyramid", *key)
             noise.append(eps)
-            timesteps.append(draw_timestep(self.probabilities, self.seed, "timestep", *key))
+            of_step = {"stratum": part, "strata": of} if stratified else {}
+            timesteps.append(draw_timestep(self.probabilities, self.seed, "timestep", *key, **of_step))
         return Drawn(torch.stack(noise), torch.tensor(timesteps))
 
     def _windows(self, batch: Batch) -> Tensor:
@@ -76,9 +100,47 @@ class TrainingStep:
         places = [[keyed_uniform(self.seed, f"lpl_crop_{axis}", *key) for axis in "yx"] for key in keys]
         return torch.tensor(places, dtype=torch.float64)
 
-    def __call__(self, denoiser: nn.Module, batch: Batch, device: torch.device, use_lpl: bool, step: int) -> StepLoss:
-        """The loss of a micro-batch of an optimizer step; the batch's tensors are on the CPU."""
-        drawn = self.draw(batch)
+    def _weight(self, snr: Tensor) -> Tensor | None:
+        """Weight of each sample's diffusion loss, (B,), or None where all are 1."""
+        config, kind = self.config, self.prediction_type
+        if config.snr_gamma is not None:
+            return min_snr_weight(snr, config.snr_gamma, kind)
+        if config.loss_weighting == "debiased":
+            return debiased_weight(snr, kind)
+        if config.loss_weighting == "p2":
+            return p2_weight(snr, config.p2_gamma, config.p2_k, kind)
+        return None
+
+    def _huber_c(self, timesteps: Tensor) -> Tensor | None:
+        if self.config.loss_type != "huber":
+            return None
+        alpha, sigma = self.alpha[timesteps], self.sigma[timesteps]
+        return huber_threshold(
+            self.config.huber_schedule, self.config.huber_c, timesteps, len(self.alpha), alpha, sigma
+        )
+
+    def __call__(
+        self,
+        denoiser: nn.Module,
+        batch: Batch,
+        device: torch.device,
+        use_lpl: bool,
+        step: int,
+        positions: Sequence[int] = (),
+        of: int = 0,
+    ) -> StepLoss:
+        """The loss of a micro-batch of an optimizer step; the batch's tensors are on the CPU.
+
+        Args:
+            denoiser: what is trained.
+            batch: the micro-batch.
+            device: where the denoiser is.
+            use_lpl: whether LPL acts in this step.
+            step: the optimizer step.
+            positions: where each sample lies in the step's global batch; needed for stratified timesteps.
+            of: how many samples that has.
+        """
+        drawn = self.draw(batch, step, positions, of)
         alpha, sigma = self.alpha[drawn.timesteps], self.sigma[drawn.timesteps]
         snr = signal_to_noise(alpha, sigma).float()
         latents = self.latent_space.from_raw(_send(batch.raw_latents, device))
@@ -89,9 +151,7 @@ class TrainingStep:
         model_output = self.family.denoise(denoiser, noisy_latents, timesteps, text, sizes).float()
 
         target = target_of(latents, noise, alpha.float(), sigma.float(), self.prediction_type)
-        gamma = self.config.snr_gamma
-        weight = None if gamma is None else min_snr_weight(snr, gamma, self.prediction_type)
-        per_sample = diffusion_loss(model_output, target, weight)
+        per_sample = diffusion_loss(model_output, target, self._weight(snr), self._huber_c(drawn.timesteps))
         weights = None if batch.weights is None else _send(batch.weights, device)
         loss = (per_sample if weights is None else per_sample * weights).mean()
         metrics: dict[str, Tensor | float] = {"diffusion_loss": loss.detach()}
@@ -118,7 +178,7 @@ def _send(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def timestep_weights(num_timesteps: int, config: DiffusionConfig) -> Tensor:
-    """How likely each timestep is, (T,), under --timestep_bias_*.
+    """How likely each timestep is, (T,), under --timestep_distribution and --timestep_bias_*.
 
     Raises:
         UserError: a range outside the schedule, or nothing left to draw.
@@ -131,6 +191,9 @@ def timestep_weights(num_timesteps: int, config: DiffusionConfig) -> Tensor:
             config.timestep_bias_portion,
             config.timestep_bias_begin,
             config.timestep_bias_end,
+            config.timestep_distribution,
+            config.logit_mean,
+            config.logit_std,
         )
     except ValueError as error:
         raise UserError(f"--timestep_bias_strategy {config.timestep_bias_strategy}: {error}") from error

@@ -65,7 +65,10 @@ def _merge(name: str, pairs: list[tuple[float, float]]) -> float:
 class Tracker:
     """Turns windows into logged metrics, and warns once where LPL idles or dominates."""
 
-    def __init__(self, accelerator: Accelerator, samples_per_step: int, weight_option: str) -> None:
+    def __init__(
+        self, accelerator: Accelerator, samples_per_step: int, weight_option: str, judged_from: int = 0
+    ) -> None:
+        self.judged_from = judged_from  # steps before this one, in which LPL's weight still rises, are not judged
         self.accelerator, self.samples_per_step, self.weight_option = accelerator, samples_per_step, weight_option
         self.window = MetricWindow()
         self._squares, self._gated, self._warned = [0.0, 0.0], 0.0, False
@@ -91,7 +94,8 @@ class Tracker:
         if "lpl/weight" in metrics:
             metrics["lpl/gradient_share"] = gradient_share(lpl_square, diffusion_square)
             metrics["lpl/loss_share"] = weighted / (weighted + metrics["diffusion_loss"] or 1.0)
-            self._judge(lpl_square, diffusion_square, done, metrics)
+            if self._step >= self.judged_from:
+                self._judge(lpl_square, diffusion_square, done, metrics)
         now = time.perf_counter()
         metrics["train_loss"] = metrics["diffusion_loss"] + weighted
         metrics["samples_per_second"] = done * self.samples_per_step / (now - self._time)

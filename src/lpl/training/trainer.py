@@ -6,8 +6,9 @@ import json
 import logging
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import gather_object, set_seed
@@ -32,6 +33,7 @@ from lpl.training.tracking import FiniteGuard, Tracker
 from lpl.training.validation import publish_images
 
 logger = logging.getLogger("lpl")
+T = TypeVar("T")
 
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -84,6 +86,7 @@ class Trainer:
             accelerator,
             self.samples_per_step,
             f"--lpl_weight {config.lpl.lpl_weight} --lpl_norm_type {config.lpl.lpl_norm_type}",
+            config.lpl.lpl_start + config.lpl.lpl_warmup_steps if config.lpl.lpl_warmup_steps else 0,
         )
         self.step = 0
         self._resume()
@@ -207,7 +210,10 @@ class Trainer:
         for micro_batch in range(run.gradient_accumulation_steps):
             batch = self.data.batch(self._draws(self.step, micro_batch))
             with accelerator.accumulate(self.denoiser):
-                out = self.step_loss(self.denoiser, batch, accelerator.device, use_lpl, self.step)
+                out = self.step_loss(
+                    self.denoiser, batch, accelerator.device, use_lpl, self.step,
+                    self._share(range(self.samples_per_step), micro_batch), self.samples_per_step,
+                )  # fmt: skip
                 self.guard.watch(
                     self.step * run.gradient_accumulation_steps + micro_batch, out.diffusion_per_sample, out.lpl
                 )
@@ -228,16 +234,18 @@ class Trainer:
         return norm
 
     def _draws(self, step: int, micro_batch: int) -> list[tuple[int, int]]:
+        return list(self._share(self.order.batch(step), micro_batch))
+
+    def _share(self, batch: Sequence[T], micro_batch: int) -> Sequence[T]:
         run, accelerator = self.config.run, self.accelerator
-        own = share(
-            self.order.batch(step),
+        return share(
+            batch,
             micro_batch,
             accelerator.process_index,
             run.train_batch_size,
             run.gradient_accumulation_steps,
             accelerator.num_processes,
         )
-        return list(own)
 
     def _require_finite(self) -> None:
         mine: list[str] = []

@@ -131,3 +131,18 @@ def test_decoded_share_is_the_mean_over_all_cases(batch: int, limit: int | None)
         chance = p ** sum(passed) * (1 - p) ** (batch - sum(passed))
         total += chance * min(sum(passed), batch if limit is None else limit)
     assert decoded_share(p, batch, limit) == pytest.approx(total / batch)
+
+
+@pytest.mark.parametrize(
+    ("p", "batch", "limit", "expected"),
+    [(0.3, 4, None, 1.2), (0.3, 4, 1, 1.0), (0.3, 4, 2, 1.2), (0.3, 1, 1, 0.3), (0.5, 4, 1, 1.0), (0.5, 4, 3, 2.0)],
+)
+def test_decoded_share_of_stratified_timesteps(p: float, batch: int, limit: int | None, expected: float) -> None:
+    """Of 4 samples 1 pass, or 2 in a fifth of the cases."""
+    assert decoded_share(p, batch, limit, stratified=True) == pytest.approx(expected / batch)
+
+
+def test_plan_knows_stratified_timesteps(rehearsal: Rehearsal) -> None:
+    flags = ("--lpl_t_threshold=300", "--train_batch_size=4", "--lpl_max_samples=1")
+    assert estimate(options(*flags), rehearsal).decoded == pytest.approx((1 - 0.7**4) / 4)
+    assert estimate(options(*flags, "--timestep_sampling=stratified"), rehearsal).decoded == pytest.approx(0.25)
