@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,10 @@ from lpl.config import ModelConfig
 from lpl.errors import UserError
 from lpl.families.sdxl import load_pipeline, named
 from lpl.families.sdxl_check import WITH_WEIGHTS, check_model, native_resolution
+from lpl.families.sdxl_configs import PUBLISHED
 from lpl.families.sdxl_single_file import modelspec, original_tensors, prediction_of
+
+logger = logging.getLogger("lpl")
 
 STORED = {"F16": torch.float16, "BF16": torch.bfloat16}
 LORA_PARTS = {
@@ -59,6 +63,11 @@ class SDXLExport:
 
     def single_file(self, title: str) -> tuple[Any, dict[str, str]]:
         """Names and tensors of the original layout, and modelspec's metadata."""
+        usual, own = PUBLISHED["vae"]["scaling_factor"], self.pipeline.vae.config.scaling_factor
+        if own != usual:
+            logger.warning(
+                "programs for single files take a VAE's scaling_factor to be %g; this one's is %g", usual, own
+            )
         resolution = native_resolution(self.configs)
         return original_tensors(self.pipeline), modelspec(self.pipeline, title, resolution)
 

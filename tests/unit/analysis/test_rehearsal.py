@@ -43,8 +43,8 @@ def test_blueprint_of_sdxl_has_its_published_sizes() -> None:
 
 @pytest.mark.parametrize("flags", ["", "--gradient_checkpointing", "--mixed_precision=bf16",
                                    "--mixed_precision=bf16 --gradient_checkpointing --rank=2",
-                                   "--rank=2 --lora_targets=all --use_dora",
-                                   "--rank=2 --lora_targets=attention_mlp --lora_dropout=0.5",
+                                   "--mixed_precision=bf16 --rank=2 --lora_targets=all --use_dora",
+                                   "--mixed_precision=bf16 --rank=2 --lora_targets=attention_mlp --lora_dropout=0.5",
                                    "--gradient_accumulation_steps=2"])  # fmt: skip
 def test_denoiser_counts_as_a_real_one(plan_of: Any, flags: str) -> None:
     config = options(*flags.split())

@@ -86,8 +86,11 @@ def test_single_file_equals_the_folder(name: str, model: Path, other: Path, tmp_
     assert len(load_file(file)) == count - fused + 2  # position_ids and logit_scale
 
 
-def test_metadata_follow_modelspec(model: Path, tmp_path: Path) -> None:
+def test_metadata_follow_modelspec(model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = export(model, tmp_path / "out.safetensors")
+    # What the file cannot say is said.
+    (warning,) = [r.getMessage() for r in caplog.records if "scaling_factor" in r.getMessage()]
+    assert warning.endswith("to be 0.13025; this one's is 0.5")
     with safe_open(file, "pt") as content:
         metadata = content.metadata()
     raw = file.read_bytes()
