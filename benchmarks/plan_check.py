@@ -138,7 +138,7 @@ def take_steps(case: Case) -> None:
     denoiser, vae = plan.denoiser(), plan.vae()
     if config.model.rank is not None:
         denoiser.to(dtype=WEIGHT_DTYPES[accelerator.mixed_precision])
-        add_lora(denoiser, config.model.rank, plan.lora_targets, 0)
+        add_lora(denoiser, config.model, plan.lora_targets, 0)
     if config.run.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
     trained = [p for p in denoiser.train().parameters() if p.requires_grad]

@@ -18,12 +18,14 @@ from lpl import __version__
 from lpl.config import TrainConfig, require
 from lpl.config_io import DATA_REPORT, REFUSED, as_flags, environment, nearest, presets, read_options
 from lpl.errors import TrainingStoppedError, UserError
+from lpl.exporting.options import ExportConfig
 
 COMMANDS = {
     "train": "fine-tune a model with the Latent Perceptual Loss",
     "cache": "encode a run's images and captions beforehand; `cache verify` and `cache prune` look after the cache",
     "plan": "say what memory and arithmetic a run needs, and what fits a GPU: no data, no weights",
     "data": "read the images through, report on them and draw what the model will see: no weights",
+    "export": "write a result for other programs: one file for ComfyUI and A1111, a merged folder, a kohya LoRA",
     "demo": "train a small SDXL on photographs: runs anywhere, needs no download",
     "env": "print the versions that matter in a bug report",
 }
@@ -155,6 +157,8 @@ def _dispatch(argv: list[str]) -> None:
         print(plan(options.train, options.memory_bytes))
     elif argv[0] == "data":
         run_data(parse_data(argv[1:]))
+    elif argv[0] == "export":
+        run_export(argv[1:])
     elif argv[0] == "demo":
         demo = _parse(DemoConfig, argv[1:], "lpl demo", list(DemoConfig.__dataclass_fields__))
         from lpl.demo.run import run_demo
@@ -203,6 +207,14 @@ def run_cache(argv: list[str]) -> None:
         from lpl.training.caching import fill_cache
 
         fill_cache(config)
+
+
+def run_export(argv: list[str]) -> None:
+    """Writes a model or a run's result in another form, and says what was written."""
+    options = _parse(ExportConfig, argv, "lpl export", list(ExportConfig.__dataclass_fields__))
+    from lpl.exporting.export import export
+
+    print(export(options, lambda file: parse_train(["--config", str(file)]).model))
 
 
 def run_data(options: DataReportConfig) -> None:
@@ -285,7 +297,11 @@ def _parse(cls: Any, argv: list[str], prog: str, known: list[str], description: 
                 prog=prog,
                 description=description,
                 use_underscores=True,
-                config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+                config=(
+                    tyro.conf.OmitArgPrefixes,
+                    tyro.conf.OmitSubcommandPrefixes,
+                    tyro.conf.PositionalRequiredArgs,
+                ),
             )
     except SystemExit as stop:
         if stop.code in (0, None):

@@ -49,10 +49,28 @@ class ModelConfig:
     rescale_betas_zero_snr: bool = False
     """Rescale the schedule so that its last timestep is pure noise (zero terminal SNR, for v_prediction or sample); the
     saved pipeline says the same, and samples with trailing timesteps."""
+    lora_alpha: float | None = None
+    """The LoRA is multiplied by lora_alpha/rank; unset: the rank, so by 1."""
+    lora_dropout: float = 0.0
+    """Share of the LoRA's inputs that is dropped at each training step."""
+    lora_targets: Literal["attention", "attention_mlp", "all"] = "attention"
+    """Layers with a LoRA: the attentions' projections; also the transformers' MLPs; or every matrix and convolution of
+    the blocks."""
+    use_dora: bool = False
+    """Train a DoRA: also a magnitude for each output of these layers (slower, more memory)."""
 
     def __post_init__(self) -> None:
+        alpha = self.lora_alpha
+        require(alpha is None or 0 < alpha < float("inf"), f"--lora_alpha must be above 0, not {alpha}")
+        require(0 <= self.lora_dropout < 1, f"--lora_dropout must lie in 0..1, below 1, not {self.lora_dropout}")
         require(self.rank is None or self.rank >= 1, f"--rank must be at least 1, not {self.rank}")
         require(self.clip_skip is None or self.clip_skip >= 0, f"--clip_skip must be 0 or more, not {self.clip_skip}")
+
+    @property
+    def alpha(self) -> float:
+        """The LoRA's alpha."""
+        assert self.rank is not None
+        return self.rank if self.lora_alpha is None else self.lora_alpha
 
 
 @dataclass(frozen=True)

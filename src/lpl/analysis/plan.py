@@ -99,7 +99,8 @@ def _processes() -> int:
 
 def _trains(needs: Needs, config: TrainConfig) -> str:
     rank = config.model.rank
-    what = f"LoRA of rank {rank} on {needs.base:,}" if rank else "the whole UNet"
+    kind = "DoRA" if config.model.use_dora else "LoRA"
+    what = f"{kind} of rank {rank} on {needs.base:,}" if rank else "the whole UNet"
     return f"trains       {needs.trained:,} parameters ({what})"
 
 

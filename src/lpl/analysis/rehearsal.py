@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lpl.analysis.counter import StepCounter
 from lpl.analysis.fused_attention import FusedAttention, checkpoint
-from lpl.config import TrainConfig
+from lpl.config import ModelConfig, TrainConfig
 from lpl.data.filling import CAPTION_BATCH, batch_of
 from lpl.diffusion.diffusion_loss import diffusion_loss
 from lpl.families.base import Blueprint
@@ -88,29 +88,29 @@ class Rehearsal:
 
     def parameters(self, config: TrainConfig) -> Parameters:
         """How many there are."""
-        rank, precision = config.model.rank, _precision(config)
-        return self._once(("parameters", rank, precision), lambda: self._parameters(rank, precision))
+        lora, precision = _lora(config), _precision(config)
+        return self._once(("parameters", lora, precision), lambda: self._parameters(lora, precision))
 
-    def _parameters(self, rank: int | None, precision: str) -> Parameters:
+    def _parameters(self, lora: ModelConfig | None, precision: str) -> Parameters:
         with torch.device("meta"):
             base = sum(p.numel() for p in self.blueprint.denoiser().parameters())
-        weights = list(self._model(rank, precision).parameters())
+        weights = list(self._model(lora, precision).parameters())
         trained = [p.numel() for p in weights if p.requires_grad]
         return Parameters(base, sum(trained), max(trained), sum(p.numel() * p.element_size() for p in weights))
 
     def denoiser(self, config: TrainConfig) -> DenoiserCost:
         """One micro-batch, as the trainer runs it; with accumulation, gradients of earlier ones are there already."""
         run, shape = config.run, self.latents(config, config.run.train_batch_size)
-        held, rank, precision = run.gradient_accumulation_steps > 1, config.model.rank, _precision(config)
+        held, lora, precision = run.gradient_accumulation_steps > 1, _lora(config), _precision(config)
         return self._once(
-            ("denoiser", rank, run.gradient_checkpointing, precision, shape, held),
-            lambda: self._denoiser(rank, run.gradient_checkpointing, precision, shape, held),
+            ("denoiser", lora, run.gradient_checkpointing, precision, shape, held),
+            lambda: self._denoiser(lora, run.gradient_checkpointing, precision, shape, held),
         )
 
     def _denoiser(
-        self, rank: int | None, checkpointing: bool, precision: str, shape: tuple[int, ...], held: bool
+        self, lora: ModelConfig | None, checkpointing: bool, precision: str, shape: tuple[int, ...], held: bool
     ) -> DenoiserCost:
-        denoiser = self._model(rank, precision)
+        denoiser = self._model(lora, precision)
         denoiser.disable_gradient_checkpointing()
         if checkpointing:
             denoiser.enable_gradient_checkpointing(checkpoint)
@@ -130,16 +130,16 @@ class Rehearsal:
                 parameter.grad = None
         return DenoiserCost(forward, kept, counter.peak, counter.flops)
 
-    def _model(self, rank: int | None, precision: str) -> Any:
+    def _model(self, lora: ModelConfig | None, precision: str) -> Any:
         """The denoiser in training mode, as the trainer prepares it."""
-        return self._once(("model", rank, precision), lambda: self._build_model(rank, precision))
+        return self._once(("model", lora, precision), lambda: self._build_model(lora, precision))
 
-    def _build_model(self, rank: int | None, precision: str) -> Any:
+    def _build_model(self, lora: ModelConfig | None, precision: str) -> Any:
         with torch.device("meta"):
             denoiser = self.blueprint.denoiser()
-            if rank is not None:
+            if lora is not None:
                 _cast(denoiser, HALF.get(precision, torch.float32))
-                add_lora(denoiser, rank, self.blueprint.lora_targets, 0)
+                add_lora(denoiser, lora, self.blueprint.lora_targets, 0)
         if precision in HALF:
             self._make_fake(denoiser)
             for module in denoiser.modules():
@@ -226,12 +226,12 @@ class Rehearsal:
 
     def validation(self, config: TrainConfig) -> int:
         """Peak of drawing one validation image, on top of what was there before."""
-        precision, rank = _precision(config), config.model.rank
+        precision, lora = _precision(config), _lora(config)
         shape = self.latents(config, 2)  # with and without the prompt
-        return self._once(("validation", rank, precision, shape), lambda: self._validation(rank, precision, shape))
+        return self._once(("validation", lora, precision, shape), lambda: self._validation(lora, precision, shape))
 
-    def _validation(self, rank: int | None, precision: str, shape: tuple[int, ...]) -> int:
-        denoiser = self._model(rank, precision)
+    def _validation(self, lora: ModelConfig | None, precision: str, shape: tuple[int, ...]) -> int:
+        denoiser = self._model(lora, precision)
         vae = self._on_meta(self.blueprint.vae)
         with torch.no_grad(), FusedAttention():
             with self._tensors(precision in HALF), StepCounter() as sampling, _autocast(precision):
@@ -260,6 +260,20 @@ def _quiet(active: bool) -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+def _lora(config: TrainConfig) -> ModelConfig | None:
+    """The options of a LoRA, if there is one, alike for all models."""
+    model = config.model
+    if model.rank is None:
+        return None
+    return ModelConfig(
+        rank=model.rank,
+        lora_alpha=model.lora_alpha,
+        lora_dropout=model.lora_dropout,
+        lora_targets=model.lora_targets,
+        use_dora=model.use_dora,
+    )
 
 
 def _precision(config: TrainConfig) -> str:

@@ -8,10 +8,13 @@ from lpl.config import ModelConfig
 from lpl.families.sdxl_check import check_model, configs_for_plan, native_resolution
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
     from lpl.families.base import Blueprint
     from lpl.families.sdxl import SDXL
+    from lpl.families.sdxl_export import SDXLExport
 
 
 def load_family(
@@ -28,6 +31,31 @@ def blueprint(configs: dict[str, Any], max_token_length: int = 75) -> Blueprint:
     from lpl.families.sdxl_blueprint import SDXLBlueprint
 
     return SDXLBlueprint(configs, max_token_length)
+
+
+def load_for_export(config: ModelConfig, dtype: torch.dtype | None, lora: Path | None, scale: float) -> SDXLExport:
+    """Loads a model to write it elsewhere, in a precision (None: as stored), with a LoRA merged into it."""
+    from lpl.families.sdxl_export import SDXLExport
+
+    return SDXLExport(config, dtype, lora, scale)
+
+
+def check_export(config: ModelConfig, single_file: bool, lora: Path | None) -> None:
+    """Refuses a model or a LoRA that cannot be written as asked, before anything heavy loads."""
+    from lpl.families.sdxl_export import check_single_file, lora_parts
+
+    model_configs(config)
+    if single_file:
+        check_single_file(config)
+    if lora is not None:
+        lora_parts(lora)
+
+
+def kohya_lora(lora: Path, config: ModelConfig, title: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """A LoRA file of diffusers' naming as kohya and ComfyUI name it, and its metadata."""
+    from lpl.families.sdxl_kohya import to_kohya
+
+    return to_kohya(lora, plan_configs(config), title)
 
 
 def noise_scheduler(configs: dict[str, Any]) -> Any:
@@ -47,4 +75,14 @@ def plan_configs(config: ModelConfig) -> dict[str, Any]:
     return configs_for_plan(config)
 
 
-__all__ = ["blueprint", "load_family", "model_configs", "native_resolution", "noise_scheduler", "plan_configs"]
+__all__ = [
+    "blueprint",
+    "check_export",
+    "kohya_lora",
+    "load_family",
+    "load_for_export",
+    "model_configs",
+    "native_resolution",
+    "noise_scheduler",
+    "plan_configs",
+]

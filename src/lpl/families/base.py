@@ -20,8 +20,8 @@ class Family(Protocol):
     """The frozen VAE, float32, in eval mode."""
     noise_scheduler: Any
     """The training schedule, with alphas_cumprod and config.prediction_type."""
-    lora_targets: tuple[str, ...]
-    """Names of the denoiser's layers that a LoRA is put on."""
+    lora_targets: Mapping[str, tuple[str, ...]]
+    """By --lora_targets, names of the denoiser's layers that a LoRA is put on."""
     latent_key: str
     """Hash of the image encoder's weights and settings."""
     text_key: str
@@ -60,7 +60,7 @@ class Family(Protocol):
 class Blueprint(Protocol):
     """What a plan asks of a model family: networks without trained weights, and inputs of their shapes."""
 
-    lora_targets: tuple[str, ...]
+    lora_targets: Mapping[str, tuple[str, ...]]
     noise_scheduler: Any
     latent_channels: int
     stride: int

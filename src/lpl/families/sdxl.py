@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -28,7 +29,15 @@ from lpl.families.sdxl_text import PromptEncoder
 
 logger = logging.getLogger("lpl")
 
-LORA_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
+_ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
+_MLP = ("ff.net.0.proj", "ff.net.2")
+_RESNET = ("conv1", "conv2", "conv_shortcut", "time_emb_proj")
+_REST = (*_RESNET, "proj_in", "proj_out", "downsamplers.0.conv", "upsamplers.0.conv")
+LORA_TARGETS: dict[str, tuple[str, ...]] = {
+    "attention": _ATTENTION,
+    "attention_mlp": _ATTENTION + _MLP,
+    "all": _ATTENTION + _MLP + _REST,  # what kohya's networks.lora with conv_dim and LyCORIS' full preset reach
+}
 COMPONENTS = ("vae", "text_encoder", "text_encoder_2")
 SAMPLING_STEPS = 25
 GUIDANCE_SCALE = 5.0
@@ -50,13 +59,13 @@ class SDXL:
         UserError: the model cannot be loaded.
     """
 
-    lora_targets: tuple[str, ...] = LORA_TARGETS
+    lora_targets: Mapping[str, tuple[str, ...]] = LORA_TARGETS
 
     def __init__(
         self, config: ModelConfig, device: torch.device, weight_dtype: torch.dtype, encoders_only: bool = False
     ) -> None:
         self.device, self.weight_dtype = device, weight_dtype
-        self.pipeline = _load(config, encoders_only)
+        self.pipeline = load_pipeline(config, encoders_only)
         self.denoiser = self.pipeline.unet
         self.vae = self.pipeline.vae.float().eval().requires_grad_(False)
         self.text_encoders = (self.pipeline.text_encoder, self.pipeline.text_encoder_2)
@@ -182,32 +191,55 @@ def training_schedule(scheduler: Mapping[str, Any]) -> DDPMScheduler:
     return DDPMScheduler.from_config(dict(scheduler))
 
 
-def _load(config: ModelConfig, encoders_only: bool) -> StableDiffusionXLPipeline:
+def load_pipeline(
+    config: ModelConfig, encoders_only: bool = False, dtypes: Mapping[str, torch.dtype] | None = None
+) -> StableDiffusionXLPipeline:
+    """Loads a model's pipeline, with or without its denoiser.
+
+    Args:
+        config: which model.
+        encoders_only: leave the denoiser out, where its files are apart from the others.
+        dtypes: precision by component, unset: float32; a single file has one, the UNet's.
+
+    Raises:
+        UserError: the model cannot be loaded, or lacks weights.
+    """
+    dtypes = defaultdict(lambda: torch.float32, dtypes or {})
     transformers.utils.logging.disable_progress_bar()  # a bar per text encoder; the pipeline's own bar stays
     name = str(config.pretrained_model_name_or_path)
-    common: dict[str, Any] = {"dtype": torch.float32, "cache_dir": config.cache_dir}
+    common: dict[str, Any] = {"cache_dir": config.cache_dir}
     vae = config.pretrained_vae_model_name_or_path
     if vae is not None:
-        with _named("--pretrained_vae_model_name_or_path", vae):
+        with named("--pretrained_vae_model_name_or_path", vae):
             common["vae"] = AutoencoderKL.from_pretrained(
-                vae, dtype=torch.float32, use_safetensors=True, cache_dir=config.cache_dir
+                vae, dtype=dtypes["vae"], use_safetensors=True, cache_dir=config.cache_dir
             )
-    with _named("--pretrained_model_name_or_path", name):
+    with named("--pretrained_model_name_or_path", name):
         if name.endswith(".safetensors"):
             local = config.single_file_config
             return StableDiffusionXLPipeline.from_single_file(
-                name, config=local, local_files_only=local is not None, add_watermarker=False, **common
+                name,
+                config=local,
+                local_files_only=local is not None,
+                add_watermarker=False,
+                dtype=dtypes["unet"],
+                **common,
             )
         common |= {"revision": config.revision, "variant": config.variant, "use_safetensors": True}
         for part, cls in (("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)):
             # On its own: a pipeline would fill weights that are missing with random numbers, and say nothing.
             settings = {key: value for key, value in common.items() if key not in COMPONENTS}
-            encoder, info = cls.from_pretrained(name, subfolder=part, output_loading_info=True, **settings)
+            encoder, info = cls.from_pretrained(
+                name, subfolder=part, output_loading_info=True, dtype=dtypes[part], **settings
+            )
             if info["missing_keys"]:
                 raise ValueError(f"{part} lacks the weights {sorted(info['missing_keys'])[:3]}")
             common[part] = encoder
         left_out: dict[str, Any] = {"unet": None} if encoders_only else {}
-        pipeline = StableDiffusionXLPipeline.from_pretrained(name, add_watermarker=False, **left_out, **common)
+        parts = {part: dtypes[part] for part in ("unet", "vae")} | {"default": torch.float32}
+        pipeline = StableDiffusionXLPipeline.from_pretrained(
+            name, add_watermarker=False, dtype=parts, **left_out, **common
+        )
         for part in ("vae",) if encoders_only else ("unet", "vae"):
             absent = [key for key, weight in getattr(pipeline, part).named_parameters() if weight.is_meta]
             if absent:
@@ -216,7 +248,7 @@ def _load(config: ModelConfig, encoders_only: bool) -> StableDiffusionXLPipeline
 
 
 @contextmanager
-def _named(flag: str, name: str) -> Iterator[None]:
+def named(flag: str, name: str) -> Iterator[None]:
     """Turns what loading raises into one line that names the flag."""
     try:
         yield

@@ -22,7 +22,7 @@ class SDXLBlueprint:
         max_token_length: of captions, see ModelConfig.
     """
 
-    lora_targets: tuple[str, ...] = LORA_TARGETS
+    lora_targets: Mapping[str, tuple[str, ...]] = LORA_TARGETS
 
     def __init__(self, configs: Mapping[str, Any], max_token_length: int = TOKENS_PER_CHUNK) -> None:
         self._configs = configs

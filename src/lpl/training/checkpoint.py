@@ -108,7 +108,9 @@ def load_checkpoint(
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{path}: damaged ({error}); delete it to go on from the checkpoint before it") from error
     if list(saved.keys() - parameters.keys()) or list(parameters.keys() - saved.keys()):
-        raise UserError(f"{path}: holds other parameters than this run trains (another model, or another --rank)")
+        raise UserError(
+            f"{path}: holds other parameters than this run trains (another model, --rank, --lora_targets or --use_dora)"
+        )
     if (ema is None) != ("ema" not in state):
         raise UserError(f"{path}: was written {'with' if ema is None else 'without'} --use_ema")
     with torch.no_grad():

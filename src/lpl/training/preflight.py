@@ -23,6 +23,7 @@ from lpl.training.objective_checks import objective_rules, warn_of_objective
 logger = logging.getLogger("lpl")
 
 SHUFFLING = ("keep_tokens", "caption_separator", "caption_variants")
+LORA = ("lora_alpha", "lora_dropout", "lora_targets", "use_dora")
 FINISHED = "finished.json"
 TRACKERS = {"tensorboard": ("tensorboard",), "wandb": ("wandb",), "comet_ml": ("comet_ml",), "none": (), "all": ()}
 
@@ -264,6 +265,7 @@ def _rules(config: TrainConfig) -> list[tuple[str, bool, str]]:
     prompt = config.logging.validation_prompt is not None
     biased = config.diffusion.timestep_bias_strategy
     return [
+        *((name, config.model.rank is not None, "--rank") for name in LORA),
         ("lr_warmup_steps", config.optim.lr_scheduler != "constant", "a schedule with warm-up (constant_with_warmup)"),
         ("ema_decay", config.optim.use_ema, "--use_ema"),
         ("timestep_bias_multiplier", biased != "none", "--timestep_bias_strategy"),

@@ -103,7 +103,7 @@ class Trainer:
         if config.model.rank is not None:
             if weight_dtype != torch.float32:
                 denoiser.to(dtype=weight_dtype)
-            add_lora(denoiser, config.model.rank, self.family.lora_targets, config.run.seed)
+            add_lora(denoiser, config.model, self.family.lora_targets, config.run.seed)
         else:
             denoiser.requires_grad_(True)
         if config.run.gradient_checkpointing:

@@ -43,6 +43,8 @@ def test_blueprint_of_sdxl_has_its_published_sizes() -> None:
 
 @pytest.mark.parametrize("flags", ["", "--gradient_checkpointing", "--mixed_precision=bf16",
                                    "--mixed_precision=bf16 --gradient_checkpointing --rank=2",
+                                   "--mixed_precision=bf16 --rank=2 --lora_targets=all --use_dora",
+                                   "--mixed_precision=bf16 --rank=2 --lora_targets=attention_mlp --lora_dropout=0.5",
                                    "--gradient_accumulation_steps=2"])  # fmt: skip
 def test_denoiser_counts_as_a_real_one(plan_of: Any, flags: str) -> None:
     config = options(*flags.split())
@@ -50,7 +52,7 @@ def test_denoiser_counts_as_a_real_one(plan_of: Any, flags: str) -> None:
 
     denoiser, half = plan_of.denoiser(), config.run.mixed_precision == "bf16"
     if config.model.rank is not None:
-        add_lora(denoiser.to(torch.bfloat16), config.model.rank, plan_of.lora_targets, 0)
+        add_lora(denoiser.to(torch.bfloat16), config.model, plan_of.lora_targets, 0)
     if config.run.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
     trained = [p for p in denoiser.train().parameters() if p.requires_grad]

@@ -1,0 +1,1 @@
+"""`lpl export`: results in the forms that other programs read."""

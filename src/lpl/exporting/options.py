@@ -1,0 +1,109 @@
+"""Options of `lpl export`, and what they name: a model, and perhaps a LoRA on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from lpl.config import ModelConfig, require
+from lpl.config_io import CONFIG_FILE
+from lpl.errors import UserError
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+INDEX_FILE = "model_index.json"
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write a model or the result of a run in the form another program reads.
+
+    --to safetensors: one file as ComfyUI and A1111 read it, a LoRA merged into it. --to diffusers: a folder, a LoRA
+    merged into it. --to kohya: a run's LoRA, or that of --lora, as kohya's programs, ComfyUI and A1111 read it.
+    """
+
+    source: str
+    """A run's folder, a diffusers folder, a Hub id or one .safetensors file."""
+    to: Literal["safetensors", "diffusers", "kohya"] = "safetensors"
+    """Which form."""
+    output: str | None = None
+    """The file to write; for diffusers the folder."""
+    base: str | None = None
+    """For a run that trained a LoRA: the model it belongs to; unset: the one in the run's config.yaml."""
+    lora: str | None = None
+    """A LoRA file, of diffusers' or kohya's naming, or the folder of a run that trained one."""
+    lora_scale: float = 1.0
+    """Strength of the LoRA in the merge."""
+    dtype: Literal["float16", "bfloat16", "float32"] | None = None
+    """Precision of the result; unset: as the files of the model have it (one on the Hub: float32)."""
+    variant: str | None = None
+    """Variant of the model's weight files, such as fp16."""
+    single_file_config: str | None = None
+    """For a .safetensors file without network: a diffusers folder with that model's configs and tokenizers."""
+
+    def __post_init__(self) -> None:
+        require(self.output is not None, "--output is missing: name the file (for --to diffusers the folder) to write")
+        if self.to == "kohya":
+            for name in ("dtype", "lora_scale"):
+                idle = getattr(self, name) == ExportConfig.__dataclass_fields__[name].default
+                require(idle, f"--{name} acts on a merged model: --to kohya writes the LoRA as it is")
+
+
+class Request(NamedTuple):
+    """What is to be written."""
+
+    model: ModelConfig
+    lora: Path | None
+    flag: str
+    """How to call the model in an error."""
+
+
+def resolve(options: ExportConfig, read_run: Callable[[Path], ModelConfig]) -> Request:
+    """The model and the LoRA that the options name.
+
+    Args:
+        options: of `lpl export`.
+        read_run: reads the model's options from a run's config.yaml.
+
+    Raises:
+        UserError: an unfinished run, a folder that is none, or options that cannot act.
+    """
+    folder = Path(options.source)
+    lora = None if options.lora is None else _lora_file(Path(options.lora))
+    own = folder / LORA_FILE
+    if not own.is_file() or (folder / INDEX_FILE).is_file():
+        if (folder / CONFIG_FILE).is_file() and not (folder / INDEX_FILE).is_file():
+            raise UserError(f"{folder}: an unfinished run; the same `lpl train` command finishes it")
+        require(options.base is None, f"--base belongs to a run that trained a LoRA; {folder} is a model itself")
+        require(
+            lora is not None or (options.lora_scale == 1 and options.to != "kohya"),
+            f"{'--to kohya' if options.to == 'kohya' else '--lora_scale'} needs a LoRA: give --lora, or the folder of "
+            "a run that trained one",
+        )
+        return Request(_with(ModelConfig(options.source), options), lora, "")
+    require(lora is None, f"--lora {options.lora}: {folder} is a LoRA already; merge one after the other")
+    if not (folder / CONFIG_FILE).is_file():
+        require(options.base is not None, f"{folder}: no {CONFIG_FILE} that names the LoRA's model; give --base")
+    config = read_run(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else ModelConfig()
+    if options.base is not None:
+        config = ModelConfig(options.base, prediction_type=config.prediction_type)
+    flag = f"--base (by {folder / CONFIG_FILE})" if options.base is None else "--base"
+    return Request(_with(config, options), own, flag)
+
+
+def _with(config: ModelConfig, options: ExportConfig) -> ModelConfig:
+    given = {
+        name: getattr(options, name) for name in ("variant", "single_file_config") if getattr(options, name) is not None
+    }
+    assert given.keys() <= {f.name for f in fields(config)}
+    return replace(config, **given)
+
+
+def _lora_file(path: Path) -> Path:
+    if path.is_dir():
+        require((path / LORA_FILE).is_file(), f"--lora {path}: no {LORA_FILE} in it")
+        return path / LORA_FILE
+    require(path.is_file(), f"--lora {path}: no such file")
+    require(path.suffix == ".safetensors", f"--lora {path}: only .safetensors is read")
+    return path

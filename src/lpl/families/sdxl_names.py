@@ -1,0 +1,128 @@
+"""Names of SDXL's weights: diffusers' on the left, those of Stability's own release on the right.
+
+The original layout is what ComfyUI, A1111 and kohya's trainers know. Rules, not lists: for any depth and width.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from lpl.errors import UserError
+
+UNET = "model.diffusion_model."
+VAE = "first_stage_model."
+CLIP_L = "conditioner.embedders.0.transformer.text_model."
+CLIP_G = "conditioner.embedders.1.model."
+
+_UNET_OUTSIDE = {
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}
+_UNET_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+_KINDS = "resnets|attentions|downsamplers|upsamplers"
+_UNET_BLOCK = re.compile(
+    rf"(down_blocks|up_blocks)\.(\d+)\.({_KINDS})\.(\d+)\.(.+)|(mid_block)\.({_KINDS})\.(\d+)\.(.+)"
+)
+_VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+_CLIP_G = (
+    ("embeddings.position_embedding.weight", "positional_embedding"),
+    ("embeddings.token_embedding", "token_embedding"),
+    ("final_layer_norm", "ln_final"),
+    ("encoder.layers.", "transformer.resblocks."),
+    ("layer_norm1", "ln_1"),
+    ("layer_norm2", "ln_2"),
+    ("mlp.fc1", "mlp.c_fc"),
+    ("mlp.fc2", "mlp.c_proj"),
+    ("self_attn", "attn"),
+)
+
+
+def unet_module(name: str, config: Mapping[str, Any]) -> str:
+    """The original name of one of the UNet's modules, or of a weight in it, without the prefix.
+
+    The original numbers the parts of all blocks through. With L = layers_per_block, block i down holds parts
+    1 + i (L + 1) to (i + 1)(L + 1), the last of them its downsampler; block i up holds parts i (L + 1) to
+    i (L + 1) + L, its upsampler being a further layer of the last of them. In a part the resnet is layer 0, the
+    attention layer 1.
+
+    Args:
+        name: as `named_modules` or `state_dict` of a UNet2DConditionModel has it.
+        config: that model's, of which layers_per_block and up_block_types count.
+
+    Raises:
+        UserError: a name that SDXL's original UNet has no place for.
+    """
+    for outside, original in _UNET_OUTSIDE.items():
+        if name == outside or name.startswith(f"{outside}."):
+            return original + name.removeprefix(outside)
+    layers = config["layers_per_block"]
+    match = _UNET_BLOCK.match(name)
+    if match is None or not isinstance(layers, int):
+        raise UserError(f"{name}: SDXL's original layout has no place for this weight of the UNet")
+    if match[6]:
+        kind, layer, rest = match[7], int(match[8]), match[9]
+        place = f"middle_block.{2 * layer if kind == 'resnets' else 2 * layer + 1}"
+    else:
+        block, kind, layer, rest = int(match[2]), match[3], int(match[4]), match[5]
+        start = block * (layers + 1)
+        if kind == "downsamplers":
+            return f"input_blocks.{start + layers + 1}.0.op{rest.removeprefix('conv')}"
+        if kind == "upsamplers":
+            attends = "Attn" in config["up_block_types"][block]
+            return f"output_blocks.{start + layers}.{2 if attends else 1}.{rest}"
+        part = f"input_blocks.{1 + start + layer}" if match[1] == "down_blocks" else f"output_blocks.{start + layer}"
+        place = f"{part}.{0 if kind == 'resnets' else 1}"
+    if kind == "resnets":
+        head, dot, tail = rest.partition(".")
+        if head not in _UNET_RESNET:
+            raise UserError(f"{name}: SDXL's original layout has no place for this weight of the UNet")
+        rest = _UNET_RESNET[head] + dot + tail
+    return f"{place}.{rest}"
+
+
+def vae_weight(name: str, num_blocks: int) -> str:
+    """The original name of a weight of an AutoencoderKL of so many blocks, without the prefix.
+
+    The original counts the decoder's blocks from the image, diffusers from the latent.
+    """
+    new = re.sub(r"^encoder\.down_blocks\.(\d+)\.resnets\.", r"encoder.down.\1.block.", name)
+    new = re.sub(r"^encoder\.down_blocks\.(\d+)\.downsamplers\.0\.", r"encoder.down.\1.downsample.", new)
+    match = re.match(r"decoder\.up_blocks\.(\d+)\.(resnets\.|upsamplers\.0\.)", new)
+    if match is not None:
+        part = "block." if match[2] == "resnets." else "upsample."
+        new = f"decoder.up.{num_blocks - 1 - int(match[1])}.{part}{new[match.end() :]}"
+    match = re.match(r"(encoder|decoder)\.mid_block\.(resnets|attentions)\.(\d+)\.(.+)\.(weight|bias)$", new)
+    if match is not None:
+        side, kind, layer, part, end = match.groups()
+        if kind == "resnets":
+            new = f"{side}.mid.block_{int(layer) + 1}.{part}.{end}"
+        else:
+            new = f"{side}.mid.attn_{int(layer) + 1}.{_VAE_ATTENTION[part]}.{end}"
+    return new.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
+
+
+def is_vae_projection(name: str) -> bool:
+    """Whether an original name is an attention's weight: a 1 x 1 convolution there, a matrix in diffusers."""
+    return re.search(r"\.attn_\d+\.(q|k|v|proj_out)\.weight$", name) is not None
+
+
+def clip_g_weight(name: str) -> str:
+    """OpenCLIP's name of a weight of CLIPTextModelWithProjection, without the prefix; q, k and v keep theirs."""
+    new = name.removeprefix("text_model.")
+    for ours, original in _CLIP_G:
+        new = new.replace(ours, original)
+    return new
