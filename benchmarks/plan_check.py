@@ -126,9 +126,10 @@ def take_steps(case: Case) -> None:
 
     from lpl.data.dataset import Batch
     from lpl.families import blueprint
+    from lpl.training.ema import Average
     from lpl.training.engine import build_accelerator, build_objective
     from lpl.training.lora import add_lora
-    from lpl.training.optim import build_ema, build_optimizer
+    from lpl.training.optim import build_optimizer
     from lpl.training.step import TrainingStep
     from lpl.training.trainer import WEIGHT_DTYPES
 
@@ -142,7 +143,7 @@ def take_steps(case: Case) -> None:
     if config.run.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
     trained = [p for p in denoiser.train().parameters() if p.requires_grad]
-    ema = build_ema(trained, config.optim)
+    ema = Average(trained, config.optim) if config.optim.use_ema else None
     denoiser, optimizer = accelerator.prepare(denoiser, build_optimizer(trained, config.optim, 1e-4))
     family: Any = SimpleNamespace(denoise=plan.denoise, vae=vae, noise_scheduler=plan.noise_scheduler)
     objective = build_objective(config, family) if config.lpl.use_lpl else None
@@ -164,7 +165,7 @@ def take_steps(case: Case) -> None:
                 optimizer.step()
                 optimizer.zero_grad()
         if ema is not None:
-            ema.step(trained)
+            ema.after_step(i + 1, trained)
 
 
 def _status(name: str) -> int:

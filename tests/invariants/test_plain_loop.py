@@ -41,7 +41,9 @@ def plain_loop(model: Path, data: Path, cache: Path) -> dict[str, Tensor]:
     pipeline = StableDiffusionXLPipeline.from_pretrained(model, use_safetensors=True, add_watermarker=False)
     unet = pipeline.unet.train()
     cumprod = DDPMScheduler.from_config(pipeline.scheduler.config).alphas_cumprod.double()
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=RATE, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8)
+    decayed, kept = ([p for p in unet.parameters() if (p.ndim > 1) is wide] for wide in (True, False))
+    groups = [{"params": decayed, "weight_decay": 1e-2}, {"params": kept, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.999), eps=1e-8)
     position = 0
     for _ in range(STEPS):
         for _ in range(ACCUMULATION):

@@ -53,6 +53,9 @@ class Family(Protocol):
     def export(self, denoiser: nn.Module, folder: Path) -> None:
         """Writes a pipeline with this denoiser that `from_pretrained` loads and that says its prediction type."""
 
+    def save_denoiser(self, denoiser: nn.Module, folder: Path) -> None:
+        """Writes the denoiser alone, in the subfolder that its `from_pretrained` takes it from in a pipeline."""
+
     def export_lora(self, denoiser: nn.Module, folder: Path) -> None:
         """Writes the denoiser's adapter as `load_lora_weights` expects it."""
 

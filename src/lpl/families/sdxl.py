@@ -8,11 +8,11 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.training_utils import _collate_lora_metadata
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
@@ -177,6 +177,9 @@ class SDXL:
     def export(self, denoiser: nn.Module, folder: Path) -> None:
         self.pipeline.unet = denoiser
         self.pipeline.save_pretrained(folder, safe_serialization=True)
+
+    def save_denoiser(self, denoiser: nn.Module, folder: Path) -> None:
+        cast(UNet2DConditionModel, denoiser).save_pretrained(folder / "unet", safe_serialization=True)
 
     def export_lora(self, denoiser: nn.Module, folder: Path) -> None:
         StableDiffusionXLPipeline.save_lora_weights(

@@ -10,20 +10,22 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lpl.errors import UserError
+from lpl.training.ema import Average
+from lpl.training.optimizers import bare, label
 
 PATTERN = re.compile(r"checkpoint-(\d+)")
 STATE = "state.json"
+GROUP = "group"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -53,7 +55,7 @@ def save_checkpoint(
     step: int,
     parameters: Mapping[str, Tensor],
     optimizer: Any,
-    ema: EMAModel | None,
+    ema: Average | None,
     state: dict[str, Any],
     total_limit: int | None,
 ) -> Path:
@@ -73,12 +75,12 @@ def save_checkpoint(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     _save(parameters, temporary / "model.safetensors")
-    tensors, numbers = _split_optimizer(optimizer.state_dict())
+    tensors, numbers = split_optimizer(optimizer.state_dict())
     _save(tensors, temporary / "optimizer.safetensors")
-    state = state | {"step": step, "optimizer": numbers}
+    state = state | {"step": step, "optimizer": numbers | {"class": label(bare(optimizer))}}
     if ema is not None:
         _save(dict(zip(parameters, ema.shadow_params, strict=True)), temporary / "ema.safetensors")
-        state["ema"] = {k: v for k, v in ema.state_dict().items() if k != "shadow_params"}
+        state["ema"] = ema.numbers()
     (temporary / STATE).write_text(json.dumps(state))
     for path in [*temporary.iterdir(), temporary]:
         _sync(path)
@@ -93,12 +95,12 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: Path, parameters: Mapping[str, Tensor], optimizer: Any, ema: EMAModel | None
+    path: Path, parameters: Mapping[str, Tensor], optimizer: Any, ema: Average | None
 ) -> dict[str, Any]:
     """Restores parameters, optimizer and average in place; returns the rest of what was kept.
 
     Raises:
-        UserError: a damaged checkpoint, one of another model, or of a run with another EMA setting.
+        UserError: a damaged checkpoint, one of another model or optimizer, or of a run with another EMA setting.
     """
     try:
         state = json.loads((path / STATE).read_text())
@@ -113,14 +115,24 @@ def load_checkpoint(
         )
     if (ema is None) != ("ema" not in state):
         raise UserError(f"{path}: was written {'with' if ema is None else 'without'} --use_ema")
+    kept = state.pop("optimizer")
+    _check_same_optimizer(path, kept, optimizer)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(saved[name])
     if ema is not None:
-        device = ema.shadow_params[0].device
-        ema.load_state_dict(state.pop("ema") | {"shadow_params": [shadow[name].to(device) for name in parameters]})
-    optimizer.load_state_dict(_join_optimizer(tensors, state.pop("optimizer")))
+        ema.load(state.pop("ema"), [shadow[name] for name in parameters])
+    optimizer.load_state_dict(join_optimizer(tensors, kept))
     return state
+
+
+def _check_same_optimizer(path: Path, kept: dict[str, Any], optimizer: Any) -> None:
+    own = label(bare(optimizer))
+    if kept.get("class", own) != own:
+        raise UserError(f"{path}: holds the state of {kept['class']}, not of this run's {own}: see --optimizer")
+    sizes = [[len(group["params"]) for group in groups] for groups in (kept["param_groups"], optimizer.param_groups)]
+    if sizes[0] != sizes[1]:
+        raise UserError(f"{path}: groups parameters as {sizes[0]}, this run as {sizes[1]}: see --decay_all")
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -135,21 +147,63 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _split_optimizer(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state as tensors named "<parameter>.<field>" and the rest, which JSON can hold."""
-    tensors, numbers = {}, {}
-    for index, fields in state["state"].items():
-        for name, value in fields.items():
-            if isinstance(value, Tensor):
-                tensors[f"{index}.{name}"] = value
-            else:
-                numbers[f"{index}.{name}"] = value
-    return tensors, {"numbers": numbers, "param_groups": state["param_groups"]}
+def split_optimizer(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's state as tensors named "<parameter>.<field>" or "group<n>.<field>", and the rest as for JSON.
+
+    A field that is a mapping, as bitsandbytes has them, becomes fields "<field>/<key>".
+
+    Raises:
+        TypeError: state that is neither a plain tensor nor what JSON can hold.
+    """
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, Any] = {}
+    groups: list[dict[str, Any]] = [{} for _ in state["param_groups"]]
+    owners = [*state["state"].items(), *((f"{GROUP}{i}", group) for i, group in enumerate(state["param_groups"]))]
+    for key, value in ((f"{owner}.{name}", v) for owner, own in owners for name, v in _flat(own)):
+        owner, name = key.split(".", 1)
+        if type(value) in (Tensor, torch.nn.Parameter):
+            tensors[key] = value
+        elif not _is_plain(value):
+            raise TypeError(f"its state has {name}, a {type(value).__name__}, which checkpoints cannot hold")
+        elif owner.startswith(GROUP):
+            groups[int(owner.removeprefix(GROUP))][name] = value
+        else:
+            numbers[key] = value
+    return tensors, {"numbers": numbers, "param_groups": groups}
 
 
-def _join_optimizer(tensors: dict[str, Tensor], rest: dict[str, Any]) -> dict[str, Any]:
+def join_optimizer(tensors: dict[str, Tensor], rest: dict[str, Any]) -> dict[str, Any]:
+    """What split_optimizer took apart."""
     state: dict[int, dict[str, Any]] = {}
+    groups: list[dict[str, Any]] = [{} for _ in rest["param_groups"]]
+    for group, kept in zip(groups, rest["param_groups"], strict=True):
+        for name, value in kept.items():
+            _put(group, name, value)
     for key, value in [*tensors.items(), *rest["numbers"].items()]:
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
-    return {"state": state, "param_groups": rest["param_groups"]}
+        owner, name = key.split(".", 1)
+        if owner.startswith(GROUP):
+            _put(groups[int(owner.removeprefix(GROUP))], name, value)
+        else:
+            _put(state.setdefault(int(owner), {}), name, value)
+    return {"state": state, "param_groups": groups}
+
+
+def _flat(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in fields.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{name}/{inner}", v) for inner, v in _flat(value))
+        else:
+            yield name, value
+
+
+def _put(fields: dict[str, Any], name: str, value: Any) -> None:
+    *outer, last = name.split("/")
+    for part in outer:
+        fields = fields.setdefault(part, {})
+    fields[last] = value
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))

@@ -18,6 +18,7 @@ from lpl.config import TrainConfig
 from lpl.errors import UserError
 from lpl.perceptual.loss import LatentPerceptualLoss
 from lpl.perceptual.objective import PerceptualObjective
+from lpl.training.optimizers import check_class, check_steps
 from lpl.training.step import timestep_weights
 
 logger = logging.getLogger("lpl")
@@ -43,11 +44,15 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         raise UserError("--mixed_precision fp16 needs an accelerator; on a CPU use bf16 or no")
     if accelerator.mixed_precision == "bf16" and kind == "cuda" and not torch.cuda.is_bf16_supported():
         raise UserError("--mixed_precision bf16: this GPU has no bfloat16; use fp16")
-    if config.optim.use_8bit_adam and kind == "cpu":
-        raise UserError("--use_8bit_adam needs a GPU; drop it on a CPU")
-    if config.lpl.use_lpl and config.lpl.lpl_compile and not _can_compile(kind):
+    if config.optim.optimizer_name == "adamw8bit" and kind == "cpu":
+        flag = "--use_8bit_adam" if config.optim.use_8bit_adam else "--optimizer adamw8bit"
+        raise UserError(f"{flag} needs a GPU; drop it on a CPU")
+    check_class(config.optim)
+    check_steps(config.optim, accelerator.device)
+    compiled = {"lpl_compile": config.lpl.use_lpl and config.lpl.lpl_compile, "compile_denoiser": run.compile_denoiser}
+    for flag in (name for name, asked in compiled.items() if asked and not _can_compile(kind)):
         missing = "a C++ compiler" if kind == "cpu" else "Triton"
-        raise UserError(f"--lpl_compile needs {missing}, which was not found: install it or drop the option")
+        raise UserError(f"--{flag} needs {missing}, which was not found: install it or drop the option")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = run.allow_tf32
     level = logging.INFO if accelerator.is_main_process else logging.ERROR
     logging.basicConfig(format="%(message)s", level=logging.WARNING)

@@ -8,6 +8,7 @@ from lpl.config import TrainConfig
 from lpl.config_io import CONFIG_FILE, DATA_REPORT
 from lpl.data.bad_files import FILE as BAD_FILES
 from lpl.errors import UserError
+from lpl.training.saving import SAVED
 
 
 def create_repository(config: TrainConfig) -> str:
@@ -39,6 +40,7 @@ def push(config: TrainConfig, repository: str) -> None:
         commit_message="End of training",
         ignore_patterns=[
             "checkpoint-*",
+            f"{SAVED}-*",
             ".tmp-*",
             f"{config.logging.logging_dir}/*",
             f"{DATA_REPORT}/*",
@@ -68,12 +70,16 @@ def write_model_card(config: TrainConfig, folder: Path) -> Path:
         if config.lpl.use_lpl
         else "the plain diffusion objective"
     )
+    optim = config.optim
+    averaged = optim.use_ema and optim.final_weights != "raw"
+    weights = f"their exponential moving average (decay {optim.ema_decay:g})" if averaged else "those of the last step"
     text = f"""---
 {data.to_yaml()}
 ---
 # {folder.resolve().name}
 
 {"A LoRA" if lora else "A full fine-tune"} of `{base}`, trained with {method}. Load it with `{load}`.
+The weights are {weights}.
 
 {picture}```yaml
 {(folder / CONFIG_FILE).read_text()}```

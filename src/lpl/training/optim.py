@@ -1,41 +1,32 @@
-"""Optimizer, learning-rate schedule and EMA, all from well-kept libraries."""
+"""Optimizer and learning-rate schedule, from well-kept libraries."""
 
 from __future__ import annotations
 
+import io
+from contextlib import redirect_stdout
 from typing import Any
 
 import torch
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 
 from lpl.config import OptimConfig, TrainConfig
 from lpl.errors import UserError
+from lpl.training.optimizers import optimizer_class, optimizer_keywords, parameter_groups
 
 WARMUP_STEPS = 500
 
 
 def build_optimizer(parameters: list[torch.nn.Parameter], config: OptimConfig, learning_rate: float) -> Any:
-    """AdamW, or bitsandbytes' 8-bit AdamW.
+    """The optimizer that --optimizer names, in up to two groups: biases and weights of norms do not decay.
 
     Raises:
-        UserError: --use_8bit_adam without bitsandbytes or without a GPU.
+        UserError: a package that is not installed, or keywords that the optimizer lacks.
     """
-    optimizer_class: Any = torch.optim.AdamW
-    if config.use_8bit_adam:
-        try:
-            import bitsandbytes
-        except ImportError as error:
-            raise UserError(
-                "--use_8bit_adam needs bitsandbytes: pip install 'latent-perceptual-loss[optim]'"
-            ) from error
-        optimizer_class = bitsandbytes.optim.AdamW8bit
-    return optimizer_class(
-        parameters,
-        lr=learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.adam_weight_decay,
-        eps=config.adam_epsilon,
-    )
+    cls = optimizer_class(config)
+    keywords = optimizer_keywords(config, cls)
+    groups = parameter_groups(parameters, config.decay_all, keywords, cls)
+    with redirect_stdout(io.StringIO()):  # prodigyopt says at each start that its weight decay is decoupled
+        return cls(groups, lr=learning_rate, **keywords)
 
 
 def build_schedule(optimizer: Any, config: OptimConfig, num_steps: int) -> Any:
@@ -59,15 +50,6 @@ def build_schedule(optimizer: Any, config: OptimConfig, num_steps: int) -> Any:
         )
     except (ValueError, IndexError) as error:
         raise UserError(f"--lr_scheduler {config.lr_scheduler}: {error}") from error
-
-
-def build_ema(parameters: list[torch.nn.Parameter], config: OptimConfig) -> EMAModel | None:
-    """An average of the trained parameters on their device, or None without --use_ema."""
-    if not config.use_ema:
-        return None
-    ema = EMAModel(parameters, decay=config.ema_decay, foreach=True)
-    ema.to(parameters[0].device)
-    return ema
 
 
 def scaled_learning_rate(config: TrainConfig, num_processes: int) -> float:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lpl.config import ModelConfig, TrainConfig
+from lpl.config import OPTIMIZERS, ModelConfig, TrainConfig
 from lpl.config_io import CONFIG_FILE, differences
 from lpl.data.buckets import image_sizes
 from lpl.data.decode import parse_color
@@ -22,6 +22,8 @@ from lpl.training.objective_checks import objective_rules, warn_of_objective
 
 logger = logging.getLogger("lpl")
 
+ADAM = ", ".join(name for name in OPTIMIZERS if name != "adafactor")
+EMA = ("ema_decay", "ema_warmup", "ema_min_decay", "ema_update_after_step", "ema_update_every", "ema_device")
 SHUFFLING = ("keep_tokens", "caption_separator", "caption_variants")
 LORA = ("lora_alpha", "lora_dropout", "lora_targets", "use_dora")
 FINISHED = "finished.json"
@@ -60,6 +62,10 @@ def preflight(config: TrainConfig) -> Checked:
             raise UserError(
                 f"--report_to {config.logging.report_to}: {package} is not installed: pip install {package}"
             )
+    if config.optim.optimizer_name not in ("adamw", "adamw8bit") or config.optim.optimizer_args:
+        from lpl.training.optimizers import check_class
+
+        check_class(config.optim)
     config, configs = check_model(config)
     finished_step = _check_output(config)
     if configs:
@@ -250,7 +256,7 @@ def _warn_idle(config: TrainConfig) -> None:
         logger.warning(
             "--lpl_start %d is not reached in --max_train_steps %d: LPL never acts", config.lpl.lpl_start, steps
         )
-    if steps is not None and warmup is not None and warmup >= steps and config.optim.lr_scheduler != "constant":
+    if steps is not None and warmup is not None and warmup >= steps and config.optim.warms_up:
         logger.warning("--lr_warmup_steps %d: the run of %d steps never leaves the warm-up", warmup, steps)
     warn_of_objective(config)
     given, usual = config.flat(), default.flat()
@@ -264,10 +270,15 @@ def _rules(config: TrainConfig) -> list[tuple[str, bool, str]]:
     """(option, whether it can act in this run, what it needs)."""
     prompt = config.logging.validation_prompt is not None
     biased = config.diffusion.timestep_bias_strategy
+    named = config.optim.optimizer_name in OPTIMIZERS
+    betas = named and config.optim.optimizer_name != "adafactor"
     return [
         *((name, config.model.rank is not None, "--rank") for name in LORA),
-        ("lr_warmup_steps", config.optim.lr_scheduler != "constant", "a schedule with warm-up (constant_with_warmup)"),
-        ("ema_decay", config.optim.use_ema, "--use_ema"),
+        ("lr_warmup_steps", config.optim.warms_up, "a schedule with warm-up (constant_with_warmup)"),
+        *((name, betas, f"--optimizer {ADAM}") for name in ("adam_beta1", "adam_beta2", "adam_epsilon")),
+        ("adam_weight_decay", named, "an --optimizer with a name (--optimizer_args weight_decay=... is for others)"),
+        *((name, config.optim.use_ema, "--use_ema") for name in EMA),
+        *((name, config.optim.ema_warmup, "--ema_warmup") for name in ("ema_inv_gamma", "ema_power")),
         ("timestep_bias_multiplier", biased != "none", "--timestep_bias_strategy"),
         ("timestep_bias_portion", biased in ("earlier", "later"), "--timestep_bias_strategy earlier or later"),
         ("timestep_bias_begin", biased == "range", "--timestep_bias_strategy range"),

@@ -24,13 +24,17 @@ from lpl.errors import TrainingStoppedError, UserError
 from lpl.families import load_family
 from lpl.training import hub
 from lpl.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from lpl.training.ema import Average
 from lpl.training.engine import build_accelerator, build_objective
 from lpl.training.lora import add_lora
-from lpl.training.optim import build_ema, build_optimizer, build_schedule, scaled_learning_rate
+from lpl.training.optim import build_optimizer, build_schedule, scaled_learning_rate
+from lpl.training.optimizers import adapted_rate, bare, coefficients
 from lpl.training.preflight import FINISHED, Checked, finished_at
+from lpl.training.saving import save_weights
 from lpl.training.step import TrainingStep
 from lpl.training.tracking import FiniteGuard, Tracker
 from lpl.training.validation import publish_images
+from lpl.training.weights import Weights
 
 logger = logging.getLogger("lpl")
 T = TypeVar("T")
@@ -115,8 +119,12 @@ class Trainer:
         optimizer = build_optimizer(trained, config.optim, rate)
         # Not prepared by accelerate, which would step it once per process.
         self.schedule = build_schedule(optimizer, config.optim, self.num_steps)
-        self.ema = build_ema(trained, config.optim)
+        self.ema = Average(trained, config.optim) if config.optim.use_ema else None
+        if config.run.compile_denoiser:
+            denoiser.compile()  # in place: no wrapper that would be seen in the names of parameters
         self.denoiser, self.optimizer = self.accelerator.prepare(denoiser, optimizer)
+        self.optimizer.train()  # says something to schedule-free optimizers only
+        self.weights = Weights(self.parameters, self.optimizer, self.ema, config.optim.final_weights)
 
     def _resume(self) -> None:
         path = find_checkpoint(self.folder, self.config.run.resume_from_checkpoint)
@@ -124,7 +132,7 @@ class Trainer:
             if finished_at(self.folder) is not None:
                 logger.warning("%s: the finished run left no checkpoint, so training starts over", self.folder)
             return
-        rates, options = list(self.schedule.base_lrs), [_options(group) for group in self.optimizer.param_groups]
+        rates, options = list(self.schedule.base_lrs), coefficients(bare(self.optimizer))
         state = load_checkpoint(path, self.parameters, self.optimizer, self.ema)
         self.step = state["step"]
         self._check_resumed(path, state)
@@ -191,6 +199,8 @@ class Trainer:
                 if self.step % log.log_every == 0 or self.step in (1, self.num_steps):
                     self._require_finite()
                     extra = {"learning_rate": self.schedule.get_last_lr()[0], "gradient_norm": float(gradient_norm)}
+                    if (rate := adapted_rate(self.optimizer)) is not None:
+                        extra["adapted_learning_rate"] = float(rate)
                     metrics = self.tracker.log(self.step, extra)
                     shown = {"loss": "train_loss", "lpl": "lpl/weighted_loss", "share": "lpl/gradient_share"}
                     bar.set_postfix({k: f"{metrics[name]:.3g}" for k, name in shown.items() if name in metrics})
@@ -199,6 +209,8 @@ class Trainer:
                     self.validate()
                 if self.step % run.checkpointing_steps == 0:
                     self.save()
+                if run.save_steps is not None and self.step % run.save_steps == 0:
+                    self.save_weights()
                 self.tracker.pause(time.perf_counter() - started)
 
     def _optimizer_step(self) -> torch.Tensor:
@@ -228,7 +240,7 @@ class Trainer:
         if not accelerator.optimizer_step_was_skipped:
             self.schedule.step()
         if self.ema is not None:
-            self.ema.step(self.parameters.values())
+            self.ema.after_step(self.step + 1, self.parameters.values())
         if self.objective is not None:
             self.objective.end_step(accelerator.reduce if accelerator.num_processes > 1 else None)
         return norm
@@ -281,21 +293,17 @@ class Trainer:
         return self.step % every == 0
 
     def validate(self) -> None:
-        """Makes validation images with the averaged weights where there are any; leaves training as it was."""
+        """Makes validation images with the weights that the result is made of; leaves training as it was."""
         self._require_finite()
         log, accelerator = self.config.logging, self.accelerator
         if accelerator.is_main_process:
-            denoiser = accelerator.unwrap_model(self.denoiser)
+            denoiser, prompt = self._bare_denoiser(), str(log.validation_prompt)
             denoiser.eval()
-            if self.ema is not None:
-                self.ema.store(self.parameters.values())
-                self.ema.copy_to(self.parameters.values())
-            prompt = str(log.validation_prompt)
-            images = self.family.generate(
-                denoiser, prompt, log.num_validation_images, self.config.run.seed, self.config.data.crop_size
-            )
-            if self.ema is not None:
-                self.ema.restore(self.parameters.values())
+            # Another batch size without gradients: compiling once more for it would not pay.
+            with self.weights.use(self.weights.final), torch.compiler.set_stance("force_eager"):
+                images = self.family.generate(
+                    denoiser, prompt, log.num_validation_images, self.config.run.seed, self.config.data.crop_size
+                )
             denoiser.train()
             publish_images(accelerator, images, prompt, self.folder / "samples", self.step)
         accelerator.wait_for_everyone()
@@ -316,14 +324,25 @@ class Trainer:
             save_checkpoint(self.folder, self.step, self.parameters, self.optimizer, self.ema, state, limit)
         self.accelerator.wait_for_everyone()
 
+    def _bare_denoiser(self) -> Any:
+        return self.accelerator.unwrap_model(self.denoiser, keep_torch_compile=False)
+
+    def save_weights(self) -> None:
+        """Writes the weights of this step for inference, raw and averaged."""
+        self._require_finite()
+        if self.accelerator.is_main_process:
+            denoiser, family = self._bare_denoiser(), self.family
+            write = family.save_denoiser if self.config.model.rank is None else family.export_lora
+            save_weights(self.folder, self.step, self.weights, lambda folder: write(denoiser, folder))
+        self.accelerator.wait_for_everyone()
+
     def finish(self) -> None:
-        """Exports the result (the averaged weights where there are any) into the output folder."""
+        """Exports the result, made of the weights that --final_weights names, into the output folder."""
         accelerator, family = self.accelerator, self.family
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            if self.ema is not None:
-                self.ema.copy_to(self.parameters.values())
-            denoiser = accelerator.unwrap_model(self.denoiser)
+            self.weights.put(self.weights.final)
+            denoiser = self._bare_denoiser()
             temporary = self.folder / ".tmp-result"
             shutil.rmtree(temporary, ignore_errors=True)
             if self.config.model.rank is None:
@@ -337,14 +356,9 @@ class Trainer:
                 part.replace(target)
             temporary.rmdir()
             marker = self.folder / f".tmp-{FINISHED}"
-            marker.write_text(json.dumps({"step": self.step}))
+            marker.write_text(json.dumps({"step": self.step, "weights": self.weights.final}))
             marker.replace(self.folder / FINISHED)
             if self.repository is not None:
                 hub.push(self.config, self.repository)
-            logger.info("done: the result is in %s", self.folder)
+            logger.info("done: the result (%s weights) is in %s", self.weights.final, self.folder)
         accelerator.end_training()
-
-
-def _options(group: dict[str, Any]) -> dict[str, Any]:
-    """An optimizer group's coefficients, without its parameters and the rate of the moment."""
-    return {name: value for name, value in group.items() if name not in ("params", "lr")}

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers.training_utils import EMAModel
 
+from lpl.config import OptimConfig
 from lpl.errors import UserError
 from lpl.training.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from lpl.training.ema import Average
 
 
 class Training:
@@ -21,7 +22,7 @@ class Training:
         self.net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
         self.parameters = dict(self.net.named_parameters())
         self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=0.1 * (seed + 1))
-        self.ema = EMAModel(list(self.net.parameters()), decay=0.9, foreach=True)
+        self.ema = Average(list(self.net.parameters()), OptimConfig(ema_decay=0.9))
         for _ in range(steps):
             self.step()
 

@@ -72,7 +72,7 @@ def test_warm_up_is_500_steps_where_there_is_one(name: str, expected: float) -> 
 
 def test_optimizer_has_the_options() -> None:
     options = OptimConfig(adam_beta1=0.8, adam_beta2=0.95, adam_weight_decay=0.1, adam_epsilon=1e-6)
-    optimizer = build_optimizer([torch.nn.Parameter(torch.zeros(1))], options, 0.3)
+    optimizer = build_optimizer([torch.nn.Parameter(torch.zeros(1, 1))], options, 0.3)
     assert isinstance(optimizer, torch.optim.AdamW)
     group = optimizer.param_groups[0]
     assert (group["lr"], group["betas"], group["weight_decay"], group["eps"]) == (0.3, (0.8, 0.95), 0.1, 1e-6)
