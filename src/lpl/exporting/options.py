@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -93,11 +93,11 @@ def resolve(options: ExportConfig, read_run: Callable[[Path], ModelConfig]) -> R
 
 
 def _with(config: ModelConfig, options: ExportConfig) -> ModelConfig:
-    given = {
-        name: getattr(options, name) for name in ("variant", "single_file_config") if getattr(options, name) is not None
-    }
-    assert given.keys() <= {f.name for f in fields(config)}
-    return replace(config, **given)
+    return replace(
+        config,
+        variant=options.variant or config.variant,
+        single_file_config=options.single_file_config or config.single_file_config,
+    )
 
 
 def _lora_file(path: Path) -> Path:
