@@ -27,6 +27,8 @@ class Batch:
         text: by field, (B, ...).
         sizes: (B, 6), float32: original height, width, crop top, left, target height, width, in pixels.
         weights: (B,), float32: loss weight of each sample; None: all 1.
+        strata: for stratified timesteps the part of their distribution that each sample draws from, and of how many
+            parts (diffusion/strata.py); None: each draws from all of it.
     """
 
     sample_ids: list[str]
@@ -35,6 +37,7 @@ class Batch:
     text: dict[str, Tensor]
     sizes: Tensor
     weights: Tensor | None = None
+    strata: tuple[Sequence[int], int] | None = None
 
 
 class TrainingData:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +15,6 @@ from lpl.diffusion.huber import huber_threshold
 from lpl.diffusion.latent_space import LatentSpace
 from lpl.diffusion.prediction import add_noise, alpha_sigma_table, signal_to_noise, target_of
 from lpl.diffusion.pyramid_noise import pyramid_noise
-from lpl.diffusion.strata import strata
 from lpl.diffusion.weighting import debiased_weight, p2_weight
 from lpl.errors import UserError
 from lpl.families.base import Family
@@ -63,26 +61,13 @@ class TrainingStep:
         self.latent_space = LatentSpace.from_config(family.vae.config)
         self.probabilities = timestep_weights(scheduler.config.num_train_timesteps, config)
 
-    def draw(self, batch: Batch, step: int = 0, positions: Sequence[int] = (), of: int = 0) -> Drawn:
-        """Noise and timesteps of a batch, keyed by sample and by how often it was drawn.
-
-        Args:
-            batch: a micro-batch.
-            step, positions, of: for stratified timesteps, see __call__.
-
-        Raises:
-            ValueError: stratified timesteps without the position of each sample.
-        """
+    def draw(self, batch: Batch) -> Drawn:
+        """Noise and timesteps of a batch, keyed by sample and by how often it was drawn; timesteps by its strata."""
         shape = tuple(batch.raw_latents.shape[1:])
         noise, timesteps = [], []
-        parts = [0] * len(batch.sample_ids)
-        stratified = self.config.timestep_sampling == "stratified"
-        if stratified:
-            if len(positions) != len(parts):
-                raise ValueError(f"stratified timesteps: {len(parts)} samples but {len(positions)} positions")
-            numbers = strata(of, self.seed, step)
-            parts = [numbers[position] for position in positions]
-        for part, key in zip(parts, zip(batch.sample_ids, batch.counts, strict=True), strict=True):
+        strata, of = batch.strata or ([0] * len(batch.sample_ids), 1)
+        keys = zip(batch.sample_ids, batch.counts, strict=True)
+        for stratum, key in zip(strata, keys, strict=True):
             eps = draw_normal(shape, self.seed, "noise", *key)
             if self.config.noise_offset:
                 eps = eps + self.config.noise_offset * draw_normal((shape[0], 1, 1), self.seed, "noise_offset", *key)
@@ -90,8 +75,8 @@ class TrainingStep:
                 levels, discount = self.config.pyramid_noise_iterations, self.config.pyramid_noise_discount
                 eps = pyramid_noise(eps, levels, discount, self.seed, "pyramid", *key)
             noise.append(eps)
-            of_step = {"stratum": part, "strata": of} if stratified else {}
-            timesteps.append(draw_timestep(self.probabilities, self.seed, "timestep", *key, **of_step))
+            t = draw_timestep(self.probabilities, self.seed, "timestep", *key, stratum=stratum, strata=of)
+            timesteps.append(t)
         return Drawn(torch.stack(noise), torch.tensor(timesteps))
 
     def _windows(self, batch: Batch) -> Tensor:
@@ -119,28 +104,9 @@ class TrainingStep:
             self.config.huber_schedule, self.config.huber_c, timesteps, len(self.alpha), alpha, sigma
         )
 
-    def __call__(
-        self,
-        denoiser: nn.Module,
-        batch: Batch,
-        device: torch.device,
-        use_lpl: bool,
-        step: int,
-        positions: Sequence[int] = (),
-        of: int = 0,
-    ) -> StepLoss:
-        """The loss of a micro-batch of an optimizer step; the batch's tensors are on the CPU.
-
-        Args:
-            denoiser: what is trained.
-            batch: the micro-batch.
-            device: where the denoiser is.
-            use_lpl: whether LPL acts in this step.
-            step: the optimizer step.
-            positions: where each sample lies in the step's global batch; needed for stratified timesteps.
-            of: how many samples that has.
-        """
-        drawn = self.draw(batch, step, positions, of)
+    def __call__(self, denoiser: nn.Module, batch: Batch, device: torch.device, use_lpl: bool, step: int) -> StepLoss:
+        """The loss of a micro-batch of an optimizer step; the batch's tensors are on the CPU."""
+        drawn = self.draw(batch)
         alpha, sigma = self.alpha[drawn.timesteps], self.sigma[drawn.timesteps]
         snr = signal_to_noise(alpha, sigma).float()
         latents = self.latent_space.from_raw(_send(batch.raw_latents, device))

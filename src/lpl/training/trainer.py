@@ -7,6 +7,7 @@ import logging
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,9 +18,11 @@ from tqdm.auto import tqdm
 from lpl.config import TrainConfig
 from lpl.config_io import write_config
 from lpl.data.bad_files import FILE as BAD_FILES
+from lpl.data.dataset import Batch
 from lpl.data.prepare import Processes, prepare_data
 from lpl.data.sampler import BatchOrder, share
 from lpl.diffusion.draws import keyed_seed
+from lpl.diffusion.strata import strata
 from lpl.errors import TrainingStoppedError, UserError
 from lpl.families import load_family
 from lpl.training import hub
@@ -220,12 +223,9 @@ class Trainer:
         torch.manual_seed(keyed_seed(run.seed, "step", self.step, accelerator.process_index))
         norm = torch.zeros(())
         for micro_batch in range(run.gradient_accumulation_steps):
-            batch = self.data.batch(self._draws(self.step, micro_batch))
+            batch = self._stratified(self.data.batch(self._draws(self.step, micro_batch)), micro_batch)
             with accelerator.accumulate(self.denoiser):
-                out = self.step_loss(
-                    self.denoiser, batch, accelerator.device, use_lpl, self.step,
-                    self._share(range(self.samples_per_step), micro_batch), self.samples_per_step,
-                )  # fmt: skip
+                out = self.step_loss(self.denoiser, batch, accelerator.device, use_lpl, self.step)
                 self.guard.watch(
                     self.step * run.gradient_accumulation_steps + micro_batch, out.diffusion_per_sample, out.lpl
                 )
@@ -247,6 +247,12 @@ class Trainer:
 
     def _draws(self, step: int, micro_batch: int) -> list[tuple[int, int]]:
         return list(self._share(self.order.batch(step), micro_batch))
+
+    def _stratified(self, batch: Batch, micro_batch: int) -> Batch:
+        if self.config.diffusion.timestep_sampling == "independent":
+            return batch
+        numbers = strata(self.samples_per_step, self.config.run.seed, self.step)
+        return replace(batch, strata=(self._share(numbers, micro_batch), self.samples_per_step))
 
     def _share(self, batch: Sequence[T], micro_batch: int) -> Sequence[T]:
         run, accelerator = self.config.run, self.accelerator

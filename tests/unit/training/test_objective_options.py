@@ -161,17 +161,6 @@ def test_stratified_timesteps(train: Any, spy: Spy) -> None:
         assert (low < edges[1:] + 1e-9).all()
 
 
-def test_stratified_step_needs_positions(train: Any, spy: Spy) -> None:
-    train(**BASE, timestep_sampling="stratified")
-    assert spy.step is not None
-
-    class Two:
-        raw_latents, sample_ids, counts = torch.zeros(2, 4, 4, 4), ["a", "b"], [0, 0]
-
-    with pytest.raises(ValueError, match="2 samples but 0 positions"):
-        spy.step.draw(Two())  # type: ignore[arg-type]
-
-
 def test_warmup_of_lpl(train: Any) -> None:
     """Weights from step lpl_start on: 1/4, 2/4, 3/4 and all of 2."""
     run = train(lpl_weight=2.0, lpl_start=2, lpl_warmup_steps=3, max_train_steps=7, lpl_t_threshold=1000)
