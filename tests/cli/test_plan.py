@@ -67,7 +67,8 @@ def test_plan_states_the_choice_its_neighbours_and_what_fits(plan: Any, monkeypa
     rows = table(text)
     assert list(rows) == [
         "as asked", "--no_use_lpl", "--lpl_checkpointing true", "--lpl_dtype bfloat16", "--gradient_checkpointing",
-        "--mixed_precision bf16", "--rank 16", "--use_8bit_adam", "--use_ema", "--train_batch_size 2",
+        "--mixed_precision bf16", "--rank 16", "--use_8bit_adam",
+        "--optimizer adafactor", "--use_ema", "--train_batch_size 2",
     ]  # fmt: skip
     assert {row[-1] for row in rows.values()} == {"fits"}
     assert text.splitlines()[-1] == "fits 1 GiB"
@@ -88,7 +89,7 @@ def test_plan_states_the_choice_its_neighbours_and_what_fits(plan: Any, monkeypa
     assert again.splitlines()[-1].startswith("fits ")
 
     none = plan("--resolution", "128", "--memory", "1MB", "--rank=2", "--mixed_precision=bf16", "--no_use_lpl")
-    assert "does not fit 0.0009313 GiB, nor does --gradient_checkpointing --use_8bit_adam (" in none
+    assert "does not fit 0.0009313 GiB, nor does --gradient_checkpointing --optimizer adafactor (" in none
 
 
 def test_without_a_model_it_is_sdxl_and_takes_its_resolution(run_cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:

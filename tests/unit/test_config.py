@@ -89,7 +89,7 @@ def test_free_options_are_those_that_leave_the_trajectory_alone() -> None:
         "dataloader_num_workers", "output_dir",
         "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "dry_run", "validation_prompt",
         "num_validation_images", "validation_epochs", "validation_steps", "report_to", "logging_dir", "log_every",
-        "push_to_hub", "hub_model_id", "hub_token",
+        "push_to_hub", "hub_model_id", "hub_token", "ema_device", "save_steps", "compile_denoiser",
     }  # fmt: skip
 
 

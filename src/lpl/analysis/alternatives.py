@@ -55,11 +55,37 @@ def savings(config: TrainConfig) -> list[Change]:
         setting(HALF, "run", 2, mixed_precision=_half(config.run.mixed_precision)),
         _with_lpl(setting("--lpl_dtype bfloat16", "lpl", 2, lpl_dtype=_half(config.lpl.lpl_dtype))),
         setting(single, "run", 2, train_batch_size=1, gradient_accumulation_steps=batch * steps),
-        setting("--no_use_ema", "optim", 4, use_ema=False),
-        setting("--use_8bit_adam", "optim", 4, use_8bit_adam=True),
+        _unless(setting("--no_use_ema", "optim", 4, use_ema=False), lambda c: c.optim.final_weights == "ema"),
+        _with_average(setting("--ema_device cpu", "optim", 1, ema_device="cpu")),
+        adafactor(config, 5),
+        _with_adamw(setting("--use_8bit_adam", "optim", 4, use_8bit_adam=True)),
         _with_lpl(setting(f"--lpl_crop {crop}", "lpl", 8, lpl_crop=min(crop, config.lpl.lpl_crop or crop))),
     ]
     return [change for change in changes if change.apply(config) != config]
+
+
+def adafactor(config: TrainConfig, cost: int = 0) -> Change:
+    """Adafactor in the place of another optimizer."""
+    optim = config.optim
+    extra = " --no_use_8bit_adam" * optim.use_8bit_adam + " --optimizer_args=" * (optim.optimizer_args is not None)
+    args = None if optim.optimizer_args is None else ""
+    change = setting(
+        f"--optimizer adafactor{extra}", "optim", cost, optimizer="adafactor", use_8bit_adam=False, optimizer_args=args
+    )
+    return _unless(change, lambda c: c.optim.optimizer == "adafactor")
+
+
+def _with_average(change: Change) -> Change:
+    return _unless(change, lambda config: not config.optim.use_ema)
+
+
+def _with_adamw(change: Change) -> Change:
+    return _unless(change, lambda config: config.optim.optimizer_name != "adamw" or bool(config.optim.optimizer_args))
+
+
+def _unless(change: Change, idle: Callable[[TrainConfig], bool]) -> Change:
+    """The change, but none where it would say nothing."""
+    return change._replace(apply=lambda config: config if idle(config) else change.apply(config))
 
 
 def _half(precision: Any) -> Any:
@@ -100,10 +126,17 @@ def neighbours(config: TrainConfig) -> list[Change]:
         changes.append(setting(f"--rank {RANK}", "model", rank=RANK))
     else:
         changes.append(setting("without --rank", "model", rank=None))
-    for name in ("use_8bit_adam", "use_ema"):
-        on = not getattr(optim, name)
-        changes.append(setting(_switch(name, on), "optim", **{name: on}))
+    if optim.optimizer in ("adamw", "adamw8bit") and not optim.optimizer_args:
+        on = not optim.use_8bit_adam
+        changes.append(setting(_switch("use_8bit_adam", on), "optim", use_8bit_adam=on))
+    changes.append(adafactor(config))
+    if optim.final_weights != "ema" and optim.optimizer != "schedulefree_adamw":
+        changes.append(setting(_switch("use_ema", not optim.use_ema), "optim", use_ema=not optim.use_ema))
+    if optim.use_ema:
+        other = "same" if optim.ema_device == "cpu" else "cpu"
+        changes.append(setting(f"--ema_device {other}", "optim", ema_device=other))
     sizes = {1, 2 * run.train_batch_size} - {run.train_batch_size}
+    changes = [change for change in changes if change.apply(config) != config]
     return changes + [setting(f"--train_batch_size {size}", "run", train_batch_size=size) for size in sorted(sizes)]
 
 

@@ -6,6 +6,7 @@ from math import comb
 from typing import NamedTuple
 
 from lpl.analysis.rehearsal import Rehearsal
+from lpl.analysis.states import state_name, state_size, workspace_size
 from lpl.config import TrainConfig
 from lpl.perceptual.gate import Gate
 from lpl.training.step import timestep_weights
@@ -72,7 +73,7 @@ def estimate(config: TrainConfig, rehearsal: Rehearsal, processes: int = 1) -> N
         phases["LPL"] = before + denoiser.kept + loss.peak
     phases["backward pass"] = before + denoiser.backward
     phases["optimizer step"] = total + gradients + optimizer_workspace(config, rehearsal)
-    if config.optim.use_ema:
+    if _averages_there(config, rehearsal):
         phases["EMA update"] = total + gradients  # its difference from the weights; gradients are gone by then
     if config.logging.validation_prompt is not None:
         phases["validation"] = total + rehearsal.validation(config)
@@ -97,10 +98,9 @@ def estimate(config: TrainConfig, rehearsal: Rehearsal, processes: int = 1) -> N
 def fixed_costs(config: TrainConfig, rehearsal: Rehearsal, processes: int) -> dict[str, int]:
     """Bytes that are on the device throughout, without LPL's; arithmetic alone."""
     parameters = rehearsal.parameters(config)
-    # bitsandbytes: a byte a value, and for each block of 256 values a float32.
-    state = 2 * parameters.trained * 65 // 64 if config.optim.use_8bit_adam else 2 * 4 * parameters.trained
-    stays = {"UNet weights": parameters.size, "AdamW state": state}
-    if config.optim.use_ema:
+    state = state_size(config.optim, parameters.shapes, rehearsal.device)
+    stays = {"UNet weights": parameters.size, state_name(config.optim): state}
+    if _averages_there(config, rehearsal):
         stays["EMA"] = 4 * parameters.trained
     if processes > 1:
         stays["gradients in exchange"] = 4 * parameters.trained
@@ -108,11 +108,13 @@ def fixed_costs(config: TrainConfig, rehearsal: Rehearsal, processes: int) -> di
 
 
 def optimizer_workspace(config: TrainConfig, rehearsal: Rehearsal) -> int:
-    """What AdamW writes out: sqrt(v) of all parameters at once on a GPU, on a CPU of one after another, twice."""
-    if config.optim.use_8bit_adam:
-        return 0
-    parameters = rehearsal.parameters(config)
-    return 4 * parameters.trained if rehearsal.device == "cuda" else 2 * 4 * parameters.largest
+    """What the optimizer writes out while it steps."""
+    return workspace_size(config.optim, rehearsal.parameters(config).shapes, rehearsal.device)
+
+
+def _averages_there(config: TrainConfig, rehearsal: Rehearsal) -> bool:
+    """Whether an average is kept on the device."""
+    return config.optim.use_ema and (config.optim.ema_device == "same" or rehearsal.device == "cpu")
 
 
 def floor(config: TrainConfig, rehearsal: Rehearsal, processes: int = 1) -> int:

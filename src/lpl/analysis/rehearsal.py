@@ -39,6 +39,8 @@ class Parameters(NamedTuple):
     """Of the largest trained tensor."""
     size: int
     """Bytes of all."""
+    shapes: tuple[tuple[int, ...], ...]
+    """Of the trained tensors."""
 
 
 class DenoiserCost(NamedTuple):
@@ -96,7 +98,8 @@ class Rehearsal:
             base = sum(p.numel() for p in self.blueprint.denoiser().parameters())
         weights = list(self._model(lora, precision).parameters())
         trained = [p.numel() for p in weights if p.requires_grad]
-        return Parameters(base, sum(trained), max(trained), sum(p.numel() * p.element_size() for p in weights))
+        shapes = tuple(tuple(p.shape) for p in weights if p.requires_grad)
+        return Parameters(base, sum(trained), max(trained), sum(p.numel() * p.element_size() for p in weights), shapes)
 
     def denoiser(self, config: TrainConfig) -> DenoiserCost:
         """One micro-batch, as the trainer runs it; with accumulation, gradients of earlier ones are there already."""

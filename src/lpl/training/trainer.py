@@ -366,5 +366,5 @@ class Trainer:
             marker.replace(self.folder / FINISHED)
             if self.repository is not None:
                 hub.push(self.config, self.repository)
-            logger.info("done: the result (%s weights) is in %s", self.weights.final, self.folder)
+            logger.info("done: the result is in %s (%s weights)", self.folder, self.weights.final)
         accelerator.end_training()

@@ -40,7 +40,9 @@ def test_a_choice_fits_if_it_leaves_some_memory() -> None:
 
 
 @pytest.mark.parametrize("flags", ["", "--no_use_lpl", "--gradient_checkpointing --mixed_precision=bf16 --rank=4",
-                                   "--use_ema --use_8bit_adam --lpl_dtype=bfloat16 --train_batch_size=4"])  # fmt: skip
+                                   "--use_ema --use_8bit_adam --lpl_dtype=bfloat16 --train_batch_size=4",
+                                   "--optimizer=prodigy --use_ema --ema_device=cpu", "--optimizer=schedulefree_adamw",
+                                   "--optimizer=torch.optim.SGD --optimizer_args=momentum=0.9"])  # fmt: skip
 def test_each_neighbour_is_what_its_flags_say(flags: str) -> None:
     config = options(*flags.split())
     changes = neighbours(config)
@@ -53,7 +55,9 @@ def test_each_neighbour_is_what_its_flags_say(flags: str) -> None:
         assert change.apply(config) == options(*argv) != config
 
 
-@pytest.mark.parametrize("flags", ["", "--rank=16 --gradient_checkpointing", "--train_batch_size=4 --use_ema"])
+@pytest.mark.parametrize("flags", ["", "--rank=16 --gradient_checkpointing", "--train_batch_size=4 --use_ema",
+                                   "--use_ema --use_8bit_adam", "--optimizer=adafactor --use_ema --final_weights=ema",
+                                   "--optimizer=torch.optim.SGD --optimizer_args=momentum=0.9"])  # fmt: skip
 def test_each_saving_is_what_its_flags_say(flags: str) -> None:
     config = options(*flags.split())
     for saving in savings(config):
@@ -104,7 +108,7 @@ def test_half_precision_is_no_saving_where_its_copies_of_the_weights_cost_more(r
     fixed = ("--rank 16", "--no_use_lpl")
     config = parse_train(["--resolution=16", "--no_use_lpl", "--gradient_accumulation_steps=2"])
     least = smallest(config, rehearsal, fixed=fixed)
-    assert least.flags == "--gradient_checkpointing --use_8bit_adam"
+    assert least.flags == "--gradient_checkpointing --optimizer adafactor"
 
 
 def test_what_is_fixed_stays(rehearsal: Rehearsal) -> None:

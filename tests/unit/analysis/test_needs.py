@@ -15,7 +15,9 @@ from lpl.analysis.needs import Needs, decoded_share, estimate, fixed_costs, floo
 from lpl.analysis.rehearsal import Rehearsal
 from lpl.cli import parse_train
 from lpl.config import TrainConfig
+from lpl.errors import UserError
 from lpl.families import blueprint, model_configs
+from lpl.training.optim import build_optimizer
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +49,40 @@ def test_adamw_takes_what_its_arithmetic_says(plan_of: Any, device: Any) -> None
         optimizer.step()
     small = 64 * len(parameters)  # the step counts
     assert state == pytest.approx(fixed_costs(config, rehearsal, 1)["AdamW state"], abs=small)
+    assert counter.peak - state == pytest.approx(optimizer_workspace(config, rehearsal), abs=small)
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "row"),
+    [
+        ("adafactor", "", "Adafactor state"),
+        ("adafactor", "beta1=0.9", "Adafactor state"),
+        ("prodigy", "", "Prodigy state"),
+        ("prodigy", "slice_p=3", "Prodigy state"),
+        ("schedulefree_adamw", "", "schedule-free state"),
+        ("schedulefree_adamw", "foreach=False", "schedule-free state"),
+        ("adamw", "amsgrad=True", "AdamW state"),
+        ("torch.optim.SGD", "momentum=0.9", "SGD state"),
+        ("torch.optim.RMSprop", "", "RMSprop state"),
+    ],
+)
+def test_other_optimizers_take_what_their_arithmetic_says(plan_of: Any, name: str, args: str, row: str) -> None:
+    """Two real steps on a CPU; weights are drawn, since Prodigy keeps nothing of those that are all zeros."""
+    config = options(f"--optimizer={name}", f"--optimizer_args={args}")
+    rehearsal, parameters = Rehearsal(plan_of, "cpu"), list(plan_of.denoiser().parameters())
+    for p in parameters:
+        p.data.normal_()
+        p.grad = torch.ones_like(p)
+    optimizer = build_optimizer(parameters, config.optim, 1e-4)
+    if name == "schedulefree_adamw":
+        optimizer.train()
+    with StepCounter() as counter:
+        optimizer.step()
+        state = counter.live
+        counter.reset_peak()
+        optimizer.step()
+    small = 64 * len(parameters)  # step counts
+    assert state == pytest.approx(fixed_costs(config, rehearsal, 1)[row], abs=small)
     assert counter.peak - state == pytest.approx(optimizer_workspace(config, rehearsal), abs=small)
 
 
@@ -113,6 +149,28 @@ def test_options_act_on_their_rows(rehearsal: Rehearsal) -> None:
     assert several.stays["gradients in exchange"] == alone.gradients
     alone, validated = change(rehearsal, "--validation_prompt=x")
     assert validated.phases["validation"] == sum(alone.stays.values()) + rehearsal.validation(options())
+
+
+def test_the_average_leaves_the_gpu_with_its_device(plan_of: Any, rehearsal: Rehearsal) -> None:
+    plain, away = change(rehearsal, "--use_ema", "--ema_device=cpu")
+    assert (away.stays, away.phases) == (plain.stays, plain.phases)
+    on_cpu = Rehearsal(plan_of, "cpu")  # where the device is the CPU it is there all the same
+    assert "EMA" in estimate(options("--use_ema", "--ema_device=cpu"), on_cpu).stays
+
+
+def test_foreach_is_counted_where_torch_takes_it(rehearsal: Rehearsal) -> None:
+    trained = rehearsal.parameters(options()).trained
+    wide = optimizer_workspace(options("--optimizer=torch.optim.RMSprop"), rehearsal)
+    narrow = optimizer_workspace(
+        options("--optimizer=torch.optim.RMSprop", "--optimizer_args=foreach=False"), rehearsal
+    )
+    assert narrow < 4 * trained / 2
+    assert wide == pytest.approx(4 * trained, rel=0.05)
+
+
+def test_an_optimizer_that_needs_data_is_refused(rehearsal: Rehearsal) -> None:
+    with pytest.raises(UserError, match=r"--optimizer prodigyopt\.Prodigy: its memory cannot be counted"):
+        estimate(options("--optimizer=prodigyopt.Prodigy"), rehearsal)
 
 
 def test_flops_are_of_a_sample(rehearsal: Rehearsal) -> None:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from lpl.config import DataConfig, LoggingConfig, LPLConfig, ModelConfig, RunConfig, TrainConfig
+from lpl.config import DataConfig, LoggingConfig, LPLConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from lpl.config_io import write_config
 from lpl.training.hub import write_model_card
 
@@ -41,11 +41,19 @@ def test_card_of_a_fine_tune(tmp_path: Path) -> None:
     assert {"text-to-image", "latent-perceptual-loss"} <= set(head["tags"])
     assert "lora" not in head["tags"]
     assert "Latent Perceptual Loss" in body
+    assert "The weights are those of the last step." in body
     assert "DiffusionPipeline.from_pretrained" in body
     assert "![a fox](samples/step-0000010.png)" in body
     assert yaml.safe_load(body.split("```yaml\n")[1].split("```")[0])["max_train_steps"] == 17
     assert "hf_secret" not in body
     assert "hub_token" not in body
+
+
+@pytest.mark.parametrize(("choice", "said"), [("auto", "moving average (decay 0.99)"), ("raw", "of the last step")])
+def test_card_says_which_weights_these_are(tmp_path: Path, choice: Any, said: str) -> None:
+    optim = OptimConfig(use_ema=True, ema_decay=0.99, final_weights=choice)
+    _, body = card(tmp_path, model=ModelConfig("a/b"), optim=optim)
+    assert said in body
 
 
 def test_card_of_a_lora_without_lpl_from_a_folder(tmp_path: Path, model: Path) -> None:
@@ -72,7 +80,7 @@ def test_push_uploads_the_result_only(train: Any, tmp_path: Path, monkeypatch: p
     for name in ("data-report/draws.png", "bad_files.jsonl"):  # these show or name training images
         (tmp_path / "out" / name).write_text("mine")
     monkeypatch.setattr("lpl.data.bad_files.BadFiles.write", lambda _: None)
-    run = train(push_to_hub=True, hub_token="hf_secret", checkpointing_steps=1)
+    run = train(push_to_hub=True, hub_token="hf_secret", checkpointing_steps=1, save_steps=1)
     created, uploaded = calls
     assert created == {"create": "out", "exist_ok": True, "token": "hf_secret"}
     assert uploaded["repo_id"] == "me/out"
@@ -82,7 +90,7 @@ def test_push_uploads_the_result_only(train: Any, tmp_path: Path, monkeypatch: p
     files = [str(p.relative_to(run.folder)) for p in run.folder.rglob("*") if p.is_file()]
     sent = set(filter_repo_objects(files, ignore_patterns=uploaded["ignore_patterns"]))
     assert {"README.md", "config.yaml", "model_index.json", "unet/config.json"} <= sent
-    kept = ("checkpoint", "logs", "data-report", "bad_files")
+    kept = ("checkpoint", "saved-", "logs", "data-report", "bad_files")
     assert not any(name.startswith(kept) for name in sent)
     assert all(any(name.startswith(start) for name in files) for start in kept)
     assert not any(b"hf_secret" in (run.folder / name).read_bytes() for name in sent)

@@ -13,6 +13,16 @@ from lpl.training.preflight import preflight
     [
         (["--ema_decay=0.5"], "--ema_decay has no effect without --use_ema"),
         (["--lr_warmup_steps=10"], "--lr_warmup_steps has no effect without a schedule with warm-up"),
+        (["--ema_warmup"], "--ema_warmup has no effect without --use_ema"),
+        (["--use_ema", "--ema_power=0.75"], "--ema_power has no effect without --ema_warmup"),
+        (
+            ["--optimizer=adafactor", "--adam_beta1=0.8"],
+            "--adam_beta1 has no effect without --optimizer",
+        ),
+        (
+            ["--optimizer=torch.optim.SGD", "--adam_weight_decay=0.1"],
+            "--adam_weight_decay has no effect without an --opt",
+        ),
         (["--num_validation_images=2"], "--num_validation_images has no effect without --validation_prompt"),
         (["--timestep_bias_portion=0.5"], "--timestep_bias_portion has no effect"),
         (["--hub_model_id=a/b"], "--hub_model_id has no effect without --push_to_hub"),
@@ -29,7 +39,14 @@ def test_idle_options_are_named(model, data, tmp_path, caplog, flags, named):
 
 @pytest.mark.parametrize(
     "flags",
-    [[], ["--use_ema", "--ema_decay=0.5"], ["--lr_warmup_steps=0"], ["--lr_scheduler=cosine", "--lr_warmup_steps=10"]],
+    [
+        [],
+        ["--optimizer=schedulefree_adamw", "--lr_warmup_steps=5"],
+        ["--use_ema", "--ema_warmup", "--ema_power=0.75"],
+        ["--use_ema", "--ema_decay=0.5"],
+        ["--lr_warmup_steps=0"],
+        ["--lr_scheduler=cosine", "--lr_warmup_steps=10"],
+    ],
 )
 def test_options_that_act_are_not_named(model, data, tmp_path, caplog, flags):
     base = [f"--pretrained_model_name_or_path={model}", f"--train_data_dir={data}", f"--output_dir={tmp_path / 'out'}"]

@@ -1,0 +1,108 @@
+"""What an optimizer keeps and what it writes out while it steps, in bytes of float32."""
+
+from __future__ import annotations
+
+from functools import cache
+from math import prod
+
+import torch
+from torch import nn
+
+from lpl.analysis.counter import StepCounter
+from lpl.config import OPTIMIZERS, OptimConfig
+from lpl.errors import UserError
+from lpl.training.optim import build_optimizer
+from lpl.training.optimizers import FAILURES, averages_itself
+
+Shapes = tuple[tuple[int, ...], ...]
+NAMES = {"adafactor": "Adafactor", "prodigy": "Prodigy", "schedulefree_adamw": "schedule-free"}
+
+
+def state_name(config: OptimConfig) -> str:
+    """The row's name in a plan."""
+    name = config.optimizer_name
+    return f"{NAMES.get(name, 'AdamW' if name in OPTIMIZERS else name.rpartition('.')[2])} state"
+
+
+@cache
+def state_size(config: OptimConfig, shapes: Shapes, device: str) -> int:
+    """Bytes that stay between steps.
+
+    AdamW and schedule-free AdamW keep two tensors of the parameters' size; bitsandbytes two of a byte a value, and for
+    each block of 256 values a float32. Adafactor keeps the second moment's means over the last and over the last but
+    one dimension (whole for tensors of one dimension), and a first moment with beta1. Prodigy keeps AdamW's two, the
+    parameters as they were (of those that were all zeros, nothing, which is left out here) and a sum of gradients; of
+    the latter two only every slice_p-th value.
+
+    Raises:
+        UserError: a package.Class that does not step on tensors without data.
+    """
+    name, given = config.optimizer_name, config.optimizer_keywords
+    total = sum(map(prod, shapes))
+    if name == "adamw8bit":
+        return 2 * total * 65 // 64
+    if name == "adafactor":
+        return 4 * (sum(map(_factored, shapes)) + (total if given.get("beta1") is not None else 0))
+    if name == "prodigy":
+        every = int(given.get("slice_p", 1))
+        sliced = sum(-(-prod(s) // every) for s in shapes)
+        return 4 * (2 * sliced + total * (2 if config.adam_beta1 > 0 else 1))
+    if name in OPTIMIZERS:
+        return 4 * total * (3 if given.get("amsgrad") else 2)
+    return _counted(config, shapes, device)[0]
+
+
+@cache
+def workspace_size(config: OptimConfig, shapes: Shapes, device: str) -> int:
+    """Bytes on top of that while it steps.
+
+    AdamW writes out sqrt(v) of all parameters at once on a GPU, on a CPU of one after another, twice. Adafactor and
+    Prodigy go from parameter to parameter everywhere: the square of a gradient, its approximation and that one's
+    factors, or one tensor. Schedule-free AdamW takes all at once everywhere.
+
+    Raises:
+        UserError: as state_size.
+    """
+    name, given = config.optimizer_name, config.optimizer_keywords
+    total, largest = sum(map(prod, shapes)), max(map(prod, shapes))
+    if name == "adamw8bit":
+        return 0
+    if name == "adafactor":
+        return 4 * max(2 * prod(s) + _factored(s) for s in shapes)
+    if name == "prodigy":
+        return 4 * largest
+    if name == "schedulefree_adamw":
+        return 4 * (total if given.get("foreach", True) else largest)
+    if name in OPTIMIZERS:
+        return 4 * total if device == "cuda" else 2 * 4 * largest
+    return _counted(config, shapes, device)[1]
+
+
+def _factored(shape: tuple[int, ...]) -> int:
+    """Values that Adafactor keeps of a tensor's second moment."""
+    return prod(shape[:-1]) + prod(shape[:-2]) * shape[-1] if len(shape) > 1 else prod(shape)
+
+
+@cache
+def _counted(config: OptimConfig, shapes: Shapes, device: str) -> tuple[int, int]:
+    """State and workspace of steps on tensors without data; as torch's on a GPU, they take all at once if they can."""
+    try:
+        with torch.device("meta"):
+            parameters = [nn.Parameter(torch.empty(shape)) for shape in shapes]
+            optimizer = build_optimizer(parameters, config, 1e-4)
+            for group in optimizer.param_groups:
+                if device == "cuda" and group.get("foreach", True) is None:
+                    group["foreach"] = True
+            if averages_itself(optimizer):
+                optimizer.train()
+            for p in parameters:
+                p.grad = torch.empty_like(p)
+            with StepCounter() as counter:
+                optimizer.step()
+                state = counter.live
+                counter.reset_peak()
+                optimizer.step()
+            return state, counter.peak - state
+    except FAILURES as error:
+        message = " ".join(str(error).split())[:200]
+        raise UserError(f"--optimizer {config.optimizer}: its memory cannot be counted ({message})") from error
