@@ -108,15 +108,16 @@ def test_a_kill_while_a_checkpoint_is_written_loses_nothing(train: Any, monkeypa
         with pytest.raises(Killed):
             train(**options)
     with monkeypatch.context() as patch:
-        patch.setattr("lpl.training.checkpoint._sync", dying)
+        patch.setattr("lpl.training.manifest.sync", dying)
         with pytest.raises(Killed):
             train(**options)
     folder = whole.folder.parent / "out"
     assert [p.name for p in folder.glob("checkpoint-*")] == [f"checkpoint-{EVERY}"]
     # A folder that has the name but not the end of a checkpoint, as a full disk may leave it.
     cut = Path(shutil.copytree(folder / f"checkpoint-{EVERY}", folder / "checkpoint-9"))
-    (cut / "state.json").unlink()
+    (cut / "manifest.json").unlink()
     again = train(**options)
+    assert "checkpoint-9 is damaged (manifest.json is missing): it is passed over" in again.stderr
     assert_same_end(again, whole, parts_of(options))
 
 

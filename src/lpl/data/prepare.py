@@ -43,6 +43,8 @@ class Processes(NamedTuple):
     size: int = 1
     barrier: Callable[[], None] = lambda: None
     """Returns when all have called it."""
+    proceed: Callable[[], None] = lambda: None
+    """Called between batches and images; raises to stop there, where a later run goes on."""
 
 
 def prepare_data(
@@ -116,11 +118,11 @@ def _fill(
     catalogue = Catalogue(caches.folder, source)
     pieces = source.pieces()
     staging = caches.staging(source)
-    filler = Filler(source, config, views, rules, encoder, caches, catalogue, bad, prefix)
+    filler = Filler(source, config, views, rules, encoder, caches, catalogue, bad, prefix, processes.proceed)
     mark = Mark(catalogue, [catalogue.path(p).name for p in pieces], filler)
     with ExitStack() as stack:
         if processes.rank == 0:
-            stack.enter_context(locked(staging, f"caching {source.name}"))
+            stack.enter_context(locked(staging, f"caching {source.name}", processes.proceed))
         processes.barrier()
         for store in (caches.latents, caches.text):
             store.refresh()  # what the run that was waited for has written

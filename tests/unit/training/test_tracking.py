@@ -1,4 +1,4 @@
-"""Windows of metrics, the warning about LPL's share, and the guard against losses that are not finite."""
+"""Windows of metrics, and the warning about LPL's share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lpl.training.tracking import FiniteGuard, MetricWindow, Tracker
+from lpl.training.tracking import MetricWindow, Tracker
 
 
 class Recorder:
@@ -114,31 +114,3 @@ def test_weight_0_is_no_idling(caplog: pytest.LogCaptureFixture) -> None:
         tracker.window.add(metrics(0.0, 1.0, weight=0.0), 64)
         tracker.log(1, {})
     assert caplog.records == []
-
-
-def test_guard_keeps_the_first_bad_micro_batch() -> None:
-    guard = FiniteGuard()
-    good, zero, nan = torch.ones(3), torch.zeros(()), float("nan")
-    guard.watch(4, good, zero)
-    assert guard.first() is None
-    guard.watch(5, torch.tensor([1.0, nan, float("inf")]), zero)
-    guard.watch(6, torch.tensor([nan, 1.0, 1.0]), torch.tensor(nan))
-    found = guard.first()
-    assert found is not None
-    assert (found.micro_step, found.samples, found.lpl) == (5, [1, 2], False)
-
-
-def test_guard_tells_the_term() -> None:
-    guard = FiniteGuard()
-    guard.watch(0, torch.ones(2), torch.tensor(float("inf")))
-    found = guard.first()
-    assert found is not None
-    assert (found.micro_step, found.samples, found.lpl) == (0, [], True)
-
-
-def test_guard_watches_gradients() -> None:
-    guard = FiniteGuard()
-    assert guard.first_gradient() is None
-    for step, norm in enumerate([1.0, float("inf"), float("nan")]):
-        guard.watch_gradient(step, torch.tensor(norm))
-    assert guard.first_gradient() == 1
