@@ -149,3 +149,21 @@ def test_length_may_not_change_where_it_enters_the_schedule(train: Any) -> None:
     train(**options)
     failed = train(**options | {"max_train_steps": 4}, expect_error=True)
     assert "--max_train_steps 2 -> 4" in failed.errors[0]
+
+
+@pytest.mark.parametrize("log_every", [1, 3, 4])
+def test_logged_losses_of_a_killed_run_are_those_of_a_whole_one(
+    train: Any, monkeypatch: pytest.MonkeyPatch, log_every: int
+) -> None:
+    """Checkpoints fall between logs, and the kill between checkpoints; no step is shown twice."""
+    options = OPTIONS | VARIANTS["full"] | {"log_every": log_every, "checkpointing_steps": 5}
+    whole = train(**options, output="whole")
+    with monkeypatch.context() as patch:
+        kill_at(9, patch)
+        with pytest.raises(Killed):
+            train(**options)
+    again = train(**options)
+    names = set(whole.logged()) - {"samples_per_second"}
+    assert {n: again.logged()[n] for n in names} == {n: whole.logged()[n] for n in names}
+    assert again.counts() == whole.counts()
+    assert list(whole.losses()["train_loss"]) == sorted({1, *range(log_every, STEPS + 1, log_every), STEPS})

@@ -75,11 +75,18 @@ def _named(folder: Path) -> list[Path]:
 
 
 def recover(folder: Path) -> None:
-    """Puts a checkpoint in its place that was whole when the process was killed, just before it could be renamed."""
+    """Puts a checkpoint in its place that a kill left whole but not yet renamed; clears away what kills left else."""
     for temporary in folder.glob(f"{TEMPORARY}checkpoint-*"):
         final = folder / temporary.name.removeprefix(TEMPORARY)
         if PATTERN.fullmatch(final.name) and damage(temporary) is None and damage(final) is not None:
             _replace(temporary, final)
+    _clear(folder)
+
+
+def _clear(folder: Path) -> None:
+    """Removes what killed processes have left unfinished, or half removed."""
+    for left in [*folder.glob(f"{TEMPORARY}checkpoint-*"), *folder.glob(f"{DISCARDED}*")]:
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def save_checkpoint(
@@ -109,8 +116,7 @@ def save_checkpoint(
     """
     final = folder / f"checkpoint-{step}"
     temporary = folder / f"{TEMPORARY}{final.name}"
-    for left in [*folder.glob(f"{TEMPORARY}checkpoint-*"), *folder.glob(f"{DISCARDED}*")]:
-        shutil.rmtree(left, ignore_errors=True)
+    _clear(folder)
     try:
         _write(temporary, step, parameters, optimizer, ema, state)
     except (OSError, SafetensorError) as error:

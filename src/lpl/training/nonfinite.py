@@ -84,14 +84,14 @@ class FiniteGuard:
     def skip(self, fault: str, step: int, norm: float, rank: int) -> str | None:
         """Counts a step with a fault, dumps it and says that it is skipped; returns why the run must stop, or None."""
         run = self._config.run
-        self.skips += 1
-        stops = run.on_nonfinite == "stop" or self.skips > run.max_skips
+        stops = run.on_nonfinite == "stop" or self.skips >= run.max_skips
         suffix = f"-process-{rank}" if rank else ""
         path = Path(run.output_dir) / f"nonfinite-step-{step}{suffix}.safetensors"
         numbers = {"fault": fault, "gradient_norm": str(norm), "seed": run.seed, "config": CONFIG_FILE}
         kept = dump(path, step, self._seen, self._draw, numbers, stops)
         fault += f"; safetensors.torch.load_file('{path}') has its latents, noise, timesteps and texts" * kept
         if not stops:
+            self.skips += 1
             logger.warning("%s; the step is skipped (%d of --max_skips %d)", fault, self.skips, run.max_skips)
             return None
         if run.on_nonfinite == "skip":

@@ -183,8 +183,10 @@ def test_killed_before_the_rename_loses_nothing(tmp_path: Path, before: bool) ->
     assert find_checkpoint(tmp_path, None) == path
     (path / "manifest.json").unlink()
     path.rename(tmp_path / ".tmp-checkpoint-3")
+    (tmp_path / ".tmp-old-checkpoint-1").mkdir()
     recover(tmp_path)
     assert not path.exists()
+    assert list(tmp_path.glob(".tmp*")) == []
 
 
 def test_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,7 +215,7 @@ def test_full_disk_is_one_line_wherever_it_is_met(tmp_path: Path) -> None:
     for error in errors:
         (tmp_path / ".tmp-result").mkdir()
         with (
-            pytest.raises(TrainingStoppedError, match="checkpoint-1 is the last checkpoint: make"),
+            pytest.raises(TrainingStoppedError, match="-1 is the last checkpoint: make room"),
             full_disk(tmp_path),
         ):
             raise error

@@ -177,7 +177,8 @@ def test_the_clock_alone_asks_too() -> None:
 def _vote(results: Any) -> None:
     from accelerate import PartialState
 
-    state = PartialState()
+    PartialState._reset_state()  # the parent's
+    state = PartialState(cpu=True)
     stop = stopping.Stop()
     answers = [stop.agreed()]
     if state.process_index == 1:

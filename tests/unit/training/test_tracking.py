@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from typing import Any
@@ -16,6 +17,7 @@ class Recorder:
     """Stands for accelerate's engine."""
 
     device = torch.device("cpu")
+    process_index, num_processes = 0, 1
 
     def __init__(self) -> None:
         self.logged: list[tuple[int, dict[str, float]]] = []
@@ -114,3 +116,49 @@ def test_weight_0_is_no_idling(caplog: pytest.LogCaptureFixture) -> None:
         tracker.window.add(metrics(0.0, 1.0, weight=0.0), 64)
         tracker.log(1, {})
     assert caplog.records == []
+
+
+def test_window_comes_back_from_a_checkpoint_bit_for_bit() -> None:
+    generator = torch.Generator().manual_seed(0)
+    parts = [
+        {
+            "diffusion_loss": torch.rand((), generator=generator),
+            "lpl/weighted_loss": 0.1 * n,
+            "lpl/snr_min": torch.rand(()),
+        }
+        for n in range(9)
+    ]
+    whole, first, second = MetricWindow(), MetricWindow(), MetricWindow()
+    for part in parts:
+        whole.add(part, 1)
+    for part in parts[:5]:
+        first.add(part, 1)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())), torch.device("cpu"))
+    for part in parts[5:]:
+        second.add(part, 1)
+    assert second.read() == whole.read()
+
+
+def test_windows_of_two_processes_are_added_up_in_one() -> None:
+    both, one = MetricWindow(), MetricWindow()
+    for value in (1.0, 5.0):
+        own = MetricWindow()
+        for window in (own, both):
+            window.add({"diffusion_loss": torch.tensor(value), "lpl/snr_max": torch.tensor(value)}, 1)
+        one.load_state_dict(own.state_dict(), torch.device("cpu"))
+    assert one.read() == both.read() == {"diffusion_loss": 3.0, "lpl/snr_max": 5.0}
+
+
+def test_what_the_warning_stands_on_outlives_a_checkpoint(caplog: pytest.LogCaptureFixture) -> None:
+    """Sixteen gated samples before and sixteen after: only together are they enough to judge."""
+    trackers = []
+    for _ in range(2):
+        tracker = Tracker(Recorder(), 4, "--lpl_weight 2.0")  # type: ignore[arg-type]
+        if trackers:
+            tracker.load_state_dict(json.loads(json.dumps(trackers[0].state_dict())))
+        tracker.start(4 * len(trackers))
+        trackers.append(tracker)
+        for step in range(4):
+            tracker.window.add(metrics(1e-9, 1.0), 4)
+            tracker.log(4 * (len(trackers) - 1) + step + 1, {})
+        assert len(caplog.records) == len(trackers) - 1
