@@ -120,13 +120,9 @@ def test_weight_0_is_no_idling(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_window_comes_back_from_a_checkpoint_bit_for_bit() -> None:
     generator = torch.Generator().manual_seed(0)
-    parts = [
-        {
-            "diffusion_loss": torch.rand((), generator=generator),
-            "lpl/weighted_loss": 0.1 * n,
-            "lpl/snr_min": torch.rand(()),
-        }
-        for n in range(9)
+    numbers = torch.rand((9, 2), generator=generator)
+    parts: list[dict[str, Any]] = [
+        {"diffusion_loss": a, "lpl/weighted_loss": 0.1 * n, "lpl/snr_min": b} for n, (a, b) in enumerate(numbers)
     ]
     whole, first, second = MetricWindow(), MetricWindow(), MetricWindow()
     for part in parts:
