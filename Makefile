@@ -11,8 +11,9 @@ demo: .venv/installed
 test: .venv/installed lint
 	OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/python -m pytest tests
 
-# Kills caching at 500 random moments and at 500 system calls: a quarter of an hour.
+# Kills caching at 500 random moments and at 500 system calls, and training at 100 of each: half an hour.
 soak: .venv/installed
+	LPL_KILLS=100 OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/python -m pytest tests/invariants/test_killed_training.py
 	LPL_KILLS=500 OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/python -m pytest tests/invariants/test_killed_caching.py
 
 lint: .venv/installed

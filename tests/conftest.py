@@ -57,6 +57,14 @@ class Run(NamedTuple):
         in_time = {tag: sorted(events.Scalars(tag), key=lambda e: e.wall_time) for tag in events.Tags()["scalars"]}
         return {tag: {e.step: e.value for e in found} for tag, found in in_time.items()}
 
+    def counts(self) -> dict[str, int]:
+        """How many values of each name TensorBoard shows; where steps are logged twice, more than in `logged`."""
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(self.folder / "logs" / "lpl"), size_guidance={"scalars": 0})
+        events.Reload()
+        return {tag: len(events.Scalars(tag)) for tag in events.Tags()["scalars"]}
+
     def losses(self) -> dict[str, dict[int, float]]:
         """The logged values that belong to the trajectory."""
         return {name: values for name, values in self.logged().items() if name in LOSSES}

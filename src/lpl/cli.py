@@ -17,7 +17,7 @@ import tyro
 from lpl import __version__
 from lpl.config import TrainConfig, require
 from lpl.config_io import DATA_REPORT, REFUSED, as_flags, environment, nearest, presets, read_options
-from lpl.errors import TrainingStoppedError, UserError
+from lpl.errors import StopRequestedError, TrainingStoppedError, UserError
 from lpl.exporting.options import ExportConfig
 
 COMMANDS = {
@@ -117,7 +117,11 @@ class DemoConfig:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs the command line; exits with 0, 2 (bad input), 3 (training had to stop) or 130 (interrupted)."""
+    """Runs the command line.
+
+    Exits with 0, 2 (bad input), 3 (training had to stop), 4 (stopped by a signal or --max_minutes, nothing is lost; the
+    same command continues) or 130 (interrupted at once).
+    """
     # transformers warns at import about image packages that nothing here needs.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
@@ -126,15 +130,17 @@ def main(argv: list[str] | None = None) -> None:
         _fail(error, 2)
     except TrainingStoppedError as error:
         _fail(error, 3)
+    except StopRequestedError as stop:
+        _fail(stop, 4, "")
     except KeyboardInterrupt:
         print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
         sys.exit(130)
 
 
-def _fail(error: Exception, code: int) -> None:
+def _fail(error: Exception, code: int, kind: str = "error: ") -> None:
     # One process of a launch speaks for all.
     if os.environ.get("RANK", "0") == "0":
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{kind}{error}", file=sys.stderr)
     sys.exit(code)
 
 

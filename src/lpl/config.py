@@ -579,11 +579,29 @@ class RunConfig:
     """Write weights for inference, raw and averaged, to saved-<step> in --output_dir every so many optimizer steps."""
     compile_denoiser: bool = free(False)
     """Run the denoiser through torch.compile in training; costs minutes at the start, once per shape of the images."""
+    max_minutes: float | None = free(None)
+    """Stop after so many minutes as a signal does: with a checkpoint and exit code 4; the same command continues."""
+    on_nonfinite: Literal["stop", "skip"] = free("stop")
+    """At a loss or gradient that is not finite: stop before the optimizer step, or leave that step out and go on."""
+    max_skips: int = free(10)
+    """For skip: stop if more steps than this are left out in a row."""
+    allow_changes: bool = free(False)
+    """Continue a run though options or data that change its trajectory have changed."""
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**32, f"--seed must lie in 0..{2**32 - 1}, not {self.seed}")
-        for name in ("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "checkpointing_steps"):
+        for name in (
+            "train_batch_size",
+            "gradient_accumulation_steps",
+            "num_train_epochs",
+            "checkpointing_steps",
+            "max_skips",
+        ):
             require(getattr(self, name) >= 1, f"--{name} must be at least 1, not {getattr(self, name)}")
+        require(
+            self.max_minutes is None or 0 < self.max_minutes < float("inf"),
+            f"--max_minutes must be positive, not {self.max_minutes}",
+        )
         for name in ("max_train_steps", "checkpoints_total_limit", "save_steps"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"--{name} must be at least 1, not {value}")

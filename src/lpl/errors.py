@@ -1,4 +1,4 @@
-"""The one exception whose message is meant for the user's eyes: one line, what was found, what to do."""
+"""The exceptions whose message is meant for the user's eyes: one line, what was found, what to do."""
 
 
 class UserError(Exception):
@@ -6,4 +6,8 @@ class UserError(Exception):
 
 
 class TrainingStoppedError(Exception):
-    """A run that cannot go on (a loss that is not finite); the command line prints its message and exits with 3."""
+    """A run that cannot go on (a loss that is not finite, a full disk); prints its message and exits with 3."""
+
+
+class StopRequestedError(Exception):
+    """A run that was asked to stop (a signal, --max_minutes) and lost nothing; prints its message and exits with 4."""

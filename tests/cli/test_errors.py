@@ -432,6 +432,7 @@ def test_nan_in_one_sample_stops_with_step_sample_and_term(
     culprit = seen[3 * accumulation - 1][1]
     assert f"the diffusion loss was not finite at step 3 (samples {culprit})" in line
     assert f"{failed.folder / 'checkpoint-2'} is the last checkpoint" in line
+    assert f"load_file('{failed.folder / 'nonfinite-step-3.safetensors'}')" in line
     assert sorted(p.name for p in failed.folder.glob("checkpoint-*")) == ["checkpoint-2"]
     assert not (failed.folder / "unet").exists()
     again = train(**options)

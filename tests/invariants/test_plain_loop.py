@@ -121,8 +121,8 @@ def test_lpl_on_and_off_see_the_same_draws(train: Any, monkeypatch: pytest.Monke
     seen: list[Any] = []
     original = TrainingStep.draw
 
-    def spy(self: TrainingStep, batch: Any) -> Any:
-        drawn = original(self, batch)
+    def spy(self: TrainingStep, batch: Any, *where: Any) -> Any:
+        drawn = original(self, batch, *where)
         seen.append((batch.sample_ids, batch.counts, batch.raw_latents, batch.sizes, drawn.noise, drawn.timesteps))
         return drawn
 

@@ -108,15 +108,16 @@ def test_a_kill_while_a_checkpoint_is_written_loses_nothing(train: Any, monkeypa
         with pytest.raises(Killed):
             train(**options)
     with monkeypatch.context() as patch:
-        patch.setattr("lpl.training.checkpoint._sync", dying)
+        patch.setattr("lpl.training.manifest.sync", dying)
         with pytest.raises(Killed):
             train(**options)
     folder = whole.folder.parent / "out"
     assert [p.name for p in folder.glob("checkpoint-*")] == [f"checkpoint-{EVERY}"]
     # A folder that has the name but not the end of a checkpoint, as a full disk may leave it.
     cut = Path(shutil.copytree(folder / f"checkpoint-{EVERY}", folder / "checkpoint-9"))
-    (cut / "state.json").unlink()
+    (cut / "manifest.json").unlink()
     again = train(**options)
+    assert "checkpoint-9 is damaged (manifest.json is missing): it is passed over" in again.stderr
     assert_same_end(again, whole, parts_of(options))
 
 
@@ -148,3 +149,21 @@ def test_length_may_not_change_where_it_enters_the_schedule(train: Any) -> None:
     train(**options)
     failed = train(**options | {"max_train_steps": 4}, expect_error=True)
     assert "--max_train_steps 2 -> 4" in failed.errors[0]
+
+
+@pytest.mark.parametrize("log_every", [1, 3, 4])
+def test_logged_losses_of_a_killed_run_are_those_of_a_whole_one(
+    train: Any, monkeypatch: pytest.MonkeyPatch, log_every: int
+) -> None:
+    """Checkpoints fall between logs, and the kill between checkpoints; no step is shown twice."""
+    options = OPTIONS | VARIANTS["full"] | {"log_every": log_every, "checkpointing_steps": 5}
+    whole = train(**options, output="whole")
+    with monkeypatch.context() as patch:
+        kill_at(9, patch)
+        with pytest.raises(Killed):
+            train(**options)
+    again = train(**options)
+    names = set(whole.logged()) - {"samples_per_second"}
+    assert {n: again.logged()[n] for n in names} == {n: whole.logged()[n] for n in names}
+    assert again.counts() == whole.counts()
+    assert list(whole.losses()["train_loss"]) == sorted({1, *range(log_every, STEPS + 1, log_every), STEPS})

@@ -5,6 +5,7 @@ import torch
 
 from lpl.testing import tiny_images
 from lpl.training.checkpoint import list_checkpoints, save_checkpoint
+from lpl.training.manifest import write_manifest
 
 
 @pytest.fixture
@@ -42,12 +43,54 @@ def test_another_spelling_of_the_same_folder_continues(train, source, data):
 
 
 @pytest.mark.parametrize("name", ["state.json", "model.safetensors", "optimizer.safetensors"])
-def test_damaged_checkpoint_is_named(train, source, name):
+def test_damaged_checkpoint_is_named_and_the_one_before_it_used(train, source, name):
+    whole = {key: tensor.clone() for key, tensor in source.checkpoint(4, "optimizer").items()}  # not the file's memory
     file = source.folder / "checkpoint-4" / name
     file.write_bytes(file.read_bytes()[: len(file.read_bytes()) // 2])
+    named = train(output="source", max_train_steps=6, resume_from_checkpoint="checkpoint-4", expect_error=True)
+    assert len(named.errors) == 1
+    assert "checkpoint-4 is damaged" in named.errors[0]
+    run = train(output="source", max_train_steps=6, checkpointing_steps=2)
+    assert f"checkpoint-4 is damaged ({name} has " in run.stderr
+    again = run.checkpoint(4, "optimizer")
+    assert all(torch.equal(again[key], whole[key]) for key in whole)
+    assert [path.name for path in list_checkpoints(run.folder)] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+
+
+def test_allow_changes_continues_and_says_with_what(train, source, tmp_path):
+    refused = train(output="source", max_train_steps=5, learning_rate=2e-3, seed=3, expect_error=True)
+    assert "--learning_rate 0.001 -> 0.002" in refused.errors[0]
+    assert "--seed 0 -> 3" in refused.errors[0]
+    assert "--allow_changes" in refused.errors[0]
+    options = {"max_train_steps": 5, "learning_rate": 2e-3, "seed": 3}
+    run = train(output="source", allow_changes=True, **options)
+    assert "--allow_changes: " in run.stderr
+    assert "continues with --learning_rate 0.001 -> 0.002, --seed 0 -> 3" in run.stderr
+    assert list(run.logged()["learning_rate"].values()) == pytest.approx([1e-3] * 4 + [2e-3])
+    # The new options are the run's own from now on.
+    assert "nothing to do" in train(output="source", **options).stdout
+
+
+def test_allow_changes_takes_other_data(train, source, tmp_path):
+    grown = tiny_images(tmp_path / "data", count=7)
+    train(output="run", max_train_steps=2, checkpointing_steps=2, train_data_dir=grown)
+    tiny_images(grown, count=8)
+    run = train(output="run", max_train_steps=3, checkpointing_steps=2, train_data_dir=grown, allow_changes=True)
+    assert "checkpoint-2 was trained on other images or captions" in run.stderr
+
+
+def test_another_number_of_samples_a_step_is_refused(train, source):
+    """What another number of processes would make of the same options."""
+    state = source.folder / "checkpoint-4" / "state.json"
+    state.write_text(state.read_text().replace('"samples_per_step": 1', '"samples_per_step": 4'))
+    write_manifest_again(state.parent)
     run = train(output="source", max_train_steps=6, checkpointing_steps=2, expect_error=True)
-    assert len(run.errors) == 1
-    assert "checkpoint-4: damaged" in run.errors[0]
+    assert "was trained with 4 samples a step, not 1" in run.errors[0]
+
+
+def write_manifest_again(folder):
+    (folder / "manifest.json").unlink()
+    write_manifest(folder)
 
 
 def test_limit_never_deletes_the_checkpoint_just_written(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -103,6 +103,7 @@ class Filler:
         catalogue: what is known of the source.
         bad: counts what cannot be used, and stops the run if there is too much of it.
         prefix: put before ids wherever something is drawn for them, as `Samples` does.
+        proceed: called between batches and images; raises to stop there.
     """
 
     def __init__(
@@ -116,8 +117,9 @@ class Filler:
         catalogue: Catalogue,
         bad: BadFiles,
         prefix: str = "",
+        proceed: Callable[[], None] = lambda: None,
     ) -> None:
-        self.prefix = prefix
+        self.prefix, self.proceed = prefix, proceed
         self.source, self.config, self.views, self.rules = source, config, views, rules
         self.encoder, self.caches, self.catalogue, self.bad = encoder, caches, catalogue, bad
         self.encoded_images = self.encoded_captions = 0
@@ -174,6 +176,7 @@ class Filler:
         waiting: dict[tuple[int, ...], list[tuple[bytes, Tensor, str]]] = {}
         with closing(piece.samples()) as samples:
             for read in in_order(reader, samples, threads_of(self.config)):
+                self.proceed()
                 rows.append(read.row)
                 self.bad.count(read.row.id, read.row.name, read.row.reason)
                 for key in read.keys:
@@ -185,6 +188,7 @@ class Filler:
                             queue.clear()
                 bar.update()
         for _, queue in sorted(waiting.items()):
+            self.proceed()
             self._encode_images(queue, latents)
         self._encode_captions(rows, text)
         for staging in (latents, text):
@@ -211,6 +215,7 @@ class Filler:
                 texts += self.texts(row.id, row.captions)
         lacking = [(key, text) for text in texts if staging.claim(key := caption_key(text))]
         for start in range(0, len(lacking), CAPTION_BATCH):
+            self.proceed()
             batch = lacking[start : start + CAPTION_BATCH]
             encoded = self.encoder.encode_text([text for _, text in batch])
             fields = {name: values.to(self.caches.dtype) for name, values in encoded.items()}

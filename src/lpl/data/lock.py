@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from lpl.errors import UserError
 
@@ -15,17 +17,19 @@ except ImportError:  # not a POSIX system: two runs at the same time do work twi
     fcntl = None  # type: ignore[assignment]
 
 LOCK = "lock"
+POLL_S = 0.2
 
 logger = logging.getLogger("lpl")
 
 
 @contextmanager
-def locked(folder: Path, doing: str) -> Iterator[None]:
+def locked(folder: Path, doing: str, proceed: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Holds the lock of a folder, waiting for another process that has it; says so in the log.
 
     Args:
         folder: made if needed.
         doing: what the other process is doing, for the log.
+        proceed: called while waiting; raises to stop.
 
     Raises:
         UserError: the folder cannot be written.
@@ -39,9 +43,19 @@ def locked(folder: Path, doing: str) -> Iterator[None]:
         ) from error
     with open(folder / LOCK, "w") as file:
         if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                logger.warning("another run is %s: waiting for it", doing)
-                fcntl.flock(file, fcntl.LOCK_EX)
+            waits = False
+            while not _take(file):
+                if not waits:
+                    logger.warning("another run is %s: waiting for it", doing)
+                waits = True
+                proceed()
+                time.sleep(POLL_S)
         yield
+
+
+def _take(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -44,6 +44,8 @@ class Processes(NamedTuple):
     size: int = 1
     barrier: Callable[[], None] = lambda: None
     """Returns when all have called it."""
+    proceed: Callable[[], None] = lambda: None
+    """Called between batches and images; raises to stop there, where a later run goes on."""
 
 
 def prepare_data(
@@ -83,7 +85,7 @@ def prepare_data(
     for part, weight, prefix in ((source, 1.0, ""), (regularisation, config.prior_loss_weight, REGULARISATION)):
         if part is not None:
             catalogue = Catalogue(caches.folder, part)
-            filler = Filler(part, config, views, rules, encoder, caches, catalogue, bad, prefix)
+            filler = Filler(part, config, views, rules, encoder, caches, catalogue, bad, prefix, processes.proceed)
             own = _fill(filler, processes, show_progress)
             tables += own
             weights += [weight] * len(own)
@@ -110,7 +112,7 @@ def _fill(filler: Filler, processes: Processes, show: bool) -> list[pa.Table]:
     mark = Mark([catalogue.path(piece).name for piece in pieces], filler)
     with ExitStack() as stack:
         if processes.rank == 0:
-            stack.enter_context(locked(staging, f"caching {source.name}"))
+            stack.enter_context(locked(staging, f"caching {source.name}", processes.proceed))
         processes.barrier()
         for store in (caches.latents, caches.text):
             store.refresh()  # what the run that was waited for has written

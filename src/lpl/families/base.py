@@ -47,8 +47,19 @@ class Family(Protocol):
     def free_encoders(self) -> None:
         """Moves the text encoders off the device; called once everything is cached. The VAE stays: LPL runs in it."""
 
-    def generate(self, denoiser: nn.Module, prompt: str, count: int, seed: int, resolution: int) -> list[Image.Image]:
-        """Images of a prepared prompt from a denoiser in eval mode; the VAE decodes in float32."""
+    def generate(
+        self,
+        denoiser: nn.Module,
+        prompt: str,
+        count: int,
+        seed: int,
+        resolution: int,
+        proceed: Callable[[], None] = lambda: None,
+    ) -> list[Image.Image]:
+        """Images of a prepared prompt from a denoiser in eval mode; the VAE decodes in float32.
+
+        Before every sampling step `proceed` is called, which raises to stop there.
+        """
 
     def export(self, denoiser: nn.Module, folder: Path) -> None:
         """Writes a pipeline with this denoiser that `from_pretrained` loads and that says its prediction type."""

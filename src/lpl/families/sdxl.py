@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -140,7 +140,19 @@ class SDXL:
             encoder.to("cpu")
 
     @torch.no_grad()
-    def generate(self, denoiser: nn.Module, prompt: str, count: int, seed: int, resolution: int) -> list[Image.Image]:
+    def generate(
+        self,
+        denoiser: nn.Module,
+        prompt: str,
+        count: int,
+        seed: int,
+        resolution: int,
+        proceed: Callable[[], None] = lambda: None,
+    ) -> list[Image.Image]:
+        def between_steps(_pipeline: Any, _step: int, _timestep: Any, state: dict[str, Any]) -> dict[str, Any]:
+            proceed()
+            return state
+
         embeds, negative, pooled, negative_pooled = (e.to(self.device) for e in self._prompts[prompt])
         pipeline = StableDiffusionXLPipeline(
             vae=self.vae,
@@ -156,7 +168,9 @@ class SDXL:
         pipeline.set_progress_bar_config(disable=True)
         half = self.weight_dtype != torch.float32
         images: list[Image.Image] = []
-        for i in range(count):  # one at a time: validation is not to need more memory than training
+        for i in range(count):
+            proceed()
+            # One at a time: validation is not to need more memory than training
             with torch.autocast(self.device.type, self.weight_dtype) if half else nullcontext():
                 latents = pipeline(
                     prompt_embeds=embeds,
@@ -169,6 +183,7 @@ class SDXL:
                     guidance_scale=GUIDANCE_SCALE,
                     generator=torch.Generator("cpu").manual_seed(seed + i),
                     output_type="latent",
+                    callback_on_step_end=between_steps,
                 ).images
             raw = LatentSpace.from_config(self.vae.config).to_raw(latents.float())
             images += pipeline.image_processor.postprocess(self.vae.decode(raw).sample, output_type="pil")

@@ -67,6 +67,10 @@ class AutoWeight:
         if self.measured >= MEASURED_SAMPLES:
             self.weight, self.fixed = float(self.weight), True
 
+    def discard_step(self) -> None:
+        """Forgets what the optimizer step under way has measured; instead of end_step() where the step is left out."""
+        self._step_squares, self._step_samples = None, 0
+
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, for a checkpoint."""
         return {

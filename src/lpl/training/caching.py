@@ -14,6 +14,7 @@ from lpl.data.sources import open_regularisation, open_source
 from lpl.families import load_family
 from lpl.training.engine import build_accelerator
 from lpl.training.preflight import check_model, check_sizes
+from lpl.training.stopping import stoppable
 
 logger = logging.getLogger("lpl")
 
@@ -23,6 +24,7 @@ def fill_cache(config: TrainConfig) -> None:
 
     Raises:
         UserError: bad options, model or images.
+        StopRequestedError: by a signal or --max_minutes; what is encoded stays.
     """
     config, configs = check_model(config)
     if configs:
@@ -30,16 +32,18 @@ def fill_cache(config: TrainConfig) -> None:
     source = open_source(config.data, config.model.cache_dir)
     regularisation = open_regularisation(config.data)
     accelerator = build_accelerator(config)
-    family = load_family(config.model, accelerator.device, torch.float32, encoders_only=True)
-    data = prepare_data(
-        source,
-        regularisation,
-        config.data,
-        family,
-        config.run.seed,
-        Path(config.run.output_dir) / FILE,
-        Processes(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone),
-        accelerator.is_local_main_process,
-    )
+    with stoppable(config.run.max_minutes) as stop:
+        family = load_family(config.model, accelerator.device, torch.float32, encoders_only=True)
+        rank, size = accelerator.process_index, accelerator.num_processes
+        data = prepare_data(
+            source,
+            regularisation,
+            config.data,
+            family,
+            config.run.seed,
+            Path(config.run.output_dir) / FILE,
+            Processes(rank, size, accelerator.wait_for_everyone, stop.raise_if_asked),
+            accelerator.is_local_main_process,
+        )
     logger.info("%d samples are cached in %s", len(data), data.caches.folder)
     accelerator.end_training()

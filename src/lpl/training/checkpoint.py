@@ -1,16 +1,19 @@
 """Checkpoints: safetensors and JSON, never a pickle; written under a temporary name, synced, renamed.
 
 A checkpoint folder holds model.safetensors (the trained parameters by name), optimizer.safetensors, ema.safetensors
-where there is an average, and state.json with everything that is a number. No random state: every draw is keyed.
+where there is an average, state.json with everything that is a number, and manifest.json with sizes and checksums of
+the other files, by which damage is recognised. No random state: every draw is keyed.
 """
 
 from __future__ import annotations
 
+import errno
 import json
-import os
+import logging
 import re
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,35 +22,73 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lpl.errors import UserError
+from lpl.errors import TrainingStoppedError, UserError
 from lpl.training.ema import Average
+from lpl.training.manifest import FILE as MANIFEST
+from lpl.training.manifest import damage, sync, write_manifest
 from lpl.training.optimizers import bare, label
+
+logger = logging.getLogger("lpl")
 
 PATTERN = re.compile(r"checkpoint-(\d+)")
 STATE = "state.json"
 GROUP = "group"
+TEMPORARY = ".tmp-"
+DISCARDED = ".tmp-old-"
+RESULT = ".tmp-result"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints in a run's folder, oldest first."""
-    found = [(int(m[1]), p) for p in folder.glob("checkpoint-*") if (m := PATTERN.fullmatch(p.name))]
-    return [path for _, path in sorted(found) if (path / STATE).is_file()]
+    """Complete checkpoints in a run's folder, oldest first; their sizes are compared, their content is not."""
+    return [path for path in _named(folder) if damage(path, read=False) is None]
 
 
 def find_checkpoint(folder: Path, choice: str | None) -> Path | None:
-    """The checkpoint to go on from: the newest of the run, or the one that --resume_from_checkpoint names.
+    """The checkpoint to go on from: the newest good one of the run, or the one that --resume_from_checkpoint names.
+
+    Every byte is read. Newer ones that are damaged are named in the log and passed over.
 
     Raises:
-        UserError: a named checkpoint that is not there or not complete.
+        UserError: a named checkpoint that is not there or not complete, or a run whose checkpoints are all damaged.
     """
     if choice is None or choice == "latest":
-        found = list_checkpoints(folder)
-        return found[-1] if found else None
+        found = _named(folder)
+        for path in reversed(found):
+            if (fault := damage(path)) is None:
+                return path
+            logger.warning("%s is damaged (%s): it is passed over", path, fault)
+        if found:
+            raise UserError(f"{folder}: every checkpoint in it is damaged; delete or move them to start over")
+        return None
     for path in (Path(choice), folder / choice):
-        if (path / STATE).is_file():
+        if (path / STATE).is_file() or (path / MANIFEST).is_file():
+            if (fault := damage(path)) is not None:
+                raise UserError(f"--resume_from_checkpoint {choice}: {path} is damaged ({fault}); name another")
             return path
     names = ", ".join(p.name for p in list_checkpoints(folder)) or "none"
     raise UserError(f"--resume_from_checkpoint {choice}: no complete checkpoint there; {folder} has {names}")
+
+
+def _named(folder: Path) -> list[Path]:
+    """What has the name of a checkpoint, oldest first."""
+    found = [(int(m[1]), p) for p in folder.glob("checkpoint-*") if (m := PATTERN.fullmatch(p.name)) and p.is_dir()]
+    return [path for _, path in sorted(found)]
+
+
+def recover(folder: Path) -> None:
+    """Puts a checkpoint in its place that a kill left whole but not yet renamed; clears away what kills left else."""
+    for temporary in folder.glob(f"{TEMPORARY}checkpoint-*"):
+        final = folder / temporary.name.removeprefix(TEMPORARY)
+        if PATTERN.fullmatch(final.name) and damage(temporary) is None and damage(final) is not None:
+            _replace(temporary, final)
+    _clear(folder)
+
+
+def _clear(folder: Path) -> None:
+    """Removes what killed processes have left unfinished, or half removed."""
+    for left in [*folder.glob(f"{TEMPORARY}checkpoint-*"), *folder.glob(f"{DISCARDED}*")]:
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def save_checkpoint(
@@ -61,6 +102,8 @@ def save_checkpoint(
 ) -> Path:
     """Writes folder/checkpoint-<step>; older ones beyond total_limit go only after the new one is in place.
 
+    Damaged checkpoints do not count, and stay.
+
     Args:
         folder: the run's output folder.
         step: optimizer steps done.
@@ -69,10 +112,34 @@ def save_checkpoint(
         ema: their average, or None.
         state: plain numbers to keep: schedule, weight, scaler.
         total_limit: how many checkpoints to keep.
+
+    Raises:
+        TrainingStoppedError: the disk is full, or cannot be written; what was written before is as it was.
     """
     final = folder / f"checkpoint-{step}"
-    temporary = folder / f".tmp-{final.name}"
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = folder / f"{TEMPORARY}{final.name}"
+    _clear(folder)
+    try:
+        _write(temporary, step, parameters, optimizer, ema, state)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise TrainingStoppedError(f"{final} cannot be written ({reason(error)}); {last_checkpoint(folder)}") from error
+    _replace(temporary, final)
+    if total_limit is not None:
+        older = [path for path in list_checkpoints(folder) if path != final]
+        for old in older[: max(0, len(older) + 1 - total_limit)]:
+            _discard(old)
+    return final
+
+
+def _write(
+    temporary: Path,
+    step: int,
+    parameters: Mapping[str, Tensor],
+    optimizer: Any,
+    ema: Average | None,
+    state: dict[str, Any],
+) -> None:
     temporary.mkdir(parents=True)
     _save(parameters, temporary / "model.safetensors")
     tensors, numbers = split_optimizer(optimizer.state_dict())
@@ -82,16 +149,60 @@ def save_checkpoint(
         _save(dict(zip(parameters, ema.shadow_params, strict=True)), temporary / "ema.safetensors")
         state["ema"] = ema.numbers()
     (temporary / STATE).write_text(json.dumps(state))
-    for path in [*temporary.iterdir(), temporary]:
-        _sync(path)
-    shutil.rmtree(final, ignore_errors=True)
+    write_manifest(temporary)
+
+
+def last_checkpoint(folder: Path) -> str:
+    """A clause that says which checkpoint a stopped run has."""
+    found = list_checkpoints(folder)
+    return f"{found[-1]} is the last checkpoint" if found else "no checkpoint was written yet"
+
+
+@contextmanager
+def full_disk(folder: Path) -> Iterator[None]:
+    """Makes one line of a disk that has become full, whatever was being written.
+
+    Raises:
+        TrainingStoppedError: it has.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        text = re.search(r"os error (\d+)", str(error))  # safetensors reports the system's errors as text
+        number = error.errno if isinstance(error, OSError) else int(text[1]) if text else None
+        if number not in FULL:
+            raise
+        shutil.rmtree(folder / RESULT, ignore_errors=True)
+        raise TrainingStoppedError(
+            f"{folder}: no room left on the disk; {last_checkpoint(folder)}: make room, the same command continues"
+        ) from error
+
+
+def reason(error: Exception) -> str:
+    """What went wrong with a file, in a few words; safetensors reports the system's errors as text."""
+    return error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+
+
+def _replace(temporary: Path, final: Path) -> None:
+    """Renames a whole checkpoint to its name; a kill in between leaves it to `recover`."""
+    old = _set_aside(final) if final.exists() else None
     temporary.rename(final)
-    _sync(folder)
-    if total_limit is not None:
-        older = [path for path in list_checkpoints(folder) if path != final]
-        for old in older[: max(0, len(older) + 1 - total_limit)]:
-            shutil.rmtree(old)
-    return final
+    sync(final.parent)
+    if old is not None:
+        shutil.rmtree(old)
+
+
+def _discard(path: Path) -> None:
+    """Removes a checkpoint in one go: half of it is never left under its name."""
+    old = _set_aside(path)
+    sync(path.parent)
+    shutil.rmtree(old)
+
+
+def _set_aside(path: Path) -> Path:
+    aside = path.with_name(f"{DISCARDED}{path.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    return path.rename(aside)
 
 
 def load_checkpoint(
@@ -108,7 +219,7 @@ def load_checkpoint(
         tensors = load_file(path / "optimizer.safetensors")
         shadow = load_file(path / "ema.safetensors") if "ema" in state else {}
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{path}: damaged ({error}); delete it to go on from the checkpoint before it") from error
+        raise UserError(f"{path}: cannot be read ({reason(error)})") from error
     if list(saved.keys() - parameters.keys()) or list(parameters.keys() - saved.keys()):
         raise UserError(
             f"{path}: holds other parameters than this run trains (another model, --rank, --lora_targets or --use_dora)"
@@ -137,14 +248,6 @@ def _check_same_optimizer(path: Path, kept: dict[str, Any], optimizer: Any) -> N
 
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
     save_file({name: t.detach().contiguous() for name, t in tensors.items()}, path)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def split_optimizer(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -152,11 +152,13 @@ def _check_output(config: TrainConfig) -> int | None:
     if config.optim.lr_scheduler in ("constant", "constant_with_warmup", "piecewise_constant"):
         # The length does not enter these schedules: a run may be prolonged.
         changed = [c for c in changed if not c.startswith(("--max_train_steps ", "--num_train_epochs "))]
-    if changed:
+    if changed and not config.run.allow_changes:
         raise UserError(
             f"--output_dir {folder} holds a run of another configuration: {', '.join(changed)}; "
-            "choose another folder or the same options"
+            "choose another folder or the same options, or continue it all the same with --allow_changes"
         )
+    if changed:
+        logger.warning("--allow_changes: %s continues with %s", folder, ", ".join(changed))
     return finished_at(folder)
 
 
@@ -289,6 +291,7 @@ def _rules(config: TrainConfig) -> list[tuple[str, bool, str]]:
         *((name, config.data.buckets, "--buckets") for name in ("bucket_area", "bucket_step", "bucket_max_aspect")),
         *((name, config.data.shuffle_caption, "--shuffle_caption") for name in SHUFFLING),
         ("prior_loss_weight", config.data.reg_data_dir is not None, "--reg_data_dir"),
+        ("max_skips", config.run.on_nonfinite == "skip", "--on_nonfinite skip"),
         ("num_validation_images", prompt, "--validation_prompt"),
         ("validation_epochs", prompt, "--validation_prompt"),
         ("validation_steps", prompt, "--validation_prompt"),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -34,13 +34,24 @@ class MetricWindow:
             weight = float(num_lpl_samples) if of_samples else 1.0
             value = value.detach() if isinstance(value, Tensor) else float(value)
             total, count = self._sums.get(name, (None, 0.0))
-            if name.endswith("_min"):
-                total = value if total is None else torch.minimum(total, value)  # type: ignore[arg-type]
-            elif name.endswith("_max"):
-                total = value if total is None else torch.maximum(total, value)  # type: ignore[arg-type]
-            else:
-                total = value * weight if total is None else total + value * weight
-            self._sums[name] = (total, count + weight)
+            value = value if name.endswith(("_min", "_max")) else value * weight
+            self._sums[name] = (_together(name, total, value), count + weight)
+
+    def state_dict(self) -> dict[str, list[Any]]:
+        """What this process has added since the last read, for a checkpoint. Synchronises."""
+        kind = lambda total: str(total.dtype).removeprefix("torch.") if isinstance(total, Tensor) else None  # noqa: E731
+        return {name: [float(total), count, kind(total)] for name, (total, count) in self._sums.items()}
+
+    def load_state_dict(self, state: Mapping[str, Sequence[Any]], device: torch.device) -> None:
+        """Adds what state_dict gave, bit for bit if nothing was here."""
+        for name, (number, count, kind) in state.items():
+            value = number if kind is None else torch.tensor(number, dtype=getattr(torch, kind), device=device)
+            total, before = self._sums.get(name, (None, 0.0))
+            self._sums[name] = (_together(name, total, value), before + count)
+
+    def __len__(self) -> int:
+        """How many metrics have been added to."""
+        return len(self._sums)
 
     def read(self) -> dict[str, float]:
         """Means (or minima, maxima) over all processes; empties the window. Synchronises."""
@@ -51,6 +62,16 @@ class MetricWindow:
             for name, pair in part.items():
                 merged.setdefault(name, []).append(pair)
         return {name: _merge(name, pairs) for name, pairs in merged.items()}
+
+
+def _together(name: str, total: Tensor | float | None, value: Tensor | float) -> Tensor | float:
+    if total is None:
+        return value
+    if name.endswith("_min"):
+        return torch.minimum(total, value)  # type: ignore[arg-type]
+    if name.endswith("_max"):
+        return torch.maximum(total, value)  # type: ignore[arg-type]
+    return total + value
 
 
 def _merge(name: str, pairs: list[tuple[float, float]]) -> float:
@@ -72,11 +93,31 @@ class Tracker:
         self.accelerator, self.samples_per_step, self.weight_option = accelerator, samples_per_step, weight_option
         self.window = MetricWindow()
         self._squares, self._gated, self._warned = [0.0, 0.0], 0.0, False
-        self._time, self._step = time.perf_counter(), 0
+        self._time, self._timed_from = time.perf_counter(), 0
+        self._step: int | None = None
 
     def start(self, step: int) -> None:
         """Starts the clock at an optimizer step."""
-        self._time, self._step = time.perf_counter(), step
+        self._time, self._timed_from = time.perf_counter(), step
+        self._step = step if self._step is None else self._step
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is not logged yet, by process, and what the warning about the share stands on; all must call it."""
+        return {
+            "windows": gather_object([self.window.state_dict()]),
+            "logged_at": self._step or 0,
+            "squares": list(self._squares),
+            "gated": self._gated,
+            "warned": self._warned,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what state_dict gave; windows of more processes than there are now are shared among these."""
+        accelerator = self.accelerator
+        for window in state["windows"][accelerator.process_index :: accelerator.num_processes]:
+            self.window.load_state_dict(window, accelerator.device)
+        self._step, self._squares = int(state["logged_at"]), list(state["squares"])
+        self._gated, self._warned = float(state["gated"]), bool(state["warned"])
 
     def pause(self, seconds: float) -> None:
         """Takes time that was no training (validation, checkpoints) out of the samples per second."""
@@ -85,7 +126,7 @@ class Tracker:
     def log(self, step: int, extra: dict[str, float]) -> dict[str, float]:
         """Logs everything since the last log under diffusers' names; returns it."""
         metrics = self.window.read()
-        done = step - self._step
+        done = step - (self._step or 0)
         lpl_square, diffusion_square = (
             metrics.pop("lpl/gradient_square", 0.0),
             metrics.pop("diffusion/gradient_square", 0.0),
@@ -94,12 +135,12 @@ class Tracker:
         if "lpl/weight" in metrics:
             metrics["lpl/gradient_share"] = gradient_share(lpl_square, diffusion_square)
             metrics["lpl/loss_share"] = weighted / (weighted + metrics["diffusion_loss"] or 1.0)
-            if self._step >= self.judged_from:
+            if (self._step or 0) >= self.judged_from:
                 self._judge(lpl_square, diffusion_square, done, metrics)
         now = time.perf_counter()
         metrics["train_loss"] = metrics["diffusion_loss"] + weighted
-        metrics["samples_per_second"] = done * self.samples_per_step / (now - self._time)
-        self._time, self._step = now, step
+        metrics["samples_per_second"] = (step - self._timed_from) * self.samples_per_step / (now - self._time)
+        self._time, self._step, self._timed_from = now, step, step
         if self.accelerator.device.type == "cuda":
             metrics["lpl/memory/allocated"] = torch.cuda.memory_allocated() / 2**20
             metrics["lpl/memory/reserved"] = torch.cuda.memory_reserved() / 2**20
@@ -125,49 +166,3 @@ class Tracker:
             "LPL %s: it has %.3g %% of the gradient at the denoiser's output (%s); %s --lpl_weight or use auto",
             does, 100 * share, self.weight_option, change,
         )  # fmt: skip
-
-
-class BadBatch(NamedTuple):
-    """The first micro-batch whose loss was not finite."""
-
-    micro_step: int
-    samples: list[int]
-    """Its samples whose diffusion loss was not finite."""
-    lpl: bool
-    """Whether LPL was not."""
-
-
-class FiniteGuard:
-    """Remembers on the device what was first not finite; looked at when metrics are logged, so nothing synchronises."""
-
-    def __init__(self) -> None:
-        self._first: Tensor | None = None
-        self._culprits: Tensor | None = None
-        self._gradient: Tensor | None = None
-
-    def watch(self, micro_step: int, diffusion_per_sample: Tensor, lpl: Tensor) -> None:
-        """Notes micro-batch `micro_step` if a sample's diffusion loss (B,), or LPL, is not finite."""
-        bad = ~torch.isfinite(torch.cat([diffusion_per_sample, lpl.reshape(1)]))
-        if self._first is None or self._culprits is None:
-            self._first = torch.full((), -1, device=bad.device, dtype=torch.long)
-            self._culprits = torch.zeros_like(bad)
-        fresh = (self._first < 0) & bad.any()
-        self._culprits = torch.where(fresh, bad, self._culprits)
-        self._first = torch.where(fresh, micro_step, self._first)
-
-    def watch_gradient(self, step: int, norm: Tensor) -> None:
-        """Notes an optimizer step whose gradient norm is not finite."""
-        if self._gradient is None:
-            self._gradient = torch.full((), -1, device=norm.device, dtype=torch.long)
-        self._gradient = torch.where((self._gradient < 0) & ~torch.isfinite(norm), step, self._gradient)
-
-    def first(self) -> BadBatch | None:
-        """The first bad micro-batch, or None."""
-        if self._first is None or self._culprits is None or int(self._first) < 0:
-            return None
-        *samples, lpl = self._culprits.tolist()
-        return BadBatch(int(self._first), [i for i, bad in enumerate(samples) if bad], lpl)
-
-    def first_gradient(self) -> int | None:
-        """The first optimizer step with a bad gradient, or None."""
-        return None if self._gradient is None or int(self._gradient) < 0 else int(self._gradient)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shutil
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 
 from lpl.config import TrainConfig
@@ -23,20 +24,30 @@ from lpl.data.prepare import Processes, prepare_data
 from lpl.data.sampler import BatchOrder, share
 from lpl.diffusion.draws import keyed_seed
 from lpl.diffusion.strata import strata
-from lpl.errors import TrainingStoppedError, UserError
+from lpl.errors import StopRequestedError, TrainingStoppedError, UserError
 from lpl.families import load_family
 from lpl.training import hub
-from lpl.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from lpl.training.checkpoint import (
+    RESULT,
+    find_checkpoint,
+    full_disk,
+    last_checkpoint,
+    load_checkpoint,
+    recover,
+    save_checkpoint,
+)
 from lpl.training.ema import Average
 from lpl.training.engine import build_accelerator, build_objective
 from lpl.training.lora import add_lora
+from lpl.training.nonfinite import FiniteGuard, spoil
 from lpl.training.optim import build_optimizer, build_schedule, scaled_learning_rate
 from lpl.training.optimizers import adapted_rate, bare, coefficients
 from lpl.training.preflight import FINISHED, Checked, finished_at
 from lpl.training.saving import save_weights
 from lpl.training.step import TrainingStep
-from lpl.training.tracking import FiniteGuard, Tracker
-from lpl.training.validation import publish_images
+from lpl.training.stopping import Stop, stoppable
+from lpl.training.tracking import Tracker
+from lpl.training.validation import image_file, publish_images
 from lpl.training.weights import Weights
 
 logger = logging.getLogger("lpl")
@@ -50,18 +61,20 @@ def train(config: TrainConfig, checked: Checked) -> None:
 
     Raises:
         UserError: bad input that preflight could not see.
-        TrainingStoppedError: a loss or gradient that is not finite; the last checkpoint stays.
+        TrainingStoppedError: a loss or gradient that is not finite, or a full disk; the last checkpoint stays.
+        StopRequestedError: by a signal or --max_minutes; nothing is lost.
     """
-    trainer = Trainer(config, checked)
-    trainer.fit()
-    trainer.finish()
+    with stoppable(config.run.max_minutes) as stop, full_disk(Path(config.run.output_dir)):
+        trainer = Trainer(config, checked, stop)
+        trainer.fit()
+        trainer.finish()
 
 
 class Trainer:
     """One run. Construction loads, caches and resumes; fit trains; finish exports."""
 
-    def __init__(self, config: TrainConfig, checked: Checked) -> None:
-        self.config, self.folder = config, Path(config.run.output_dir)
+    def __init__(self, config: TrainConfig, checked: Checked, stop: Stop) -> None:
+        self.config, self.folder, self.stop = config, Path(config.run.output_dir), stop
         run = config.run
         self.accelerator = accelerator = build_accelerator(config)
         set_seed(run.seed)
@@ -75,7 +88,9 @@ class Trainer:
             family,
             run.seed,
             self.folder / BAD_FILES,
-            Processes(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone),
+            Processes(
+                accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone, stop.raise_if_asked
+            ),
             accelerator.is_local_main_process,
         )
         if config.logging.validation_prompt is not None:
@@ -88,14 +103,14 @@ class Trainer:
         self._build_model(weight_dtype)
         self.objective = build_objective(config, family) if config.lpl.use_lpl else None
         self.step_loss = TrainingStep(family, config.diffusion, self.objective, run.seed)
-        self.guard = FiniteGuard()
+        self.guard = FiniteGuard(config, self.step_loss.draw)
         self.tracker = Tracker(
             accelerator,
             self.samples_per_step,
             f"--lpl_weight {config.lpl.lpl_weight} --lpl_norm_type {config.lpl.lpl_norm_type}",
             config.lpl.lpl_start + config.lpl.lpl_warmup_steps if config.lpl.lpl_warmup_steps else 0,
         )
-        self.step = 0
+        self.step = self._saved_at = 0
         self._resume()
         if accelerator.is_main_process:  # only now: a run that could not begin lays no claim to the folder
             write_config(config, self.folder)
@@ -130,6 +145,9 @@ class Trainer:
         self.weights = Weights(self.parameters, self.optimizer, self.ema, config.optim.final_weights)
 
     def _resume(self) -> None:
+        if self.accelerator.is_main_process:
+            recover(self.folder)
+        self.accelerator.wait_for_everyone()
         path = find_checkpoint(self.folder, self.config.run.resume_from_checkpoint)
         if path is None:
             if finished_at(self.folder) is not None:
@@ -150,6 +168,9 @@ class Trainer:
             self.objective.auto.load_state_dict(state["auto_weight"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
+        if self._is_own(path):
+            self._saved_at, self.guard.skips = self.step, state["skips"]
+            self.tracker.load_state_dict(state["tracker"])
         logger.info("continuing from %s at step %d of %d", path, self.step, self.num_steps)
 
     def _check_resumed(self, path: Path, state: dict[str, Any]) -> None:
@@ -157,13 +178,27 @@ class Trainer:
             raise UserError(
                 f"{path}: is at step {self.step}, beyond the run's {self.num_steps}: raise --max_train_steps"
             )
-        if path.resolve().parent != self.folder.resolve():
+        if not self._is_own(path):
             return
+        changed = []
         if state["data"] != self._data_hash():
-            raise UserError(
-                f"{path}: was trained on other images or captions than --train_data_dir or --dataset_name now holds; "
-                "restore them, or choose another --output_dir and name this checkpoint with --resume_from_checkpoint"
+            changed.append("was trained on other images or captions than --train_data_dir or --dataset_name now holds")
+        if state["samples_per_step"] != self.samples_per_step:
+            changed.append(
+                f"was trained with {state['samples_per_step']} samples a step, not {self.samples_per_step}: the batch "
+                "size, accumulation or number of processes differs"
             )
+        if changed and not self.config.run.allow_changes:
+            raise UserError(
+                f"{path}: {', '.join(changed)}; restore that, or choose another --output_dir and name this checkpoint "
+                "with --resume_from_checkpoint, or continue all the same with --allow_changes"
+            )
+        if changed:
+            logger.warning("--allow_changes: %s %s", path, ", ".join(changed))
+
+    def _is_own(self, path: Path) -> bool:
+        """Whether a checkpoint is this run's, not another's that it starts from."""
+        return path.resolve().parent == self.folder.resolve()
 
     def _data_hash(self) -> str:
         return self.data.samples.digest()
@@ -191,17 +226,24 @@ class Trainer:
         run, log, accelerator = self.config.run, self.config.logging, self.accelerator
         trackers_config = {k: v for k, v in self.config.flat().items() if isinstance(v, (int, float, str, bool))}
         trackers_config.pop("hub_token", None)
-        accelerator.init_trackers("lpl", config=trackers_config)
+        # What a killed run has logged beyond its last checkpoint is logged again: TensorBoard drops the first.
+        again = {"tensorboard": {"purge_step": self.step + 1}}
+        accelerator.init_trackers("lpl", config=trackers_config, init_kwargs=again)
+        if self.step and self._validates():
+            self.validate()  # unless the images are there: the run may have been stopped while it drew them
         self.tracker.start(self.step)
         silent = not accelerator.is_local_main_process
         with tqdm(total=self.num_steps, initial=self.step, desc="training", disable=silent) as bar:
+            self._stop_if_asked()
             while self.step < self.num_steps:
                 gradient_norm = self._optimizer_step()
                 self.step += 1
                 bar.update()
-                if self.step % log.log_every == 0 or self.step in (1, self.num_steps):
-                    self._require_finite()
-                    extra = {"learning_rate": self.schedule.get_last_lr()[0], "gradient_norm": float(gradient_norm)}
+                logs = self.step % log.log_every == 0 or self.step in (1, self.num_steps)
+                if logs and len(self.tracker.window):  # nothing in it: every step since the last time was skipped
+                    extra = {"learning_rate": self.schedule.get_last_lr()[0]}
+                    if gradient_norm is not None:
+                        extra["gradient_norm"] = float(gradient_norm)
                     if (rate := adapted_rate(self.optimizer)) is not None:
                         extra["adapted_learning_rate"] = float(rate)
                     metrics = self.tracker.log(self.step, extra)
@@ -215,28 +257,44 @@ class Trainer:
                 if run.save_steps is not None and self.step % run.save_steps == 0:
                     self.save_weights()
                 self.tracker.pause(time.perf_counter() - started)
+                self._stop_if_asked()
 
-    def _optimizer_step(self) -> torch.Tensor:
+    def _stop_if_asked(self) -> None:
+        if not self.stop.agreed():
+            return
+        if self.step != self._saved_at:
+            self.save()
+        self.accelerator.end_training()
+        choice = self.config.run.resume_from_checkpoint
+        same = "the same command" if choice in (None, "latest") else f"without --resume_from_checkpoint {choice} it"
+        raise StopRequestedError(f"stopped at step {self.step}: {same} continues")
+
+    def _optimizer_step(self) -> torch.Tensor | None:
+        """Does one; returns the gradient's norm, or None if the step was left out because it was not finite."""
         run, accelerator = self.config.run, self.accelerator
         use_lpl = self.step >= self.config.lpl.lpl_start
         # Whatever randomness is left in the model (dropout) is a function of the step.
         torch.manual_seed(keyed_seed(run.seed, "step", self.step, accelerator.process_index))
-        norm = torch.zeros(())
+        norm, fault, added = torch.zeros(()), None, []
+        self.guard.begin()
         for micro_batch in range(run.gradient_accumulation_steps):
             batch = self._stratified(self.data.batch(self._draws(self.step, micro_batch)), micro_batch)
             with accelerator.accumulate(self.denoiser):
                 out = self.step_loss(self.denoiser, batch, accelerator.device, use_lpl, self.step)
-                self.guard.watch(
-                    self.step * run.gradient_accumulation_steps + micro_batch, out.diffusion_per_sample, out.lpl
-                )
-                self.tracker.window.add(out.metrics, out.num_lpl_samples)
-                accelerator.backward(out.loss)
+                self.guard.watch(batch, out.diffusion_per_sample, out.lpl)
+                added.append((out.metrics, out.num_lpl_samples))
+                accelerator.backward(spoil(out.loss))
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(self.parameters.values(), self.config.optim.max_grad_norm)
-                    if accelerator.scaler is None:
-                        self.guard.watch_gradient(self.step, norm)
-                self.optimizer.step()
+                    fault = self.guard.fault(norm, self.step + 1, accelerator.scaler is not None)
+                if fault is None or accelerator.scaler is not None:  # a scaler leaves the step out by itself
+                    self.optimizer.step()
                 self.optimizer.zero_grad()
+        if fault is not None:
+            self._leave_out(fault, float(norm))
+            return None
+        for metrics, num_lpl_samples in added:
+            self.tracker.window.add(metrics, num_lpl_samples)
         if not accelerator.optimizer_step_was_skipped:
             self.schedule.step()
         if self.ema is not None:
@@ -265,27 +323,16 @@ class Trainer:
             accelerator.num_processes,
         )
 
-    def _require_finite(self) -> None:
-        mine: list[str] = []
-        if (found := self.guard.first()) is not None:
-            accumulation = self.config.run.gradient_accumulation_steps
-            step, micro_batch = divmod(found.micro_step, accumulation)
-            indices = [index for index, _ in self._draws(step, micro_batch)]
-            culprits = found.samples or range(len(indices))
-            ids = ", ".join(self.data.samples[indices[i]].id for i in culprits)
-            terms = " and ".join(["the diffusion loss"] * bool(found.samples) + ["LPL"] * found.lpl)
-            verb = "were" if found.samples and found.lpl else "was"
-            hint = "; --lpl_dtype bfloat16 or float32 does not overflow" * (
-                found.lpl and self.config.lpl.lpl_dtype == "float16"
-            )
-            mine = [f"{terms} {verb} not finite at step {step + 1} (samples {ids}){hint}"]
-        elif (step_of_gradient := self.guard.first_gradient()) is not None:
-            mine = [f"the gradient was not finite at step {step_of_gradient + 1}, though the loss was"]
-        reports = gather_object(mine)
-        if reports:
-            last = find_checkpoint(self.folder, None)
-            kept = f"{last} is the last checkpoint" if last else "no checkpoint was written yet"
-            raise TrainingStoppedError(f"{reports[0]}; {kept}")
+    def _leave_out(self, fault: str, norm: float) -> None:
+        """Leaves the step out, or stops with a checkpoint of the weights before it."""
+        if self.objective is not None and self.objective.auto is not None:
+            self.objective.auto.discard_step()
+        why = self.guard.skip(fault, self.step + 1, norm, self.accelerator.process_index)
+        if why is not None:
+            if self.step != self._saved_at:
+                self.save(prune=False)
+            self.accelerator.end_training()
+            raise TrainingStoppedError(f"{why}; {last_checkpoint(self.folder)}")
 
     def _validates(self) -> bool:
         log = self.config.logging
@@ -299,35 +346,45 @@ class Trainer:
         return self.step % every == 0
 
     def validate(self) -> None:
-        """Makes validation images with the weights that the result is made of; leaves training as it was."""
-        self._require_finite()
+        """Makes validation images with the weights that the result is made of; leaves training as it was.
+
+        Does nothing where they are there, and leaves none if the run is asked to stop meanwhile.
+        """
         log, accelerator = self.config.logging, self.accelerator
-        if accelerator.is_main_process:
+        path = image_file(self.folder / "samples", self.step)
+        if accelerator.is_main_process and not path.is_file():
             denoiser, prompt = self._bare_denoiser(), str(log.validation_prompt)
             denoiser.eval()
+            size, images = self.config.data.crop_size, []
             # Another batch size without gradients: compiling once more for it would not pay.
-            with self.weights.use(self.weights.final), torch.compiler.set_stance("force_eager"):
+            eager = torch.compiler.set_stance("force_eager")
+            with self.weights.use(self.weights.final), eager, contextlib.suppress(StopRequestedError):
                 images = self.family.generate(
-                    denoiser, prompt, log.num_validation_images, self.config.run.seed, self.config.data.crop_size
+                    denoiser, prompt, log.num_validation_images, self.config.run.seed, size, self.stop.raise_if_asked
                 )
             denoiser.train()
-            publish_images(accelerator, images, prompt, self.folder / "samples", self.step)
+            if images:
+                publish_images(accelerator, images, prompt, path, self.step)
         accelerator.wait_for_everyone()
 
-    def save(self) -> None:
-        """Writes a checkpoint of this step."""
-        self._require_finite()
+    def save(self, prune: bool = True) -> None:
+        """Writes a checkpoint of this step; prune: --checkpoints_total_limit applies."""
+        tracker = self.tracker.state_dict()
         if self.accelerator.is_main_process:
             auto = self.objective.auto if self.objective is not None else None
             scaler = self.accelerator.scaler
             state: dict[str, Any] = {
                 "data": self._data_hash(),
+                "samples_per_step": self.samples_per_step,
+                "skips": self.guard.skips,
+                "tracker": tracker,
                 "schedule": self.schedule.state_dict(),
                 "auto_weight": auto.state_dict() if auto is not None else None,
                 "scaler": scaler.state_dict() if scaler is not None else None,
             }
-            limit = self.config.run.checkpoints_total_limit
+            limit = self.config.run.checkpoints_total_limit if prune else None
             save_checkpoint(self.folder, self.step, self.parameters, self.optimizer, self.ema, state, limit)
+        self._saved_at = self.step
         self.accelerator.wait_for_everyone()
 
     def _bare_denoiser(self) -> Any:
@@ -335,7 +392,6 @@ class Trainer:
 
     def save_weights(self) -> None:
         """Writes the weights of this step for inference, raw and averaged."""
-        self._require_finite()
         if self.accelerator.is_main_process:
             denoiser, family = self._bare_denoiser(), self.family
             write = family.save_denoiser if self.config.model.rank is None else family.export_lora
@@ -349,7 +405,7 @@ class Trainer:
         if accelerator.is_main_process:
             self.weights.put(self.weights.final)
             denoiser = self._bare_denoiser()
-            temporary = self.folder / ".tmp-result"
+            temporary = self.folder / RESULT
             shutil.rmtree(temporary, ignore_errors=True)
             if self.config.model.rank is None:
                 family.export(denoiser, temporary)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
 from accelerate import Accelerator
 from PIL import Image
+
+from lpl.data.files import write_atomically
 
 
 def image_grid(images: list[Image.Image], columns: int, gap: int = 2) -> Image.Image:
@@ -19,11 +22,13 @@ def image_grid(images: list[Image.Image], columns: int, gap: int = 2) -> Image.I
     return grid
 
 
-def publish_images(accelerator: Accelerator, images: list[Image.Image], prompt: str, folder: Path, step: int) -> Path:
-    """Writes folder/step-<step>.png and sends the images to every tracker; returns the file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step-{step:07d}.png"
-    image_grid(images, min(len(images), 8)).save(path)
+def image_file(folder: Path, step: int) -> Path:
+    """Where the validation images of a step are."""
+    return folder / f"step-{step:07d}.png"
+
+
+def publish_images(accelerator: Accelerator, images: list[Image.Image], prompt: str, path: Path, step: int) -> None:
+    """Sends the images to every tracker and writes them to path, last and in one go: with it, the step is validated."""
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             stack = np.stack([np.asarray(image) for image in images])
@@ -32,4 +37,6 @@ def publish_images(accelerator: Accelerator, images: list[Image.Image], prompt: 
             import wandb
 
             tracker.log({"validation": [wandb.Image(image, caption=prompt) for image in images]}, step=step)
-    return path
+    content = io.BytesIO()
+    image_grid(images, min(len(images), 8)).save(content, "PNG")
+    write_atomically(path, content.getvalue())

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 from lpl.config import OptimConfig
-from lpl.errors import UserError
-from lpl.training.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from lpl.errors import TrainingStoppedError, UserError
+from lpl.training.checkpoint import (
+    find_checkpoint,
+    full_disk,
+    list_checkpoints,
+    load_checkpoint,
+    recover,
+    save_checkpoint,
+)
 from lpl.training.ema import Average
 
 
@@ -63,7 +73,7 @@ def test_round_trip_and_the_steps_after_it(tmp_path: Path) -> None:
 
 def test_nothing_is_pickled(tmp_path: Path) -> None:
     files = sorted(p.name for p in Training(0).save(tmp_path, 1).iterdir())
-    assert files == ["ema.safetensors", "model.safetensors", "optimizer.safetensors", "state.json"]
+    assert files == ["ema.safetensors", "manifest.json", "model.safetensors", "optimizer.safetensors", "state.json"]
 
 
 def test_newest_complete_checkpoint_is_found_by_number(tmp_path: Path) -> None:
@@ -91,8 +101,9 @@ def test_old_checkpoints_go_only_when_the_new_one_is_there(tmp_path: Path, monke
     assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-3"]
     with monkeypatch.context() as patch:
         patch.setattr("lpl.training.checkpoint.save_file", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-        with pytest.raises(OSError, match="disk full"):
+        with pytest.raises(TrainingStoppedError, match=r"-4 cannot be written \(disk full\); .*checkpoint-3 is "):
             training.save(tmp_path, 4, limit=1)
+    assert [p.name for p in tmp_path.glob(".*")] == []
     assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-3"]
     training.save(tmp_path, 4, limit=1)
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-4"]
@@ -107,3 +118,109 @@ def test_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
             load_checkpoint(path, parameters, training.optimizer, training.ema)
     with pytest.raises(UserError, match="with --use_ema"):
         load_checkpoint(path, training.parameters, training.optimizer, None)
+
+
+@pytest.mark.parametrize("name", ["ema.safetensors", "model.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("what", ["bit", "cut", "gone"])
+def test_damage_is_recognised_and_the_checkpoint_before_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, what: str
+) -> None:
+    training = Training(0)
+    for step in (1, 2):
+        training.save(tmp_path, step)
+    file = tmp_path / "checkpoint-2" / name
+    content = bytearray(file.read_bytes())
+    if what == "gone":
+        file.unlink()
+    elif what == "cut":
+        file.write_bytes(content[:-1])
+    else:
+        content[-3] ^= 1
+        file.write_bytes(content)
+    with caplog.at_level(logging.WARNING, "lpl"):
+        assert find_checkpoint(tmp_path, None) == tmp_path / "checkpoint-1"
+    fault = {
+        "gone": f"{name} is missing",
+        "cut": f"{name} has {len(content) - 1} of {len(content)} bytes",
+        "bit": f"{name} does not match its checksum",
+    }[what]
+    assert caplog.messages == [f"{tmp_path / 'checkpoint-2'} is damaged ({fault}): it is passed over"]
+    if what != "gone" or name != "state.json":
+        with pytest.raises(UserError, match="checkpoint-2 is damaged"):
+            find_checkpoint(tmp_path, "checkpoint-2")
+
+
+def test_a_damaged_manifest_is_damage(tmp_path: Path) -> None:
+    training = Training(0)
+    for step, content in ((1, None), (2, "{"), (3, "[]"), (4, '{"state.json": 3}')):
+        path = training.save(tmp_path, step)
+        if content is not None:
+            (path / "manifest.json").write_text(content)
+    assert find_checkpoint(tmp_path, None) == tmp_path / "checkpoint-1"
+    (tmp_path / "checkpoint-1" / "manifest.json").unlink()
+    with pytest.raises(UserError, match="every checkpoint in it is damaged"):
+        find_checkpoint(tmp_path, "latest")
+
+
+def test_limit_counts_good_checkpoints_only(tmp_path: Path) -> None:
+    training = Training(0)
+    for step in (1, 2, 3):
+        training.save(tmp_path, step)
+    for step in (2, 3):
+        (tmp_path / f"checkpoint-{step}" / "model.safetensors").write_bytes(b"cut")
+    training.save(tmp_path, 4, limit=2)
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-4"]
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_killed_before_the_rename_loses_nothing(tmp_path: Path, before: bool) -> None:
+    """Also where a checkpoint of that step was there and has been moved aside."""
+    training = Training(0)
+    path = training.save(tmp_path, 3)
+    if before:
+        training.save(tmp_path, 2)
+    path.rename(tmp_path / ".tmp-checkpoint-3")
+    recover(tmp_path)
+    assert find_checkpoint(tmp_path, None) == path
+    (path / "manifest.json").unlink()
+    path.rename(tmp_path / ".tmp-checkpoint-3")
+    (tmp_path / ".tmp-old-checkpoint-1").mkdir()
+    recover(tmp_path)
+    assert not path.exists()
+    assert list(tmp_path.glob(".tmp*")) == []
+
+
+def test_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limit on the size of files stands for the disk: safetensors meets the system's own error."""
+    resource = pytest.importorskip("resource")
+    training = Training(0)
+    good = training.save(tmp_path, 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, hard))
+    try:
+        with pytest.raises(TrainingStoppedError, match=r"-2 cannot be written \(.*; .*checkpoint-1 is the last"):
+            training.save(tmp_path, 2, limit=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == [good]
+    assert find_checkpoint(tmp_path, None) == good
+
+
+def test_full_disk_is_one_line_wherever_it_is_met(tmp_path: Path) -> None:
+    Training(0).save(tmp_path, 1)
+    errors = (
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    )
+    for error in errors:
+        (tmp_path / ".tmp-result").mkdir()
+        with (
+            pytest.raises(TrainingStoppedError, match="-1 is the last checkpoint: make room"),
+            full_disk(tmp_path),
+        ):
+            raise error
+        assert not (tmp_path / ".tmp-result").exists()
+    for other in (OSError(errno.ENOENT, "none"), safetensors.SafetensorError("invalid header")):
+        with pytest.raises(type(other)), full_disk(tmp_path):
+            raise other

@@ -25,6 +25,7 @@ from lpl.training.preflight import preflight
         ),
         (["--num_validation_images=2"], "--num_validation_images has no effect without --validation_prompt"),
         (["--timestep_bias_portion=0.5"], "--timestep_bias_portion has no effect"),
+        (["--max_skips=3"], "--max_skips has no effect without --on_nonfinite skip"),
         (["--hub_model_id=a/b"], "--hub_model_id has no effect without --push_to_hub"),
         (["--no_use_lpl", "--lpl_num_blocks=2"], "without LPL these have no effect: --lpl_num_blocks"),
     ],

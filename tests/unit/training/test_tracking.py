@@ -1,7 +1,8 @@
-"""Windows of metrics, the warning about LPL's share, and the guard against losses that are not finite."""
+"""Windows of metrics, and the warning about LPL's share."""
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from typing import Any
@@ -9,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from lpl.training.tracking import FiniteGuard, MetricWindow, Tracker
+from lpl.training.tracking import MetricWindow, Tracker
 
 
 class Recorder:
     """Stands for accelerate's engine."""
 
     device = torch.device("cpu")
+    process_index, num_processes = 0, 1
 
     def __init__(self) -> None:
         self.logged: list[tuple[int, dict[str, float]]] = []
@@ -116,29 +118,43 @@ def test_weight_0_is_no_idling(caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.records == []
 
 
-def test_guard_keeps_the_first_bad_micro_batch() -> None:
-    guard = FiniteGuard()
-    good, zero, nan = torch.ones(3), torch.zeros(()), float("nan")
-    guard.watch(4, good, zero)
-    assert guard.first() is None
-    guard.watch(5, torch.tensor([1.0, nan, float("inf")]), zero)
-    guard.watch(6, torch.tensor([nan, 1.0, 1.0]), torch.tensor(nan))
-    found = guard.first()
-    assert found is not None
-    assert (found.micro_step, found.samples, found.lpl) == (5, [1, 2], False)
+def test_window_comes_back_from_a_checkpoint_bit_for_bit() -> None:
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.rand((9, 2), generator=generator)
+    parts: list[dict[str, Any]] = [
+        {"diffusion_loss": a, "lpl/weighted_loss": 0.1 * n, "lpl/snr_min": b} for n, (a, b) in enumerate(numbers)
+    ]
+    whole, first, second = MetricWindow(), MetricWindow(), MetricWindow()
+    for part in parts:
+        whole.add(part, 1)
+    for part in parts[:5]:
+        first.add(part, 1)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())), torch.device("cpu"))
+    for part in parts[5:]:
+        second.add(part, 1)
+    assert second.read() == whole.read()
 
 
-def test_guard_tells_the_term() -> None:
-    guard = FiniteGuard()
-    guard.watch(0, torch.ones(2), torch.tensor(float("inf")))
-    found = guard.first()
-    assert found is not None
-    assert (found.micro_step, found.samples, found.lpl) == (0, [], True)
+def test_windows_of_two_processes_are_added_up_in_one() -> None:
+    both, one = MetricWindow(), MetricWindow()
+    for value in (1.0, 5.0):
+        own = MetricWindow()
+        for window in (own, both):
+            window.add({"diffusion_loss": torch.tensor(value), "lpl/snr_max": torch.tensor(value)}, 1)
+        one.load_state_dict(own.state_dict(), torch.device("cpu"))
+    assert one.read() == both.read() == {"diffusion_loss": 3.0, "lpl/snr_max": 5.0}
 
 
-def test_guard_watches_gradients() -> None:
-    guard = FiniteGuard()
-    assert guard.first_gradient() is None
-    for step, norm in enumerate([1.0, float("inf"), float("nan")]):
-        guard.watch_gradient(step, torch.tensor(norm))
-    assert guard.first_gradient() == 1
+def test_what_the_warning_stands_on_outlives_a_checkpoint(caplog: pytest.LogCaptureFixture) -> None:
+    """Sixteen gated samples before and sixteen after: only together are they enough to judge."""
+    trackers = []
+    for _ in range(2):
+        tracker = Tracker(Recorder(), 4, "--lpl_weight 2.0")  # type: ignore[arg-type]
+        if trackers:
+            tracker.load_state_dict(json.loads(json.dumps(trackers[0].state_dict())))
+        tracker.start(4 * len(trackers))
+        trackers.append(tracker)
+        for step in range(4):
+            tracker.window.add(metrics(1e-9, 1.0), 4)
+            tracker.log(4 * (len(trackers) - 1) + step + 1, {})
+        assert len(caplog.records) == len(trackers) - 1

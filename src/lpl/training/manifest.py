@@ -1,0 +1,70 @@
+"""What a checkpoint's files must be: their sizes and checksums, in a file that is written last.
+
+A folder without it was never finished; one whose files differ from it was cut short or damaged since.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import xxhash
+
+FILE = "manifest.json"
+BLOCK = 2**24
+
+
+def write_manifest(folder: Path) -> None:
+    """Reads every file of a folder, notes its size and XXH3 checksum (128 bits), and syncs all of it.
+
+    Raises:
+        OSError: the disk is full, or another fault of the file system.
+    """
+    for path in folder.iterdir():
+        sync(path)
+    files = {p.name: {"bytes": p.stat().st_size, "xxh3_128": _checksum(p)} for p in sorted(folder.iterdir())}
+    (folder / FILE).write_text(json.dumps(files, indent=1))
+    sync(folder / FILE)
+    sync(folder)
+
+
+def damage(folder: Path, read: bool = True) -> str | None:
+    """What is wrong with a folder that write_manifest has described; None: nothing.
+
+    Args:
+        folder: to look at.
+        read: read every byte; else only sizes are compared.
+    """
+    try:
+        files = json.loads((folder / FILE).read_text())
+        for name, expected in files.items():
+            size = (folder / name).stat().st_size
+            if size != expected["bytes"]:
+                return f"{name} has {size} of {expected['bytes']} bytes"
+            if read and _checksum(folder / name) != expected["xxh3_128"]:
+                return f"{name} does not match its checksum"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except OSError as error:
+        return f"{Path(error.filename or folder).name} cannot be read: {error.strerror}"
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return f"{FILE} is not what was written"
+    return None
+
+
+def _checksum(path: Path) -> str:
+    found = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            found.update(block)
+    return found.hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or a folder's list of files, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
