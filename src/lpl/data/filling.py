@@ -30,6 +30,8 @@ ENCODE_PIXELS = 2**20
 """Pixels that go through the image encoder at once (whatever the batch size of training), at least one image."""
 ENCODE_IMAGES = 16
 CAPTION_BATCH = 32
+FORMAT = "-2"
+"""Part of the names of the stores' folders: another layout of shards gets another."""
 
 
 class Encoder(Protocol):
@@ -71,7 +73,7 @@ class Caches(NamedTuple):
     @classmethod
     def open(cls, folder: Path, encoder: Encoder, dtype: str = "float32") -> Caches:
         """Opens the stores that hold this encoder's output in this precision."""
-        suffix = "" if dtype == "float32" else f"-{dtype}"
+        suffix = FORMAT if dtype == "float32" else f"{FORMAT}-{dtype}"
         return cls(
             folder,
             TensorStore(folder / "latents" / f"{encoder.latent_key}{suffix}"),

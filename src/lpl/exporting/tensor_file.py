@@ -46,7 +46,10 @@ def write_tensors(tensors: Iterable[tuple[str, Tensor]], file: Path, metadata: d
     temporary = file.with_name(f".{file.name}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        readable = temporary.stat().st_mode  # as the umask says; safetensors writes for the owner alone
         save_file(content, temporary, metadata | {HASH: UNKNOWN})
+        temporary.chmod(readable)
         _seal(temporary)
         temporary.replace(file)
     except (OSError, SafetensorError) as error:

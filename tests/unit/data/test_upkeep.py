@@ -28,7 +28,7 @@ def test_damage_is_said_removed_and_made_again(
     verify_cache(str(cache), delete=False)
     assert capsys.readouterr().out == f"{cache}: 2 shards, 0 damaged\n"
     (name,) = data.caches.latents.shards
-    shard = cache / "latents" / "aa" / name
+    shard = cache / "latents" / "aa-2" / name
     content = bytearray(shard.read_bytes())
     content[-100] ^= 255
     shard.write_bytes(content)
