@@ -15,6 +15,7 @@ from lpl.demo.photographs import export_data
 from lpl.demo.weights import export_model
 from lpl.perceptual.loss import LatentPerceptualLoss
 from lpl.training.preflight import preflight
+from lpl.training.stopping import Stop
 
 WARM_UP = 5
 
@@ -47,7 +48,7 @@ def main(steps: int) -> None:
                 "--report_to=none",
             ]
         )
-        trainer = Trainer(config, preflight(config))
+        trainer = Trainer(config, preflight(config), Stop())
         seconds: dict[str, float] = defaultdict(float)
         for _ in range(WARM_UP):
             trainer._optimizer_step()

@@ -16,6 +16,7 @@ from lpl.cli import parse_train
 from lpl.demo.photographs import export_data
 from lpl.demo.weights import export_model
 from lpl.training.preflight import preflight
+from lpl.training.stopping import Stop
 
 ARMS = {
     "without LPL": ["--no_use_lpl"],
@@ -53,7 +54,7 @@ def main(steps: int) -> None:
                     *flags,
                 ]
             )
-            trainers[name] = Trainer(config, preflight(config))
+            trainers[name] = Trainer(config, preflight(config), Stop())
         for step in range(steps + 1):
             for name, trainer in trainers.items():
                 start = time.perf_counter()
