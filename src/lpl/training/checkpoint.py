@@ -125,11 +125,16 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         raise TrainingStoppedError(f"{final} cannot be written ({reason(error)}); {last_checkpoint(folder)}") from error
     _replace(temporary, final)
+    prune_checkpoints(folder, final, total_limit)
+    return final
+
+
+def prune_checkpoints(folder: Path, newest: Path, total_limit: int | None) -> None:
+    """Removes the oldest checkpoints of a run beyond total_limit, never the newest good one; None: keeps all."""
     if total_limit is not None:
-        older = [path for path in list_checkpoints(folder) if path != final]
+        older = [path for path in list_checkpoints(folder) if path.name != newest.name]
         for old in older[: max(0, len(older) + 1 - total_limit)]:
             _discard(old)
-    return final
 
 
 def _write(

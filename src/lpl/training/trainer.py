@@ -33,6 +33,7 @@ from lpl.training.checkpoint import (
     full_disk,
     last_checkpoint,
     load_checkpoint,
+    prune_checkpoints,
     recover,
     save_checkpoint,
 )
@@ -171,6 +172,9 @@ class Trainer:
         if self._is_own(path):
             self._saved_at, self.guard.skips = self.step, state["skips"]
             self.tracker.load_state_dict(state["tracker"])
+        if self.accelerator.is_main_process and self.config.run.resume_from_checkpoint in (None, "latest"):
+            # A kill may have come between a checkpoint and the removal of the one before it.
+            prune_checkpoints(self.folder, path, self.config.run.checkpoints_total_limit)
         logger.info("continuing from %s at step %d of %d", path, self.step, self.num_steps)
 
     def _check_resumed(self, path: Path, state: dict[str, Any]) -> None:

@@ -224,3 +224,18 @@ def test_full_disk_is_one_line_wherever_it_is_met(tmp_path: Path) -> None:
     for other in (OSError(errno.ENOENT, "none"), safetensors.SafetensorError("invalid header")):
         with pytest.raises(type(other)), full_disk(tmp_path):
             raise other
+
+
+def test_what_a_kill_left_beyond_the_limit_goes_at_the_next_start(train: Any) -> None:
+    options = {"max_train_steps": 4, "checkpointing_steps": 2}
+    run = train(**options)
+    assert sorted(p.name for p in run.folder.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    train(**options | {"max_train_steps": 5, "checkpoints_total_limit": 1})
+    assert [p.name for p in run.folder.glob("checkpoint-*")] == ["checkpoint-4"]
+
+
+def test_going_on_from_an_older_checkpoint_removes_no_newer_one(train: Any) -> None:
+    options = {"max_train_steps": 4, "checkpointing_steps": 2}
+    run = train(**options)
+    train(**options | {"max_train_steps": 3, "checkpoints_total_limit": 1, "resume_from_checkpoint": "checkpoint-2"})
+    assert sorted(p.name for p in run.folder.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
