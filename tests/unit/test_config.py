@@ -23,21 +23,20 @@ from lpl.errors import UserError
 def test_every_option_has_one_name_and_a_help_text() -> None:
     import ast
     import inspect
-
-    import lpl.config
+    import itertools
 
     names = [f.name for group in TrainConfig().groups() for f in fields(group)]
     assert len(names) == len(set(names)) == len(TrainConfig().flat())
     documented = set()
-    for node in ast.walk(ast.parse(inspect.getsource(lpl.config))):
-        if isinstance(node, ast.ClassDef):
-            for field, text in zip(node.body, node.body[1:], strict=False):
-                if (
-                    isinstance(field, ast.AnnAssign)
-                    and isinstance(text, ast.Expr)
-                    and isinstance(text.value, ast.Constant)
-                ):
-                    documented.add(field.target.id)  # type: ignore[union-attr]
+    for group in TrainConfig().groups():
+        body = ast.parse(inspect.getsource(type(group))).body[0].body  # type: ignore[attr-defined]
+        for option, text in itertools.pairwise(body):
+            if (
+                isinstance(option, ast.AnnAssign)
+                and isinstance(text, ast.Expr)
+                and isinstance(text.value, ast.Constant)
+            ):
+                documented.add(option.target.id)  # type: ignore[union-attr]
     assert set(names) <= documented
 
 

@@ -1,0 +1,132 @@
+"""Options: images, captions, crops and their cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lpl.config.checks import free, require
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Data: images and captions, and how they are cropped and cached."""
+
+    train_data_dir: str | None = None
+    """An image folder, nested as deep as you like, with metadata.jsonl, or with a .txt caption beside each image."""
+    dataset_name: str | None = None
+    """A data set on the Hub, a local folder that `datasets` reads, or parquet files (a path, * allowed)."""
+    dataset_config_name: str | None = None
+    """Configuration of that data set."""
+    webdataset: str | None = None
+    """WebDataset shards: paths or URLs, with {000..099} or (local) *; several joined by ::."""
+    streaming: bool = False
+    """Read --dataset_name as a stream: nothing is downloaded whole, each image passes by once and is cached encoded."""
+    image_column: str = "image"
+    """Column with the images of --dataset_name."""
+    caption_column: str = "text"
+    """Column (or key in metadata.jsonl or a shard's .json) with the captions: a string or a list of strings."""
+    max_train_samples: int | None = None
+    """Use only the first N samples."""
+    max_bad_fraction: float = free(0.01)
+    """Stop if more than this share of the images cannot be used; those are listed in bad_files.jsonl."""
+    background_color: str = "white"
+    """What shows through transparent pixels: a name or #rrggbb."""
+    resolution: int | None = None
+    """Height and width of the training crops, in pixels; unset: what the model was made for (1024 for full size)."""
+    buckets: bool = False
+    """Crop to the nearest of a set of aspect ratios with the area of --resolution squared, instead of to a square."""
+    bucket_area: int | None = None
+    """Area of every bucket in pixels; unset: --resolution squared."""
+    bucket_step: int = 64
+    """Sides of buckets are multiples of this many pixels."""
+    bucket_max_aspect: float = 2.0
+    """No bucket is longer than this many times its short side."""
+    center_crop: bool = False
+    """Crop the centre; off: a random crop."""
+    crop_variants: int = 1
+    """How many different random crops of each image to cache; each draw takes one of them."""
+    random_flip: bool = False
+    """Mirror images at random, freshly at each draw (both are cached)."""
+    image_interpolation_mode: Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"] = "lanczos"
+    """How images are resized; always antialiased but for nearest."""
+    caption_choice: Literal["random", "first"] = "random"
+    """Of several captions: one at random at each draw, or always the first."""
+    shuffle_caption: bool = False
+    """Shuffle the tags of a caption; the text cache holds --caption_variants orders of each."""
+    keep_tokens: int = 0
+    """The first so many tags stay in their places."""
+    caption_separator: str = ","
+    """What separates tags."""
+    caption_variants: int = 8
+    """How many orders of its tags a caption is cached in; draw n takes order n modulo this."""
+    caption_prefix: str | None = None
+    """Trigger words: put before every caption that is not dropped."""
+    proportion_empty_prompts: float = 0.0
+    """Share of draws whose caption is dropped, drawn anew each time."""
+    repeats: str | None = None
+    """How often an epoch draws the images of a folder: `dogs=10,cats=2.5`, `balanced` (every folder equally often), or
+    `names` (a folder named 10_dogs: ten times)."""
+    reg_data_dir: str | None = None
+    """An image folder of regularisation images, drawn along with the others."""
+    prior_loss_weight: float = 1.0
+    """Weight of the regularisation images' loss, LPL included."""
+    latent_cache_dir: str | None = free(None)
+    """Where latents and text embeddings are cached; unset: a folder of the user's cache, shared by all runs."""
+    cache_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Precision in which latents and text embeddings are cached; the 16-bit ones halve the space."""
+    rehash: bool = free(False)
+    """Read every image again, also where path, size and time of change are those that were seen before."""
+    dataloader_num_workers: int | Literal["auto"] = free("auto")
+    """Threads that read, decode and crop images while the cache is filled; auto: one a core, eight at most."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.resolution is None or self.resolution >= 8,
+            f"--resolution must be at least 8 pixels, not {self.resolution}",
+        )
+        require(
+            0 <= self.proportion_empty_prompts <= 1,
+            f"--proportion_empty_prompts must lie in 0..1, not {self.proportion_empty_prompts}",
+        )
+        require(
+            self.max_train_samples is None or self.max_train_samples >= 1,
+            f"--max_train_samples must be at least 1, not {self.max_train_samples}",
+        )
+        require(self.crop_variants >= 1, f"--crop_variants must be at least 1, not {self.crop_variants}")
+        require(
+            not (self.center_crop and self.crop_variants > 1),
+            "--crop_variants needs random crops: drop --center_crop or --crop_variants",
+        )
+        workers = self.dataloader_num_workers
+        require(
+            workers == "auto" or int(workers) >= 0, f"--dataloader_num_workers must be auto or 0 or more, not {workers}"
+        )
+        given = [
+            f"--{name}" for name in ("train_data_dir", "dataset_name", "webdataset") if getattr(self, name) is not None
+        ]
+        require(len(given) <= 1, f"{' and '.join(given)} are all given: choose one")
+        require(
+            not self.streaming or self.dataset_name is not None or not given,
+            "--streaming reads --dataset_name; WebDataset URLs are streamed anyway: drop it",
+        )
+        require(0 <= self.max_bad_fraction <= 1, f"--max_bad_fraction must lie in 0..1, not {self.max_bad_fraction}")
+        for name in ("bucket_step", "caption_variants"):
+            require(getattr(self, name) >= 1, f"--{name} must be at least 1, not {getattr(self, name)}")
+        require(
+            self.bucket_area is None or self.bucket_area >= 64,
+            f"--bucket_area must be at least 64 pixels, not {self.bucket_area}",
+        )
+        require(self.bucket_max_aspect >= 1, f"--bucket_max_aspect must be at least 1, not {self.bucket_max_aspect}")
+        require(self.keep_tokens >= 0, f"--keep_tokens must be 0 or more, not {self.keep_tokens}")
+        require(self.caption_separator != "", "--caption_separator must not be empty")
+        require(
+            0 <= self.prior_loss_weight < float("inf"),
+            f"--prior_loss_weight must be 0 or more, not {self.prior_loss_weight}",
+        )
+
+    @property
+    def crop_size(self) -> int:
+        """The resolution, once the model's own has taken the place of an unset one."""
+        assert self.resolution is not None
+        return self.resolution

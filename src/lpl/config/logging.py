@@ -1,0 +1,39 @@
+"""Options: validation, logs and publishing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lpl.config.checks import free, require
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """Validation images, logs and publishing."""
+
+    validation_prompt: str | None = free(None)
+    """Prompt of the validation images; unset: none are made."""
+    num_validation_images: int = free(4)
+    """Validation images each time."""
+    validation_epochs: int = free(1)
+    """Epochs between validations."""
+    validation_steps: int | None = free(None)
+    """Optimizer steps between validations, instead of epochs."""
+    report_to: Literal["tensorboard", "wandb", "comet_ml", "all", "none"] = free("tensorboard")
+    """Where metrics go."""
+    logging_dir: str = free("logs")
+    """TensorBoard folder, within --output_dir."""
+    log_every: int = free(10)
+    """Optimizer steps between logged metrics; the device is not synchronised in between."""
+    push_to_hub: bool = free(False)
+    """Upload the result with a model card when training ends."""
+    hub_model_id: str | None = free(None)
+    """Repository to push to; unset: the name of --output_dir."""
+    hub_token: str | None = free(None)
+    """Token for the push; never written to config.yaml. `hf auth login` is safer."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_validation_images", "validation_epochs", "log_every"):
+            require(getattr(self, name) >= 1, f"--{name} must be at least 1, not {getattr(self, name)}")
+        require(self.validation_steps is None or self.validation_steps >= 1, "--validation_steps must be at least 1")

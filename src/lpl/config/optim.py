@@ -1,0 +1,186 @@
+"""Options: optimizer, learning rate, average of the weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lpl.config.checks import free, require
+from lpl.keywords import parse_keywords
+
+OPTIMIZERS = ("adamw", "adamw8bit", "adafactor", "prodigy", "schedulefree_adamw")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimizer and schedule."""
+
+    learning_rate: float | None = None
+    """Peak learning rate; unset: 1e-5 for full fine-tuning, 1e-4 for LoRA, 1 for prodigy, which finds its own."""
+    scale_lr: bool = False
+    """Multiply the learning rate by batch size, accumulation and processes."""
+    lr_scheduler: Literal[
+        "constant",
+        "constant_with_warmup",
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "polynomial",
+        "piecewise_constant",
+    ] = "constant"
+    """Learning-rate schedule, stepped once per optimizer step."""
+    lr_num_cycles: int = 1
+    """Restarts of cosine_with_restarts."""
+    lr_power: float = 1.0
+    """Power of polynomial."""
+    lr_step_rules: str | None = None
+    """Rules of piecewise_constant: `1:10,0.1:20,0.01` is 1 x to step 10, 0.1 x to step 20, then 0.01 x."""
+    lr_warmup_steps: int | None = None
+    """Optimizer steps of warm-up; unset: 500, or 0 for the constant schedule, which has none."""
+    use_8bit_adam: bool = False
+    """AdamW of bitsandbytes with 8-bit state; the same as --optimizer adamw8bit."""
+    adam_beta1: float = 0.9
+    """Decay of the first moment."""
+    adam_beta2: float = 0.999
+    """Decay of the second moment."""
+    adam_weight_decay: float = 1e-2
+    """Decoupled weight decay."""
+    adam_epsilon: float = 1e-8
+    """Term added to the denominator."""
+    max_grad_norm: float = 1.0
+    """Clip the gradient's norm to this."""
+    use_ema: bool = False
+    """Keep an exponential moving average of the weights; see --final_weights."""
+    ema_decay: float = 0.9999
+    """Decay of the average (reached after a warm-up)."""
+    optimizer: str = "adamw"
+    """adamw, adamw8bit (bitsandbytes), adafactor (transformers), prodigy (prodigyopt), schedulefree_adamw
+    (schedulefree), or package.Class: any torch.optim.Optimizer that needs gradients only."""
+    optimizer_args: str | None = None
+    """Keywords of the optimizer that no flag sets: `d_coef=2.0, safeguard_warmup=True`; literal values."""
+    decay_all: bool = False
+    """Decay biases and the weights of norms (tensors of one dimension) too, as the diffusers scripts do."""
+    ema_warmup: bool = False
+    """Let the average's decay grow as 1 - (1 + t/ema_inv_gamma)^-ema_power instead of (1 + t)/(10 + t)."""
+    ema_inv_gamma: float = 1.0
+    """Of --ema_warmup: the higher, the later the decay grows."""
+    ema_power: float = 2 / 3
+    """Of --ema_warmup: 2/3 reaches 0.999 after 31,600 updates, 3/4 after 10,000."""
+    ema_min_decay: float = 0.0
+    """The average's decay is never below this, once updates have begun."""
+    ema_update_after_step: int = 0
+    """Updates during which the average only follows the weights."""
+    ema_update_every: int = 1
+    """Optimizer steps between updates of the average; the decay is that of an update."""
+    ema_device: Literal["same", "cpu"] = free("same")
+    """Where the average is kept: on the device of the weights, or on the CPU, which costs a transfer at each update."""
+    final_weights: Literal["auto", "raw", "ema"] = "auto"
+    """Which weights are validated and saved as the result; auto: the average with --use_ema, else the raw ones."""
+
+    def __post_init__(self) -> None:
+        self._check_optimizer()
+        rate = self.learning_rate
+        require(rate is None or 0 < rate < float("inf"), f"--learning_rate must be positive, not {rate}")
+        require(
+            self.lr_warmup_steps is None or self.lr_warmup_steps >= 0,
+            f"--lr_warmup_steps must be 0 or more, not {self.lr_warmup_steps}",
+        )
+        for name, owner, default in (
+            ("lr_num_cycles", "cosine_with_restarts", 1),
+            ("lr_power", "polynomial", 1.0),
+            ("lr_step_rules", "piecewise_constant", None),
+        ):
+            value = getattr(self, name)
+            require(
+                self.lr_scheduler == owner or value == default,
+                f"--{name} {value} acts with --lr_scheduler {owner} only, not {self.lr_scheduler}",
+            )
+        require(
+            self.lr_scheduler != "piecewise_constant" or self.lr_step_rules is not None,
+            "--lr_scheduler piecewise_constant needs --lr_step_rules, such as 1:10,0.1:20,0.01",
+        )
+        require(
+            self.lr_step_rules is None or _are_step_rules(self.lr_step_rules),
+            f"--lr_step_rules {self.lr_step_rules}: expected rules such as 1:10,0.1:20,0.01",
+        )
+        require(self.max_grad_norm > 0, f"--max_grad_norm must be positive, not {self.max_grad_norm}")
+        require(self.adam_weight_decay >= 0, f"--adam_weight_decay must be 0 or more, not {self.adam_weight_decay}")
+        require(self.adam_epsilon > 0, f"--adam_epsilon must be positive, not {self.adam_epsilon}")
+        for name, beta in (("--adam_beta1", self.adam_beta1), ("--adam_beta2", self.adam_beta2)):
+            require(0 <= beta < 1, f"{name} must lie in 0..1, not {beta}")
+        self._check_average()
+
+    def _check_average(self) -> None:
+        require(0 < self.ema_decay < 1, f"--ema_decay must lie between 0 and 1, not {self.ema_decay}")
+        require(
+            0 <= self.ema_min_decay <= self.ema_decay,
+            f"--ema_min_decay must lie in 0..{self.ema_decay} (--ema_decay), not {self.ema_min_decay}",
+        )
+        for name in ("ema_inv_gamma", "ema_power"):
+            value = getattr(self, name)
+            require(0 < value < float("inf"), f"--{name} must be positive, not {value}")
+        require(
+            self.ema_update_after_step >= 0,
+            f"--ema_update_after_step must be 0 or more, not {self.ema_update_after_step}",
+        )
+        require(self.ema_update_every >= 1, f"--ema_update_every must be at least 1, not {self.ema_update_every}")
+        require(
+            self.final_weights != "ema" or self.use_ema,
+            "--final_weights ema needs --use_ema: there is no average without it",
+        )
+
+    @property
+    def optimizer_name(self) -> str:
+        """The optimizer, --use_8bit_adam taken into account."""
+        return "adamw8bit" if self.use_8bit_adam else self.optimizer
+
+    @property
+    def optimizer_keywords(self) -> dict[str, Any]:
+        """--optimizer_args by keyword."""
+        return parse_keywords("optimizer_args", self.optimizer_args)
+
+    @property
+    def warms_up(self) -> bool:
+        """Whether warm-up steps can act."""
+        return self.lr_scheduler != "constant" or self.optimizer_name == "schedulefree_adamw"
+
+    def _check_optimizer(self) -> None:
+        name = self.optimizer
+        is_class = "." in name and all(part.isidentifier() for part in name.split("."))
+        require(
+            name in OPTIMIZERS or is_class,
+            f"--optimizer {name}: expected one of {', '.join(OPTIMIZERS)}, or package.Class",
+        )
+        require(
+            not self.use_8bit_adam or name in ("adamw", "adamw8bit"),
+            f"--use_8bit_adam and --optimizer {name} are both given: choose one",
+        )
+        _ = self.optimizer_keywords
+        require(
+            name != "prodigy" or not self.scale_lr,
+            "--scale_lr with --optimizer prodigy: it finds its own rate and leaves 1 as it is; drop --scale_lr",
+        )
+        if name == "schedulefree_adamw":
+            self.require_schedule_free()
+
+    def require_schedule_free(self) -> None:
+        """Raises UserError for what does not go with an optimizer that averages its weights instead of a schedule."""
+        name = f"--optimizer {self.optimizer}"
+        require(
+            self.lr_scheduler == "constant",
+            f"--lr_scheduler {self.lr_scheduler} with {name}, which needs no schedule: use constant "
+            "(--lr_warmup_steps goes to schedulefree_adamw itself)",
+        )
+        require(
+            not self.use_ema,
+            f"--use_ema with {name}: it keeps an average of its own, which is validated and saved; drop --use_ema",
+        )
+
+
+def _are_step_rules(text: str) -> bool:
+    *rules, last = text.split(",")
+    try:
+        pairs = [(float(factor), int(step)) for factor, step in (rule.split(":") for rule in rules)]
+        return len(pairs) == len(rules) and float(last) >= 0
+    except ValueError:
+        return False
