@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import accelerate
+from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch.distributed.fsdp import FSDPModule
 
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_TRANSFORMER_CLS_TO_WRAP": "BasicTransformerBlock,ResnetBlock2D",
     "FSDP_RESHARD_AFTER_FORWARD": "true",
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
 }
@@ -27,9 +28,15 @@ class ShardingAccelerator(accelerate.Accelerator):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        # accelerate copies the second into the first whenever it is asked for its state.
         self.state.distributed_type = DistributedType.FSDP
-        if self.mixed_precision != "no":
-            self.state.fsdp_plugin.set_mixed_precision(self.mixed_precision)
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    def prepare(self, *objects: Any, **options: Any) -> Any:
+        prepared = super().prepare(*objects, **options)
+        assert isinstance(prepared[0], FSDPModule)
+        assert any(isinstance(module, FSDPModule) for module in list(prepared[0].modules())[1:])
+        return prepared
 
 
 def process(argv: list[str], fsdp: bool) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from launching import launch
+from launching import FSDP, launch
 
 SAMPLES = 4
 """Samples of a step; the data have six, so epochs end within steps."""
@@ -141,3 +141,43 @@ def test_split_model_in_bfloat16_follows_the_whole_one(run: Any, tmp_path: Path)
     split = run(tmp_path / "split", 2, True, train_batch_size=2, **options).losses()["diffusion_loss"]
     both = run(tmp_path / "both", 2, False, train_batch_size=2, **options).losses()["diffusion_loss"]
     assert split == pytest.approx(both, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("options", "environment", "told"),
+    [
+        ({"optimizer": "adafactor"}, {}, "--optimizer adafactor cannot be split by FSDP2"),
+        ({"compile_denoiser": True}, {}, "--compile_denoiser does not go with FSDP2"),
+        ({}, {"FSDP_VERSION": "1"}, "accelerate's configuration has fsdp_version 1"),
+        ({}, {"FSDP_OFFLOAD_PARAMS": "true"}, "accelerate's configuration has fsdp_offload_params"),
+        ({}, {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "has fsdp_activation_checkpointing"),
+    ],
+)
+def test_what_cannot_be_split_is_refused_in_one_line(
+    run: Any, tmp_path: Path, capfd: Any, monkeypatch: Any, options: Any, environment: Any, told: str
+) -> None:
+    monkeypatch.setattr("launching.FSDP", FSDP | environment)
+    with pytest.raises(Exception, match="exit code 2"):
+        run(tmp_path / "run", 2, True, **options)
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(set(errors)) == 1  # this launcher does not say which process speaks for all
+    assert told in errors[0]
+
+
+def test_schedule_free_weights_are_split_too(run: Any, train: Any, tmp_path: Path) -> None:
+    options = {"optimizer": "schedulefree_adamw", "use_ema": False, "ema_decay": None, "max_train_steps": 2}
+    one = train(**OPTIONS | options, output="one")
+    assert_same_run(run(tmp_path / "two", 2, True, train_batch_size=2, **options), one, steps=2)
+
+
+def test_the_model_is_split_block_by_block(base_options: Any) -> None:
+    """The launch's environment names no classes: the model's own list is used."""
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from diffusers import UNet2DConditionModel
+    from launching import environment
+
+    unet = UNet2DConditionModel.from_pretrained(base_options["pretrained_model_name_or_path"], subfolder="unet")
+    with environment(FSDP):
+        plugin = FullyShardedDataParallelPlugin()
+    plugin.set_auto_wrap_policy(unet)
+    assert {"BasicTransformerBlock", "ResnetBlock2D"} <= set(plugin.transformer_cls_names_to_wrap)

@@ -13,7 +13,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from lpl.config import TrainConfig
+from lpl.errors import UserError
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -81,6 +85,44 @@ def gathered(tensors: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Ten
         if keep:
             found[name] = (value.cpu() if isinstance(tensor, DTensor) else value).detach().contiguous()
     return found
+
+
+UNSHARDED = ("adafactor", "adamw8bit", "prodigy")
+"""Optimizers whose state does not have the shape of a parameter, or whose step is no function of its elements."""
+
+
+def check_sharding(accelerator: Accelerator, config: TrainConfig) -> None:
+    """Refuses what does not go with the way in which accelerate is configured to split the model, and sets the rest.
+
+    Under FSDP2 weights are gathered in the run's precision, gradients added up in float32; autocast is the trainer's
+    (`autocast_dtype`), and inputs stay as they are: a size of 1023 pixels would be 1024 in bfloat16.
+
+    Raises:
+        UserError: FSDP1, or options of accelerate or of the run that it does not go with.
+    """
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return
+    plugin, optimizer = accelerator.state.fsdp_plugin, config.optim.optimizer_name
+    for wrong, name, instead in (
+        (plugin.fsdp_version != 2, f"fsdp_version {plugin.fsdp_version}", "set fsdp_version: 2"),
+        (plugin.activation_checkpointing, "fsdp_activation_checkpointing", "use --gradient_checkpointing"),
+        (_offloads(plugin), "fsdp_offload_params", "turn it off; --optimizer or a LoRA save memory"),
+    ):
+        if wrong:
+            raise UserError(f"accelerate's configuration has {name}, which lpl train does not take: {instead}")
+    if optimizer in UNSHARDED:
+        raise UserError(f"--optimizer {optimizer} cannot be split by FSDP2: use adamw, or DDP")
+    if config.run.compile_denoiser:
+        raise UserError("--compile_denoiser does not go with FSDP2: drop it, or use DDP")
+    dtype = autocast_dtype(accelerator)
+    if dtype is not None:
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+
+
+def _offloads(plugin: Any) -> bool:
+    return isinstance(plugin.cpu_offload, CPUOffloadPolicy) or plugin.cpu_offload is True
 
 
 def autocast_dtype(accelerator: Accelerator) -> torch.dtype | None:
