@@ -189,6 +189,17 @@ def test_resumed_run_is_bit_for_bit_and_knows_other_masks(train: Any, images: Pa
     assert "was trained on other images or captions" in refused.errors[0]
 
 
+def test_accumulation_changes_nothing(train: Any, images: Path) -> None:
+    """Masks of different areas: every sample is normalised by its own."""
+    mask_all(images, lambda width, height: left_half(width, height) if width > 30 else left_half(width, height) // 3)
+    options = OPTIONS | {"train_data_dir": images, "masked_loss": "files", "unmasked_weight": 0.1}
+    whole = train(**options | {"train_batch_size": 4})
+    split = train(**options | {"train_batch_size": 1, "gradient_accumulation_steps": 4}, output="split")
+    for name, values in whole.losses().items():
+        if name != "lpl/loss":  # a mean over gated samples of each micro-batch
+            assert split.losses()[name] == pytest.approx(values, rel=1e-4), name
+
+
 def test_dump_of_a_bad_step_has_the_mask(train: Any, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mask_all(images, left_half)
     step = TrainingStep.__call__

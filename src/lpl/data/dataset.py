@@ -114,8 +114,10 @@ class TrainingData:
 
     def _mask(self, rows: Sequence[Row], crops: Sequence[Crop]) -> Tensor | None:
         """The cached masks, (B, 1, h, w), white where there is none; None if none of the samples has one."""
+        if self.caches.masks is None:
+            return None
         pairs = [(at, row, crop) for at, (row, crop) in enumerate(zip(rows, crops, strict=True)) if row.mask]
-        if self.caches.masks is None or not pairs:
+        if not pairs:
             return None
         found = self.caches.masks.gather([mask_key(self.views.config, row.mask, crop) for _, row, crop in pairs])
         mask = torch.full((len(rows), *found["mask"].shape[1:]), 255, dtype=torch.uint8)

@@ -139,7 +139,7 @@ class Filler:
         self.prefix, self.proceed = prefix, proceed
         self.source, self.config, self.views, self.rules = source, config, views, rules
         self.encoder, self.caches, self.catalogue, self.bad = encoder, caches, catalogue, bad
-        self.encoded_images = self.encoded_captions = self.made_masks = 0
+        self.encoded_images = self.encoded_captions = self.made_masks = self.empty_masks = 0
         self.always = [""] if config.proportion_empty_prompts > 0 else []
         """Captions that are cached whatever the samples say."""
 
@@ -223,6 +223,7 @@ class Filler:
         if masks is not None:
             masks.flush()
             self.made_masks += masks.made
+            self.empty_masks += masks.empty
             stagings.append(masks)
         for staging in stagings:
             staging.commit()

@@ -151,19 +151,25 @@ def _fill(filler: Filler, processes: Processes, show: bool) -> list[pa.Table]:
                 caches.folder,
             )  # fmt: skip
             if caches.masks is not None:
-                _tell_masks(filler, tables)
+                _tell_masks(filler, tables, share)
         processes.barrier()
     return tables
 
 
-def _tell_masks(filler: Filler, tables: Sequence[pa.Table]) -> None:
+def _tell_masks(filler: Filler, tables: Sequence[pa.Table], share: str) -> None:
     usable = [table.column("mask").filter(pc.is_null(table.column("reason"))) for table in tables]
     masked = sum(pc.sum(pc.greater(pc.binary_length(masks), 0)).as_py() or 0 for masks in usable)
     tell = logger.info if masked else logger.warning
     tell(
-        "%s: --masked_loss %s: %d of %d images have a mask, the others count whole; %d masks made",
-        filler.source.name, filler.config.masked_loss, masked, sum(map(len, usable)), filler.made_masks,
+        "%s: --masked_loss %s: %d of %d images have a mask, the others count whole; %d masks made%s",
+        filler.source.name, filler.config.masked_loss, masked, sum(map(len, usable)), filler.made_masks, share,
     )  # fmt: skip
+    if filler.empty_masks:
+        logger.warning(
+            "%s: %d of the %d masks made leave nothing in their crop: drawing it has the weight %g "
+            "(--unmasked_weight); --buckets crops away less",
+            *(filler.source.name, filler.empty_masks, filler.made_masks, filler.config.unmasked_weight),
+        )
 
 
 class Mark:

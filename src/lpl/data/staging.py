@@ -72,12 +72,15 @@ class MaskStaging(Staging):
         self._waiting: dict[tuple[int, ...], list[tuple[bytes, Tensor]]] = {}
         self.made = 0
         """Masks taken so far that were not there yet."""
+        self.empty = 0
+        """Those of them that are 0 everywhere."""
 
     def take(self, keys: Iterable[bytes], masks: Mapping[bytes, Tensor]) -> None:
         """Claims the masks of a sample's crops and keeps those, (1, h, w), that are missing."""
         for key in keys:
             if self.claim(key):
                 self.made += 1
+                self.empty += not bool(masks[key].any())
                 queue = self._waiting.setdefault(tuple(masks[key].shape), [])
                 queue.append((key, masks[key]))
                 if len(queue) >= MASKS_AT_ONCE:

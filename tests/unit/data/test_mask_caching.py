@@ -1,7 +1,11 @@
 """Masks in the cache: what is made once, what anew, and that runs without masks see nothing of it."""
 
 import logging
+import os
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,8 @@ from lpl.data import staging
 from lpl.data.dataset import TrainingData
 from lpl.data.prepare import Processes, prepare_data
 from lpl.data.sources import open_source
+from lpl.data.upkeep import prune_cache, verify_cache
+from lpl.errors import UserError
 
 Encode = Callable[..., TrainingData]
 
@@ -129,3 +135,81 @@ def test_what_a_killed_run_leaves_becomes_the_same_store(
     assert list((tmp_path / "c" / "staged").glob("*/*/masks/*"))
     encode(**options)
     assert contents(tmp_path / "c", ("masks",)) == contents(tmp_path / "whole", ("masks",)) != {}
+
+
+def test_crops_that_miss_the_mark_are_said(encode: Encode, masked: Path, caplog: pytest.LogCaptureFixture) -> None:
+    corner = Image.new("L", (70, 33), 0)
+    corner.paste(255, (0, 0, 8, 33))
+    corner.save(masked / "sub" / "9-masklabel.png")
+    encode(masked_loss="files", center_crop=True, unmasked_weight=0.1)
+    text = messages(caplog)
+    assert "1 of the 2 masks made leave nothing in their crop: drawing it has the weight 0.1" in text
+    batch = encode(masked_loss="files", center_crop=True, unmasked_weight=0.1).batch([(4, 0)])
+    assert batch.weights is not None
+    assert batch.weights.tolist() == pytest.approx([0.1])
+
+
+def test_room_is_not_asked_for_latents_that_are_there(
+    encode: Encode, masked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lpl.data import prepare
+
+    usage = prepare.shutil.disk_usage
+    encode()
+    monkeypatch.setattr(prepare.shutil, "disk_usage", lambda path: usage(path)._replace(free=100))
+    assert len(encode(masked_loss="files")) == 5
+    with pytest.raises(UserError, match="GiB are needed"):
+        encode(masked_loss="files", latent_cache_dir=str(tmp_path / "new"))
+
+
+def test_masks_are_verified_and_pruned(
+    encode: Encode, encoder: Any, masked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = tmp_path / "c"
+    encode(masked_loss="files")
+    verify_cache(str(cache), delete=False)
+    assert capsys.readouterr().out == f"{cache}: 3 shards, 0 damaged\n"
+    (shard,) = cache.glob("masks/*/*.safetensors")
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 255
+    shard.write_bytes(content)
+    verify_cache(str(cache), delete=True)
+    assert "3 shards, 1 damaged and removed" in capsys.readouterr().out
+    assert encode(masked_loss="files").batch([(0, 0)]).mask is not None
+    assert encoder.images == 5
+    then = time.time() - 40 * 86400
+    for path in cache.rglob("*"):
+        os.utime(path, (then, then))
+    encode()  # uses all but the masks
+    prune_cache(str(cache), 30, dry_run=False)
+    assert not list(cache.glob("masks/*/*"))
+    encode(masked_loss="files")
+    assert encoder.images == 5
+
+
+def test_two_processes_share_the_masks(masked: Path, tmp_path: Path, encoder: Any, picture: Any) -> None:
+    """300 images make two pieces, one for each process."""
+    for n in range(300):
+        picture(n, 8, 8).save(masked / f"x{n:03}.bmp")
+        (masked / f"x{n:03}.txt").write_text("x")
+        mask = Image.new("L", (8, 8), 0)
+        mask.paste(255, (0, 0, 1 + n % 8, 8))
+        mask.save(masked / f"x{n:03}-masklabel.png")
+    config = DataConfig(
+        train_data_dir=str(masked), resolution=8, masked_loss="files", latent_cache_dir=str(tmp_path / "c")
+    )
+    barrier = threading.Barrier(2)
+
+    def run(rank: int) -> TrainingData:
+        processes = Processes(rank, 2, lambda: barrier.wait() and None)
+        return prepare_data(open_source(config, None), None, config, encoder, 0, tmp_path / "bad.jsonl", processes)
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(run, range(2))
+    draws = [(index, 0) for index in range(len(first))]
+    one, other = first.batch(draws), second.batch(draws)
+    assert one.mask is not None
+    assert other.mask is not None
+    assert torch.equal(one.mask, other.mask)
+    ids = [first.samples[index].id for index in range(len(first))]
+    assert one.mask[ids.index("x011.bmp")].item() == pytest.approx(0.5, abs=1 / 255)

@@ -210,6 +210,7 @@ def test_masks_of_another_size(size: tuple[int, int], good: bool) -> None:
         (png(blobs(0, 40, 32))[:60], "its mask: PNG"),
         (png(Image.new("L", (32, 40), 255)), "of another aspect"),
     ],
+    ids=["black", "transparent", "empty", "cut short", "aspect"],
 )
 def test_bad_masks_are_listed_with_the_reason(
     encode: Encode, masked: Path, tmp_path: Path, data: bytes, reason: str
