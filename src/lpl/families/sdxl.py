@@ -85,6 +85,7 @@ class SDXL:
         tokenizers = [json.dumps(t.get_vocab(), sort_keys=True) for t in self._tokenizers()]
         settings = f"{self.force_zeros}{tokenizers}{self._encode_prompts.settings}"
         self.text_key = weights_hash(*self.text_encoders, settings=settings)
+        self.latent_stride = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self._prompts: dict[str, tuple[Tensor, ...]] = {}
         self._cut: list[str] = []
         for module in (self.vae, *self.text_encoders):  # hashed first: on the CPU that costs no copy
@@ -108,9 +109,8 @@ class SDXL:
         return {"prompt_embeds": embeds.cpu(), "pooled": pooled.cpu()}
 
     def entry_bytes(self, height: int, width: int) -> tuple[int, int]:
-        config = self.vae.config
-        stride = 2 ** (len(config.block_out_channels) - 1)
-        return 2 * 4 * config.latent_channels * (height // stride) * (width // stride), self._encode_prompts.entry_bytes
+        channels, stride = self.vae.config.latent_channels, self.latent_stride
+        return 2 * 4 * channels * (height // stride) * (width // stride), self._encode_prompts.entry_bytes
 
     @staticmethod
     def denoise(

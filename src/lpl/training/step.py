@@ -125,7 +125,8 @@ class TrainingStep:
             model_output = self.family.denoise(denoiser, noisy_latents, timesteps, text, sizes).float()
 
         target = target_of(latents, noise, alpha.float(), sigma.float(), self.prediction_type)
-        per_sample = diffusion_loss(model_output, target, self._weight(snr), self._huber_c(drawn.timesteps))
+        mask = None if batch.mask is None else _send(batch.mask, device)
+        per_sample = diffusion_loss(model_output, target, self._weight(snr), self._huber_c(drawn.timesteps), mask)
         weights = None if batch.weights is None else _send(batch.weights, device)
         loss = (per_sample if weights is None else per_sample * weights).mean()
         metrics: dict[str, Tensor | float] = {"diffusion_loss": loss.detach()}
@@ -138,6 +139,7 @@ class TrainingStep:
             drawn.timesteps,
             diffusion_loss=loss,
             sample_weight=weights,
+            mask=mask,
             step=step,
             windows=self._windows(batch) if self.objective.loss_fn.crop is not None else None,
         )
