@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -91,6 +92,17 @@ UNSHARDED = ("adafactor", "adamw8bit", "prodigy")
 """Optimizers whose state does not have the shape of a parameter, or whose step is no function of its elements."""
 
 
+def check_launch() -> None:
+    """Looks at what `accelerate launch` has set, before accelerate does.
+
+    Raises:
+        UserError: FSDP1.
+    """
+    asked, version = os.environ.get("ACCELERATE_USE_FSDP", "false"), os.environ.get("FSDP_VERSION", "1")
+    if asked.lower() == "true" and version != "2":
+        raise UserError(f"accelerate's configuration has fsdp_version {version}: set fsdp_version: 2")
+
+
 def check_sharding(accelerator: Accelerator, config: TrainConfig) -> None:
     """Refuses what does not go with the way in which accelerate is configured to split the model, and sets the rest.
 
@@ -98,13 +110,12 @@ def check_sharding(accelerator: Accelerator, config: TrainConfig) -> None:
     (`autocast_dtype`), and inputs stay as they are: a size of 1023 pixels would be 1024 in bfloat16.
 
     Raises:
-        UserError: FSDP1, or options of accelerate or of the run that it does not go with.
+        UserError: options of accelerate or of the run that do not go with it.
     """
     if accelerator.distributed_type != DistributedType.FSDP:
         return
     plugin, optimizer = accelerator.state.fsdp_plugin, config.optim.optimizer_name
     for wrong, name, instead in (
-        (plugin.fsdp_version != 2, f"fsdp_version {plugin.fsdp_version}", "set fsdp_version: 2"),
         (plugin.activation_checkpointing, "fsdp_activation_checkpointing", "use --gradient_checkpointing"),
         (_offloads(plugin), "fsdp_offload_params", "turn it off; --optimizer or a LoRA save memory"),
     ):
