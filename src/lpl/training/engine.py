@@ -19,6 +19,7 @@ from lpl.errors import UserError
 from lpl.perceptual.loss import LatentPerceptualLoss
 from lpl.perceptual.objective import PerceptualObjective
 from lpl.training.optimizers import check_class, check_steps
+from lpl.training.small_cards import check_processes
 from lpl.training.step import timestep_weights
 
 logger = logging.getLogger("lpl")
@@ -47,6 +48,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     if config.optim.optimizer_name == "adamw8bit" and kind == "cpu":
         flag = "--use_8bit_adam" if config.optim.use_8bit_adam else "--optimizer adamw8bit"
         raise UserError(f"{flag} needs a GPU; drop it on a CPU")
+    check_processes(config, accelerator.num_processes)
     check_class(config.optim)
     check_steps(config.optim, accelerator.device)
     compiled = {"lpl_compile": config.lpl.use_lpl and config.lpl.lpl_compile, "compile_denoiser": run.compile_denoiser}

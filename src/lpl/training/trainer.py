@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import shutil
 import time
 from collections.abc import Sequence
@@ -39,6 +40,7 @@ from lpl.training.checkpoint import (
 )
 from lpl.training.ema import Average
 from lpl.training.engine import build_accelerator, build_objective
+from lpl.training.fused_backward import FusedBackward
 from lpl.training.lora import add_lora
 from lpl.training.nonfinite import FiniteGuard, spoil
 from lpl.training.optim import build_optimizer, build_schedule, scaled_learning_rate
@@ -128,6 +130,8 @@ class Trainer:
                 denoiser.to(dtype=weight_dtype)
             add_lora(denoiser, config.model, self.family.lora_targets, config.run.seed)
         else:
+            if config.optim.weights_dtype == "bfloat16":
+                denoiser.to(dtype=torch.bfloat16)
             denoiser.requires_grad_(True)
         if config.run.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
@@ -142,6 +146,7 @@ class Trainer:
         if config.run.compile_denoiser:
             denoiser.compile()  # in place: no wrapper that would be seen in the names of parameters
         self.denoiser, self.optimizer = self.accelerator.prepare(denoiser, optimizer)
+        self.fused = FusedBackward(trained, self.optimizer) if config.optim.fused_backward_pass else None
         self.optimizer.train()  # says something to schedule-free optimizers only
         self.weights = Weights(self.parameters, self.optimizer, self.ema, config.optim.final_weights)
 
@@ -287,9 +292,16 @@ class Trainer:
                 out = self.step_loss(self.denoiser, batch, accelerator.device, use_lpl, self.step)
                 self.guard.watch(batch, out.diffusion_per_sample, out.lpl)
                 added.append((out.metrics, out.num_lpl_samples))
+                if self.fused is not None:
+                    norm = out.loss.detach()
+                    fault = self.guard.fault(norm, self.step + 1, scaled=False)
+                    if fault is None:
+                        norm = self._backward_and_step(self.fused, out.loss)
+                    continue
                 accelerator.backward(spoil(out.loss))
                 if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(self.parameters.values(), self.config.optim.max_grad_norm)
+                    limit = self.config.optim.max_grad_norm or math.inf
+                    norm = accelerator.clip_grad_norm_(self.parameters.values(), limit)
                     fault = self.guard.fault(norm, self.step + 1, accelerator.scaler is not None)
                 if fault is None or accelerator.scaler is not None:  # a scaler leaves the step out by itself
                     self.optimizer.step()
@@ -305,6 +317,15 @@ class Trainer:
             self.ema.after_step(self.step + 1, self.parameters.values())
         if self.objective is not None:
             self.objective.end_step(accelerator.reduce if accelerator.num_processes > 1 else None)
+        return norm
+
+    def _backward_and_step(self, fused: FusedBackward, loss: torch.Tensor) -> torch.Tensor:
+        try:
+            norm = fused(self.accelerator.backward, loss, self.step + 1)
+        except TrainingStoppedError as error:
+            self.accelerator.end_training()
+            raise TrainingStoppedError(f"{error}; {last_checkpoint(self.folder)}") from error
+        self.optimizer.step()  # finds no gradient; says to accelerate and to the schedule that a step was made
         return norm
 
     def _draws(self, step: int, micro_batch: int) -> list[tuple[int, int]]:
