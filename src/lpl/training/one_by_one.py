@@ -24,6 +24,9 @@ from torch.optim import Optimizer
 from lpl.config import OptimConfig
 from lpl.errors import UserError
 
+PIECE = 2**22
+"""Values that are rounded at once: torchao writes out five tensors for them."""
+
 
 class OneByOne(Optimizer):
     """A mixin before an optimizer in which a parameter's step depends on that parameter alone.
@@ -59,7 +62,9 @@ class OneByOne(Optimizer):
             stepped = parameter.data
             parameter.grad = None
             parameter.data = low
-        low.copy_(rounding()(stepped))
+        rows = max(1, PIECE // low[0].numel())
+        for piece, values in zip(low.split(rows), stepped.split(rows), strict=True):
+            piece.copy_(rounding()(values))
 
     def _step_alone(self, parameter: Tensor) -> None:
         groups = self.param_groups

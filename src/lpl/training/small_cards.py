@@ -7,6 +7,7 @@ import os
 
 from lpl.config import TrainConfig, require
 from lpl.config.optim import ONE_BY_ONE
+from lpl.errors import UserError
 
 NEEDS = f"{', '.join(ONE_BY_ONE)} or an optimizer of optimi (--optimizer optimi.AdamW)"
 REASONS = {
@@ -15,8 +16,12 @@ REASONS = {
 }
 
 
-def check_small_cards(config: TrainConfig) -> None:
+def check_small_cards(config: TrainConfig, packages: bool = True) -> None:
     """Checks the options for small cards against the others.
+
+    Args:
+        config: the options.
+        packages: whether those that they need must be installed here.
 
     Raises:
         UserError: the first that does not go with them, or a package that is missing.
@@ -38,7 +43,7 @@ def check_small_cards(config: TrainConfig) -> None:
             optim.optimizer_keywords.get("kahan_sum") is not False or not optim.is_optimi,
             f"{flag} with --optimizer_args kahan_sum=False: small updates would round to nothing; drop kahan_sum",
         )
-        _check_package("torchao", flag, optim.rounds)
+        _check_package("torchao", flag, packages and optim.rounds)
     if optim.fused_backward_pass:
         flag = "--fused_backward_pass"
         require(
@@ -53,6 +58,7 @@ def check_small_cards(config: TrainConfig) -> None:
         )
         require(precision != "fp16", f"{flag} with --mixed_precision fp16: its scaler needs all gradients; use bf16")
         _check_optimizer(config, flag)
+    _check_package("optimi", f"--optimizer {optim.optimizer_name}", packages and optim.is_optimi)
     check_processes(config, int(os.environ.get("WORLD_SIZE", "1")))
 
 
@@ -78,7 +84,6 @@ def _check_optimizer(config: TrainConfig, flag: str) -> None:
     name = config.optim.optimizer_name
     reason = REASONS.get(name, "it is not known to step parameter by parameter and to keep small updates")
     require(name in ONE_BY_ONE or config.optim.is_optimi, f"{flag} with --optimizer {name}: {reason}; choose {NEEDS}")
-    _check_package("optimi", f"--optimizer {name}", config.optim.is_optimi)
 
 
 def _check_package(package: str, flag: str, needed: bool) -> None:
@@ -86,3 +91,12 @@ def _check_package(package: str, flag: str, needed: bool) -> None:
         not needed or importlib.util.find_spec(package) is not None,
         f"{flag} needs {package}: pip install 'latent-perceptual-loss[optim]'",
     )
+
+
+def suits(config: TrainConfig) -> bool:
+    """Whether the options for small cards go with the others, wherever the run is to be."""
+    try:
+        check_small_cards(config, packages=False)
+    except UserError:
+        return False
+    return True
