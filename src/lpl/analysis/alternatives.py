@@ -16,7 +16,6 @@ HEADROOM = 0.05
 """Share of the device's memory that is left for what is not counted."""
 RANK = 16
 HALF = "--mixed_precision bf16"
-FUSED = "--fused_backward_pass --max_grad_norm 0"
 
 
 class Change(NamedTuple):
@@ -62,7 +61,7 @@ def savings(config: TrainConfig) -> list[Change]:
         setting(single, "run", 2, train_batch_size=1, gradient_accumulation_steps=batch * steps),
         _unless(setting("--no_use_ema", "optim", 4, use_ema=False), lambda c: c.optim.final_weights == "ema"),
         _with_average(setting("--ema_device cpu", "optim", 1, ema_device="cpu")),
-        setting(FUSED, "optim", 3, fused_backward_pass=True, max_grad_norm=0.0),
+        _unless(fused_backward(3), lambda c: c.model.rank is not None),  # an adapter's gradients are small
         _with_lpl(setting(f"--lpl_crop {crop}", "lpl", 8, lpl_crop=min(crop, config.lpl.lpl_crop or crop))),
     ]
     return [change for change in map(_allowed, changes) if change.apply(config) != config]
@@ -77,6 +76,12 @@ def bfloat16_weights(config: TrainConfig, cost: int = 0) -> Change:
         return replace(config, run=run, optim=optim)
 
     return Change(f"{arithmetic}--weights_dtype bfloat16", apply, cost)
+
+
+def fused_backward(cost: int = 0) -> Change:
+    """Steps in the backward pass, without the clipping that they do not go with."""
+    flags = "--fused_backward_pass --max_grad_norm 0"
+    return setting(flags, "optim", cost, fused_backward_pass=True, max_grad_norm=0.0)
 
 
 def adafactor(config: TrainConfig, cost: int = 0) -> Change:
@@ -157,7 +162,7 @@ def neighbours(config: TrainConfig) -> list[Change]:
     if optim.fused_backward_pass:
         changes.append(setting("--no_fused_backward_pass", "optim", fused_backward_pass=False))
     else:
-        changes.append(setting(FUSED, "optim", fused_backward_pass=True, max_grad_norm=0.0))
+        changes.append(fused_backward())
     if optim.final_weights != "ema" and optim.optimizer != "schedulefree_adamw":
         changes.append(setting(_switch("use_ema", not optim.use_ema), "optim", use_ema=not optim.use_ema))
     if optim.use_ema:

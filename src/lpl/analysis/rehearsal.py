@@ -111,9 +111,9 @@ class Rehearsal:
         run, shape = config.run, self.latents(config, config.run.train_batch_size)
         held, lora, precision = run.gradient_accumulation_steps > 1, _lora(config), _precision(config)
         fused = config.optim if config.optim.fused_backward_pass else None
-        dtype = config.optim.weights_dtype
+        dtype, stepped = config.optim.weights_dtype, fused and (fused.optimizer_name, fused.optimizer_args)
         return self._once(
-            ("denoiser", lora, run.gradient_checkpointing, precision, dtype, shape, held, fused),
+            ("denoiser", lora, run.gradient_checkpointing, precision, dtype, shape, held, stepped),
             lambda: self._denoiser(lora, run.gradient_checkpointing, precision, dtype, shape, held, fused),
         )
 
