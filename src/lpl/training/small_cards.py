@@ -74,9 +74,9 @@ def check_processes(config: TrainConfig, processes: int) -> None:
         f"--fused_backward_pass in {processes} processes: a gradient is gone before it is averaged over them; drop it",
     )
     require(
-        not (optim.rounds and processes > 1),
+        optim.weights_dtype == "float32" or processes == 1,
         f"--weights_dtype bfloat16 in {processes} processes: each would round at random for itself, and their weights "
-        "drift apart; use --optimizer optimi.AdamW, or float32",
+        "would drift apart (with optimi, this is untried); use float32",
     )
 
 
