@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 import re
 import sys
@@ -126,6 +127,9 @@ def main(argv: list[str] | None = None) -> None:
     """
     # transformers warns at import about image packages that nothing here needs.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Where torchao is installed diffusers imports all of it, which complains about kernels that nothing here needs.
+    for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         _dispatch(sys.argv[1:] if argv is None else argv)
     except UserError as error:

@@ -66,15 +66,18 @@ def estimate(config: TrainConfig, rehearsal: Rehearsal, processes: int = 1) -> N
     stays = fixed_costs(config, rehearsal, processes)
     if loss is not None and loss.copy:
         stays[f"LPL's decoder, {config.lpl.lpl_dtype}"] = loss.copy
-    total, gradients = sum(stays.values()), 4 * parameters.trained
+    total, fused = sum(stays.values()), config.optim.fused_backward_pass
+    gradients = parameters.itemsize * (parameters.largest if fused else parameters.trained)
     before = total + (gradients if config.run.gradient_accumulation_steps > 1 else 0)
     phases = {"caching": rehearsal.caching(config), "forward pass": before + denoiser.forward}
     if loss is not None:
         phases["LPL"] = before + denoiser.kept + loss.peak
     phases["backward pass"] = before + denoiser.backward
-    phases["optimizer step"] = total + gradients + optimizer_workspace(config, rehearsal)
+    if not fused:
+        phases["optimizer step"] = total + gradients + optimizer_workspace(config, rehearsal)
     if _averages_there(config, rehearsal):
-        phases["EMA update"] = total + gradients  # its difference from the weights; gradients are gone by then
+        # Its difference from the weights, of bfloat16 ones one after another; gradients are gone by then.
+        phases["EMA update"] = total + (4 * parameters.trained if parameters.itemsize == 4 else 8 * parameters.largest)
     if config.logging.validation_prompt is not None:
         phases["validation"] = total + rehearsal.validation(config)
     p_gate = 0.0 if loss is None else gate_probability(config, rehearsal)
@@ -103,7 +106,7 @@ def fixed_costs(config: TrainConfig, rehearsal: Rehearsal, processes: int) -> di
     if _averages_there(config, rehearsal):
         stays["EMA"] = 4 * parameters.trained
     if processes > 1:
-        stays["gradients in exchange"] = 4 * parameters.trained
+        stays["gradients in exchange"] = parameters.itemsize * parameters.trained
     return stays | {"VAE, float32": rehearsal.vae()}
 
 
@@ -120,7 +123,10 @@ def _averages_there(config: TrainConfig, rehearsal: Rehearsal) -> bool:
 def floor(config: TrainConfig, rehearsal: Rehearsal, processes: int = 1) -> int:
     """A bound from below on the peak, by arithmetic alone."""
     fixed = sum(fixed_costs(config, rehearsal, processes).values())
-    return fixed + 4 * rehearsal.parameters(config).trained + optimizer_workspace(config, rehearsal)
+    if config.optim.fused_backward_pass:
+        return fixed
+    parameters = rehearsal.parameters(config)
+    return fixed + parameters.itemsize * parameters.trained + optimizer_workspace(config, rehearsal)
 
 
 def gate_probability(config: TrainConfig, rehearsal: Rehearsal) -> float:

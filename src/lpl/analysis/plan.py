@@ -15,6 +15,7 @@ from lpl.errors import UserError
 from lpl.families import blueprint, native_resolution, plan_configs
 from lpl.progress import progress
 from lpl.training.preflight import Checked, check_options
+from lpl.training.small_cards import check_small_cards
 
 
 def plan(config: TrainConfig, memory: int) -> str:
@@ -27,6 +28,7 @@ def plan(config: TrainConfig, memory: int) -> str:
     if config.data.resolution is None:
         config = replace(config, data=replace(config.data, resolution=native_resolution(configs)))
     config = _with_launched_precision(config)
+    check_small_cards(config, packages=False)
     check_options(config, configs)
     rehearsal, processes = Rehearsal(blueprint(configs, config.model.max_token_length)), _processes()
     changes = [Change("as asked", lambda same: same), *neighbours(config)]

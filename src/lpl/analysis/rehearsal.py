@@ -15,7 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lpl.analysis.counter import StepCounter
 from lpl.analysis.fused_attention import FusedAttention, checkpoint
-from lpl.config import ModelConfig, TrainConfig
+from lpl.analysis.states import one_step_size
+from lpl.config import ModelConfig, OptimConfig, TrainConfig
 from lpl.data.filling import CAPTION_BATCH, batch_of
 from lpl.diffusion.diffusion_loss import diffusion_loss
 from lpl.families.base import Blueprint
@@ -41,6 +42,8 @@ class Parameters(NamedTuple):
     """Bytes of all."""
     shapes: tuple[tuple[int, ...], ...]
     """Of the trained tensors."""
+    itemsize: int
+    """Bytes of a trained value and of its gradient."""
 
 
 class DenoiserCost(NamedTuple):
@@ -90,30 +93,41 @@ class Rehearsal:
 
     def parameters(self, config: TrainConfig) -> Parameters:
         """How many there are."""
-        lora, precision = _lora(config), _precision(config)
-        return self._once(("parameters", lora, precision), lambda: self._parameters(lora, precision))
+        lora, precision, dtype = _lora(config), _precision(config), config.optim.weights_dtype
+        return self._once(("parameters", lora, precision, dtype), lambda: self._parameters(lora, precision, dtype))
 
-    def _parameters(self, lora: ModelConfig | None, precision: str) -> Parameters:
+    def _parameters(self, lora: ModelConfig | None, precision: str, dtype: str) -> Parameters:
         with torch.device("meta"):
             base = sum(p.numel() for p in self.blueprint.denoiser().parameters())
-        weights = list(self._model(lora, precision).parameters())
+        weights = list(self._model(lora, precision, dtype).parameters())
         trained = [p.numel() for p in weights if p.requires_grad]
+        itemsize = max(p.element_size() for p in weights if p.requires_grad)
         shapes = tuple(tuple(p.shape) for p in weights if p.requires_grad)
-        return Parameters(base, sum(trained), max(trained), sum(p.numel() * p.element_size() for p in weights), shapes)
+        size = sum(p.numel() * p.element_size() for p in weights)
+        return Parameters(base, sum(trained), max(trained), size, shapes, itemsize)
 
     def denoiser(self, config: TrainConfig) -> DenoiserCost:
         """One micro-batch, as the trainer runs it; with accumulation, gradients of earlier ones are there already."""
         run, shape = config.run, self.latents(config, config.run.train_batch_size)
         held, lora, precision = run.gradient_accumulation_steps > 1, _lora(config), _precision(config)
+        fused = config.optim if config.optim.fused_backward_pass else None
+        dtype, stepped = config.optim.weights_dtype, fused and (fused.optimizer_name, fused.optimizer_args)
         return self._once(
-            ("denoiser", lora, run.gradient_checkpointing, precision, shape, held),
-            lambda: self._denoiser(lora, run.gradient_checkpointing, precision, shape, held),
+            ("denoiser", lora, run.gradient_checkpointing, precision, dtype, shape, held, stepped),
+            lambda: self._denoiser(lora, run.gradient_checkpointing, precision, dtype, shape, held, fused),
         )
 
     def _denoiser(
-        self, lora: ModelConfig | None, checkpointing: bool, precision: str, shape: tuple[int, ...], held: bool
+        self,
+        lora: ModelConfig | None,
+        checkpointing: bool,
+        precision: str,
+        dtype: str,
+        shape: tuple[int, ...],
+        held: bool,
+        fused: OptimConfig | None,
     ) -> DenoiserCost:
-        denoiser = self._model(lora, precision)
+        denoiser = self._model(lora, precision, dtype)
         denoiser.disable_gradient_checkpointing()
         if checkpointing:
             denoiser.enable_gradient_checkpointing(checkpoint)
@@ -128,18 +142,38 @@ class Rehearsal:
                 loss = diffusion_loss(output.float(), inputs[0]).mean()
                 forward, kept = counter.peak, counter.live
                 counter.reset_peak()
-                loss.backward()
+                with self._stepping(trained, fused):
+                    loss.backward()
             for parameter in trained:
                 parameter.grad = None
         return DenoiserCost(forward, kept, counter.peak, counter.flops)
 
-    def _model(self, lora: ModelConfig | None, precision: str) -> Any:
-        """The denoiser in training mode, as the trainer prepares it."""
-        return self._once(("model", lora, precision), lambda: self._build_model(lora, precision))
+    @contextmanager
+    def _stepping(self, trained: list[Any], optim: OptimConfig | None) -> Iterator[None]:
+        """Under --fused_backward_pass, each gradient goes when it is there, after what its step writes out."""
 
-    def _build_model(self, lora: ModelConfig | None, precision: str) -> Any:
+        def step(parameter: Any) -> None:
+            assert optim is not None
+            size = one_step_size(optim, tuple(parameter.shape), self.device)
+            parameter.grad.new_empty(size, dtype=torch.uint8)
+            parameter.grad = None
+
+        hooks = [p.register_post_accumulate_grad_hook(step) for p in trained if optim is not None]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _model(self, lora: ModelConfig | None, precision: str, dtype: str = "float32") -> Any:
+        """The denoiser in training mode, as the trainer prepares it."""
+        return self._once(("model", lora, precision, dtype), lambda: self._build_model(lora, precision, dtype))
+
+    def _build_model(self, lora: ModelConfig | None, precision: str, dtype: str) -> Any:
         with torch.device("meta"):
             denoiser = self.blueprint.denoiser()
+            if dtype != "float32":
+                _cast(denoiser, getattr(torch, dtype))
             if lora is not None:
                 _cast(denoiser, HALF.get(precision, torch.float32))
                 add_lora(denoiser, lora, self.blueprint.lora_targets, 0)
@@ -229,12 +263,14 @@ class Rehearsal:
 
     def validation(self, config: TrainConfig) -> int:
         """Peak of drawing one validation image, on top of what was there before."""
-        precision, lora = _precision(config), _lora(config)
+        precision, lora, dtype = _precision(config), _lora(config), config.optim.weights_dtype
         shape = self.latents(config, 2)  # with and without the prompt
-        return self._once(("validation", lora, precision, shape), lambda: self._validation(lora, precision, shape))
+        return self._once(
+            ("validation", lora, precision, dtype, shape), lambda: self._validation(lora, precision, dtype, shape)
+        )
 
-    def _validation(self, lora: ModelConfig | None, precision: str, shape: tuple[int, ...]) -> int:
-        denoiser = self._model(lora, precision)
+    def _validation(self, lora: ModelConfig | None, precision: str, dtype: str, shape: tuple[int, ...]) -> int:
+        denoiser = self._model(lora, precision, dtype)
         vae = self._on_meta(self.blueprint.vae)
         with torch.no_grad(), FusedAttention():
             with self._tensors(precision in HALF), StepCounter() as sampling, _autocast(precision):

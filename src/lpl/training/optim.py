@@ -11,6 +11,7 @@ from diffusers.optimization import get_scheduler
 
 from lpl.config import OptimConfig, TrainConfig
 from lpl.errors import UserError
+from lpl.training.one_by_one import of_optimi, suited
 from lpl.training.optimizers import optimizer_class, optimizer_keywords, parameter_groups
 
 WARMUP_STEPS = 500
@@ -24,6 +25,9 @@ def build_optimizer(parameters: list[torch.nn.Parameter], config: OptimConfig, l
     """
     cls = optimizer_class(config)
     keywords = optimizer_keywords(config, cls)
+    if config.is_optimi:
+        keywords = of_optimi(config) | keywords
+    cls = suited(cls, config)
     groups = parameter_groups(parameters, config.decay_all, keywords, cls)
     with redirect_stdout(io.StringIO()):  # prodigyopt says at each start that its weight decay is decoupled
         return cls(groups, lr=learning_rate, **keywords)

@@ -19,6 +19,7 @@ from lpl.data.sources import Source, open_regularisation, open_source
 from lpl.errors import UserError
 from lpl.families import model_configs, native_resolution, plan_configs
 from lpl.training.objective_checks import objective_rules, warn_of_objective
+from lpl.training.small_cards import check_small_cards
 
 logger = logging.getLogger("lpl")
 
@@ -66,6 +67,7 @@ def preflight(config: TrainConfig) -> Checked:
         from lpl.training.optimizers import check_class
 
         check_class(config.optim)
+    check_small_cards(config)
     config, configs = check_model(config)
     finished_step = _check_output(config)
     if configs:
