@@ -31,6 +31,7 @@ def test_two_steps_and_two_more_equal_four(train: Any, optimizer: str, fused: bo
     for part in ("model", "optimizer", "ema"):
         assert same(whole.checkpoint(4, part), halves.checkpoint(4, part)), part
     assert same(whole.unet(), halves.unet())
+    assert whole.losses() == halves.losses()
     assert {value.dtype for value in whole.checkpoint(4, "model").values()} == {torch.bfloat16}
     assert {value.dtype for value in whole.unet().values()} == {torch.bfloat16}
     assert not same(whole.checkpoint(2, "model"), whole.checkpoint(4, "model"))
