@@ -276,6 +276,8 @@ def _rules(config: TrainConfig) -> list[tuple[str, bool, str]]:
     betas = named and config.optim.optimizer_name != "adafactor"
     return [
         *((name, config.model.rank is not None, "--rank") for name in LORA),
+        ("text_encoder_lr", config.model.train_text_encoder, "--train_text_encoder"),
+        ("text_encoder_2_lr", config.model.train_text_encoder, "--train_text_encoder"),
         ("lr_warmup_steps", config.optim.warms_up, "a schedule with warm-up (constant_with_warmup)"),
         *((name, betas, f"--optimizer {ADAM}") for name in ("adam_beta1", "adam_beta2", "adam_epsilon")),
         ("adam_weight_decay", named, "an --optimizer with a name (--optimizer_args weight_decay=... is for others)"),
