@@ -79,10 +79,15 @@ def describe(config: TrainConfig, checked: Checked) -> str:
         f"data         {samples or 'a stream of'} samples at {config.data.crop_size} px{shapes}, latents {channels} x "
         f"{side} x {side}",
         f"steps        {length}",
-        f"rate         {config.learning_rate:g}, {config.optim.lr_scheduler}; mixed precision {run.mixed_precision}",
+        f"rate         {_rates(config)}, {config.optim.lr_scheduler}; mixed precision {run.mixed_precision}",
         *_details(needs, config),
     ]
     return "\n".join(lines)
+
+
+def _rates(config: TrainConfig) -> str:
+    own = "".join(f", {part} {rate:g}" for part, rate in config.component_rates.items())
+    return f"{config.learning_rate:g}{own}"
 
 
 def _with_launched_precision(config: TrainConfig) -> TrainConfig:

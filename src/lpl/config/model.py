@@ -54,7 +54,7 @@ class ModelConfig:
         require(self.rank is None or self.rank >= 1, f"--rank must be at least 1, not {self.rank}")
         require(self.clip_skip is None or self.clip_skip >= 0, f"--clip_skip must be 0 or more, not {self.clip_skip}")
         require(
-            not (self.use_dora and self.train_text_encoder and self.rank is not None),
+            not (self.use_dora and self.train_text_encoder),
             "--use_dora with --train_text_encoder: diffusers loads no magnitudes into text encoders; drop one of them",
         )
 

@@ -78,7 +78,7 @@ class SDXL:
         self.denoiser, self.trains_text = self.pipeline.unet, config.train_text_encoder
         self.lora_targets: Mapping[str, tuple[str, ...]] = WITH_TEXT if self.trains_text else LORA_TARGETS
         if self.trains_text:
-            layer, self.text_key = self._encode_prompts.layer, self._encode_prompts.token_key(tokenizers)
+            layer, self.text_key = self._encode_prompts.layer, self._encode_prompts.token_key
             if self.denoiser is not None:  # lpl cache leaves it out
                 self.denoiser = SDXLTrainee(self.denoiser, *self.text_encoders, layer, self.force_zeros)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -51,9 +52,16 @@ class PromptEncoder:
         """How many tokens of a caption count."""
         return self.chunks * _chunk_size(self._pipeline.tokenizer)
 
-    def token_key(self, tokenizers: list[str]) -> str:
-        """Hash of what token ids depend on: the tokenizers (as text), and how many chunks there are."""
-        return weights_hash(settings=f"tokens {tokenizers} {self.chunks} chunks")
+    @property
+    def token_key(self) -> str:
+        """Hash of what token ids depend on: the tokenizers, and how many chunks there are."""
+        settings: list[Any] = [self.chunks]
+        for tokenizer in (self._pipeline.tokenizer, self._pipeline.tokenizer_2):
+            rules = json.loads(tokenizer.backend_tokenizer.to_str())
+            rules |= {"truncation": None, "padding": None}  # of its latest call
+            ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+            settings.append([rules, ids, tokenizer.model_max_length])
+        return weights_hash(settings=f"tokens {json.dumps(settings, sort_keys=True)}")
 
     def entry_bytes(self, of_tokens: bool = False) -> int:
         """Bytes of what __call__ gives for one caption, in float32, or of its tokens and whether it is empty."""
