@@ -45,7 +45,8 @@ class ModelConfig:
     use_dora: bool = False
     """Train a DoRA: also a magnitude for each output of these layers (slower, more memory)."""
     train_text_encoder: bool = False
-    """Train both text encoders too, or with --rank a LoRA on them; see --text_encoder_lr."""
+    """Train both text encoders too, or with --rank a LoRA on their attentions (--lora_targets attention_mlp or all: and
+    MLPs); see --text_encoder_lr."""
 
     def __post_init__(self) -> None:
         alpha = self.lora_alpha
