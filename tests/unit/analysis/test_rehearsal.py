@@ -49,7 +49,8 @@ def test_blueprint_of_sdxl_has_its_published_sizes() -> None:
                                    "--train_text_encoder --gradient_checkpointing",
                                    "--train_text_encoder --mixed_precision=bf16",
                                    "--train_text_encoder --mixed_precision=bf16 --gradient_checkpointing --rank=2",
-                                   "--train_text_encoder --rank=2 --lora_targets=all --mixed_precision=bf16"])  # fmt: skip
+                                   "--train_text_encoder --rank=2 --lora_targets=all --mixed_precision=bf16",
+                                   ])  # fmt: skip
 def test_denoiser_counts_as_a_real_one(model: Path, flags: str) -> None:
     config = options(f"--pretrained_model_name_or_path={model}", *flags.split())
     plan_of = blueprint(model_configs(config.model), config.model)
