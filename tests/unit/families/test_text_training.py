@@ -250,7 +250,8 @@ def test_weights_beside_the_checkpoints_have_the_encoders(train: Any) -> None:
 
 @pytest.mark.parametrize("rank", [None, 2])
 def test_a_plan_counts_the_encoders(train: Any, deep: Path, rank: int | None) -> None:
-    options = {"pretrained_model_name_or_path": deep, "rank": rank, "lora_targets": "all", "checkpointing_steps": 2}
+    options: dict[str, Any] = {"pretrained_model_name_or_path": deep, "rank": rank, "lora_targets": "all"}
+    options["checkpointing_steps"] = 2
     run = train(**TEXT, **options, text_encoder_2_lr=1e-5)
     count = sum(value.numel() for value in run.checkpoint(2, "model").values())
     plans = [
