@@ -210,12 +210,13 @@ class Rehearsal:
         return self._once(("caching", size), lambda: self._caching(size, batch_of((3, size, size))))
 
     def _caching(self, size: int, images: int) -> int:
-        encoders = self._on_meta(self.blueprint.text_encoders)
+        # Of captions whose encoders are trained, tokens are cached.
+        encoders = [] if self.blueprint.trains_text else self._on_meta(self.blueprint.text_encoders)
         vae = self._on_meta(self.blueprint.vae)
         with torch.device("meta"), torch.no_grad(), FusedAttention():
             with StepCounter() as counter:
                 vae.encode(torch.empty(images, 3, size, size))
-            for encoder in () if self.blueprint.trains_text else encoders:  # else tokens are cached
+            for encoder in encoders:
                 with counter:
                     encoder(self.blueprint.tokens(CAPTION_BATCH), output_hidden_states=True)
         return counter.peak + _bytes(vae) + sum(map(_bytes, encoders))

@@ -86,7 +86,8 @@ class SDXL:
             self.text_key = weights_hash(*self.text_encoders, settings=settings)
         self._prompts: dict[str, tuple[Tensor, ...]] = {}
         self._cut: list[str] = []
-        for module in (self.vae, *self.text_encoders):  # hashed first: on the CPU that costs no copy
+        # Hashed first: on the CPU that costs no copy. What is trained goes with the denoiser.
+        for module in (self.vae, *(() if self.trains_text else self.text_encoders)):
             module.to(device)
 
     def _tokenizers(self) -> tuple[Any, Any]:
