@@ -6,7 +6,6 @@ import difflib
 import platform
 import subprocess
 from importlib import metadata
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,15 @@ import yaml
 
 from lpl.config import TrainConfig, free_options
 from lpl.errors import UserError
+from lpl.presets import preset_text, presets
 
 RECORD = "environment"
 """Key of config.yaml that holds versions and git state; it is read over."""
 
 CONFIG_FILE = "config.yaml"
+DIVISION = {"train_batch_size", "gradient_accumulation_steps"}
+"""Options that, with the number of processes, divide a step's samples."""
+
 DATA_REPORT = "data-report"
 """Folder of --output_dir that `lpl data` writes to; it shows training images, so it is never published."""
 
@@ -39,11 +42,6 @@ REFUSED = {
 """Flags of the diffusers scripts that are not taken, and what replaces each."""
 
 
-def presets() -> list[str]:
-    """Names of the shipped presets."""
-    return sorted(p.name.removesuffix(".yaml") for p in files("lpl.presets").iterdir() if p.name.endswith(".yaml"))
-
-
 def nearest(name: str, known: list[str]) -> str:
     """A hint at the closest known name, or nothing."""
     close = difflib.get_close_matches(name, known, 1, 0.6)
@@ -58,7 +56,7 @@ def read_options(name: str) -> dict[str, str]:
     """
     path = Path(name)
     if name in presets():
-        text = (files("lpl.presets") / f"{name}.yaml").read_text()
+        text = preset_text(name)
     elif path.is_file():
         text = path.read_text(encoding="utf-8", errors="replace")
     else:
@@ -95,10 +93,10 @@ def as_flags(options: dict[str, str]) -> list[str]:
     return flags
 
 
-def write_config(config: TrainConfig, folder: Path) -> None:
+def write_config(config: TrainConfig, folder: Path, processes: int = 1) -> None:
     """Makes the folder and writes its config.yaml: every option but the token, with versions; `--config` reads it."""
     options = {k: v for k, v in config.flat().items() if k not in ("hub_token", "dry_run", "resume_from_checkpoint")}
-    text = yaml.safe_dump(options | {RECORD: environment()}, sort_keys=False)
+    text = yaml.safe_dump(options | {RECORD: environment() | {"processes": processes}}, sort_keys=False)
     temporary = folder / f".{CONFIG_FILE}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -108,8 +106,11 @@ def write_config(config: TrainConfig, folder: Path) -> None:
         raise UserError(f"--output_dir {folder}: cannot be written ({error.strerror})") from error
 
 
-def differences(config: TrainConfig, folder: Path) -> list[str]:
+def differences(config: TrainConfig, folder: Path, processes: int = 1) -> list[str]:
     """What of the trajectory differs from the run whose config.yaml lies in folder, as `--flag old -> new`.
+
+    An option that the file does not have had its default. Of batch size, accumulation and processes only the product
+    counts, the samples of a step.
 
     Raises:
         UserError: a config.yaml of something else, which a run would overwrite.
@@ -121,12 +122,19 @@ def differences(config: TrainConfig, folder: Path) -> list[str]:
         old = None
     if not isinstance(old, dict) or RECORD not in old:
         raise UserError(f"--output_dir {folder}: {file} was not written by lpl train; choose another folder")
-    ignored = free_options()
-    return [
-        f"--{key} {old[key]} -> {value}"
+    ignored = free_options() | DIVISION
+    before = TrainConfig().flat() | old
+    told = [
+        f"--{key} {before[key]} -> {value}"
         for key, value in config.flat().items()
-        if key not in ignored and key in old and old[key] != value and not _same_path(key, old[key], value)
+        if key not in ignored and before[key] != value and not _same_path(key, before[key], value)
     ]
+    samples = [_samples(before, old[RECORD].get("processes", processes)), _samples(config.flat(), processes)]
+    return told if samples[0] == samples[1] else [*told, f"samples a step {samples[0]} -> {samples[1]}"]
+
+
+def _samples(options: dict[str, Any], processes: int) -> int:
+    return int(options["train_batch_size"] * options["gradient_accumulation_steps"] * processes)
 
 
 def _same_path(key: str, old: Any, new: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ def test_a_killed_run_ends_as_a_whole_one(train: Any, monkeypatch: pytest.Monkey
         patch.setattr(Trainer, "_optimizer_step", dying)
         with pytest.raises(Killed):
             train(**options)
+    time.sleep(1.1)  # TensorBoard reads files of one second in the order of their names
     again = train(**options)
     assert same(results(again.folder), results(whole.folder))
     assert len({name.split()[0] for name in results(whole.folder)}) == (1 if variant == "lora" else 4)

@@ -84,6 +84,7 @@ class SDXL:
         else:
             settings = f"{self.force_zeros}{tokenizers}{self._encode_prompts.settings}"
             self.text_key = weights_hash(*self.text_encoders, settings=settings)
+        self.latent_stride = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self._prompts: dict[str, tuple[Tensor, ...]] = {}
         self._cut: list[str] = []
         # Hashed first: on the CPU that costs no copy. What is trained goes with the denoiser.
@@ -110,11 +111,9 @@ class SDXL:
         return {"prompt_embeds": embeds.cpu(), "pooled": pooled.cpu()}
 
     def entry_bytes(self, height: int, width: int) -> tuple[int, int]:
-        config = self.vae.config
-        stride = 2 ** (len(config.block_out_channels) - 1)
-        return 2 * 4 * config.latent_channels * (height // stride) * (
-            width // stride
-        ), self._encode_prompts.entry_bytes(self.trains_text)
+        channels, stride = self.vae.config.latent_channels, self.latent_stride
+        image = 2 * 4 * channels * (height // stride) * (width // stride)
+        return image, self._encode_prompts.entry_bytes(of_tokens=self.trains_text)
 
     @staticmethod
     def denoise(
