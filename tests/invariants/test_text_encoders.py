@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from launching import launch
 from safetensors.torch import load_file
 
 STEPS = 4
@@ -89,13 +90,7 @@ def test_a_run_without_the_encoders_is_not_continued_with_them(train: Any) -> No
     assert "--train_text_encoder" in other.errors[0]
 
 
-def launch(argv: list[str]) -> None:
-    """One process of a launch; module level, so that it can be sent there."""
-    from lpl.cli import main
-
-    main(argv)
-
-
+@pytest.mark.parametrize("fsdp", [False, True])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_two_processes_equal_one_with_twice_the_batch(
     train: Any,
@@ -103,19 +98,15 @@ def test_two_processes_equal_one_with_twice_the_batch(
     as_flags: Any,
     read_run: Any,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     variant: str,
+    fsdp: bool,
 ) -> None:
     """See test_accumulation.py for epsilon and tolerance. DDP refuses trained weights without a gradient."""
-    from accelerate import debug_launcher
-
     epsilon, rate = 1e-2, 1e-2
     options = {**base_options, **OPTIONS, **VARIANTS[variant], "adam_epsilon": epsilon}
     options |= {"gradient_accumulation_steps": 1, "train_batch_size": 4, "lora_dropout": 0.0}
     whole = train(**{**options, "train_batch_size": 8}, output="one")
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    argv = ["train", *as_flags({**options, "output_dir": tmp_path / "two"})]
-    debug_launcher(launch, (argv,), num_processes=2)
+    launch(["train", *as_flags({**options, "output_dir": tmp_path / "two"})], 2, fsdp)
     two = read_run(tmp_path / "two")
     for name, values in whole.losses().items():
         assert list(two.losses()[name].values()) == pytest.approx(list(values.values()), rel=2e-5), name
@@ -125,3 +116,5 @@ def test_two_processes_equal_one_with_twice_the_batch(
         tolerance = STEPS * rate / epsilon * 1e-6 * max(1.0, float(value.abs().max()))
         assert (found[name] - value).abs().max() <= tolerance, name
     assert {name.split(".")[0] for name in found} == {"unet", *ENCODERS}
+    for name, value in results(whole.folder).items():
+        assert (results(tmp_path / "two")[name] - value).abs().max() <= 1e-3 * max(1.0, float(value.abs().max())), name

@@ -50,6 +50,13 @@ class SDXLTrainee(nn.Module):
         return embeds, pooled
 
     @property
+    def _no_split_modules(self) -> list[str]:
+        """Classes of blocks that FSDP keeps whole, as models name them: those that are in here."""
+        parts: list[Any] = [self.unet, self.text_encoder, self.text_encoder_2]
+        known = {name for part in parts for name in part._no_split_modules or ()}
+        return sorted(known & {type(module).__name__ for module in self.modules()})
+
+    @property
     def num_used(self) -> int:
         """Layers of CLIP-L that the hidden states come from."""
         return len(_body(self.text_encoder).encoder.layers) + 1 + self.layer

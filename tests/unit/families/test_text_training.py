@@ -295,3 +295,9 @@ def test_rates_without_the_encoders_have_no_effect(train: Any) -> None:
     run = train(text_encoder_lr=1e-4, text_encoder_2_lr=1e-5, max_train_steps=1)
     for name in ("text_encoder_lr", "text_encoder_2_lr"):
         assert f"--{name} has no effect without --train_text_encoder" in run.stderr
+
+
+def test_blocks_of_all_three_are_what_fsdp_splits(model: Path) -> None:
+    denoiser = load_family(ModelConfig(str(model), **TEXT), torch.device("cpu"), torch.float32).denoiser
+    assert {"BasicTransformerBlock", "ResnetBlock2D", "CLIPEncoderLayer"} <= set(denoiser._no_split_modules)
+    assert set(denoiser._no_split_modules) <= {type(module).__name__ for module in denoiser.modules()}
