@@ -38,7 +38,6 @@ REFUSED = {
     "enable_npu_flash_attention": "PyTorch's own memory-efficient attention is always used",
     "local_rank": "start several processes with `accelerate launch -m lpl train` or torchrun",
     "debug_loss": "every logged step already has the losses, by term and layer (--log_every 1)",
-    "train_text_encoder": "the text encoders are frozen and their embeddings cached; --rank N trains the denoiser",
 }
 """Flags of the diffusers scripts that are not taken, and what replaces each."""
 

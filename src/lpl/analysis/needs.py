@@ -102,7 +102,8 @@ def fixed_costs(config: TrainConfig, rehearsal: Rehearsal, processes: int) -> di
     """Bytes that are on the device throughout, without LPL's; arithmetic alone."""
     parameters = rehearsal.parameters(config)
     state = state_size(config.optim, parameters.shapes, rehearsal.device)
-    stays = {"UNet weights": parameters.size, state_name(config.optim): state}
+    weights = "UNet and text weights" if rehearsal.blueprint.trains_text else "UNet weights"
+    stays = {weights: parameters.size, state_name(config.optim): state}
     if _averages_there(config, rehearsal):
         stays["EMA"] = 4 * parameters.trained
     if processes > 1:

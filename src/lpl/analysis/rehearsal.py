@@ -14,6 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lpl.analysis.counter import StepCounter
+from lpl.analysis.fake_weights import make_fake
 from lpl.analysis.fused_attention import FusedAttention, checkpoint
 from lpl.analysis.states import one_step_size
 from lpl.config import ModelConfig, OptimConfig, TrainConfig
@@ -171,26 +172,18 @@ class Rehearsal:
 
     def _build_model(self, lora: ModelConfig | None, precision: str, dtype: str) -> Any:
         with torch.device("meta"):
-            denoiser = self.blueprint.denoiser()
+            denoiser = self.blueprint.denoiser().requires_grad_(True)
             if dtype != "float32":
                 _cast(denoiser, getattr(torch, dtype))
             if lora is not None:
                 _cast(denoiser, HALF.get(precision, torch.float32))
                 add_lora(denoiser, lora, self.blueprint.lora_targets, 0)
         if precision in HALF:
-            self._make_fake(denoiser)
+            make_fake(denoiser, self._fake)
             for module in denoiser.modules():
                 if self.device == "cuda" and isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
                     module.register_forward_pre_hook(_to_float32)
         return denoiser.train()
-
-    def _make_fake(self, module: nn.Module) -> None:
-        # Fake tensors refuse module.to(): what they are to be is settled on the meta device.
-        for part in module.modules():
-            for name, p in part._parameters.items():
-                if p is not None:
-                    with self._fake:
-                        part._parameters[name] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad)
 
     def _inputs(self, shape: tuple[int, ...]) -> tuple[Any, ...]:
         batch = shape[0]
@@ -220,7 +213,7 @@ class Rehearsal:
             # Built again on weights of its own precision, which can be made fake: it then copies nothing.
             _cast(vae, getattr(torch, config.lpl.lpl_dtype))
         if self.device == "cpu":
-            self._make_fake(vae)
+            make_fake(vae, self._fake)
         with _quiet(True):
             loss = build_loss(config, vae)
         windows = None if config.lpl.lpl_crop is None else torch.zeros(shape[0], 2)
@@ -251,7 +244,8 @@ class Rehearsal:
         return self._once(("caching", size), lambda: self._caching(size, batch_of((3, size, size))))
 
     def _caching(self, size: int, images: int) -> int:
-        encoders = self._on_meta(self.blueprint.text_encoders)
+        # Of captions whose encoders are trained, tokens are cached.
+        encoders = [] if self.blueprint.trains_text else self._on_meta(self.blueprint.text_encoders)
         vae = self._on_meta(self.blueprint.vae)
         with torch.device("meta"), torch.no_grad(), FusedAttention():
             with StepCounter() as counter:

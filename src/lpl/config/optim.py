@@ -88,6 +88,10 @@ class OptimConfig:
     """Step each weight in the backward pass, as soon as its gradient is there, and free that gradient: they never exist
     all at once. Needs --max_grad_norm 0, one micro-batch a step, one process, and an optimizer as --weights_dtype
     bfloat16."""
+    text_encoder_lr: float | None = None
+    """Peak learning rate of the text encoders, with --train_text_encoder; unset: --learning_rate's."""
+    text_encoder_2_lr: float | None = None
+    """Another one for the second text encoder (CLIP-G); unset: --text_encoder_lr's."""
 
     def __post_init__(self) -> None:
         self._check_optimizer()
@@ -121,6 +125,7 @@ class OptimConfig:
         for name, beta in (("--adam_beta1", self.adam_beta1), ("--adam_beta2", self.adam_beta2)):
             require(0 <= beta < 1, f"{name} must lie in 0..1, not {beta}")
         self._check_average()
+        self._check_component_rates()
 
     def _check_average(self) -> None:
         require(0 < self.ema_decay < 1, f"--ema_decay must lie between 0 and 1, not {self.ema_decay}")
@@ -140,6 +145,15 @@ class OptimConfig:
             self.final_weights != "ema" or self.use_ema,
             "--final_weights ema needs --use_ema: there is no average without it",
         )
+
+    def _check_component_rates(self) -> None:
+        for name in ("text_encoder_lr", "text_encoder_2_lr"):
+            rate = getattr(self, name)
+            require(rate is None or 0 < rate < float("inf"), f"--{name} must be positive, not {rate}")
+            require(
+                self.optimizer != "prodigy" or rate in (None, self.learning_rate or 1.0),
+                f"--{name} {rate} with --optimizer prodigy, which finds one rate for all that is trained: drop it",
+            )
 
     @property
     def optimizer_name(self) -> str:

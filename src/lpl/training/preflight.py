@@ -27,6 +27,7 @@ ADAM = ", ".join(name for name in OPTIMIZERS if name != "adafactor")
 EMA = ("ema_decay", "ema_warmup", "ema_min_decay", "ema_update_after_step", "ema_update_every", "ema_device")
 SHUFFLING = ("keep_tokens", "caption_separator", "caption_variants")
 LORA = ("lora_alpha", "lora_dropout", "lora_targets", "use_dora")
+TEXT_RATES = ("text_encoder_lr", "text_encoder_2_lr")
 FINISHED = "finished.json"
 TRACKERS = {"tensorboard": ("tensorboard",), "wandb": ("wandb",), "comet_ml": ("comet_ml",), "none": (), "all": ()}
 
@@ -282,6 +283,7 @@ def _rules(config: TrainConfig) -> list[tuple[str, bool, str]]:
     betas = named and config.optim.optimizer_name != "adafactor"
     return [
         *((name, config.model.rank is not None, "--rank") for name in LORA),
+        *((name, config.model.train_text_encoder, "--train_text_encoder") for name in TEXT_RATES),
         ("lr_warmup_steps", config.optim.warms_up, "a schedule with warm-up (constant_with_warmup)"),
         *((name, betas, f"--optimizer {ADAM}") for name in ("adam_beta1", "adam_beta2", "adam_epsilon")),
         ("adam_weight_decay", named, "an --optimizer with a name (--optimizer_args weight_decay=... is for others)"),

@@ -32,7 +32,13 @@ from lpl.training.engine import build_accelerator, build_objective
 from lpl.training.fused_backward import FusedBackward
 from lpl.training.lora import add_lora
 from lpl.training.nonfinite import FiniteGuard, spoil
-from lpl.training.optim import build_optimizer, build_schedule, scaled_learning_rate
+from lpl.training.optim import (
+    build_optimizer,
+    build_schedule,
+    component_rates,
+    scaled_learning_rate,
+    split_components,
+)
 from lpl.training.optimizers import adapted_rate
 from lpl.training.preflight import Checked
 from lpl.training.run_state import RunState
@@ -142,9 +148,10 @@ class Trainer:
         if self.accelerator.distributed_type != DistributedType.FSDP:  # which splits it before it goes there
             denoiser.to(self.accelerator.device)
         self.whole_model = WholeModel(self.accelerator, denoiser)
-        trained = [p for p in denoiser.parameters() if p.requires_grad]
+        trained = {n: p for n, p in denoiser.named_parameters() if p.requires_grad}
         rate = scaled_learning_rate(config, self.accelerator.num_processes)
-        optimizer = build_optimizer(trained, config.optim, rate)
+        own, components = split_components(trained, config, self.accelerator.num_processes)
+        optimizer = build_optimizer(own, config.optim, rate, components)
         # Not prepared by accelerate, which would step it once per process.
         self.schedule = build_schedule(optimizer, config.optim, self.num_steps)
         if config.run.compile_denoiser:
@@ -194,7 +201,8 @@ class Trainer:
                 bar.update()
                 logs = self.step % log.log_every == 0 or self.step in (1, self.num_steps)
                 if logs and len(self.tracker.window):  # nothing in it: every step since the last time was skipped
-                    extra = {"learning_rate": self.schedule.get_last_lr()[0]}
+                    rates = self.schedule.get_last_lr()
+                    extra = {"learning_rate": rates[0]} | component_rates(self.optimizer, rates)
                     if gradient_norm is not None:
                         extra["gradient_norm"] = float(gradient_norm)
                     if (rate := adapted_rate(self.optimizer)) is not None:

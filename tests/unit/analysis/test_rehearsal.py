@@ -51,12 +51,18 @@ def test_blueprint_of_sdxl_has_its_published_sizes() -> None:
                                    "--optimizer=adafactor --fused_backward_pass --max_grad_norm=0",
                                    "--mixed_precision=bf16 --weights_dtype=bfloat16 --fused_backward_pass "
                                    "--max_grad_norm=0",
-                                   "--gradient_accumulation_steps=2"])  # fmt: skip
-def test_denoiser_counts_as_a_real_one(plan_of: Any, flags: str) -> None:
-    config = options(*flags.split())
+                                   "--gradient_accumulation_steps=2", "--train_text_encoder --max_token_length=150",
+                                   "--train_text_encoder --gradient_checkpointing",
+                                   "--train_text_encoder --mixed_precision=bf16",
+                                   "--train_text_encoder --mixed_precision=bf16 --gradient_checkpointing --rank=2",
+                                   "--train_text_encoder --rank=2 --lora_targets=all --mixed_precision=bf16",
+                                   ])  # fmt: skip
+def test_denoiser_counts_as_a_real_one(model: Path, flags: str) -> None:
+    config = options(f"--pretrained_model_name_or_path={model}", *flags.split())
+    plan_of = blueprint(model_configs(config.model), config.model)
     found = Rehearsal(plan_of, "cpu").denoiser(config)
 
-    denoiser, half = plan_of.denoiser(), config.run.mixed_precision == "bf16"
+    denoiser, half = plan_of.denoiser().requires_grad_(True), config.run.mixed_precision == "bf16"
     if config.model.rank is not None:
         add_lora(denoiser.to(torch.bfloat16), config.model, plan_of.lora_targets, 0)
     elif config.optim.weights_dtype == "bfloat16":
