@@ -21,6 +21,7 @@ from lpl.config_io import DATA_REPORT, REFUSED, as_flags, environment, nearest, 
 from lpl.errors import StopRequestedError, TrainingStoppedError, UserError
 from lpl.exporting.options import ExportConfig
 from lpl.presets import list_presets, preset_text, presets
+from lpl.report.options import ReportConfig
 
 COMMANDS = {
     "train": "fine-tune a model with the Latent Perceptual Loss",
@@ -28,6 +29,8 @@ COMMANDS = {
     "plan": "say what memory and arithmetic a run needs, and what fits a GPU: no data, no weights",
     "data": "read the images through, report on them and draw what the model will see: no weights",
     "export": "write a result for other programs: one file for ComfyUI and A1111, a merged folder, a kohya LoRA",
+    "compare": "run sets of options on the same draws, and say whether any makes a measurable difference",
+    "report": "write one HTML page about runs, comparisons, evaluations and checks",
     "demo": "train a small SDXL on photographs: runs anywhere, needs no download",
     "presets": "list what --config and `accelerate launch --config_file` can begin with; `presets NAME` prints one",
     "env": "print the versions that matter in a bug report",
@@ -174,6 +177,10 @@ def _dispatch(argv: list[str]) -> None:
         run_data(parse_data(argv[1:]))
     elif argv[0] == "export":
         run_export(argv[1:])
+    elif argv[0] == "report":
+        from lpl.report.page import write_report
+
+        write_report(_parse(ReportConfig, argv[1:], "lpl report", list(ReportConfig.__dataclass_fields__)))
     elif argv[0] == "demo":
         demo = _parse(DemoConfig, argv[1:], "lpl demo", list(DemoConfig.__dataclass_fields__))
         from lpl.demo.run import run_demo

@@ -1,0 +1,51 @@
+"""Where in a sheet of pictures each one lies, noted in the PNG itself, so that a report can show them one by one.
+
+The note is a text chunk of the PNG: a JSON list with an object for each picture. Programs that do not know it pass over
+it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image, PngImagePlugin
+
+KEY = "lpl-cells"
+
+
+class Cell(NamedTuple):
+    """One picture of a sheet."""
+
+    kind: str
+    """What made it: "raw" or "ema" weights, "before", "after", "real"."""
+    prompt: str
+    seed: int | None
+    box: tuple[int, int, int, int]
+    """Left, upper, right, lower, in pixels of the sheet; right and lower are outside."""
+
+
+def cells_note(cells: Sequence[Cell]) -> PngImagePlugin.PngInfo:
+    """What `Image.save(..., "PNG", pnginfo=...)` takes to note the cells."""
+    note = PngImagePlugin.PngInfo()
+    note.add_text(KEY, json.dumps([cell._asdict() for cell in cells]))
+    return note
+
+
+def read_cells(path: Path) -> list[Cell]:
+    """The cells that a PNG notes; none where it notes nothing that can be read."""
+    with Image.open(path) as picture:
+        text, (width, height) = picture.info.get(KEY), picture.size
+    if not isinstance(text, str):
+        return []
+    try:
+        cells = [Cell(str(c["kind"]), str(c["prompt"]), c["seed"], tuple(map(int, c["box"]))) for c in json.loads(text)]
+    except (ValueError, TypeError, KeyError):
+        return []
+    return cells if all(_inside(cell.box, width, height) for cell in cells) else []
+
+
+def _inside(box: tuple[int, ...], width: int, height: int) -> bool:
+    return len(box) == 4 and 0 <= box[0] < box[2] <= width and 0 <= box[1] < box[3] <= height

@@ -1,0 +1,174 @@
+"""Charts of what was logged and validated over a run: losses, by timestep bin too, and LPL's share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+from lpl.report.plots import Chart, Line, line_chart
+from lpl.report.run_folder import RunFolder
+from lpl.report.sources import Group
+
+NAMES = {"diffusion_loss": "Diffusion loss", "lpl": "LPL"}
+STEPS = "optimizer steps"
+SCALARS = (
+    (
+        "train_loss",
+        "Training loss",
+        "The whole loss on training samples: noisy, as timesteps vary. Lower is better.",
+    ),
+)
+SHARES = (
+    (
+        "lpl/gradient_share",
+        "LPL's share of the gradient",
+        "LPL's part of the gradient at the denoiser's output. Below 1 % it idles; above 60 % it dominates.",
+    ),
+    ("lpl/loss_share", "LPL's share of the loss", "LPL's weighted part of the training loss."),
+)
+Points = list[tuple[float, float | None]]
+
+
+def loss_charts(groups: Sequence[Group]) -> list[Chart]:
+    """Validation and training losses over steps, and validation by timestep bin at the end."""
+    groups = [group for group in groups if group.runs]
+    charts = []
+    for name, title in NAMES.items():
+        lines = _validation_lines(groups, name)
+        if lines:
+            note = f"On held-out images, noise and timesteps always the same.{_band_note(groups)} Lower is better."
+            charts.append(line_chart(f"{title}, validation", note, lines, STEPS, title.lower()))
+    for name, title in NAMES.items():
+        charts += _bin_charts(groups, name, title)
+    for tag, title, note in SCALARS:
+        lines = _scalar_lines(groups, tag)
+        if lines:
+            charts.append(line_chart(title, note + _band_note(groups), lines, STEPS, "loss"))
+    return charts
+
+
+def share_charts(groups: Sequence[Group]) -> list[Chart]:
+    """LPL's shares of gradient and loss, and its distance layer by layer for a single run."""
+    groups = [group for group in groups if group.runs]
+    charts = []
+    for tag, title, note in SHARES:
+        lines = _scalar_lines(groups, tag, 100.0)
+        if lines:
+            charts.append(line_chart(title, note + _band_note(groups), lines, STEPS, "%", zero=True))
+    with_lpl = [g for g in groups if any(v > 0 for _, v in g.runs[0].scalars.get("lpl/weight", []))]
+    if len(with_lpl) == 1:
+        lines = _layer_lines(with_lpl[0].runs[0])
+        note = f"Distance of the decoder's features by layer, from the coarsest to the finest, in {with_lpl[0].name}."
+        if lines:
+            charts.append(line_chart("LPL by layer", note, lines, STEPS, "distance", log_y=True))
+    return charts
+
+
+def final_kind(run: RunFolder) -> str | None:
+    """The weights whose validation counts: those of the result, else averaged ones where there are some."""
+    kinds = list(dict.fromkeys(row["weights"] for row in run.validation))
+    return run.final_weights if run.final_weights in kinds else (kinds[-1] if kinds else None)
+
+
+def rows_of(run: RunFolder, kind: str | None) -> list[dict[str, Any]]:
+    """Validation rows of one kind of weights, by step."""
+    return [row for row in run.validation if row["weights"] == kind]
+
+
+def _validation_lines(groups: Sequence[Group], name: str) -> list[Line]:
+    if len(groups) == 1 and len(groups[0].runs) == 1:
+        run = groups[0].runs[0]
+        kinds = list(dict.fromkeys(row["weights"] for row in run.validation))
+        told = {"raw": "weights as trained (raw)", "ema": "averaged weights (ema)"}
+        found = [(kind, [(row["step"], row.get(name)) for row in rows_of(run, kind)]) for kind in kinds]
+        lines = [_over([points], told.get(kind, kind), str(i + 1)) for i, (kind, points) in enumerate(found)]
+    else:
+        lines = [_over(_final_curves(group, name), group.name, group.slot) for group in groups]
+    return [line for line in lines if any(value is not None for value in line.y)]
+
+
+def _final_curves(group: Group, name: str) -> list[Points]:
+    """A validation loss over steps of every run, of the weights that count."""
+    return [[(row["step"], row.get(name)) for row in rows_of(run, final_kind(run))] for run in group.runs]
+
+
+def _bin_charts(groups: Sequence[Group], name: str, title: str) -> list[Chart]:
+    """By timestep bin at the end, and against the baseline (or the start, for a run alone)."""
+    ends = {g.name: _bins(g.runs, name, -1) for g in groups}
+    starts = _bins(groups[0].runs, name, 0) if groups else []
+    lines = [_over(ends[g.name], g.name, g.slot) for g in groups if ends[g.name]]
+    first = _over(starts, "before training", "ink") if starts else None
+    if not lines:
+        return []
+    note = f"By noise level at the end of training.{_band_note(groups)} Lower is better."
+    shown = [first, *lines] if first is not None else lines
+    charts = [line_chart(f"{title} by timestep bin", note, shown, "timestep", title.lower(), log_y=True)]
+    baseline = next((g for g in groups if g.baseline), groups[0])
+    if len(groups) > 1 and ends[baseline.name]:
+        reference, against = ends[baseline.name], baseline.name
+        changed = [g for g in groups if g is not baseline and ends[g.name]]
+    else:
+        reference, against, changed = starts, "before training", [g for g in groups if ends[g.name]]
+    lines = [_over(_changes(ends[g.name], reference), g.name, g.slot) for g in changed if reference]
+    if lines:
+        note = f"Difference to {against}, at each noise level.{_band_note(changed)} Below 0 is better."
+        charts.append(line_chart(f"{title}: change by timestep bin", note, lines, "timestep", "%", zero=True))
+    return charts
+
+
+def _bins(runs: Sequence[RunFolder], name: str, place: int) -> list[Points]:
+    found = []
+    for run in runs:
+        rows = [row for row in rows_of(run, final_kind(run)) if row.get(f"{name}_bins")]
+        if rows:
+            row = rows[place]
+            edges = row["edges"]
+            middles = [(a + b) / 2 for a, b in pairwise(edges)]
+            found.append(list(zip(middles, row[f"{name}_bins"], strict=True)))
+    return found
+
+
+def _changes(ends: Sequence[Points], reference: Sequence[Points]) -> list[Points]:
+    """In per cent: each run against the reference's run of the same place, or its first."""
+    found = []
+    for place, points in enumerate(ends):
+        base = dict(reference[place if len(reference) == len(ends) else 0])
+        found.append([(x, 100 * (y / b - 1) if y is not None and (b := base.get(x)) else None) for x, y in points])
+    return found
+
+
+def _scalar_lines(groups: Sequence[Group], tag: str, factor: float = 1.0) -> list[Line]:
+    lines = []
+    for group in groups:
+        found: list[Points] = [
+            [(step, factor * value) for step, value in run.scalars[tag]] for run in group.runs if tag in run.scalars
+        ]
+        if found:
+            lines.append(_over(found, group.name, group.slot))
+    return lines
+
+
+def _layer_lines(run: RunFolder) -> list[Line]:
+    tags = sorted(tag for tag in run.scalars if tag.startswith("lpl/features/") and tag.endswith("/distance"))
+    names = [tag.split("/")[2].replace("_", " ") for tag in tags]
+    layers: list[Points] = [list(run.scalars[tag]) for tag in tags]
+    return [_over([points], name, str(i % 8 + 1)) for i, (name, points) in enumerate(zip(names, layers, strict=True))]
+
+
+def _over(runs: Sequence[Points], label: str, slot: str) -> Line:
+    """The mean over runs where all of them have a value, with a band from the smallest to the largest."""
+    tables = [dict(points) for points in runs]
+    x = sorted(set.intersection(*(set(table) for table in tables))) if tables else []
+
+    def each(of: Callable[[list[float]], float]) -> list[float | None]:
+        values = [[table[place] for table in tables] for place in x]
+        return [of([v for v in found if v is not None]) if None not in found else None for found in values]
+
+    mean = each(lambda values: sum(values) / len(values))
+    return Line(label, slot, x, mean, each(min), each(max)) if len(runs) > 1 else Line(label, slot, x, mean)
+
+
+def _band_note(groups: Sequence[Group]) -> str:
+    told = " Lines are means over seeds, bands reach from the lowest to the highest."
+    return told if any(len(group.runs) > 1 for group in groups) else ""

@@ -1,0 +1,108 @@
+"""The pictures of the page, embedded: rows by prompt and seed for the grid, and what the slider begins with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lpl.report.images import Embedded, embed_all
+from lpl.report.pictures import BEFORE, Picture, gather_pictures
+from lpl.report.sources import Inputs
+
+SMALL = 160
+"""Pictures up to so many pixels wide are shown enlarged, pixel by pixel."""
+
+
+@dataclass
+class Cell:
+    """A place in the grid."""
+
+    column: int
+    image: Embedded | None
+    alt: str
+
+
+@dataclass
+class GalleryRow:
+    """A prompt and seed."""
+
+    title: str
+    cells: list[Cell]
+
+
+@dataclass
+class Gallery:
+    """What the section of pictures shows."""
+
+    columns: list[str] = field(default_factory=list)
+    rows: list[GalleryRow] = field(default_factory=list)
+    left: int = 0
+    """Column that the slider's left half shows at first."""
+    right: int = 0
+    slides: bool = False
+    """Whether any row has two pictures to slide between."""
+    small: bool = False
+    of_checks: list[tuple[str, Embedded]] = field(default_factory=list)
+    """What lpl check drew, with captions."""
+    notes: list[str] = field(default_factory=list)
+
+
+def build_gallery(inputs: Inputs, budget: int) -> Gallery:
+    """Gathers and embeds the pictures.
+
+    Args:
+        inputs: of the page.
+        budget: bytes for all of them.
+    """
+    table = gather_pictures(inputs)
+    places = [(key, column) for key, row in table.rows.items() for column in row]
+    pictures = [table.rows[key][column] for key, column in places]
+    drawn, missing = _check_pictures(inputs)
+    embedded, notes = embed_all([*pictures, *(picture for _, picture in drawn)], budget)
+    found = dict(zip(places, embedded, strict=False))
+    gallery = Gallery(list(table.columns), notes=[*table.notes, *missing, *notes])
+    for key, row in table.rows.items():
+        name = key.prompt or "(empty prompt)"
+        title = name if key.seed is None else f"{name} · seed {key.seed}"
+        cells = [
+            Cell(i, found[key, column], f"{title}: {column}")
+            for i, column in enumerate(table.columns)
+            if column in row and found[key, column] is not None
+        ]
+        if cells:
+            gallery.rows.append(GalleryRow(title, cells))
+    for (caption, _), image in zip(drawn, embedded[len(places) :], strict=True):
+        if image is not None:
+            gallery.of_checks.append((caption, image))
+    gallery.slides = any(len(row.cells) > 1 for row in gallery.rows)
+    gallery.left, gallery.right = _ends(gallery, inputs)
+    widths = [cell.image.width for row in gallery.rows for cell in row.cells if cell.image]
+    gallery.small = bool(widths) and max(widths) <= SMALL
+    return gallery
+
+
+def _check_pictures(inputs: Inputs) -> tuple[list[tuple[str, Picture]], list[str]]:
+    """Captions and pictures that the checks name, and lines on those that are gone."""
+    found = []
+    for check in inputs.checks:
+        content, folder = check.content, check.file.parent
+        reconstruction = content.get("reconstruction") or {}
+        if reconstruction.get("file"):
+            caption = "What the VAE loses: real images, and decoded again"
+            found.append((caption, Picture(folder / reconstruction["file"])))
+        for drawn in content.get("maps") or []:
+            found.append((f"{drawn['tap']}, timestep {drawn['t']}", Picture(folder / drawn["file"])))
+    here = [(caption, picture) for caption, picture in found if picture.file.is_file()]
+    return here, [f"{picture.file}: the picture is gone" for _, picture in found if not picture.file.is_file()]
+
+
+def _ends(gallery: Gallery, inputs: Inputs) -> tuple[int, int]:
+    """The baseline against the next arm; for a run alone, before against after."""
+    baseline = next((g.name for g in inputs.groups if g.baseline), None)
+    others = [i for i, name in enumerate(gallery.columns) if name != "real" and name != baseline]
+    after = [i for i in others if not gallery.columns[i].startswith(BEFORE)]
+    if baseline in gallery.columns and after:
+        return gallery.columns.index(baseline), after[0]
+    before = [i for i in others if i not in after]
+    if before and after:
+        return before[0], after[0]
+    return (others[0], others[-1]) if others else (0, 0)

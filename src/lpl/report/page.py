@@ -1,0 +1,103 @@
+"""`lpl report`: puts the page together and writes it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from lpl import __version__
+from lpl.data.files import write_atomically
+from lpl.errors import UserError
+from lpl.report.curves import loss_charts, share_charts
+from lpl.report.findings import metric_charts, paired_charts, spectrum_charts
+from lpl.report.gallery import build_gallery
+from lpl.report.options import ReportConfig
+from lpl.report.sources import Inputs, read_inputs
+from lpl.report.words import checks, configuration, overview, tiles, title, verdicts, versions
+
+TEXT_SHARE = 0.2
+"""Part of the page's size that is kept for text and plots."""
+
+
+def write_report(options: ReportConfig, announce: bool = True) -> Path:
+    """Writes the page; returns its path.
+
+    Args:
+        options: of `lpl report`.
+        announce: print where it is.
+
+    Raises:
+        UserError: a folder without anything to report on, or a page that cannot be written.
+    """
+    inputs = read_inputs(options.runs)
+    page = render(inputs, int(options.max_megabytes * 10**6)).encode()
+    try:
+        write_atomically(options.page, page)
+    except OSError as error:
+        raise UserError(f"--output {options.page}: cannot be written ({error.strerror}); name another file") from error
+    if announce:
+        print(f"the report is in {options.page} ({len(page) / 1e6:.1f} MB): open it in a browser")
+    return options.page
+
+
+def render(inputs: Inputs, most_bytes: int = 7_500_000) -> str:
+    """The page as HTML, of that many bytes at most as long as text and plots stay within their share."""
+    groups = inputs.groups
+    slots = {group.name: group.slot for group in groups}
+    gallery = build_gallery(inputs, int(most_bytes * (1 - TEXT_SHARE)))
+    shares = share_charts(groups)
+    skipped = [*inputs.skipped, *gallery.notes]
+    sections = [
+        ("losses", "Losses", loss_charts(groups)),
+        ("share", "LPL at work", shares),
+        ("spectrum", "Spectrum", spectrum_charts(groups)),
+        ("metrics", "Metrics", metric_charts(groups)),
+    ]
+    comparisons = [_comparison(result.content, slots) for result in inputs.comparisons]
+    found = {
+        "title": title(inputs),
+        "version": __version__,
+        "written": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
+        "tiles": tiles(inputs),
+        "comparisons": comparisons,
+        "gallery": gallery,
+        "sections": [section for section in sections if section[2]],
+        "checks": checks(inputs),
+        "overview": overview(inputs),
+        "configuration": configuration(groups),
+        "versions": versions(inputs),
+        "skipped": skipped,
+    }
+    return _environment().get_template("page.html.j2").render(found)
+
+
+def _comparison(content: dict[str, Any], slots: dict[str, str]) -> dict[str, Any]:
+    charts: Sequence[Any] = paired_charts(content, slots)
+    return {"verdicts": verdicts(content, slots), "charts": charts, "paired": content.get("paired", [])}
+
+
+def _environment() -> Environment:
+    from lpl.report.findings import ABSCISSAE, metric_name, signed
+    from lpl.report.scales import short
+
+    environment = Environment(
+        loader=PackageLoader("lpl.report", "template"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    loader = environment.loader
+    assert loader is not None
+    environment.filters |= {"short": short, "signed": signed, "metric_name": metric_name, "svg": Markup}
+    environment.globals |= {
+        "style": Markup(loader.get_source(environment, "style.css")[0]),
+        "script": Markup(loader.get_source(environment, "page.js")[0]),
+        "abscissae": ABSCISSAE,
+    }
+    return environment

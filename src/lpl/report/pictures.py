@@ -1,0 +1,132 @@
+"""The pictures of the page, in rows by prompt and seed and in columns by what made them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from lpl.data.picture_cells import read_cells
+from lpl.report.run_folder import RunFolder
+from lpl.report.sources import Group, Inputs
+
+SHEETS = "samples"
+MOST_ROWS = 16
+BEFORE = "before"
+
+
+class Picture(NamedTuple):
+    """One picture: a file, or a part of one."""
+
+    file: Path
+    box: tuple[int, int, int, int] | None = None
+    """None: all of it."""
+
+    def read(self) -> Image.Image:
+        """The pixels, RGB on white.
+
+        Raises:
+            OSError: it is gone or no picture.
+        """
+        with Image.open(self.file) as image:
+            image = image.crop(self.box) if self.box else image
+            if image.mode in ("RGBA", "LA", "PA", "P"):
+                image = image.convert("RGBA")
+                white = Image.new("RGBA", image.size, "white")
+                return Image.alpha_composite(white, image).convert("RGB")
+            return image.convert("RGB")
+
+
+class Key(NamedTuple):
+    """What a row shows."""
+
+    prompt: str
+    seed: int | None
+
+
+@dataclass
+class Pictures:
+    """A table of pictures."""
+
+    columns: list[str] = field(default_factory=list)
+    """Names, from left to right."""
+    rows: dict[Key, dict[str, Picture]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    """What of them is not shown."""
+
+    def add(self, key: Key, column: str, picture: Picture) -> None:
+        """Puts a picture into its place; the first one there stays."""
+        if column not in self.columns:
+            self.columns.append(column)
+        self.rows.setdefault(key, {}).setdefault(column, picture)
+
+
+def gather_pictures(inputs: Inputs) -> Pictures:
+    """The pictures of all runs and evaluations.
+
+    Of a run, the first sheet (before) and the last; of an arm with several seeds, those of its first run. Rows that
+    most columns share come first.
+    """
+    table = Pictures()
+    groups = sorted(inputs.groups, key=lambda group: not group.baseline)
+    alone = len(groups) == 1
+    for group in groups:
+        if group.runs:
+            _add_run(table, group, alone)
+        for result in group.evals[:1]:
+            _add_eval(table, group, result.file.parent, result.content.get("images") or [])
+    first = [name for name in table.columns if name == "real" or name.startswith(BEFORE)]
+    table.columns = first + [name for name in table.columns if name not in first]
+    order = sorted(table.rows, key=lambda key: -len(table.rows[key]))
+    if len(order) > MOST_ROWS:
+        table.notes.append(
+            f"{len(order) - MOST_ROWS} of {len(order)} prompts and seeds are not shown, for the page's size"
+        )
+    table.rows = {key: table.rows[key] for key in order[:MOST_ROWS]}
+    shown = {column for row in table.rows.values() for column in row}
+    table.columns = [column for column in table.columns if column in shown]
+    return table
+
+
+def _add_run(table: Pictures, group: Group, alone: bool) -> None:
+    run = group.runs[0]
+    folder = run.path / SHEETS
+    steps = sorted(
+        (int(m[1]), file) for file in folder.glob("step-*.png") if (m := re.search(r"-(\d+)\.png$", file.name))
+    )
+    if len(group.runs) > 1 and steps:
+        table.notes.append(f"pictures of {group.name} are those of its first seed, {group.seeds[0]}")
+    for file in sorted(set(folder.glob("*.png")) - {file for _, file in steps}):
+        for cell in read_cells(file):
+            table.add(Key(cell.prompt, cell.seed), cell.kind, Picture(file, cell.box))
+    if not steps:
+        return
+    (first, before), (last, after) = steps[0], steps[-1]
+    if first == 0 and last > 0 and not any(c.startswith(BEFORE) for c in table.columns):
+        _add_sheet(table, run, before, f"{BEFORE} (step 0)")
+    elif alone and last > first:
+        _add_sheet(table, run, before, f"step {first}")
+    _add_sheet(table, run, after, f"after (step {last})" if alone else group.name)
+
+
+def _add_sheet(table: Pictures, run: RunFolder, file: Path, column: str) -> None:
+    cells = read_cells(file)
+    if not cells:
+        table.add(Key("all validation images", None), column, Picture(file))
+        return
+    kinds = list(dict.fromkeys(cell.kind for cell in cells))
+    kind = run.final_weights if run.final_weights in kinds else kinds[-1]
+    for cell in cells:
+        if cell.kind == kind:
+            table.add(Key(cell.prompt, cell.seed), column, Picture(file, cell.box))
+
+
+def _add_eval(table: Pictures, group: Group, folder: Path, images: Sequence[dict[str, Any]]) -> None:
+    for image in images:
+        file = folder / str(image["file"])
+        if file.is_file():
+            table.add(Key(str(image.get("prompt", "")), image.get("seed")), group.name, Picture(file))

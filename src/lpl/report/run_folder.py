@@ -1,0 +1,131 @@
+"""What a folder of `lpl train` says: options, versions, logged values by step, validation and how long it took."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lpl.config_io import CONFIG_FILE, RECORD
+from lpl.errors import UserError
+
+FINISHED, VALIDATION = "finished.json", "validation.jsonl"
+RATE = "samples_per_second"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run, as far as its folder tells."""
+
+    path: Path
+    options: dict[str, Any]
+    """By the names of the flags."""
+    environment: dict[str, Any]
+    """Versions, git state and the number of processes."""
+    finished_step: int | None
+    """Optimizer steps of the finished run; None: it has not ended."""
+    final_weights: str | None
+    """Which weights the result is made of, "raw" or "ema"; None: it has not ended."""
+    validation: list[dict[str, Any]]
+    """Rows of validation.jsonl, by step."""
+    scalars: dict[str, list[tuple[int, float]]]
+    """Logged values: name -> (optimizer steps, value), by step."""
+    skipped: list[str] = field(default_factory=list)
+    """What could not be read, a line each."""
+
+    @property
+    def last_step(self) -> int:
+        """The last step that anything is known of."""
+        logged = [points[-1][0] for points in self.scalars.values() if points]
+        return self.finished_step or max([*logged, *(row["step"] for row in self.validation), 0])
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder holds a run of `lpl train`."""
+    try:
+        return f"\n{RECORD}:" in (path / CONFIG_FILE).read_text()
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def read_run(path: Path) -> RunFolder:
+    """Reads a run's folder.
+
+    Raises:
+        UserError: a config.yaml that is none of a run.
+    """
+    file = path / CONFIG_FILE
+    try:
+        options = yaml.safe_load(file.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{file}: cannot be read ({' '.join(str(error).split())})") from error
+    if not isinstance(options, dict) or not isinstance(options.get(RECORD), dict):
+        raise UserError(f"{file}: was not written by lpl train")
+    environment = options.pop(RECORD)
+    skipped: list[str] = []
+    scalars = _scalars(path / str(options.get("logging_dir", "logs")), path, skipped)
+    finished = _finished(path / FINISHED)
+    if finished is None:
+        skipped.append(f"{path}: the run has not ended; what it has so far is shown")
+    step, weights = finished or (None, None)
+    return RunFolder(path, options, environment, step, weights, _validation(path, skipped), scalars, skipped)
+
+
+def training_clock(run: RunFolder) -> list[tuple[int, float]]:
+    """(optimizer steps, seconds of training until then), without validation, checkpoints and the time between sessions.
+
+    seconds(s_k) = seconds(s_{k-1}) + (s_k - s_{k-1}) n / r_k, with the n samples of a step and the logged rate r_k of
+    samples a second between two logs.
+    """
+    processes = int(run.environment.get("processes", 1))
+    samples = int(run.options["train_batch_size"]) * int(run.options["gradient_accumulation_steps"]) * processes
+    clock, step, seconds = [(0, 0.0)], 0, 0.0
+    for here, rate in run.scalars.get(RATE, []):
+        if rate > 0 and here > step:
+            seconds += (here - step) * samples / rate
+            step = here
+            clock.append((step, seconds))
+    return clock
+
+
+def _finished(file: Path) -> tuple[int, str] | None:
+    try:
+        content = json.loads(file.read_text())
+        return int(content["step"]), str(content["weights"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _validation(path: Path, skipped: list[str]) -> list[dict[str, Any]]:
+    file, rows = path / VALIDATION, []
+    if not file.is_file():
+        skipped.append(f"{path}: no {VALIDATION}, as nothing was held out (--validation_samples)")
+        return []
+    for number, line in enumerate(file.read_text().splitlines(), 1):
+        try:
+            row = json.loads(line)
+            rows.append(row | {"step": int(row["step"]), "weights": str(row["weights"])})
+        except (ValueError, KeyError, TypeError):
+            skipped.append(f"{file}, line {number}: is no row of a validation")
+    return sorted(rows, key=lambda row: int(row["step"]))
+
+
+def _scalars(logs: Path, path: Path, skipped: list[str]) -> dict[str, list[tuple[int, float]]]:
+    """TensorBoard's scalars; of a step that was done twice, the later value."""
+    if not any(logs.glob("**/events.out.tfevents.*")):
+        skipped.append(f"{path}: no TensorBoard logs in {logs.name}/: curves of training are left out")
+        return {}
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found: dict[str, dict[int, float]] = {}
+    for folder in sorted({file.parent for file in logs.glob("*/events.out.tfevents.*")}):
+        size = {"scalars": 0, "images": 1, "tensors": 1, "histograms": 1, "compressedHistograms": 1, "audio": 1}
+        events = EventAccumulator(str(folder), size_guidance=size, purge_orphaned_data=False)
+        events.Reload()
+        for tag in events.Tags()["scalars"]:
+            for event in sorted(events.Scalars(tag), key=lambda e: e.wall_time):
+                found.setdefault(tag, {})[event.step] = event.value
+    return {tag: sorted(points.items()) for tag, points in found.items()}
