@@ -79,6 +79,10 @@ class DataConfig:
     """Read every image again, also where path, size and time of change are those that were seen before."""
     dataloader_num_workers: int | Literal["auto"] = free("auto")
     """Threads that read, decode and crop images while the cache is filled; auto: one a core, eight at most."""
+    validation_samples: int = 0
+    """Hold so many of the images out of training, chosen by their content, and measure both losses on them."""
+    validation_data_dir: str | None = free(None)
+    """An image folder to measure both losses on instead; what it shares with the training images is not trained on."""
 
     def __post_init__(self) -> None:
         require(
@@ -118,12 +122,23 @@ class DataConfig:
             f"--bucket_area must be at least 64 pixels, not {self.bucket_area}",
         )
         require(self.bucket_max_aspect >= 1, f"--bucket_max_aspect must be at least 1, not {self.bucket_max_aspect}")
+        require(self.validation_samples >= 0, f"--validation_samples must be 0 or more, not {self.validation_samples}")
+        require(
+            not self.validation_samples or self.validation_data_dir is None,
+            f"--validation_samples {self.validation_samples} and --validation_data_dir {self.validation_data_dir} are "
+            "both given: choose one",
+        )
         require(self.keep_tokens >= 0, f"--keep_tokens must be 0 or more, not {self.keep_tokens}")
         require(self.caption_separator != "", "--caption_separator must not be empty")
         require(
             0 <= self.prior_loss_weight < float("inf"),
             f"--prior_loss_weight must be 0 or more, not {self.prior_loss_weight}",
         )
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether there are images to validate on."""
+        return self.validation_samples > 0 or self.validation_data_dir is not None
 
     @property
     def crop_size(self) -> int:

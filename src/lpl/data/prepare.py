@@ -24,6 +24,7 @@ from lpl.data.dataset import TrainingData
 from lpl.data.files import write_atomically
 from lpl.data.filling import Caches, Encoder, Filler, caption_key
 from lpl.data.folders import cache_dir
+from lpl.data.held_out import VALIDATION, Split, option, split_samples
 from lpl.data.lock import LOCK, locked
 from lpl.data.repeats import parse_repeats
 from lpl.data.sources import Source
@@ -57,6 +58,7 @@ def prepare_data(
     bad_files: Path,
     processes: Processes = Processes(),  # noqa: B008
     show_progress: bool = False,
+    validation: Source | None = None,
 ) -> TrainingData:
     """Encodes what the caches lack and returns the samples, ready to be drawn.
 
@@ -72,6 +74,7 @@ def prepare_data(
         bad_files: where images that cannot be used are listed.
         processes: which one this is; the barrier is called several times.
         show_progress: whether to show progress bars.
+        validation: of --validation_data_dir; None: none.
 
     Raises:
         UserError: too many bad images, an encoder that makes NaN or Inf, a cache that cannot be used, too little room.
@@ -82,7 +85,11 @@ def prepare_data(
     tables: list[pa.Table] = []
     weights: list[float] = []
     prefixes: list[str] = []
-    for part, weight, prefix in ((source, 1.0, ""), (regularisation, config.prior_loss_weight, REGULARISATION)):
+    for part, weight, prefix in (
+        (source, 1.0, ""),
+        (regularisation, config.prior_loss_weight, REGULARISATION),
+        (validation, 1.0, VALIDATION),
+    ):
         if part is not None:
             catalogue = Catalogue(caches.folder, part)
             filler = Filler(part, config, views, rules, encoder, caches, catalogue, bad, prefix, processes.proceed)
@@ -100,9 +107,26 @@ def prepare_data(
     buckets = views.buckets.assign(samples.sizes[:, 0], samples.sizes[:, 1])
     if processes.rank == 0:
         _warn_upscaled(samples, views, buckets)
+    split = split_samples(samples, config, seed)
+    if len(split.held_out):
+        logger.info(
+            "%s: %d samples are held out of training, and %d copies of them left out",
+            *(option(config), len(split.held_out), split.copies),
+        )
+    repeats = split_repeats(samples, split, config)
+    return TrainingData(samples, views, rules, caches, seed, buckets, repeats, split)
+
+
+def split_repeats(samples: Samples, split: Split, config: DataConfig) -> np.ndarray:
+    """How often an epoch draws each sample, (N,); 0 where training may not draw it.
+
+    Raises:
+        UserError: --repeats that does not go with the folders of what is left to training.
+    """
     groups, codes = samples.groups()
-    repeats = parse_repeats(config.repeats, groups, codes)
-    return TrainingData(samples, views, rules, caches, seed, buckets, repeats)
+    repeats = np.zeros(len(samples))
+    repeats[split.trained] = parse_repeats(config.repeats, groups, codes[split.trained])
+    return repeats
 
 
 def _fill(filler: Filler, processes: Processes, show: bool) -> list[pa.Table]:

@@ -41,6 +41,8 @@ LORA_TARGETS: dict[str, tuple[str, ...]] = {
 COMPONENTS = ("vae", "text_encoder", "text_encoder_2")
 SAMPLING_STEPS = 25
 GUIDANCE_SCALE = 5.0
+DECODED_PIXELS = 1024
+"""Side of the largest image that is decoded in one piece: that takes 3 GiB in float32, less than the UNet's weights."""
 
 
 class SDXL:
@@ -85,7 +87,7 @@ class SDXL:
         tokenizers = [json.dumps(t.get_vocab(), sort_keys=True) for t in self._tokenizers()]
         settings = f"{self.force_zeros}{tokenizers}{self._encode_prompts.settings}"
         self.text_key = weights_hash(*self.text_encoders, settings=settings)
-        self._prompts: dict[str, tuple[Tensor, ...]] = {}
+        self._prompts: dict[tuple[str, str], tuple[Tensor, ...]] = {}
         self._cut: list[str] = []
         for module in (self.vae, *self.text_encoders):  # hashed first: on the CPU that costs no copy
             module.to(device)
@@ -121,13 +123,14 @@ class SDXL:
         return denoiser(noisy_latents, timesteps, embeds, added_cond_kwargs=conditions, return_dict=False)[0]
 
     @torch.no_grad()
-    def prepare_prompt(self, prompt: str) -> None:
+    def prepare_prompt(self, prompt: str, negative_prompt: str = "") -> None:
         embeds, pooled = self._encode_prompts([prompt], self.device)
-        if self.force_zeros:
+        if self.force_zeros and negative_prompt == "":
             negative, negative_pooled = torch.zeros_like(embeds), torch.zeros_like(pooled)
         else:
-            negative, negative_pooled = self._encode_prompts([""], self.device)
-        self._prompts[prompt] = tuple(e.cpu() for e in (embeds, negative, pooled, negative_pooled))
+            negative, negative_pooled = self._encode_prompts([negative_prompt], self.device)
+        prepared = (embeds, negative, pooled, negative_pooled)
+        self._prompts[prompt, negative_prompt] = tuple(e.cpu() for e in prepared)
 
     def free_encoders(self) -> None:
         if self._cut:
@@ -140,22 +143,23 @@ class SDXL:
             encoder.to("cpu")
 
     @torch.no_grad()
-    def generate(
+    def sample(
         self,
         denoiser: nn.Module,
         prompt: str,
-        count: int,
+        negative_prompt: str,
         seed: int,
         resolution: int,
         proceed: Callable[[], None] = lambda: None,
-    ) -> list[Image.Image]:
+    ) -> Tensor:
         def between_steps(_pipeline: Any, _step: int, _timestep: Any, state: dict[str, Any]) -> dict[str, Any]:
             proceed()
             return state
 
-        embeds, negative, pooled, negative_pooled = (e.to(self.device) for e in self._prompts[prompt])
+        prepared = self._prompts[prompt, negative_prompt]
+        embeds, negative, pooled, negative_pooled = (e.to(self.device) for e in prepared)
         pipeline = StableDiffusionXLPipeline(
-            vae=self.vae,
+            vae=None,  # a pipeline runs where the first of its parts is
             text_encoder=None,
             text_encoder_2=None,
             tokenizer=None,
@@ -165,29 +169,39 @@ class SDXL:
             force_zeros_for_empty_prompt=self.force_zeros,
             add_watermarker=False,
         )
+        pipeline.vae_scale_factor = self.pipeline.vae_scale_factor
         pipeline.set_progress_bar_config(disable=True)
         half = self.weight_dtype != torch.float32
-        images: list[Image.Image] = []
-        for i in range(count):
-            proceed()
-            # One at a time: validation is not to need more memory than training
-            with torch.autocast(self.device.type, self.weight_dtype) if half else nullcontext():
-                latents = pipeline(
-                    prompt_embeds=embeds,
-                    negative_prompt_embeds=negative,
-                    pooled_prompt_embeds=pooled,
-                    negative_pooled_prompt_embeds=negative_pooled,
-                    height=resolution,
-                    width=resolution,
-                    num_inference_steps=SAMPLING_STEPS,
-                    guidance_scale=GUIDANCE_SCALE,
-                    generator=torch.Generator("cpu").manual_seed(seed + i),
-                    output_type="latent",
-                    callback_on_step_end=between_steps,
-                ).images
-            raw = LatentSpace.from_config(self.vae.config).to_raw(latents.float())
-            images += pipeline.image_processor.postprocess(self.vae.decode(raw).sample, output_type="pil")
-        return images
+        proceed()
+        with torch.autocast(self.device.type, self.weight_dtype) if half else nullcontext():
+            latents = pipeline(
+                prompt_embeds=embeds,
+                negative_prompt_embeds=negative,
+                pooled_prompt_embeds=pooled,
+                negative_pooled_prompt_embeds=negative_pooled,
+                height=resolution,
+                width=resolution,
+                num_inference_steps=SAMPLING_STEPS,
+                guidance_scale=GUIDANCE_SCALE,
+                generator=torch.Generator("cpu").manual_seed(seed),
+                output_type="latent",
+                callback_on_step_end=between_steps,
+            ).images
+        return LatentSpace.from_config(self.vae.config).to_raw(latents.float()).cpu()
+
+    @torch.no_grad()
+    def decode(self, raw_latents: Tensor) -> Image.Image:
+        vae = self.vae
+        # Not the size that its config states: some state a tenth of what they decode.
+        vae.tile_sample_min_size = DECODED_PIXELS
+        vae.tile_latent_min_size = DECODED_PIXELS // self.pipeline.vae_scale_factor
+        vae.enable_tiling()
+        try:
+            decoded = vae.decode(raw_latents.to(self.device)).sample
+        finally:
+            vae.disable_tiling()
+        (image,) = self.pipeline.image_processor.postprocess(decoded, output_type="pil")
+        return image
 
     def export(self, denoiser: nn.Module, folder: Path) -> None:
         self.pipeline.unet = denoiser
