@@ -75,8 +75,8 @@ def estimate(config: TrainConfig, rehearsal: Rehearsal, processes: int = 1) -> N
     phases["optimizer step"] = total + gradients + optimizer_workspace(config, rehearsal)
     if _averages_there(config, rehearsal):
         phases["EMA update"] = total + gradients  # its difference from the weights; gradients are gone by then
-    if config.logging.validation_prompt is not None:
-        phases["validation"] = total + rehearsal.validation(config)
+    if config.logging.draws_images:
+        phases["validation"] = total + _validation(config, rehearsal, stays)
     p_gate = 0.0 if loss is None else gate_probability(config, rehearsal)
     batch = config.run.train_batch_size
     return Needs(
@@ -104,7 +104,20 @@ def fixed_costs(config: TrainConfig, rehearsal: Rehearsal, processes: int) -> di
         stays["EMA"] = 4 * parameters.trained
     if processes > 1:
         stays["gradients in exchange"] = 4 * parameters.trained
-    return stays | {"VAE, float32": rehearsal.vae()}
+    return stays | ({"VAE, float32": rehearsal.vae()} if _keeps_vae(config, rehearsal) else {})
+
+
+def _keeps_vae(config: TrainConfig, rehearsal: Rehearsal) -> bool:
+    """Whether the VAE stays on the device, not only while caching and decoding."""
+    return config.lpl.use_lpl or rehearsal.device == "cpu"
+
+
+def _validation(config: TrainConfig, rehearsal: Rehearsal, stays: dict[str, int]) -> int:
+    """Peak of drawing validation images on top of what stays: for decoding, the denoiser waits on the CPU."""
+    sampling, decoding = rehearsal.validation(config)
+    if not _keeps_vae(config, rehearsal):
+        decoding += rehearsal.vae()
+    return max(sampling, decoding - (0 if rehearsal.device == "cpu" else stays["UNet weights"]))
 
 
 def optimizer_workspace(config: TrainConfig, rehearsal: Rehearsal) -> int:

@@ -10,6 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+DECODED_PIXELS = 1024
+"""Side of the largest image that is decoded in one piece: for SDXL 3 GiB in float32, less than its UNet takes."""
+
 
 class Family(Protocol):
     """A loaded model: the denoiser that is trained, still on the CPU, and the frozen parts around it, on the device."""

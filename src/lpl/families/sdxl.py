@@ -23,7 +23,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from lpl.config import ModelConfig
 from lpl.diffusion.latent_space import LatentSpace
 from lpl.errors import UserError
-from lpl.families.base import weights_hash
+from lpl.families.base import DECODED_PIXELS, weights_hash
 from lpl.families.sdxl_schedule import chosen_schedule
 from lpl.families.sdxl_text import PromptEncoder
 
@@ -41,8 +41,6 @@ LORA_TARGETS: dict[str, tuple[str, ...]] = {
 COMPONENTS = ("vae", "text_encoder", "text_encoder_2")
 SAMPLING_STEPS = 25
 GUIDANCE_SCALE = 5.0
-DECODED_PIXELS = 1024
-"""Side of the largest image that is decoded in one piece: that takes 3 GiB in float32, less than the UNet's weights."""
 
 
 class SDXL:
