@@ -371,3 +371,32 @@ def test_seeds_are_the_runs_or_the_prompts() -> None:
     assert image_seed(Prompt("a", seed=5), 0, 3, 2) == 7
     drawn = {image_seed(Prompt("a"), run, prompt, image) for run in (0, 1) for prompt in (0, 1) for image in (0, 1)}
     assert len(drawn) == 8
+
+
+def _in_process(argv: list[str]) -> None:
+    from accelerate.state import AcceleratorState, GradientState
+
+    from lpl.cli import main
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # the parent's
+    GradientState._reset_state()
+    main(argv)
+
+
+def test_two_processes_measure_and_draw_the_same(train: Any, as_flags: Any, base_options: Any, tmp_path: Path) -> None:
+    """Bit for bit at step 0, where weights are equal: three batches and three images on two processes."""
+    from accelerate import debug_launcher
+
+    options = HELD | {
+        "validation_samples": 1, "train_batch_size": 4, "max_train_steps": 1, "use_ema": True, "validation_prompt": "x",
+        "num_validation_images": 3,
+    }  # fmt: skip
+    alone = train(**options)
+    folder = tmp_path / "two"
+    argv = ["train", *as_flags({"output_dir": folder, **base_options, **options})]
+    debug_launcher(_in_process, (argv,), num_processes=2)
+    found, expected = rows(folder), rows(alone.folder)
+    assert [(row["step"], row["weights"]) for row in found] == [(s, k) for s in (0, 1) for k in ("raw", "ema")]
+    assert found[:2] == expected[:2]
+    pictures = [(path / "samples" / "step-0000000.png").read_bytes() for path in (folder, alone.folder)]
+    assert pictures[0] == pictures[1]

@@ -26,6 +26,7 @@ from lpl.data.dataset import TrainingData
 from lpl.diffusion.diffusion_loss import diffusion_loss
 from lpl.diffusion.draws import draw_normal, keyed_uniform
 from lpl.diffusion.prediction import add_noise, target_of, x0_from_output
+from lpl.progress import progress
 from lpl.training.step import TrainingStep
 
 logger = logging.getLogger("lpl")
@@ -103,7 +104,9 @@ class HeldOutLoss:
         device = self.accelerator.device
         found = torch.zeros(2, len(self.items), dtype=torch.float32, device=device)
         rank, size = self.accelerator.process_index, self.accelerator.num_processes
-        for first in range(0, len(self.batches), size):
+        rounds = range(0, len(self.batches), size)
+        show = self.accelerator.is_local_main_process
+        for first in progress(rounds, desc="validating", unit="batch", show=show):
             proceed()
             counts = first + rank < len(self.batches)
             places = self.batches[first + rank if counts else first]

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 from lpl.data.lettering import font_for, wrap
 from lpl.diffusion.draws import keyed_seed
 from lpl.families.base import Family
+from lpl.progress import progress
 from lpl.training.prompts import Prompt
 
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
@@ -68,7 +69,9 @@ class ImageDrawer:
         rank, size = self.accelerator.process_index, self.accelerator.num_processes
         rounds = range(0, len(self.jobs), size)
         own = [self.jobs[min(first + rank, len(self.jobs) - 1)] for first in rounds]
-        latents = [self.family.sample(denoiser, p.text, p.negative, s, self.resolution, proceed) for p, s in own]
+        latents = []
+        for p, s in progress(own, desc="drawing", unit="image", show=self.accelerator.is_local_main_process):
+            latents.append(self.family.sample(denoiser, p.text, p.negative, s, self.resolution, proceed))
         drawn = []
         with self._decoder_on_device(denoiser):
             for raw in latents:
