@@ -76,10 +76,10 @@ def preflight(config: TrainConfig) -> Checked:
     regularisation, validation = open_regularisation(config.data), open_validation(config.data)
     check_validation(config, source)
     _warn_idle(config)
-    even = source.size is not None and config.data.repeats is regularisation is None and not config.data.holds_out
+    even = source.size is not None and config.data.repeats is regularisation is validation is None
     known = config.run.max_train_steps is not None or even
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    num_steps = config.num_steps(source.size or 1, processes) if known else None
+    num_steps = config.num_steps((source.size or 1) - config.data.validation_samples, processes) if known else None
     return Checked(config, source, regularisation, configs, finished_step, num_steps, validation)
 
 
