@@ -19,6 +19,9 @@ RECORD = "environment"
 """Key of config.yaml that holds versions and git state; it is read over."""
 
 CONFIG_FILE = "config.yaml"
+DIVISION = {"train_batch_size", "gradient_accumulation_steps"}
+"""Options that, with the number of processes, divide a step's samples."""
+
 DATA_REPORT = "data-report"
 """Folder of --output_dir that `lpl data` writes to; it shows training images, so it is never published."""
 
@@ -96,10 +99,10 @@ def as_flags(options: dict[str, str]) -> list[str]:
     return flags
 
 
-def write_config(config: TrainConfig, folder: Path) -> None:
+def write_config(config: TrainConfig, folder: Path, processes: int = 1) -> None:
     """Makes the folder and writes its config.yaml: every option but the token, with versions; `--config` reads it."""
     options = {k: v for k, v in config.flat().items() if k not in ("hub_token", "dry_run", "resume_from_checkpoint")}
-    text = yaml.safe_dump(options | {RECORD: environment()}, sort_keys=False)
+    text = yaml.safe_dump(options | {RECORD: environment() | {"processes": processes}}, sort_keys=False)
     temporary = folder / f".{CONFIG_FILE}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -109,8 +112,11 @@ def write_config(config: TrainConfig, folder: Path) -> None:
         raise UserError(f"--output_dir {folder}: cannot be written ({error.strerror})") from error
 
 
-def differences(config: TrainConfig, folder: Path) -> list[str]:
+def differences(config: TrainConfig, folder: Path, processes: int = 1) -> list[str]:
     """What of the trajectory differs from the run whose config.yaml lies in folder, as `--flag old -> new`.
+
+    An option that the file does not have had its default. Of batch size, accumulation and processes only the product
+    counts, the samples of a step.
 
     Raises:
         UserError: a config.yaml of something else, which a run would overwrite.
@@ -122,12 +128,19 @@ def differences(config: TrainConfig, folder: Path) -> list[str]:
         old = None
     if not isinstance(old, dict) or RECORD not in old:
         raise UserError(f"--output_dir {folder}: {file} was not written by lpl train; choose another folder")
-    ignored = free_options()
-    return [
-        f"--{key} {old[key]} -> {value}"
+    ignored = free_options() | DIVISION
+    before = TrainConfig().flat() | old
+    told = [
+        f"--{key} {before[key]} -> {value}"
         for key, value in config.flat().items()
-        if key not in ignored and key in old and old[key] != value and not _same_path(key, old[key], value)
+        if key not in ignored and before[key] != value and not _same_path(key, before[key], value)
     ]
+    samples = [_samples(before, old[RECORD].get("processes", processes)), _samples(config.flat(), processes)]
+    return told if samples[0] == samples[1] else [*told, f"samples a step {samples[0]} -> {samples[1]}"]
+
+
+def _samples(options: dict[str, Any], processes: int) -> int:
+    return int(options["train_batch_size"] * options["gradient_accumulation_steps"] * processes)
 
 
 def _same_path(key: str, old: Any, new: Any) -> bool:

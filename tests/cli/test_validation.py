@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from launching import launch
 from PIL import Image
 
 import lpl.families.sdxl as sdxl
@@ -118,9 +119,17 @@ def test_a_step_that_changes_nothing_measures_the_same(train: Any) -> None:
     assert first["lpl"] > 0
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-def test_figures_are_what_they_say(train: Any, monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
+@pytest.mark.parametrize(("batch", "masked"), [(1, "none"), (3, "none"), (3, "alpha")])
+def test_figures_are_what_they_say(
+    train: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int, masked: str
+) -> None:
     """Against the equations, sample by sample and whatever the batch, also where norm `batch` could mix samples."""
+    folder = Path(shutil.copytree(data, tmp_path / "data"))
+    if masked == "alpha":
+        for file in folder.glob("*.png"):
+            picture = Image.open(file).convert("RGBA")
+            picture.paste((0, 0, 0, 0), (0, 0, picture.width // 2, picture.height))
+            picture.save(file)
     kept: list[tuple[Any, Any]] = []
     original = HeldOutLoss.measure
 
@@ -130,25 +139,29 @@ def test_figures_are_what_they_say(train: Any, monkeypatch: pytest.MonkeyPatch, 
         return found
 
     monkeypatch.setattr(HeldOutLoss, "measure", spy)
-    train(**HELD | {"max_train_steps": 2}, train_batch_size=batch, lpl_norm_type="batch", loss_type="huber")
+    train(**HELD | {"max_train_steps": 2}, train_batch_size=batch, lpl_norm_type="batch", loss_type="huber",
+          train_data_dir=folder, masked_loss=masked)  # fmt: skip
     assert len(kept) == 2
-    for (diffusion, perceptual), found in kept:
+    for (diffusion, perceptual, masks), found in kept:
+        assert masks == (20 if masked == "alpha" else 0)
         assert found["diffusion_loss_bins"] == pytest.approx([np.mean(own) for own in diffusion], rel=1e-4)
         assert found["lpl_bins"][:7] == pytest.approx([np.mean(own) for own in perceptual[:7]], rel=1e-4)
 
 
 @torch.no_grad()
-def by_hand(losses: HeldOutLoss, denoiser: Any) -> tuple[list[list[float]], list[list[float]]]:
-    """Losses by bin, one sample after another."""
+def by_hand(losses: HeldOutLoss, denoiser: Any) -> tuple[list[list[float]], list[list[float]], int]:
+    """Losses by bin, one sample after another, and how many had a mask."""
     from lpl.diffusion.draws import draw_normal, keyed_uniform
 
     step, data, seed = losses.step, losses.data, losses.seed
     cumulative = step.family.noise_scheduler.alphas_cumprod.double()
     diffusion: list[list[float]] = [[] for _ in range(10)]
     perceptual: list[list[float]] = [[] for _ in range(10)]
+    masks = 0
     for index in data.split.held_out.tolist():
         for k in range(10):
             batch = data.batch([(index, k)], fixed=True)
+            masks += batch.mask is not None and bool((batch.mask < 1).any())
             name = batch.sample_ids[0]
             t = 100 * k + int(100 * keyed_uniform(seed, "validation_timestep", name, k))
             latents = step.latent_space.from_raw(batch.raw_latents)
@@ -156,11 +169,13 @@ def by_hand(losses: HeldOutLoss, denoiser: Any) -> tuple[list[list[float]], list
             alpha, sigma = cumulative[t].sqrt().float(), (1 - cumulative[t]).sqrt().float()
             noisy = alpha * latents + sigma * noise
             output = step.family.denoise(denoiser, noisy, torch.tensor([t]), batch.text, batch.sizes)
-            diffusion[k].append(float((output - noise).square().mean()))
+            mask = torch.ones(1, 1, *latents.shape[2:]) if batch.mask is None else batch.mask
+            square = mask * (output - noise).square()
+            diffusion[k].append(float(square.sum() / (square.shape[1] * mask.sum())))
             if t < 700:
                 clean = (noisy - sigma * output) / alpha
-                perceptual[k].append(float(step.objective.loss_fn(clean, latents).per_sample))
-    return diffusion, perceptual
+                perceptual[k].append(float(step.objective.loss_fn(clean, latents, batch.mask).per_sample))
+    return diffusion, perceptual, masks
 
 
 @pytest.mark.parametrize("options", [{}, {"rank": 2, "lora_dropout": 0.5}, {"optimizer": "schedulefree_adamw"}])
@@ -373,28 +388,18 @@ def test_seeds_are_the_runs_or_the_prompts() -> None:
     assert len(drawn) == 8
 
 
-def _in_process(argv: list[str]) -> None:
-    from accelerate.state import AcceleratorState, GradientState
-
-    from lpl.cli import main
-
-    AcceleratorState._reset_state(reset_partial_state=True)  # the parent's
-    GradientState._reset_state()
-    main(argv)
-
-
-def test_two_processes_measure_and_draw_the_same(train: Any, as_flags: Any, base_options: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_two_processes_measure_and_draw_the_same(
+    train: Any, as_flags: Any, base_options: Any, tmp_path: Path, fsdp: bool
+) -> None:
     """Bit for bit at step 0, where weights are equal: three batches and three images on two processes."""
-    from accelerate import debug_launcher
-
     options = HELD | {
         "validation_samples": 1, "train_batch_size": 4, "max_train_steps": 1, "use_ema": True, "validation_prompt": "x",
         "num_validation_images": 3,
     }  # fmt: skip
     alone = train(**options)
     folder = tmp_path / "two"
-    argv = ["train", *as_flags({"output_dir": folder, **base_options, **options})]
-    debug_launcher(_in_process, (argv,), num_processes=2)
+    launch(["train", *as_flags({"output_dir": folder, **base_options, **options})], 2, fsdp)
     found, expected = rows(folder), rows(alone.folder)
     assert [(row["step"], row["weights"]) for row in found] == [(s, k) for s in (0, 1) for k in ("raw", "ema")]
     assert found[:2] == expected[:2]

@@ -41,10 +41,10 @@ def test_config_yaml_has_the_environment_and_no_token(tmp_path: Path) -> None:
     config = TrainConfig(
         logging=LoggingConfig(hub_token="hf_secret"), run=RunConfig(dry_run=True, resume_from_checkpoint="latest")
     )
-    write_config(config, tmp_path)
+    write_config(config, tmp_path, 2)
     text = (tmp_path / CONFIG_FILE).read_text()
     written = yaml.safe_load(text)
-    assert written.pop(RECORD) == environment()
+    assert written.pop(RECORD) == environment() | {"processes": 2}
     assert written.keys() == config.flat().keys() - {"hub_token", "dry_run", "resume_from_checkpoint"}
     assert "hf_secret" not in text
     assert [p.name for p in tmp_path.iterdir()] == [CONFIG_FILE]
@@ -73,9 +73,19 @@ def test_differences_name_what_changes_the_trajectory(tmp_path: Path) -> None:
     assert differences(changed, tmp_path) == ["--pretrained_model_name_or_path m -> n", "--seed 0 -> 2"]
 
 
-def test_config_of_an_older_version_is_compared_by_what_it_has(tmp_path: Path) -> None:
+def test_differences_count_the_samples_of_a_step(tmp_path: Path) -> None:
+    def divided(batch: int, accumulation: int) -> TrainConfig:
+        return TrainConfig(run=RunConfig(train_batch_size=batch, gradient_accumulation_steps=accumulation))
+
+    write_config(divided(2, 1), tmp_path, 4)
+    assert differences(divided(1, 4), tmp_path, 2) == differences(divided(8, 1), tmp_path) == []
+    assert differences(divided(2, 1), tmp_path, 2) == ["samples a step 8 -> 4"]
+
+
+def test_what_the_config_of_an_older_version_lacks_was_at_its_default(tmp_path: Path) -> None:
     (tmp_path / CONFIG_FILE).write_text(f"seed: 0\nsome_former_option: 3\n{RECORD}: {{}}\n")
     assert differences(TrainConfig(), tmp_path) == []
+    assert differences(TrainConfig(optim=OptimConfig(decay_all=True)), tmp_path) == ["--decay_all False -> True"]
 
 
 def test_nearest_suggests_only_what_is_near() -> None:

@@ -83,6 +83,15 @@ class DataConfig:
     """Hold so many of the images out of training, chosen by their content, and measure both losses on them."""
     validation_data_dir: str | None = free(None)
     """An image folder to measure both losses on instead; what it shares with the training images is not trained on."""
+    masked_loss: Literal["none", "alpha", "files"] = "none"
+    """Train, LPL included, on what a mask marks in white: the image's opacity (alpha), or files: x-masklabel.png beside
+    x.jpg, a file in --mask_dir, a row's --mask_column, x.mask.png in a shard. Images without a mask count whole."""
+    mask_dir: str | None = None
+    """Where the masks of --train_data_dir are, under the same relative path as the image (any image format)."""
+    mask_column: str | None = None
+    """Column with the masks of --dataset_name."""
+    unmasked_weight: float = 0.0
+    """Weight of what the mask leaves out, 0 to 1: a mask's value m counts as m + (1 - m) times this."""
 
     def __post_init__(self) -> None:
         require(
@@ -133,6 +142,11 @@ class DataConfig:
         require(
             0 <= self.prior_loss_weight < float("inf"),
             f"--prior_loss_weight must be 0 or more, not {self.prior_loss_weight}",
+        )
+        require(0 <= self.unmasked_weight <= 1, f"--unmasked_weight must lie in 0..1, not {self.unmasked_weight}")
+        require(
+            self.masked_loss != "files" or self.dataset_name is None or self.mask_column is not None,
+            "--masked_loss files: name the column of --dataset_name that holds the masks with --mask_column",
         )
 
     @property

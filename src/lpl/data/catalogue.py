@@ -30,6 +30,8 @@ SCHEMA = pa.schema(
     ]
 )
 KNOWN = ("digest", "width", "height", "reason")
+MASKED = SCHEMA.append(pa.field("mask", pa.binary()))
+"""The columns where masks are in use; runs without them keep their catalogues."""
 
 
 class Row(NamedTuple):
@@ -47,6 +49,8 @@ class Row(NamedTuple):
     """Size once upright, in pixels; 0 if the image is bad."""
     reason: str | None
     """Why the image cannot be used; None if it can."""
+    mask: bytes = b""
+    """sha256 of the file that holds its mask; empty: none, or masks are not in use."""
 
 
 class Catalogue:
@@ -54,10 +58,21 @@ class Catalogue:
 
     A file is named for its piece and the piece's stamp, so a changed piece has another file, and the old one still
     tells what was known of the samples that have not changed.
+
+    Args:
+        cache: the cache folder.
+        source: the source.
+        masks: masks.identity: where its masks are from; "": it has none.
     """
 
-    def __init__(self, cache: Path, source: Source) -> None:
-        self.folder = cache / "catalogues" / hashlib.blake2b(source.identity.encode(), digest_size=16).hexdigest()
+    def __init__(self, cache: Path, source: Source, masks: str = "") -> None:
+        plain, own = (
+            cache / "catalogues" / hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
+            for name in (source.identity, source.identity + masks)
+        )
+        self.folder, self.schema = own, MASKED if masks else SCHEMA
+        self.replaces = plain if masks else None
+        """With masks, the folder for the same source without them."""
         self.forget_known()
 
     def path(self, piece: Piece) -> Path:
@@ -72,7 +87,7 @@ class Catalogue:
             UserError: the file is damaged.
         """
         path = self.path(piece)
-        return _read(path) if path.is_file() else None
+        return _read(path, self.schema) if path.is_file() else None
 
     def write(self, piece: Piece, rows: Sequence[Row], scratch: Path | None = None) -> None:
         """Stores the rows of a piece, and returns when they are safely on disk; scratch as in write_atomically.
@@ -81,8 +96,8 @@ class Catalogue:
             UserError: the folder cannot be written.
         """
         buffer = io.BytesIO()
-        with pa.ipc.new_file(buffer, SCHEMA) as file:
-            file.write_table(table_of(rows))
+        with pa.ipc.new_file(buffer, self.schema) as file:
+            file.write_table(table_of(rows, self.schema))
         try:
             write_atomically(self.path(piece), buffer.getvalue(), scratch)
         except OSError as error:
@@ -97,7 +112,7 @@ class Catalogue:
         Takes 16 bytes a sample; the rest stays in the mapped files.
         """
         paths = sorted(self.folder.glob(f"[!.]*{SUFFIX}"), key=lambda path: (-path.stat().st_mtime_ns, path.name))
-        self._tables = [_read(path) for path in paths]
+        self._tables = [_read(path, self.schema) for path in paths]
         hashes, places = [np.empty(0, np.int64)], [np.empty((0, 2), np.int32)]
         for number, table in enumerate(self._tables):
             pairs = zip(table.column("id").to_pylist(), table.column("stamp").to_pylist(), strict=True)
@@ -107,14 +122,15 @@ class Catalogue:
         order = np.argsort(found, kind="stable")
         self._hashes, self._places = found[order], np.concatenate(places)[order]
 
-    def known(self, sample: str, stamp: str) -> tuple[bytes, int, int, str | None] | None:
-        """(digest, width, height, reason) of a sample that any piece has had with this stamp; after load_known."""
+    def known(self, sample: str, stamp: str) -> tuple[bytes, int, int, str | None, bytes] | None:
+        """(digest, width, height, reason, mask) of a sample that any piece had with this stamp; after load_known."""
         wanted = hash((sample, stamp))
         first, end = (int(np.searchsorted(self._hashes, wanted, side)) for side in ("left", "right"))
         for number, row in self._places[first:end].tolist():
-            found = {name: self._tables[number].column(name)[row].as_py() for name in ("id", "stamp", *KNOWN)}
+            names = [name for name in self.schema.names if name in ("id", "stamp", *KNOWN, "mask")]
+            found = {"mask": b""} | {name: self._tables[number].column(name)[row].as_py() for name in names}
             if (found["id"], found["stamp"]) == (sample, stamp):
-                return tuple(found[name] for name in KNOWN)
+                return tuple(found[name] for name in (*KNOWN, "mask"))
         return None
 
     def forget_known(self) -> None:
@@ -132,7 +148,7 @@ class Samples:
     """
 
     def __init__(self, tables: Sequence[pa.Table], weights: Sequence[float], prefixes: Sequence[str]) -> None:
-        self._tables = [[_whole(table.column(name)) for name in SCHEMA.names] for table in tables]
+        self._tables = [[_whole(column) for column in table.columns] for table in tables]
         self.weights, self._prefixes = list(weights), list(prefixes)
         pieces, rows = [], []
         sizes = []
@@ -198,8 +214,8 @@ class Samples:
         """A hash of all ids, captions and image contents, in order: what a resumed run must find again."""
         found = hashlib.blake2b(digest_size=16)
         for columns in self._tables:
-            for name in ("id", "captions", "digest", "reason"):
-                for part in _flat(columns[SCHEMA.get_field_index(name)]):
+            for name in ("id", "captions", "digest", "reason", *MASKED.names[len(SCHEMA) : len(columns)]):
+                for part in _flat(columns[MASKED.get_field_index(name)]):
                     found.update(part)
         return found.hexdigest()
 
@@ -209,11 +225,11 @@ def _whole(column: pa.ChunkedArray) -> pa.Array:
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
-def table_of(rows: Sequence[Row]) -> pa.Table:
-    """Rows as a table of SCHEMA, in one chunk."""
-    columns = zip(*rows, strict=True) if rows else [[] for _ in SCHEMA]
-    arrays = [pa.array(list(c), field.type) for c, field in zip(columns, SCHEMA, strict=True)]
-    return pa.Table.from_batches([pa.record_batch(arrays, schema=SCHEMA)])
+def table_of(rows: Sequence[Row], schema: pa.Schema = SCHEMA) -> pa.Table:
+    """Rows as a table of SCHEMA or MASKED, in one chunk."""
+    columns = zip(*rows, strict=True) if rows else [[] for _ in Row._fields]
+    arrays = [pa.array(list(c), field.type) for c, field in zip(columns, schema, strict=False)]
+    return pa.Table.from_batches([pa.record_batch(arrays, schema=schema)])
 
 
 def _flat(column: pa.Array) -> Iterator[Any]:
@@ -222,7 +238,7 @@ def _flat(column: pa.Array) -> Iterator[Any]:
             yield memoryview(buffer)
 
 
-def _read(path: Path) -> pa.Table:
+def _read(path: Path, schema: pa.Schema) -> pa.Table:
     try:
         with pa.memory_map(str(path)) as file:
             table = pa.ipc.open_file(file).read_all()
@@ -230,6 +246,6 @@ def _read(path: Path) -> pa.Table:
         raise UserError(
             f"cache file {path} is damaged ({' '.join(str(error).split())}): delete it and run again"
         ) from error
-    if table.schema != SCHEMA:
+    if table.schema != schema:
         raise UserError(f"cache file {path} is not of this version: delete it and run again")
     return table

@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 from PIL import Image, ImageDraw
 
 from lpl.data.crops import Crop, render
 from lpl.data.lettering import font_for, shorten, wrap
 from lpl.data.prepare import REGULARISATION
-from lpl.data.survey import Draw, Survey, look_again
+from lpl.data.survey import Draw, Survey, look_again, look_at_masks
 
 CELL = 256
 """Side of the square that a picture is put into, in pixels."""
@@ -43,14 +44,23 @@ def draw_sheet(survey: Survey, draws: Sequence[Draw]) -> Image.Image:
         UserError: an image that is no longer what it was when the survey was made.
     """
     jobs = {draw.index: _renders(survey, [d for d in draws if d.index == draw.index]) for draw in draws}
-    pictures = look_again(survey, jobs)
-    cells = [Cell(pictures[draw.index][draw.crop], _draw_lines(survey, draw)) for draw in draws]
+    pictures = look_at_masks(survey, jobs)
+    cells = []
+    for draw in draws:
+        picture, counted = pictures[draw.index][draw.crop]
+        lines = _draw_lines(survey, draw)
+        if counted is not None:
+            lines.insert(2, (f"mask: {counted:.0%} counts", BLUE) if counted else ("mask: nothing in this crop", RED))
+        cells.append(Cell(picture, lines))
     per_step = "one draw a step" if survey.batch_size == 1 else f"{survey.batch_size} draws a step"
     about = (
         f"{_sources(survey)}; seed {survey.config.run.seed}, {per_step}. "
         "Sizes are width x height in pixels. Below each caption is the size conditioning that the model gets: "
         "(height, width), and (top, left) of the crop in the resized image."
     )
+    if any(counted is not None for shown in pictures.values() for _, counted in shown.values()):
+        weight = survey.config.data.unmasked_weight
+        about += f" Blue is what the mask leaves out: its weight in the loss is {weight:g}."
     return compose(f"What the model will see: the first {len(draws)} draws", about, cells)
 
 
@@ -107,15 +117,32 @@ def fit(image: Image.Image) -> Image.Image:
     return image.resize((width * times, height * times), Image.Resampling.NEAREST)
 
 
-def _renders(survey: Survey, draws: Sequence[Draw]) -> Callable[[Image.Image], dict[Crop, Image.Image]]:
-    """Makes of an image its crops, ready for cells, by crop."""
+Shown = dict[Crop, tuple[Image.Image, float | None]]
+"""By crop its picture, and the share of it that counts; None: there is no mask."""
+
+
+def _renders(survey: Survey, draws: Sequence[Draw]) -> Callable[[Image.Image, Image.Image | None], Shown]:
+    """Makes of an image and its mask the crops, ready for cells."""
     interpolation = survey.config.data.image_interpolation_mode
 
-    def make(image: Image.Image) -> dict[Crop, Image.Image]:
-        pixels = {draw.crop: render(image, draw.crop, interpolation) for draw in draws}
-        return {crop: fit(Image.fromarray(own.permute(1, 2, 0).numpy())) for crop, own in pixels.items()}
+    def make(image: Image.Image, mask: Image.Image | None) -> Shown:
+        shown: Shown = {}
+        for crop in {draw.crop for draw in draws}:
+            picture = fit(Image.fromarray(render(image, crop, interpolation).permute(1, 2, 0).numpy()))
+            counted = None
+            if mask is not None:
+                picture, counted = _veil(picture, render(mask, crop, "bilinear")[0].numpy())
+            shown[crop] = picture, counted
+        return shown
 
     return make
+
+
+def _veil(picture: Image.Image, mask: np.ndarray) -> tuple[Image.Image, float]:
+    """Turns blue what a mask (H, W), 0..255, leaves out; and the share that it marks."""
+    out = Image.blend(picture.convert("L").convert("RGB"), Image.new("RGB", picture.size, BLUE), 0.45)
+    out.paste(picture, mask=Image.fromarray(mask).resize(picture.size, Image.Resampling.BILINEAR))
+    return out, float(mask.mean() / 255)
 
 
 def _draw_lines(survey: Survey, draw: Draw) -> list[Line]:

@@ -86,12 +86,12 @@ def render(image: Image.Image, crop: Crop, interpolation: str) -> Tensor:
     any aspect costs no more memory than its crop.
 
     Args:
-        image: upright RGB image of the crop's original size.
+        image: upright image of the crop's original size, of mode RGB or L.
         crop: what to cut out of it.
         interpolation: nearest, box, bilinear, hamming, bicubic or lanczos; nearest alone does not antialias.
 
     Returns:
-        (3, H, W), uint8, of the crop's target size.
+        (3 or 1, H, W), uint8, of the crop's target size.
 
     Raises:
         ValueError: the crop was planned for an image of another size.
@@ -109,7 +109,7 @@ def render(image: Image.Image, crop: Crop, interpolation: str) -> Tensor:
         image = image.resize((width, height), Image.Resampling[interpolation.upper()], box)
     if crop.flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(np.array(image).reshape(height, width, -1)).permute(2, 0, 1).contiguous()
 
 
 def to_float(pixels: Tensor) -> Tensor:

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from lpl.data.captions import CaptionRules
-from lpl.data.catalogue import Samples
+from lpl.data.catalogue import Row, Samples
+from lpl.data.crops import Crop
 from lpl.data.filling import Caches, caption_key
 from lpl.data.held_out import Split
+from lpl.data.masks import location_weights, mask_key
 from lpl.data.views import Views
 from lpl.diffusion.draws import fill_normal
 
@@ -28,9 +30,10 @@ class Batch:
         raw_latents: (B, C, h, w), float32, raw latent space: what the VAE's decoder takes.
         text: by field, (B, ...).
         sizes: (B, 6), float32: original height, width, crop top, left, target height, width, in pixels.
-        weights: (B,), float32: loss weight of each sample; None: all 1.
+        weights: (B,), float32: loss weight of each sample, LPL included; None: all 1. With a mask, times its maximum.
         strata: for stratified timesteps the part of their distribution that each sample draws from, and of how many
             parts (diffusion/strata.py); None: each draws from all of it.
+        mask: (B, 1, h, w), float32, in [0, 1]: how much each location counts; None: all alike.
     """
 
     sample_ids: list[str]
@@ -40,6 +43,7 @@ class Batch:
     sizes: Tensor
     weights: Tensor | None = None
     strata: tuple[Sequence[int], int] | None = None
+    mask: Tensor | None = None
 
 
 class TrainingData:
@@ -94,7 +98,7 @@ class TrainingData:
                 posterior from a stream of its own, "validation_posterior".
         """
         stream = "validation_posterior" if fixed else "posterior"
-        latents, texts, sizes = [], [], []
+        latents, texts, sizes, crops = [], [], [], []
         rows = [self.samples[index] for index, _ in draws]
         for row, (_, count) in zip(rows, draws, strict=True):
             if fixed:
@@ -106,18 +110,36 @@ class TrainingData:
             latents.append(self.views.key(row.digest, crop))
             texts.append(caption_key(text))
             sizes.append(crop.size_conditioning)
+            crops.append(crop)
         posterior = self.caches.latents.gather(latents)
         raw, std = posterior["mean"].float(), posterior["std"].float()
         noise = torch.empty_like(raw)
         for own, row, (_, count) in zip(noise, rows, draws, strict=True):
             fill_normal(own, self.seed, stream, row.id, count)
         raw += noise.mul_(std)
-        weights = [self.samples.weight(index) for index, _ in draws] if self._weighted else None
+        weights = torch.tensor([self.samples.weight(index) for index, _ in draws]) if self._weighted else None
+        mask = self._mask(rows, crops)
+        if mask is not None:
+            mask, own = location_weights(mask, self.views.config.unmasked_weight)
+            weights = own if weights is None else weights * own
         return Batch(
             sample_ids=[row.id for row in rows],
             counts=[count for _, count in draws],
             raw_latents=raw,
             text={name: values.float() for name, values in self.caches.text.gather(texts).items()},
             sizes=torch.tensor(sizes, dtype=torch.float32),
-            weights=None if weights is None else torch.tensor(weights),
+            weights=weights,
+            mask=mask,
         )
+
+    def _mask(self, rows: Sequence[Row], crops: Sequence[Crop]) -> Tensor | None:
+        """The cached masks, (B, 1, h, w), white where there is none; None if none of the samples has one."""
+        if self.caches.masks is None:
+            return None
+        pairs = [(at, row, crop) for at, (row, crop) in enumerate(zip(rows, crops, strict=True)) if row.mask]
+        if not pairs:
+            return None
+        found = self.caches.masks.gather([mask_key(self.views.config, row.mask, crop) for _, row, crop in pairs])
+        mask = torch.full((len(rows), *found["mask"].shape[1:]), 255, dtype=torch.uint8)
+        mask[[at for at, _, _ in pairs]] = found["mask"]
+        return mask

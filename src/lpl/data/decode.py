@@ -117,6 +117,17 @@ def decode_image(data: bytes, background: tuple[int, int, int] = (255, 255, 255)
         BadImageError: not such a file, cut short or damaged, above MAX_PIXELS, or below MIN_SIDE. Damage inside a
             JPEG's compressed data is not always noticed: the format has no checksum.
     """
+    return decode_with_alpha(data, background)[0]
+
+
+def decode_with_alpha(
+    data: bytes, background: tuple[int, int, int] = (255, 255, 255)
+) -> tuple[Image.Image, Image.Image | None]:
+    """decode_image, and the image's opacity, upright, of mode L; None: it has none.
+
+    Raises:
+        BadImageError: as decode_image.
+    """
     kind = _kind(data)
     try:
         image = _open(kind, data)
@@ -130,7 +141,10 @@ def decode_image(data: bytes, background: tuple[int, int, int] = (255, 255, 255)
         raise BadImageError(_reason(kind, error)) from error
     if alpha is not None:
         rgb = on_background(rgb, alpha, background)
-    return rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb
+    if orientation not in UPRIGHT:
+        return rgb, alpha
+    way = UPRIGHT[orientation]
+    return rgb.transpose(way), None if alpha is None else alpha.transpose(way)
 
 
 def _kind(data: bytes) -> str:

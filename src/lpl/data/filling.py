@@ -17,10 +17,11 @@ from lpl.data.bad_files import BadFiles
 from lpl.data.captions import CaptionRules
 from lpl.data.catalogue import Catalogue, Row
 from lpl.data.crops import Crop, to_float
+from lpl.data.masks import mask_keys
 from lpl.data.reading import Reader, in_order, threads_of
 from lpl.data.shard import KEY_BYTES
 from lpl.data.sources import Piece, Source
-from lpl.data.staging import Staging
+from lpl.data.staging import MaskStaging, Staging
 from lpl.data.store import TensorStore
 from lpl.data.views import Views
 from lpl.errors import UserError
@@ -43,6 +44,11 @@ class Encoder(Protocol):
         ...
 
     @property
+    def latent_stride(self) -> int:
+        """Pixels per latent, in height and in width."""
+        ...
+
+    @property
     def text_key(self) -> str:
         """Hex hash of the text encoders' weights and settings."""
         ...
@@ -61,24 +67,33 @@ class Encoder(Protocol):
 
 
 class Caches(NamedTuple):
-    """The stores of one model's latents and text embeddings, within a cache folder."""
+    """The stores of one model's latents, text embeddings and masks, within a cache folder."""
 
     folder: Path
     latents: TensorStore
     text: TensorStore
 
     dtype: torch.dtype
-    """In which they are stored."""
+    """In which latents and text embeddings are stored."""
+
+    masks: TensorStore | None = None
+    """The masks of crops, at the resolution of latents; None: not in use."""
+
+    @property
+    def stores(self) -> list[TensorStore]:
+        """All that are in use."""
+        return [self.latents, self.text] + ([] if self.masks is None else [self.masks])
 
     @classmethod
-    def open(cls, folder: Path, encoder: Encoder, dtype: str = "float32") -> Caches:
-        """Opens the stores that hold this encoder's output in this precision."""
+    def open(cls, folder: Path, encoder: Encoder, dtype: str = "float32", masks: bool = False) -> Caches:
+        """Opens the stores that hold this encoder's output in this precision; with masks, theirs too."""
         suffix = FORMAT if dtype == "float32" else f"{FORMAT}-{dtype}"
         return cls(
             folder,
             TensorStore(folder / "latents" / f"{encoder.latent_key}{suffix}"),
             TensorStore(folder / "text" / f"{encoder.text_key}{suffix}"),
             getattr(torch, dtype),
+            TensorStore(folder / "masks" / f"stride-{encoder.latent_stride}{FORMAT}") if masks else None,
         )
 
     def staging(self, source: Source) -> Path:
@@ -124,13 +139,17 @@ class Filler:
         self.prefix, self.proceed = prefix, proceed
         self.source, self.config, self.views, self.rules = source, config, views, rules
         self.encoder, self.caches, self.catalogue, self.bad = encoder, caches, catalogue, bad
-        self.encoded_images = self.encoded_captions = 0
+        self.encoded_images = self.encoded_captions = self.made_masks = self.empty_masks = 0
         self.always = [""] if config.proportion_empty_prompts > 0 else []
         """Captions that are cached whatever the samples say."""
 
     def crops(self, sample: str, digest: bytes, width: int, height: int) -> dict[bytes, Crop]:
         """Every crop of an image that is cached, by key."""
         return self.views.crops(self.prefix + sample, digest, width, height)
+
+    def masks(self, row: dict[str, Any], crops: dict[bytes, Crop]) -> list[bytes]:
+        """Keys of the masks of these crops of a sample of the catalogue."""
+        return list(mask_keys(self.config, row.get("mask", b""), crops))
 
     def texts(self, sample: str, captions: Sequence[str]) -> list[str]:
         """Every text of a sample that is cached."""
@@ -148,6 +167,8 @@ class Filler:
             if row["reason"] is None:
                 crops = self.crops(row["id"], row["digest"], row["width"], row["height"])
                 absent += sum(key not in self.caches.latents for key in crops)
+                if any(self.caches.masks is None or key not in self.caches.masks for key in self.masks(row, crops)):
+                    absent += 1
                 texts = self.texts(row["id"], row["captions"])
                 if any(caption_key(text) not in self.caches.text for text in texts):
                     return -1
@@ -173,7 +194,10 @@ class Filler:
         latents = Staging(self.caches.latents, folder / "latents")
         text = Staging(self.caches.text, folder / "text")
         known = None if self.config.rehash else self.catalogue
-        reader = Reader(self.crops, self.config, latents.__contains__, known)
+        store = self.caches.masks
+        masks = None if store is None else MaskStaging(store, folder / "masks")
+        in_use = () if masks is None else (masks.__contains__, self.encoder.latent_stride)
+        reader = Reader(self.crops, self.config, latents.__contains__, known, *in_use)
         rows: list[Row] = []
         waiting: dict[tuple[int, ...], list[tuple[bytes, Tensor, str]]] = {}
         with closing(piece.samples()) as samples:
@@ -188,14 +212,22 @@ class Filler:
                         if len(queue) >= batch_of(queue[0][1].shape):
                             self._encode_images(queue, latents)
                             queue.clear()
+                if masks is not None:
+                    masks.take(read.mask_keys, read.masks)
                 bar.update()
         for _, queue in sorted(waiting.items()):
             self.proceed()
             self._encode_images(queue, latents)
         self._encode_captions(rows, text)
-        for staging in (latents, text):
+        stagings: list[Staging] = [latents, text]
+        if masks is not None:
+            masks.flush()
+            self.made_masks += masks.made
+            self.empty_masks += masks.empty
+            stagings.append(masks)
+        for staging in stagings:
             staging.commit()
-        for staging in (latents, text):
+        for staging in stagings:
             staging.clear()
         self.catalogue.write(piece, rows, scratch=folder)
         shutil.rmtree(folder)

@@ -8,6 +8,7 @@ import numpy as np
 
 from lpl.config import DataConfig
 from lpl.data.catalogue import Samples
+from lpl.data.repeats import parse_repeats
 from lpl.diffusion.draws import keyed_seed
 from lpl.errors import UserError
 
@@ -65,6 +66,18 @@ def split_samples(samples: Samples, config: DataConfig, seed: int) -> Split:
             "train on: hold out fewer"
         )
     return Split(trained, held)
+
+
+def split_repeats(samples: Samples, split: Split, config: DataConfig) -> np.ndarray:
+    """How often an epoch draws each sample, (N,); 0 where training may not draw it.
+
+    Raises:
+        UserError: --repeats that does not go with the folders of what is left to training.
+    """
+    groups, codes = samples.groups()
+    repeats = np.zeros(len(samples))
+    repeats[split.trained] = parse_repeats(config.repeats, groups, codes[split.trained])
+    return repeats
 
 
 def option(config: DataConfig) -> str:

@@ -24,9 +24,9 @@ from lpl.data.dataset import TrainingData
 from lpl.data.files import write_atomically
 from lpl.data.filling import Caches, Encoder, Filler, caption_key
 from lpl.data.folders import cache_dir
-from lpl.data.held_out import VALIDATION, Split, option, split_samples
+from lpl.data.held_out import VALIDATION, option, split_repeats, split_samples
 from lpl.data.lock import LOCK, locked
-from lpl.data.repeats import parse_repeats
+from lpl.data.masks import identity as mask_identity
 from lpl.data.sources import Source
 from lpl.data.views import Views
 from lpl.errors import UserError
@@ -79,7 +79,7 @@ def prepare_data(
     Raises:
         UserError: too many bad images, an encoder that makes NaN or Inf, a cache that cannot be used, too little room.
     """
-    caches = Caches.open(cache_dir(config), encoder, config.cache_dtype)
+    caches = Caches.open(cache_dir(config), encoder, config.cache_dtype, config.masked_loss != "none")
     views, rules = Views(config), CaptionRules(config, seed)
     bad = BadFiles(config.max_bad_fraction, bad_files)
     tables: list[pa.Table] = []
@@ -91,7 +91,7 @@ def prepare_data(
         (validation, 1.0, VALIDATION),
     ):
         if part is not None:
-            catalogue = Catalogue(caches.folder, part)
+            catalogue = Catalogue(caches.folder, part, mask_identity(config))
             filler = Filler(part, config, views, rules, encoder, caches, catalogue, bad, prefix, processes.proceed)
             own = _fill(filler, processes, show_progress)
             tables += own
@@ -117,18 +117,6 @@ def prepare_data(
     return TrainingData(samples, views, rules, caches, seed, buckets, repeats, split)
 
 
-def split_repeats(samples: Samples, split: Split, config: DataConfig) -> np.ndarray:
-    """How often an epoch draws each sample, (N,); 0 where training may not draw it.
-
-    Raises:
-        UserError: --repeats that does not go with the folders of what is left to training.
-    """
-    groups, codes = samples.groups()
-    repeats = np.zeros(len(samples))
-    repeats[split.trained] = parse_repeats(config.repeats, groups, codes[split.trained])
-    return repeats
-
-
 def _fill(filler: Filler, processes: Processes, show: bool) -> list[pa.Table]:
     """Fills the caches from one source; returns the rows of its pieces."""
     source, catalogue, caches, bad = filler.source, filler.catalogue, filler.caches, filler.bad
@@ -138,7 +126,7 @@ def _fill(filler: Filler, processes: Processes, show: bool) -> list[pa.Table]:
         if processes.rank == 0:
             stack.enter_context(locked(staging, f"caching {source.name}", processes.proceed))
         processes.barrier()
-        for store in (caches.latents, caches.text):
+        for store in caches.stores:
             store.refresh()  # what the run that was waited for has written
         whole = mark.holds() and not filler.config.rehash
         processes.barrier()  # nobody writes before all have looked
@@ -151,7 +139,7 @@ def _fill(filler: Filler, processes: Processes, show: bool) -> list[pa.Table]:
             bad.begin(source.name, source.size)
             filler.fill([piece for piece, _ in lacking], show)
             processes.barrier()
-            for store in (caches.latents, caches.text):
+            for store in caches.stores:
                 store.refresh()
         tables = []
         for piece in pieces:
@@ -161,7 +149,7 @@ def _fill(filler: Filler, processes: Processes, show: bool) -> list[pa.Table]:
             tables.append(table)
         if processes.rank == 0:
             _settle(source, bad, tables)
-            for store in (caches.latents, caches.text):
+            for store in caches.stores:
                 store.save_index(scratch=staging)
             if not whole:
                 mark.make(tables, show)  # last: with it, nothing else is looked at again
@@ -173,8 +161,26 @@ def _fill(filler: Filler, processes: Processes, show: bool) -> list[pa.Table]:
                 source.name, sum(map(len, tables)), filler.encoded_images, filler.encoded_captions, share,
                 caches.folder,
             )  # fmt: skip
+            if caches.masks is not None:
+                _tell_masks(filler, tables, share)
         processes.barrier()
     return tables
+
+
+def _tell_masks(filler: Filler, tables: Sequence[pa.Table], share: str) -> None:
+    usable = [table.column("mask").filter(pc.is_null(table.column("reason"))) for table in tables]
+    masked = sum(pc.sum(pc.greater(pc.binary_length(masks), 0)).as_py() or 0 for masks in usable)
+    tell = logger.info if masked else logger.warning
+    tell(
+        "%s: --masked_loss %s: %d of %d images have a mask, the others count whole; %d masks made%s",
+        filler.source.name, filler.config.masked_loss, masked, sum(map(len, usable)), filler.made_masks, share,
+    )  # fmt: skip
+    if filler.empty_masks:
+        logger.warning(
+            "%s: %d of the %d masks made leave nothing in their crop: drawing it has the weight %g "
+            "(--unmasked_weight); --buckets crops away less",
+            *(filler.source.name, filler.empty_masks, filler.made_masks, filler.config.unmasked_weight),
+        )
 
 
 class Mark:
@@ -184,7 +190,7 @@ class Mark:
         self._pieces, self._filler = list(pieces), filler
         caches = filler.caches
         key = [filler.views.settings, filler.rules.settings, filler.always, filler.prefix]
-        key += [caches.latents.folder.name, caches.text.folder.name, self._pieces]
+        key += [*(store.folder.name for store in caches.stores), self._pieces]
         name = hashlib.blake2b(json.dumps(key).encode(), digest_size=16).hexdigest()
         self._folder = filler.catalogue.folder
         self._path = self._folder / f"complete-{name}.json"
@@ -198,7 +204,7 @@ class Mark:
             return False
         assert self._shards is not None
         files = {entry.name for entry in os.scandir(self._folder)}
-        stores = (self._filler.caches.latents, self._filler.caches.text)
+        stores = self._filler.caches.stores
         there = all(set(named) <= set(store.shards) for named, store in zip(self._shards, stores, strict=True))
         return there and set(self._pieces) <= files
 
@@ -209,7 +215,7 @@ class Mark:
             UserError: an entry that another process has encoded is not there.
         """
         filler = self._filler
-        shards: tuple[set[str], set[str]] = (set(), set())
+        shards: list[set[str]] = [set() for _ in filler.caches.stores]
         try:
             shards[1].update(filler.caches.text.shard_of(caption_key(text)) for text in filler.always)
             for table in progress(tables, desc="checking the cache", unit="piece", show=show):
@@ -219,6 +225,8 @@ class Mark:
                         texts = filler.texts(row["id"], row["captions"])
                         shards[0].update(map(filler.caches.latents.shard_of, crops))
                         shards[1].update(filler.caches.text.shard_of(caption_key(text)) for text in texts)
+                        if filler.caches.masks is not None:
+                            shards[2].update(map(filler.caches.masks.shard_of, filler.masks(row, crops)))
         except KeyError as error:
             raise UserError(_unseen(filler.caches.folder)) from error
         self._shards = [sorted(names) for names in shards]
@@ -228,7 +236,7 @@ class Mark:
         """Marks all files as used now: `lpl cache prune` goes by that."""
         caches = self._filler.caches
         paths = [self._folder / name for name in self._pieces] + [self._path]
-        for store, names in zip((caches.latents, caches.text), self._shards or [], strict=False):
+        for store, names in zip(caches.stores, self._shards or [], strict=False):
             paths += [store.folder / name for name in names]
         try:
             for path in paths:
@@ -258,8 +266,11 @@ def _settle(source: Source, bad: BadFiles, tables: Sequence[pa.Table]) -> None:
 def _check_room(filler: Filler, todo: Sequence[tuple[Any, int]], processes: int) -> None:
     """Refuses to start filling a disk that has no room for the result.
 
-    The share of this process stands for that of the others.
+    The share of this process stands for that of the others. Where a source has been cached without masks, its images
+    are read again, but that does not say that they must be encoded.
     """
+    if filler.catalogue.replaces is not None and filler.catalogue.replaces.is_dir():
+        todo = [(piece, absent) for piece, absent in todo if absent >= 0]
     images = sum(filler.views.per_image * (p.size or 0) if absent < 0 else absent for p, absent in todo) * processes
     captions = sum(p.size or 0 for p, absent in todo if absent < 0) * processes
     latents, text = filler.encoder.entry_bytes(*filler.views.buckets.sizes[0])

@@ -15,7 +15,8 @@ from lpl.config import DataConfig
 from lpl.data.bad_image import BadImageError
 from lpl.data.catalogue import Catalogue, Row
 from lpl.data.crops import Crop, render
-from lpl.data.decode import decode_image, parse_color
+from lpl.data.decode import decode_with_alpha, parse_color
+from lpl.data.masks import Mask, crop_mask, mask_keys, mask_of
 from lpl.data.sources import Sample
 
 MAX_THREADS = 8
@@ -34,6 +35,10 @@ class Read(NamedTuple):
     """Keys of all its crops."""
     pixels: dict[bytes, Tensor]
     """uint8 (3, H, W) of those that were asked for."""
+    mask_keys: list[bytes]
+    """Keys of all its crops' masks; none if it has no mask."""
+    masks: dict[bytes, Tensor]
+    """uint8 (1, h, w) of those that were asked for."""
 
 
 class Reader:
@@ -44,6 +49,8 @@ class Reader:
         config: interpolation and background.
         cached: whether a crop need not be rendered.
         catalogue: what is known of samples; None: read them all again.
+        mask_cached: whether the mask of a crop need not be made.
+        stride: pixels per latent, for masks.
     """
 
     def __init__(
@@ -52,7 +59,10 @@ class Reader:
         config: DataConfig,
         cached: Callable[[bytes], bool],
         catalogue: Catalogue | None,
+        mask_cached: Callable[[bytes], bool] = lambda _: True,
+        stride: int = 1,
     ) -> None:
+        self._config, self._mask_cached, self._stride = config, mask_cached, stride
         self._crops, self._cached, self._catalogue = crops, cached, catalogue
         self._background = parse_color(config.background_color)
         self._interpolation = config.image_interpolation_mode
@@ -61,20 +71,28 @@ class Reader:
         """Reads one sample; a bad image comes back as a row with the reason."""
         known = self._catalogue.known(sample.id, sample.stamp) if self._catalogue is not None else None
         if known is not None:
-            digest, width, height, reason = known
-            keys = [] if reason else list(self._crops(sample.id, digest, width, height))
-            if all(self._cached(key) for key in keys):
-                return Read(_row(sample, digest, width, height, reason), keys, {})
+            digest, width, height, reason, mask_digest = known
+            crops = {} if reason else self._crops(sample.id, digest, width, height)
+            masks = mask_keys(self._config, mask_digest, crops)
+            if all(map(self._cached, crops)) and all(map(self._mask_cached, masks)):
+                row = _row(sample, digest, width, height, reason, mask_digest)
+                return Read(row, list(crops), {}, list(masks), {})
         digest = b""
         try:
             data = sample.read()
             digest = hashlib.sha256(data).digest()
-            image = decode_image(data, self._background)
+            image, alpha = decode_with_alpha(data, self._background)
+            mask = mask_of(self._config, sample, Mask(digest, image), alpha)
         except BadImageError as error:
-            return Read(_row(sample, digest, 0, 0, error.reason), [], {})
+            return Read(_row(sample, digest, 0, 0, error.reason), [], {}, [], {})
         crops = self._crops(sample.id, digest, image.width, image.height)
         pixels = {key: render(image, crop, self._interpolation) for key, crop in crops.items() if not self._cached(key)}
-        return Read(_row(sample, digest, image.width, image.height, None), list(crops), pixels)
+        row = _row(sample, digest, image.width, image.height, None)
+        if mask is None:
+            return Read(row, list(crops), pixels, [], {})
+        masks = mask_keys(self._config, mask.digest, crops)
+        made = {k: crop_mask(mask.image, crop, self._stride) for k, crop in masks.items() if not self._mask_cached(k)}
+        return Read(row._replace(mask=mask.digest), list(crops), pixels, list(masks), made)
 
 
 def threads_of(config: DataConfig) -> int:
@@ -102,6 +120,6 @@ def in_order(function: Callable[[A], B], items: Iterable[A], threads: int) -> It
                 future.cancel()
 
 
-def _row(sample: Sample, digest: bytes, width: int, height: int, reason: str | None) -> Row:
+def _row(sample: Sample, digest: bytes, width: int, height: int, reason: str | None, mask: bytes = b"") -> Row:
     captions = list(sample.captions)
-    return Row(sample.id, captions, sample.group, sample.name, sample.stamp, digest, width, height, reason)
+    return Row(sample.id, captions, sample.group, sample.name, sample.stamp, digest, width, height, reason, mask)

@@ -102,6 +102,8 @@ def _part(survey: Survey, part: Part, crops: list[Crop]) -> dict[str, Any]:
         found["captions"] = _captions(survey, part.rows.column("captions").to_pylist(), names)
         found["scaled_up"] = _scaled_up(crops, names)
         found["cropped_away"] = _cropped_away(crops, names)
+        if survey.config.data.masked_loss != "none":
+            found["masks"] = sum(map(bool, part.rows.column("mask").to_pylist()))
     return found
 
 
@@ -215,6 +217,8 @@ def _part_warnings(survey: Survey, part: dict[str, Any]) -> Any:
         )
     if lost["mean"] > WASTED and not data.buckets:
         yield f"{lost['mean']:.0%} of the images' area is cropped away{_with_buckets(survey, part)}"
+    if part.get("masks") == 0:
+        yield f"--masked_loss {data.masked_loss}: no image has a mask, so all of each is trained"
     if captions["different"] == 1 and part["images"] > 1:
         yield "every image has the same caption"
     elif captions["empty"]:

@@ -56,6 +56,8 @@ def _part(part: dict[str, Any]) -> list[str]:
         facts.append(f"{captions['empty']:,} empty")
     lines += _labelled("captions", [", ".join(facts)])
     lines += _labelled("", [f"longest {captions['longest']:,} characters: {captions['longest_of']}"])
+    if "masks" in part:
+        lines += _labelled("masks", [f"{part['masks']:,} of {part['images']:,} images have one"])
     scaled = part["scaled_up"]
     if scaled["images"]:
         worst = [f"{entry['factor']:.2f} x  {entry['name']}" for entry in scaled["worst"]]

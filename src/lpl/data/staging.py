@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from lpl.data.store import TensorStore
 
 SHARD_BYTES = 2**25
 """About how large a shard becomes."""
+MASKS_AT_ONCE = 64
 
 
 class Staging:
@@ -60,3 +62,36 @@ class Staging:
     def clear(self) -> None:
         """Removes the batches that waited."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class MaskStaging(Staging):
+    """Masks on their way into their store: small, so that many of one size wait in memory for a file of theirs."""
+
+    def __init__(self, store: TensorStore, folder: Path) -> None:
+        super().__init__(store, folder)
+        self._waiting: dict[tuple[int, ...], list[tuple[bytes, Tensor]]] = {}
+        self.made = 0
+        """Masks taken so far that were not there yet."""
+        self.empty = 0
+        """Those of them that are 0 everywhere."""
+
+    def take(self, keys: Iterable[bytes], masks: Mapping[bytes, Tensor]) -> None:
+        """Claims the masks of a sample's crops and keeps those, (1, h, w), that are missing."""
+        for key in keys:
+            if self.claim(key):
+                self.made += 1
+                self.empty += not bool(masks[key].any())
+                queue = self._waiting.setdefault(tuple(masks[key].shape), [])
+                queue.append((key, masks[key]))
+                if len(queue) >= MASKS_AT_ONCE:
+                    self._write(queue)
+
+    def flush(self) -> None:
+        """Keeps what still waits in memory."""
+        for _, queue in sorted(self._waiting.items()):
+            self._write(queue)
+
+    def _write(self, queue: list[tuple[bytes, Tensor]]) -> None:
+        if queue:
+            self.add([key for key, _ in queue], {"mask": torch.stack([mask for _, mask in queue])})
+            queue.clear()

@@ -18,14 +18,15 @@ from lpl.config import DataConfig, TrainConfig
 from lpl.data.bad_files import Bad, BadFiles
 from lpl.data.bad_image import BadImageError
 from lpl.data.captions import CaptionRules
-from lpl.data.catalogue import Row, Samples, table_of
+from lpl.data.catalogue import MASKED, SCHEMA, Row, Samples, table_of
 from lpl.data.crops import Crop
-from lpl.data.decode import decode_image, parse_color
-from lpl.data.held_out import VALIDATION, Split, split_samples
-from lpl.data.prepare import REGULARISATION, split_repeats
+from lpl.data.decode import decode_with_alpha, parse_color
+from lpl.data.held_out import VALIDATION, Split, split_repeats, split_samples
+from lpl.data.masks import Mask, mask_of
+from lpl.data.prepare import REGULARISATION
 from lpl.data.reading import Reader, in_order, threads_of
 from lpl.data.sampler import BatchOrder
-from lpl.data.sources import Piece, Source, open_validation
+from lpl.data.sources import Piece, Sample, Source, open_validation
 from lpl.data.views import Views
 from lpl.errors import UserError
 from lpl.progress import progress
@@ -204,15 +205,36 @@ def look_again(survey: Survey, jobs: Mapping[int, Callable[[Image.Image], T]]) -
     Raises:
         UserError: an image that is no longer what it was.
     """
+    return look_at_masks(survey, {index: _without_mask(job) for index, job in jobs.items()})
+
+
+def _without_mask(job: Callable[[Image.Image], T]) -> Callable[[Image.Image, Image.Image | None], T]:
+    return lambda image, _: job(image)
+
+
+def look_at_masks(survey: Survey, jobs: Mapping[int, Callable[[Image.Image, Image.Image | None], T]]) -> dict[int, T]:
+    """look_again with the mask of each image, mode L and of its size; None: it has none.
+
+    Raises:
+        UserError: an image or mask that is no longer what it was.
+    """
     background = parse_color(survey.config.data.background_color)
     by_piece: dict[int, dict[str, int]] = {}
     for index in sorted(jobs):
         row = survey.samples[index]
         by_piece.setdefault(survey.samples.piece(index), {})[row.id] = index
 
-    def make(item: tuple[int, bytes]) -> tuple[int, T]:
-        index, data = item
-        return index, jobs[index](decode_image(data, background))
+    def make(item: tuple[int, bytes, Sample]) -> tuple[int, T]:
+        index, data, sample = item
+        row = survey.samples[index]
+        try:
+            image, alpha = decode_with_alpha(data, background)
+            mask = mask_of(survey.config.data, sample, Mask(row.digest, image), alpha)
+        except BadImageError as error:
+            raise _changed(row) from error
+        if (b"" if mask is None else mask.digest) != row.mask:
+            raise _changed(row)
+        return index, jobs[index](image, None if mask is None else mask.image)
 
     made: dict[int, T] = {}
     pieces = [(part, piece) for part in survey.parts for piece in part.pieces]
@@ -231,8 +253,8 @@ def look_again(survey: Survey, jobs: Mapping[int, Callable[[Image.Image], T]]) -
 
 def _chosen(
     survey: Survey, piece: Piece, prefix: str, wanted: dict[str, int]
-) -> Generator[tuple[int, bytes], None, None]:
-    """Numbers and bytes of the wanted samples, which are struck off as they come."""
+) -> Generator[tuple[int, bytes, Sample], None, None]:
+    """The wanted samples with their numbers and bytes; they are struck off as they come."""
     with closing(piece.samples()) as samples:
         for sample in samples:
             index = wanted.pop(prefix + sample.id, None)
@@ -245,7 +267,7 @@ def _chosen(
                 raise _changed(row) from error
             if hashlib.sha256(data).digest() != row.digest:
                 raise _changed(row)
-            yield index, data
+            yield index, data, sample
             if not wanted:
                 return
 
@@ -264,5 +286,5 @@ def _read(source: Source, pieces: list[Piece], views: Views, config: DataConfig)
                 for read in in_order(reader, samples, threads_of(config)):
                     rows.append(read.row)
                     bar.update()
-            tables.append(table_of(rows))
+            tables.append(table_of(rows, SCHEMA if config.masked_loss == "none" else MASKED))
     return tables

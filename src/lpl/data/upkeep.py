@@ -64,7 +64,7 @@ def _existing(folder: str | None) -> Path:
 
 def stores(cache: Path) -> Iterator[Path]:
     """Folders of shards within a cache folder."""
-    for kind in ("latents", "text"):
+    for kind in ("latents", "text", "masks"):
         if (cache / kind).is_dir():
             yield from sorted(path for path in (cache / kind).iterdir() if path.is_dir())
 

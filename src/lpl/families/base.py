@@ -27,6 +27,8 @@ class Family(Protocol):
     """By --lora_targets, names of the denoiser's layers that a LoRA is put on."""
     latent_key: str
     """Hash of the image encoder's weights and settings."""
+    latent_stride: int
+    """Pixels per latent, in height and in width."""
     text_key: str
     """Hash of the text encoders' weights and settings."""
 

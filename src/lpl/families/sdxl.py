@@ -85,6 +85,7 @@ class SDXL:
         tokenizers = [json.dumps(t.get_vocab(), sort_keys=True) for t in self._tokenizers()]
         settings = f"{self.force_zeros}{tokenizers}{self._encode_prompts.settings}"
         self.text_key = weights_hash(*self.text_encoders, settings=settings)
+        self.latent_stride = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self._prompts: dict[tuple[str, str], tuple[Tensor, ...]] = {}
         self._cut: list[str] = []
         for module in (self.vae, *self.text_encoders):  # hashed first: on the CPU that costs no copy
@@ -108,9 +109,8 @@ class SDXL:
         return {"prompt_embeds": embeds.cpu(), "pooled": pooled.cpu()}
 
     def entry_bytes(self, height: int, width: int) -> tuple[int, int]:
-        config = self.vae.config
-        stride = 2 ** (len(config.block_out_channels) - 1)
-        return 2 * 4 * config.latent_channels * (height // stride) * (width // stride), self._encode_prompts.entry_bytes
+        channels, stride = self.vae.config.latent_channels, self.latent_stride
+        return 2 * 4 * channels * (height // stride) * (width // stride), self._encode_prompts.entry_bytes
 
     @staticmethod
     def denoise(
@@ -167,7 +167,7 @@ class SDXL:
             force_zeros_for_empty_prompt=self.force_zeros,
             add_watermarker=False,
         )
-        pipeline.vae_scale_factor = self.pipeline.vae_scale_factor
+        pipeline.vae_scale_factor = self.latent_stride
         pipeline.set_progress_bar_config(disable=True)
         half = self.weight_dtype != torch.float32
         proceed()
@@ -192,7 +192,7 @@ class SDXL:
         vae = self.vae
         # Not the size that its config states: some state a tenth of what they decode.
         vae.tile_sample_min_size = DECODED_PIXELS
-        vae.tile_latent_min_size = DECODED_PIXELS // self.pipeline.vae_scale_factor
+        vae.tile_latent_min_size = DECODED_PIXELS // self.latent_stride
         vae.enable_tiling()
         try:
             decoded = vae.decode(raw_latents.to(self.device)).sample

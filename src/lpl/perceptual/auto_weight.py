@@ -33,7 +33,12 @@ class AutoWeight:
         self._step_samples = 0
 
     def measure(self, lpl_square: Tensor, diffusion_square: Tensor, gated: int) -> None:
-        """Adds one micro-batch: mean squared gradients of LPL at weight 1 and of the diffusion loss, and gated samples.
+        """Adds one micro-batch.
+
+        Args:
+            lpl_square, diffusion_square: squared gradients at the model's output of LPL at weight 1 and of the
+                diffusion loss, each sample's of its own loss, summed over the micro-batch.
+            gated: its gated samples.
 
         Raises:
             RuntimeError: end_step() was never called.

@@ -174,9 +174,10 @@ class PerceptualObjective:
         diffusion_square = None
         if diffusion_loss is not None and diffusion_loss.requires_grad:
             (g,) = torch.autograd.grad(diffusion_loss, model_output, retain_graph=True)
-            diffusion_square = g.float().square().sum() / size
+            # Of each sample's own loss, whatever the size of the micro-batch that its mean is taken over.
+            diffusion_square = g.float().square().sum() * size**2
             # LPL's is 0 unless samples pass: the share is one of means over all samples.
-            metrics |= {"diffusion/gradient_square": diffusion_square, "lpl/gradient_square": 0.0}
+            metrics |= {"diffusion/gradient_square": diffusion_square / size, "lpl/gradient_square": 0.0}
         if not gated:
             metrics["lpl/weighted_loss"] = 0.0
             if self.auto is not None and diffusion_square is not None:
@@ -206,8 +207,8 @@ class PerceptualObjective:
         if out.gradient is not None and diffusion_square is not None:
             sensitivity = output_sensitivity(alpha, sigma, self.prediction_type)
             factor = coefficient * sensitivity.to(index.device, non_blocking=True)
-            unit_square = (expand(factor, out.gradient) * out.gradient).float().square().sum() / size
-            metrics["lpl/gradient_square"] = unit_square * weight**2
+            unit_square = (expand(factor, out.gradient) * out.gradient).float().square().sum() * size**2
+            metrics["lpl/gradient_square"] = unit_square * weight**2 / size
             if self.auto is not None:
                 self.auto.measure(unit_square, diffusion_square, gated)
         return PerceptualTerm(loss, metrics, len(chosen))

@@ -12,7 +12,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,14 @@ from lpl.errors import TrainingStoppedError, UserError
 from lpl.training.ema import Average
 from lpl.training.manifest import FILE as MANIFEST
 from lpl.training.manifest import damage, sync, write_manifest
+from lpl.training.optimizer_state import join_optimizer, split_like, split_optimizer
 from lpl.training.optimizers import bare, label
+from lpl.training.sharded import gathered, joined, local, split
 
 logger = logging.getLogger("lpl")
 
 PATTERN = re.compile(r"checkpoint-(\d+)")
 STATE = "state.json"
-GROUP = "group"
 TEMPORARY = ".tmp-"
 DISCARDED = ".tmp-old-"
 RESULT = ".tmp-result"
@@ -44,10 +45,11 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return [path for path in _named(folder) if damage(path, read=False) is None]
 
 
-def find_checkpoint(folder: Path, choice: str | None) -> Path | None:
+def find_checkpoint(folder: Path, choice: str | None, read: bool = True) -> Path | None:
     """The checkpoint to go on from: the newest good one of the run, or the one that --resume_from_checkpoint names.
 
-    Every byte is read. Newer ones that are damaged are named in the log and passed over.
+    Every byte is read, or with read=False only sizes are compared. Newer ones that are damaged are named in the log and
+    passed over.
 
     Raises:
         UserError: a named checkpoint that is not there or not complete, or a run whose checkpoints are all damaged.
@@ -55,7 +57,7 @@ def find_checkpoint(folder: Path, choice: str | None) -> Path | None:
     if choice is None or choice == "latest":
         found = _named(folder)
         for path in reversed(found):
-            if (fault := damage(path)) is None:
+            if (fault := damage(path, read)) is None:
                 return path
             logger.warning("%s is damaged (%s): it is passed over", path, fault)
         if found:
@@ -63,7 +65,7 @@ def find_checkpoint(folder: Path, choice: str | None) -> Path | None:
         return None
     for path in (Path(choice), folder / choice):
         if (path / STATE).is_file() or (path / MANIFEST).is_file():
-            if (fault := damage(path)) is not None:
+            if (fault := damage(path, read)) is not None:
                 raise UserError(f"--resume_from_checkpoint {choice}: {path} is damaged ({fault}); name another")
             return path
     names = ", ".join(p.name for p in list_checkpoints(folder)) or "none"
@@ -99,10 +101,12 @@ def save_checkpoint(
     ema: Average | None,
     state: dict[str, Any],
     total_limit: int | None,
+    writes: bool = True,
 ) -> Path:
     """Writes folder/checkpoint-<step>; older ones beyond total_limit go only after the new one is in place.
 
-    Damaged checkpoints do not count, and stay.
+    Damaged checkpoints do not count, and stay. Where parameters are split over processes, every process must call it;
+    what is written is whole, and says nothing of processes.
 
     Args:
         folder: the run's output folder.
@@ -112,12 +116,17 @@ def save_checkpoint(
         ema: their average, or None.
         state: plain numbers to keep: schedule, weight, scaler.
         total_limit: how many checkpoints to keep.
+        writes: whether this is the process that writes; the others only give their parts.
 
     Raises:
         TrainingStoppedError: the disk is full, or cannot be written; what was written before is as it was.
     """
     final = folder / f"checkpoint-{step}"
     temporary = folder / f"{TEMPORARY}{final.name}"
+    if not writes:
+        for _, tensors in _tensors(parameters, optimizer, ema):
+            gathered(tensors, False)
+        return final
     _clear(folder)
     try:
         _write(temporary, step, parameters, optimizer, ema, state)
@@ -146,15 +155,25 @@ def _write(
     state: dict[str, Any],
 ) -> None:
     temporary.mkdir(parents=True)
-    _save(parameters, temporary / "model.safetensors")
-    tensors, numbers = split_optimizer(optimizer.state_dict())
-    _save(tensors, temporary / "optimizer.safetensors")
+    for name, tensors in _tensors(parameters, optimizer, ema):
+        save_file(gathered(tensors, True), temporary / f"{name}.safetensors")
+    _, numbers = split_optimizer(optimizer.state_dict())
     state = state | {"step": step, "optimizer": numbers | {"class": label(bare(optimizer))}}
     if ema is not None:
-        _save(dict(zip(parameters, ema.shadow_params, strict=True)), temporary / "ema.safetensors")
         state["ema"] = ema.numbers()
     (temporary / STATE).write_text(json.dumps(state))
     write_manifest(temporary)
+
+
+def _tensors(
+    parameters: Mapping[str, Tensor], optimizer: Any, ema: Average | None
+) -> Iterator[tuple[str, Iterable[tuple[str, Tensor]]]]:
+    """The files of a checkpoint and what is in each, in the order in which processes must go through them."""
+    yield "model", parameters.items()
+    yield "optimizer", split_optimizer(optimizer.state_dict())[0].items()
+    if ema is not None:
+        of = zip(parameters.items(), ema.shadow_params, strict=True)
+        yield "ema", ((name, joined(part, parameter)) for (name, parameter), part in of)
 
 
 def last_checkpoint(folder: Path) -> str:
@@ -235,10 +254,11 @@ def load_checkpoint(
     _check_same_optimizer(path, kept, optimizer)
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(saved[name])
+            local(parameter).copy_(local(split(saved[name], parameter)))
     if ema is not None:
-        ema.load(state.pop("ema"), [shadow[name] for name in parameters])
-    optimizer.load_state_dict(join_optimizer(tensors, kept))
+        ema.load(state.pop("ema"), [local(split(shadow[name], p)) for name, p in parameters.items()])
+    own = [p for group in optimizer.param_groups for p in group["params"]]
+    optimizer.load_state_dict(split_like(join_optimizer(tensors, kept), own))
     return state
 
 
@@ -249,69 +269,3 @@ def _check_same_optimizer(path: Path, kept: dict[str, Any], optimizer: Any) -> N
     sizes = [[len(group["params"]) for group in groups] for groups in (kept["param_groups"], optimizer.param_groups)]
     if sizes[0] != sizes[1]:
         raise UserError(f"{path}: groups parameters as {sizes[0]}, this run as {sizes[1]}: see --decay_all")
-
-
-def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    save_file({name: t.detach().contiguous() for name, t in tensors.items()}, path)
-
-
-def split_optimizer(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state as tensors named "<parameter>.<field>" or "group<n>.<field>", and the rest as for JSON.
-
-    A field that is a mapping, as bitsandbytes has them, becomes fields "<field>/<key>".
-
-    Raises:
-        TypeError: state that is neither a plain tensor nor what JSON can hold.
-    """
-    tensors: dict[str, Tensor] = {}
-    numbers: dict[str, Any] = {}
-    groups: list[dict[str, Any]] = [{} for _ in state["param_groups"]]
-    owners = [*state["state"].items(), *((f"{GROUP}{i}", group) for i, group in enumerate(state["param_groups"]))]
-    for key, value in ((f"{owner}.{name}", v) for owner, own in owners for name, v in _flat(own)):
-        owner, name = key.split(".", 1)
-        if type(value) in (Tensor, torch.nn.Parameter):
-            tensors[key] = value
-        elif not _is_plain(value):
-            raise TypeError(f"its state has {name}, a {type(value).__name__}, which checkpoints cannot hold")
-        elif owner.startswith(GROUP):
-            groups[int(owner.removeprefix(GROUP))][name] = value
-        else:
-            numbers[key] = value
-    return tensors, {"numbers": numbers, "param_groups": groups}
-
-
-def join_optimizer(tensors: dict[str, Tensor], rest: dict[str, Any]) -> dict[str, Any]:
-    """What split_optimizer took apart."""
-    state: dict[int, dict[str, Any]] = {}
-    groups: list[dict[str, Any]] = [{} for _ in rest["param_groups"]]
-    for group, kept in zip(groups, rest["param_groups"], strict=True):
-        for name, value in kept.items():
-            _put(group, name, value)
-    for key, value in [*tensors.items(), *rest["numbers"].items()]:
-        owner, name = key.split(".", 1)
-        if owner.startswith(GROUP):
-            _put(groups[int(owner.removeprefix(GROUP))], name, value)
-        else:
-            _put(state.setdefault(int(owner), {}), name, value)
-    return {"state": state, "param_groups": groups}
-
-
-def _flat(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for name, value in fields.items():
-        if isinstance(value, Mapping):
-            yield from ((f"{name}/{inner}", v) for inner, v in _flat(value))
-        else:
-            yield name, value
-
-
-def _put(fields: dict[str, Any], name: str, value: Any) -> None:
-    *outer, last = name.split("/")
-    for part in outer:
-        fields = fields.setdefault(part, {})
-    fields[last] = value
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, (bool, int, float, str))

@@ -10,6 +10,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from lpl.config import OptimConfig
+from lpl.training.sharded import local
 
 
 class Average(EMAModel):
@@ -20,13 +21,14 @@ class Average(EMAModel):
     decay of an update, whatever ema_update_every.
 
     Args:
-        parameters: what is averaged; they are copied to the device of the average.
+        parameters: what is averaged; the parts that this process holds are copied to the device of the average.
         config: the --ema_ options.
     """
 
     def __init__(self, parameters: list[nn.Parameter], config: OptimConfig) -> None:
+        parts = [local(p) for p in parameters]
         super().__init__(
-            parameters,
+            parts,
             decay=config.ema_decay,
             min_decay=config.ema_min_decay,
             update_after_step=config.ema_update_after_step,
@@ -35,7 +37,7 @@ class Average(EMAModel):
             power=config.ema_power,
             foreach=True,
         )
-        self.to("cpu" if config.ema_device == "cpu" else parameters[0].device)
+        self.to("cpu" if config.ema_device == "cpu" else parts[0].device)
         self.shadow_params: list[Tensor]
         self.every = config.ema_update_every
 
@@ -44,14 +46,15 @@ class Average(EMAModel):
         if step % self.every:
             return
         device = self.shadow_params[0].device
+        parts = (local(p) for p in parameters)
         # EMAModel copies what needs no gradient, and averages the rest.
-        self.step([p if p.device == device else p.detach().to(device).requires_grad_() for p in parameters])
+        self.step([p if p.device == device else p.detach().to(device).requires_grad_() for p in parts])
 
     @torch.no_grad()
     def copy_into(self, parameters: Iterable[Tensor]) -> None:
         """Writes the average into the parameters, one after another: a device never holds it twice."""
         for shadow, parameter in zip(self.shadow_params, parameters, strict=True):
-            parameter.copy_(shadow)
+            local(parameter).copy_(shadow)
 
     def numbers(self) -> dict[str, Any]:
         """The state without its tensors."""

@@ -19,6 +19,7 @@ from lpl.errors import UserError
 from lpl.perceptual.loss import LatentPerceptualLoss
 from lpl.perceptual.objective import PerceptualObjective
 from lpl.training.optimizers import check_class, check_steps
+from lpl.training.sharded import check_launch, check_sharding
 from lpl.training.step import timestep_weights
 
 logger = logging.getLogger("lpl")
@@ -31,6 +32,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         UserError: precision or an optimizer that the device lacks, before anything loads.
     """
     run, log = config.run, config.logging
+    check_launch()
     accelerator = Accelerator(
         # Filling the cache may keep processes waiting for each other far longer than torch's ten minutes.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=24))],
@@ -47,6 +49,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     if config.optim.optimizer_name == "adamw8bit" and kind == "cpu":
         flag = "--use_8bit_adam" if config.optim.use_8bit_adam else "--optimizer adamw8bit"
         raise UserError(f"{flag} needs a GPU; drop it on a CPU")
+    check_sharding(accelerator, config)
     check_class(config.optim)
     check_steps(config.optim, accelerator.device)
     compiled = {"lpl_compile": config.lpl.use_lpl and config.lpl.lpl_compile, "compile_denoiser": run.compile_denoiser}

@@ -5,7 +5,7 @@
 for sample i and bin k of the schedule, cut into BINS equal parts; t_ik is uniform in bin k, drawn for (seed,
 "validation_timestep", i, k), and the noise for (seed, "validation_noise", i, k). Neither loss is weighted: no min-SNR,
 no Huber, no noise offset, no lpl_weight, no scale by SNR, no random depth and no crop, so changing those leaves the
-scale of the figures as it is. LPL is measured where its gate passes.
+scale of the figures as it is. LPL is measured where its gate passes. Masks count as in training.
 
 Differs from training: timesteps are uniform over the schedule whatever --timestep_distribution says; captions are never
 dropped; crops are always the first one, not mirrored.
@@ -131,15 +131,18 @@ class HeldOutLoss:
         latents = step.latent_space.from_raw(batch.raw_latents.to(device))
         noisy_latents = add_noise(latents, noise, alpha, sigma)
         text = {name: value.to(device) for name, value in batch.text.items()}
-        output = step.family.denoise(
-            denoiser, noisy_latents, timesteps.to(device), text, batch.sizes.to(device)
-        ).float()
+        with torch.autocast(device.type, step.autocast, enabled=step.autocast is not None):
+            output = step.family.denoise(
+                denoiser, noisy_latents, timesteps.to(device), text, batch.sizes.to(device)
+            ).float()
         target = target_of(latents, noise, alpha, sigma, step.prediction_type)
-        losses = torch.stack([diffusion_loss(output, target), torch.zeros(len(items), device=device)])
+        mask = None if batch.mask is None else batch.mask.to(device)
+        diffusion = diffusion_loss(output, target, mask=mask)
+        losses = torch.stack([diffusion, torch.zeros_like(diffusion)])
         for n in self.gated[places].nonzero().flatten().tolist():  # each alone: norm `batch` is to see no other
             one = slice(n, n + 1)
             clean = x0_from_output(output[one], noisy_latents[one], alpha[one], sigma[one], step.prediction_type)
-            losses[1, n] = self.loss_fn(clean, latents[one]).per_sample[0]
+            losses[1, n] = self.loss_fn(clean, latents[one], None if mask is None else mask[one]).per_sample[0]
         return losses
 
     def _means(self, name: str, values: Tensor, among: Tensor) -> dict[str, Any]:

@@ -136,8 +136,8 @@ def dump(
     """Writes what an optimizer step was computed from (not the weights) to path, and numbers to a JSON beside it.
 
     Tensors are named <micro-batch>.<name>: raw_latents (B, C, h, w), noise (B, C, h, w), timesteps (B,), sizes (B, 6),
-    weights (B,), text.<field>, and the losses diffusion_per_sample (B,) and lpl. The JSON has, for each micro-batch,
-    its samples as [id, number of the draw]: with the seed they are the key of every draw.
+    weights (B,), mask (B, 1, h, w), text.<field>, and the losses diffusion_per_sample (B,) and lpl. The JSON has, for
+    each micro-batch, its samples as [id, number of the draw]: with the seed they are the key of every draw.
 
     Args:
         path: nonfinite-step-<step>.safetensors.
@@ -161,6 +161,8 @@ def dump(
         own |= {f"text.{name}": value for name, value in batch.text.items()}
         if batch.weights is not None:
             own["weights"] = batch.weights
+        if batch.mask is not None:
+            own["mask"] = batch.mask
         tensors |= {f"{i}.{name}": value.detach().cpu().clone().contiguous() for name, value in own.items()}
         samples.append([list(pair) for pair in zip(batch.sample_ids, batch.counts, strict=True)])
     save_file(tensors, path)

@@ -23,6 +23,18 @@ def objective_rules(config: TrainConfig) -> list[tuple[str, bool, str]]:
         ("pyramid_noise_discount", diffusion.pyramid_noise_iterations > 0, "--pyramid_noise_iterations"),
         *((name, normal, "--timestep_distribution logit_normal") for name in ("logit_mean", "logit_std")),
         ("timestep_sampling", several, "more than one sample in a step"),
+        *mask_rules(config),
+    ]
+
+
+def mask_rules(config: TrainConfig) -> list[tuple[str, bool, str]]:
+    """As objective_rules, for masks."""
+    data = config.data
+    files = data.masked_loss == "files"
+    return [
+        ("unmasked_weight", data.masked_loss != "none", "--masked_loss"),
+        ("mask_dir", files and data.train_data_dir is not None, "--masked_loss files and --train_data_dir"),
+        ("mask_column", files and data.dataset_name is not None, "--masked_loss files and --dataset_name"),
     ]
 
 

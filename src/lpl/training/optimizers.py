@@ -152,8 +152,8 @@ def check_steps(config: OptimConfig, device: torch.device) -> None:
         UserError: values that the optimizer refuses, one that needs more than gradients, or one whose state is not
             made of numbers and tensors.
     """
-    from lpl.training.checkpoint import join_optimizer, split_optimizer
     from lpl.training.optim import build_optimizer
+    from lpl.training.optimizer_state import join_optimizer, split_optimizer
 
     try:
         parameters = [nn.Parameter(torch.ones(size, device=device)) for size in ((64, 64), (64,))]

@@ -78,8 +78,7 @@ def preflight(config: TrainConfig) -> Checked:
     _warn_idle(config)
     even = source.size is not None and config.data.repeats is regularisation is validation is None
     known = config.run.max_train_steps is not None or even
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    num_steps = config.num_steps((source.size or 1) - config.data.validation_samples, processes) if known else None
+    num_steps = config.num_steps((source.size or 1) - config.data.validation_samples, processes()) if known else None
     return Checked(config, source, regularisation, configs, finished_step, num_steps, validation)
 
 
@@ -146,12 +145,12 @@ def _check_output(config: TrainConfig) -> int | None:
     if choice not in (None, "latest"):
         from lpl.training.checkpoint import find_checkpoint
 
-        find_checkpoint(folder, choice)
+        find_checkpoint(folder, choice, read=False)
     if not (folder / CONFIG_FILE).is_file():
         if choice == "latest":
             logger.warning("--resume_from_checkpoint latest: %s holds no run yet, starting one", folder)
         return None
-    changed = differences(config, folder)
+    changed = differences(config, folder, processes())
     if config.optim.lr_scheduler in ("constant", "constant_with_warmup", "piecewise_constant"):
         # The length does not enter these schedules: a run may be prolonged.
         changed = [c for c in changed if not c.startswith(("--max_train_steps ", "--num_train_epochs "))]
@@ -163,6 +162,11 @@ def _check_output(config: TrainConfig) -> int | None:
     if changed:
         logger.warning("--allow_changes: %s continues with %s", folder, ", ".join(changed))
     return finished_at(folder)
+
+
+def processes() -> int:
+    """How many processes the launcher has started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def finished_at(folder: Path) -> int | None:

@@ -49,12 +49,19 @@ class TrainingStep:
         config: the diffusion objective.
         objective: LPL, or None for the plain diffusion objective.
         seed: of the draws.
+        autocast: precision of the denoiser's arithmetic where its wrapper does not see to it; None: it does.
     """
 
     def __init__(
-        self, family: Family, config: DiffusionConfig, objective: PerceptualObjective | None, seed: int
+        self,
+        family: Family,
+        config: DiffusionConfig,
+        objective: PerceptualObjective | None,
+        seed: int,
+        autocast: torch.dtype | None = None,
     ) -> None:
         self.family, self.config, self.objective, self.seed = family, config, objective, seed
+        self.autocast = autocast
         scheduler = family.noise_scheduler
         self.prediction_type = str(scheduler.config.prediction_type)
         self.alpha, self.sigma = alpha_sigma_table(scheduler)
@@ -114,10 +121,12 @@ class TrainingStep:
         noisy_latents = add_noise(latents, noise, alpha.float(), sigma.float())
         text = {name: _send(value, device) for name, value in batch.text.items()}
         timesteps, sizes = _send(drawn.timesteps, device), _send(batch.sizes, device)
-        model_output = self.family.denoise(denoiser, noisy_latents, timesteps, text, sizes).float()
+        with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
+            model_output = self.family.denoise(denoiser, noisy_latents, timesteps, text, sizes).float()
 
         target = target_of(latents, noise, alpha.float(), sigma.float(), self.prediction_type)
-        per_sample = diffusion_loss(model_output, target, self._weight(snr), self._huber_c(drawn.timesteps))
+        mask = None if batch.mask is None else _send(batch.mask, device)
+        per_sample = diffusion_loss(model_output, target, self._weight(snr), self._huber_c(drawn.timesteps), mask)
         weights = None if batch.weights is None else _send(batch.weights, device)
         loss = (per_sample if weights is None else per_sample * weights).mean()
         metrics: dict[str, Tensor | float] = {"diffusion_loss": loss.detach()}
@@ -130,6 +139,7 @@ class TrainingStep:
             drawn.timesteps,
             diffusion_loss=loss,
             sample_weight=weights,
+            mask=mask,
             step=step,
             windows=self._windows(batch) if self.objective.loss_fn.crop is not None else None,
         )

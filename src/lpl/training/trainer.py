@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from tqdm.auto import tqdm
 
 from lpl.config import TrainConfig
@@ -23,29 +21,22 @@ from lpl.data.prepare import Processes, prepare_data
 from lpl.data.sampler import BatchOrder, share
 from lpl.diffusion.draws import keyed_seed
 from lpl.diffusion.strata import strata
-from lpl.errors import StopRequestedError, TrainingStoppedError, UserError
+from lpl.errors import StopRequestedError, TrainingStoppedError
 from lpl.families import load_family
 from lpl.training import hub
-from lpl.training.checkpoint import (
-    RESULT,
-    find_checkpoint,
-    full_disk,
-    last_checkpoint,
-    load_checkpoint,
-    prune_checkpoints,
-    recover,
-    save_checkpoint,
-)
+from lpl.training.checkpoint import full_disk, last_checkpoint
 from lpl.training.ema import Average
 from lpl.training.engine import build_accelerator, build_objective
 from lpl.training.held_out_loss import HeldOutLoss
 from lpl.training.lora import add_lora
 from lpl.training.nonfinite import FiniteGuard, spoil
 from lpl.training.optim import build_optimizer, build_schedule, scaled_learning_rate
-from lpl.training.optimizers import adapted_rate, bare, coefficients
-from lpl.training.preflight import FINISHED, Checked, finished_at
+from lpl.training.optimizers import adapted_rate
+from lpl.training.preflight import Checked
 from lpl.training.prompts import read_prompts
-from lpl.training.saving import save_weights
+from lpl.training.run_state import RunState
+from lpl.training.saving import save_result, save_weights
+from lpl.training.sharded import WholeModel, autocast_dtype, whole
 from lpl.training.step import TrainingStep
 from lpl.training.stopping import Stop, stoppable
 from lpl.training.tracking import Tracker
@@ -109,7 +100,7 @@ class Trainer:
         self.num_steps = config.num_steps(self.order.epoch_size, accelerator.num_processes)
         self._build_model(weight_dtype)
         self.objective = build_objective(config, family) if config.lpl.use_lpl else None
-        self.step_loss = TrainingStep(family, config.diffusion, self.objective, run.seed)
+        self.step_loss = TrainingStep(family, config.diffusion, self.objective, run.seed, autocast_dtype(accelerator))
         self.guard = FiniteGuard(config, self.step_loss.draw)
         self.tracker = Tracker(
             accelerator,
@@ -118,10 +109,22 @@ class Trainer:
             config.lpl.lpl_start + config.lpl.lpl_warmup_steps if config.lpl.lpl_warmup_steps else 0,
         )
         self.validation = self._build_validation()
-        self.step = self._saved_at = 0
-        self._resume()
+        self.state = RunState(
+            config,
+            accelerator,
+            self.parameters,
+            self.optimizer,
+            self.schedule,
+            self.ema,
+            self.objective,
+            self.guard,
+            self.tracker,
+            self.data.digest(),
+            self.num_steps,
+        )
+        self.step = self.state.resume()
         if accelerator.is_main_process:  # only now: a run that could not begin lays no claim to the folder
-            write_config(config, self.folder)
+            write_config(config, self.folder, accelerator.num_processes)
         if self.samples_per_step > len(self.data):
             logger.warning(
                 "a step takes %d samples of only %d: images repeat in it", self.samples_per_step, len(self.data)
@@ -138,17 +141,20 @@ class Trainer:
             denoiser.requires_grad_(True)
         if config.run.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
-        denoiser.to(self.accelerator.device).train()
-        self.parameters = {n: p for n, p in denoiser.named_parameters() if p.requires_grad}
-        trained = list(self.parameters.values())
+        denoiser.train()
+        if self.accelerator.distributed_type != DistributedType.FSDP:  # which splits it before it goes there
+            denoiser.to(self.accelerator.device)
+        self.whole_model = WholeModel(self.accelerator, denoiser)
+        trained = [p for p in denoiser.parameters() if p.requires_grad]
         rate = scaled_learning_rate(config, self.accelerator.num_processes)
         optimizer = build_optimizer(trained, config.optim, rate)
         # Not prepared by accelerate, which would step it once per process.
         self.schedule = build_schedule(optimizer, config.optim, self.num_steps)
-        self.ema = Average(trained, config.optim) if config.optim.use_ema else None
         if config.run.compile_denoiser:
             denoiser.compile()  # in place: no wrapper that would be seen in the names of parameters
         self.denoiser, self.optimizer = self.accelerator.prepare(denoiser, optimizer)
+        self.parameters = {n: p for n, p in denoiser.named_parameters() if p.requires_grad}
+        self.ema = Average(list(self.parameters.values()), config.optim) if config.optim.use_ema else None
         self.optimizer.train()  # says something to schedule-free optimizers only
         self.weights = Weights(self.parameters, self.optimizer, self.ema, config.optim.final_weights)
 
@@ -164,71 +170,6 @@ class Trainer:
         return Validation(
             config, accelerator, self.weights, losses, images, self.stop, self.steps_per_epoch, self.num_steps
         )
-
-    def _resume(self) -> None:
-        if self.accelerator.is_main_process:
-            recover(self.folder)
-        self.accelerator.wait_for_everyone()
-        path = find_checkpoint(self.folder, self.config.run.resume_from_checkpoint)
-        if path is None:
-            if finished_at(self.folder) is not None:
-                logger.warning("%s: the finished run left no checkpoint, so training starts over", self.folder)
-            return
-        rates, options = list(self.schedule.base_lrs), coefficients(bare(self.optimizer))
-        state = load_checkpoint(path, self.parameters, self.optimizer, self.ema)
-        self.step = state["step"]
-        self._check_resumed(path, state)
-        self.schedule.load_state_dict(state["schedule"])
-        # Rates and coefficients are this run's; the checkpoint may be another's.
-        self.schedule.base_lrs = rates
-        current = [rate * f(self.schedule.last_epoch) for rate, f in zip(rates, self.schedule.lr_lambdas, strict=True)]
-        self.schedule._last_lr = current
-        for group, own, rate in zip(self.optimizer.param_groups, options, current, strict=True):
-            group |= own | {"lr": rate}
-        if self.objective is not None and self.objective.auto is not None and state["auto_weight"] is not None:
-            self.objective.auto.load_state_dict(state["auto_weight"])
-        if self.accelerator.scaler is not None and state["scaler"] is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        if self._is_own(path):
-            self._saved_at, self.guard.skips = self.step, state["skips"]
-            self.tracker.load_state_dict(state["tracker"])
-        if self.accelerator.is_main_process and self.config.run.resume_from_checkpoint in (None, "latest"):
-            # A kill may have come between a checkpoint and the removal of the one before it.
-            prune_checkpoints(self.folder, path, self.config.run.checkpoints_total_limit)
-        logger.info("continuing from %s at step %d of %d", path, self.step, self.num_steps)
-
-    def _check_resumed(self, path: Path, state: dict[str, Any]) -> None:
-        if self.step > self.num_steps:
-            raise UserError(
-                f"{path}: is at step {self.step}, beyond the run's {self.num_steps}: raise --max_train_steps"
-            )
-        if not self._is_own(path):
-            return
-        changed = []
-        if state["data"] != self._data_hash():
-            changed.append(
-                "was trained on other images or captions than --train_data_dir or --dataset_name now holds, or others "
-                "were held out"
-            )
-        if state["samples_per_step"] != self.samples_per_step:
-            changed.append(
-                f"was trained with {state['samples_per_step']} samples a step, not {self.samples_per_step}: the batch "
-                "size, accumulation or number of processes differs"
-            )
-        if changed and not self.config.run.allow_changes:
-            raise UserError(
-                f"{path}: {', '.join(changed)}; restore that, or choose another --output_dir and name this checkpoint "
-                "with --resume_from_checkpoint, or continue all the same with --allow_changes"
-            )
-        if changed:
-            logger.warning("--allow_changes: %s %s", path, ", ".join(changed))
-
-    def _is_own(self, path: Path) -> bool:
-        """Whether a checkpoint is this run's, not another's that it starts from."""
-        return path.resolve().parent == self.folder.resolve()
-
-    def _data_hash(self) -> str:
-        return self.data.digest()
 
     def _announce(self) -> None:
         count = sum(p.numel() for p in self.parameters.values())
@@ -278,7 +219,7 @@ class Trainer:
                 started = time.perf_counter()
                 self.validation.at(self.step, self.denoiser)
                 if self.step % run.checkpointing_steps == 0:
-                    self.save()
+                    self.state.save(self.step)
                 if run.save_steps is not None and self.step % run.save_steps == 0:
                     self.save_weights()
                 self.tracker.pause(time.perf_counter() - started)
@@ -287,8 +228,8 @@ class Trainer:
     def _stop_if_asked(self) -> None:
         if not self.stop.agreed():
             return
-        if self.step != self._saved_at:
-            self.save()
+        if self.step != self.state.saved_at:
+            self.state.save(self.step)
         self.accelerator.end_training()
         choice = self.config.run.resume_from_checkpoint
         same = "the same command" if choice in (None, "latest") else f"without --resume_from_checkpoint {choice} it"
@@ -310,7 +251,7 @@ class Trainer:
                 added.append((out.metrics, out.num_lpl_samples))
                 accelerator.backward(spoil(out.loss))
                 if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(self.parameters.values(), self.config.optim.max_grad_norm)
+                    norm = whole(accelerator.clip_grad_norm_(self.parameters.values(), self.config.optim.max_grad_norm))
                     fault = self.guard.fault(norm, self.step + 1, accelerator.scaler is not None)
                 if fault is None or accelerator.scaler is not None:  # a scaler leaves the step out by itself
                     self.optimizer.step()
@@ -354,64 +295,37 @@ class Trainer:
             self.objective.auto.discard_step()
         why = self.guard.skip(fault, self.step + 1, norm, self.accelerator.process_index)
         if why is not None:
-            if self.step != self._saved_at:
-                self.save(prune=False)
+            if self.step != self.state.saved_at:
+                self.state.save(self.step, prune=False)
             self.accelerator.end_training()
             raise TrainingStoppedError(f"{why}; {last_checkpoint(self.folder)}")
 
-    def save(self, prune: bool = True) -> None:
-        """Writes a checkpoint of this step; prune: --checkpoints_total_limit applies."""
-        tracker = self.tracker.state_dict()
-        if self.accelerator.is_main_process:
-            auto = self.objective.auto if self.objective is not None else None
-            scaler = self.accelerator.scaler
-            state: dict[str, Any] = {
-                "data": self._data_hash(),
-                "samples_per_step": self.samples_per_step,
-                "skips": self.guard.skips,
-                "tracker": tracker,
-                "schedule": self.schedule.state_dict(),
-                "auto_weight": auto.state_dict() if auto is not None else None,
-                "scaler": scaler.state_dict() if scaler is not None else None,
-            }
-            limit = self.config.run.checkpoints_total_limit if prune else None
-            save_checkpoint(self.folder, self.step, self.parameters, self.optimizer, self.ema, state, limit)
-        self._saved_at = self.step
-        self.accelerator.wait_for_everyone()
+    def _writer(self, whole_pipeline: bool) -> Callable[[Path], None]:
+        """What writes the trained weights as they are into a folder; every process must call it, one writes."""
+        full, family = self.config.model.rank is None, self.family
+        write = (family.export if whole_pipeline else family.save_denoiser) if full else family.export_lora
 
-    def _bare_denoiser(self) -> Any:
-        return self.accelerator.unwrap_model(self.denoiser, keep_torch_compile=False)
+        def call(folder: Path) -> None:
+            denoiser = self.whole_model.get()
+            if self.accelerator.is_main_process:
+                write(denoiser, folder)
+
+        return call
 
     def save_weights(self) -> None:
         """Writes the weights of this step for inference, raw and averaged."""
-        if self.accelerator.is_main_process:
-            denoiser, family = self._bare_denoiser(), self.family
-            write = family.save_denoiser if self.config.model.rank is None else family.export_lora
-            save_weights(self.folder, self.step, self.weights, lambda folder: write(denoiser, folder))
+        main = self.accelerator.is_main_process
+        save_weights(self.folder, self.step, self.weights, self._writer(whole_pipeline=False), main)
         self.accelerator.wait_for_everyone()
 
     def finish(self) -> None:
         """Exports the result, made of the weights that --final_weights names, into the output folder."""
-        accelerator, family = self.accelerator, self.family
+        accelerator = self.accelerator
         accelerator.wait_for_everyone()
+        save_result(
+            self.folder, self.step, self.weights, self._writer(whole_pipeline=True), accelerator.is_main_process
+        )
         if accelerator.is_main_process:
-            self.weights.put(self.weights.final)
-            denoiser = self._bare_denoiser()
-            temporary = self.folder / RESULT
-            shutil.rmtree(temporary, ignore_errors=True)
-            if self.config.model.rank is None:
-                family.export(denoiser, temporary)
-            else:
-                family.export_lora(denoiser, temporary)
-            for part in temporary.iterdir():
-                target = self.folder / part.name
-                if target.is_dir():
-                    shutil.rmtree(target)
-                part.replace(target)
-            temporary.rmdir()
-            marker = self.folder / f".tmp-{FINISHED}"
-            marker.write_text(json.dumps({"step": self.step, "weights": self.weights.final}))
-            marker.replace(self.folder / FINISHED)
             if self.repository is not None:
                 hub.push(self.config, self.repository)
             logger.info("done: the result is in %s (%s weights)", self.folder, self.weights.final)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lpl.training.ema import Average
 from lpl.training.optimizers import averages_itself, bare
+from lpl.training.sharded import local
 
 
 class Weights:
@@ -46,7 +47,7 @@ class Weights:
         if kind == "raw" and not averages_itself(self.optimizer):
             yield
             return
-        kept = [p.detach().to("cpu", copy=True) for p in self.parameters.values()]
+        kept = [local(p).detach().to("cpu", copy=True) for p in self.parameters.values()]
         self.put(kind)
         try:
             yield
@@ -55,4 +56,4 @@ class Weights:
                 self.optimizer.train()  # leads back up to rounding only
             with torch.no_grad():
                 for p, value in zip(self.parameters.values(), kept, strict=True):
-                    p.copy_(value)
+                    local(p).copy_(value)

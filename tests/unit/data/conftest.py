@@ -22,7 +22,7 @@ class FakeEncoder:
     """Pools pixels by 8 and hashes captions, and counts what it has encoded."""
 
     def __init__(self) -> None:
-        self.latent_key = "aa"
+        self.latent_key, self.latent_stride = "aa", 8
         self.text_key = "bb"
         self.images = 0
         self.captions: list[str] = []

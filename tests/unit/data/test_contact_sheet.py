@@ -84,6 +84,40 @@ def test_cells_hold_the_pixels_that_are_encoded(survey: Any, tmp_path: Path) -> 
         assert np.array_equal(picture_in(sheet, cell, 200, 200), expected)
 
 
+def test_what_a_mask_leaves_out_is_blue(survey: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    composed: list[tuple[str, list[Cell]]] = []
+    monkeypatch.setattr("lpl.data.contact_sheet.compose", lambda _, about, cells: composed.append((about, list(cells))))
+    mask = Image.new("L", (230, 230), 0)
+    mask.paste(255, (0, 0, 115, 230))
+    mask.save(tmp_path / "2-masklabel.png")
+    gone = Image.new("L", (200, 420), 0)
+    gone.paste(255, (0, 0, 200, 50))
+    gone.save(tmp_path / "1-masklabel.png")
+    found = survey(random_flip=True, center_crop=True, masked_loss="files", unmasked_weight=0.1)
+    draws = first_draws(found, 12)
+    draw_sheet(found, draws)
+    ((about, cells),) = composed
+    assert about.endswith("Blue is what the mask leaves out: its weight in the loss is 0.1.")
+    assert {draw.crop.flip for draw in draws if draw.row.id == "2.png"} == {True, False}
+    for cell, draw in zip(cells, draws, strict=True):
+        texts = [text for text, _ in cell.lines]
+        shown = np.asarray(cell.picture).astype(float)
+        with Image.open(tmp_path / draw.row.id) as image:
+            pixels = render(image, draw.crop, "lanczos").permute(1, 2, 0).numpy()
+        blue = 0.55 * np.asarray(Image.fromarray(pixels).convert("L"))[..., None] + 0.45 * np.array((0, 70, 160))
+        if draw.row.id == "0.png":
+            assert np.array_equal(shown, pixels)
+            assert not any(text.startswith("mask") for text in texts)
+        elif draw.row.id == "1.png":
+            assert ("mask: nothing in this crop", RED) in cell.lines
+            assert np.abs(shown - blue).max() <= 1.5
+        else:
+            assert "mask: 50% counts" in texts
+            marked, rest = (slice(102, None), slice(98)) if draw.crop.flip else (slice(98), slice(102, None))
+            assert np.array_equal(shown[:, marked], pixels[:, marked])
+            assert np.abs(shown[:, rest] - blue[:, rest]).max() <= 1.5
+
+
 def test_crops_of_a_bucket_keep_their_shape(survey: Any, tmp_path: Path) -> None:
     found = survey(resolution=192, buckets=True, center_crop=True)
     draws = first_draws(found, 3)

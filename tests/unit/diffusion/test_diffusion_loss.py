@@ -76,3 +76,62 @@ def test_min_snr_at_zero_and_infinite_snr():
 def test_min_snr_of_a_flow_needs_sigma(prediction_type):
     with pytest.raises(ValueError, match="needs sigma"):
         min_snr_weight(torch.ones(2), 5.0, prediction_type)
+
+
+def masked_batch():
+    generator = torch.Generator().manual_seed(0)
+    output, target = torch.randn(2, 3, 4, 6, 5, generator=generator)
+    return output.requires_grad_(), target, torch.rand(3, 1, 6, 5, generator=generator)
+
+
+@pytest.mark.parametrize("huber_c", [None, torch.tensor([0.1, 0.5, 2.0])])
+def test_mask_weighs_the_mean(huber_c):
+    """sum(m f) / (C sum(m)), times the weight of the sample; against autograd of that formula."""
+    output, target, mask = masked_batch()
+    weight = torch.tensor([1.0, 0.5, 3.0])
+    loss = diffusion_loss(output, target, weight, huber_c, mask)
+    square = (output - target).square()
+    if huber_c is not None:
+        c = huber_c.view(3, 1, 1, 1)
+        square = 2 * c * ((square + c**2).sqrt() - c)
+    expected = weight * (mask * square).sum((1, 2, 3)) / (4 * mask.sum((1, 2, 3)))
+    torch.testing.assert_close(loss, expected)
+    ours, theirs = (torch.autograd.grad(value.sum(), output, retain_graph=True)[0] for value in (loss, expected))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_mask_of_any_constant_is_no_mask():
+    output, target, mask = masked_batch()
+    for value in (1.0, 0.3):
+        masked = diffusion_loss(output, target, mask=torch.full_like(mask, value))
+        torch.testing.assert_close(masked, diffusion_loss(output, target))
+
+
+def test_what_is_masked_out_has_no_influence():
+    output, target, mask = masked_batch()
+    mask[:, :, :, :2] = 0
+    other = target.clone()
+    other[..., :2] = 100.0
+    loss = diffusion_loss(output, target, mask=mask)
+    assert torch.equal(loss, diffusion_loss(output, other, mask=mask))
+    (gradient,) = torch.autograd.grad(loss.sum(), output)
+    assert (gradient[..., :2] == 0).all()
+    assert (gradient[..., 2:] != 0).all()
+
+
+def test_empty_mask_is_an_exact_zero():
+    output, target, mask = masked_batch()
+    mask[1] = 0
+    loss = diffusion_loss(output, target, mask=mask)
+    (gradient,) = torch.autograd.grad(loss.sum(), output)
+    assert loss[1] == 0
+    assert (gradient[1] == 0).all()
+    assert (gradient[[0, 2]] != 0).all()
+
+
+def test_what_is_not_finite_is_seen_under_the_mask():
+    output, target, mask = masked_batch()
+    mask[:, :, 0, 0] = 0
+    with torch.no_grad():
+        output[0, 0, 0, 0] = float("inf")
+    assert diffusion_loss(output, target, mask=mask).isfinite().tolist() == [False, True, True]

@@ -330,9 +330,10 @@ def test_prediction_type_is_the_schedulers(latent_distance):
 # The meter.
 
 
-def summed_square(term, output):
-    """Sum over samples of |d term / d output|^2, divided by B."""
-    return (torch.autograd.grad(term, output, retain_graph=True)[0].square().sum() / len(output)).item()
+def mean_square(term, output):
+    """Mean over samples of |d own loss / d output|^2, the term being the mean of their losses."""
+    gradient = torch.autograd.grad(term, output, retain_graph=True)[0] * len(output)
+    return (gradient.square().sum() / len(output)).item()
 
 
 @pytest.mark.parametrize("options", [{}, {"lpl_reduction": "gated"}, {"lpl_max_samples": 2, "lpl_scale": False}])
@@ -345,7 +346,7 @@ def test_gradient_meter_is_what_autograd_measures(each_type, vae, options):
     diffusion_loss = batch.diffusion_loss()
     term = objective(*batch.arguments(), sample_weight=weight, diffusion_loss=diffusion_loss)
     measured = term.metrics["diffusion/gradient_square"], term.metrics["lpl/gradient_square"]
-    plain = (summed_square(t, batch.model_output) for t in (diffusion_loss, term.loss))
+    plain = (mean_square(t, batch.model_output) for t in (diffusion_loss, term.loss))
     for value, expected in zip(measured, plain, strict=True):
         assert not value.requires_grad
         assert value.item() == pytest.approx(expected, rel=1e-4)

@@ -19,8 +19,8 @@ from transformers.optimization import Adafactor
 from lpl.cli import parse_train
 from lpl.config import OptimConfig
 from lpl.errors import UserError
-from lpl.training.checkpoint import join_optimizer, split_optimizer
 from lpl.training.optim import build_optimizer
+from lpl.training.optimizer_state import join_optimizer, split_optimizer
 from lpl.training.optimizers import check_class, check_steps, coefficients
 
 CPU = torch.device("cpu")

@@ -28,6 +28,10 @@ from lpl.training.preflight import preflight
             "--num_validation_images has no effect without --validation_prompt or --validation_prompts",
         ),
         (["--timestep_bias_portion=0.5"], "--timestep_bias_portion has no effect"),
+        (["--unmasked_weight=0.1"], "--unmasked_weight has no effect without --masked_loss"),
+        (["--mask_dir=x"], "--mask_dir has no effect without --masked_loss files and --train_data_dir"),
+        (["--masked_loss=alpha", "--mask_dir=x"], "--mask_dir has no effect without --masked_loss files"),
+        (["--masked_loss=alpha", "--mask_column=x"], "--mask_column has no effect without --masked_loss files"),
         (["--max_skips=3"], "--max_skips has no effect without --on_nonfinite skip"),
         (["--hub_model_id=a/b"], "--hub_model_id has no effect without --push_to_hub"),
         (["--no_use_lpl", "--lpl_num_blocks=2"], "without LPL these have no effect: --lpl_num_blocks"),
@@ -49,6 +53,7 @@ def test_idle_options_are_named(model, data, tmp_path, caplog, flags, named):
         ["--use_ema", "--ema_warmup", "--ema_power=0.75"],
         ["--use_ema", "--ema_decay=0.5"],
         ["--lr_warmup_steps=0"],
+        ["--masked_loss=alpha", "--unmasked_weight=0.1"],
         ["--lr_scheduler=cosine", "--lr_warmup_steps=10"],
     ],
 )

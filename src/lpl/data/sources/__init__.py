@@ -22,9 +22,18 @@ def open_source(config: DataConfig, cache_dir: str | None) -> Source:
         UserError: nothing named, not found, or without the images and captions that are needed.
     """
     if config.train_data_dir is not None:
-        return FolderSource(config.train_data_dir, config.caption_column, config.max_train_samples)
+        masks = config.masked_loss == "files"
+        return FolderSource(
+            config.train_data_dir,
+            config.caption_column,
+            config.max_train_samples,
+            masks=masks,
+            mask_dir=config.mask_dir,
+        )
     if config.webdataset is not None:
-        return WebDatasetSource(config.webdataset, config.caption_column, config.max_train_samples)
+        return WebDatasetSource(
+            config.webdataset, config.caption_column, config.max_train_samples, config.masked_loss == "files"
+        )
     if config.dataset_name is None:
         raise UserError(
             "no data: give --train_data_dir (an image folder), --dataset_name (a data set) or --webdataset (shards)"
@@ -47,7 +56,8 @@ def open_regularisation(config: DataConfig) -> Source | None:
     """
     if config.reg_data_dir is None:
         return None
-    return FolderSource(config.reg_data_dir, config.caption_column, flag="--reg_data_dir")
+    masks = config.masked_loss == "files"
+    return FolderSource(config.reg_data_dir, config.caption_column, flag="--reg_data_dir", masks=masks)
 
 
 def open_validation(config: DataConfig) -> Source | None:
@@ -58,4 +68,5 @@ def open_validation(config: DataConfig) -> Source | None:
     """
     if config.validation_data_dir is None:
         return None
-    return FolderSource(config.validation_data_dir, config.caption_column, flag="--validation_data_dir")
+    masks = config.masked_loss == "files"
+    return FolderSource(config.validation_data_dir, config.caption_column, flag="--validation_data_dir", masks=masks)

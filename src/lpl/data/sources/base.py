@@ -32,6 +32,8 @@ class Sample(NamedTuple):
     read: Callable[[], bytes]
     """The encoded image, from any thread, at least until the iterator that gave the sample moves to another shard or
     is closed; raises BadImageError."""
+    read_mask: Callable[[], bytes | None] | None = None
+    """Its encoded mask likewise; None, or what gives None: it has none."""
 
 
 class Piece(Protocol):

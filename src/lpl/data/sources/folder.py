@@ -6,6 +6,7 @@ Differs from datasets' own image folder: an image without a caption is refused, 
 from __future__ import annotations
 
 import heapq
+import logging
 import os
 import stat
 from collections.abc import Generator, Iterator, Sequence
@@ -13,12 +14,15 @@ from functools import partial
 
 from lpl.config import require
 from lpl.data.sources.base import IMAGE_SUFFIXES, PIECE_SIZE, Piece, Sample, digest, one_line, read_file
+from lpl.data.sources.mask_files import ENDING, beside, masks_beside, masks_in
 from lpl.data.sources.metadata import read_metadata
 from lpl.errors import UserError
 from lpl.progress import progress
 
 _SUFFIXES = frozenset(suffix[1:] for suffix in IMAGE_SUFFIXES)
 _GONE = "gone"
+
+logger = logging.getLogger("lpl")
 
 
 class FolderSource:
@@ -34,13 +38,22 @@ class FolderSource:
         caption_column: key of the captions in metadata.jsonl.
         max_samples: use only the first so many images.
         flag: what named the folder.
+        masks: samples have masks: x-masklabel.png beside x.jpg. Such files are no images of their own, masks or not.
+        mask_dir: another folder, where masks have their images' relative paths; with masks.
 
     Raises:
-        UserError: no folder, no images, an image without caption, or a faulty metadata.jsonl.
+        UserError: no folder, no images, an image without caption, a faulty metadata.jsonl, or a mask_dir without masks.
     """
 
     def __init__(
-        self, folder: str, caption_column: str = "text", max_samples: int | None = None, flag: str = "--train_data_dir"
+        self,
+        folder: str,
+        caption_column: str = "text",
+        max_samples: int | None = None,
+        flag: str = "--train_data_dir",
+        *,
+        masks: bool = False,
+        mask_dir: str | None = None,
     ) -> None:
         root = os.path.expanduser(folder)
         self.name = f"{flag} {root}"
@@ -50,6 +63,11 @@ class FolderSource:
             os.path.isdir(root),
             f"{self.name}: {'not a folder' if os.path.exists(root) else 'no such folder'}: give an image "
             f"folder{instead}",
+        )
+        self._flag, self._masks, self._mask_dir = (
+            flag,
+            masks,
+            None if mask_dir is None else os.path.expanduser(mask_dir),
         )
         self._pieces = self._list(root, caption_column, max_samples)
         self.size: int | None = sum(piece.size or 0 for piece in self._pieces)
@@ -70,6 +88,7 @@ class FolderSource:
             return True
 
         captions = read_metadata(root, metadata, caption_column, exists)
+        masks = {name: files.pop(name) for name in beside(files)}
         images = sorted(files)[:max_samples]
         require(bool(images), f"{self.name}: no images in it (looked for {' '.join(IMAGE_SUFFIXES)})")
         missing = [name for name in images if name not in captions and " " not in files[name]]
@@ -78,14 +97,50 @@ class FolderSource:
             f"{self.name}: {len(missing)} of {len(images)} images have no caption, first "
             f"{missing[0] if missing else ''}: list them in metadata.jsonl, or put a .txt of the same name beside each",
         )
+        found = self._masks_of(root, images, masks)
         pieces = []
         for start in range(0, len(images), PIECE_SIZE):
             part = images[start : start + PIECE_SIZE]
             own = [captions.get(name) for name in part]
             # taken out, as memory would hold a large folder twice
             stamps = [_with_captions(files.pop(name), given) for name, given in zip(part, own, strict=True)]
-            pieces.append(FolderPiece(root, str(start // PIECE_SIZE), part, stamps, own))
+            paths: list[str | None] | None = None
+            if found is not None:
+                paths = [path for path, _ in found[start : start + PIECE_SIZE]]
+                pairs = zip(stamps, found[start : start + PIECE_SIZE], strict=True)
+                stamps = [stamp if path is None else f"{stamp}|{mask}" for stamp, (path, mask) in pairs]
+            pieces.append(FolderPiece(root, str(start // PIECE_SIZE), part, stamps, own, paths))
         return pieces
+
+    def _masks_of(self, root: str, images: list[str], masks: dict[str, str]) -> list[tuple[str | None, str]] | None:
+        """Path and stamp of each image's mask, None if it has none; None where masks are not in use."""
+        if not self._masks:
+            if masks:
+                logger.warning(
+                    "%s: %d files end in %s: they are masks, which only --masked_loss files uses",
+                    *(self.name, len(masks), ENDING),
+                )
+            return None
+        folder = self._mask_dir
+        if folder is None:
+            names = masks_beside(images, set(masks))
+            require(
+                any(names) or self._flag != "--train_data_dir",
+                f"--masked_loss files: no image of {self.name} has a mask beside it: name them as the images, with "
+                f"{ENDING} for their ending, or name another folder with --mask_dir",
+            )
+        else:
+            require(
+                os.path.isdir(folder), f"--mask_dir {folder}: no such folder: name the folder that the masks are in"
+            )
+            inside = os.path.realpath(folder) == os.path.realpath(root)
+            require(
+                not inside and not os.path.realpath(folder).startswith(os.path.join(os.path.realpath(root), "")),
+                f"--mask_dir {folder} lies in {self.name}: its files would be taken for training images; move it out",
+            )
+            masks = list_images(folder)[0]
+            names = masks_in(folder, images, masks)
+        return [(None, "") if n is None else (os.path.join(folder or root, n), masks[n]) for n in names]
 
 
 def _with_captions(stamp: str, captions: tuple[str, ...] | None) -> str:
@@ -101,6 +156,7 @@ class FolderPiece:
         images: relative to the root, with /.
         stamps: of each image with its captions.
         captions: of each image; None: they are in its .txt file.
+        masks: path of each image's mask, None if it has none; None: masks are not in use.
     """
 
     def __init__(
@@ -110,19 +166,23 @@ class FolderPiece:
         images: Sequence[str],
         stamps: Sequence[str],
         captions: Sequence[tuple[str, ...] | None],
+        masks: Sequence[str | None] | None = None,
     ) -> None:
         self._root, self.key = root, key
         self.stamp = digest(*(part for pair in zip(images, stamps, strict=True) for part in pair))
         self.size: int | None = len(images)
         self._images, self._stamps = "\0".join(images), "\0".join(stamps)  # a fifth of the memory of as many strings
         self._captions = captions if any(captions) else [None] * len(images)
+        self._masks = masks or [None] * len(images)
 
     def samples(self) -> Generator[Sample, None, None]:
         """The images with their captions; a .txt file is read when its image's turn comes."""
-        for image, stamp, own in zip(self._images.split("\0"), self._stamps.split("\0"), self._captions, strict=True):
+        images, stamps = self._images.split("\0"), self._stamps.split("\0")
+        for image, stamp, own, mask in zip(images, stamps, self._captions, self._masks, strict=True):
             path = os.path.join(self._root, image)
             captions = own or (_read_caption(os.path.splitext(path)[0] + ".txt"),)
-            yield Sample(image, captions, os.path.dirname(image), stamp, path, partial(read_file, path))
+            read_mask = None if mask is None else partial(read_file, mask)
+            yield Sample(image, captions, os.path.dirname(image), stamp, path, partial(read_file, path), read_mask)
 
 
 def list_images(root: str) -> tuple[dict[str, str], list[str]]:

@@ -48,8 +48,12 @@ class HubSource:
         images = dataset.select_columns([config.image_column])
         images = images.cast_column(config.image_column, Image(decode=False))
         captions = dataset.select_columns([config.caption_column])
+        column = mask_column(config)
+        masks = None
+        if column is not None:
+            masks = dataset.select_columns([column]).cast_column(column, Image(decode=False))
         self._pieces = [
-            RowsPiece(images, captions, config, range(start, min(start + PIECE_SIZE, self.size)), stamp)
+            RowsPiece(images, captions, masks, config, range(start, min(start + PIECE_SIZE, self.size)), stamp)
             for start in range(0, self.size, PIECE_SIZE)
         ]
 
@@ -61,8 +65,11 @@ class HubSource:
 class RowsPiece:
     """Some rows of a data set."""
 
-    def __init__(self, images: Dataset, captions: Dataset, config: DataConfig, rows: range, stamp: str) -> None:
-        self._images, self._captions, self._config, self._rows, self._stamp = images, captions, config, rows, stamp
+    def __init__(
+        self, images: Dataset, captions: Dataset, masks: Dataset | None, config: DataConfig, rows: range, stamp: str
+    ) -> None:
+        self._images, self._captions, self._masks = images, captions, masks
+        self._config, self._rows, self._stamp = config, rows, stamp
         self.key = str(rows.start)
         self.stamp = digest(stamp, str(rows.start), str(rows.stop))
         self.size: int | None = len(rows)
@@ -74,31 +81,51 @@ class RowsPiece:
         for row, value in zip(self._rows, values, strict=True):
             name = f"row {row} of {self._config.dataset_name}"
             captions = captions_of(value, f"--caption_column {column}, {name}")
-            yield Sample(str(row), captions, "", self._stamp, name, partial(self._read, row))
+            read_mask = None if self._masks is None else partial(self._read_mask, row)
+            yield Sample(str(row), captions, "", self._stamp, name, partial(self._read, row), read_mask)
 
     def _read(self, row: int) -> bytes:
         column = self._config.image_column
         return reader(self._images[row][column], column)()
 
+    def _read_mask(self, row: int) -> bytes | None:
+        column = self._config.mask_column
+        assert self._masks is not None
+        assert column is not None
+        read = mask_reader(self._masks[row][column], column)
+        return None if read is None else read()
 
-def reader(value: Any, column: str) -> Callable[[], bytes]:
+
+def mask_column(config: DataConfig) -> str | None:
+    """The column with masks, if they are in use."""
+    return config.mask_column if config.masked_loss == "files" else None
+
+
+def mask_reader(value: Any, column: str) -> Callable[[], bytes] | None:
+    """How to read the mask that a row holds, as `reader`; None: it holds none."""
+    there = value is not None and (value.get("bytes") is not None or value.get("path"))
+    return reader(value, column, "mask_column") if there else None
+
+
+def reader(value: Any, column: str, option: str = "image_column") -> Callable[[], bytes]:
     """How to read the image that a row holds: its bytes, or the file or URL that it names.
 
     Args:
         value: a dict of `bytes` and `path`, or None.
         column: name of the column.
+        option: which option names it.
     """
     image = value or {}
     if image.get("bytes") is not None:
         return in_hand(image["bytes"])
-    return partial(_read_path, str(image.get("path") or ""), column)
+    return partial(_read_path, str(image.get("path") or ""), f"--{option} {column}")
 
 
 def _read_path(path: str, column: str) -> bytes:
     import fsspec
 
     if not path:
-        raise BadImageError(f"holds no image in --image_column {column}")
+        raise BadImageError(f"holds no image in {column}")
     try:
         with open(path, "rb") if "://" not in path else fsspec.open(path, "rb") as file:
             return bytes(file.read())
@@ -188,17 +215,19 @@ def check_columns(features: Features, flag: str, config: DataConfig) -> None:
     Raises:
         UserError: such a column.
     """
-    image_column, caption_column = config.image_column, config.caption_column
+    caption_column, masks = config.caption_column, mask_column(config)
     there = ", ".join(features)
-    for option, column in (("--image_column", image_column), ("--caption_column", caption_column)):
+    pictures = {"--image_column": config.image_column} | ({} if masks is None else {"--mask_column": masks})
+    for option, column in (pictures | {"--caption_column": caption_column}).items():
         require(column in features, f"{option} {column}: {flag} has no such column; it has: {there}")
-    kind = features[image_column]
-    stored = isinstance(kind, Value) and kind.dtype in _STRINGS + _BINARIES
-    encoded = isinstance(kind, dict) and {"bytes", "path"} <= set(kind)
-    require(
-        isinstance(kind, Image) or stored or encoded,
-        f"--image_column {image_column}: {flag} holds {kind} there, not images; it has: {there}",
-    )
+    for option, column in pictures.items():
+        kind = features[column]
+        stored = isinstance(kind, Value) and kind.dtype in _STRINGS + _BINARIES
+        encoded = isinstance(kind, dict) and {"bytes", "path"} <= set(kind)
+        require(
+            isinstance(kind, Image) or stored or encoded,
+            f"{option} {column}: {flag} holds {kind} there, not images; it has: {there}",
+        )
     kind = features[caption_column]
     inner = kind.feature if isinstance(kind, List | LargeList) else kind
     require(

@@ -17,6 +17,8 @@ from lpl.data.sources.hub import (
     cannot_open,
     check_columns,
     identity_of,
+    mask_column,
+    mask_reader,
     reader,
     was_saved,
 )
@@ -54,8 +56,11 @@ class StreamSource:
             f"--streaming: {self.name} does not say what its columns hold before it has been read: drop --streaming",
         )
         check_columns(dataset.features, self.name, config)
-        dataset = dataset.select_columns([config.image_column, config.caption_column])
-        dataset = dataset.cast_column(config.image_column, Image(decode=False))
+        masks = mask_column(config)
+        pictures = [config.image_column, *([] if masks is None else [masks])]
+        dataset = dataset.select_columns([*pictures, config.caption_column])
+        for column in pictures:
+            dataset = dataset.cast_column(column, Image(decode=False))
         stamp = digest(self.identity, *_files_of(builder))
         pieces = [ShardPiece(dataset, number, config, stamp) for number in range(dataset.num_shards)]
         self._pieces = cut(pieces, config.max_train_samples)
@@ -82,7 +87,9 @@ class ShardPiece:
             name = f"row {row} of shard {self._number} of {config.dataset_name}"
             captions = captions_of(fields[config.caption_column], f"--caption_column {config.caption_column}, {name}")
             read = reader(fields[config.image_column], config.image_column)
-            yield Sample(f"{self._number}/{row}", captions, "", self.stamp, name, read)
+            masks = mask_column(config)
+            read_mask = None if masks is None else mask_reader(fields[masks], masks)
+            yield Sample(f"{self._number}/{row}", captions, "", self.stamp, name, read, read_mask)
 
     def _rows(self) -> Iterator[dict[str, Any]]:
         try:

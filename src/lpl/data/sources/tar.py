@@ -16,6 +16,8 @@ from lpl.errors import UserError
 
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _BLOCK = 512
+MASK = "mask.png"
+"""What stands behind the key in the name of a mask."""
 
 
 class Span(NamedTuple):
@@ -32,6 +34,7 @@ class Indexed(NamedTuple):
     image: Span
     text: Span | None
     json: Span | None
+    mask: Span | None
 
 
 def index_tar(file: BinaryIO, shard: str) -> tuple[list[Indexed], int]:
@@ -55,7 +58,7 @@ def index_tar(file: BinaryIO, shard: str) -> tuple[list[Indexed], int]:
             continue
         kind = "image" if f".{extension.lower()}" in IMAGE_SUFFIXES else extension.lower()
         parts = keys.setdefault(folder + slash + stem, {})
-        if kind in ("image", "txt", "json"):
+        if kind in ("image", "txt", "json", MASK):
             require(
                 kind not in parts,
                 f"{shard}: two {'images' if kind == 'image' else f'.{kind} files'} of the key {folder + slash + stem}: "
@@ -63,7 +66,7 @@ def index_tar(file: BinaryIO, shard: str) -> tuple[list[Indexed], int]:
             )
             parts[kind] = span
     found = [
-        Indexed(key, parts["image"], parts.get("txt"), parts.get("json"))
+        Indexed(key, parts["image"], parts.get("txt"), parts.get("json"), parts.get(MASK))
         for key, parts in keys.items()
         if "image" in parts
     ]

@@ -32,6 +32,7 @@ class WebDatasetSource:
         spec: paths and URLs, see shards.list_shards.
         caption_column: key of the captions in the .json of a sample.
         max_samples: use only the first so many samples.
+        masks: samples have the masks in their .mask.png.
 
     Raises:
         UserError: a shard on this machine that is not there.
@@ -39,13 +40,15 @@ class WebDatasetSource:
 
     size = None
 
-    def __init__(self, spec: str, caption_column: str = "text", max_samples: int | None = None) -> None:
+    def __init__(
+        self, spec: str, caption_column: str = "text", max_samples: int | None = None, masks: bool = False
+    ) -> None:
         self.name = "--webdataset " + "::".join(map(without_secrets, spec.split("::")))
         self.identity = f"webdataset {'::'.join(map(absolute, spec.split('::')))} {caption_column}"
         shards = list_shards(spec)
         warning = OnceWarning()
         pieces = [
-            (RemoteShard if is_url(shard) else LocalShard)(shard, label, caption_column, warning)
+            (RemoteShard if is_url(shard) else LocalShard)(shard, label, caption_column, warning, masks)
             for shard, label in zip(shards, labels(shards), strict=True)
         ]
         self._pieces = cut(pieces, max_samples)
@@ -79,27 +82,27 @@ class _Shard:
     size = None
     stamp: str
 
-    def __init__(self, shard: str, label: str, caption_column: str, warning: OnceWarning) -> None:
-        self._shard, self._column, self._warning = shard, caption_column, warning
+    def __init__(self, shard: str, label: str, caption_column: str, warning: OnceWarning, masks: bool) -> None:
+        self._shard, self._column, self._warning, self._masks = shard, caption_column, warning, masks
         self._where = f"--webdataset {without_secrets(shard)}"
         self.key = label
 
-    def _samples(self, file: BinaryIO) -> Iterator[tuple[Sample, Span]]:
-        """Samples that cannot be read yet, and where their images are."""
+    def _samples(self, file: BinaryIO) -> Iterator[tuple[Sample, Span, Span | None]]:
+        """Samples that cannot be read yet, and where their images and masks are."""
         entries, without_image = index_tar(file, self._where)
         self._warning.keys_without_image(self._where, without_image)
         name = os.path.basename(without_secrets(self._shard))
         for entry in entries:
             captions = captions_in(file, entry, self._column, f"{self._where}: {entry.key}")
             sample = Sample(f"{self.key}/{entry.key}", captions, self.key, self.stamp, f"{name}: {entry.key}", bytes)
-            yield sample, entry.image
+            yield sample, entry.image, entry.mask if self._masks else None
 
 
 class LocalShard(_Shard):
     """A tar on this machine: images are read from their place in it, at any time and in any order."""
 
-    def __init__(self, shard: str, label: str, caption_column: str, warning: OnceWarning) -> None:
-        super().__init__(shard, label, caption_column, warning)
+    def __init__(self, shard: str, label: str, caption_column: str, warning: OnceWarning, masks: bool) -> None:
+        super().__init__(shard, label, caption_column, warning, masks)
         try:
             status = os.stat(shard)
         except OSError as error:
@@ -110,8 +113,9 @@ class LocalShard(_Shard):
         """See Piece; the headers of the tar are read first."""
         try:
             with open(self._shard, "rb") as file:
-                for sample, image in self._samples(file):
-                    yield sample._replace(read=partial(_read_image, self._shard, image))
+                for sample, image, mask in self._samples(file):
+                    read_mask = None if mask is None else partial(_read_image, self._shard, mask)
+                    yield sample._replace(read=partial(_read_image, self._shard, image), read_mask=read_mask)
         except OSError as error:
             raise UserError(f"{self._where}: cannot be read ({error.strerror}): restore it, then run again") from None
 
@@ -122,16 +126,17 @@ class RemoteShard(_Shard):
     Samples hold their image's bytes. The stamp is the URL without its query, which for signed URLs is new each time.
     """
 
-    def __init__(self, shard: str, label: str, caption_column: str, warning: OnceWarning) -> None:
-        super().__init__(shard, label, caption_column, warning)
+    def __init__(self, shard: str, label: str, caption_column: str, warning: OnceWarning, masks: bool) -> None:
+        super().__init__(shard, label, caption_column, warning, masks)
         self.stamp = without_secrets(shard)
 
     def samples(self) -> Generator[Sample, None, None]:
         """See Piece; the shard is fetched first."""
         with _temporary_file(self._where) as file:
             download(self._shard, file, self._where)
-            for sample, image in self._samples(file):
-                yield sample._replace(read=in_hand(read_span(file, image)))
+            for sample, image, mask in self._samples(file):
+                read_mask = None if mask is None else in_hand(read_span(file, mask))
+                yield sample._replace(read=in_hand(read_span(file, image)), read_mask=read_mask)
 
 
 @contextmanager

@@ -1,0 +1,173 @@
+"""What a run continues from: everything that its checkpoints hold, taken out of the run and put back."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import Tensor
+
+from lpl.config import TrainConfig
+from lpl.errors import UserError
+from lpl.perceptual.objective import PerceptualObjective
+from lpl.training.checkpoint import find_checkpoint, load_checkpoint, prune_checkpoints, recover, save_checkpoint
+from lpl.training.ema import Average
+from lpl.training.nonfinite import FiniteGuard
+from lpl.training.optimizers import bare, coefficients
+from lpl.training.preflight import finished_at
+from lpl.training.tracking import Tracker
+
+logger = logging.getLogger("lpl")
+
+
+@dataclass
+class RunState:
+    """The parts of a run that change, and what they are checked against when it is continued.
+
+    Attributes:
+        data: digest of the samples.
+        num_steps: optimizer steps of the run.
+        saved_at: the step of the last checkpoint of this run; 0: none.
+    """
+
+    config: TrainConfig
+    accelerator: Accelerator
+    parameters: dict[str, Tensor]
+    optimizer: Any
+    schedule: Any
+    ema: Average | None
+    objective: PerceptualObjective | None
+    guard: FiniteGuard
+    tracker: Tracker
+    data: str
+    num_steps: int
+    saved_at: int = 0
+
+    @property
+    def folder(self) -> Path:
+        """The run's output folder."""
+        return Path(self.config.run.output_dir)
+
+    def save(self, step: int, prune: bool = True) -> None:
+        """Writes a checkpoint of a step; prune: --checkpoints_total_limit applies. Every process must call it."""
+        auto = self.objective.auto if self.objective is not None else None
+        scaler = self.accelerator.scaler
+        numbers: dict[str, Any] = {
+            "data": self.data,
+            "division": self._division(),
+            "skips": self.guard.skips,
+            "tracker": self.tracker.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "auto_weight": auto.state_dict() if auto is not None else None,
+            "scaler": scaler.state_dict() if scaler is not None else None,
+        }
+        save_checkpoint(
+            self.folder,
+            step,
+            self.parameters,
+            self.optimizer,
+            self.ema,
+            numbers,
+            self.config.run.checkpoints_total_limit if prune else None,
+            self.accelerator.is_main_process,
+        )
+        self.saved_at = step
+        self.accelerator.wait_for_everyone()
+
+    def resume(self) -> int:
+        """Puts the checkpoint in place that this run goes on from; returns its step, 0 without one.
+
+        Raises:
+            UserError: a checkpoint that is damaged, of another model, or of another run than the options describe.
+        """
+        if self.accelerator.is_main_process:
+            recover(self.folder)
+        self.accelerator.wait_for_everyone()
+        choice = self.config.run.resume_from_checkpoint
+        path = find_checkpoint(self.folder, choice)
+        if path is None:
+            if finished_at(self.folder) is not None:
+                logger.warning("%s: the finished run left no checkpoint, so training starts over", self.folder)
+            return 0
+        rates, options = list(self.schedule.base_lrs), coefficients(bare(self.optimizer))
+        state = load_checkpoint(path, self.parameters, self.optimizer, self.ema)
+        step = int(state["step"])
+        self._check(path, state)
+        self.schedule.load_state_dict(state["schedule"])
+        # Rates and coefficients are this run's; the checkpoint may be another's.
+        self.schedule.base_lrs = rates
+        current = [rate * f(self.schedule.last_epoch) for rate, f in zip(rates, self.schedule.lr_lambdas, strict=True)]
+        self.schedule._last_lr = current
+        for group, own, rate in zip(self.optimizer.param_groups, options, current, strict=True):
+            group |= own | {"lr": rate}
+        if self.objective is not None and self.objective.auto is not None and state["auto_weight"] is not None:
+            self.objective.auto.load_state_dict(state["auto_weight"])
+        if self.accelerator.scaler is not None and state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        if self._is_own(path):
+            self.saved_at, self.guard.skips = step, state["skips"]
+            self.tracker.load_state_dict(state["tracker"])
+        if self.accelerator.is_main_process and choice in (None, "latest"):
+            # A kill may have come between a checkpoint and the removal of the one before it.
+            prune_checkpoints(self.folder, path, self.config.run.checkpoints_total_limit)
+        logger.info("continuing from %s at step %d of %d", path, step, self.num_steps)
+        return step
+
+    def _division(self) -> dict[str, int]:
+        """How a step's samples are divided."""
+        run = self.config.run
+        return {
+            "samples": run.train_batch_size,
+            "micro-batches": run.gradient_accumulation_steps,
+            "processes": self.accelerator.num_processes,
+        }
+
+    def _check(self, path: Path, state: dict[str, Any]) -> None:
+        if state["step"] > self.num_steps:
+            raise UserError(
+                f"{path}: is at step {state['step']}, beyond the run's {self.num_steps}: raise --max_train_steps"
+            )
+        if not self._is_own(path):
+            return
+        changed = []
+        if state["data"] != self.data:
+            changed.append(
+                "was trained on other images or captions than --train_data_dir or --dataset_name now holds, or others "
+                "were held out"
+            )
+        before, now = state["division"], self._division()
+        told = [" x ".join(f"{count} {name}" for name, count in each.items()) for each in (before, now)]
+        if _product(before) != _product(now):
+            changed.append(f"was trained with {_product(before)} samples a step ({told[0]}), not {_product(now)}")
+        elif before != now and (by := self._depends_on_division()):
+            changed.append(f"was trained with {told[0]}, not {told[1]}, which {by} depends on")
+        if changed and not self.config.run.allow_changes:
+            raise UserError(
+                f"{path}: {', '.join(changed)}; restore that, or choose another --output_dir and name this checkpoint "
+                "with --resume_from_checkpoint, or continue all the same with --allow_changes"
+            )
+        if changed:
+            logger.warning("--allow_changes: %s %s", path, ", ".join(changed))
+
+    def _depends_on_division(self) -> str | None:
+        """What makes the trajectory depend on the division by more than the order of additions."""
+        lpl, model = self.config.lpl, self.config.model
+        if lpl.use_lpl and lpl.lpl_reduction == "gated":
+            return "--lpl_reduction gated"
+        if lpl.use_lpl and lpl.lpl_max_samples is not None:
+            return "--lpl_max_samples"
+        if lpl.use_lpl and lpl.lpl_norm_type == "batch":
+            return "--lpl_norm_type batch"
+        return "--lora_dropout" if model.rank is not None and model.lora_dropout else None
+
+    def _is_own(self, path: Path) -> bool:
+        """Whether a checkpoint is this run's, not another's that it starts from."""
+        return path.resolve().parent == self.folder.resolve()
+
+
+def _product(division: dict[str, int]) -> int:
+    samples, micro_batches, processes = division.values()
+    return samples * micro_batches * processes

@@ -1,0 +1,143 @@
+"""Tensors that FSDP has split over processes, seen whole; of all others, the tensors themselves.
+
+`whole`, `gathered` and `WholeModel.get` are collective: every process calls them, in one order.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from lpl.config import TrainConfig
+from lpl.errors import UserError
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part that this process holds; writing into it writes into the tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor with the parts of all processes."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def joined(part: Tensor, like: Tensor) -> Tensor:
+    """A tensor that is split as `like` is, of the parts of it that processes hold, on whatever device."""
+    if not isinstance(like, DTensor):
+        return part
+    part = part.to(like.to_local().device)
+    return DTensor.from_local(part, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
+
+
+def split(value: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, the same in every process, held as `like` is; no process asks another."""
+    if not isinstance(like, DTensor):
+        return value
+    value = value.to(like.to_local().device)
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+
+
+class WholeModel:
+    """The trained model as it would be without processes: to be saved with its own methods.
+
+    Under FSDP a second model of the same structure, without memory of its own until it is asked for, whose weights are
+    gathered on the CPU of the main process; else the model itself.
+
+    Args:
+        accelerator: the engine.
+        model: before the engine has prepared it.
+    """
+
+    def __init__(self, accelerator: Accelerator, model: nn.Module) -> None:
+        self._accelerator, self._model = accelerator, model
+        self._shell: nn.Module | None = None
+        if accelerator.distributed_type == DistributedType.FSDP:
+            empty: dict[int, Any] = {
+                id(p): nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad) for p in model.parameters()
+            }
+            self._shell = copy.deepcopy(model, empty)
+
+    def get(self) -> Any:
+        """The whole model; collective. Under FSDP other processes than the main one get None."""
+        if self._shell is None:
+            return self._model
+        weights = gathered(self._model.state_dict().items(), self._accelerator.is_main_process)
+        if not self._accelerator.is_main_process:
+            return None
+        self._shell.load_state_dict(weights, assign=True)
+        return self._shell
+
+
+def gathered(tensors: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Tensor]:
+    """Tensors by name, whole and ready to be written; collective, one after another. keep: what others get is empty."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors:
+        value = whole(tensor)
+        if keep:
+            found[name] = (value.cpu() if isinstance(tensor, DTensor) else value).detach().contiguous()
+    return found
+
+
+UNSHARDED = ("adafactor", "adamw8bit", "prodigy")
+"""Optimizers whose state does not have the shape of a parameter, or whose step is no function of its elements."""
+
+
+def check_launch() -> None:
+    """Looks at what `accelerate launch` has set, before accelerate does.
+
+    Raises:
+        UserError: FSDP1.
+    """
+    asked, version = os.environ.get("ACCELERATE_USE_FSDP", "false"), os.environ.get("FSDP_VERSION", "1")
+    if asked.lower() == "true" and version != "2":
+        raise UserError(f"accelerate's configuration has fsdp_version {version}: set fsdp_version: 2")
+
+
+def check_sharding(accelerator: Accelerator, config: TrainConfig) -> None:
+    """Refuses what does not go with the way in which accelerate is configured to split the model, and sets the rest.
+
+    Under FSDP2 weights are gathered in the run's precision, gradients added up in float32; autocast is the trainer's
+    (`autocast_dtype`), and inputs stay as they are: a size of 1023 pixels would be 1024 in bfloat16.
+
+    Raises:
+        UserError: options of accelerate or of the run that do not go with it.
+    """
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return
+    plugin, optimizer = accelerator.state.fsdp_plugin, config.optim.optimizer_name
+    for wrong, name, instead in (
+        (plugin.activation_checkpointing, "fsdp_activation_checkpointing", "use --gradient_checkpointing"),
+        (_offloads(plugin), "fsdp_offload_params", "turn it off; --optimizer or a LoRA save memory"),
+    ):
+        if wrong:
+            raise UserError(f"accelerate's configuration has {name}, which lpl train does not take: {instead}")
+    if optimizer in UNSHARDED:
+        raise UserError(f"--optimizer {optimizer} cannot be split by FSDP2: use adamw, or DDP")
+    if config.run.compile_denoiser:
+        raise UserError("--compile_denoiser does not go with FSDP2: drop it, or use DDP")
+    dtype = autocast_dtype(accelerator)
+    if dtype is not None:
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+
+
+def _offloads(plugin: Any) -> bool:
+    return isinstance(plugin.cpu_offload, CPUOffloadPolicy) or plugin.cpu_offload is True
+
+
+def autocast_dtype(accelerator: Accelerator) -> torch.dtype | None:
+    """The precision in which the trainer itself must run the model: accelerate does it but for FSDP."""
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return None
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)

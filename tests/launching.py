@@ -1,0 +1,69 @@
+"""`lpl train` in several gloo processes, forked from the test's own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import accelerate
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch.distributed.fsdp import FSDPModule
+
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+}
+"""What `accelerate launch` sets for presets/accelerate/fsdp2.yaml."""
+
+
+class ShardingAccelerator(accelerate.Accelerator):
+    """Splits models by FSDP2 on a CPU too, where accelerate would take DDP."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        # accelerate copies the second into the first whenever it is asked for its state.
+        self.state.distributed_type = DistributedType.FSDP
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    def prepare(self, *objects: Any, **options: Any) -> Any:
+        prepared = super().prepare(*objects, **options)
+        assert isinstance(prepared[0], FSDPModule)
+        assert any(isinstance(module, FSDPModule) for module in list(prepared[0].modules())[1:])
+        return prepared
+
+
+def process(argv: list[str], fsdp: bool) -> None:
+    """One process of a launch."""
+    from lpl.cli import main
+    from lpl.training import engine
+
+    if fsdp:
+        engine.Accelerator = ShardingAccelerator  # type: ignore[misc]
+    main(argv)
+
+
+@contextlib.contextmanager
+def environment(values: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name)
+            else:
+                os.environ[name] = value
+
+
+def launch(argv: list[str], processes: int, fsdp: bool = False) -> None:
+    """Runs `lpl ARGV` in so many processes, under DDP or FSDP2; raises where one fails."""
+    with environment({"ACCELERATE_USE_CPU": "true"} | (FSDP if fsdp else {})):
+        accelerate.debug_launcher(process, (argv, fsdp), num_processes=processes)
