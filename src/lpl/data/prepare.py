@@ -85,11 +85,8 @@ def prepare_data(
     tables: list[pa.Table] = []
     weights: list[float] = []
     prefixes: list[str] = []
-    for part, weight, prefix in (
-        (source, 1.0, ""),
-        (regularisation, config.prior_loss_weight, REGULARISATION),
-        (validation, 1.0, VALIDATION),
-    ):
+    others = (regularisation, config.prior_loss_weight, REGULARISATION), (validation, 1.0, VALIDATION)
+    for part, weight, prefix in ((source, 1.0, ""), *others):
         if part is not None:
             catalogue = Catalogue(caches.folder, part, mask_identity(config))
             filler = Filler(part, config, views, rules, encoder, caches, catalogue, bad, prefix, processes.proceed)
