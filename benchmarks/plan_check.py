@@ -46,6 +46,17 @@ CASES = {
     "full, accumulation": Case(
         MEDIUM, THIN, "--resolution 384 --train_batch_size 2 --gradient_accumulation_steps 2 --no_use_lpl"
     ),
+    "full, bf16 weights": Case(
+        LARGE, THIN, "--resolution 128 --no_use_lpl --mixed_precision bf16 --weights_dtype bfloat16"
+    ),
+    "full, fused backward": Case(
+        LARGE, THIN, "--resolution 128 --no_use_lpl --optimizer adafactor --fused_backward_pass --max_grad_norm 0"
+    ),
+    "full, bf16 weights, fused backward": Case(
+        LARGE, THIN,
+        "--resolution 128 --no_use_lpl --mixed_precision bf16 --weights_dtype bfloat16 --optimizer adafactor "
+        "--fused_backward_pass --max_grad_norm 0",
+    ),
     "full, activations": Case(SMALL, THIN, "--resolution 768 --train_batch_size 2 --no_use_lpl"),
     "full, bf16": Case(SMALL, THIN, "--resolution 768 --train_batch_size 2 --no_use_lpl --mixed_precision bf16"),
     "full, checkpointing": Case(
@@ -128,6 +139,7 @@ def take_steps(case: Case) -> None:
     from lpl.families import blueprint
     from lpl.training.ema import Average
     from lpl.training.engine import build_accelerator, build_objective
+    from lpl.training.fused_backward import FusedBackward
     from lpl.training.lora import add_lora
     from lpl.training.optim import build_optimizer
     from lpl.training.step import TrainingStep
@@ -140,11 +152,14 @@ def take_steps(case: Case) -> None:
     if config.model.rank is not None:
         denoiser.to(dtype=WEIGHT_DTYPES[accelerator.mixed_precision])
         add_lora(denoiser, config.model, plan.lora_targets, 0)
+    elif config.optim.weights_dtype == "bfloat16":
+        denoiser.to(dtype=torch.bfloat16)
     if config.run.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
     trained = [p for p in denoiser.train().parameters() if p.requires_grad]
     ema = Average(trained, config.optim) if config.optim.use_ema else None
     denoiser, optimizer = accelerator.prepare(denoiser, build_optimizer(trained, config.optim, 1e-4))
+    fused = FusedBackward(trained, optimizer) if config.optim.fused_backward_pass else None
     family: Any = SimpleNamespace(denoise=plan.denoise, vae=vae, noise_scheduler=plan.noise_scheduler)
     objective = build_objective(config, family) if config.lpl.use_lpl else None
     step = TrainingStep(family, config.diffusion, objective, 0)
@@ -159,7 +174,11 @@ def take_steps(case: Case) -> None:
                 sizes=torch.full((size, 6), 64.0),
             )
             with accelerator.accumulate(denoiser):
-                accelerator.backward(step(denoiser, batch, accelerator.device, True, i).loss)
+                loss = step(denoiser, batch, accelerator.device, True, i).loss
+                if fused is not None:
+                    fused(accelerator.backward, loss, i + 1)
+                    continue
+                accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(trained, 1.0)
                 optimizer.step()

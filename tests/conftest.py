@@ -51,9 +51,11 @@ class Run(NamedTuple):
         """TensorBoard's scalars: name -> step -> value."""
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-        events = EventAccumulator(str(self.folder / "logs" / "lpl"), size_guidance={"scalars": 0})
+        # Files of one second are read in the order of their names, in which 10 comes before 9: by time, then, and
+        # without taking what the later file holds for logged again (`counts` sees to that).
+        folder = str(self.folder / "logs" / "lpl")
+        events = EventAccumulator(folder, size_guidance={"scalars": 0}, purge_orphaned_data=False)
         events.Reload()
-        # By time: files of one second are read in the order of their names, in which 10 comes before 9.
         in_time = {tag: sorted(events.Scalars(tag), key=lambda e: e.wall_time) for tag in events.Tags()["scalars"]}
         return {tag: {e.step: e.value for e in found} for tag, found in in_time.items()}
 

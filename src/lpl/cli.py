@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 import re
 import sys
@@ -16,9 +17,10 @@ import tyro
 
 from lpl import __version__
 from lpl.config import TrainConfig, require
-from lpl.config_io import DATA_REPORT, REFUSED, as_flags, environment, nearest, presets, read_options
+from lpl.config_io import DATA_REPORT, REFUSED, as_flags, environment, nearest, read_options
 from lpl.errors import StopRequestedError, TrainingStoppedError, UserError
 from lpl.exporting.options import ExportConfig
+from lpl.presets import list_presets, preset_text, presets
 
 COMMANDS = {
     "train": "fine-tune a model with the Latent Perceptual Loss",
@@ -27,6 +29,7 @@ COMMANDS = {
     "data": "read the images through, report on them and draw what the model will see: no weights",
     "export": "write a result for other programs: one file for ComfyUI and A1111, a merged folder, a kohya LoRA",
     "demo": "train a small SDXL on photographs: runs anywhere, needs no download",
+    "presets": "list what --config and `accelerate launch --config_file` can begin with; `presets NAME` prints one",
     "env": "print the versions that matter in a bug report",
 }
 
@@ -124,6 +127,9 @@ def main(argv: list[str] | None = None) -> None:
     """
     # transformers warns at import about image packages that nothing here needs.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Where torchao is installed diffusers imports all of it, which complains about kernels that nothing here needs.
+    for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         _dispatch(sys.argv[1:] if argv is None else argv)
     except UserError as error:
@@ -132,6 +138,9 @@ def main(argv: list[str] | None = None) -> None:
         _fail(error, 3)
     except StopRequestedError as stop:
         _fail(stop, 4, "")
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except KeyboardInterrupt:
         print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
         sys.exit(130)
@@ -170,6 +179,8 @@ def _dispatch(argv: list[str]) -> None:
         from lpl.demo.run import run_demo
 
         run_demo(demo.output_dir, demo.export_model, demo.export_data, demo.max_train_steps)
+    elif argv[0] == "presets":
+        print(preset_text(argv[1]) if len(argv) == 2 else list_presets())
     elif argv[0] == "env":
         print("\n".join(f"{key}: {value}" for key, value in environment().items()))
     else:

@@ -6,7 +6,6 @@ import difflib
 import platform
 import subprocess
 from importlib import metadata
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import yaml
 
 from lpl.config import TrainConfig, free_options
 from lpl.errors import UserError
+from lpl.presets import preset_text, presets
 
 RECORD = "environment"
 """Key of config.yaml that holds versions and git state; it is read over."""
@@ -38,14 +38,8 @@ REFUSED = {
     "enable_npu_flash_attention": "PyTorch's own memory-efficient attention is always used",
     "local_rank": "start several processes with `accelerate launch -m lpl train` or torchrun",
     "debug_loss": "every logged step already has the losses, by term and layer (--log_every 1)",
-    "train_text_encoder": "the text encoders are frozen and their embeddings cached; --rank N trains the denoiser",
 }
 """Flags of the diffusers scripts that are not taken, and what replaces each."""
-
-
-def presets() -> list[str]:
-    """Names of the shipped presets."""
-    return sorted(p.name.removesuffix(".yaml") for p in files("lpl.presets").iterdir() if p.name.endswith(".yaml"))
 
 
 def nearest(name: str, known: list[str]) -> str:
@@ -62,7 +56,7 @@ def read_options(name: str) -> dict[str, str]:
     """
     path = Path(name)
     if name in presets():
-        text = (files("lpl.presets") / f"{name}.yaml").read_text()
+        text = preset_text(name)
     elif path.is_file():
         text = path.read_text(encoding="utf-8", errors="replace")
     else:

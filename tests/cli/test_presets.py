@@ -15,7 +15,8 @@ import yaml
 
 from lpl.cli import parse_train
 from lpl.config import TrainConfig
-from lpl.config_io import RECORD, presets
+from lpl.config_io import RECORD
+from lpl.presets import presets
 
 PRESETS = ["demo", "diffusers-lpl", "sdxl", "sdxl-lora"]
 
@@ -195,3 +196,43 @@ def test_python_m_and_version(run_cli: Any) -> None:
     code, out, err = run_cli(["env"])
     assert (code, err) == (0, "")
     assert f"torch: {torch.__version__}" in out
+
+
+def test_presets_are_listed_and_printed(run_cli: Any) -> None:
+    code, listed, _ = run_cli(["presets"])
+    assert code == 0
+    for name in [*PRESETS, "ddp", "fsdp2", "deepspeed-zero2"]:
+        assert f"  {name} " in listed
+        code, text, _ = run_cli(["presets", name])
+        assert code == 0
+        assert isinstance(yaml.safe_load(text), dict)
+    code, _, err = run_cli(["presets", "nothing"])
+    assert code == 2
+    assert "presets nothing: there is none of that name" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "set_by_it"),
+    [
+        ("ddp", {"ACCELERATE_MIXED_PRECISION": "bf16"}),
+        (
+            "fsdp2",
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"},
+        ),
+    ],
+)
+def test_accelerate_reads_its_presets(run_cli: Any, tmp_path: Path, name: str, set_by_it: dict[str, str]) -> None:
+    """What `accelerate launch` sets for its processes; tests/launching.py sets the same for FSDP2."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+    from launching import FSDP
+
+    file = tmp_path / f"{name}.yaml"
+    file.write_text(run_cli(["presets", name])[1])
+    argv = ["--config_file", str(file), "--num_processes", "2", "-m", "lpl"]
+    arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(argv))
+    found = prepare_multi_gpu_env(arguments)
+    assert arguments.num_processes == 2
+    assert {key: found.get(key) for key in set_by_it} == set_by_it
+    if name == "fsdp2":
+        assert {key: found.get(key) for key in FSDP} == FSDP

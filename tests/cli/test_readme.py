@@ -12,7 +12,8 @@ import torch
 
 from lpl.cli import main, parse_train
 from lpl.config import TrainConfig
-from lpl.config_io import REFUSED, presets
+from lpl.config_io import REFUSED
+from lpl.presets import presets
 from lpl.testing import tiny_vae
 
 ROOT = Path(__file__).parents[2]

@@ -178,7 +178,10 @@ def by_hand(losses: HeldOutLoss, denoiser: Any) -> tuple[list[list[float]], list
     return diffusion, perceptual, masks
 
 
-@pytest.mark.parametrize("options", [{}, {"rank": 2, "lora_dropout": 0.5}, {"optimizer": "schedulefree_adamw"}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"rank": 2, "lora_dropout": 0.5}, {"optimizer": "schedulefree_adamw"}, {"train_text_encoder": True}],
+)
 def test_training_goes_on_as_if_there_had_been_none(train: Any, data: Path, tmp_path: Path, options: Any) -> None:
     """Losses and weights bit for bit."""
     folder = tmp_path / "held"
@@ -388,21 +391,29 @@ def test_seeds_are_the_runs_or_the_prompts() -> None:
     assert len(drawn) == 8
 
 
-@pytest.mark.parametrize("fsdp", [False, True])
+@pytest.mark.parametrize(("fsdp", "rank"), [(False, None), (True, None), (True, 2)])
 def test_two_processes_measure_and_draw_the_same(
-    train: Any, as_flags: Any, base_options: Any, tmp_path: Path, fsdp: bool
+    train: Any, as_flags: Any, base_options: Any, read_run: Any, tmp_path: Path, fsdp: bool, rank: int | None
 ) -> None:
-    """Bit for bit at step 0, where weights are equal: three batches and three images on two processes."""
+    """Three batches and three images on two processes: bit for bit at step 0, where weights are equal."""
     options = HELD | {
-        "validation_samples": 1, "train_batch_size": 4, "max_train_steps": 1, "use_ema": True, "validation_prompt": "x",
-        "num_validation_images": 3,
+        "validation_samples": 1, "train_batch_size": 4, "max_train_steps": 3, "validation_steps": 1, "use_ema": True,
+        "ema_decay": 0.7, "adam_epsilon": 1e-2, "validation_prompt": "x", "num_validation_images": 3, "rank": rank,
     }  # fmt: skip
-    alone = train(**options)
+    alone = train(**options, gradient_accumulation_steps=2)
     folder = tmp_path / "two"
     launch(["train", *as_flags({"output_dir": folder, **base_options, **options})], 2, fsdp)
     found, expected = rows(folder), rows(alone.folder)
-    assert [(row["step"], row["weights"]) for row in found] == [(s, k) for s in (0, 1) for k in ("raw", "ema")]
     assert found[:2] == expected[:2]
+    for row, own in zip(found, expected, strict=True):
+        assert (row["step"], row["weights"]) == (own["step"], own["weights"])
+        for name in ("diffusion_loss", "lpl"):
+            assert row[name] == pytest.approx(own[name], rel=1e-6 if rank else 1e-5)
+        averages = [r["diffusion_loss"] for r in expected if r["step"] == row["step"]]
+        assert row["step"] < 2 or abs(averages[0] / averages[1] - 1) > 1e-6
+    losses, expected_losses = read_run(folder).losses(), alone.losses()
+    for name in ("diffusion_loss", "lpl/loss"):
+        assert list(losses[name].values()) == pytest.approx(list(expected_losses[name].values()), rel=5e-5)
     pictures = [(path / "samples" / "step-0000000.png").read_bytes() for path in (folder, alone.folder)]
     assert pictures[0] == pictures[1]
 

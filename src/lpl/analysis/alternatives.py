@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from lpl.analysis.needs import Needs, estimate, floor
 from lpl.analysis.rehearsal import Rehearsal
 from lpl.config import TrainConfig
+from lpl.training.small_cards import suits
 
 HEADROOM = 0.05
 """Share of the device's memory that is left for what is not counted."""
@@ -52,16 +53,35 @@ def savings(config: TrainConfig) -> list[Change]:
         setting(f"--rank {RANK}", "model", 16, rank=config.model.rank or RANK),
         setting("--gradient_checkpointing", "run", 1, gradient_checkpointing=True),
         _with_lpl(setting("--lpl_checkpointing true", "lpl", 1, lpl_checkpointing="true")),
+        adafactor(config, 5),
+        _with_adamw(setting("--use_8bit_adam", "optim", 4, use_8bit_adam=True)),
+        bfloat16_weights(config, 5),
         setting(HALF, "run", 2, mixed_precision=_half(config.run.mixed_precision)),
         _with_lpl(setting("--lpl_dtype bfloat16", "lpl", 2, lpl_dtype=_half(config.lpl.lpl_dtype))),
         setting(single, "run", 2, train_batch_size=1, gradient_accumulation_steps=batch * steps),
         _unless(setting("--no_use_ema", "optim", 4, use_ema=False), lambda c: c.optim.final_weights == "ema"),
         _with_average(setting("--ema_device cpu", "optim", 1, ema_device="cpu")),
-        adafactor(config, 5),
-        _with_adamw(setting("--use_8bit_adam", "optim", 4, use_8bit_adam=True)),
+        _unless(fused_backward(3), lambda c: c.model.rank is not None),  # an adapter's gradients are small
         _with_lpl(setting(f"--lpl_crop {crop}", "lpl", 8, lpl_crop=min(crop, config.lpl.lpl_crop or crop))),
     ]
-    return [change for change in changes if change.apply(config) != config]
+    return [change for change in map(_allowed, changes) if change.apply(config) != config]
+
+
+def bfloat16_weights(config: TrainConfig, cost: int = 0) -> Change:
+    """Weights in bfloat16, with the arithmetic that they need."""
+    arithmetic = f"{HALF} " * (config.run.mixed_precision != "bf16")
+
+    def apply(config: TrainConfig) -> TrainConfig:
+        run, optim = replace(config.run, mixed_precision="bf16"), replace(config.optim, weights_dtype="bfloat16")
+        return replace(config, run=run, optim=optim)
+
+    return Change(f"{arithmetic}--weights_dtype bfloat16", apply, cost)
+
+
+def fused_backward(cost: int = 0) -> Change:
+    """Steps in the backward pass, without the clipping that they do not go with."""
+    flags = "--fused_backward_pass --max_grad_norm 0"
+    return setting(flags, "optim", cost, fused_backward_pass=True, max_grad_norm=0.0)
 
 
 def adafactor(config: TrainConfig, cost: int = 0) -> Change:
@@ -81,6 +101,11 @@ def _with_average(change: Change) -> Change:
 
 def _with_adamw(change: Change) -> Change:
     return _unless(change, lambda config: config.optim.optimizer_name != "adamw" or bool(config.optim.optimizer_args))
+
+
+def _allowed(change: Change) -> Change:
+    """The change, but none where what comes of it is refused."""
+    return _unless(change, lambda config: not suits(change.apply(config)))
 
 
 def _unless(change: Change, idle: Callable[[TrainConfig], bool]) -> Change:
@@ -130,13 +155,21 @@ def neighbours(config: TrainConfig) -> list[Change]:
         on = not optim.use_8bit_adam
         changes.append(setting(_switch("use_8bit_adam", on), "optim", use_8bit_adam=on))
     changes.append(adafactor(config))
+    if optim.weights_dtype == "float32":
+        changes.append(bfloat16_weights(config))
+    else:
+        changes.append(setting("--weights_dtype float32", "optim", weights_dtype="float32"))
+    if optim.fused_backward_pass:
+        changes.append(setting("--no_fused_backward_pass", "optim", fused_backward_pass=False))
+    else:
+        changes.append(fused_backward())
     if optim.final_weights != "ema" and optim.optimizer != "schedulefree_adamw":
         changes.append(setting(_switch("use_ema", not optim.use_ema), "optim", use_ema=not optim.use_ema))
     if optim.use_ema:
         other = "same" if optim.ema_device == "cpu" else "cpu"
         changes.append(setting(f"--ema_device {other}", "optim", ema_device=other))
     sizes = {1, 2 * run.train_batch_size} - {run.train_batch_size}
-    changes = [change for change in changes if change.apply(config) != config]
+    changes = [change for change in map(_allowed, changes) if change.apply(config) != config]
     return changes + [setting(f"--train_batch_size {size}", "run", train_batch_size=size) for size in sorted(sizes)]
 
 

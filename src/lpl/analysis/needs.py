@@ -66,17 +66,20 @@ def estimate(config: TrainConfig, rehearsal: Rehearsal, processes: int = 1) -> N
     stays = fixed_costs(config, rehearsal, processes)
     if loss is not None and loss.copy:
         stays[f"LPL's decoder, {config.lpl.lpl_dtype}"] = loss.copy
-    total, gradients = sum(stays.values()), 4 * parameters.trained
+    total, fused = sum(stays.values()), config.optim.fused_backward_pass
+    gradients = parameters.itemsize * (parameters.largest if fused else parameters.trained)
     before = total + (gradients if config.run.gradient_accumulation_steps > 1 else 0)
     phases = {"caching": rehearsal.caching(config), "forward pass": before + denoiser.forward}
     if loss is not None:
         phases["LPL"] = before + denoiser.kept + loss.peak
     phases["backward pass"] = before + denoiser.backward
-    phases["optimizer step"] = total + gradients + optimizer_workspace(config, rehearsal)
+    if not fused:
+        phases["optimizer step"] = total + gradients + optimizer_workspace(config, rehearsal)
     if _averages_there(config, rehearsal):
-        phases["EMA update"] = total + gradients  # its difference from the weights; gradients are gone by then
+        # Its difference from the weights, of bfloat16 ones one after another; gradients are gone by then.
+        phases["EMA update"] = total + (4 * parameters.trained if parameters.itemsize == 4 else 8 * parameters.largest)
     if config.logging.draws_images:
-        phases["validation"] = total + _validation(config, rehearsal, stays)
+        phases["validation"] = total + _validation(config, rehearsal, stays[weights_name(rehearsal)])
     p_gate = 0.0 if loss is None else gate_probability(config, rehearsal)
     batch = config.run.train_batch_size
     return Needs(
@@ -99,12 +102,18 @@ def fixed_costs(config: TrainConfig, rehearsal: Rehearsal, processes: int) -> di
     """Bytes that are on the device throughout, without LPL's; arithmetic alone."""
     parameters = rehearsal.parameters(config)
     state = state_size(config.optim, parameters.shapes, rehearsal.device)
-    stays = {"UNet weights": parameters.size, state_name(config.optim): state}
+    weights = weights_name(rehearsal)
+    stays = {weights: parameters.size, state_name(config.optim): state}
     if _averages_there(config, rehearsal):
         stays["EMA"] = 4 * parameters.trained
     if processes > 1:
-        stays["gradients in exchange"] = 4 * parameters.trained
+        stays["gradients in exchange"] = parameters.itemsize * parameters.trained
     return stays | ({"VAE, float32": rehearsal.vae()} if _keeps_vae(config, rehearsal) else {})
+
+
+def weights_name(rehearsal: Rehearsal) -> str:
+    """The row of the denoiser's weights."""
+    return "UNet and text weights" if rehearsal.blueprint.trains_text else "UNet weights"
 
 
 def _keeps_vae(config: TrainConfig, rehearsal: Rehearsal) -> bool:
@@ -112,12 +121,12 @@ def _keeps_vae(config: TrainConfig, rehearsal: Rehearsal) -> bool:
     return config.lpl.use_lpl or rehearsal.device == "cpu"
 
 
-def _validation(config: TrainConfig, rehearsal: Rehearsal, stays: dict[str, int]) -> int:
+def _validation(config: TrainConfig, rehearsal: Rehearsal, weights: int) -> int:
     """Peak of drawing validation images on top of what stays: for decoding, the denoiser waits on the CPU."""
     sampling, decoding = rehearsal.validation(config)
     if not _keeps_vae(config, rehearsal):
         decoding += rehearsal.vae()
-    return max(sampling, decoding - (0 if rehearsal.device == "cpu" else stays["UNet weights"]))
+    return max(sampling, decoding - (0 if rehearsal.device == "cpu" else weights))
 
 
 def optimizer_workspace(config: TrainConfig, rehearsal: Rehearsal) -> int:
@@ -133,7 +142,10 @@ def _averages_there(config: TrainConfig, rehearsal: Rehearsal) -> bool:
 def floor(config: TrainConfig, rehearsal: Rehearsal, processes: int = 1) -> int:
     """A bound from below on the peak, by arithmetic alone."""
     fixed = sum(fixed_costs(config, rehearsal, processes).values())
-    return fixed + 4 * rehearsal.parameters(config).trained + optimizer_workspace(config, rehearsal)
+    if config.optim.fused_backward_pass:
+        return fixed
+    parameters = rehearsal.parameters(config)
+    return fixed + parameters.itemsize * parameters.trained + optimizer_workspace(config, rehearsal)
 
 
 def gate_probability(config: TrainConfig, rehearsal: Rehearsal) -> float:

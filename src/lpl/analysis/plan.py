@@ -15,6 +15,7 @@ from lpl.errors import UserError
 from lpl.families import blueprint, native_resolution, plan_configs
 from lpl.progress import progress
 from lpl.training.preflight import Checked, check_options
+from lpl.training.small_cards import check_small_cards
 
 
 def plan(config: TrainConfig, memory: int) -> str:
@@ -27,8 +28,9 @@ def plan(config: TrainConfig, memory: int) -> str:
     if config.data.resolution is None:
         config = replace(config, data=replace(config.data, resolution=native_resolution(configs)))
     config = _with_launched_precision(config)
+    check_small_cards(config, packages=False)
     check_options(config, configs)
-    rehearsal, processes = Rehearsal(blueprint(configs, config.model.max_token_length)), _processes()
+    rehearsal, processes = Rehearsal(blueprint(configs, config.model)), _processes()
     changes = [Change("as asked", lambda same: same), *neighbours(config)]
     rows = []
     with progress(changes, desc="counting") as bar:
@@ -60,7 +62,7 @@ def describe(config: TrainConfig, checked: Checked) -> str:
     """
     config = _with_launched_precision(config)
     configs = checked.model_configs or plan_configs(config.model)
-    rehearsal, run = Rehearsal(blueprint(configs, config.model.max_token_length)), config.run
+    rehearsal, run = Rehearsal(blueprint(configs, config.model)), config.run
     needs = estimate(config, rehearsal, _processes())
     held, size = config.data.validation_samples, checked.source.size
     samples, per_step = None if size is None else size - held, run.train_batch_size * run.gradient_accumulation_steps
@@ -80,10 +82,15 @@ def describe(config: TrainConfig, checked: Checked) -> str:
         f"data         {samples or 'a stream of'} samples at {config.data.crop_size} px{shapes}, latents {channels} x "
         f"{side} x {side}",
         f"steps        {length}",
-        f"rate         {config.learning_rate:g}, {config.optim.lr_scheduler}; mixed precision {run.mixed_precision}",
+        f"rate         {_rates(config)}, {config.optim.lr_scheduler}; mixed precision {run.mixed_precision}",
         *_details(needs, config),
     ]
     return "\n".join(lines)
+
+
+def _rates(config: TrainConfig) -> str:
+    own = "".join(f", {part} {rate:g}" for part, rate in config.component_rates.items())
+    return f"{config.learning_rate:g}{own}"
 
 
 def _with_launched_precision(config: TrainConfig) -> TrainConfig:
@@ -102,6 +109,8 @@ def _trains(needs: Needs, config: TrainConfig) -> str:
     rank = config.model.rank
     kind = "DoRA" if config.model.use_dora else "LoRA"
     what = f"{kind} of rank {rank} on {needs.base:,}" if rank else "the whole UNet"
+    if config.model.train_text_encoder:
+        what += "" if rank else " and both text encoders"
     return f"trains       {needs.trained:,} parameters ({what})"
 
 
@@ -120,7 +129,8 @@ def _details(needs: Needs, config: TrainConfig) -> list[str]:
             f"{_tera(mean)} on average: {1 + mean / needs.step_flops:.2f} times"
         )
     weights, *others = needs.stays.items()
-    rows = [weights, ("gradients", needs.gradients), *others, ("UNet activations", needs.kept)]
+    activations = "their activations" if config.model.train_text_encoder else "UNet activations"
+    rows = [weights, ("gradients", needs.gradients), *others, (activations, needs.kept)]
     if lpl.use_lpl:
         rows.append(("LPL, while it runs", needs.lpl))
     return [

@@ -14,8 +14,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lpl.analysis.counter import StepCounter
+from lpl.analysis.fake_weights import make_fake
 from lpl.analysis.fused_attention import FusedAttention, checkpoint
-from lpl.config import ModelConfig, TrainConfig
+from lpl.analysis.states import one_step_size
+from lpl.config import ModelConfig, OptimConfig, TrainConfig
 from lpl.data.filling import CAPTION_BATCH, batch_of
 from lpl.diffusion.diffusion_loss import diffusion_loss
 from lpl.families.base import DECODED_PIXELS, Blueprint
@@ -41,6 +43,8 @@ class Parameters(NamedTuple):
     """Bytes of all."""
     shapes: tuple[tuple[int, ...], ...]
     """Of the trained tensors."""
+    itemsize: int
+    """Bytes of a trained value and of its gradient."""
 
 
 class DenoiserCost(NamedTuple):
@@ -90,30 +94,41 @@ class Rehearsal:
 
     def parameters(self, config: TrainConfig) -> Parameters:
         """How many there are."""
-        lora, precision = _lora(config), _precision(config)
-        return self._once(("parameters", lora, precision), lambda: self._parameters(lora, precision))
+        lora, precision, dtype = _lora(config), _precision(config), config.optim.weights_dtype
+        return self._once(("parameters", lora, precision, dtype), lambda: self._parameters(lora, precision, dtype))
 
-    def _parameters(self, lora: ModelConfig | None, precision: str) -> Parameters:
+    def _parameters(self, lora: ModelConfig | None, precision: str, dtype: str) -> Parameters:
         with torch.device("meta"):
             base = sum(p.numel() for p in self.blueprint.denoiser().parameters())
-        weights = list(self._model(lora, precision).parameters())
+        weights = list(self._model(lora, precision, dtype).parameters())
         trained = [p.numel() for p in weights if p.requires_grad]
+        itemsize = max(p.element_size() for p in weights if p.requires_grad)
         shapes = tuple(tuple(p.shape) for p in weights if p.requires_grad)
-        return Parameters(base, sum(trained), max(trained), sum(p.numel() * p.element_size() for p in weights), shapes)
+        size = sum(p.numel() * p.element_size() for p in weights)
+        return Parameters(base, sum(trained), max(trained), size, shapes, itemsize)
 
     def denoiser(self, config: TrainConfig) -> DenoiserCost:
         """One micro-batch, as the trainer runs it; with accumulation, gradients of earlier ones are there already."""
         run, shape = config.run, self.latents(config, config.run.train_batch_size)
         held, lora, precision = run.gradient_accumulation_steps > 1, _lora(config), _precision(config)
+        fused = config.optim if config.optim.fused_backward_pass else None
+        dtype, stepped = config.optim.weights_dtype, fused and (fused.optimizer_name, fused.optimizer_args)
         return self._once(
-            ("denoiser", lora, run.gradient_checkpointing, precision, shape, held),
-            lambda: self._denoiser(lora, run.gradient_checkpointing, precision, shape, held),
+            ("denoiser", lora, run.gradient_checkpointing, precision, dtype, shape, held, stepped),
+            lambda: self._denoiser(lora, run.gradient_checkpointing, precision, dtype, shape, held, fused),
         )
 
     def _denoiser(
-        self, lora: ModelConfig | None, checkpointing: bool, precision: str, shape: tuple[int, ...], held: bool
+        self,
+        lora: ModelConfig | None,
+        checkpointing: bool,
+        precision: str,
+        dtype: str,
+        shape: tuple[int, ...],
+        held: bool,
+        fused: OptimConfig | None,
     ) -> DenoiserCost:
-        denoiser = self._model(lora, precision)
+        denoiser = self._model(lora, precision, dtype)
         denoiser.disable_gradient_checkpointing()
         if checkpointing:
             denoiser.enable_gradient_checkpointing(checkpoint)
@@ -128,35 +143,47 @@ class Rehearsal:
                 loss = diffusion_loss(output.float(), inputs[0]).mean()
                 forward, kept = counter.peak, counter.live
                 counter.reset_peak()
-                loss.backward()
+                with self._stepping(trained, fused):
+                    loss.backward()
             for parameter in trained:
                 parameter.grad = None
         return DenoiserCost(forward, kept, counter.peak, counter.flops)
 
-    def _model(self, lora: ModelConfig | None, precision: str) -> Any:
-        """The denoiser in training mode, as the trainer prepares it."""
-        return self._once(("model", lora, precision), lambda: self._build_model(lora, precision))
+    @contextmanager
+    def _stepping(self, trained: list[Any], optim: OptimConfig | None) -> Iterator[None]:
+        """Under --fused_backward_pass, each gradient goes when it is there, after what its step writes out."""
 
-    def _build_model(self, lora: ModelConfig | None, precision: str) -> Any:
+        def step(parameter: Any) -> None:
+            assert optim is not None
+            size = one_step_size(optim, tuple(parameter.shape), self.device)
+            parameter.grad.new_empty(size, dtype=torch.uint8)
+            parameter.grad = None
+
+        hooks = [p.register_post_accumulate_grad_hook(step) for p in trained if optim is not None]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _model(self, lora: ModelConfig | None, precision: str, dtype: str = "float32") -> Any:
+        """The denoiser in training mode, as the trainer prepares it."""
+        return self._once(("model", lora, precision, dtype), lambda: self._build_model(lora, precision, dtype))
+
+    def _build_model(self, lora: ModelConfig | None, precision: str, dtype: str) -> Any:
         with torch.device("meta"):
-            denoiser = self.blueprint.denoiser()
+            denoiser = self.blueprint.denoiser().requires_grad_(True)
+            if dtype != "float32":
+                _cast(denoiser, getattr(torch, dtype))
             if lora is not None:
                 _cast(denoiser, HALF.get(precision, torch.float32))
                 add_lora(denoiser, lora, self.blueprint.lora_targets, 0)
         if precision in HALF:
-            self._make_fake(denoiser)
+            make_fake(denoiser, self._fake)
             for module in denoiser.modules():
                 if self.device == "cuda" and isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
                     module.register_forward_pre_hook(_to_float32)
         return denoiser.train()
-
-    def _make_fake(self, module: nn.Module) -> None:
-        # Fake tensors refuse module.to(): what they are to be is settled on the meta device.
-        for part in module.modules():
-            for name, p in part._parameters.items():
-                if p is not None:
-                    with self._fake:
-                        part._parameters[name] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad)
 
     def _inputs(self, shape: tuple[int, ...]) -> tuple[Any, ...]:
         batch = shape[0]
@@ -186,7 +213,7 @@ class Rehearsal:
             # Built again on weights of its own precision, which can be made fake: it then copies nothing.
             _cast(vae, getattr(torch, config.lpl.lpl_dtype))
         if self.device == "cpu":
-            self._make_fake(vae)
+            make_fake(vae, self._fake)
         with _quiet(True):
             loss = build_loss(config, vae)
         windows = None if config.lpl.lpl_crop is None else torch.zeros(shape[0], 2)
@@ -217,7 +244,8 @@ class Rehearsal:
         return self._once(("caching", size), lambda: self._caching(size, batch_of((3, size, size))))
 
     def _caching(self, size: int, images: int) -> int:
-        encoders = self._on_meta(self.blueprint.text_encoders)
+        # Of captions whose encoders are trained, tokens are cached.
+        encoders = [] if self.blueprint.trains_text else self._on_meta(self.blueprint.text_encoders)
         vae = self._on_meta(self.blueprint.vae)
         with torch.device("meta"), torch.no_grad(), FusedAttention():
             with StepCounter() as counter:
@@ -229,12 +257,16 @@ class Rehearsal:
 
     def validation(self, config: TrainConfig) -> tuple[int, int]:
         """Peaks of sampling the latents of a validation image and of decoding them, on top of what was there before."""
-        precision, lora = _precision(config), _lora(config)
+        precision, lora, dtype = _precision(config), _lora(config), config.optim.weights_dtype
         shape = self.latents(config, 2)  # with and without the prompt
-        return self._once(("validation", lora, precision, shape), lambda: self._validation(lora, precision, shape))
+        return self._once(
+            ("validation", lora, precision, dtype, shape), lambda: self._validation(lora, precision, dtype, shape)
+        )
 
-    def _validation(self, lora: ModelConfig | None, precision: str, shape: tuple[int, ...]) -> tuple[int, int]:
-        denoiser = self._model(lora, precision)
+    def _validation(
+        self, lora: ModelConfig | None, precision: str, dtype: str, shape: tuple[int, ...]
+    ) -> tuple[int, int]:
+        denoiser = self._model(lora, precision, dtype)
         vae = self._on_meta(self.blueprint.vae)
         tile = [min(side, DECODED_PIXELS // self.blueprint.stride) for side in shape[2:]]
         with torch.no_grad(), FusedAttention():

@@ -1,4 +1,4 @@
-"""What an optimizer keeps and what it writes out while it steps, in bytes of float32."""
+"""What an optimizer keeps and what it writes out while it steps, in bytes."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from torch import nn
 from lpl.analysis.counter import StepCounter
 from lpl.config import OPTIMIZERS, OptimConfig
 from lpl.errors import UserError
+from lpl.training.one_by_one import PIECE
 from lpl.training.optim import build_optimizer
 from lpl.training.optimizers import FAILURES, averages_itself
 
+ROUNDING = 21
+"""Bytes a value that torchao's stochastic rounding writes out: five tensors of four, and a mask."""
 Shapes = tuple[tuple[int, ...], ...]
 NAMES = {"adafactor": "Adafactor", "prodigy": "Prodigy", "schedulefree_adamw": "schedule-free"}
 
@@ -49,6 +52,8 @@ def state_size(config: OptimConfig, shapes: Shapes, device: str) -> int:
         return 4 * (2 * sliced + total * (2 if config.adam_beta1 > 0 else 1))
     if name in OPTIMIZERS:
         return 4 * total * (3 if given.get("amsgrad") else 2)
+    if config.is_optimi:
+        return round(total * _per_value(config)[0])
     return _counted(config, shapes, device)[0]
 
 
@@ -58,11 +63,14 @@ def workspace_size(config: OptimConfig, shapes: Shapes, device: str) -> int:
 
     AdamW writes out sqrt(v) of all parameters at once on a GPU, on a CPU of one after another, twice. Adafactor and
     Prodigy go from parameter to parameter everywhere: the square of a gradient, its approximation and that one's
-    factors, or one tensor. Schedule-free AdamW takes all at once everywhere.
+    factors, or one tensor. Schedule-free AdamW takes all at once everywhere. On bfloat16 weights, and in the backward
+    pass, all go from parameter to parameter.
 
     Raises:
         UserError: as state_size.
     """
+    if config.is_optimi or config.rounds or config.fused_backward_pass:
+        return max(one_step_size(config, shape, device) for shape in shapes)
     name, given = config.optimizer_name, config.optimizer_keywords
     total, largest = sum(map(prod, shapes)), max(map(prod, shapes))
     if name == "adamw8bit":
@@ -76,6 +84,40 @@ def workspace_size(config: OptimConfig, shapes: Shapes, device: str) -> int:
     if name in OPTIMIZERS:
         return 4 * total if device == "cuda" else 2 * 4 * largest
     return _counted(config, shapes, device)[1]
+
+
+def one_step_size(config: OptimConfig, shape: tuple[int, ...], device: str) -> int:
+    """Bytes on top of that while one parameter steps by itself.
+
+    A bfloat16 weight and its gradient are there in float32 meanwhile; then, without the gradient, what rounding a piece
+    of the weight writes out.
+    """
+    size = prod(shape)
+    if config.is_optimi:
+        return round(size * _per_value(config)[1])
+    own = {"adamw8bit": 0, "adafactor": 4 * (2 * size + _factored(shape))}
+    stepping = own.get(config.optimizer_name, 4 * size if device == "cuda" else 2 * 4 * size)
+    return max(8 * size + stepping, 4 * size + ROUNDING * min(size, PIECE)) if config.rounds else stepping
+
+
+@cache
+def _per_value(config: OptimConfig) -> tuple[float, float]:
+    """State and workspace of optimi's optimizers, which keep and write out so many bytes a value, counted on a CPU."""
+    parameter = nn.Parameter(torch.ones(256, 256, dtype=getattr(torch, config.weights_dtype)))
+    try:
+        optimizer = build_optimizer([parameter], config, 1e-4)
+        parameter.grad = torch.ones_like(parameter)
+        with StepCounter() as counter:
+            optimizer.step()
+            state = counter.live
+            counter.reset_peak()
+            parameter.grad = torch.ones_like(parameter)
+            held = counter.live - state
+            optimizer.step()
+            return state / parameter.numel(), max(0, counter.peak - state - held) / parameter.numel()
+    except FAILURES as error:
+        message = " ".join(str(error).split())[:200]
+        raise UserError(f"--optimizer {config.optimizer}: its memory cannot be counted ({message})") from error
 
 
 def _factored(shape: tuple[int, ...]) -> int:

@@ -55,6 +55,16 @@ class TrainConfig:
         return 1e-5 if self.model.rank is None else 1e-4
 
     @property
+    def component_rates(self) -> dict[str, float]:
+        """Peak learning rates, before --scale_lr, of what is trained beside the denoiser."""
+        if not self.model.train_text_encoder:
+            return {}
+        first = self.optim.text_encoder_lr
+        first = self.learning_rate if first is None else first
+        second = self.optim.text_encoder_2_lr
+        return {"text_encoder": first, "text_encoder_2": first if second is None else second}
+
+    @property
     def lpl_checkpointing(self) -> bool:
         """Whether LPL recomputes the decoder in its backward pass."""
         choice = self.lpl.lpl_checkpointing

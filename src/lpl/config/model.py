@@ -44,6 +44,9 @@ class ModelConfig:
     the blocks."""
     use_dora: bool = False
     """Train a DoRA: also a magnitude for each output of these layers (slower, more memory)."""
+    train_text_encoder: bool = False
+    """Train both text encoders too, or with --rank a LoRA on their attentions (--lora_targets attention_mlp or all: and
+    MLPs); see --text_encoder_lr."""
 
     def __post_init__(self) -> None:
         alpha = self.lora_alpha
@@ -51,6 +54,10 @@ class ModelConfig:
         require(0 <= self.lora_dropout < 1, f"--lora_dropout must lie in 0..1, below 1, not {self.lora_dropout}")
         require(self.rank is None or self.rank >= 1, f"--rank must be at least 1, not {self.rank}")
         require(self.clip_skip is None or self.clip_skip >= 0, f"--clip_skip must be 0 or more, not {self.clip_skip}")
+        require(
+            not (self.use_dora and self.train_text_encoder),
+            "--use_dora with --train_text_encoder: diffusers loads no magnitudes into text encoders; drop one of them",
+        )
 
     @property
     def alpha(self) -> float:

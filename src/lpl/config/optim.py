@@ -8,6 +8,10 @@ from typing import Any, Literal
 from lpl.config.checks import free, require
 from lpl.keywords import parse_keywords
 
+OPTIMI = "optimi."
+"""How the classes of the package optimi begin, which step parameter by parameter and sum with compensation."""
+ONE_BY_ONE = ("adamw", "adamw8bit", "adafactor")
+"""Optimizers in which a parameter's step depends on nothing but that parameter."""
 OPTIMIZERS = ("adamw", "adamw8bit", "adafactor", "prodigy", "schedulefree_adamw")
 
 
@@ -48,7 +52,7 @@ class OptimConfig:
     adam_epsilon: float = 1e-8
     """Term added to the denominator."""
     max_grad_norm: float = 1.0
-    """Clip the gradient's norm to this."""
+    """Clip the gradient's norm to this; 0: do not clip."""
     use_ema: bool = False
     """Keep an exponential moving average of the weights; see --final_weights."""
     ema_decay: float = 0.9999
@@ -76,6 +80,18 @@ class OptimConfig:
     """Where the average is kept: on the device of the weights, or on the CPU, which costs a transfer at each update."""
     final_weights: Literal["auto", "raw", "ema"] = "auto"
     """Which weights are validated and saved as the result; auto: the average with --use_ema, else the raw ones."""
+    weights_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the trained weights and their gradients. bfloat16 halves both; updates are computed in float32 and
+    rounded at random to one of the two neighbours, which loses nothing on average (optimizers of optimi keep instead
+    what rounding leaves over). Needs --mixed_precision bf16 and adamw, adamw8bit, adafactor or optimi.Class."""
+    fused_backward_pass: bool = False
+    """Step each weight in the backward pass, as soon as its gradient is there, and free that gradient: they never exist
+    all at once. Needs --max_grad_norm 0, one micro-batch a step, one process, and an optimizer as --weights_dtype
+    bfloat16."""
+    text_encoder_lr: float | None = None
+    """Peak learning rate of the text encoders, with --train_text_encoder; unset: --learning_rate's."""
+    text_encoder_2_lr: float | None = None
+    """Another one for the second text encoder (CLIP-G); unset: --text_encoder_lr's."""
 
     def __post_init__(self) -> None:
         self._check_optimizer()
@@ -103,12 +119,13 @@ class OptimConfig:
             self.lr_step_rules is None or _are_step_rules(self.lr_step_rules),
             f"--lr_step_rules {self.lr_step_rules}: expected rules such as 1:10,0.1:20,0.01",
         )
-        require(self.max_grad_norm > 0, f"--max_grad_norm must be positive, not {self.max_grad_norm}")
+        require(self.max_grad_norm >= 0, f"--max_grad_norm must be 0 or more, not {self.max_grad_norm}")
         require(self.adam_weight_decay >= 0, f"--adam_weight_decay must be 0 or more, not {self.adam_weight_decay}")
         require(self.adam_epsilon > 0, f"--adam_epsilon must be positive, not {self.adam_epsilon}")
         for name, beta in (("--adam_beta1", self.adam_beta1), ("--adam_beta2", self.adam_beta2)):
             require(0 <= beta < 1, f"{name} must lie in 0..1, not {beta}")
         self._check_average()
+        self._check_component_rates()
 
     def _check_average(self) -> None:
         require(0 < self.ema_decay < 1, f"--ema_decay must lie between 0 and 1, not {self.ema_decay}")
@@ -129,6 +146,15 @@ class OptimConfig:
             "--final_weights ema needs --use_ema: there is no average without it",
         )
 
+    def _check_component_rates(self) -> None:
+        for name in ("text_encoder_lr", "text_encoder_2_lr"):
+            rate = getattr(self, name)
+            require(rate is None or 0 < rate < float("inf"), f"--{name} must be positive, not {rate}")
+            require(
+                self.optimizer != "prodigy" or rate in (None, self.learning_rate or 1.0),
+                f"--{name} {rate} with --optimizer prodigy, which finds one rate for all that is trained: drop it",
+            )
+
     @property
     def optimizer_name(self) -> str:
         """The optimizer, --use_8bit_adam taken into account."""
@@ -138,6 +164,16 @@ class OptimConfig:
     def optimizer_keywords(self) -> dict[str, Any]:
         """--optimizer_args by keyword."""
         return parse_keywords("optimizer_args", self.optimizer_args)
+
+    @property
+    def is_optimi(self) -> bool:
+        """Whether the optimizer is one of optimi's."""
+        return self.optimizer_name.startswith(OPTIMI)
+
+    @property
+    def rounds(self) -> bool:
+        """Whether weights are rounded stochastically after each step."""
+        return self.weights_dtype == "bfloat16" and not self.is_optimi
 
     @property
     def warms_up(self) -> bool:

@@ -126,7 +126,10 @@ class TrainingData:
             sample_ids=[row.id for row in rows],
             counts=[count for _, count in draws],
             raw_latents=raw,
-            text={name: values.float() for name, values in self.caches.text.gather(texts).items()},
+            text={
+                name: values.float() if values.is_floating_point() else values
+                for name, values in self.caches.text.gather(texts).items()
+            },
             sizes=torch.tensor(sizes, dtype=torch.float32),
             weights=weights,
             mask=mask,

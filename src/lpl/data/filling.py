@@ -252,7 +252,11 @@ class Filler:
             self.proceed()
             batch = lacking[start : start + CAPTION_BATCH]
             encoded = self.encoder.encode_text([text for _, text in batch])
-            fields = {name: values.to(self.caches.dtype) for name, values in encoded.items()}
+            # Tokens stay the integers that they are.
+            fields = {
+                name: values.to(self.caches.dtype) if values.is_floating_point() else values
+                for name, values in encoded.items()
+            }
             for position, (_, text) in enumerate(batch):
                 values = [values[position] for values in fields.values()]
                 name = f"caption {text[:60]!r}"

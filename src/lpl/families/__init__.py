@@ -26,11 +26,12 @@ def load_family(
     return SDXL(config, device, weight_dtype, encoders_only)
 
 
-def blueprint(configs: dict[str, Any], max_token_length: int = 75) -> Blueprint:
-    """The networks that a model's configs describe, for a plan with captions of so many tokens."""
+def blueprint(configs: dict[str, Any], config: ModelConfig | None = None) -> Blueprint:
+    """The networks that a model's configs describe, for a plan with these options."""
     from lpl.families.sdxl_blueprint import SDXLBlueprint
 
-    return SDXLBlueprint(configs, max_token_length)
+    config = config or ModelConfig()
+    return SDXLBlueprint(configs, config.max_token_length, config.train_text_encoder, config.clip_skip)
 
 
 def load_for_export(config: ModelConfig, dtype: torch.dtype | None, lora: Path | None, scale: float) -> SDXLExport:

@@ -18,7 +18,11 @@ class Family(Protocol):
     """A loaded model: the denoiser that is trained, still on the CPU, and the frozen parts around it, on the device."""
 
     denoiser: Any
-    """The network that is trained, float32 (LoRA: base weights in the run's precision)."""
+    """The network that is trained, float32 (LoRA: base weights in the run's precision).
+
+    With --train_text_encoder a module of denoiser and text encoders; what is named denoiser below is then this module,
+    and the names of its parameters begin with those of the components that have learning rates of their own.
+    """
     vae: Any
     """The frozen VAE, float32, in eval mode."""
     noise_scheduler: Any
@@ -36,7 +40,10 @@ class Family(Protocol):
         """Posterior mean and std, raw latents (B, C, h, w), float32 on the CPU, of pixels (B, 3, H, W) in [-1, 1]."""
 
     def encode_text(self, captions: list[str]) -> dict[str, Tensor]:
-        """What the denoiser needs of each caption, (B, ...) on the CPU; the same shapes for all captions of a run."""
+        """What the denoiser needs of each caption, (B, ...) on the CPU; the same shapes for all captions of a run.
+
+        Embeddings, or token ids (integers) where the text encoders are trained.
+        """
 
     def entry_bytes(self, height: int, width: int) -> tuple[int, int]:
         """Bytes of what is cached in float32 of an image of this size, in pixels, and of a caption."""
@@ -47,10 +54,17 @@ class Family(Protocol):
         """The model's output, (B, C, h, w), for sizes (B, 6) = original (h, w), crop (y, x), target (h, w)."""
 
     def prepare_prompt(self, prompt: str, negative_prompt: str = "") -> None:
-        """Encodes a prompt for `sample`, while the text encoders are at hand; "": the model's own idea of none."""
+        """Encodes a prompt for `sample`, while the text encoders are at hand; not if they are trained.
+
+        `sample` then encodes it itself, with the weights of the denoiser it is given. A negative prompt of "" is the
+        model's own idea of none.
+        """
 
     def free_encoders(self) -> None:
-        """Moves the text encoders off the device; called once everything is cached. The VAE stays: LPL runs in it."""
+        """Moves text encoders off the device, unless they are trained; called once everything is cached.
+
+        The VAE stays: LPL runs in it.
+        """
 
     def sample(
         self,
@@ -74,7 +88,7 @@ class Family(Protocol):
         """Writes a pipeline with this denoiser that `from_pretrained` loads and that says its prediction type."""
 
     def save_denoiser(self, denoiser: nn.Module, folder: Path) -> None:
-        """Writes the denoiser alone, in the subfolder that its `from_pretrained` takes it from in a pipeline."""
+        """Writes what is trained alone, in the subfolders that `from_pretrained` takes it from in a pipeline."""
 
     def export_lora(self, denoiser: nn.Module, folder: Path) -> None:
         """Writes the denoiser's adapter as `load_lora_weights` expects it."""
@@ -84,6 +98,8 @@ class Blueprint(Protocol):
     """What a plan asks of a model family: networks without trained weights, and inputs of their shapes."""
 
     lora_targets: Mapping[str, tuple[str, ...]]
+    trains_text: bool
+    """Whether the text encoders are trained, and so part of the denoiser."""
     noise_scheduler: Any
     latent_channels: int
     stride: int
@@ -104,7 +120,7 @@ class Blueprint(Protocol):
         """Token ids of so many captions, as each text encoder takes them at once: a chunk of each caption."""
 
     def text(self, batch: int) -> dict[str, Tensor]:
-        """What encode_text gives for so many captions: zeros of those shapes."""
+        """What encode_text gives for so many captions: values do not matter, shapes do."""
 
 
 def weights_hash(*modules: nn.Module, settings: str = "") -> str:

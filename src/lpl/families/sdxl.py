@@ -6,15 +6,14 @@ import json
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import transformers
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline
 from diffusers.training_utils import _collate_lora_metadata
-from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -24,20 +23,13 @@ from lpl.config import ModelConfig
 from lpl.diffusion.latent_space import LatentSpace
 from lpl.errors import UserError
 from lpl.families.base import DECODED_PIXELS, weights_hash
+from lpl.families.sdxl_lora import LORA_TARGETS, WITH_TEXT, adapter_of
 from lpl.families.sdxl_schedule import chosen_schedule
-from lpl.families.sdxl_text import PromptEncoder
+from lpl.families.sdxl_text import PromptEncoder, guided
+from lpl.families.sdxl_trainee import SDXLTrainee, denoise, parts_of, token_fields
 
 logger = logging.getLogger("lpl")
 
-_ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
-_MLP = ("ff.net.0.proj", "ff.net.2")
-_RESNET = ("conv1", "conv2", "conv_shortcut", "time_emb_proj")
-_REST = (*_RESNET, "proj_in", "proj_out", "downsamplers.0.conv", "upsamplers.0.conv")
-LORA_TARGETS: dict[str, tuple[str, ...]] = {
-    "attention": _ATTENTION,
-    "attention_mlp": _ATTENTION + _MLP,
-    "all": _ATTENTION + _MLP + _REST,  # what kohya's networks.lora with conv_dim and LyCORIS' full preset reach
-}
 COMPONENTS = ("vae", "text_encoder", "text_encoder_2")
 SAMPLING_STEPS = 25
 GUIDANCE_SCALE = 5.0
@@ -49,6 +41,9 @@ class SDXL:
     Differs from the diffusers scripts: a dropped caption is what the pipeline uses for no caption (zeros where the
     model says force_zeros_for_empty_prompt), not the encoding of "". See also PromptEncoder.
 
+    With --train_text_encoder the denoiser is an SDXLTrainee: what is cached of a caption are its tokens, and prompts
+    are encoded when images are made of them, with the weights of then.
+
     Args:
         config: which model.
         device: where encoding happens and the denoiser goes.
@@ -59,14 +54,11 @@ class SDXL:
         UserError: the model cannot be loaded.
     """
 
-    lora_targets: Mapping[str, tuple[str, ...]] = LORA_TARGETS
-
     def __init__(
         self, config: ModelConfig, device: torch.device, weight_dtype: torch.dtype, encoders_only: bool = False
     ) -> None:
         self.device, self.weight_dtype = device, weight_dtype
         self.pipeline = load_pipeline(config, encoders_only)
-        self.denoiser = self.pipeline.unet
         self.vae = self.pipeline.vae.float().eval().requires_grad_(False)
         self.text_encoders = (self.pipeline.text_encoder, self.pipeline.text_encoder_2)
         for encoder in self.text_encoders:
@@ -83,12 +75,20 @@ class SDXL:
         )
         self._encode_prompts = PromptEncoder(self.pipeline, config.clip_skip, config.max_token_length)
         tokenizers = [json.dumps(t.get_vocab(), sort_keys=True) for t in self._tokenizers()]
-        settings = f"{self.force_zeros}{tokenizers}{self._encode_prompts.settings}"
-        self.text_key = weights_hash(*self.text_encoders, settings=settings)
+        self.denoiser, self.trains_text = self.pipeline.unet, config.train_text_encoder
+        self.lora_targets: Mapping[str, tuple[str, ...]] = WITH_TEXT if self.trains_text else LORA_TARGETS
+        if self.trains_text:
+            layer, self.text_key = self._encode_prompts.layer, self._encode_prompts.token_key
+            if self.denoiser is not None:  # lpl cache leaves it out
+                self.denoiser = SDXLTrainee(self.denoiser, *self.text_encoders, layer, self.force_zeros)
+        else:
+            settings = f"{self.force_zeros}{tokenizers}{self._encode_prompts.settings}"
+            self.text_key = weights_hash(*self.text_encoders, settings=settings)
         self.latent_stride = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self._prompts: dict[tuple[str, str], tuple[Tensor, ...]] = {}
         self._cut: list[str] = []
-        for module in (self.vae, *self.text_encoders):  # hashed first: on the CPU that costs no copy
+        # Hashed first: on the CPU that costs no copy. What is trained goes with the denoiser.
+        for module in (self.vae, *(() if self.trains_text else self.text_encoders)):
             module.to(device)
 
     def _tokenizers(self) -> tuple[Any, Any]:
@@ -102,6 +102,8 @@ class SDXL:
     @torch.no_grad()
     def encode_text(self, captions: list[str]) -> dict[str, Tensor]:
         self._cut += self._encode_prompts.cut(captions)
+        if self.trains_text:
+            return token_fields(*self._encode_prompts.tokens(captions), captions)
         embeds, pooled = self._encode_prompts(captions, self.device)
         if self.force_zeros:
             keep = torch.tensor([caption != "" for caption in captions], device=embeds.device)
@@ -110,25 +112,40 @@ class SDXL:
 
     def entry_bytes(self, height: int, width: int) -> tuple[int, int]:
         channels, stride = self.vae.config.latent_channels, self.latent_stride
-        return 2 * 4 * channels * (height // stride) * (width // stride), self._encode_prompts.entry_bytes
+        image = 2 * 4 * channels * (height // stride) * (width // stride)
+        return image, self._encode_prompts.entry_bytes(of_tokens=self.trains_text)
 
     @staticmethod
     def denoise(
         denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, text: Mapping[str, Tensor], sizes: Tensor
     ) -> Tensor:
-        conditions = {"text_embeds": text["pooled"].to(noisy_latents.dtype), "time_ids": sizes.to(noisy_latents.dtype)}
-        embeds = text["prompt_embeds"].to(noisy_latents.dtype)
-        return denoiser(noisy_latents, timesteps, embeds, added_cond_kwargs=conditions, return_dict=False)[0]
+        if "input_ids" in text:
+            return denoiser(noisy_latents, timesteps, text, sizes)
+        return denoise(denoiser, noisy_latents, timesteps, text["prompt_embeds"], text["pooled"], sizes)
 
-    @torch.no_grad()
     def prepare_prompt(self, prompt: str, negative_prompt: str = "") -> None:
-        embeds, pooled = self._encode_prompts([prompt], self.device)
-        if self.force_zeros and negative_prompt == "":
-            negative, negative_pooled = torch.zeros_like(embeds), torch.zeros_like(pooled)
-        else:
-            negative, negative_pooled = self._encode_prompts([negative_prompt], self.device)
-        prepared = (embeds, negative, pooled, negative_pooled)
-        self._prompts[prompt, negative_prompt] = tuple(e.cpu() for e in prepared)
+        if not self.trains_text:
+            found = guided(prompt, negative_prompt, self._encode, self.force_zeros)
+            self._prompts[prompt, negative_prompt] = tuple(e.cpu() for e in found)
+
+    def _encode(self, prompt: str) -> tuple[Tensor, Tensor]:
+        return self._encode_prompts([prompt], self.device)
+
+    def _embeddings(self, denoiser: nn.Module, prompt: str, negative_prompt: str) -> tuple[Tensor, ...]:
+        """What guided gives, on the device: prepared, or by text encoders that are trained."""
+        if not isinstance(denoiser, SDXLTrainee):
+            return tuple(e.to(self.device) for e in self._prompts[prompt, negative_prompt])
+
+        def encode(text: str) -> tuple[Tensor, Tensor]:
+            fields = token_fields(*self._encode_prompts.tokens([text]), [text])
+            return denoiser.encode({name: value.to(self.device) for name, value in fields.items()})
+
+        with self._autocast():
+            return tuple(e.float() for e in guided(prompt, negative_prompt, encode, self.force_zeros))
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        half = self.weight_dtype != torch.float32
+        return torch.autocast(self.device.type, self.weight_dtype) if half else nullcontext()
 
     def free_encoders(self) -> None:
         if self._cut:
@@ -137,8 +154,9 @@ class SDXL:
                 *(len(self._cut), self._encode_prompts.limit, self._encode_prompts.max_token_length, self._cut[0]),
             )
             self._cut = []
-        for encoder in self.text_encoders:
-            encoder.to("cpu")
+        if not self.trains_text:
+            for encoder in self.text_encoders:
+                encoder.to("cpu")
 
     @torch.no_grad()
     def sample(
@@ -154,24 +172,22 @@ class SDXL:
             proceed()
             return state
 
-        prepared = self._prompts[prompt, negative_prompt]
-        embeds, negative, pooled, negative_pooled = (e.to(self.device) for e in prepared)
+        embeds, negative, pooled, negative_pooled = self._embeddings(denoiser, prompt, negative_prompt)
         pipeline = StableDiffusionXLPipeline(
             vae=None,  # a pipeline runs where the first of its parts is
             text_encoder=None,
             text_encoder_2=None,
             tokenizer=None,
             tokenizer_2=None,
-            unet=denoiser,
+            unet=parts_of(denoiser)["unet"],
             scheduler=self.pipeline.scheduler,
             force_zeros_for_empty_prompt=self.force_zeros,
             add_watermarker=False,
         )
         pipeline.vae_scale_factor = self.latent_stride
         pipeline.set_progress_bar_config(disable=True)
-        half = self.weight_dtype != torch.float32
         proceed()
-        with torch.autocast(self.device.type, self.weight_dtype) if half else nullcontext():
+        with self._autocast():
             latents = pipeline(
                 prompt_embeds=embeds,
                 negative_prompt_embeds=negative,
@@ -202,18 +218,18 @@ class SDXL:
         return image
 
     def export(self, denoiser: nn.Module, folder: Path) -> None:
-        self.pipeline.unet = denoiser
+        for name, part in parts_of(denoiser).items():
+            setattr(self.pipeline, name, part)
         self.pipeline.save_pretrained(folder, safe_serialization=True)
 
     def save_denoiser(self, denoiser: nn.Module, folder: Path) -> None:
-        cast(UNet2DConditionModel, denoiser).save_pretrained(folder / "unet", safe_serialization=True)
+        for name, part in parts_of(denoiser).items():
+            part.save_pretrained(folder / name, safe_serialization=True)
 
     def export_lora(self, denoiser: nn.Module, folder: Path) -> None:
-        StableDiffusionXLPipeline.save_lora_weights(
-            folder,
-            unet_lora_layers=get_peft_model_state_dict(denoiser),
-            **_collate_lora_metadata({"unet": denoiser}),
-        )
+        parts = parts_of(denoiser)
+        tensors = {f"{name}_lora_layers": adapter_of(name, part) for name, part in parts.items()}
+        StableDiffusionXLPipeline.save_lora_weights(folder, **tensors, **_collate_lora_metadata(parts))
 
 
 def training_schedule(scheduler: Mapping[str, Any]) -> DDPMScheduler:

@@ -10,8 +10,10 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from lpl.families.sdxl import LORA_TARGETS, SDXL, training_schedule
-from lpl.families.sdxl_text import TOKENS_PER_CHUNK
+from lpl.families.sdxl import SDXL, training_schedule
+from lpl.families.sdxl_lora import LORA_TARGETS, WITH_TEXT
+from lpl.families.sdxl_text import TOKENS_PER_CHUNK, usual_layer
+from lpl.families.sdxl_trainee import SDXLTrainee, token_fields
 
 
 class SDXLBlueprint:
@@ -20,12 +22,20 @@ class SDXLBlueprint:
     Args:
         configs: by component, as check_model returns them.
         max_token_length: of captions, see ModelConfig.
+        trains_text: whether the text encoders are trained, and so part of the denoiser.
+        clip_skip: see ModelConfig.
     """
 
-    lora_targets: Mapping[str, tuple[str, ...]] = LORA_TARGETS
-
-    def __init__(self, configs: Mapping[str, Any], max_token_length: int = TOKENS_PER_CHUNK) -> None:
+    def __init__(
+        self,
+        configs: Mapping[str, Any],
+        max_token_length: int = TOKENS_PER_CHUNK,
+        trains_text: bool = False,
+        clip_skip: int | None = None,
+    ) -> None:
         self._configs = configs
+        self.trains_text, self._layer = trains_text, usual_layer(clip_skip)
+        self.lora_targets: Mapping[str, tuple[str, ...]] = WITH_TEXT if trains_text else LORA_TARGETS
         self._chunks = max_token_length // TOKENS_PER_CHUNK
         self.denoise = SDXL.denoise
         self.noise_scheduler = training_schedule(configs["scheduler"])
@@ -34,7 +44,11 @@ class SDXLBlueprint:
         self._text_configs = [CLIPTextConfig.from_dict(configs[part]) for part in ("text_encoder", "text_encoder_2")]
 
     def denoiser(self) -> Any:
-        return UNet2DConditionModel.from_config(self._configs["unet"])
+        unet = UNet2DConditionModel.from_config(self._configs["unet"])
+        if not self.trains_text:
+            return unet
+        first, second = self.text_encoders()
+        return SDXLTrainee(unet, first, second, self._layer, force_zeros=False)
 
     def vae(self) -> Any:
         return AutoencoderKL.from_config(self._configs["vae"]).eval().requires_grad_(False)
@@ -47,6 +61,9 @@ class SDXLBlueprint:
         return torch.zeros(batch, self._text_configs[0].max_position_embeddings, dtype=torch.long)
 
     def text(self, batch: int) -> dict[str, Tensor]:
+        if self.trains_text:
+            ids = self.tokens(batch)[:, None].expand(-1, self._chunks, -1)
+            return token_fields(ids, ids, [""] * batch)
         unet = self._configs["unet"]
         pooled = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
         length = self._chunks * self._text_configs[0].max_position_embeddings

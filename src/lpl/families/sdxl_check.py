@@ -230,6 +230,11 @@ def _check_clip_skip(configs: dict[str, Any], config: ModelConfig) -> None:
         raise UserError(
             f"--clip_skip {config.clip_skip}: the model's {part} has {depths[part]} layers; give less than that"
         )
+    if config.train_text_encoder and config.rank is not None and (config.clip_skip or 0) >= depths["text_encoder"] - 1:
+        raise UserError(
+            f"--clip_skip {config.clip_skip or 0} with --train_text_encoder: no layer of the model's text_encoder "
+            "acts, so there is none for a LoRA; give less"
+        )
 
 
 def _check_vae(config: ModelConfig, configs: dict[str, Any]) -> None:

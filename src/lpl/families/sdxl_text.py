@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from lpl.families.base import weights_hash
 
 TOKENS_PER_CHUNK = 75
 """Tokens of a chunk, less its start and end: what --max_token_length counts in."""
@@ -34,25 +38,37 @@ class PromptEncoder:
             # It would say of every long caption that it cannot be encoded: it can, chunk by chunk, or is cut.
             tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
         self.max_token_length = max_token_length
-        self._layer = -2 - (clip_skip or 0)
-        self._chunks = max_token_length // TOKENS_PER_CHUNK
+        self.layer = usual_layer(clip_skip)
+        self.chunks = max_token_length // TOKENS_PER_CHUNK
 
     @property
     def settings(self) -> str:
         """Names the layer and the chunks; empty for the usual ones, so that caches of such runs stay valid."""
-        usual = self._layer == -2 and self._chunks == 1
-        return "" if usual else f"layer {self._layer}, {self._chunks} chunks"
+        usual = self.layer == -2 and self.chunks == 1
+        return "" if usual else f"layer {self.layer}, {self.chunks} chunks"
 
     @property
     def limit(self) -> int:
         """How many tokens of a caption count."""
-        return self._chunks * _chunk_size(self._pipeline.tokenizer)
+        return self.chunks * _chunk_size(self._pipeline.tokenizer)
 
     @property
-    def entry_bytes(self) -> int:
-        """Bytes of what __call__ gives for one caption, in float32."""
+    def token_key(self) -> str:
+        """Hash of what token ids depend on: the tokenizers, and how many chunks there are."""
+        settings: list[Any] = [self.chunks]
+        for tokenizer in (self._pipeline.tokenizer, self._pipeline.tokenizer_2):
+            rules = json.loads(tokenizer.backend_tokenizer.to_str())
+            rules |= {"truncation": None, "padding": None}  # of its latest call
+            ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+            settings.append([rules, ids, tokenizer.model_max_length])
+        return weights_hash(settings=f"tokens {json.dumps(settings, sort_keys=True)}")
+
+    def entry_bytes(self, of_tokens: bool = False) -> int:
+        """Bytes of what __call__ gives for one caption, in float32, or of its tokens and whether it is empty."""
         encoders = self._pipeline.text_encoder.config, self._pipeline.text_encoder_2.config
-        length = self._chunks * int(self._pipeline.tokenizer.model_max_length)
+        length = self.chunks * int(self._pipeline.tokenizer.model_max_length)
+        if of_tokens:
+            return 4 * (2 * length + 1)
         return 4 * (length * sum(c.hidden_size for c in encoders) + int(encoders[1].projection_dim))
 
     def cut(self, captions: list[str]) -> list[str]:
@@ -60,37 +76,71 @@ class PromptEncoder:
         tokens = self._tokens(self._pipeline.tokenizer, captions)
         return [caption for caption, ids in zip(captions, tokens, strict=True) if len(ids) > self.limit]
 
+    def tokens(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """Token ids for each encoder, (B, chunks, length), of which a chunk has its own start, end and padding."""
+        first, second = (self._ids(t, captions) for t in (self._pipeline.tokenizer, self._pipeline.tokenizer_2))
+        return first, second
+
     @torch.no_grad()
     def __call__(self, captions: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
         """Hidden states (B, chunks * length, C) and pooled embedding (B, P) on the device, in the encoders' dtype."""
-        pipeline = self._pipeline
-        first, _ = self._encode(pipeline.tokenizer, pipeline.text_encoder, captions, device)
-        second, pooled = self._encode(pipeline.tokenizer_2, pipeline.text_encoder_2, captions, device)
-        return torch.cat([first, second], 2), pooled
+        ids, ids_2 = (ids.to(device) for ids in self.tokens(captions))
+        return embed(self._pipeline.text_encoder, self._pipeline.text_encoder_2, ids, ids_2, self.layer)
 
-    def _encode(self, tokenizer: Any, encoder: Any, captions: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Hidden states of all chunks, and of the first chunk what the encoder is for (pooled, of the second one)."""
-        hidden, results = [], []
-        # Chunk by chunk: numbers do not depend on how many there are, and memory hardly grows with them.
-        for ids in self._ids(tokenizer, captions):
-            output = encoder(ids.to(device), output_hidden_states=True)
-            hidden.append(output.hidden_states[self._layer])
-            results.append(output[0])
-        return torch.cat(hidden, 1), results[0]
-
-    def _ids(self, tokenizer: Any, captions: list[str]) -> list[Tensor]:
-        """Token ids (B, length) of each chunk."""
+    def _ids(self, tokenizer: Any, captions: list[str]) -> Tensor:
         size, tokens = _chunk_size(tokenizer), self._tokens(tokenizer, captions)
         chunks = []
-        for start in range(0, self._chunks * size, size):
+        for start in range(0, self.chunks * size, size):
             rows = [[tokenizer.bos_token_id, *ids[start : start + size], tokenizer.eos_token_id] for ids in tokens]
             padded = tokenizer.pad({"input_ids": rows}, padding="max_length", max_length=size + 2, return_tensors="pt")
             chunks.append(padded.input_ids)
-        return chunks
+        return torch.stack(chunks, 1)
 
     def _tokens(self, tokenizer: Any, captions: list[str]) -> Any:
         texts = self._pipeline.maybe_convert_prompt(captions, tokenizer)  # embeddings of several tokens, as diffusers
         return tokenizer(texts, add_special_tokens=False).input_ids
+
+
+def usual_layer(clip_skip: int | None) -> int:
+    """Which hidden states are used, counted from the last one's -1."""
+    return -2 - (clip_skip or 0)
+
+
+def embed(text_encoder: Any, text_encoder_2: Any, ids: Tensor, ids_2: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+    """Hidden states (B, chunks * length, C) and pooled embedding (B, P) of token ids.
+
+    Args:
+        text_encoder: CLIP-L.
+        text_encoder_2: CLIP-G, whose first chunk is what the pooled embedding is of.
+        ids: (B, chunks, length), as PromptEncoder.tokens gives them.
+        ids_2: the same for the second encoder.
+        layer: of the hidden states, counted from the last one's -1.
+    """
+    first, _ = _embed(text_encoder, ids, layer)
+    second, pooled = _embed(text_encoder_2, ids_2, layer)
+    return torch.cat([first, second], 2), pooled
+
+
+def guided(
+    prompt: str, negative: str, encode: Callable[[str], tuple[Tensor, Tensor]], force_zeros: bool
+) -> tuple[Tensor, ...]:
+    """Embeddings of a prompt and of a negative one ("": zeros, if so forced), and the pooled ones of both."""
+    embeds, pooled = encode(prompt)
+    if force_zeros and negative == "":
+        return embeds, torch.zeros_like(embeds), pooled, torch.zeros_like(pooled)
+    negative_embeds, negative_pooled = encode(negative)
+    return embeds, negative_embeds, pooled, negative_pooled
+
+
+def _embed(encoder: Any, ids: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+    """Hidden states of all chunks, and of the first chunk what the encoder is for (pooled, of the second one)."""
+    hidden, results = [], []
+    # Chunk by chunk: numbers do not depend on how many there are, and memory hardly grows with them.
+    for chunk in ids.unbind(1):
+        output = encoder(chunk, output_hidden_states=True)
+        hidden.append(output.hidden_states[layer])
+        results.append(output[0])
+    return torch.cat(hidden, 1), results[0]
 
 
 def _chunk_size(tokenizer: Any) -> int:

@@ -246,7 +246,8 @@ def load_checkpoint(
         raise UserError(f"{path}: cannot be read ({reason(error)})") from error
     if list(saved.keys() - parameters.keys()) or list(parameters.keys() - saved.keys()):
         raise UserError(
-            f"{path}: holds other parameters than this run trains (another model, --rank, --lora_targets or --use_dora)"
+            f"{path}: holds other parameters than this run trains (another model, --rank, --lora_targets, --use_dora "
+            "or --train_text_encoder)"
         )
     if (ema is None) != ("ema" not in state):
         raise UserError(f"{path}: was written {'with' if ema is None else 'without'} --use_ema")

@@ -21,7 +21,8 @@ class Average(EMAModel):
     decay of an update, whatever ema_update_every.
 
     Args:
-        parameters: what is averaged; the parts that this process holds are copied to the device of the average.
+        parameters: what is averaged; the parts that this process holds are copied to the device of the average, as
+            float32 whatever they are.
         config: the --ema_ options.
     """
 
@@ -35,10 +36,12 @@ class Average(EMAModel):
             use_ema_warmup=config.ema_warmup,
             inv_gamma=config.ema_inv_gamma,
             power=config.ema_power,
-            foreach=True,
+            # All at once needs a copy of them all in the precision of the average, which is float32's: in bfloat16 an
+            # average with decay 0.9999 would never move.
+            foreach=all(p.dtype == torch.float32 for p in parameters),
         )
+        self.shadow_params: list[Tensor] = [shadow.float() for shadow in self.shadow_params]
         self.to("cpu" if config.ema_device == "cpu" else parts[0].device)
-        self.shadow_params: list[Tensor]
         self.every = config.ema_update_every
 
     def after_step(self, step: int, parameters: Iterable[nn.Parameter]) -> None:

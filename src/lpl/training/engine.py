@@ -20,6 +20,7 @@ from lpl.perceptual.loss import LatentPerceptualLoss
 from lpl.perceptual.objective import PerceptualObjective
 from lpl.training.optimizers import check_class, check_steps
 from lpl.training.sharded import check_launch, check_sharding
+from lpl.training.small_cards import check_processes
 from lpl.training.step import timestep_weights
 
 logger = logging.getLogger("lpl")
@@ -50,6 +51,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         flag = "--use_8bit_adam" if config.optim.use_8bit_adam else "--optimizer adamw8bit"
         raise UserError(f"{flag} needs a GPU; drop it on a CPU")
     check_sharding(accelerator, config)
+    check_processes(config, accelerator.num_processes)
     check_class(config.optim)
     check_steps(config.optim, accelerator.device)
     compiled = {"lpl_compile": config.lpl.use_lpl and config.lpl.lpl_compile, "compile_denoiser": run.compile_denoiser}

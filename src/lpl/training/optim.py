@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from contextlib import redirect_stdout
 from typing import Any
 
@@ -11,20 +12,39 @@ from diffusers.optimization import get_scheduler
 
 from lpl.config import OptimConfig, TrainConfig
 from lpl.errors import UserError
+from lpl.training.one_by_one import of_optimi, suited
 from lpl.training.optimizers import optimizer_class, optimizer_keywords, parameter_groups
 
 WARMUP_STEPS = 500
 
 
-def build_optimizer(parameters: list[torch.nn.Parameter], config: OptimConfig, learning_rate: float) -> Any:
+def build_optimizer(
+    parameters: list[torch.nn.Parameter],
+    config: OptimConfig,
+    learning_rate: float,
+    components: Mapping[str, tuple[list[torch.nn.Parameter], float]] | None = None,
+) -> Any:
     """The optimizer that --optimizer names, in up to two groups: biases and weights of norms do not decay.
+
+    Args:
+        parameters: what is trained at the learning rate.
+        config: the options.
+        learning_rate: after --scale_lr.
+        components: by name, further parameters with a rate of their own, again in up to two groups each; a group has
+            the name as its "component".
 
     Raises:
         UserError: a package that is not installed, or keywords that the optimizer lacks.
     """
     cls = optimizer_class(config)
     keywords = optimizer_keywords(config, cls)
+    if config.is_optimi:
+        keywords = of_optimi(config) | keywords
+    cls = suited(cls, config)
     groups = parameter_groups(parameters, config.decay_all, keywords, cls)
+    for name, (further, rate) in (components or {}).items():
+        own = parameter_groups(further, config.decay_all, keywords, cls)
+        groups += [group | {"lr": rate, "component": name} for group in own]
     with redirect_stdout(io.StringIO()):  # prodigyopt says at each start that its weight decay is decoupled
         return cls(groups, lr=learning_rate, **keywords)
 
@@ -54,6 +74,31 @@ def build_schedule(optimizer: Any, config: OptimConfig, num_steps: int) -> Any:
 
 def scaled_learning_rate(config: TrainConfig, num_processes: int) -> float:
     """The peak learning rate, after --scale_lr."""
+    return config.learning_rate * _scale(config, num_processes)
+
+
+def split_components(
+    parameters: Mapping[str, torch.nn.Parameter], config: TrainConfig, num_processes: int
+) -> tuple[list[torch.nn.Parameter], dict[str, tuple[list[torch.nn.Parameter], float]]]:
+    """The parameters with the learning rate, and those of components that have their own, with it after --scale_lr.
+
+    A component's parameters have names that begin with its own and a dot.
+    """
+    scale = _scale(config, num_processes)
+    components = {
+        part: ([p for name, p in parameters.items() if name.startswith(f"{part}.")], rate * scale)
+        for part, rate in config.component_rates.items()
+    }
+    taken = {id(p) for own, _ in components.values() for p in own}
+    return [p for p in parameters.values() if id(p) not in taken], components
+
+
+def component_rates(optimizer: Any, rates: list[float]) -> dict[str, float]:
+    """Of the rates of an optimizer's groups those of its components, as they are logged."""
+    groups = zip(optimizer.param_groups, rates, strict=True)
+    return {f"learning_rate/{group['component']}": rate for group, rate in groups if "component" in group}
+
+
+def _scale(config: TrainConfig, num_processes: int) -> int:
     run = config.run
-    factor = run.gradient_accumulation_steps * run.train_batch_size * num_processes if config.optim.scale_lr else 1
-    return config.learning_rate * factor
+    return run.gradient_accumulation_steps * run.train_batch_size * num_processes if config.optim.scale_lr else 1

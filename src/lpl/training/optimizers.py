@@ -156,7 +156,8 @@ def check_steps(config: OptimConfig, device: torch.device) -> None:
     from lpl.training.optimizer_state import join_optimizer, split_optimizer
 
     try:
-        parameters = [nn.Parameter(torch.ones(size, device=device)) for size in ((64, 64), (64,))]
+        dtype = getattr(torch, config.weights_dtype)
+        parameters = [nn.Parameter(torch.ones(size, device=device, dtype=dtype)) for size in ((64, 64), (64,))]
         optimizer = build_optimizer(parameters, config, config.learning_rate or 1e-4)
         if averages_itself(optimizer):
             optimizer.train()

@@ -19,6 +19,7 @@ from lpl.data.sources import Source, open_regularisation, open_source, open_vali
 from lpl.errors import UserError
 from lpl.families import model_configs, native_resolution, plan_configs
 from lpl.training.objective_checks import objective_rules, warn_of_objective
+from lpl.training.small_cards import check_small_cards
 from lpl.training.validation_checks import check_validation, validation_rules
 
 logger = logging.getLogger("lpl")
@@ -27,6 +28,7 @@ ADAM = ", ".join(name for name in OPTIMIZERS if name != "adafactor")
 EMA = ("ema_decay", "ema_warmup", "ema_min_decay", "ema_update_after_step", "ema_update_every", "ema_device")
 SHUFFLING = ("keep_tokens", "caption_separator", "caption_variants")
 LORA = ("lora_alpha", "lora_dropout", "lora_targets", "use_dora")
+TEXT_RATES = ("text_encoder_lr", "text_encoder_2_lr")
 FINISHED = "finished.json"
 TRACKERS = {"tensorboard": ("tensorboard",), "wandb": ("wandb",), "comet_ml": ("comet_ml",), "none": (), "all": ()}
 
@@ -68,6 +70,7 @@ def preflight(config: TrainConfig) -> Checked:
         from lpl.training.optimizers import check_class
 
         check_class(config.optim)
+    check_small_cards(config)
     config, configs = check_model(config)
     finished_step = _check_output(config)
     if configs:
@@ -282,6 +285,7 @@ def _rules(config: TrainConfig) -> list[tuple[str, bool, str]]:
     betas = named and config.optim.optimizer_name != "adafactor"
     return [
         *((name, config.model.rank is not None, "--rank") for name in LORA),
+        *((name, config.model.train_text_encoder, "--train_text_encoder") for name in TEXT_RATES),
         ("lr_warmup_steps", config.optim.warms_up, "a schedule with warm-up (constant_with_warmup)"),
         *((name, betas, f"--optimizer {ADAM}") for name in ("adam_beta1", "adam_beta2", "adam_epsilon")),
         ("adam_weight_decay", named, "an --optimizer with a name (--optimizer_args weight_decay=... is for others)"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -27,10 +28,17 @@ from lpl.training import hub
 from lpl.training.checkpoint import full_disk, last_checkpoint
 from lpl.training.ema import Average
 from lpl.training.engine import build_accelerator, build_objective
+from lpl.training.fused_backward import FusedBackward
 from lpl.training.held_out_loss import HeldOutLoss
 from lpl.training.lora import add_lora
 from lpl.training.nonfinite import FiniteGuard, spoil
-from lpl.training.optim import build_optimizer, build_schedule, scaled_learning_rate
+from lpl.training.optim import (
+    build_optimizer,
+    build_schedule,
+    component_rates,
+    scaled_learning_rate,
+    split_components,
+)
 from lpl.training.optimizers import adapted_rate
 from lpl.training.preflight import Checked
 from lpl.training.prompts import read_prompts
@@ -138,6 +146,8 @@ class Trainer:
                 denoiser.to(dtype=weight_dtype)
             add_lora(denoiser, config.model, self.family.lora_targets, config.run.seed)
         else:
+            if config.optim.weights_dtype == "bfloat16":
+                denoiser.to(dtype=torch.bfloat16)
             denoiser.requires_grad_(True)
         if config.run.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
@@ -145,9 +155,10 @@ class Trainer:
         if self.accelerator.distributed_type != DistributedType.FSDP:  # which splits it before it goes there
             denoiser.to(self.accelerator.device)
         self.whole_model = WholeModel(self.accelerator, denoiser)
-        trained = [p for p in denoiser.parameters() if p.requires_grad]
+        trained = {n: p for n, p in denoiser.named_parameters() if p.requires_grad}
         rate = scaled_learning_rate(config, self.accelerator.num_processes)
-        optimizer = build_optimizer(trained, config.optim, rate)
+        own, components = split_components(trained, config, self.accelerator.num_processes)
+        optimizer = build_optimizer(own, config.optim, rate, components)
         # Not prepared by accelerate, which would step it once per process.
         self.schedule = build_schedule(optimizer, config.optim, self.num_steps)
         if config.run.compile_denoiser:
@@ -155,6 +166,7 @@ class Trainer:
         self.denoiser, self.optimizer = self.accelerator.prepare(denoiser, optimizer)
         self.parameters = {n: p for n, p in denoiser.named_parameters() if p.requires_grad}
         self.ema = Average(list(self.parameters.values()), config.optim) if config.optim.use_ema else None
+        self.fused = FusedBackward(trained, self.optimizer) if config.optim.fused_backward_pass else None
         self.optimizer.train()  # says something to schedule-free optimizers only
         self.weights = Weights(self.parameters, self.optimizer, self.ema, config.optim.final_weights)
 
@@ -208,7 +220,8 @@ class Trainer:
                 bar.update()
                 logs = self.step % log.log_every == 0 or self.step in (1, self.num_steps)
                 if logs and len(self.tracker.window):  # nothing in it: every step since the last time was skipped
-                    extra = {"learning_rate": self.schedule.get_last_lr()[0]}
+                    rates = self.schedule.get_last_lr()
+                    extra = {"learning_rate": rates[0]} | component_rates(self.optimizer, rates)
                     if gradient_norm is not None:
                         extra["gradient_norm"] = float(gradient_norm)
                     if (rate := adapted_rate(self.optimizer)) is not None:
@@ -249,9 +262,16 @@ class Trainer:
                 out = self.step_loss(self.denoiser, batch, accelerator.device, use_lpl, self.step)
                 self.guard.watch(batch, out.diffusion_per_sample, out.lpl)
                 added.append((out.metrics, out.num_lpl_samples))
+                if self.fused is not None:
+                    norm = out.loss.detach()
+                    fault = self.guard.fault(norm, self.step + 1, scaled=False)
+                    if fault is None:
+                        norm = self._backward_and_step(self.fused, out.loss)
+                    continue
                 accelerator.backward(spoil(out.loss))
                 if accelerator.sync_gradients:
-                    norm = whole(accelerator.clip_grad_norm_(self.parameters.values(), self.config.optim.max_grad_norm))
+                    limit = self.config.optim.max_grad_norm or math.inf
+                    norm = whole(accelerator.clip_grad_norm_(self.parameters.values(), limit))
                     fault = self.guard.fault(norm, self.step + 1, accelerator.scaler is not None)
                 if fault is None or accelerator.scaler is not None:  # a scaler leaves the step out by itself
                     self.optimizer.step()
@@ -267,6 +287,15 @@ class Trainer:
             self.ema.after_step(self.step + 1, self.parameters.values())
         if self.objective is not None:
             self.objective.end_step(accelerator.reduce if accelerator.num_processes > 1 else None)
+        return norm
+
+    def _backward_and_step(self, fused: FusedBackward, loss: torch.Tensor) -> torch.Tensor:
+        try:
+            norm = fused(self.accelerator.backward, loss, self.step + 1)
+        except TrainingStoppedError as error:
+            self.accelerator.end_training()
+            raise TrainingStoppedError(f"{error}; {last_checkpoint(self.folder)}") from error
+        self.optimizer.step()  # finds no gradient; says to accelerate and to the schedule that a step was made
         return norm
 
     def _draws(self, step: int, micro_batch: int) -> list[tuple[int, int]]:

@@ -24,6 +24,7 @@ from lpl.data.files import write_atomically
 from lpl.errors import StopRequestedError, UserError
 from lpl.training.held_out_loss import HeldOutLoss
 from lpl.training.prompts import Prompt
+from lpl.training.sharded import forget_gathered
 from lpl.training.stopping import Stop
 from lpl.training.validation_images import ImageDrawer, label_grid
 from lpl.training.weights import Weights
@@ -108,6 +109,7 @@ class Validation:
             with torch.compiler.set_stance("force_eager"):
                 for kind in self.weights.kinds:
                     with self.weights.use(kind):
+                        forget_gathered(denoiser)
                         if self.losses is not None:
                             rows.append(self._row(step, kind, self.losses.measure(denoiser, self._proceed)))
                         if self.images is not None:
@@ -115,6 +117,7 @@ class Validation:
         except StopRequestedError:
             return  # the trainer stops at once, and the next run validates here
         finally:
+            forget_gathered(denoiser)
             denoiser.train()
         if self.accelerator.is_main_process:
             self._publish(step, rows, pictures)

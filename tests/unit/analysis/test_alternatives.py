@@ -42,6 +42,8 @@ def test_a_choice_fits_if_it_leaves_some_memory() -> None:
 @pytest.mark.parametrize("flags", ["", "--no_use_lpl", "--gradient_checkpointing --mixed_precision=bf16 --rank=4",
                                    "--use_ema --use_8bit_adam --lpl_dtype=bfloat16 --train_batch_size=4",
                                    "--optimizer=prodigy --use_ema --ema_device=cpu", "--optimizer=schedulefree_adamw",
+                                   "--mixed_precision=bf16 --weights_dtype=bfloat16 --fused_backward_pass "
+                                   "--max_grad_norm=0",
                                    "--optimizer=torch.optim.SGD --optimizer_args=momentum=0.9"])  # fmt: skip
 def test_each_neighbour_is_what_its_flags_say(flags: str) -> None:
     config = options(*flags.split())
@@ -57,6 +59,8 @@ def test_each_neighbour_is_what_its_flags_say(flags: str) -> None:
 
 @pytest.mark.parametrize("flags", ["", "--rank=16 --gradient_checkpointing", "--train_batch_size=4 --use_ema",
                                    "--use_ema --use_8bit_adam", "--optimizer=adafactor --use_ema --final_weights=ema",
+                                   "--mixed_precision=bf16 --weights_dtype=bfloat16 --fused_backward_pass "
+                                   "--max_grad_norm=0",
                                    "--optimizer=torch.optim.SGD --optimizer_args=momentum=0.9"])  # fmt: skip
 def test_each_saving_is_what_its_flags_say(flags: str) -> None:
     config = options(*flags.split())
@@ -105,7 +109,7 @@ def test_the_smallest_is_below_all_others_and_nothing_fits_below_it(rehearsal: R
 
 
 def test_half_precision_is_no_saving_where_its_copies_of_the_weights_cost_more(rehearsal: Rehearsal) -> None:
-    fixed = ("--rank 16", "--no_use_lpl")
+    fixed = ("--rank 16", "--no_use_lpl", "--mixed_precision bf16 --weights_dtype bfloat16")
     config = parse_train(["--resolution=16", "--no_use_lpl", "--gradient_accumulation_steps=2"])
     least = smallest(config, rehearsal, fixed=fixed)
     assert least.flags == "--gradient_checkpointing --optimizer adafactor"

@@ -208,3 +208,25 @@ def test_plan_knows_stratified_timesteps(rehearsal: Rehearsal) -> None:
     flags = ("--lpl_t_threshold=300", "--train_batch_size=4", "--lpl_max_samples=1")
     assert estimate(options(*flags), rehearsal).decoded == pytest.approx((1 - 0.7**4) / 4)
     assert estimate(options(*flags, "--timestep_sampling=stratified"), rehearsal).decoded == pytest.approx(0.25)
+
+
+def test_bfloat16_weights_and_fused_backward_halve_and_drop_what_they_say(rehearsal: Rehearsal) -> None:
+    half = ("--no_use_lpl", "--mixed_precision=bf16", "--optimizer=adafactor", "--max_grad_norm=0")
+    exact, low, fused = (
+        estimate(options(*half, *flags), rehearsal)
+        for flags in ((), ("--weights_dtype=bfloat16",), ("--weights_dtype=bfloat16", "--fused_backward_pass"))
+    )
+    assert low.stays["UNet weights"] == exact.stays["UNet weights"] / 2 == 2 * low.trained
+    assert low.gradients == exact.gradients / 2 == 2 * low.trained
+    assert low.stays["Adafactor state"] == exact.stays["Adafactor state"]  # float32 whatever the weights are
+    largest = rehearsal.parameters(options()).largest
+    assert fused.gradients == 2 * largest
+    assert "optimizer step" not in fused.phases
+    assert fused.phases["forward pass"] == low.phases["forward pass"]
+    backward = [needs.phases["backward pass"] for needs in (fused, low, exact)]
+    assert backward == sorted(backward)
+    assert backward[1] <= backward[2] - 2 * low.trained  # the weights; autocast's copies of them besides
+    config = options(*half, "--weights_dtype=bfloat16", "--fused_backward_pass")
+    assert floor(config, rehearsal) <= fused.peak
+    average = options(*half, "--weights_dtype=bfloat16", "--use_ema")
+    assert fixed_costs(average, rehearsal, 1)["EMA"] == 4 * low.trained

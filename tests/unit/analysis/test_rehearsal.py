@@ -17,7 +17,9 @@ from lpl.diffusion.diffusion_loss import diffusion_loss
 from lpl.families import blueprint, model_configs
 from lpl.families.sdxl_configs import PUBLISHED
 from lpl.training.engine import build_loss
+from lpl.training.fused_backward import FusedBackward
 from lpl.training.lora import add_lora
+from lpl.training.optim import build_optimizer
 
 
 @pytest.fixture(scope="module")
@@ -45,19 +47,39 @@ def test_blueprint_of_sdxl_has_its_published_sizes() -> None:
                                    "--mixed_precision=bf16 --gradient_checkpointing --rank=2",
                                    "--mixed_precision=bf16 --rank=2 --lora_targets=all --use_dora",
                                    "--mixed_precision=bf16 --rank=2 --lora_targets=attention_mlp --lora_dropout=0.5",
-                                   "--gradient_accumulation_steps=2"])  # fmt: skip
-def test_denoiser_counts_as_a_real_one(plan_of: Any, flags: str) -> None:
-    config = options(*flags.split())
+                                   "--mixed_precision=bf16 --weights_dtype=bfloat16 --gradient_checkpointing",
+                                   "--optimizer=adafactor --fused_backward_pass --max_grad_norm=0",
+                                   "--mixed_precision=bf16 --weights_dtype=bfloat16 --fused_backward_pass "
+                                   "--max_grad_norm=0",
+                                   "--gradient_accumulation_steps=2", "--train_text_encoder --max_token_length=150",
+                                   "--train_text_encoder --gradient_checkpointing",
+                                   "--train_text_encoder --mixed_precision=bf16",
+                                   "--train_text_encoder --mixed_precision=bf16 --gradient_checkpointing --rank=2",
+                                   "--train_text_encoder --rank=2 --lora_targets=all --mixed_precision=bf16",
+                                   ])  # fmt: skip
+def test_denoiser_counts_as_a_real_one(model: Path, flags: str) -> None:
+    config = options(f"--pretrained_model_name_or_path={model}", *flags.split())
+    plan_of = blueprint(model_configs(config.model), config.model)
     found = Rehearsal(plan_of, "cpu").denoiser(config)
 
-    denoiser, half = plan_of.denoiser(), config.run.mixed_precision == "bf16"
+    denoiser, half = plan_of.denoiser().requires_grad_(True), config.run.mixed_precision == "bf16"
     if config.model.rank is not None:
         add_lora(denoiser.to(torch.bfloat16), config.model, plan_of.lora_targets, 0)
+    elif config.optim.weights_dtype == "bfloat16":
+        denoiser.to(torch.bfloat16)
     if config.run.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
     trained = [p for p in denoiser.train().parameters() if p.requires_grad]
     for p in trained:
         p.grad = torch.zeros_like(p) if config.run.gradient_accumulation_steps > 1 else None
+    fused = None
+    if config.optim.fused_backward_pass:
+        optimizer = build_optimizer(trained, config.optim, 1e-4)
+        for p in trained:
+            p.grad = torch.zeros_like(p)
+        optimizer.step()  # its state is there
+        optimizer.zero_grad()
+        fused = FusedBackward(trained, optimizer)
     latents = torch.randn(2, 4, 16, 16)
     text = plan_of.text(2)
     timesteps, sizes = torch.zeros(2, dtype=torch.long), torch.zeros(2, 6)
@@ -68,7 +90,11 @@ def test_denoiser_counts_as_a_real_one(plan_of: Any, flags: str) -> None:
         close = 0.01 if half else 0  # a kernel's statistics may have another precision than its description says
         assert (found.forward, found.kept) == pytest.approx((counter.peak, counter.live), rel=close)
         counter.reset_peak()
-        loss.backward()
+        if fused is None:
+            loss.backward()
+        else:
+            fused(lambda value: value.backward(), loss, 1)
+            close = 0.02  # norms and step counts
     assert found.backward == pytest.approx(counter.peak, rel=close)
     assert found.flops == counter.flops
 

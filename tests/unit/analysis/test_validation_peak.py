@@ -18,7 +18,7 @@ LEAN = ("--gradient_checkpointing", "--mixed_precision=bf16")
 def test_validation_stays_below_the_training_peak(flags: tuple[str, ...]) -> None:
     """The leanest training: a small LoRA without LPL. A decoder beside the UNet would take 1 GiB more than it."""
     config = parse_train(["--validation_prompt=x", *LEAN, *flags])
-    rehearsal = Rehearsal(blueprint(plan_configs(config.model), 75))
+    rehearsal = Rehearsal(blueprint(plan_configs(config.model), config.model))
     needs = estimate(config, rehearsal)
     training = max(needs.phases[phase] for phase in ("forward pass", "backward pass", "optimizer step"))
     assert needs.phases["validation"] < training

@@ -15,6 +15,7 @@ from torch import nn
 
 from lpl.config import ModelConfig
 from lpl.families import sdxl
+from lpl.families.sdxl_lora import LORA_TARGETS
 from lpl.training.lora import add_lora
 
 LAYERS = {"attention": 32, "attention_mlp": 40, "all": 79}
@@ -88,7 +89,7 @@ def test_alpha_over_rank_scales_the_adapter(model: Path) -> None:
     outputs = {}
     for alpha in (None, 6.0):
         unet = pipeline_of(model).unet
-        add_lora(unet, ModelConfig(rank=4, lora_alpha=alpha), sdxl.LORA_TARGETS, 0)
+        add_lora(unet, ModelConfig(rank=4, lora_alpha=alpha), LORA_TARGETS, 0)
         layer = unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
         assert {p.dtype for p in unet.parameters() if p.requires_grad} == {torch.float32}
         down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
@@ -120,7 +121,7 @@ def test_dropout_is_a_function_of_the_step(train: Any, model: Path) -> None:
     assert first.losses()["diffusion_loss"][4] != plain.losses()["diffusion_loss"][4]
     # In evaluation nothing is dropped.
     unet = pipeline_of(model).unet
-    add_lora(unet, ModelConfig(rank=2, lora_dropout=0.5), sdxl.LORA_TARGETS, 0)
+    add_lora(unet, ModelConfig(rank=2, lora_dropout=0.5), LORA_TARGETS, 0)
     for name, parameter in unet.named_parameters():
         if "lora_B" in name:
             nn.init.ones_(parameter)
@@ -165,7 +166,7 @@ def test_resumed_run_ends_as_the_whole_one(train: Any, use_dora: bool) -> None:
 def test_dora_starts_as_the_model_itself(model: Path) -> None:
     unet = pipeline_of(model).unet.eval()
     before = unet_output(unet)
-    add_lora(unet, ModelConfig(rank=2, lora_targets="all", use_dora=True), sdxl.LORA_TARGETS, 0)
+    add_lora(unet, ModelConfig(rank=2, lora_targets="all", use_dora=True), LORA_TARGETS, 0)
     torch.testing.assert_close(unet_output(unet.eval()), before, rtol=1e-5, atol=1e-5)
 
 

@@ -244,9 +244,12 @@ def eager_backend(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("text", [False, True])
 @pytest.mark.parametrize("rank", [None, 2])
-def test_compiled_denoiser_leaves_no_trace_in_files(train: Any, eager_backend: list[Any], rank: int | None) -> None:
-    options = {"rank": rank, "use_ema": True, "checkpointing_steps": 2}
+def test_compiled_denoiser_leaves_no_trace_in_files(
+    train: Any, eager_backend: list[Any], rank: int | None, text: bool
+) -> None:
+    options = {"rank": rank, "train_text_encoder": text, "use_ema": True, "checkpointing_steps": 2}
     plain = train(**options, output="plain")
     assert eager_backend == []
     run = train(**options, save_steps=2, compile_denoiser=True)
@@ -266,8 +269,9 @@ def test_accelerates_own_compiling_leaves_no_trace_either(
 ) -> None:
     """`accelerate config` may ask for it; its wrapper has _orig_mod in the names."""
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
-    for rank in (None, 2):
-        run = train(rank=rank, checkpointing_steps=2, save_steps=2, output=f"rank{rank}")
+    for rank, text in ((None, False), (2, False), (2, True)):
+        options = {"rank": rank, "train_text_encoder": text, "output": f"rank{rank}{text}"}
+        run = train(**options, checkpointing_steps=2, save_steps=2)
         files = list(run.folder.rglob("*.safetensors"))
         assert len(files) >= 4
         assert [f for f in files if any("_orig_mod" in key for key in load_file(f))] == []
