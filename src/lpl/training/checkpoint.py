@@ -26,9 +26,9 @@ from lpl.errors import TrainingStoppedError, UserError
 from lpl.training.ema import Average
 from lpl.training.manifest import FILE as MANIFEST
 from lpl.training.manifest import damage, sync, write_manifest
-from lpl.training.optimizer_state import join_optimizer, split_like, split_optimizer
+from lpl.training.optimizer_state import join_optimizer, load_optimizer, split_optimizer
 from lpl.training.optimizers import bare, label
-from lpl.training.sharded import gathered, joined, local, split
+from lpl.training.sharded import gathered, joined, local, put, split
 
 logger = logging.getLogger("lpl")
 
@@ -37,6 +37,7 @@ STATE = "state.json"
 TEMPORARY = ".tmp-"
 DISCARDED = ".tmp-old-"
 RESULT = ".tmp-result"
+Tensors = Iterator[tuple[str, Iterable[tuple[str, Tensor]]]]
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -123,13 +124,18 @@ def save_checkpoint(
     """
     final = folder / f"checkpoint-{step}"
     temporary = folder / f"{TEMPORARY}{final.name}"
+    moments, numbers = split_optimizer(optimizer.state_dict())
+    files = _tensors(parameters, moments, ema)
     if not writes:
-        for _, tensors in _tensors(parameters, optimizer, ema):
+        for _, tensors in files:
             gathered(tensors, False)
         return final
     _clear(folder)
+    state = state | {"step": step, "optimizer": numbers | {"class": label(bare(optimizer))}}
+    if ema is not None:
+        state["ema"] = ema.numbers()
     try:
-        _write(temporary, step, parameters, optimizer, ema, state)
+        _write(temporary, files, state)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise TrainingStoppedError(f"{final} cannot be written ({reason(error)}); {last_checkpoint(folder)}") from error
@@ -146,31 +152,18 @@ def prune_checkpoints(folder: Path, newest: Path, total_limit: int | None) -> No
             _discard(old)
 
 
-def _write(
-    temporary: Path,
-    step: int,
-    parameters: Mapping[str, Tensor],
-    optimizer: Any,
-    ema: Average | None,
-    state: dict[str, Any],
-) -> None:
+def _write(temporary: Path, files: Tensors, state: dict[str, Any]) -> None:
     temporary.mkdir(parents=True)
-    for name, tensors in _tensors(parameters, optimizer, ema):
+    for name, tensors in files:
         save_file(gathered(tensors, True), temporary / f"{name}.safetensors")
-    _, numbers = split_optimizer(optimizer.state_dict())
-    state = state | {"step": step, "optimizer": numbers | {"class": label(bare(optimizer))}}
-    if ema is not None:
-        state["ema"] = ema.numbers()
     (temporary / STATE).write_text(json.dumps(state))
     write_manifest(temporary)
 
 
-def _tensors(
-    parameters: Mapping[str, Tensor], optimizer: Any, ema: Average | None
-) -> Iterator[tuple[str, Iterable[tuple[str, Tensor]]]]:
+def _tensors(parameters: Mapping[str, Tensor], moments: Mapping[str, Tensor], ema: Average | None) -> Tensors:
     """The files of a checkpoint and what is in each, in the order in which processes must go through them."""
     yield "model", parameters.items()
-    yield "optimizer", split_optimizer(optimizer.state_dict())[0].items()
+    yield "optimizer", moments.items()
     if ema is not None:
         of = zip(parameters.items(), ema.shadow_params, strict=True)
         yield "ema", ((name, joined(part, parameter)) for (name, parameter), part in of)
@@ -255,11 +248,10 @@ def load_checkpoint(
     _check_same_optimizer(path, kept, optimizer)
     with torch.no_grad():
         for name, parameter in parameters.items():
-            local(parameter).copy_(local(split(saved[name], parameter)))
+            put(saved[name], parameter)
     if ema is not None:
         ema.load(state.pop("ema"), [local(split(shadow[name], p)) for name, p in parameters.items()])
-    own = [p for group in optimizer.param_groups for p in group["params"]]
-    optimizer.load_state_dict(split_like(join_optimizer(tensors, kept), own))
+    load_optimizer(optimizer, join_optimizer(tensors, kept))
     return state
 
 
@@ -267,6 +259,7 @@ def _check_same_optimizer(path: Path, kept: dict[str, Any], optimizer: Any) -> N
     own = label(bare(optimizer))
     if kept.get("class", own) != own:
         raise UserError(f"{path}: holds the state of {kept['class']}, not of this run's {own}: see --optimizer")
-    sizes = [[len(group["params"]) for group in groups] for groups in (kept["param_groups"], optimizer.param_groups)]
-    if sizes[0] != sizes[1]:
-        raise UserError(f"{path}: groups parameters as {sizes[0]}, this run as {sizes[1]}: see --decay_all")
+    sizes = [len(group["params"]) for group in kept["param_groups"]]
+    own_sizes = getattr(optimizer, "group_sizes", None) or [len(group["params"]) for group in optimizer.param_groups]
+    if sizes != own_sizes:
+        raise UserError(f"{path}: groups parameters as {sizes}, this run as {own_sizes}: see --decay_all")

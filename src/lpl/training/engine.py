@@ -22,6 +22,7 @@ from lpl.training.optimizers import check_class, check_steps
 from lpl.training.sharded import check_launch, check_sharding
 from lpl.training.small_cards import check_processes
 from lpl.training.step import timestep_weights
+from lpl.training.zero import check_zero
 
 logger = logging.getLogger("lpl")
 
@@ -51,6 +52,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         flag = "--use_8bit_adam" if config.optim.use_8bit_adam else "--optimizer adamw8bit"
         raise UserError(f"{flag} needs a GPU; drop it on a CPU")
     check_sharding(accelerator, config)
+    check_zero(accelerator, config)
     check_processes(config, accelerator.num_processes)
     check_class(config.optim)
     check_steps(config.optim, accelerator.device)

@@ -76,16 +76,16 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str))
 
 
-def split_like(state: dict[str, Any], parameters: list[Tensor]) -> dict[str, Any]:
-    """A state of whole tensors, each held as the parameter that it belongs to and whose shape it has.
+def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
+    """Loads a state of whole tensors, as torch's optimizers have it; each is then held as its parameter is.
 
-    Args:
-        state: as torch's optimizers have it, {"state": by number of the parameter, "param_groups": ...}.
-        parameters: of the optimizer, in its order.
+    What does not have the shape of its parameter is the same in every process.
     """
-    for number, fields in state["state"].items():
-        like = parameters[number]
-        for name, value in fields.items():
-            if isinstance(value, Tensor) and value.shape == like.shape:
-                fields[name] = split(value, like)
-    return state
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if any(isinstance(p, DTensor) for p in parameters):
+        for number, fields in state["state"].items():
+            like = parameters[number]
+            for name, value in fields.items():
+                if isinstance(value, Tensor) and value.shape == like.shape:
+                    fields[name] = split(value, like)
+    optimizer.load_state_dict(state)

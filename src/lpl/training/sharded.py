@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lpl.config import TrainConfig
 from lpl.errors import UserError
+from lpl.training.zero import is_zero, put_weights, whole_weights
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -27,7 +28,9 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor with the parts of all processes."""
+    """The tensor with the parts of all processes; of what DeepSpeed trains, its float32 weights."""
+    if is_zero(tensor):
+        return whole_weights(tensor)
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -57,11 +60,18 @@ def forget_gathered(model: nn.Module) -> None:
             module.reshard()
 
 
+def put(value: Tensor, parameter: Tensor) -> None:
+    """Writes a whole tensor, the same in every process, into a parameter."""
+    local(parameter).copy_(local(split(value, parameter)))
+    if is_zero(parameter):
+        put_weights(parameter, value)
+
+
 class WholeModel:
     """The trained model as it would be without processes: to be saved with its own methods.
 
-    Under FSDP a second model of the same structure, without memory of its own until it is asked for, whose weights are
-    gathered on the CPU of the main process; else the model itself.
+    Under FSDP and DeepSpeed a second model of the same structure, without memory of its own until it is asked for,
+    whose weights are gathered on the CPU of the main process; else the model itself.
 
     Args:
         accelerator: the engine.
@@ -71,17 +81,19 @@ class WholeModel:
     def __init__(self, accelerator: Accelerator, model: nn.Module) -> None:
         self._accelerator, self._model = accelerator, model
         self._shell: nn.Module | None = None
-        if accelerator.distributed_type == DistributedType.FSDP:
+        if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             empty: dict[int, Any] = {
                 id(p): nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad) for p in model.parameters()
             }
             self._shell = copy.deepcopy(model, empty)
 
     def get(self) -> Any:
-        """The whole model; collective. Under FSDP other processes than the main one get None."""
+        """The whole model; collective. With such a second model other processes than the main one get None."""
         if self._shell is None:
             return self._model
-        weights = gathered(self._model.state_dict().items(), self._accelerator.is_main_process)
+        # DeepSpeed knows parameters, not what state_dict gives of them.
+        tensors = self._model.state_dict() | dict(self._model.named_parameters())
+        weights = gathered(tensors.items(), self._accelerator.is_main_process)
         if not self._accelerator.is_main_process:
             return None
         self._shell.load_state_dict(weights, assign=True)
@@ -94,7 +106,7 @@ def gathered(tensors: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Ten
     for name, tensor in tensors:
         value = whole(tensor)
         if keep:
-            found[name] = (value.cpu() if isinstance(tensor, DTensor) else value).detach().contiguous()
+            found[name] = (value if value is tensor else value.cpu()).detach().contiguous()
     return found
 
 
@@ -152,7 +164,7 @@ def _offloads(plugin: Any) -> bool:
 
 
 def autocast_dtype(accelerator: Accelerator) -> torch.dtype | None:
-    """The precision in which the trainer itself must run the model: accelerate does it but for FSDP."""
-    if accelerator.distributed_type != DistributedType.FSDP:
+    """The precision in which the trainer itself must run the model: accelerate does it elsewhere."""
+    if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         return None
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)

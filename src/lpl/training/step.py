@@ -122,7 +122,10 @@ class TrainingStep:
         text = {name: _send(value, device) for name, value in batch.text.items()}
         timesteps, sizes = _send(drawn.timesteps, device), _send(batch.sizes, device)
         with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
-            model_output = self.family.denoise(denoiser, noisy_latents, timesteps, text, sizes).float()
+            output = self.family.denoise(denoiser, noisy_latents, timesteps, text, sizes).float()
+        # A tensor of its own: LPL differentiates with respect to it, which is not the backward pass that an engine's
+        # hooks on the output wait for.
+        model_output = output.view_as(output)
 
         target = target_of(latents, noise, alpha.float(), sigma.float(), self.prediction_type)
         mask = None if batch.mask is None else _send(batch.mask, device)

@@ -51,6 +51,7 @@ from lpl.training.tracking import Tracker
 from lpl.training.validation import Validation
 from lpl.training.validation_images import ImageDrawer
 from lpl.training.weights import Weights
+from lpl.training.zero import ZeroBackward, ZeroOptimizer
 
 logger = logging.getLogger("lpl")
 T = TypeVar("T")
@@ -163,10 +164,15 @@ class Trainer:
         self.schedule = build_schedule(optimizer, config.optim, self.num_steps)
         if config.run.compile_denoiser:
             denoiser.compile()  # in place: no wrapper that would be seen in the names of parameters
+        groups = [list(group["params"]) for group in optimizer.param_groups]
         self.denoiser, self.optimizer = self.accelerator.prepare(denoiser, optimizer)
         self.parameters = {n: p for n, p in denoiser.named_parameters() if p.requires_grad}
         self.ema = Average(list(self.parameters.values()), config.optim) if config.optim.use_ema else None
-        self.fused = FusedBackward(trained, self.optimizer) if config.optim.fused_backward_pass else None
+        self.fused: FusedBackward | ZeroBackward | None = None
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            self.optimizer, self.fused = ZeroOptimizer(self.optimizer, groups), ZeroBackward(self.accelerator)
+        elif config.optim.fused_backward_pass:
+            self.fused = FusedBackward(self.parameters.values(), self.optimizer)
         self.optimizer.train()  # says something to schedule-free optimizers only
         self.weights = Weights(self.parameters, self.optimizer, self.ema, config.optim.final_weights)
 
@@ -263,7 +269,7 @@ class Trainer:
                 self.guard.watch(batch, out.diffusion_per_sample, out.lpl)
                 added.append((out.metrics, out.num_lpl_samples))
                 if self.fused is not None:
-                    norm = out.loss.detach()
+                    norm = accelerator.reduce(out.loss.detach())  # in every process, so that all find the same
                     fault = self.guard.fault(norm, self.step + 1, scaled=False)
                     if fault is None:
                         norm = self._backward_and_step(self.fused, out.loss)
@@ -289,7 +295,7 @@ class Trainer:
             self.objective.end_step(accelerator.reduce if accelerator.num_processes > 1 else None)
         return norm
 
-    def _backward_and_step(self, fused: FusedBackward, loss: torch.Tensor) -> torch.Tensor:
+    def _backward_and_step(self, fused: FusedBackward | ZeroBackward, loss: torch.Tensor) -> torch.Tensor:
         try:
             norm = fused(self.accelerator.backward, loss, self.step + 1)
         except TrainingStoppedError as error:

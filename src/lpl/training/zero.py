@@ -82,7 +82,8 @@ class ZeroOptimizer:
     """
 
     def __init__(self, wrapper: Any, groups: list[list[Tensor]]) -> None:
-        self.optimizer = wrapper.optimizer.optimizer
+        self._zero = wrapper.optimizer
+        self.optimizer = self._zero.optimizer
         self._groups = groups
         self.group_sizes = [len(group) for group in groups]
 
@@ -104,6 +105,7 @@ class ZeroOptimizer:
         """As torch's AdamW has it, on the CPU; collective."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
+        self._link()
         state: dict[int, dict[str, Tensor]] = {}
         groups, steps = [], self._steps()
         for group, parameters in zip(self.param_groups, self._groups, strict=True):
@@ -118,6 +120,7 @@ class ZeroOptimizer:
         """Takes over a whole AdamW's state, the same in every process."""
         from deepspeed.utils import safe_set_full_optimizer_state
 
+        self._link()
         parameters = [parameter for group in self._groups for parameter in group]
         for number, fields in state["state"].items():
             for name in FIELDS:
@@ -128,6 +131,18 @@ class ZeroOptimizer:
             own["step"] = torch.full_like(torch.as_tensor(own["step"]), steps)
         for group, saved in zip(self.param_groups, state["param_groups"], strict=True):
             group |= {name: value for name, value in saved.items() if name != "params"}
+
+    def _link(self) -> None:
+        """Makes the state where no step has, and tells every parameter where its part lies.
+
+        DeepSpeed does so in the first step of the first group, when the others have no state yet.
+        """
+        from deepspeed.utils import lazy_init_hp_params_optimizer_state
+
+        for flat, group in zip(self._zero.single_partition_of_fp32_groups, self._zero.bit16_groups, strict=True):
+            empty = {name: torch.zeros_like(flat) for name in FIELDS} | {"step": torch.tensor(0.0)}
+            self.optimizer.state[flat] = empty | self.optimizer.state.get(flat, {})
+            lazy_init_hp_params_optimizer_state(group, flat, self.optimizer.state)
 
     def _steps(self) -> float:
         return max((float(own["step"]) for own in self.optimizer.state.values()), default=0.0)
