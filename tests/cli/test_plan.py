@@ -68,7 +68,8 @@ def test_plan_states_the_choice_its_neighbours_and_what_fits(plan: Any, monkeypa
     assert list(rows) == [
         "as asked", "--no_use_lpl", "--lpl_checkpointing true", "--lpl_dtype bfloat16", "--gradient_checkpointing",
         "--mixed_precision bf16", "--rank 16", "--use_8bit_adam",
-        "--optimizer adafactor", "--use_ema", "--train_batch_size 2",
+        "--optimizer adafactor", "--mixed_precision bf16 --weights_dtype bfloat16",
+        "--fused_backward_pass --max_grad_norm 0", "--use_ema", "--train_batch_size 2",
     ]  # fmt: skip
     assert {row[-1] for row in rows.values()} == {"fits"}
     assert text.splitlines()[-1] == "fits 1 GiB"
