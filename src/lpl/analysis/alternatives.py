@@ -208,7 +208,7 @@ def smallest(config: TrainConfig, rehearsal: Rehearsal, processes: int = 1, fixe
                 flags, changed = [*flags, saving.flags], after
         if not choices or floor(changed, rehearsal, processes) < choices[0].needs.peak:
             choices.append(Choice(" ".join(flags), estimate(changed, rehearsal, processes)))
-    return min(choices, key=lambda choice: choice.needs.peak)
+    return min(choices, key=lambda choice: (choice.needs.peak, len(choice.flags)))
 
 
 def _saved(config: TrainConfig, fixed: tuple[str, ...]) -> Iterator[tuple[str, TrainConfig]]:

@@ -64,7 +64,8 @@ def describe(config: TrainConfig, checked: Checked) -> str:
     configs = checked.model_configs or plan_configs(config.model)
     rehearsal, run = Rehearsal(blueprint(configs, config.model)), config.run
     needs = estimate(config, rehearsal, _processes())
-    samples, per_step = checked.source.size, run.train_batch_size * run.gradient_accumulation_steps
+    held, size = config.data.validation_samples, checked.source.size
+    samples, per_step = None if size is None else size - held, run.train_batch_size * run.gradient_accumulation_steps
     steps = None if checked.num_steps is None else config.num_steps(samples or 1, 1)
     if steps is None:
         length = f"{run.num_train_epochs} epochs, of a length known once the data are read"

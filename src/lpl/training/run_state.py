@@ -134,7 +134,10 @@ class RunState:
             return
         changed = []
         if state["data"] != self.data:
-            changed.append("was trained on other images or captions than --train_data_dir or --dataset_name now holds")
+            changed.append(
+                "was trained on other images or captions than --train_data_dir or --dataset_name now holds, or others "
+                "were held out"
+            )
         before, now = state["division"], self._division()
         told = [" x ".join(f"{count} {name}" for name, count in each.items()) for each in (before, now)]
         if _product(before) != _product(now):

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lpl.config import TrainConfig
@@ -48,6 +48,16 @@ def split(value: Tensor, like: Tensor) -> Tensor:
         return value
     value = value.to(like.to_local().device)
     return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def forget_gathered(model: nn.Module) -> None:
+    """Frees what FSDP still holds gathered after a forward pass without backward: it would outlive a change of weights.
+
+    FSDP2 leaves the outermost module's weights gathered until a backward pass, and does not gather them again before.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def put(value: Tensor, parameter: Tensor) -> None:
@@ -137,6 +147,11 @@ def check_sharding(accelerator: Accelerator, config: TrainConfig) -> None:
         raise UserError(f"--optimizer {optimizer} cannot be split by FSDP2: use adamw, or DDP")
     if config.run.compile_denoiser:
         raise UserError("--compile_denoiser does not go with FSDP2: drop it, or use DDP")
+    if config.model.train_text_encoder and config.logging.draws_images:
+        raise UserError(
+            "FSDP2 draws no validation images where --train_text_encoder splits the text encoders: drop the prompts "
+            "(--validation_samples measures losses all the same), or use DDP"
+        )
     dtype = autocast_dtype(accelerator)
     if dtype is not None:
         plugin.mixed_precision_policy = MixedPrecisionPolicy(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from accelerate.utils import DistributedType, set_seed
@@ -30,6 +29,7 @@ from lpl.training.checkpoint import full_disk, last_checkpoint
 from lpl.training.ema import Average
 from lpl.training.engine import build_accelerator, build_objective
 from lpl.training.fused_backward import FusedBackward
+from lpl.training.held_out_loss import HeldOutLoss
 from lpl.training.lora import add_lora
 from lpl.training.nonfinite import FiniteGuard, spoil
 from lpl.training.optim import (
@@ -41,13 +41,15 @@ from lpl.training.optim import (
 )
 from lpl.training.optimizers import adapted_rate
 from lpl.training.preflight import Checked
+from lpl.training.prompts import read_prompts
 from lpl.training.run_state import RunState
 from lpl.training.saving import save_result, save_weights
 from lpl.training.sharded import WholeModel, autocast_dtype, whole
 from lpl.training.step import TrainingStep
 from lpl.training.stopping import Stop, stoppable
 from lpl.training.tracking import Tracker
-from lpl.training.validation import image_file, publish_images
+from lpl.training.validation import Validation
+from lpl.training.validation_images import ImageDrawer
 from lpl.training.weights import Weights
 from lpl.training.zero import ZeroBackward, ZeroOptimizer
 
@@ -93,10 +95,14 @@ class Trainer:
                 accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone, stop.raise_if_asked
             ),
             accelerator.is_local_main_process,
+            checked.validation,
         )
-        if config.logging.validation_prompt is not None:
-            family.prepare_prompt(config.logging.validation_prompt)
+        self.prompts = read_prompts(config.logging)
+        for prompt in self.prompts:
+            family.prepare_prompt(prompt.text, prompt.negative)
         family.free_encoders()
+        if not config.lpl.use_lpl:
+            family.vae.to("cpu")  # only validation images need it from now on
         self.samples_per_step = run.train_batch_size * run.gradient_accumulation_steps * accelerator.num_processes
         self.order = BatchOrder(run.seed, self.data.buckets, self.data.repeats, self.samples_per_step)
         self.steps_per_epoch = self.order.epoch_size / self.samples_per_step
@@ -111,6 +117,7 @@ class Trainer:
             f"--lpl_weight {config.lpl.lpl_weight} --lpl_norm_type {config.lpl.lpl_norm_type}",
             config.lpl.lpl_start + config.lpl.lpl_warmup_steps if config.lpl.lpl_warmup_steps else 0,
         )
+        self.validation = self._build_validation()
         self.state = RunState(
             config,
             accelerator,
@@ -121,7 +128,7 @@ class Trainer:
             self.objective,
             self.guard,
             self.tracker,
-            self.data.samples.digest(),
+            self.data.digest(),
             self.num_steps,
         )
         self.step = self.state.resume()
@@ -169,6 +176,19 @@ class Trainer:
         self.optimizer.train()  # says something to schedule-free optimizers only
         self.weights = Weights(self.parameters, self.optimizer, self.ema, config.optim.final_weights)
 
+    def _build_validation(self) -> Validation:
+        config, accelerator = self.config, self.accelerator
+        run, data = config.run, config.data
+        losses, images = None, None
+        if data.holds_out:
+            losses = HeldOutLoss(accelerator, self.data, self.step_loss, run.train_batch_size)
+        if self.prompts:
+            count = config.logging.num_validation_images
+            images = ImageDrawer(accelerator, self.family, self.prompts, count, run.seed, data.crop_size)
+        return Validation(
+            config, accelerator, self.weights, losses, images, self.stop, self.steps_per_epoch, self.num_steps
+        )
+
     def _announce(self) -> None:
         count = sum(p.numel() for p in self.parameters.values())
         rate = scaled_learning_rate(self.config, self.accelerator.num_processes)
@@ -195,8 +215,7 @@ class Trainer:
         # What a killed run has logged beyond its last checkpoint is logged again: TensorBoard drops the first.
         again = {"tensorboard": {"purge_step": self.step + 1}}
         accelerator.init_trackers("lpl", config=trackers_config, init_kwargs=again)
-        if self.step and self._validates():
-            self.validate()  # unless the images are there: the run may have been stopped while it drew them
+        self.validation.begin(self.step, self.denoiser)
         self.tracker.start(self.step)
         silent = not accelerator.is_local_main_process
         with tqdm(total=self.num_steps, initial=self.step, desc="training", disable=silent) as bar:
@@ -217,8 +236,7 @@ class Trainer:
                     shown = {"loss": "train_loss", "lpl": "lpl/weighted_loss", "share": "lpl/gradient_share"}
                     bar.set_postfix({k: f"{metrics[name]:.3g}" for k, name in shown.items() if name in metrics})
                 started = time.perf_counter()
-                if self._validates():
-                    self.validate()
+                self.validation.at(self.step, self.denoiser)
                 if self.step % run.checkpointing_steps == 0:
                     self.state.save(self.step)
                 if run.save_steps is not None and self.step % run.save_steps == 0:
@@ -316,42 +334,6 @@ class Trainer:
                 self.state.save(self.step, prune=False)
             self.accelerator.end_training()
             raise TrainingStoppedError(f"{why}; {last_checkpoint(self.folder)}")
-
-    def _validates(self) -> bool:
-        log = self.config.logging
-        if log.validation_prompt is None:
-            return False
-        if self.step == self.num_steps:
-            return True
-        if log.validation_steps is not None:
-            return self.step % log.validation_steps == 0
-        every = max(1, round(log.validation_epochs * self.steps_per_epoch))
-        return self.step % every == 0
-
-    def validate(self) -> None:
-        """Makes validation images with the weights that the result is made of; leaves training as it was.
-
-        Does nothing where they are there, and leaves none if the run is asked to stop meanwhile.
-        """
-        log, accelerator = self.config.logging, self.accelerator
-        path = image_file(self.folder / "samples", self.step)
-        if accelerator.is_main_process and not path.is_file():
-            denoiser, prompt = self._bare_denoiser(), str(log.validation_prompt)
-            denoiser.eval()
-            size, images = self.config.data.crop_size, []
-            # Another batch size without gradients: compiling once more for it would not pay.
-            eager = torch.compiler.set_stance("force_eager")
-            with self.weights.use(self.weights.final), eager, contextlib.suppress(StopRequestedError):
-                images = self.family.generate(
-                    denoiser, prompt, log.num_validation_images, self.config.run.seed, size, self.stop.raise_if_asked
-                )
-            denoiser.train()
-            if images:
-                publish_images(accelerator, images, prompt, path, self.step)
-        accelerator.wait_for_everyone()
-
-    def _bare_denoiser(self) -> Any:
-        return self.accelerator.unwrap_model(self.denoiser, keep_torch_compile=False)
 
     def _writer(self, whole_pipeline: bool) -> Callable[[Path], None]:
         """What writes the trained weights as they are into a folder; every process must call it, one writes."""
