@@ -16,6 +16,7 @@ from typing import Any
 import tyro
 
 from lpl import __version__
+from lpl.comparison.options import CompareConfig
 from lpl.config import TrainConfig, require
 from lpl.config_io import DATA_REPORT, REFUSED, as_flags, environment, nearest, read_options
 from lpl.errors import StopRequestedError, TrainingStoppedError, UserError
@@ -177,6 +178,10 @@ def _dispatch(argv: list[str]) -> None:
         run_data(parse_data(argv[1:]))
     elif argv[0] == "export":
         run_export(argv[1:])
+    elif argv[0] == "compare":
+        from lpl.comparison.run import run_compare
+
+        run_compare(parse_compare(argv[1:]), parse_train, run_train)
     elif argv[0] == "report":
         from lpl.report.page import write_report
 
@@ -276,6 +281,16 @@ def parse_plan(argv: list[str]) -> PlanConfig:
         UserError: as parse_train, or a --memory that is no size.
     """
     return _parse_options(PlanConfig, argv, "lpl plan", [*TrainConfig().flat(), "memory"])
+
+
+def parse_compare(argv: list[str]) -> CompareConfig:
+    """Options of `lpl compare`: those of `lpl train`, and its own.
+
+    Raises:
+        UserError: as parse_train, or nothing to compare.
+    """
+    own = [name for name in CompareConfig.__dataclass_fields__ if name != "train"]
+    return _parse_options(CompareConfig, argv, "lpl compare", [*TrainConfig().flat(), *own])
 
 
 def parse_data(argv: list[str]) -> DataReportConfig:

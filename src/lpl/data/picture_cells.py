@@ -41,11 +41,16 @@ def read_cells(path: Path) -> list[Cell]:
     if not isinstance(text, str):
         return []
     try:
-        cells = [Cell(str(c["kind"]), str(c["prompt"]), c["seed"], tuple(map(int, c["box"]))) for c in json.loads(text)]
+        cells = [Cell(str(c["kind"]), str(c["prompt"]), c["seed"], _box(c["box"])) for c in json.loads(text)]
     except (ValueError, TypeError, KeyError):
         return []
     return cells if all(_inside(cell.box, width, height) for cell in cells) else []
 
 
+def _box(corners: list[int]) -> tuple[int, int, int, int]:
+    left, upper, right, lower = map(int, corners)
+    return left, upper, right, lower
+
+
 def _inside(box: tuple[int, ...], width: int, height: int) -> bool:
-    return len(box) == 4 and 0 <= box[0] < box[2] <= width and 0 <= box[1] < box[3] <= height
+    return 0 <= box[0] < box[2] <= width and 0 <= box[1] < box[3] <= height

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from lpl.report.images import Embedded, embed_all
-from lpl.report.pictures import BEFORE, Picture, gather_pictures
+from lpl.report.pictures import BEFORE, Key, Picture, gather_pictures
 from lpl.report.sources import Inputs
 
+LONG = 10**7
+"""Seeds from here on were drawn, not given."""
 SMALL = 160
 """Pictures up to so many pixels wide are shown enlarged, pixel by pixel."""
 
@@ -61,8 +63,7 @@ def build_gallery(inputs: Inputs, budget: int) -> Gallery:
     found = dict(zip(places, embedded, strict=False))
     gallery = Gallery(list(table.columns), notes=[*table.notes, *missing, *notes])
     for key, row in table.rows.items():
-        name = key.prompt or "(empty prompt)"
-        title = name if key.seed is None else f"{name} · seed {key.seed}"
+        title = _title(key, list(table.rows))
         cells = [
             Cell(i, found[key, column], f"{title}: {column}")
             for i, column in enumerate(table.columns)
@@ -78,6 +79,17 @@ def build_gallery(inputs: Inputs, budget: int) -> Gallery:
     widths = [cell.image.width for row in gallery.rows for cell in row.cells if cell.image]
     gallery.small = bool(widths) and max(widths) <= SMALL
     return gallery
+
+
+def _title(key: Key, keys: list[Key]) -> str:
+    """The prompt, with the seed; a drawn seed is too long to read, so such images are numbered."""
+    name = key.prompt or "(empty prompt)"
+    if key.seed is None:
+        return name
+    if key.seed < LONG:
+        return f"{name} · seed {key.seed}"
+    number = [other for other in keys if other.prompt == key.prompt].index(key) + 1
+    return f"{name} · image {number}"
 
 
 def _check_pictures(inputs: Inputs) -> tuple[list[tuple[str, Picture]], list[str]]:

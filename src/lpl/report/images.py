@@ -41,7 +41,8 @@ def embed_all(pictures: Sequence[Picture], budget: int) -> tuple[list[Embedded |
     Returns:
         Each picture (None: it cannot be read), and lines on what was left out or made smaller.
     """
-    read, notes = [], []
+    read: list[Image.Image | None] = []
+    notes = []
     for picture in pictures:
         try:
             read.append(picture.read())

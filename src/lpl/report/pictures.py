@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,12 +32,11 @@ class Picture(NamedTuple):
             OSError: it is gone or no picture.
         """
         with Image.open(self.file) as image:
-            image = image.crop(self.box) if self.box else image
-            if image.mode in ("RGBA", "LA", "PA", "P"):
-                image = image.convert("RGBA")
-                white = Image.new("RGBA", image.size, "white")
-                return Image.alpha_composite(white, image).convert("RGB")
-            return image.convert("RGB")
+            part = image.crop(self.box) if self.box else image.copy()
+        if part.mode in ("RGBA", "LA", "PA", "P"):
+            part = part.convert("RGBA")
+            return Image.alpha_composite(Image.new("RGBA", part.size, "white"), part).convert("RGB")
+        return part.convert("RGB")
 
 
 class Key(NamedTuple):
@@ -95,9 +93,7 @@ def gather_pictures(inputs: Inputs) -> Pictures:
 def _add_run(table: Pictures, group: Group, alone: bool) -> None:
     run = group.runs[0]
     folder = run.path / SHEETS
-    steps = sorted(
-        (int(m[1]), file) for file in folder.glob("step-*.png") if (m := re.search(r"-(\d+)\.png$", file.name))
-    )
+    steps = sorted((int(file.stem[5:]), file) for file in folder.glob("step-*.png") if file.stem[5:].isdigit())
     if len(group.runs) > 1 and steps:
         table.notes.append(f"pictures of {group.name} are those of its first seed, {group.seeds[0]}")
     for file in sorted(set(folder.glob("*.png")) - {file for _, file in steps}):

@@ -208,7 +208,8 @@ def _line(line: Line, x_scale: Scale, y_scale: Scale) -> str:
 
 
 def _band(line: Line, x_scale: Scale, y_scale: Scale) -> str:
-    assert line.low is not None and line.high is not None
+    assert line.low is not None
+    assert line.high is not None
     edges = [e for e in zip(line.x, line.low, line.high, strict=True) if e[1] is not None and e[2] is not None]
     if len(edges) < 2:
         return ""

@@ -21,6 +21,7 @@ from PIL import Image
 
 from lpl.config import TrainConfig
 from lpl.data.files import write_atomically
+from lpl.data.picture_cells import KEY, cells_note
 from lpl.errors import StopRequestedError, UserError
 from lpl.training.held_out_loss import HeldOutLoss
 from lpl.training.prompts import Prompt
@@ -143,10 +144,11 @@ class Validation:
             kept = [row for row in read_rows(self.folder / FILE) if (row["step"], row["weights"]) not in new]
             write_rows(self.folder / FILE, kept + rows)
         if self.images is not None:
-            grid = label_grid(pictures, self.images.prompts, f"step {step}")
+            seeds = [seed for _, seed in self.images.jobs]
+            grid = label_grid(pictures, self.images.prompts, f"step {step}", seeds)
             self._track(step, grid, pictures, self.images.prompts)
             content = io.BytesIO()
-            grid.save(content, "PNG")
+            grid.save(content, "PNG", pnginfo=cells_note(grid.info[KEY]))
             write_atomically(image_file(self.folder, step), content.getvalue())
 
     def _track(

@@ -13,6 +13,7 @@ from accelerate.utils import DistributedType
 from PIL import Image, ImageDraw
 
 from lpl.data.lettering import font_for, wrap
+from lpl.data.picture_cells import KEY, Cell
 from lpl.diffusion.draws import keyed_seed
 from lpl.families.base import Family
 from lpl.progress import progress
@@ -115,13 +116,18 @@ def image_grid(images: list[Image.Image], columns: int, gap: int = 2) -> Image.I
     return grid
 
 
-def label_grid(pictures: dict[str, list[Image.Image]], prompts: Sequence[Prompt], title: str) -> Image.Image:
+def label_grid(
+    pictures: dict[str, list[Image.Image]], prompts: Sequence[Prompt], title: str, seeds: Sequence[int] | None = None
+) -> Image.Image:
     """One picture of all: under each prompt a row for each kind of weights, its images side by side.
+
+    Its `info` says where each of them lies (data/picture_cells.py).
 
     Args:
         pictures: by kind, prompt by prompt, equally many of each, all of one size.
         prompts: whose they are.
         title: stands above.
+        seeds: of the images of one kind, in order; None: not noted.
     """
     kinds = list(pictures)
     columns = len(pictures[kinds[0]]) // len(prompts)
@@ -140,6 +146,7 @@ def label_grid(pictures: dict[str, list[Image.Image]], prompts: Sequence[Prompt]
         pen.text((x, y), text, color, font_for(text, LETTERS))
 
     write(title, GAP, GAP, "gray")
+    noted: list[Cell] = []
     y = LINE + 2 * GAP
     for number, lines in enumerate(texts):
         for line in lines:
@@ -152,8 +159,12 @@ def label_grid(pictures: dict[str, list[Image.Image]], prompts: Sequence[Prompt]
                 image = pictures[kind][number * columns + column]
                 if image.size != (width, height):
                     image = image.resize((width, height), Image.Resampling.LANCZOS)
-                grid.paste(image, (left + column * (width + GAP), y))
+                x, place = left + column * (width + GAP), number * columns + column
+                grid.paste(image, (x, y))
+                seed = None if seeds is None else seeds[place]
+                noted.append(Cell(kind, _described(prompts[number]), seed, (x, y, x + width, y + height)))
             y += row
+    grid.info[KEY] = noted
     return grid
 
 

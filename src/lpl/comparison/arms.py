@@ -1,0 +1,133 @@
+"""The arms: named sets of options over those that all share, read and checked before anything is trained."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lpl.comparison.options import CompareConfig
+from lpl.config import TrainConfig, free_options
+from lpl.config_io import REFUSED, as_flags, nearest
+from lpl.errors import UserError
+
+SET_HERE = {
+    "seed": "--seeds sets it for every arm",
+    "output_dir": "every run has a folder of its own",
+    "pretrained_model_name_or_path": "all arms begin with one model",
+    "dry_run": "lpl compare has none",
+    "resume_from_checkpoint": "unfinished runs are continued anyway",
+}
+"""Options that an arm cannot have, and why."""
+
+DRAWING = {
+    "noise_offset", "pyramid_noise_iterations", "pyramid_noise_discount", "timestep_bias_strategy",
+    "timestep_bias_multiplier", "timestep_bias_portion", "timestep_bias_begin", "timestep_bias_end",
+    "timestep_distribution", "logit_mean", "logit_std", "timestep_sampling", "train_batch_size",
+    "gradient_accumulation_steps",
+}  # fmt: skip
+"""Options outside the data's that decide what a step sees: crops, captions, noise and timesteps."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A set of options."""
+
+    name: str
+    overrides: dict[str, str]
+    """As written in the file."""
+    baseline: bool
+    configs: dict[int, TrainConfig]
+    """By seed."""
+    repeats: bool = False
+    """Whether it has the options of the baseline: it shows what the hardware's rounding alone does."""
+    unpaired: tuple[str, ...] = ()
+    """Options by which its steps see something else than the baseline's."""
+
+    def folder(self, seed: int) -> str:
+        """Of a run, within the comparison's."""
+        return f"{self.name}/seed-{seed}"
+
+
+def read_arms(options: CompareConfig, parse: Callable[[list[str]], TrainConfig]) -> list[Arm]:
+    """The arms of --arms with the options of all their runs.
+
+    Args:
+        options: of `lpl compare`.
+        parse: makes options of the flags of `lpl train`.
+
+    Raises:
+        UserError: a file that cannot be read, or an arm with a name or option that is none.
+    """
+    shared = _shared_flags(options.train)
+    arms: list[Arm] = []
+    for name, overrides in _read(Path(str(options.arms))).items():
+        where = f"--arms {options.arms}: {name}"
+        own = _flags(overrides, where)
+        configs = {}
+        for seed in options.seeds:
+            folder = Path(options.train.run.output_dir) / name / f"seed-{seed}"
+            try:
+                configs[seed] = parse([*shared, *own, f"--seed={seed}", f"--output_dir={folder}"])
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from error
+        first = arms[0].configs if arms else configs
+        changed = _changed(configs[options.seeds[0]], first[options.seeds[0]])
+        unpaired = tuple(sorted(changed & (DRAWING | _data_options())))
+        arms.append(Arm(name, overrides, not arms, configs, bool(arms) and not changed, unpaired))
+    return arms
+
+
+def _read(file: Path) -> dict[str, dict[str, str]]:
+    try:
+        content = yaml.load(file.read_text(encoding="utf-8"), yaml.BaseLoader)
+    except OSError as error:
+        raise UserError(f"--arms {file}: cannot be read ({error.strerror})") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"--arms {file}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict) or len(content) < 2:
+        raise UserError(f"--arms {file}: expected two arms or more, `name: {{option: value}}`, the baseline first")
+    arms = {}
+    for name, overrides in content.items():
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+=-]*", name):
+            raise UserError(f"--arms {file}: {name!r} names a folder: use letters, digits and . _ + = - only")
+        overrides = overrides or {}
+        if not isinstance(overrides, dict) or not all(isinstance(value, str) for value in overrides.values()):
+            raise UserError(f"--arms {file}: {name}: expected {{option: value, ...}} with single values")
+        arms[name] = overrides
+    return arms
+
+
+def _flags(overrides: dict[str, str], where: str) -> list[str]:
+    known = list(TrainConfig().flat())
+    for key in overrides:
+        if key in SET_HERE or key in REFUSED:
+            raise UserError(f"{where}: {key} is not taken: {SET_HERE.get(key) or REFUSED[key]}")
+        if key not in known:
+            raise UserError(f"{where}: unknown option {key}{nearest(key, known)}")
+    try:
+        return as_flags(overrides)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def _shared_flags(config: TrainConfig) -> list[str]:
+    """What differs from the defaults, as flags; through YAML, as config.yaml has it."""
+    default = TrainConfig().flat()
+    given = {k: v for k, v in config.flat().items() if v != default[k] and k not in ("output_dir", "seed")}
+    written: dict[str, str] = yaml.load(yaml.safe_dump(given), yaml.BaseLoader)
+    return as_flags(written)
+
+
+def _changed(config: TrainConfig, other: TrainConfig) -> set[str]:
+    before: dict[str, Any] = other.flat()
+    ignored = free_options() | {"seed"}
+    return {name for name, value in config.flat().items() if name not in ignored and value != before[name]}
+
+
+def _data_options() -> set[str]:
+    return {f.name for f in fields(TrainConfig().data)}

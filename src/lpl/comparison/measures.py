@@ -1,0 +1,111 @@
+"""What a finished run is worth: figures over steps and seconds from its folder, and those of `lpl eval` at its end."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from lpl.comparison.options import CompareConfig
+from lpl.config import TrainConfig
+from lpl.report.run_folder import RunFolder, read_run, training_clock
+
+HIGHER_IS_BETTER = {"precision", "recall", "density", "coverage", "clip_score"}
+LOSSES = ("diffusion_loss", "lpl")
+EVAL = "eval"
+
+Curve = list[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A run's figures."""
+
+    seed: int
+    folder: str
+    """Within the comparison's."""
+    steps: int
+    seconds: float
+    """Of training, without validation and checkpoints."""
+    metrics: dict[str, float]
+    """At the end."""
+    curves: dict[str, Curve]
+    """Figures that were measured along the way: (optimizer steps, value)."""
+    clock: Curve
+    """(optimizer steps, seconds of training)."""
+    validation: list[dict[str, Any]]
+    """The last row of validation.jsonl for each kind of weights."""
+
+
+def measure_run(home: Path, name: str, seed: int, figures: dict[str, float]) -> Measured:
+    """Reads a finished run.
+
+    Args:
+        home: the comparison's folder.
+        name: of the run's folder within it.
+        seed: of the run.
+        figures: of `lpl eval`.
+    """
+    run = read_run(home / name)
+    clock: Curve = [(float(step), seconds) for step, seconds in training_clock(run)]
+    curves = validation_curves(run)
+    last = {metric: points[-1][1] for metric, points in curves.items()}
+    rows = {row["weights"]: row for row in run.validation}
+    steps = run.finished_step or run.last_step
+    return Measured(seed, name, steps, clock[-1][1], last | figures, curves, clock, list(rows.values()))
+
+
+def validation_curves(run: RunFolder) -> dict[str, Curve]:
+    """validation/<kind>/<loss> over optimizer steps."""
+    curves: dict[str, Curve] = {}
+    for row in run.validation:
+        for loss in LOSSES:
+            if row.get(loss) is not None:
+                curves.setdefault(f"validation/{row['weights']}/{loss}", []).append((float(row["step"]), row[loss]))
+    return curves
+
+
+def metrics_of(folder: Path, options: CompareConfig, config: TrainConfig) -> dict[str, float]:
+    """The figures of `lpl eval` for a run against --reference_dir; what is in its eval.json is not measured again.
+
+    Args:
+        folder: of the finished run.
+        options: of `lpl compare`.
+        config: of the run.
+    """
+    from lpl.evaluation.options import EvalConfig
+    from lpl.evaluation.run import run_eval
+
+    output = folder / EVAL
+    run_eval(
+        EvalConfig(
+            pretrained_model_name_or_path=str(folder),
+            reference_dir=options.reference_dir,
+            num_samples=options.num_samples,
+            output_dir=str(output),
+            pretrained_vae_model_name_or_path=config.model.pretrained_vae_model_name_or_path,
+        )
+    )
+    found = json.loads((output / "eval.json").read_text(encoding="utf-8"))["metrics"]
+    return {name: metric["value"] for name, metric in found.items() if metric["value"] is not None}
+
+
+def lower_is_better(metric: str) -> bool:
+    """Which way a figure is to go."""
+    return metric not in HIGHER_IS_BETTER
+
+
+def at(curve: Curve, place: float) -> float | None:
+    """The value at a place, by a straight line between its neighbours; None: outside of what was measured."""
+    for (x0, y0), (x1, y1) in pairwise(curve):
+        if x0 <= place <= x1:
+            return y0 if x1 == x0 else y0 + (place - x0) / (x1 - x0) * (y1 - y0)
+    return curve[0][1] if len(curve) == 1 and curve[0][0] == place else None
+
+
+def by_seconds(curve: Curve, clock: Curve) -> Curve:
+    """A curve over steps as one over seconds of training; steps beyond the clock are left out."""
+    timed = [(at(clock, step), value) for step, value in curve]
+    return [(seconds, value) for seconds, value in timed if seconds is not None]

@@ -1,0 +1,55 @@
+"""Options of `lpl compare`, which come beside those of `lpl train`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lpl.config import TrainConfig, require
+
+DEFAULT_SAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Train under several sets of options from one model, on the same draws, and say what differs measurably.
+
+    Takes every option of `lpl train` for what all arms share; --output_dir gets ARM/seed-N for each run, compare.json
+    and report.html. Finished runs are left alone, so the same command continues.
+    """
+
+    train: TrainConfig = field(default_factory=TrainConfig)
+    arms: str | None = None
+    """YAML file of the arms: a line `name: {option: value, ...}` each, the baseline first."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Every arm is run with each of these as --seed."""
+    reference_dir: str | None = None
+    """Folder of real images: also measure every run as lpl eval does. Unset: validation losses alone."""
+    num_samples: int = DEFAULT_SAMPLES
+    """Samples of every run for --reference_dir."""
+
+    def __post_init__(self) -> None:
+        require(self.arms is not None, "--arms is missing: a YAML file of `name: {option: value}`, the baseline first")
+        require(bool(self.seeds), "--seeds is empty: give at least one, better three")
+        require(len(set(self.seeds)) == len(self.seeds), f"--seeds: {self.seeds} has a seed twice")
+        bad = [seed for seed in self.seeds if not 0 <= seed < 2**32]
+        require(not bad, f"--seeds must lie in 0..{2**32 - 1}, not {bad}")
+        require(self.num_samples >= 1, f"--num_samples must be at least 1, not {self.num_samples}")
+        require(
+            self.reference_dir is not None or self.num_samples == DEFAULT_SAMPLES,
+            "--num_samples acts with --reference_dir",
+        )
+        require(
+            self.train.run.seed == 0,
+            f"--seed {self.train.run.seed}: lpl compare takes all its seeds together, as --seeds 0 1 2",
+        )
+        require(not self.train.run.dry_run, "--dry_run: lpl compare has none; try one arm with lpl train --dry_run")
+        require(
+            self.train.logging.report_to in ("tensorboard", "all"),
+            f"--report_to {self.train.logging.report_to}: lpl compare reads the time of each step from TensorBoard's "
+            "logs; use tensorboard or all",
+        )
+        require(
+            self.train.data.holds_out or self.reference_dir is not None,
+            "nothing would be measured: hold images out with --validation_samples (or --validation_data_dir), or give "
+            "--reference_dir",
+        )

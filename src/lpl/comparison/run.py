@@ -1,0 +1,180 @@
+"""`lpl compare`: runs every arm with every seed as `lpl train` does, measures all and writes what came of it."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from lpl import __version__
+from lpl.comparison import measures
+from lpl.comparison.arms import Arm, read_arms
+from lpl.comparison.measures import Measured, measure_run
+from lpl.comparison.options import CompareConfig
+from lpl.comparison.table import result_table
+from lpl.comparison.verdict import compare_arm
+from lpl.config import TrainConfig
+from lpl.config_io import CONFIG_FILE, environment
+from lpl.data.files import write_atomically
+from lpl.errors import StopRequestedError, TrainingStoppedError, UserError
+from lpl.report.options import PAGE, ReportConfig
+
+logger = logging.getLogger("lpl")
+FILE = "compare.json"
+
+
+def run_compare(
+    options: CompareConfig, parse: Callable[[list[str]], TrainConfig], train: Callable[[TrainConfig], None]
+) -> None:
+    """Trains what is not finished, measures, and writes compare.json, the table and the page.
+
+    All options are checked before anything is trained. A run that has to stop (a loss that is not finite) is left out
+    and named; a signal or --max_minutes, which counts for all runs together, stops the whole, and the same command
+    continues. Under a launch every process trains; the first writes.
+
+    Args:
+        options: of `lpl compare`.
+        parse: makes options of the flags of `lpl train`.
+        train: what `lpl train` does with options.
+
+    Raises:
+        UserError: bad options.
+        StopRequestedError: asked to stop.
+    """
+    from lpl.training.preflight import preflight
+
+    arms = read_arms(options, parse)
+    _check_reference(options)
+    for arm in arms:
+        for seed, config in arm.configs.items():
+            begun = (Path(config.run.output_dir) / CONFIG_FILE).is_file()
+            if begun or seed == options.seeds[0]:  # for other seeds there is nothing else to find
+                _quietly(preflight, config)
+    refused = [f"{arm.name}: not paired, as it changes --{', --'.join(arm.unpaired)}" for arm in arms if arm.unpaired]
+    for line in refused:
+        logger.warning("%s: its steps do not see what the baseline's see", line)
+    failed = train_all(options, arms, train)
+    home = Path(options.train.run.output_dir)
+    measured = _measure_all(options, arms, home, failed)
+    if os.environ.get("RANK", "0") != "0":
+        return
+    content = result(options, arms, measured, [*refused, *failed.values()])
+    write_atomically(home / FILE, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    print(result_table(content))
+    from lpl.report.page import write_report
+
+    write_report(ReportConfig((str(home),), str(home / PAGE)))
+
+
+def train_all(
+    options: CompareConfig, arms: Sequence[Arm], train: Callable[[TrainConfig], None]
+) -> dict[tuple[str, int], str]:
+    """Trains every arm with every seed, seed by seed, so that an early end leaves whole pairs.
+
+    Returns:
+        Why runs have none, by arm and seed.
+    """
+    started, limit = time.monotonic(), options.train.run.max_minutes
+    failed: dict[tuple[str, int], str] = {}
+    number, total = 0, len(arms) * len(options.seeds)
+    for seed in options.seeds:
+        for arm in arms:
+            number += 1
+            config = arm.configs[seed]
+            if limit is not None:
+                left = limit - (time.monotonic() - started) / 60
+                if left <= 0:
+                    raise StopRequestedError("stopped by --max_minutes between runs: the same command continues")
+                config = replace(config, run=replace(config.run, max_minutes=left))
+            logger.info("run %d of %d: %s, seed %d", number, total, arm.name, seed)
+            try:
+                train(config)
+            except TrainingStoppedError as error:
+                failed[arm.name, seed] = f"{arm.folder(seed)}: {error}"
+                logger.warning("%s", failed[arm.name, seed])
+            _forget_run()
+    return failed
+
+
+def _forget_run() -> None:
+    """The next run begins as in a process of its own: accelerate's settings and the device's memory are let go."""
+    import torch
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=False)
+    GradientState._reset_state()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _measure_all(
+    options: CompareConfig, arms: Sequence[Arm], home: Path, failed: dict[tuple[str, int], str]
+) -> dict[str, list[Measured]]:
+    found: dict[str, list[Measured]] = {}
+    for arm in arms:
+        found[arm.name] = []
+        for seed, config in arm.configs.items():
+            if (arm.name, seed) in failed:
+                continue
+            figures: dict[str, float] = {}
+            if options.reference_dir is not None:
+                figures = measures.metrics_of(home / arm.folder(seed), options, config)
+            found[arm.name].append(measure_run(home, arm.folder(seed), seed, figures))
+    return found
+
+
+def result(
+    options: CompareConfig, arms: Sequence[Arm], measured: dict[str, list[Measured]], refused: Sequence[str]
+) -> dict[str, Any]:
+    """The content of compare.json."""
+    baseline, paired, lines = measured[arms[0].name], [], list(refused)
+    for arm in arms[1:]:
+        entries, left_out = compare_arm(arm.name, measured[arm.name], baseline, arm.repeats)
+        paired += entries
+        lines += left_out
+    if len(options.seeds) == 1:
+        lines.append("--seeds: one seed gives no interval, so no verdict; give three or more")
+    told = {"arms": options.arms, "seeds": list(options.seeds), "reference_dir": options.reference_dir}
+    return {
+        "lpl": __version__,
+        "kind": "compare",
+        "environment": environment(),
+        "options": told | {"num_samples": options.num_samples},
+        "refused": lines,
+        "arms": [_arm(arm, measured[arm.name]) for arm in arms],
+        "paired": paired,
+    }
+
+
+def _arm(arm: Arm, runs: Sequence[Measured]) -> dict[str, Any]:
+    kept = ("seed", "folder", "steps", "seconds", "metrics", "validation")
+    shown = [{key: value for key, value in asdict(run).items() if key in kept} for run in runs]
+    return {
+        "name": arm.name,
+        "overrides": arm.overrides,
+        "baseline": arm.baseline,
+        "repeats": arm.repeats,
+        "runs": shown,
+    }
+
+
+def _check_reference(options: CompareConfig) -> None:
+    if options.reference_dir is not None and not Path(options.reference_dir).is_dir():
+        raise UserError(f"--reference_dir {options.reference_dir}: no such folder; give one of real images")
+
+
+def _quietly(check: Callable[[TrainConfig], Any], config: TrainConfig) -> None:
+    """What it warns of, the run will say."""
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        check(config)
+    finally:
+        logger.setLevel(level)

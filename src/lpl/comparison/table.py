@@ -1,0 +1,49 @@
+"""The table that `lpl compare` ends with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+AT = {"steps": "equal steps", "seconds": "equal time"}
+
+
+def result_table(content: dict[str, Any]) -> str:
+    """Every metric by arm as text: differences to the baseline, intervals, noise and verdicts.
+
+    Args:
+        content: of compare.json.
+    """
+    lines = []
+    for arm in content["arms"]:
+        runs = arm["runs"]
+        what = ", ".join(f"{name} {value}" for name, value in arm["overrides"].items()) or "as given"
+        told = " (baseline)" if arm["baseline"] else ""
+        timed = f"{sum(run['seconds'] for run in runs) / len(runs):.1f} s of training each" if runs else "none finished"
+        lines.append(f"{arm['name']}{told}: {what}; {len(runs)} runs, {timed}")
+    for arm_name in dict.fromkeys(entry["arm"] for entry in content["paired"]):
+        lines += ["", f"{arm_name} against the baseline, paired by seed:"]
+        header = ["metric", "at", "baseline", "difference", "95 % (t)", "95 % (bootstrap)", "noise", "verdict"]
+        lines += _columns([header, *(_row(e) for e in content["paired"] if e["arm"] == arm_name)])
+    if content["refused"]:
+        lines += ["", "left out:", *(f"  {line}" for line in content["refused"])]
+    compared = sum(entry["outcome"] != "unknown" for entry in content["paired"])
+    if compared >= 20:
+        lines += ["", f"of {compared} verdicts, about {compared // 20} would find a difference by chance alone"]
+    return "\n".join(lines)
+
+
+def _row(entry: dict[str, Any]) -> list[str]:
+    ends = [
+        "-" if interval is None else f"[{interval[0]:+.3g}, {interval[1]:+.3g}]"
+        for interval in (entry["interval"], entry["bootstrap"])
+    ]
+    noise = "-" if entry["noise"] is None else f"{entry['noise']:.3g}"
+    first = [entry["metric"], AT[entry["abscissa"]], f"{entry['baseline']:.5g}", f"{entry['difference']:+.3g}"]
+    return [*first, *ends, noise, entry["verdict"]]
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
+    return ["  " + "  ".join(row).rstrip() for row in padded]
