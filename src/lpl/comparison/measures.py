@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from lpl.comparison.options import CompareConfig
 from lpl.config import TrainConfig
-from lpl.report.run_folder import RunFolder, read_run, training_clock
+from lpl.report.run_folder import FINISHED, RunFolder, read_run, training_clock
 
 HIGHER_IS_BETTER = {"precision", "recall", "density", "coverage", "clip_score"}
 LOSSES = ("diffusion_loss", "lpl")
 EVAL = "eval"
 
 Curve = list[tuple[float, float]]
+Parse = Callable[[list[str]], TrainConfig]
 
 
 @dataclass(frozen=True)
@@ -67,29 +70,62 @@ def validation_curves(run: RunFolder) -> dict[str, Curve]:
     return curves
 
 
-def metrics_of(folder: Path, options: CompareConfig, config: TrainConfig) -> dict[str, float]:
-    """The figures of `lpl eval` for a run against --reference_dir; what is in its eval.json is not measured again.
+def metrics_of(folder: Path, options: CompareConfig, config: TrainConfig, parse: Parse) -> dict[str, float]:
+    """The figures of `lpl eval` for a run against --reference_dir; every process calls it, the first gets them.
+
+    What eval.json of the run's folder holds for the same options is not measured again.
 
     Args:
         folder: of the finished run.
         options: of `lpl compare`.
         config: of the run.
+        parse: makes options of the flags of `lpl train`.
     """
-    from lpl.evaluation.options import EvalConfig
-    from lpl.evaluation.run import run_eval
+    from lpl.evaluation.command import RESULT, run_eval
 
-    output = folder / EVAL
-    run_eval(
-        EvalConfig(
-            pretrained_model_name_or_path=str(folder),
-            reference_dir=options.reference_dir,
-            num_samples=options.num_samples,
-            output_dir=str(output),
-            pretrained_vae_model_name_or_path=config.model.pretrained_vae_model_name_or_path,
-        )
+    wanted = eval_options(str(folder), folder / EVAL, options, config)
+    file = folder / EVAL / RESULT
+    if not _holds(file, asdict(wanted), folder):
+        run_eval(wanted, lambda path: parse(["--config", str(path)]).model)
+    if os.environ.get("RANK", "0") != "0":
+        return {}
+    found = json.loads(file.read_text(encoding="utf-8"))["metrics"]
+    return {name: float(metric["value"]) for name, metric in found.items() if metric["value"] is not None}
+
+
+def check_metrics(options: CompareConfig, config: TrainConfig, parse: Parse) -> None:
+    """Refuses, before anything is trained, what `lpl eval` would refuse of the reference.
+
+    Raises:
+        UserError: bad input.
+    """
+    from lpl.evaluation.planning import check_eval
+
+    source, folder = str(config.model.pretrained_model_name_or_path), Path(config.run.output_dir) / EVAL
+    check_eval(eval_options(source, folder, options, config), lambda path: parse(["--config", str(path)]).model)
+
+
+def eval_options(source: str, output: Path, options: CompareConfig, config: TrainConfig) -> Any:
+    """Options of `lpl eval` for a run: equal for all of them but for the model and where its images go."""
+    from lpl.evaluation.options import EvalConfig
+
+    return EvalConfig(
+        pretrained_model_name_or_path=source,
+        reference_dir=options.reference_dir,
+        num_samples=options.num_samples,
+        output_dir=str(output),
+        resolution=config.data.resolution,
     )
-    found = json.loads((output / "eval.json").read_text(encoding="utf-8"))["metrics"]
-    return {name: metric["value"] for name, metric in found.items() if metric["value"] is not None}
+
+
+def _holds(file: Path, wanted: dict[str, Any], run: Path) -> bool:
+    """Whether an eval.json has these options and is of the run's result as it is."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        older = file.stat().st_mtime < (run / FINISHED).stat().st_mtime
+    except (OSError, ValueError):
+        return False
+    return not older and content.get("options") == json.loads(json.dumps(wanted))
 
 
 def lower_is_better(metric: str) -> bool:

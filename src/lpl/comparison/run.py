@@ -15,23 +15,21 @@ from typing import Any
 from lpl import __version__
 from lpl.comparison import measures
 from lpl.comparison.arms import Arm, read_arms
-from lpl.comparison.measures import Measured, measure_run
+from lpl.comparison.measures import Measured, Parse, measure_run
 from lpl.comparison.options import CompareConfig
 from lpl.comparison.table import result_table
 from lpl.comparison.verdict import compare_arm
 from lpl.config import TrainConfig
 from lpl.config_io import CONFIG_FILE, environment
 from lpl.data.files import write_atomically
-from lpl.errors import StopRequestedError, TrainingStoppedError, UserError
+from lpl.errors import StopRequestedError, TrainingStoppedError
 from lpl.report.options import PAGE, ReportConfig
 
 logger = logging.getLogger("lpl")
 FILE = "compare.json"
 
 
-def run_compare(
-    options: CompareConfig, parse: Callable[[list[str]], TrainConfig], train: Callable[[TrainConfig], None]
-) -> None:
+def run_compare(options: CompareConfig, parse: Parse, train: Callable[[TrainConfig], None]) -> None:
     """Trains what is not finished, measures, and writes compare.json, the table and the page.
 
     All options are checked before anything is trained. A run that has to stop (a loss that is not finite) is left out
@@ -50,18 +48,19 @@ def run_compare(
     from lpl.training.preflight import preflight
 
     arms = read_arms(options, parse)
-    _check_reference(options)
     for arm in arms:
         for seed, config in arm.configs.items():
             begun = (Path(config.run.output_dir) / CONFIG_FILE).is_file()
             if begun or seed == options.seeds[0]:  # for other seeds there is nothing else to find
                 _quietly(preflight, config)
+    if options.reference_dir is not None:
+        measures.check_metrics(options, arms[0].configs[options.seeds[0]], parse)
     refused = [f"{arm.name}: not paired, as it changes --{', --'.join(arm.unpaired)}" for arm in arms if arm.unpaired]
     for line in refused:
         logger.warning("%s: its steps do not see what the baseline's see", line)
     failed = train_all(options, arms, train)
     home = Path(options.train.run.output_dir)
-    measured = _measure_all(options, arms, home, failed)
+    measured = _measure_all(options, arms, home, failed, parse)
     if os.environ.get("RANK", "0") != "0":
         return
     content = result(options, arms, measured, [*refused, *failed.values()])
@@ -107,7 +106,7 @@ def _forget_run() -> None:
     import torch
     from accelerate.state import AcceleratorState, GradientState
 
-    AcceleratorState._reset_state(reset_partial_state=False)
+    AcceleratorState._reset_state(reset_partial_state=True)  # a run ends its process group with itself
     GradientState._reset_state()
     gc.collect()
     if torch.cuda.is_available():
@@ -115,18 +114,19 @@ def _forget_run() -> None:
 
 
 def _measure_all(
-    options: CompareConfig, arms: Sequence[Arm], home: Path, failed: dict[tuple[str, int], str]
+    options: CompareConfig, arms: Sequence[Arm], home: Path, failed: dict[tuple[str, int], str], parse: Parse
 ) -> dict[str, list[Measured]]:
-    found: dict[str, list[Measured]] = {}
+    found: dict[str, list[Measured]] = {arm.name: [] for arm in arms}
     for arm in arms:
-        found[arm.name] = []
         for seed, config in arm.configs.items():
             if (arm.name, seed) in failed:
                 continue
             figures: dict[str, float] = {}
             if options.reference_dir is not None:
-                figures = measures.metrics_of(home / arm.folder(seed), options, config)
-            found[arm.name].append(measure_run(home, arm.folder(seed), seed, figures))
+                figures = measures.metrics_of(home / arm.folder(seed), options, config, parse)
+                _forget_run()
+            if os.environ.get("RANK", "0") == "0":
+                found[arm.name].append(measure_run(home, arm.folder(seed), seed, figures))
     return found
 
 
@@ -163,11 +163,6 @@ def _arm(arm: Arm, runs: Sequence[Measured]) -> dict[str, Any]:
         "repeats": arm.repeats,
         "runs": shown,
     }
-
-
-def _check_reference(options: CompareConfig) -> None:
-    if options.reference_dir is not None and not Path(options.reference_dir).is_dir():
-        raise UserError(f"--reference_dir {options.reference_dir}: no such folder; give one of real images")
 
 
 def _quietly(check: Callable[[TrainConfig], Any], config: TrainConfig) -> None:

@@ -35,21 +35,23 @@ def compare_arm(
     both = [(partners[run.seed], run) for run in runs if run.seed in partners]
     if not both:
         return [], [f"{arm}: no seed is finished in it and in the baseline"]
-    entries, refused = [], []
-    names = list(dict.fromkeys(name for base, run in both for name in (*base.metrics, *run.metrics)))
-    for name in names:
-        lacking = [
-            who for who, place in (("the baseline", 0), (arm, 1)) if any(name not in p[place].metrics for p in both)
-        ]
-        if lacking:
-            refused.append(f"{arm}: {name} was not measured in {' and '.join(lacking)}")
+    entries: list[dict[str, Any]] = []
+    refused: dict[str, list[str]] = {}
+    for name in dict.fromkeys(name for base, run in both for name in (*base.metrics, *run.metrics)):
+        measured = [all(name in pair[place].metrics for pair in both) for place in (0, 1)]
+        if not all(measured):
+            where = " and ".join(
+                who for who, is_there in zip(("the baseline", arm), measured, strict=True) if not is_there
+            )
+            refused.setdefault(f"not measured in {where}", []).append(name)
             continue
         for abscissa, pairs in (("steps", at_equal_steps(name, both)), ("seconds", at_equal_time(name, both))):
             if isinstance(pairs, str):
-                refused.append(f"{arm}: {name} at equal {abscissa}: {pairs}")
+                told = "equal steps" if abscissa == "steps" else "equal training time"
+                refused.setdefault(f"not compared at {told}: {pairs}", []).append(name)
             else:
                 entries.append(entry(arm, name, abscissa, pairs, noise_of(name, baseline), repeats))
-    return entries, refused
+    return entries, [f"{arm}: {', '.join(names)}: {why}" for why, names in refused.items()]
 
 
 def at_equal_steps(name: str, both: Sequence[tuple[Measured, Measured]]) -> list[Pair] | str:

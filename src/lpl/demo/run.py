@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 
+from lpl.data.picture_cells import Cell, cells_note
 from lpl.errors import UserError
 
 SEED = 7
 SAMPLING_STEPS = 25
 GUIDANCE_SCALE = 4.0
+ENLARGED, GAP = 2, 2
+"""Of the grid of samples: pixels a pixel, and pixels between pictures before that."""
 
 
 def run_demo(output_dir: str, export_model: str | None, export_data: str | None, max_train_steps: int | None) -> None:
     """Exports model or data, or runs the demo: export both, train by the preset, show samples before and after.
 
     Args:
-        output_dir: gets model/, data/, run/ (the result) and samples.png.
+        output_dir: gets model/, data/, run/ (the result), samples.png and report.html.
         export_model: only write the model here.
         export_data: only write the data here.
         max_train_steps: instead of the preset's.
@@ -34,6 +38,8 @@ def run_demo(output_dir: str, export_model: str | None, export_data: str | None,
     _export(str(model), str(data))
 
     from lpl.cli import parse_train, run_train
+    from lpl.report.options import ReportConfig
+    from lpl.report.page import write_report
 
     length = [] if max_train_steps is None else [f"--max_train_steps={max_train_steps}"]
     run_train(
@@ -49,10 +55,13 @@ def run_demo(output_dir: str, export_model: str | None, export_data: str | None,
         )
     )
     picture = show_samples(model, run, folder / "samples.png")
+    (run / "samples").mkdir(exist_ok=True)
+    shutil.copy(picture, run / "samples" / "before-after.png")  # where the report looks
+    page = write_report(ReportConfig((str(run),), str(folder / "report.html")), announce=False)
     minutes = (time.perf_counter() - started) / 60
     print(
         f"lpl demo: done in {minutes:.1f} minutes. Model: {run}; samples before and after: {picture}; "
-        f"logs: tensorboard --logdir {run / 'logs'}"
+        f"report: {page}; logs: tensorboard --logdir {run / 'logs'}"
     )
 
 
@@ -94,6 +103,18 @@ def show_samples(before: Path, after: Path, picture: Path) -> Path:
             guidance_scale=GUIDANCE_SCALE,
             generator=[torch.Generator().manual_seed(SEED + i) for i in range(len(captions))],
         ).images
-    grid = image_grid(rows, len(captions))
-    grid.resize((grid.width * 2, grid.height * 2), Image.Resampling.NEAREST).save(picture)
+    grid = image_grid(rows, len(captions), GAP)
+    grid = grid.resize((grid.width * ENLARGED, grid.height * ENLARGED), Image.Resampling.NEAREST)
+    grid.save(picture, pnginfo=cells_note(_cells(captions, *rows[0].size)))
     return picture
+
+
+def _cells(captions: list[str], width: int, height: int) -> list[Cell]:
+    """Where each picture of show_samples is, for the report."""
+    cells = []
+    for row, kind in enumerate(("real", "before", "after")):
+        for column, caption in enumerate(captions):
+            x, y = ENLARGED * column * (width + GAP), ENLARGED * row * (height + GAP)
+            box = (x, y, x + ENLARGED * width, y + ENLARGED * height)
+            cells.append(Cell(kind, caption, SEED + column, box))
+    return cells

@@ -35,10 +35,13 @@ def loss_charts(groups: Sequence[Group]) -> list[Chart]:
     groups = [group for group in groups if group.runs]
     charts = []
     for name, title in NAMES.items():
-        lines = _validation_lines(groups, name)
-        if lines:
+        changes = _change_lines(groups, name)
+        if changes:
+            note = f"Against the model before training, on held-out images.{_band_note(groups)} Lower is better."
+            charts.append(line_chart(f"{title}, validation: change", note, changes, STEPS, "%"))
+        elif lines := _validation_lines(groups, name):
             note = f"On held-out images, noise and timesteps always the same.{_band_note(groups)} Lower is better."
-            charts.append(line_chart(f"{title}, validation", note, lines, STEPS, title.lower()))
+            charts.append(line_chart(f"{title}, validation", note, lines, STEPS, title))
     for name, title in NAMES.items():
         charts += _bin_charts(groups, name, title)
     for tag, title, note in SCALARS:
@@ -88,6 +91,20 @@ def _validation_lines(groups: Sequence[Group], name: str) -> list[Line]:
     return [line for line in lines if any(value is not None for value in line.y)]
 
 
+def _change_lines(groups: Sequence[Group], name: str) -> list[Line]:
+    """In per cent of each run's own start, where arms have several seeds, whose validation draws differ; else none."""
+    lines: list[Line] = []
+    if all(len(group.runs) < 2 for group in groups):
+        return lines
+    for group in groups:
+        runs = [[(step, value) for step, value in points if value is not None] for points in _final_curves(group, name)]
+        if not all(points and points[0][0] == 0 and points[0][1] for points in runs):
+            return []
+        found: list[Points] = [[(x, 100 * (y / points[0][1] - 1)) for x, y in points] for points in runs]
+        lines.append(_over(found, group.name, group.slot))
+    return lines
+
+
 def _final_curves(group: Group, name: str) -> list[Points]:
     """A validation loss over steps of every run, of the weights that count."""
     return [[(row["step"], row.get(name)) for row in rows_of(run, final_kind(run))] for run in group.runs]
@@ -98,12 +115,12 @@ def _bin_charts(groups: Sequence[Group], name: str, title: str) -> list[Chart]:
     ends = {g.name: _bins(g.runs, name, -1) for g in groups}
     starts = _bins(groups[0].runs, name, 0) if groups else []
     lines = [_over(ends[g.name], g.name, g.slot) for g in groups if ends[g.name]]
-    first = _over(starts, "before training", "ink") if starts else None
+    first = _over(starts, "before training", "ink")._replace(low=None, high=None) if starts else None
     if not lines:
         return []
     note = f"By noise level at the end of training.{_band_note(groups)} Lower is better."
     shown = [first, *lines] if first is not None else lines
-    charts = [line_chart(f"{title} by timestep bin", note, shown, "timestep", title.lower(), log_y=True)]
+    charts = [line_chart(f"{title} by timestep bin", note, shown, "timestep", title, log_y=True)]
     baseline = next((g for g in groups if g.baseline), groups[0])
     if len(groups) > 1 and ends[baseline.name]:
         reference, against = ends[baseline.name], baseline.name

@@ -12,6 +12,7 @@ from lpl.report.sources import Group, Result
 
 ABSCISSAE = {"steps": "at equal steps", "seconds": "at equal training time"}
 MOST_ROWS = 24
+LOSSES = {"diffusion_loss": "Diffusion loss", "lpl": "LPL"}
 NAMES = {
     "precision": "Precision",
     "recall": "Recall",
@@ -34,19 +35,19 @@ def metric_name(name: str) -> str:
     if name.startswith("spectrum_log_error_"):
         return f"Spectrum's log error, {name.rsplit('_', 1)[1]} band"
     if name.startswith("validation/"):
-        return f"{name.rsplit('/', 1)[1].replace('_', ' ').replace('lpl', 'LPL')}, validation"
+        _, kind, loss = name.split("/")
+        return f"{LOSSES.get(loss, loss)} ({kind})"
     return name.replace("_", " ")
 
 
-def paired_charts(comparison: dict[str, Any], slots: dict[str, str]) -> list[Chart]:
+def paired_charts(paired: Sequence[dict[str, Any]], slots: dict[str, str]) -> list[Chart]:
     """A chart for each arm and abscissa: every metric's paired difference to the baseline in per cent.
 
     Args:
-        comparison: compare.json.
+        paired: of compare.json, what is to be drawn.
         slots: the colour of each arm.
     """
     charts = []
-    paired = comparison.get("paired", [])
     for arm in dict.fromkeys(entry["arm"] for entry in paired):
         for abscissa, told in ABSCISSAE.items():
             entries = [e for e in paired if e["arm"] == arm and e["abscissa"] == abscissa]
@@ -66,12 +67,13 @@ def _paired_row(entry: dict[str, Any], slot: str) -> Row:
     noise = None if entry.get("noise") is None else scale * entry["noise"]
     better = "↓" if entry.get("lower_is_better", True) else "↑"
     said = f"{signed(value)} %" + ("" if low is None or high is None else f"  [{signed(low)}, {signed(high)}]")
-    return Row(f"{metric_name(entry['metric'])} {better}", slot, value, low, high, said, noise=noise)
+    label = f"{metric_name(entry['metric']).replace(' distance', '')} {better}"
+    return Row(label, slot, value, low, high, said, noise=noise)
 
 
-def signed(value: float) -> str:
+def signed(value: float, digits: int = 3) -> str:
     """A number with its sign."""
-    text = short(value)
+    text = short(value, digits)
     return f"+{text}" if value > 0 else text
 
 
@@ -85,14 +87,23 @@ def metric_charts(groups: Sequence[Group]) -> list[Chart]:
         for group in groups:
             found = [e.content["metrics"][name] for e in group.evals if name in e.content.get("metrics", {})]
             known = [m for m in found if m.get("value") is not None]
-            notes += [f"{group.name}: {m['note']}." for m in found if m.get("note")]
+            notes += [(group.name, str(m["note"])) for m in found if m.get("note")]
             if known:
                 lower = bool(known[0].get("lower_is_better", True))
                 rows.append(_metric_row(group, known))
         if rows:
-            note = " ".join(dict.fromkeys(["Lower is better." if lower else "Higher is better.", *notes]))
+            note = f"{'Lower' if lower else 'Higher'} is better.{_told_notes(notes, len(groups))}"
             charts.append(interval_chart(metric_name(name), note, rows, metric_name(name)))
     return charts
+
+
+def _told_notes(notes: Sequence[tuple[str, str]], groups: int) -> str:
+    """Each note once, with the models it is of, unless it is of all."""
+    by_note: dict[str, dict[str, None]] = {}
+    for name, note in notes:
+        by_note.setdefault(note, {})[name] = None
+    told = [note if len(names) == groups else f"{', '.join(names)}: {note}" for note, names in by_note.items()]
+    return "".join(f" {text[0].upper()}{text[1:]}." for text in told)
 
 
 def _metric_row(group: Group, found: Sequence[dict[str, Any]]) -> Row:

@@ -19,8 +19,13 @@ class Cell:
     """A place in the grid."""
 
     column: int
-    image: Embedded | None
+    image: Embedded
     alt: str
+
+    @property
+    def small(self) -> bool:
+        """Whether it is shown pixel by pixel."""
+        return self.image.width <= SMALL
 
 
 @dataclass
@@ -42,7 +47,6 @@ class Gallery:
     right: int = 0
     slides: bool = False
     """Whether any row has two pictures to slide between."""
-    small: bool = False
     of_checks: list[tuple[str, Embedded]] = field(default_factory=list)
     """What lpl check drew, with captions."""
     notes: list[str] = field(default_factory=list)
@@ -65,9 +69,9 @@ def build_gallery(inputs: Inputs, budget: int) -> Gallery:
     for key, row in table.rows.items():
         title = _title(key, list(table.rows))
         cells = [
-            Cell(i, found[key, column], f"{title}: {column}")
+            Cell(i, image, f"{title}: {column}")
             for i, column in enumerate(table.columns)
-            if column in row and found[key, column] is not None
+            if column in row and (image := found[key, column]) is not None
         ]
         if cells:
             gallery.rows.append(GalleryRow(title, cells))
@@ -76,14 +80,14 @@ def build_gallery(inputs: Inputs, budget: int) -> Gallery:
             gallery.of_checks.append((caption, image))
     gallery.slides = any(len(row.cells) > 1 for row in gallery.rows)
     gallery.left, gallery.right = _ends(gallery, inputs)
-    widths = [cell.image.width for row in gallery.rows for cell in row.cells if cell.image]
-    gallery.small = bool(widths) and max(widths) <= SMALL
     return gallery
 
 
 def _title(key: Key, keys: list[Key]) -> str:
     """The prompt, with the seed; a drawn seed is too long to read, so such images are numbered."""
     name = key.prompt or "(empty prompt)"
+    if key.number is not None:
+        return f"{name} · sample {key.number}" + ("" if key.seed is None else f", seed {key.seed}")
     if key.seed is None:
         return name
     if key.seed < LONG:

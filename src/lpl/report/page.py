@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from lpl.report.findings import metric_charts, paired_charts, spectrum_charts
 from lpl.report.gallery import build_gallery
 from lpl.report.options import ReportConfig
 from lpl.report.sources import Inputs, read_inputs
-from lpl.report.words import checks, configuration, overview, tiles, title, verdicts, versions
+from lpl.report.words import checks, configuration, overview, shown_entries, tiles, title, verdicts, versions
 
 TEXT_SHARE = 0.2
 """Part of the page's size that is kept for text and plots."""
@@ -58,7 +57,9 @@ def render(inputs: Inputs, most_bytes: int = 7_500_000) -> str:
         ("spectrum", "Spectrum", spectrum_charts(groups)),
         ("metrics", "Metrics", metric_charts(groups)),
     ]
-    comparisons = [_comparison(result.content, slots) for result in inputs.comparisons]
+    finals = {run.final_weights for run in inputs.runs if run.final_weights}
+    final = finals.pop() if len(finals) == 1 else None
+    comparisons = [_comparison(result.content, slots, final) for result in inputs.comparisons]
     found = {
         "title": title(inputs),
         "version": __version__,
@@ -76,9 +77,10 @@ def render(inputs: Inputs, most_bytes: int = 7_500_000) -> str:
     return _environment().get_template("page.html.j2").render(found)
 
 
-def _comparison(content: dict[str, Any], slots: dict[str, str]) -> dict[str, Any]:
-    charts: Sequence[Any] = paired_charts(content, slots)
-    return {"verdicts": verdicts(content, slots), "charts": charts, "paired": content.get("paired", [])}
+def _comparison(content: dict[str, Any], slots: dict[str, str], final: str | None) -> dict[str, Any]:
+    shown = shown_entries(content, final)
+    charts = paired_charts(shown, slots)
+    return {"verdicts": verdicts(content, shown, slots), "charts": charts, "paired": content.get("paired", [])}
 
 
 def _environment() -> Environment:

@@ -44,6 +44,8 @@ class Key(NamedTuple):
 
     prompt: str
     seed: int | None
+    number: int | None = None
+    """Number of a sample that shares its seed with others."""
 
 
 @dataclass
@@ -77,6 +79,9 @@ def gather_pictures(inputs: Inputs) -> Pictures:
             _add_run(table, group, alone)
         for result in group.evals[:1]:
             _add_eval(table, group, result.file.parent, result.content.get("images") or [])
+    several = [group.name for group in groups if len(group.runs) > 1]
+    if several and table.rows:
+        table.notes.append(f"pictures of {', '.join(several)} are those of their first seeds")
     first = [name for name in table.columns if name == "real" or name.startswith(BEFORE)]
     table.columns = first + [name for name in table.columns if name not in first]
     order = sorted(table.rows, key=lambda key: -len(table.rows[key]))
@@ -94,11 +99,10 @@ def _add_run(table: Pictures, group: Group, alone: bool) -> None:
     run = group.runs[0]
     folder = run.path / SHEETS
     steps = sorted((int(file.stem[5:]), file) for file in folder.glob("step-*.png") if file.stem[5:].isdigit())
-    if len(group.runs) > 1 and steps:
-        table.notes.append(f"pictures of {group.name} are those of its first seed, {group.seeds[0]}")
     for file in sorted(set(folder.glob("*.png")) - {file for _, file in steps}):
         for cell in read_cells(file):
-            table.add(Key(cell.prompt, cell.seed), cell.kind, Picture(file, cell.box))
+            column = cell.kind if alone or cell.kind == "real" else f"{group.name}: {cell.kind}"
+            table.add(Key(cell.prompt, cell.seed), column, Picture(file, cell.box))
     if not steps:
         return
     (first, before), (last, after) = steps[0], steps[-1]
@@ -125,4 +129,5 @@ def _add_eval(table: Pictures, group: Group, folder: Path, images: Sequence[dict
     for image in images:
         file = folder / str(image["file"])
         if file.is_file():
-            table.add(Key(str(image.get("prompt", "")), image.get("seed")), group.name, Picture(file))
+            key = Key(str(image.get("prompt") or ""), image.get("seed"), image.get("index"))
+            table.add(key, group.name, Picture(file))

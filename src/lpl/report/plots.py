@@ -16,11 +16,12 @@ from typing import NamedTuple
 from lpl.report.scales import Scale, scale_for, short
 
 WIDTH, HEIGHT = 440, 270
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 42
+LEFT, RIGHT, TOP, BOTTOM = 52, 12, 24, 42
 MOST_POINTS = 240
 MARKED = 16
 """Lines of at most so many points have a mark at each."""
-ROW = 38
+ROW, BAR = 38, 26
+"""Height of a row, and where in it the interval is."""
 _number = count(1)
 
 
@@ -127,36 +128,39 @@ def interval_chart(
         zero: a line at 0, which the axis holds.
         value_header: of the column of values in the table.
     """
-    held = [v for row in rows for v in (row.value, row.low, row.high, row.mark, *row.points) if v is not None]
+    held = [v for row in rows for v in (row.value, row.low, row.high, *row.points) if v is not None]
     held += [s * row.noise for row in rows if row.noise is not None for s in (-1, 1)]
     held += [0.0] if zero else []
     held = [v for v in held if math.isfinite(v)]
-    height = TOP + ROW * len(rows) + BOTTOM
+    around = max(held) - min(held) if held else 0.0
+    held += [row.mark for row in rows if row.mark is not None and min(held) - around < row.mark < max(held) + around]
+    height = ROW * len(rows) + BOTTOM
     x_scale = scale_for(held, 10, WIDTH - RIGHT)
     parts = []
     for tick, label in _labels(x_scale, 6):
         x = x_scale(tick)
-        parts.append(f'<path class="grid" d="M{x:.1f} {TOP}V{height - BOTTOM}"/>')
-        parts.append(f'<text class="tick" x="{x:.1f}" y="{height - BOTTOM + 16}" text-anchor="middle">{label}</text>')
-    if zero:
-        parts.append(f'<path class="zero" d="M{x_scale(0):.1f} {TOP}V{height - BOTTOM}"/>')
-    parts += [_row(row, TOP + ROW * number, x_scale) for number, row in enumerate(rows)]
+        lines = "".join(f"M{x:.1f} {ROW * number + BAR - 10}v20" for number in range(len(rows)))
+        parts.append(f'<path class="{"zero" if zero and tick == 0 else "grid"}" d="{lines}"/>')
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{height - BOTTOM + 14}" text-anchor="middle">{label}</text>')
+    for number, row in enumerate(rows):
+        shows = number == 0 or row.mark != rows[number - 1].mark
+        parts.append(_row(row, ROW * number, x_scale, shows))
     parts.append(f'<text class="axis" x="{WIDTH / 2}" y="{height - 8}" text-anchor="middle">{escape(x_label)}</text>')
     said = "; ".join(f"{row.label}: {_figures(row)}" for row in rows)
-    svg = _svg(title, f"{note} {said}.", height, "".join(parts))
+    svg = _svg(title, f"{note} {said}.", height, "".join(parts), "rows")
     table = [[row.label, short(row.value, 4), _interval(row), short(row.noise), short(row.mark)] for row in rows]
     header, used = ["", value_header, "95 % interval", "noise", "floor"], [True, True, True, False, False]
     used[3], used[4] = any(row.noise is not None for row in rows), any(row.mark is not None for row in rows)
     keep = [i for i in range(5) if used[i]]
     key = [("swatch-noise", "noise: what another seed alone changes")] if used[3] else []
-    key += [("swatch-mark", "the VAE's own floor")] if used[4] else []
+    key += [("swatch-mark", "the VAE's own floor (◂ ▸: beyond the axis)")] if used[4] else []
     return Chart(title, note, svg, [], [header[i] for i in keep], [[r[i] for i in keep] for r in table], key=key)
 
 
-def _svg(title: str, description: str, height: float, content: str) -> str:
+def _svg(title: str, description: str, height: float, content: str, kind: str = "lines") -> str:
     number = next(_number)
     return (
-        f'<svg viewBox="0 0 {WIDTH} {height:g}" role="img" aria-labelledby="t{number} d{number}">'
+        f'<svg class="{kind}" viewBox="0 0 {WIDTH} {height:g}" role="img" aria-labelledby="t{number} d{number}">'
         f'<title id="t{number}">{escape(title)}</title><desc id="d{number}">{escape(description)}</desc>{content}</svg>'
     )
 
@@ -186,8 +190,11 @@ def _grid(x_scale: Scale, y_scale: Scale) -> str:
 
 def _axis_labels(x_label: str, y_label: str) -> str:
     middle = (LEFT + WIDTH - RIGHT) / 2
-    # The vertical axis' label is in the figure's caption: turned text is hard to read.
-    return f'<text class="axis" x="{middle}" y="{HEIGHT - 7}" text-anchor="middle">{escape(x_label)}</text>'
+    # Above the axis, not along it: turned text is hard to read.
+    return (
+        f'<text class="axis" x="{middle}" y="{HEIGHT - 7}" text-anchor="middle">{escape(x_label)}</text>'
+        f'<text class="axis" x="4" y="12">{escape(y_label)}</text>'
+    )
 
 
 def _line(line: Line, x_scale: Scale, y_scale: Scale) -> str:
@@ -218,12 +225,12 @@ def _band(line: Line, x_scale: Scale, y_scale: Scale) -> str:
     return f'<path class="band s{line.slot}" d="M{"L".join(upper + lower)}Z"/>'
 
 
-def _row(row: Row, top: float, scale: Scale) -> str:
-    y, parts = top + 26, []
+def _row(row: Row, top: float, scale: Scale, shows_mark: bool) -> str:
+    y, parts = top + BAR, []
     if row.noise is not None:
         a, b = scale(-row.noise), scale(row.noise)
         parts.append(f'<rect class="noise" x="{a:.1f}" y="{y - 8}" width="{b - a:.1f}" height="16"/>')
-    parts.append(f'<text class="label" x="10" y="{top + 12}">{escape(_cut(row.label, 40))}</text>')
+    parts.append(f'<text class="label" x="10" y="{top + 12}">{escape(_cut(row.label, 38))}</text>')
     parts.append(
         f'<text class="value" x="{WIDTH - RIGHT}" y="{top + 12}" text-anchor="end">{escape(_figures(row))}</text>'
     )
@@ -234,8 +241,13 @@ def _row(row: Row, top: float, scale: Scale) -> str:
         )
     parts += [f'<circle class="point s{row.slot}" cx="{scale(v):.1f}" cy="{y}" r="2.5"/>' for v in row.points]
     parts.append(f'<circle class="dot s{row.slot}" cx="{scale(row.value):.1f}" cy="{y}" r="4.5"/>')
-    if row.mark is not None:
+    if row.mark is not None and scale.low <= row.mark <= scale.high:
         parts.append(f'<path class="mark" d="M{scale(row.mark):.1f} {y - 9}v18"/>')
+    elif row.mark is not None and shows_mark:
+        x, anchor, text = (10, "start", f"◂ {short(row.mark)}")
+        if row.mark > scale.high:
+            x, anchor, text = (WIDTH - RIGHT, "end", f"{short(row.mark)} ▸")
+        parts.append(f'<text class="label" x="{x}" y="{y + 4}" text-anchor="{anchor}">{text}</text>')
     return f"<g><title>{escape(f'{row.label}: {_figures(row)}')}</title>{''.join(parts)}</g>"
 
 

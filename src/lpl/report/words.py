@@ -71,22 +71,43 @@ def tiles(inputs: Inputs) -> list[Tile]:
     return found
 
 
-def verdicts(content: dict[str, Any], slots: dict[str, str]) -> list[dict[str, Any]]:
-    """For each arm against the baseline and each abscissa: what is better, worse, or makes no measurable difference."""
+def shown_entries(content: dict[str, Any], final: str | None) -> list[dict[str, Any]]:
+    """The paired figures that the page draws: of validation, those of the weights that the results are made of.
+
+    Args:
+        content: of compare.json.
+        final: "raw" or "ema"; None: not known, all are shown.
+    """
+    paired: list[dict[str, Any]] = content.get("paired", [])
+    kept = [e for e in paired if not e["metric"].startswith("validation/") or e["metric"].split("/")[1] == final]
+    return paired if final is None else kept
+
+
+def verdicts(content: dict[str, Any], paired: Sequence[dict[str, Any]], slots: dict[str, str]) -> list[dict[str, Any]]:
+    """For each arm against the baseline: a headline, the figures behind it and the options.
+
+    Args:
+        content: of compare.json.
+        paired: its figures that count.
+        slots: the colour of each arm.
+    """
     found = []
-    paired = content.get("paired", [])
     for arm in content.get("arms", []):
-        own = [entry for entry in paired if entry["arm"] == arm["name"]]
+        own = [entry for entry in paired if entry["arm"] == arm["name"] and entry["abscissa"] == "steps"]
         if arm.get("baseline") or not own:
             continue
         overrides = ", ".join(f"{name} {value}" for name, value in arm.get("overrides", {}).items())
+        tone, words = headline(own)
+        told = "nothing is changed: a repeat of the baseline" if arm.get("repeats") else overrides
+        details = [(outcome, _listed(own, outcome)) for outcome in ("better", "worse")]
         found.append(
             {
                 "arm": arm["name"],
                 "slot": slots.get(arm["name"], "1"),
-                "overrides": overrides or "no option changed: a repeat of the baseline",
-                "headline": headline([entry for entry in own if entry["abscissa"] == "steps"] or own),
-                "entries": own,
+                "overrides": told,
+                "tone": tone,
+                "headline": words,
+                "details": [f"{outcome.capitalize()}: {text}" for outcome, text in details if text],
             }
         )
     return found
@@ -94,18 +115,26 @@ def verdicts(content: dict[str, Any], slots: dict[str, str]) -> list[dict[str, A
 
 def headline(entries: Sequence[dict[str, Any]]) -> tuple[str, str]:
     """(tone, words) for an arm, from its outcomes at equal steps."""
-    better = [metric_name(e["metric"]) for e in entries if e.get("outcome") == "better"]
-    worse = [metric_name(e["metric"]) for e in entries if e.get("outcome") == "worse"]
-    open_ = [e for e in entries if e.get("outcome") == "unknown"]
-    if open_ and len(open_) == len(entries):
+    number = {key: sum(e.get("outcome") == key for e in entries) for key in ("better", "worse", "none", "unknown")}
+    if number["unknown"] == len(entries):
         return "", "One seed: no interval, so no verdict"
-    if not better and not worse:
+    if not number["better"] and not number["worse"]:
         return "", "No measurable difference"
-    parts = [f"better: {', '.join(better)}"] * bool(better) + [f"worse: {', '.join(worse)}"] * bool(worse)
-    same = len(entries) - len(better) - len(worse) - len(open_)
-    parts += [f"no measurable difference in {same} other {'figure' if same == 1 else 'figures'}"] * bool(same)
-    text = "; ".join(parts)
-    return ("mixed" if better and worse else "good" if better else "bad"), text[0].upper() + text[1:]
+    parts = [f"{key} in {number[key]} of {len(entries)} figures" for key in ("better", "worse") if number[key]]
+    tone = "mixed" if len(parts) > 1 else "good" if number["better"] else "bad"
+    if number["none"]:
+        parts.append(f"no measurable difference in {number['none']}")
+    text = ", ".join(parts)
+    return tone, text[0].upper() + text[1:]
+
+
+def _listed(entries: Sequence[dict[str, Any]], outcome: str) -> str:
+    told = []
+    for e in entries:
+        if e.get("outcome") == outcome:
+            size = 100 * e["difference"] / abs(e["baseline"]) if e.get("baseline") else None
+            told.append(metric_name(e["metric"]) + ("" if size is None else f" {signed(size, 2)} %"))
+    return "; ".join(told)
 
 
 def overview(inputs: Inputs) -> Table:
@@ -143,18 +172,18 @@ def configuration(groups: Sequence[Group]) -> dict[str, Table]:
     def differs(name: str) -> bool:
         return len({written(run.options.get(name)) for _, run in shown}) > 1
 
-    different = [row(name) for name in names if name not in PLACES and differs(name)]
-    changed = [
-        row(name)
-        for name in names
-        if any(written(run.options.get(name)) != written(defaults.get(name)) for _, run in shown)
-    ]
-    found = {}
-    if len(shown) > 1:
-        found["What differs"] = Table(header, different)
-    found["Set by the user"] = Table([*header, "Default"], [[*r, written(defaults.get(r[0], "–"))] for r in changed])
-    found["All options"] = Table(header, [row(name) for name in names])
-    return found
+    default = {name: written(defaults.get(name, "–")) for name in names}
+    changed = [name for name in names if any(written(run.options.get(name)) != default[name] for _, run in shown)]
+    if len(shown) == 1:
+        found = {"Set by the user": Table(["Option", "Value", "Default"], [[*row(n), default[n]] for n in changed])}
+    else:
+        same = [[*row(name)[:2], default[name]] for name in changed if not differs(name)]
+        different = [[*row(name), default[name]] for name in names if name not in PLACES and differs(name)]
+        found = {
+            "What differs": Table([*header, "Default"], different),
+            "Set alike in all": Table(["Option", "Value", "Default"], same),
+        }
+    return found | {"All options": Table(header, [row(name) for name in names])}
 
 
 def written(value: Any) -> str:
@@ -172,12 +201,16 @@ def versions(inputs: Inputs) -> Table:
     for group in inputs.groups:
         for run in group.runs[:1]:
             found[group.name] = run.environment
-    for result in (*inputs.comparisons, *inputs.evals, *inputs.checks):
-        found[f"{result.content['kind']}: {result.file.parent.name}"] = result.content.get("environment", {})
+        for result in group.evals[:1]:
+            found[f"eval of {group.name}"] = result.content.get("environment", {})
+    for result in (*inputs.comparisons, *inputs.checks):
+        found[f"{result.content['kind']} in {result.file.parent.name}"] = result.content.get("environment", {})
     columns: dict[str, dict[str, Any]] = {}
     for name, environment in found.items():
-        same = next((old for old, known in columns.items() if known == environment), None)
-        if same is None:
+        same = [old for old, known in columns.items() if all(known.get(k, v) == v for k, v in environment.items())]
+        if same:
+            columns[same[0]] = environment | columns[same[0]]
+        else:
             columns[name] = environment
     names = list(dict.fromkeys(key for environment in columns.values() for key in environment))
     header = ["Package", "all"] if len(columns) == 1 else ["Package", *columns]

@@ -15,8 +15,9 @@
       const image = get(`image-${side}`);
       image.src = source.src;
       image.alt = source.alt;
+      image.classList.toggle("pixels", source.closest(".cell").classList.contains("small"));
       get(`tag-${side}`).textContent = select.selectedOptions[0].textContent;
-      if (side === "left") stage.style.setProperty("--ratio", `${source.getAttribute("width")} / ${source.getAttribute("height")}`);
+      if (side === "left") stage.style.setProperty("--ratio", source.getAttribute("width") / source.getAttribute("height"));
     }
     for (const button of document.querySelectorAll(".cell")) {
       const shown = button.dataset.row === row.value && [left.value, right.value].includes(button.dataset.column);
