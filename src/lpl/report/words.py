@@ -39,6 +39,8 @@ def title(inputs: Inputs) -> str:
         arms = inputs.comparisons[0].content.get("arms", [])
         seeds = max((len(arm.get("runs", [])) for arm in arms), default=0)
         return f"Comparison of {len(arms)} arms over {seeds} {'seed' if seeds == 1 else 'seeds'}"
+    if len(inputs.groups) == 1 and inputs.groups[0].folder is not None:
+        return "/".join(inputs.groups[0].folder.resolve().parts[-2:])
     names = [group.name for group in inputs.groups] or [check.file.parent.name for check in inputs.checks]
     return names[0] if len(names) == 1 else f"{' · '.join(names[:4])}{' …' if len(names) > 4 else ''}"
 

@@ -1,0 +1,187 @@
+"""`lpl compare` through the real command line: ordinary runs, the same draws, resumed, measured and told in words."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launching import launch
+
+from lpl.comparison import measures
+from lpl.comparison.run import train_all
+from lpl.errors import StopRequestedError
+
+ARMS = "baseline: {lpl_weight: 0}\nlpl: {lpl_weight: 5}\nrepeat: {lpl_weight: 0}\n"
+OPTIONS = {"validation_samples": 2, "validation_steps": 2, "max_train_steps": 4}
+
+
+@pytest.fixture(scope="module")
+def flags(base_options: dict[str, Any], as_flags: Any, shared: Path) -> Callable[..., list[str]]:
+    """Flags of a small comparison into a folder."""
+
+    def make(folder: Path, arms: str = ARMS, **options: Any) -> list[str]:
+        file = shared / f"arms-{abs(hash(arms))}.yaml"
+        file.write_text(arms)
+        chosen = {k: v for k, v in base_options.items() if k != "lpl_weight"} | OPTIONS | options
+        return ["compare", f"--arms={file}", *as_flags(chosen | {"output_dir": folder})]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def compared(flags: Any, run_cli: Any, shared: Path) -> tuple[Path, str]:
+    """A finished comparison and what it printed; not to be changed."""
+    folder = shared / "compared"
+    code, out, err = run_cli([*flags(folder), "--seeds", "0", "1"])
+    assert code == 0, err
+    return folder, out
+
+
+def content(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "compare.json").read_text())  # type: ignore[no-any-return]
+
+
+def test_an_arm_is_an_ordinary_run(compared: tuple[Path, str], train: Any, read_run: Any) -> None:
+    options = OPTIONS | {"lpl_weight": 5.0, "seed": 1}
+    alone, arm = train(**options), read_run(compared[0] / "lpl" / "seed-1")
+    assert arm.losses() == alone.losses()
+    assert all(torch.equal(value, arm.unet()[name]) for name, value in alone.unet().items())
+
+
+def test_arms_see_the_same_draws(compared: tuple[Path, str], read_run: Any) -> None:
+    """Before the first step the weights are equal, so with the same samples and noise the loss is too."""
+    losses = [read_run(compared[0] / arm / "seed-0").logged()["diffusion_loss"] for arm in ("baseline", "lpl")]
+    other = read_run(compared[0] / "baseline" / "seed-1").logged()["diffusion_loss"]
+    assert losses[0][1] == losses[1][1] != other[1]
+    assert losses[0][4] != losses[1][4]
+
+
+def test_compare_json(compared: tuple[Path, str]) -> None:
+    found = content(compared[0])
+    assert (found["kind"], found["lpl"]) == ("compare", "0.1.0")
+    assert found["environment"]["torch"]
+    assert [(a["name"], a["baseline"], a["repeats"]) for a in found["arms"]] == [
+        ("baseline", True, False), ("lpl", False, False), ("repeat", False, True),
+    ]  # fmt: skip
+    run = found["arms"][1]["runs"][1]
+    assert (run["seed"], run["folder"], run["steps"]) == (1, "lpl/seed-1", 4)
+    assert run["seconds"] > 0
+    last = [json.loads(line) for line in (compared[0] / run["folder"] / "validation.jsonl").read_text().splitlines()]
+    assert run["metrics"]["validation/raw/diffusion_loss"] == last[-1]["diffusion_loss"]
+    assert run["validation"] == last[-1:]
+    paired = {(e["arm"], e["metric"], e["abscissa"]): e for e in found["paired"]}
+    assert {key[2] for key in paired} == {"steps", "seconds"}
+    entry = paired["lpl", "validation/raw/diffusion_loss", "steps"]
+    of = {a["name"]: [r["metrics"]["validation/raw/diffusion_loss"] for r in a["runs"]] for a in found["arms"]}
+    assert entry["differences"] == [b - a for a, b in zip(of["baseline"], of["lpl"], strict=True)]
+    assert entry["interval"][0] < entry["difference"] < entry["interval"][1]
+    assert entry["noise"] > 0
+
+
+def test_a_repeat_of_the_baseline_is_equal(compared: tuple[Path, str]) -> None:
+    own = [e for e in content(compared[0])["paired"] if e["arm"] == "repeat" and e["abscissa"] == "steps"]
+    assert own
+    assert {e["verdict"] for e in own} == {"no measurable difference: equal to the last digit"}
+    assert all(e["difference"] == 0 and e["interval"] == [0, 0] for e in own)
+
+
+def test_the_table_and_the_page(compared: tuple[Path, str]) -> None:
+    folder, out = compared
+    assert "lpl against the baseline, paired by seed:" in out
+    assert "equal time" in out
+    assert "no measurable difference: equal to the last digit" in out
+    page = (folder / "report.html").read_text()
+    assert "Comparison of 3 arms over 2 seeds" in page
+    assert "a repeat of the baseline" in page
+
+
+def test_finished_runs_are_left_alone(compared: tuple[Path, str], flags: Any, run_cli: Any, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(compared[0], tmp_path / "again"))
+    shutil.rmtree(folder / "lpl" / "seed-1")
+    before = {f: f.stat().st_mtime_ns for f in folder.glob("*/*/finished.json")}
+    code, out, err = run_cli([*flags(folder), "--seeds", "0", "1", "--allow_changes"])
+    assert code == 0, err
+    assert out.count("nothing to do") == 5
+    assert {f: f.stat().st_mtime_ns for f in before} == before
+    pairs = [[(e["arm"], e["metric"], e["difference"]) for e in content(f)["paired"] if e["abscissa"] == "steps"]
+             for f in (folder, compared[0])]  # fmt: skip
+    assert pairs[0] == pairs[1]
+
+
+def test_all_arms_are_checked_before_the_first_trains(flags: Any, run_cli: Any, tmp_path: Path) -> None:
+    arms = "baseline: {lpl_weight: 0}\nlpl: {lpl_t_threshold: 5000}\n"
+    code, _, err = run_cli(flags(tmp_path / "out", arms))
+    assert code == 2
+    assert "--lpl_t_threshold 5000" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_arm_that_has_to_stop_is_named_and_left_out(flags: Any, run_cli: Any, tmp_path: Path) -> None:
+    arms = "baseline: {lpl_weight: 0}\nwild: {learning_rate: 1.0e+30}\nlpl: {lpl_weight: 1}\n"
+    code, out, err = run_cli([*flags(tmp_path / "out", arms), "--seeds", "3"])
+    assert code == 0, err
+    found = content(tmp_path / "out")
+    assert [len(arm["runs"]) for arm in found["arms"]] == [1, 0, 1]
+    assert any(line.startswith("wild/seed-3: ") for line in found["refused"])
+    assert "wild: no seed is finished in it and in the baseline" in found["refused"]
+    assert any("one seed gives no interval" in line for line in found["refused"])
+    assert {e["outcome"] for e in found["paired"]} == {"unknown"}
+    assert "left out:" in out
+
+
+def test_figures_of_eval_are_compared(
+    compared: tuple[Path, str], flags: Any, run_cli: Any, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def metrics_of(folder: Path, options: Any, config: Any, parse: Any) -> dict[str, float]:
+        assert options.num_samples == 7
+        assert config.run.output_dir == str(folder)
+        better = 0.2 if folder.parent.name == "lpl" else 0.0
+        return {"frechet_efficientnet-lite0": 2.0 + config.run.seed - better - 0.001 * config.run.seed}
+
+    checked = []
+    monkeypatch.setattr(measures, "metrics_of", metrics_of)
+    monkeypatch.setattr(measures, "check_metrics", lambda *a: checked.append(a))
+    folder = Path(shutil.copytree(compared[0], tmp_path / "again"))
+    argv = [*flags(folder), "--seeds", "0", "1", "--allow_changes", f"--reference_dir={data}", "--num_samples=7"]
+    code, _, err = run_cli(argv)
+    assert code == 0, err
+    assert len(checked) == 1
+    found = {(e["arm"], e["metric"]): e for e in content(folder)["paired"] if e["abscissa"] == "steps"}
+    entry = found["lpl", "frechet_efficientnet-lite0"]
+    assert entry["differences"] == pytest.approx([-0.2, -0.2])
+    assert entry["outcome"] == "better"
+    assert entry["noise"] == pytest.approx(0.999)
+
+
+def test_minutes_count_for_all_runs_together(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: Any) -> None:
+    from lpl.cli import parse_compare, parse_train
+    from lpl.comparison import run
+    from lpl.comparison.arms import read_arms
+
+    now = [0.0]
+    monkeypatch.setattr(run.time, "monotonic", lambda: now[0])
+    options = parse_compare([*flags(tmp_path / "out")[1:], "--max_minutes=10", "--seeds", "0"])
+    given = []
+
+    def train(config: Any) -> None:
+        given.append(config.run.max_minutes)
+        now[0] += 6 * 60
+
+    with pytest.raises(StopRequestedError, match="the same command continues"):
+        train_all(options, read_arms(options, parse_train), train)
+    assert given == [10.0, 4.0]
+
+
+def test_two_processes_compare_alike(flags: Any, tmp_path: Path) -> None:
+    """Each run begins its process group anew; the first process writes."""
+    arms = "baseline: {lpl_weight: 0}\nlpl: {lpl_weight: 5}\n"
+    launch([*flags(tmp_path / "out", arms), "--seeds", "0", "1"], 2)
+    found = content(tmp_path / "out")
+    assert [len(arm["runs"]) for arm in found["arms"]] == [2, 2]
+    assert found["paired"]
+    assert (tmp_path / "out" / "report.html").is_file()

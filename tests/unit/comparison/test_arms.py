@@ -1,0 +1,101 @@
+"""The file of the arms: what it may say, and what comes of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lpl.cli import parse_compare, parse_train
+from lpl.comparison.arms import Arm, read_arms
+from lpl.errors import UserError
+
+
+def read(tmp_path: Path, text: str, *argv: str) -> list[Arm]:
+    file = tmp_path / "arms.yaml"
+    file.write_text(text)
+    shared = ["--arms", str(file), "--validation_samples=2", f"--output_dir={tmp_path / 'out'}"]
+    return read_arms(parse_compare([*shared, *argv]), parse_train)
+
+
+def test_arms_are_the_shared_options_with_their_own(tmp_path: Path) -> None:
+    text = "base: {use_lpl: false}\nlpl: {lpl_weight: 2, lpl_norm_type: channel}\nagain: {use_lpl: false}\n"
+    arms = read(tmp_path, text, "--learning_rate=3e-4", "--seeds", "4", "5", "--resolution=64", "--lpl_weight=0.5")
+    assert [arm.name for arm in arms] == ["base", "lpl", "again"]
+    assert [arm.baseline for arm in arms] == [True, False, False]
+    assert [arm.repeats for arm in arms] == [False, False, True]
+    for arm in arms:
+        assert list(arm.configs) == [4, 5]
+        for seed, config in arm.configs.items():
+            assert (config.run.seed, config.optim.learning_rate, config.data.resolution) == (seed, 3e-4, 64)
+            assert config.run.output_dir == str(tmp_path / "out" / arm.name / f"seed-{seed}")
+            assert config.data.validation_samples == 2
+    assert arms[0].configs[4].lpl.use_lpl is False
+    assert arms[0].configs[4].lpl.lpl_weight == 0.5
+    assert arms[1].configs[5].lpl.lpl_weight == 2.0
+    assert arms[1].configs[5].lpl.lpl_norm_type == "channel"
+
+
+def test_every_option_survives_the_way_through_flags(tmp_path: Path) -> None:
+    argv = ["--lr_warmup_steps=None", "--ema_device=cpu", "--use_ema", "--caption_separator=; ", "--max_grad_norm=0.5"]
+    arm = read(tmp_path, "a: {}\nb: {}\n", *argv)[0]
+    expected = parse_train([*argv, "--validation_samples=2"]).flat()
+    found = arm.configs[0].flat()
+    assert {k: v for k, v in found.items() if k != "output_dir"} == {
+        k: v for k, v in expected.items() if k != "output_dir"
+    }
+
+
+def test_options_that_change_what_is_seen_are_named(tmp_path: Path) -> None:
+    text = "base: {}\nother: {train_batch_size: 2, resolution: 32, lpl_weight: 3}\nlpl: {lpl_weight: 1}\n"
+    arms = read(tmp_path, text)
+    assert [arm.unpaired for arm in arms] == [(), ("resolution", "train_batch_size"), ()]
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("base: {}\n", "two arms"),
+        ("- base\n- lpl\n", "two arms"),
+        ("base: {}\n../x: {}\n", "names a folder"),
+        ("base: {}\nlpl: {lpl_wieght: 1}\n", "unknown option lpl_wieght; did you mean lpl_weight?"),
+        ("base: {}\nlpl: {seed: 3}\n", "seed is not taken: --seeds sets it"),
+        ("base: {}\nlpl: {pretrained_model_name_or_path: x}\n", "all arms begin with one model"),
+        ("base: {}\nlpl: {lpl_weight: [1, 2]}\n", "single values"),
+        ("base: {}\nlpl: {use_lpl: maybe}\n", "expected true or false"),
+        ("base: {}\nlpl: {lpl_norm_type: other}\n", "lpl: "),
+        ("base: {}\nlpl: 3\n", "single values"),
+        ("a: {b\n", "not YAML"),
+    ],
+)
+def test_faults_are_one_line_with_the_file(tmp_path: Path, text: str, part: str) -> None:
+    with pytest.raises(UserError) as caught:
+        read(tmp_path, text)
+    assert part in str(caught.value)
+    assert str(caught.value).startswith(f"--arms {tmp_path / 'arms.yaml'}: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "part"),
+    [
+        ([], "--arms is missing"),
+        (["--arms=x"], "nothing would be measured"),
+        (["--arms=x", "--validation_samples=2", "--seeds", "1", "1"], "has a seed twice"),
+        (["--arms=x", "--validation_samples=2", "--seeds", "-1"], "--seeds must lie in"),
+        (["--arms=x", "--validation_samples=2", "--seed=3"], "--seeds 0 1 2"),
+        (["--arms=x", "--validation_samples=2", "--report_to=none"], "--report_to none"),
+        (["--arms=x", "--validation_samples=2", "--num_samples=9"], "--num_samples acts with --reference_dir"),
+        (["--arms=x", "--validation_samples=2", "--dry_run"], "--dry_run"),
+    ],
+)
+def test_options_are_checked(argv: list[str], part: str) -> None:
+    with pytest.raises(UserError, match=part):
+        parse_compare(argv)
+
+
+def test_no_such_file() -> None:
+    options: Any = parse_compare(["--arms=/nowhere.yaml", "--validation_samples=2"])
+    with pytest.raises(UserError, match=r"--arms /nowhere\.yaml: cannot be read"):
+        read_arms(options, parse_train)
