@@ -97,6 +97,13 @@ def metric_charts(groups: Sequence[Group]) -> list[Chart]:
     return charts
 
 
+def refused_figures(groups: Sequence[Group]) -> list[str]:
+    """Lines on the figures that evaluations name without a value."""
+    metrics = [(name, m) for g in groups for e in g.evals for name, m in e.content.get("metrics", {}).items()]
+    lines = [f"{metric_name(name)}: {m.get('note') or 'no value'}" for name, m in metrics if m.get("value") is None]
+    return list(dict.fromkeys(lines))
+
+
 def _told_notes(notes: Sequence[tuple[str, str]], groups: int) -> str:
     """Each note once, with the models it is of, unless it is of all."""
     by_note: dict[str, dict[str, None]] = {}

@@ -13,7 +13,7 @@ from lpl import __version__
 from lpl.data.files import write_atomically
 from lpl.errors import UserError
 from lpl.report.curves import loss_charts, share_charts
-from lpl.report.findings import metric_charts, paired_charts, spectrum_charts
+from lpl.report.findings import metric_charts, paired_charts, refused_figures, spectrum_charts
 from lpl.report.gallery import build_gallery
 from lpl.report.options import ReportConfig
 from lpl.report.sources import Inputs, read_inputs
@@ -50,7 +50,7 @@ def render(inputs: Inputs, most_bytes: int = 7_500_000) -> str:
     slots = {group.name: group.slot for group in groups}
     gallery = build_gallery(inputs, int(most_bytes * (1 - TEXT_SHARE)))
     shares = share_charts(groups)
-    skipped = [*inputs.skipped, *gallery.notes]
+    skipped = [*inputs.skipped, *refused_figures(groups), *gallery.notes]
     sections = [
         ("losses", "Losses", loss_charts(groups)),
         ("share", "LPL at work", shares),

@@ -40,12 +40,14 @@ def scale_for(values: Sequence[float], start: float, end: float, log: bool = Fal
         log: by the logarithm.
         zero: 0 is to be on it.
     """
-    low, high = (min(values), max(values)) if values else (0.0, 1.0)
+    low, high = (min(values), max(values)) if values else (0.1, 1.0)
     if log:
         margin = (high / low) ** 0.04 if high > low else 1.5
         return Scale(low / margin, high * margin, start, end, True)
     if zero:
         low, high = min(low, 0.0), max(high, 0.0)
+        if low == high:
+            return Scale(0.0, 1.0, start, end)
     margin = 0.04 * (high - low) or 0.1 * abs(high) or 1.0
     return Scale(low if zero and low == 0 else low - margin, high if zero and high == 0 else high + margin, start, end)
 

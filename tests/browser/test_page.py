@@ -1,0 +1,217 @@
+"""The report in headless Chromium: it works from disk, moves, loads every picture and asks the network for nothing.
+
+Screenshots stay in tests/browser/screenshots. Where there is no Chromium or no playwright: skipped, in one line.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browser.pages import four_arms
+
+from lpl.report.options import ReportConfig
+from lpl.report.page import write_report
+
+SCREENSHOTS = Path(__file__).parent / "screenshots"
+FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+SCHEMES = ("light", "dark")
+
+
+@pytest.fixture(scope="module")
+def browser(pytestconfig: pytest.Config) -> Iterator[Any]:
+    """Chromium, or the skip."""
+    path = shutil.which("chromium") or shutil.which("chromium-browser")
+    try:
+        from playwright.sync_api import sync_playwright
+    except ModuleNotFoundError:
+        path, lacks = None, "playwright is not installed"
+    else:
+        lacks = "no chromium (tests/browser/install.sh)"
+    if path is None:
+        terminal = pytestconfig.pluginmanager.get_plugin("terminalreporter")
+        terminal.write_line(f"browser tests skipped: {lacks}")
+        pytest.skip(lacks)
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of a comparison of four arms, with a check."""
+    home = four_arms(tmp_path_factory.mktemp("comparison"), side=768, images=12)
+    return write_report(ReportConfig((str(home), str(home / "check"))), announce=False)
+
+
+class Opened:
+    """The page in a window, with what went wrong in it."""
+
+    def __init__(self, browser: Any, file: Path, scheme: str, width: int) -> None:
+        self.context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True)
+        self.page = self.context.new_page()
+        self.asked: list[str] = []
+        self.errors: list[str] = []
+        self.page.on("request", lambda request: self.asked.append(request.url))
+        self.page.on("console", lambda message: self.errors.append(message.text))
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.goto(file.as_uri())
+
+    def cut(self) -> float:
+        """Where the slider's edge is, from 0 to 1, by what is painted."""
+        return float(
+            self.page.evaluate("""() => {
+            document.getElementById("stage").scrollIntoView({ block: "center", behavior: "instant" });
+            const handle = document.querySelector(".handle").getBoundingClientRect();
+            const stage = document.getElementById("stage").getBoundingClientRect();
+            const left = document.getElementById("image-left");
+            const over = handle.left + handle.width / 2 - stage.left;
+            // The upper picture must be there left of the handle, and not right of it.
+            const hit = (x) => document.elementFromPoint(stage.left + x, stage.top + stage.height * 0.7) === left;
+            if (over > 8 && !hit(over - 6)) throw new Error("nothing of the left picture beside the handle");
+            if (over < stage.width - 8 && hit(over + 6)) throw new Error("the left picture goes beyond the handle");
+            return over / stage.width;
+        }""")
+        )
+
+
+@pytest.fixture(params=SCHEMES)
+def opened(request: Any, browser: Any, report: Path) -> Iterator[Opened]:
+    """The page in both colour schemes."""
+    window = Opened(browser, report, request.param, 1400)
+    yield window
+    window.context.close()
+
+
+def test_nothing_fails_and_nothing_leaves_the_page(opened: Opened, report: Path) -> None:
+    opened.page.wait_for_load_state("networkidle")
+    assert opened.errors == []
+    assert [url for url in opened.asked if not url.startswith("data:")] == [report.as_uri()]
+
+
+def test_every_picture_loads(opened: Opened) -> None:
+    found = opened.page.evaluate("""async () => {
+        await Promise.all([...document.images].map((image) => image.decode()));
+        return [...document.images].map((image) => [image.naturalWidth, image.alt]);
+    }""")
+    assert len(found) >= 4 * 12 + 2 + 2
+    assert all(width > 0 for width, _ in found)
+    assert all(alt for _, alt in found)
+
+
+def test_it_answers_within_a_second(browser: Any, report: Path) -> None:
+    """Best of three: others use this machine too."""
+    times = []
+    for _ in range(3):
+        window = Opened(browser, report, "light", 1400)
+        entry = "performance.getEntriesByType('navigation')[0]"
+        times.append(window.page.evaluate(f"{entry}.domContentLoadedEventEnd - {entry}.startTime"))
+        window.context.close()
+    assert 0 < min(times) < 1000
+    assert report.stat().st_size < 8_000_000
+
+
+def test_the_slider_follows_the_mouse(opened: Opened) -> None:
+    assert opened.cut() == pytest.approx(0.5, abs=0.01)
+    box = opened.page.locator("#stage").bounding_box()
+    middle = box["y"] + box["height"] / 2
+    opened.page.mouse.move(box["x"] + box["width"] / 2, middle)
+    opened.page.mouse.down()
+    opened.page.mouse.move(box["x"] + box["width"] / 4, middle, steps=4)
+    assert opened.cut() == pytest.approx(0.25, abs=0.01)
+    opened.page.mouse.up()
+    opened.page.mouse.move(box["x"] + box["width"] * 0.9, middle)
+    assert opened.cut() == pytest.approx(0.25, abs=0.01)
+
+
+def test_the_slider_follows_the_keyboard(opened: Opened) -> None:
+    opened.page.focus("#pick-right")
+    opened.page.keyboard.press("Tab")
+    assert opened.page.evaluate("document.activeElement.id") == "cut"
+    for _ in range(5):
+        opened.page.keyboard.press("ArrowRight")
+    assert opened.cut() == pytest.approx(0.55, abs=0.001)
+    opened.page.keyboard.press("Home")
+    assert opened.cut() == pytest.approx(0.0, abs=0.005)
+    assert opened.page.get_attribute("#cut", "aria-valuetext") == "0 % baseline"
+
+
+def test_a_picture_of_the_grid_comes_into_the_slider(opened: Opened) -> None:
+    page = opened.page
+    cells = page.locator(".cell")
+    last = cells.last
+    source = last.locator("img").get_attribute("src")
+    last.focus()
+    page.keyboard.press("Enter")
+    assert page.get_attribute("#image-right", "src") == source
+    assert page.input_value("#pick-row") == last.get_attribute("data-row")
+    assert page.inner_text("#tag-right") == "same"
+    page.select_option("#pick-right", label="lpl-strong")
+    row = last.get_attribute("data-row")
+    shown = page.locator(f'.cell[data-row="{row}"][data-column="{page.input_value("#pick-right")}"] img')
+    assert page.get_attribute("#image-right", "src") == shown.get_attribute("src") != source
+
+
+def test_colours_follow_the_scheme_and_can_be_read(browser: Any, report: Path) -> None:
+    """Contrast of text and of every line against its card: at least 4.5 and 3 (WCAG 2.2, 1.4.3 and 1.4.11)."""
+    script = """() => {
+        const light = (color) => {
+            const [r, g, b] = color.match(/[\\d.]+/g).slice(0, 3).map((v) => v / 255)
+                .map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
+            return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+        };
+        const contrast = (a, b) => (Math.max(light(a), light(b)) + 0.05) / (Math.min(light(a), light(b)) + 0.05);
+        const card = getComputedStyle(document.querySelector(".chart")).backgroundColor;
+        const page = getComputedStyle(document.body).backgroundColor;
+        const all = (selector) => [...document.querySelectorAll(selector)];
+        const of = (selector, property) => all(selector).map((e) => getComputedStyle(e)[property]);
+        return {
+            page: light(page),
+            lines: [...new Set(of(".chart .line", "stroke"))].map((c) => contrast(c, card)),
+            text: [...new Set(of(".chart text", "fill"))].map((c) => contrast(c, card)),
+            words: [...new Set(of("p, h1, h2, td, th, summary, li", "color"))]
+                .map((c) => Math.min(contrast(c, card), contrast(c, page))),
+        };
+    }"""
+    found = {}
+    for scheme in SCHEMES:
+        window = Opened(browser, report, scheme, 1400)
+        found[scheme] = window.page.evaluate(script)
+        window.context.close()
+        assert len(found[scheme]["lines"]) >= 5
+        assert min(found[scheme]["lines"]) >= 3
+        assert min(found[scheme]["text"]) >= 4.5
+        assert min(found[scheme]["words"]) >= 4.5
+    assert found["light"]["page"] > 0.8
+    assert found["dark"]["page"] < 0.05
+
+
+@pytest.mark.parametrize("width", [400, 1400])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_it_fits_the_window_and_leaves_a_screenshot(browser: Any, report: Path, scheme: str, width: int) -> None:
+    window = Opened(browser, report, scheme, width)
+    window.page.evaluate("Promise.all([...document.images].map((image) => image.decode()))")
+    assert window.page.evaluate("document.documentElement.scrollWidth") == width
+    small = window.page.evaluate("""() => [...document.querySelectorAll(".chart text")]
+        .map((t) => t.getBoundingClientRect().height).filter((h) => h > 0 && h < 11).length""")
+    assert small == 0
+    SCREENSHOTS.mkdir(exist_ok=True)
+    window.page.screenshot(path=SCREENSHOTS / f"report-{scheme}-{width}.png", full_page=True)
+    window.context.close()
+
+
+def test_every_plot_says_what_it_shows(opened: Opened) -> None:
+    found = opened.page.evaluate("""() => [...document.querySelectorAll(".chart")].map((chart) => {
+        const svg = chart.querySelector("svg[role=img]");
+        const named = svg.getAttribute("aria-labelledby").split(" ").map((id) => document.getElementById(id));
+        const rows = chart.querySelectorAll("details tbody tr");
+        return [named.every((e) => svg.contains(e) && e.textContent), rows.length];
+    })""")
+    assert len(found) >= 15
+    assert all(named and rows for named, rows in found)
+    ids = opened.page.evaluate("[...document.querySelectorAll('[id]')].map((e) => e.id)")
+    assert len(ids) == len(set(ids))

@@ -1,0 +1,94 @@
+"""Pictures of sheets, found again, embedded within a budget."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lpl.data.picture_cells import KEY, Cell, cells_note, read_cells
+from lpl.report.images import embed_all, encode
+from lpl.report.pictures import Picture
+from lpl.training.prompts import Prompt
+from lpl.training.validation_images import label_grid
+
+
+def noise(seed: int, side: int = 32) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8))
+
+
+def decoded(uri: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(uri.split(",", 1)[1]))).convert("RGB")
+
+
+def test_every_validation_image_is_found_in_its_sheet(tmp_path: Path) -> None:
+    """Two prompts, two images each, of two kinds of weights: the cell's pixels are the image's."""
+    prompts = [Prompt("a fox"), Prompt("a very long prompt " * 9, "blur")]
+    drawn = {kind: [noise(10 * k + i) for i in range(4)] for k, kind in enumerate(("raw", "ema"))}
+    grid = label_grid(drawn, prompts, "step 3", [7, 8, 30, 31])
+    grid.save(tmp_path / "sheet.png", pnginfo=cells_note(grid.info[KEY]))
+    cells = read_cells(tmp_path / "sheet.png")
+    assert len(cells) == 8
+    order = {(kind, seed): i for kind in drawn for i, seed in enumerate([7, 8, 30, 31])}
+    for cell in cells:
+        assert cell.seed is not None
+        found = Picture(tmp_path / "sheet.png", cell.box).read()
+        assert np.array_equal(found, drawn[cell.kind][order[cell.kind, cell.seed]])
+        assert cell.prompt == ("a fox" if cell.seed < 10 else f"{prompts[1].text} (without: blur)")
+
+
+@pytest.mark.parametrize("note", ["no json", "[]", '[{"kind": "raw"}]', "3"])
+def test_notes_that_are_none_are_passed_over(tmp_path: Path, note: str) -> None:
+    from PIL import PngImagePlugin
+
+    info = PngImagePlugin.PngInfo()
+    info.add_text(KEY, note)
+    noise(0).save(tmp_path / "a.png", pnginfo=info)
+    assert read_cells(tmp_path / "a.png") == []
+
+
+def test_cells_beyond_the_picture_are_none(tmp_path: Path) -> None:
+    noise(0).save(tmp_path / "a.png", pnginfo=cells_note([Cell("raw", "x", 1, (0, 0, 33, 32))]))
+    assert read_cells(tmp_path / "a.png") == []
+
+
+def test_small_pictures_are_kept_exactly() -> None:
+    picture = noise(1, 64)
+    found = encode(picture, 1024, 80)
+    assert np.array_equal(decoded(found.uri), picture)
+    assert (found.width, found.height) == (64, 64)
+
+
+def test_pictures_shrink_until_they_fit(tmp_path: Path) -> None:
+    for i in range(4):
+        noise(i, 800).save(tmp_path / f"{i}.png")
+    pictures = [Picture(tmp_path / f"{i}.png", (0, 0, 800, 800)) for i in range(4)]
+    large, notes = embed_all(pictures, 10**8)
+    assert [e.width for e in large if e] == [800] * 4
+    assert notes == []
+    budget = 300_000
+    small, notes = embed_all(pictures, budget)
+    widths = {e.width for e in small if e}
+    assert len(widths) == 1
+    assert widths < {640, 512, 384, 256, 160}
+    assert sum(len(e.uri) for e in small if e) <= budget
+    assert notes == [f"4 pictures are shown smaller than they are, at most {widths.pop()} pixels a side"]
+
+
+def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    noise(0).save(tmp_path / "good.png")
+    found, notes = embed_all([Picture(tmp_path / "bad.png"), Picture(tmp_path / "good.png")], 10**6)
+    assert found[0] is None
+    assert found[1] is not None
+    assert len(notes) == 1
+    assert str(tmp_path / "bad.png") in notes[0]
+
+
+def test_transparent_pictures_stand_on_white(tmp_path: Path) -> None:
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "a.png")
+    assert Picture(tmp_path / "a.png").read().getpixel((0, 0)) == (255, 255, 255)
