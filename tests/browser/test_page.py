@@ -143,6 +143,7 @@ def test_the_slider_follows_the_keyboard(opened: Opened) -> None:
 def test_a_picture_of_the_grid_comes_into_the_slider(opened: Opened) -> None:
     page = opened.page
     cells = page.locator(".cell")
+    page.locator("#pictures details summary").click()
     last = cells.last
     source = last.locator("img").get_attribute("src")
     last.focus()

@@ -45,7 +45,7 @@
     cut.focus({ preventScroll: true });
   });
   stage.addEventListener("pointermove", (event) => { if (stage.hasPointerCapture(event.pointerId)) drag(event); });
-  document.querySelector("table.grid").addEventListener("click", (event) => {
+  get("pictures").addEventListener("click", (event) => {
     const button = event.target.closest(".cell");
     if (!button || ![...row.options].some((o) => o.value === button.dataset.row)) return;
     row.value = button.dataset.row;
