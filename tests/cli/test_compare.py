@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -156,6 +157,41 @@ def test_figures_of_eval_are_compared(
     assert entry["differences"] == pytest.approx([-0.2, -0.2])
     assert entry["outcome"] == "better"
     assert entry["noise"] == pytest.approx(0.999)
+
+
+def test_eval_measures_once_with_equal_options(tmp_path: Path, flags: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The seam to lpl eval: which options it gets, and that its eval.json is taken as long as the run is the same."""
+    command = pytest.importorskip("lpl.evaluation.command")
+    from dataclasses import asdict
+
+    from lpl.cli import parse_compare, parse_train
+
+    asked = []
+
+    def run_eval(options: Any, read_run: Any) -> None:
+        asked.append(options)
+        metrics = {"recall": {"value": 0.25}, "precision": {"value": None}}
+        folder = Path(options.output_dir)
+        folder.mkdir(exist_ok=True)
+        (folder / "eval.json").write_text(json.dumps({"options": asdict(options), "metrics": metrics}))
+
+    monkeypatch.setattr(command, "run_eval", run_eval)
+    options = parse_compare([*flags(tmp_path)[1:], f"--reference_dir={tmp_path}", "--num_samples=9"])
+    finished = tmp_path / "finished.json"
+    finished.write_text("{}")
+
+    def measure() -> dict[str, float]:
+        return measures.metrics_of(tmp_path, options, options.train, parse_train)
+
+    assert [measure(), measure()] == [{"recall": 0.25}] * 2
+    assert len(asked) == 1
+    found = asked[0]
+    assert (found.pretrained_model_name_or_path, found.reference_dir) == (str(tmp_path), str(tmp_path))
+    assert (found.num_samples, found.resolution, found.output_dir) == (9, 16, str(tmp_path / "eval"))
+    later = (tmp_path / "eval" / "eval.json").stat().st_mtime + 10
+    os.utime(finished, (later, later))
+    measure()
+    assert len(asked) == 2
 
 
 def test_minutes_count_for_all_runs_together(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: Any) -> None:

@@ -108,6 +108,7 @@ def _forget_run() -> None:
 
     AcceleratorState._reset_state(reset_partial_state=True)  # a run ends its process group with itself
     GradientState._reset_state()
+    torch.compiler.reset()  # else compiled code of earlier runs counts against dynamo's limit
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

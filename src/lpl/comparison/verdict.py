@@ -135,7 +135,10 @@ def judge(difference: float, interval: tuple[float, float] | None, lower: bool) 
 
 def _sized(difference: float, baseline: float) -> str:
     """In per cent of the baseline, with its sign."""
-    return f"{100 * difference / abs(baseline):+.2g} %" if baseline else f"{difference:+.3g}"
+    if not baseline:
+        return f"{difference:+.3g}"
+    share = 100 * difference / abs(baseline)
+    return f"{share:+.0f} %" if abs(share) >= 100 else f"{share:+.2g} %"
 
 
 def words(

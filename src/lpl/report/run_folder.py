@@ -78,13 +78,17 @@ def training_clock(run: RunFolder) -> list[tuple[int, float]]:
     """(optimizer steps, seconds of training until then), without validation, checkpoints and the time between sessions.
 
     seconds(s_k) = seconds(s_{k-1}) + (s_k - s_{k-1}) n / r_k, with the n samples of a step and the logged rate r_k of
-    samples a second between two logs.
+    samples a second between two logs. The first rate, which has the start in it (memory, kernels, compilation), is
+    taken for the second.
     """
     processes = int(run.environment.get("processes", 1))
     samples = int(run.options["train_batch_size"]) * int(run.options["gradient_accumulation_steps"]) * processes
     clock, step, seconds = [(0, 0.0)], 0, 0.0
-    for here, rate in run.scalars.get(RATE, []):
-        if rate > 0 and here > step:
+    rates = [(here, rate) for here, rate in run.scalars.get(RATE, []) if rate > 0]
+    if len(rates) > 1:
+        rates[0] = rates[0][0], rates[1][1]
+    for here, rate in rates:
+        if here > step:
             seconds += (here - step) * samples / rate
             step = here
             clock.append((step, seconds))

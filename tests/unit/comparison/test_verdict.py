@@ -106,6 +106,12 @@ def test_a_difference_has_its_size() -> None:
     assert words((1.0, 0.9), (1.0, 0.9), noise=0.3) == "better by 10 %; less than another seed changes"
 
 
+def test_large_and_small_sizes_are_plain_numbers() -> None:
+    assert words((1.0, 3.5), (1.0, 3.5)) == "worse by 250 %"
+    assert words((1.0, 1.0000123), (1.0, 1.0000123)) == "worse by 0.0012 %"
+    assert words((0.0, 0.5), (0.0, 0.5)) == "worse by 0.5"
+
+
 def test_a_repeat_that_differs_shows_rounding() -> None:
     assert words((1.0, 0.9), (1.0, 0.9), repeats=True).endswith("rounding alone does that here")
 

@@ -21,10 +21,11 @@ def run(scalars: dict[str, Any], processes: int = 1, **options: Any) -> RunFolde
 
 
 def test_the_clock_counts_training_alone() -> None:
-    """6 samples a step: 10 steps at 30 a second take 2 s, 5 steps at 15 a second 2 s more; no gap counts."""
-    rates = {"samples_per_second": [(10, 30.0), (15, 15.0)]}
+    """6 samples a step: 10 steps at 30 a second take 2 s, 5 steps at 15 a second 2 s more; start and gaps are out."""
+    rates = {"samples_per_second": [(1, 0.5), (10, 30.0), (15, 15.0)]}
     found = training_clock(run(rates, 2, train_batch_size=3, gradient_accumulation_steps=1))
-    assert found == [(0, 0.0), (10, 2.0), (15, 4.0)]
+    assert [step for step, _ in found] == [0, 1, 10, 15]
+    assert [seconds for _, seconds in found] == pytest.approx([0, 0.2, 2, 4])
 
 
 def test_no_logs_no_clock() -> None:
