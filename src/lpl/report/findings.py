@@ -67,7 +67,8 @@ def _paired_row(entry: dict[str, Any], slot: str) -> Row:
     noise = None if entry.get("noise") is None else scale * entry["noise"]
     better = "↓" if entry.get("lower_is_better", True) else "↑"
     said = f"{signed(value)} %" + ("" if low is None or high is None else f"  [{signed(low)}, {signed(high)}]")
-    label = f"{metric_name(entry['metric']).replace(' distance', '')} {better}"
+    name = metric_name(entry["metric"]).replace(" distance", "").replace("Spectrum's log error", "Spectrum")
+    label = f"{name} {better}"
     return Row(label, slot, value, low, high, said, noise=noise)
 
 

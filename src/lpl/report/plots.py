@@ -30,7 +30,7 @@ class Line(NamedTuple):
 
     label: str
     slot: str
-    """Its colour and dashes: "1".."8", "ink" for references or "floor"."""
+    """Its colour and dashes: "1".."8", "ink", "floor"."""
     x: Sequence[float]
     y: Sequence[float | None]
     """None: nothing was measured there."""
@@ -69,7 +69,6 @@ class Chart:
     """(label, slot)."""
     header: list[str]
     rows: list[list[str]]
-    wide: bool = False
     thinned: str = ""
     """What the table leaves out."""
     key: list[tuple[str, str]] = field(default_factory=list)
