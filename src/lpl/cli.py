@@ -16,6 +16,7 @@ from typing import Any
 import tyro
 
 from lpl import __version__
+from lpl.analysis.check.options import CheckConfig
 from lpl.config import TrainConfig, require
 from lpl.config_io import DATA_REPORT, REFUSED, as_flags, environment, nearest, read_options
 from lpl.errors import StopRequestedError, TrainingStoppedError, UserError
@@ -27,6 +28,7 @@ COMMANDS = {
     "cache": "encode a run's images and captions beforehand; `cache verify` and `cache prune` look after the cache",
     "plan": "say what memory and arithmetic a run needs, and what fits a GPU: no data, no weights",
     "data": "read the images through, report on them and draw what the model will see: no weights",
+    "check": "measure on a few images whether LPL can work: precisions, VAE, gate, weight, cost of a step",
     "export": "write a result for other programs: one file for ComfyUI and A1111, a merged folder, a kohya LoRA",
     "demo": "train a small SDXL on photographs: runs anywhere, needs no download",
     "presets": "list what --config and `accelerate launch --config_file` can begin with; `presets NAME` prints one",
@@ -172,6 +174,11 @@ def _dispatch(argv: list[str]) -> None:
         print(plan(options.train, options.memory_bytes))
     elif argv[0] == "data":
         run_data(parse_data(argv[1:]))
+    elif argv[0] == "check":
+        check = _parse_options(CheckConfig, argv[1:], "lpl check", [*TrainConfig().flat(), "num_images"])
+        from lpl.analysis.check.run import run_check
+
+        run_check(check)
     elif argv[0] == "export":
         run_export(argv[1:])
     elif argv[0] == "demo":

@@ -101,18 +101,19 @@ def check_model(
     return config, configs
 
 
-def check_data(config: TrainConfig, report: Path) -> Checked:
-    """The checks that `lpl data` needs: the model may be left out, and its weights need not be there.
+def check_data(config: TrainConfig, report: Path, weights: bool = False) -> Checked:
+    """The checks that a report needs; that of `lpl data` needs no model, and of a model no weights.
 
     Args:
         config: the options.
         report: folder that the report will be written to.
+        weights: ask for a model with its weights.
 
     Raises:
         UserError: the first fault found, in one line.
     """
-    config, configs = check_model(config, plan_configs)
-    if config.model.pretrained_model_name_or_path is not None:
+    config, configs = check_model(config, model_configs if weights else plan_configs)
+    if configs and config.model.pretrained_model_name_or_path is not None:
         check_options(config, configs)
     _check_outside(config)
     if (report.exists() and not report.is_dir()) or (report.parent.exists() and not report.parent.is_dir()):
