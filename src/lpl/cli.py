@@ -176,6 +176,8 @@ def _dispatch(argv: list[str]) -> None:
         run_data(parse_data(argv[1:]))
     elif argv[0] == "check":
         check = _parse_options(CheckConfig, argv[1:], "lpl check", [*TrainConfig().flat(), "num_images"])
+        # Read when torch loads: threads that wait sleep, instead of spinning on cores that others use.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         from lpl.analysis.check.run import run_check
 
         run_check(check)

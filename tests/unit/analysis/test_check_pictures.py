@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from lpl.analysis.check import maps, reconstruction
-from lpl.analysis.check.images import Encoded, Picture, read_pictures, spread
+from lpl.analysis.check.images import Encoded, Picture, read_pictures, same_size, spread
 from lpl.analysis.check.judge import faults_of, warnings_of
 from lpl.config import DataConfig, LPLConfig, RunConfig, TrainConfig
 from lpl.data.crops import plan_crop
@@ -93,7 +93,7 @@ def test_pictures_are_the_first_draws_of_a_run(tmp_path: Path, options: dict[str
     encoder: Any = Pool()
     encoded = Encoded.of(config, encoder, pictures)
     run = prepare_data(source, None, data, encoder, 5, tmp_path / "bad.jsonl")
-    assert sorted(n for group in encoded.groups() for n in group) == list(range(4))
+    assert sorted(n for group in same_size(pictures) for n in group) == list(range(4))
     for n in range(4):
         ours, theirs = encoded.batch([n], 0), run.batch([(n, 0)])
         assert ours.sample_ids == theirs.sample_ids

@@ -100,11 +100,13 @@ def test_recorded_calls_run_again_in_another_precision() -> None:
             return x * scale + ids, x
 
     module, calls = Two(), {}
-    with precision.recording([module], calls, 2):
-        for n in range(3):
+    with precision.recording([module], calls, 3):
+        for n in range(2):
             module(torch.full((2,), float(n)), torch.tensor(7), scale=torch.tensor(0.5))
-    assert len(calls[0]) == 2
-    outputs = precision.replay(calls[0])(module, torch.bfloat16)
+        run = precision.replay(calls[0])
+        outputs = run(module, torch.bfloat16)  # while calls are recorded
+        assert len(calls[0]) == 3
+        assert len(run(module, torch.float32)) == 2
     assert [output.tolist() for output in outputs] == [[7.0, 7.0], [7.5, 7.5]]
     assert outputs[0].dtype == torch.bfloat16
     assert not module._forward_pre_hooks

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lpl.analysis.alternatives import fits
-from lpl.analysis.check.images import Encoded
+from lpl.analysis.check.images import Encoded, same_size
 from lpl.analysis.needs import Needs, estimate
 from lpl.analysis.rehearsal import Device, Rehearsal
 from lpl.config import TrainConfig
@@ -77,7 +77,7 @@ def measure_step(
     if config.run.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
     denoiser.train().to(device)
-    group = encoded.groups()[0]
+    group = same_size(encoded.pictures)[0]
     size = config.run.train_batch_size
     batch = encoded.batch([group[i % len(group)] for i in range(size)], 0)
     times = []

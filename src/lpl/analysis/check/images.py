@@ -18,7 +18,7 @@ from lpl.data.captions import CaptionRules
 from lpl.data.crops import Crop, render, to_float
 from lpl.data.dataset import Batch
 from lpl.data.decode import decode_with_alpha, parse_color
-from lpl.data.filling import batch_of
+from lpl.data.filling import CAPTION_BATCH, batch_of
 from lpl.data.masks import Mask, crop_mask, location_weights, mask_of
 from lpl.data.reading import in_order, threads_of
 from lpl.data.sources import Piece, Sample, Source
@@ -117,6 +117,18 @@ def _chosen(piece: Piece, numbers: list[int]) -> Generator[Sample, None, None]:
                 yield sample
 
 
+def same_size(pictures: Sequence[Picture]) -> list[list[int]]:
+    """Numbers of pictures of one size each, as many as go through a network at once."""
+    by_size: dict[tuple[int, ...], list[int]] = {}
+    for number, picture in enumerate(pictures):
+        by_size.setdefault(tuple(picture.pixels.shape), []).append(number)
+    return [
+        own[first : first + batch_of(size)]
+        for size, own in by_size.items()
+        for first in range(0, len(own), batch_of(size))
+    ]
+
+
 def _even(total: int, count: int) -> list[int]:
     """min(count, total) numbers below total, evenly apart."""
     count = min(count, total)
@@ -145,28 +157,22 @@ class Encoded:
     @classmethod
     def of(cls, config: TrainConfig, family: Family, pictures: Sequence[Picture]) -> Encoded:
         """Encodes images and captions."""
-        mean, std, text = [], [], []
-        for picture in progress(pictures, desc="encoding", unit="image"):
-            own_mean, own_std = family.encode_images(to_float(picture.pixels)[None])
-            mean.append(own_mean)
-            std.append(own_std)
-            text.append(family.encode_text([picture.caption]))
+        posterior: dict[int, tuple[Tensor, ...]] = {}
+        for numbers in progress(same_size(pictures), desc="encoding", unit="batch"):
+            pixels = torch.stack([pictures[n].pixels for n in numbers])
+            encoded = (values.split(1) for values in family.encode_images(to_float(pixels)))
+            posterior.update(zip(numbers, zip(*encoded, strict=True), strict=True))
+        mean, std = (list(values) for values in zip(*(posterior[n] for n in range(len(pictures))), strict=True))
+        text: list[dict[str, Tensor]] = []
+        for first in range(0, len(pictures), CAPTION_BATCH):
+            captions = [picture.caption for picture in pictures[first : first + CAPTION_BATCH]]
+            fields = {name: values.split(1) for name, values in family.encode_text(captions).items()}
+            text += [{name: values[n] for name, values in fields.items()} for n in range(len(captions))]
         return cls(pictures, mean, std, text, config.run.seed, config.data.unmasked_weight)
 
     def __len__(self) -> int:
         """Number of pictures."""
         return len(self.pictures)
-
-    def groups(self) -> list[list[int]]:
-        """Numbers of pictures of one size each, as many as go through a network at once."""
-        by_size: dict[tuple[int, ...], list[int]] = {}
-        for number, picture in enumerate(self.pictures):
-            by_size.setdefault(tuple(picture.pixels.shape), []).append(number)
-        return [
-            own[first : first + batch_of(size)]
-            for size, own in by_size.items()
-            for first in range(0, len(own), batch_of(size))
-        ]
 
     def batch(self, numbers: Sequence[int], count: int) -> Batch:
         """What a training step gets of pictures of one size, at draw number `count` of each of them.

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lpl.analysis.check.images import Encoded
+from lpl.analysis.check.images import Encoded, same_size
 from lpl.data.dataset import Batch
 from lpl.diffusion.draws import keyed_uniform
 from lpl.diffusion.prediction import add_noise, signal_to_noise, target_of, x0_from_output
@@ -161,7 +161,7 @@ def measure(step: TrainingStep, denoiser: nn.Module, encoded: Encoded, device: t
         for k in range(shape[1]):
             drawn = keyed_uniform(step.seed, "check_timestep", picture.id, k)
             found.timesteps[number, k] = edges[k] + int(drawn * (edges[k + 1] - edges[k]))
-    work = [(numbers, k) for numbers in encoded.groups() for k in range(shape[1])]
+    work = [(numbers, k) for numbers in same_size(encoded.pictures) for k in range(shape[1])]
     average = mean_latent(step, encoded).to(device)
     for numbers, k in progress(work, desc="measuring", unit="batch"):
         batch = encoded.batch(numbers, k)

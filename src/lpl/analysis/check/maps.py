@@ -87,12 +87,13 @@ def draw_maps(maps: LayerMaps, timestep: int, name: str) -> Image.Image:
     """One layer's maps side by side; target and prediction share a scale."""
     top = float(torch.quantile(_few(maps.target), 0.99)) or 1.0
     most = float(torch.quantile(_few(maps.distance), 0.99)) or 1.0
-    masked = float(maps.outliers.mean())
+    masked, densest = float(maps.outliers.mean()), float(maps.outliers.max())
+    outliers = f"{masked:.2%} of the values" + (f"; bright: {densest:.0%} of channels" if masked else "")
     cells = [
         Cell(fit(heat(maps.target, top)), [("target", INK), ("length of the features", GREY)]),
         Cell(fit(heat(maps.prediction, top)), [("prediction", INK), (f"the same scale, 0 to {top:.3g}", GREY)]),
         Cell(fit(heat(maps.distance, most)), [("distance", INK), (f"{float(maps.distance.sum()):.3g} in all", GREY)]),
-        Cell(fit(heat(maps.outliers, 1.0)), [("masked as outliers", INK), (f"{masked:.1%} of the values", GREY)]),
+        Cell(fit(heat(maps.outliers, densest or 1.0)), [("masked as outliers", INK), (outliers, GREY)]),
     ]
     size = tuple(maps.target.shape)
     about = f"{name} at t = {timestep}; {size[0]} x {size[1]} cells, one for {maps.stride} x {maps.stride} pixels."

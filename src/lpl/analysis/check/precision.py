@@ -143,10 +143,11 @@ def to_dtype(value: Any, dtype: torch.dtype) -> Any:
 
 def replay(calls: Calls) -> Callable[[nn.Module, torch.dtype], list[Tensor]]:
     """Runs recorded calls again, in any precision; of what a call returns, its first tensor counts."""
+    calls = list(calls)  # running them may be recorded in turn
 
     def run(module: nn.Module, dtype: torch.dtype) -> list[Tensor]:
         outputs = []
-        for args, kwargs in list(calls):
+        for args, kwargs in calls:
             own = {key: to_dtype(value, dtype) for key, value in kwargs.items()}
             outputs.append(module(*(to_dtype(value, dtype) for value in args), **own)[0])
         return outputs
