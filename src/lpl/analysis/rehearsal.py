@@ -92,6 +92,10 @@ class Rehearsal:
         side = config.data.crop_size // self.blueprint.stride
         return batch, self.blueprint.latent_channels, side, side
 
+    def model(self, config: TrainConfig) -> Any:
+        """The denoiser that is trained, without data."""
+        return self._model(_lora(config), _precision(config), config.optim.weights_dtype)
+
     def parameters(self, config: TrainConfig) -> Parameters:
         """How many there are."""
         lora, precision, dtype = _lora(config), _precision(config), config.optim.weights_dtype
