@@ -39,6 +39,12 @@ def check_launch(config: TrainConfig) -> None:
         require(not wrong, f"accelerate's configuration has {name}, which lpl train does not take: {instead}")
     optimizer = config.optim.optimizer_name
     require(optimizer not in UNSHARDED, f"--optimizer {optimizer} cannot be split by FSDP2: use adamw, or DDP")
+    flag = "--validation_prompt" if config.logging.validation_prompt is not None else "--validation_prompts"
+    require(
+        not (config.model.train_text_encoder and config.logging.draws_images),
+        f"{flag}: FSDP2 draws no validation images where --train_text_encoder changes what prompts mean; drop one, or "
+        "use DDP",
+    )
     require(not config.run.compile_denoiser, "--compile_denoiser does not go with FSDP2: drop it, or use DDP")
 
 
