@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass, field
 from itertools import dropwhile, takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
@@ -49,9 +49,15 @@ class PlanConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     memory: str = "24GiB"
     """Memory of the GPU: 24GiB or 24 (2^30 bytes each), 24GB (10^9)."""
+    num_processes: int | None = None
+    """GPUs; unset: as launched, or one."""
+    sharding: Literal["none", "fsdp2"] = "none"
+    """How they share the model: each has it whole, or it is split over them."""
 
     def __post_init__(self) -> None:
         require(self.memory_bytes > 0, f"--memory must be above 0, not {self.memory}")
+        number = self.num_processes
+        require(number is None or number >= 1, f"--num_processes must be at least 1, not {number}")
 
     @property
     def memory_bytes(self) -> int:
@@ -170,8 +176,10 @@ def _dispatch(argv: list[str]) -> None:
     elif argv[0] == "plan":
         options = parse_plan(argv[1:])
         from lpl.analysis.plan import plan
+        from lpl.training.launch import as_launched
 
-        print(plan(options.train, options.memory_bytes))
+        with as_launched(options.num_processes, options.sharding == "fsdp2"):
+            print(plan(options.train, options.memory_bytes))
     elif argv[0] == "data":
         run_data(parse_data(argv[1:]))
     elif argv[0] == "check":
@@ -272,12 +280,12 @@ def parse_train(argv: list[str]) -> TrainConfig:
 
 
 def parse_plan(argv: list[str]) -> PlanConfig:
-    """Options of `lpl plan`: those of `lpl train`, and --memory.
+    """Options of `lpl plan`: those of `lpl train`, --memory, --num_processes and --sharding.
 
     Raises:
         UserError: as parse_train, or a --memory that is no size.
     """
-    return _parse_options(PlanConfig, argv, "lpl plan", [*TrainConfig().flat(), "memory"])
+    return _parse_options(PlanConfig, argv, "lpl plan", [*TrainConfig().flat(), "memory", "num_processes", "sharding"])
 
 
 def parse_data(argv: list[str]) -> DataReportConfig:

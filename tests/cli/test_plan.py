@@ -68,7 +68,8 @@ def test_plan_states_the_choice_its_neighbours_and_what_fits(plan: Any, monkeypa
     assert list(rows) == [
         "as asked", "--no_use_lpl", "--lpl_checkpointing true", "--lpl_dtype bfloat16", "--gradient_checkpointing",
         "--mixed_precision bf16", "--rank 16", "--use_8bit_adam",
-        "--optimizer adafactor", "--use_ema", "--train_batch_size 2",
+        "--optimizer adafactor", "--mixed_precision bf16 --weights_dtype bfloat16",
+        "--fused_backward_pass --max_grad_norm 0", "--use_ema", "--train_batch_size 2",
     ]  # fmt: skip
     assert {row[-1] for row in rows.values()} == {"fits"}
     assert text.splitlines()[-1] == "fits 1 GiB"
@@ -98,8 +99,8 @@ def test_without_a_model_it_is_sdxl_and_takes_its_resolution(run_cli: Any, monke
     assert code == 0
     assert out.startswith("model        SDXL base 1.0\ntrains       2,567,463,684 parameters (the whole UNet)\n")
     assert "1024 px" in out
-    # Weights, gradients, two moments and the square root of one: 20 bytes a parameter, and the VAE.
-    assert f"  optimizer step         {(2_567_463_684 * 20 + 83_653_863 * 4) / 2**30:6.2f} GiB" in out
+    # Weights, gradients, two moments and the square root of one: 20 bytes a parameter; the VAE is away without LPL.
+    assert f"  optimizer step         {2_567_463_684 * 20 / 2**30:6.2f} GiB" in out
     assert out.endswith("fits 74.51 GiB\n")
 
 
@@ -171,3 +172,26 @@ def test_predicted_peak_is_what_real_steps_take() -> None:
     assert phase == "LPL"
     assert measured > 2**28
     assert predicted == pytest.approx(measured, rel=check.TOLERANCE)
+
+
+def test_a_split_model_is_planned_for_the_gpus_it_is_split_over(plan: Any) -> None:
+    base = ("--resolution", "128", "--mixed_precision", "bf16", "--num_processes", "4")
+    whole, split = plan(*base), plan(*base, "--sharding", "fsdp2")
+    assert "processes    4, each with the whole model" in whole
+    assert "processes    4, split by FSDP2" in split
+    assert "gathered blocks" in split
+    assert "--optimizer adafactor" in table(whole)
+    assert not {"--optimizer adafactor", "--use_8bit_adam", "--fused_backward_pass --max_grad_norm 0"} & set(
+        table(split)
+    )
+    assert "WORLD_SIZE" not in os.environ
+
+
+def test_what_cannot_be_split_is_refused(run_cli: Any, model: Path) -> None:
+    argv = ["plan", f"--pretrained_model_name_or_path={model}", "--num_processes=2", "--sharding=fsdp2"]
+    code, _, err = run_cli([*argv, "--optimizer=adafactor"])
+    assert code == 2
+    assert "--optimizer adafactor cannot be split by FSDP2" in err
+    code, _, err = run_cli([*argv, "--num_processes=0"])
+    assert code == 2
+    assert "--num_processes must be at least 1, not 0" in err

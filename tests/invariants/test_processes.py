@@ -148,6 +148,7 @@ def test_split_model_in_bfloat16_follows_the_whole_one(run: Any, tmp_path: Path)
     [
         ({"optimizer": "adafactor"}, {}, "--optimizer adafactor cannot be split by FSDP2"),
         ({"compile_denoiser": True}, {}, "--compile_denoiser does not go with FSDP2"),
+        ({"train_text_encoder": True, "validation_prompt": "x"}, {}, "FSDP2 draws no validation images where --train_"),
         ({}, {"FSDP_VERSION": "1"}, "accelerate's configuration has fsdp_version 1"),
         ({}, {"FSDP_OFFLOAD_PARAMS": "true"}, "accelerate's configuration has fsdp_offload_params"),
         ({}, {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "has fsdp_activation_checkpointing"),

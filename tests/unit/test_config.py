@@ -89,7 +89,7 @@ def test_free_options_are_those_that_leave_the_trajectory_alone() -> None:
         "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "dry_run", "validation_prompt",
         "num_validation_images", "validation_epochs", "validation_steps", "report_to", "logging_dir", "log_every",
         "push_to_hub", "hub_model_id", "hub_token", "ema_device", "save_steps", "compile_denoiser",
-        "max_minutes", "on_nonfinite", "max_skips", "allow_changes",
+        "max_minutes", "on_nonfinite", "max_skips", "allow_changes", "validation_data_dir", "validation_prompts",
     }  # fmt: skip
 
 

@@ -78,8 +78,8 @@ def estimate(config: TrainConfig, rehearsal: Rehearsal, processes: int = 1) -> N
     if _averages_there(config, rehearsal):
         # Its difference from the weights, of bfloat16 ones one after another; gradients are gone by then.
         phases["EMA update"] = total + (4 * parameters.trained if parameters.itemsize == 4 else 8 * parameters.largest)
-    if config.logging.validation_prompt is not None:
-        phases["validation"] = total + rehearsal.validation(config)
+    if config.logging.draws_images:
+        phases["validation"] = total + _validation(config, rehearsal, stays[weights_name(rehearsal)])
     p_gate = 0.0 if loss is None else gate_probability(config, rehearsal)
     batch = config.run.train_batch_size
     return Needs(
@@ -102,13 +102,31 @@ def fixed_costs(config: TrainConfig, rehearsal: Rehearsal, processes: int) -> di
     """Bytes that are on the device throughout, without LPL's; arithmetic alone."""
     parameters = rehearsal.parameters(config)
     state = state_size(config.optim, parameters.shapes, rehearsal.device)
-    weights = "UNet and text weights" if rehearsal.blueprint.trains_text else "UNet weights"
+    weights = weights_name(rehearsal)
     stays = {weights: parameters.size, state_name(config.optim): state}
     if _averages_there(config, rehearsal):
         stays["EMA"] = 4 * parameters.trained
     if processes > 1:
         stays["gradients in exchange"] = parameters.itemsize * parameters.trained
-    return stays | {"VAE, float32": rehearsal.vae()}
+    return stays | ({"VAE, float32": rehearsal.vae()} if _keeps_vae(config, rehearsal) else {})
+
+
+def weights_name(rehearsal: Rehearsal) -> str:
+    """The row of the denoiser's weights."""
+    return "UNet and text weights" if rehearsal.blueprint.trains_text else "UNet weights"
+
+
+def _keeps_vae(config: TrainConfig, rehearsal: Rehearsal) -> bool:
+    """Whether the VAE stays on the device, not only while caching and decoding."""
+    return config.lpl.use_lpl or rehearsal.device == "cpu"
+
+
+def _validation(config: TrainConfig, rehearsal: Rehearsal, weights: int) -> int:
+    """Peak of drawing validation images on top of what stays: for decoding, the denoiser waits on the CPU."""
+    sampling, decoding = rehearsal.validation(config)
+    if not _keeps_vae(config, rehearsal):
+        decoding += rehearsal.vae()
+    return max(sampling, decoding - (0 if rehearsal.device == "cpu" else weights))
 
 
 def optimizer_workspace(config: TrainConfig, rehearsal: Rehearsal) -> int:

@@ -21,7 +21,7 @@ from lpl.analysis.states import one_step_size
 from lpl.config import ModelConfig, OptimConfig, TrainConfig
 from lpl.data.filling import CAPTION_BATCH, batch_of
 from lpl.diffusion.diffusion_loss import diffusion_loss
-from lpl.families.base import Blueprint
+from lpl.families.base import DECODED_PIXELS, Blueprint
 from lpl.perceptual.loss import CHUNK_PIXELS
 from lpl.training.engine import build_loss
 from lpl.training.lora import add_lora
@@ -92,6 +92,10 @@ class Rehearsal:
         """The shape of a batch of latents."""
         side = config.data.crop_size // self.blueprint.stride
         return batch, self.blueprint.latent_channels, side, side
+
+    def model(self, config: TrainConfig) -> Any:
+        """The denoiser that is trained, without data."""
+        return self._model(_lora(config), _precision(config), config.optim.weights_dtype)
 
     def parameters(self, config: TrainConfig) -> Parameters:
         """How many there are."""
@@ -257,23 +261,28 @@ class Rehearsal:
                     encoder(self.blueprint.tokens(CAPTION_BATCH), output_hidden_states=True)
         return counter.peak + _bytes(vae) + sum(map(_bytes, encoders))
 
-    def validation(self, config: TrainConfig) -> int:
-        """Peak of drawing one validation image, on top of what was there before."""
+    def validation(self, config: TrainConfig) -> tuple[int, int]:
+        """Peaks of sampling the latents of a validation image and of decoding them, on top of what was there before."""
         precision, lora, dtype = _precision(config), _lora(config), config.optim.weights_dtype
         shape = self.latents(config, 2)  # with and without the prompt
         return self._once(
             ("validation", lora, precision, dtype, shape), lambda: self._validation(lora, precision, dtype, shape)
         )
 
-    def _validation(self, lora: ModelConfig | None, precision: str, dtype: str, shape: tuple[int, ...]) -> int:
+    def _validation(
+        self, lora: ModelConfig | None, precision: str, dtype: str, shape: tuple[int, ...]
+    ) -> tuple[int, int]:
         denoiser = self._model(lora, precision, dtype)
         vae = self._on_meta(self.blueprint.vae)
+        tile = [min(side, DECODED_PIXELS // self.blueprint.stride) for side in shape[2:]]
         with torch.no_grad(), FusedAttention():
             with self._tensors(precision in HALF), StepCounter() as sampling, _autocast(precision):
                 self.blueprint.denoise(denoiser, *self._inputs(shape))
             with torch.device("meta"), StepCounter() as decoding:
-                vae.decode(torch.empty(1, *shape[1:]))
-        return max(sampling.peak, decoding.peak)
+                vae.decode(torch.empty(1, shape[1], *tile))
+        image = 3 * 4 * (shape[2] * shape[3]) * self.blueprint.stride**2
+        copies = 0 if tile == [*shape[2:]] else 3 * image  # tiles, rows of tiles, and the whole
+        return sampling.peak, decoding.peak + copies
 
     def _on_meta(self, build: Callable[[], T]) -> T:
         with torch.device("meta"):

@@ -79,6 +79,10 @@ class DataConfig:
     """Read every image again, also where path, size and time of change are those that were seen before."""
     dataloader_num_workers: int | Literal["auto"] = free("auto")
     """Threads that read, decode and crop images while the cache is filled; auto: one a core, eight at most."""
+    validation_samples: int = 0
+    """Hold so many of the images out of training, chosen by their content, and measure both losses on them."""
+    validation_data_dir: str | None = free(None)
+    """An image folder to measure both losses on instead; what it shares with the training images is not trained on."""
     masked_loss: Literal["none", "alpha", "files"] = "none"
     """Train, LPL included, on what a mask marks in white: the image's opacity (alpha), or files: x-masklabel.png beside
     x.jpg, a file in --mask_dir, a row's --mask_column, x.mask.png in a shard. Images without a mask count whole."""
@@ -127,6 +131,12 @@ class DataConfig:
             f"--bucket_area must be at least 64 pixels, not {self.bucket_area}",
         )
         require(self.bucket_max_aspect >= 1, f"--bucket_max_aspect must be at least 1, not {self.bucket_max_aspect}")
+        require(self.validation_samples >= 0, f"--validation_samples must be 0 or more, not {self.validation_samples}")
+        require(
+            not self.validation_samples or self.validation_data_dir is None,
+            f"--validation_samples {self.validation_samples} and --validation_data_dir {self.validation_data_dir} are "
+            "both given: choose one",
+        )
         require(self.keep_tokens >= 0, f"--keep_tokens must be 0 or more, not {self.keep_tokens}")
         require(self.caption_separator != "", "--caption_separator must not be empty")
         require(
@@ -138,6 +148,11 @@ class DataConfig:
             self.masked_loss != "files" or self.dataset_name is None or self.mask_column is not None,
             "--masked_loss files: name the column of --dataset_name that holds the masks with --mask_column",
         )
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether there are images to validate on."""
+        return self.validation_samples > 0 or self.validation_data_dir is not None
 
     @property
     def crop_size(self) -> int:

@@ -15,7 +15,7 @@ class LoggingConfig:
     validation_prompt: str | None = free(None)
     """Prompt of the validation images; unset: none are made."""
     num_validation_images: int = free(4)
-    """Validation images each time."""
+    """Validation images of each prompt, each time."""
     validation_epochs: int = free(1)
     """Epochs between validations."""
     validation_steps: int | None = free(None)
@@ -32,8 +32,21 @@ class LoggingConfig:
     """Repository to push to; unset: the name of --output_dir."""
     hub_token: str | None = free(None)
     """Token for the push; never written to config.yaml. `hf auth login` is safer."""
+    validation_prompts: str | None = free(None)
+    """Instead of --validation_prompt a file: .txt with a prompt a line, or .jsonl with prompt and, if you like,
+    negative_prompt and seed."""
 
     def __post_init__(self) -> None:
         for name in ("num_validation_images", "validation_epochs", "log_every"):
             require(getattr(self, name) >= 1, f"--{name} must be at least 1, not {getattr(self, name)}")
+        require(
+            self.validation_prompt is None or self.validation_prompts is None,
+            f"--validation_prompt and --validation_prompts {self.validation_prompts} are both given: put the prompt "
+            "into the file",
+        )
         require(self.validation_steps is None or self.validation_steps >= 1, "--validation_steps must be at least 1")
+
+    @property
+    def draws_images(self) -> bool:
+        """Whether validation images are made."""
+        return self.validation_prompt is not None or self.validation_prompts is not None

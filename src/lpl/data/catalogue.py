@@ -182,6 +182,18 @@ class Samples:
         """Loss weight of a sample."""
         return self.weights[int(self._piece[index])]
 
+    def prefixes(self) -> np.ndarray:
+        """What stands before the id of each sample, (N,)."""
+        return np.asarray(self._prefixes)[self._piece]
+
+    def digests(self) -> list[bytes]:
+        """sha256 of each sample's image file."""
+        found: list[bytes] = []
+        for number, columns in enumerate(self._tables):
+            rows = self._row[slice(*np.searchsorted(self._piece, [number, number + 1]))]
+            found += columns[SCHEMA.get_field_index("digest")].take(pa.array(rows)).to_pylist()
+        return found
+
     def groups(self) -> tuple[list[str], np.ndarray]:
         """The groups there are, and which of them each sample is in, (N,)."""
         names: dict[str, int] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from lpl.data.captions import CaptionRules
 from lpl.data.catalogue import Row, Samples
 from lpl.data.crops import Crop
 from lpl.data.filling import Caches, caption_key
+from lpl.data.held_out import Split
 from lpl.data.masks import location_weights, mask_key
 from lpl.data.views import Views
 from lpl.diffusion.draws import fill_normal
@@ -54,7 +56,8 @@ class TrainingData:
         caches: latents with the fields mean and std, (C, h, w), raw latent space; text embeddings.
         seed: seed of the run.
         buckets: (N,), bucket of each sample.
-        repeats: (N,), how often an epoch draws it.
+        repeats: (N,), how often an epoch draws it; 0 for what is held out.
+        split: what is held out; None: nothing.
     """
 
     def __init__(
@@ -66,36 +69,53 @@ class TrainingData:
         seed: int,
         buckets: np.ndarray,
         repeats: np.ndarray,
+        split: Split | None = None,
     ) -> None:
         self.samples, self.views, self.rules, self.caches = samples, views, rules, caches
         self.seed, self.buckets, self.repeats = seed, buckets, repeats
+        self.split = split or Split(np.ones(len(samples), bool), np.empty(0, np.int64))
         self._weighted = any(weight != 1.0 for weight in samples.weights)
 
     def __len__(self) -> int:
-        """Number of samples."""
-        return len(self.samples)
+        """Number of samples that training may draw."""
+        return int(self.split.trained.sum())
 
-    def batch(self, draws: Sequence[tuple[int, int]]) -> Batch:
+    def digest(self) -> str:
+        """A hash of all ids, captions and image contents, in order, and of which of them training may draw."""
+        found = self.samples.digest()
+        if self.split.trained.all():
+            return found
+        return hashlib.blake2b(found.encode() + self.split.trained.tobytes(), digest_size=16).hexdigest()
+
+    def batch(self, draws: Sequence[tuple[int, int]], fixed: bool = False) -> Batch:
         """The samples of a batch, all of one bucket; each depends on its own index and count alone.
 
         The raw latents are a fresh posterior sample at each draw: mean + std * normal(seed, "posterior", id, count).
 
         Args:
             draws: (sample index, number of the draw), B of them.
+            fixed: for validation: always the first crop, not mirrored, and the first text, never dropped; noise of the
+                posterior from a stream of its own, "validation_posterior".
         """
+        stream = "validation_posterior" if fixed else "posterior"
         latents, texts, sizes, crops = [], [], [], []
         rows = [self.samples[index] for index, _ in draws]
         for row, (_, count) in zip(rows, draws, strict=True):
-            crop = self.views.draw(self.seed, row.id, row.width, row.height, count)
+            if fixed:
+                crop = self.views.crop(row.id, row.width, row.height, 0, False)
+                text = next(iter(self.rules.variants(row.id, row.captions)), "")
+            else:
+                crop = self.views.draw(self.seed, row.id, row.width, row.height, count)
+                text = self.rules.draw(row.id, row.captions, count)
             latents.append(self.views.key(row.digest, crop))
-            texts.append(caption_key(self.rules.draw(row.id, row.captions, count)))
+            texts.append(caption_key(text))
             sizes.append(crop.size_conditioning)
             crops.append(crop)
         posterior = self.caches.latents.gather(latents)
         raw, std = posterior["mean"].float(), posterior["std"].float()
         noise = torch.empty_like(raw)
         for own, row, (_, count) in zip(noise, rows, draws, strict=True):
-            fill_normal(own, self.seed, "posterior", row.id, count)
+            fill_normal(own, self.seed, stream, row.id, count)
         raw += noise.mul_(std)
         weights = torch.tensor([self.samples.weight(index) for index, _ in draws]) if self._weighted else None
         mask = self._mask(rows, crops)

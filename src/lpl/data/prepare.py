@@ -24,9 +24,9 @@ from lpl.data.dataset import TrainingData
 from lpl.data.files import write_atomically
 from lpl.data.filling import Caches, Encoder, Filler, caption_key
 from lpl.data.folders import cache_dir
+from lpl.data.held_out import VALIDATION, option, split_repeats, split_samples
 from lpl.data.lock import LOCK, locked
 from lpl.data.masks import identity as mask_identity
-from lpl.data.repeats import parse_repeats
 from lpl.data.sources import Source
 from lpl.data.views import Views
 from lpl.errors import UserError
@@ -58,6 +58,7 @@ def prepare_data(
     bad_files: Path,
     processes: Processes = Processes(),  # noqa: B008
     show_progress: bool = False,
+    validation: Source | None = None,
 ) -> TrainingData:
     """Encodes what the caches lack and returns the samples, ready to be drawn.
 
@@ -73,6 +74,7 @@ def prepare_data(
         bad_files: where images that cannot be used are listed.
         processes: which one this is; the barrier is called several times.
         show_progress: whether to show progress bars.
+        validation: of --validation_data_dir; None: none.
 
     Raises:
         UserError: too many bad images, an encoder that makes NaN or Inf, a cache that cannot be used, too little room.
@@ -83,7 +85,8 @@ def prepare_data(
     tables: list[pa.Table] = []
     weights: list[float] = []
     prefixes: list[str] = []
-    for part, weight, prefix in ((source, 1.0, ""), (regularisation, config.prior_loss_weight, REGULARISATION)):
+    others = (regularisation, config.prior_loss_weight, REGULARISATION), (validation, 1.0, VALIDATION)
+    for part, weight, prefix in ((source, 1.0, ""), *others):
         if part is not None:
             catalogue = Catalogue(caches.folder, part, mask_identity(config))
             filler = Filler(part, config, views, rules, encoder, caches, catalogue, bad, prefix, processes.proceed)
@@ -101,9 +104,14 @@ def prepare_data(
     buckets = views.buckets.assign(samples.sizes[:, 0], samples.sizes[:, 1])
     if processes.rank == 0:
         _warn_upscaled(samples, views, buckets)
-    groups, codes = samples.groups()
-    repeats = parse_repeats(config.repeats, groups, codes)
-    return TrainingData(samples, views, rules, caches, seed, buckets, repeats)
+    split = split_samples(samples, config, seed)
+    if len(split.held_out):
+        logger.info(
+            "%s: %d samples are held out of training, and %d copies of them left out",
+            *(option(config), len(split.held_out), split.copies),
+        )
+    repeats = split_repeats(samples, split, config)
+    return TrainingData(samples, views, rules, caches, seed, buckets, repeats, split)
 
 
 def _fill(filler: Filler, processes: Processes, show: bool) -> list[pa.Table]:

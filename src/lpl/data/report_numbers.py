@@ -40,6 +40,8 @@ def numbers(survey: Survey) -> dict[str, Any]:
     if order is not None:
         found["epoch"] = {"draws": order.epoch_size, "steps": order.epoch_size / survey.batch_size}
         found["run"] = {"steps": survey.num_steps, "epochs": survey.num_steps * survey.batch_size / order.epoch_size}
+    if survey.left_out:
+        found["left_out"] = survey.left_out
     crops = _crops(survey.samples.sizes, survey.views.buckets)
     parts = [_part(survey, part, crops[part.start : part.start + len(part.rows)]) for part in survey.parts]
     found["parts"] = parts
@@ -111,7 +113,7 @@ def _groups(survey: Survey, part: Part) -> list[dict[str, Any]]:
     found = []
     for code in np.unique(codes):
         members = np.flatnonzero(codes == code)
-        group = {"group": survey.groups[code], "images": len(members), "repeats": float(repeats[members[0]])}
+        group = {"group": survey.groups[code], "images": len(members), "repeats": float(repeats[members].max())}
         found.append(group | {"draws": float(repeats[members].sum())})
     return sorted(found, key=lambda group: group["group"])
 

@@ -26,6 +26,8 @@ def text(found: dict[str, Any], files: Sequence[Path], bad_files: Path) -> str:
     if "epoch" in found:
         lines += _length(found)
         lines += _buckets(found)
+    if "left_out" in found:
+        lines += _labelled("held out", [f"{found['left_out']:,} for validation, copies included: not trained on"])
     copies = found["duplicates"]
     if copies["images"]:
         pairs = [f"{names[1]} = {names[0]}" for names in copies["sets"][:3]]

@@ -21,12 +21,12 @@ from lpl.data.captions import CaptionRules
 from lpl.data.catalogue import MASKED, SCHEMA, Row, Samples, table_of
 from lpl.data.crops import Crop
 from lpl.data.decode import decode_with_alpha, parse_color
+from lpl.data.held_out import VALIDATION, Split, split_repeats, split_samples
 from lpl.data.masks import Mask, mask_of
 from lpl.data.prepare import REGULARISATION
 from lpl.data.reading import Reader, in_order, threads_of
-from lpl.data.repeats import parse_repeats
 from lpl.data.sampler import BatchOrder
-from lpl.data.sources import Piece, Sample, Source
+from lpl.data.sources import Piece, Sample, Source, open_validation
 from lpl.data.views import Views
 from lpl.errors import UserError
 from lpl.progress import progress
@@ -62,6 +62,7 @@ class Survey:
         repeats: (N,), how often an epoch draws each.
         order: what each step draws; None if nothing is usable.
         processes: how many processes share a step.
+        left_out: samples that are held out of training, and copies of such.
         fault: why a run on these data would not start; None if it would.
     """
 
@@ -77,6 +78,7 @@ class Survey:
     order: BatchOrder | None
     processes: int
     fault: UserError | None
+    left_out: int = 0
 
     @property
     def batch_size(self) -> int:
@@ -153,15 +155,32 @@ def read_through(
     groups, codes = samples.groups()
     buckets = views.buckets.assign(samples.sizes[:, 0], samples.sizes[:, 1])
     repeats, order = np.zeros(0), None
+    left_out = 0
     if len(samples):
-        repeats = parse_repeats(data.repeats, groups, codes)
+        split = _split(config, tables, weights, prefixes, views)
+        repeats, left_out = split_repeats(samples, split, data), int((~split.trained).sum())
         run = config.run
         per_step = run.train_batch_size * run.gradient_accumulation_steps * processes
         order = BatchOrder(run.seed, buckets, repeats, per_step)
     elif not faults:
         faults.append(UserError(f"{source.name}: no image in it can be used: {bad_files} says why"))
     fault = faults[0] if faults else None
-    return Survey(config, parts, samples, views, rules, buckets, groups, codes, repeats, order, processes, fault)
+    return Survey(
+        config, parts, samples, views, rules, buckets, groups, codes, repeats, order, processes, fault, left_out
+    )
+
+
+def _split(
+    config: TrainConfig, tables: list[pa.Table], weights: list[float], prefixes: list[str], views: Views
+) -> Split:
+    """What is held out of the sources; images of --validation_data_dir themselves are in no part."""
+    folder, own = open_validation(config.data), []
+    if folder is not None:
+        own = _read(folder, list(folder.pieces()), views, config.data)
+    more = len(own)
+    samples = Samples([*tables, *own], [*weights, *[1.0] * more], [*prefixes, *[VALIDATION] * more])
+    split = split_samples(samples, config.data, config.run.seed)
+    return split._replace(trained=split.trained[samples.prefixes() != VALIDATION])
 
 
 def first_draws(survey: Survey, number: int) -> list[Draw]:

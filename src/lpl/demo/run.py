@@ -81,7 +81,7 @@ def show_samples(before: Path, after: Path, picture: Path) -> Path:
     from PIL import Image
 
     from lpl.demo.photographs import training_crops
-    from lpl.training.validation import image_grid
+    from lpl.training.validation_images import image_grid
 
     shown = list({crop.photograph: crop for crop in reversed(training_crops())}.values())[::-1]
     captions, rows = [crop.caption for crop in shown], [crop.image for crop in shown]

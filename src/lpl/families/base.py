@@ -10,6 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+DECODED_PIXELS = 1024
+"""Side of the largest image that is decoded in one piece: for SDXL 3 GiB in float32, less than its UNet takes."""
+
 
 class Family(Protocol):
     """A loaded model: the denoiser that is trained, still on the CPU, and the frozen parts around it, on the device."""
@@ -54,10 +57,11 @@ class Family(Protocol):
     ) -> Tensor:
         """The model's output, (B, C, h, w), for sizes (B, 6) = original (h, w), crop (y, x), target (h, w)."""
 
-    def prepare_prompt(self, prompt: str) -> None:
-        """Encodes a prompt for `generate`, while the text encoders are at hand; not if they are trained.
+    def prepare_prompt(self, prompt: str, negative_prompt: str = "") -> None:
+        """Encodes a prompt for `sample`, while the text encoders are at hand; not if they are trained.
 
-        `generate` then encodes it itself, with the weights of the denoiser it is given.
+        `sample` then encodes it itself, with the weights of the denoiser it is given. A negative prompt of "" is the
+        model's own idea of none.
         """
 
     def free_encoders(self) -> None:
@@ -66,19 +70,23 @@ class Family(Protocol):
         The VAE stays: LPL runs in it.
         """
 
-    def generate(
+    def sample(
         self,
         denoiser: nn.Module,
         prompt: str,
-        count: int,
+        negative_prompt: str,
         seed: int,
         resolution: int,
         proceed: Callable[[], None] = lambda: None,
-    ) -> list[Image.Image]:
-        """Images of a prepared prompt from a denoiser in eval mode; the VAE decodes in float32.
+    ) -> Tensor:
+        """Raw latents, (1, C, h, w), float32, on the CPU, of an image of a prepared prompt; denoiser in eval mode.
 
-        Before every sampling step `proceed` is called, which raises to stop there.
+        Before every sampling step and after the last `proceed` is called, which raises to stop there. The VAE may be
+        anywhere.
         """
+
+    def decode(self, raw_latents: Tensor) -> Image.Image:
+        """The image of (1, C, h, w) raw latents, in float32; of a side beyond 1024 pixels, in tiles of that."""
 
     def export(self, denoiser: nn.Module, folder: Path) -> None:
         """Writes a pipeline with this denoiser that `from_pretrained` loads and that says its prediction type."""

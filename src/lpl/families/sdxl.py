@@ -22,7 +22,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from lpl.config import ModelConfig
 from lpl.diffusion.latent_space import LatentSpace
 from lpl.errors import UserError
-from lpl.families.base import weights_hash
+from lpl.families.base import DECODED_PIXELS, weights_hash
 from lpl.families.sdxl_lora import LORA_TARGETS, WITH_TEXT, adapter_of
 from lpl.families.sdxl_schedule import chosen_schedule
 from lpl.families.sdxl_text import PromptEncoder, guided
@@ -85,7 +85,7 @@ class SDXL:
             settings = f"{self.force_zeros}{tokenizers}{self._encode_prompts.settings}"
             self.text_key = weights_hash(*self.text_encoders, settings=settings)
         self.latent_stride = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        self._prompts: dict[str, tuple[Tensor, ...]] = {}
+        self._prompts: dict[tuple[str, str], tuple[Tensor, ...]] = {}
         self._cut: list[str] = []
         # Hashed first: on the CPU that costs no copy. What is trained goes with the denoiser.
         for module in (self.vae, *(() if self.trains_text else self.text_encoders)):
@@ -123,24 +123,25 @@ class SDXL:
             return denoiser(noisy_latents, timesteps, text, sizes)
         return denoise(denoiser, noisy_latents, timesteps, text["prompt_embeds"], text["pooled"], sizes)
 
-    def prepare_prompt(self, prompt: str) -> None:
+    def prepare_prompt(self, prompt: str, negative_prompt: str = "") -> None:
         if not self.trains_text:
-            self._prompts[prompt] = tuple(e.cpu() for e in guided(prompt, self._encode, self.force_zeros))
+            found = guided(prompt, negative_prompt, self._encode, self.force_zeros)
+            self._prompts[prompt, negative_prompt] = tuple(e.cpu() for e in found)
 
     def _encode(self, prompt: str) -> tuple[Tensor, Tensor]:
         return self._encode_prompts([prompt], self.device)
 
-    def _embeddings(self, denoiser: nn.Module, prompt: str) -> tuple[Tensor, ...]:
+    def _embeddings(self, denoiser: nn.Module, prompt: str, negative_prompt: str) -> tuple[Tensor, ...]:
         """What guided gives, on the device: prepared, or by text encoders that are trained."""
         if not isinstance(denoiser, SDXLTrainee):
-            return tuple(e.to(self.device) for e in self._prompts[prompt])
+            return tuple(e.to(self.device) for e in self._prompts[prompt, negative_prompt])
 
         def encode(text: str) -> tuple[Tensor, Tensor]:
             fields = token_fields(*self._encode_prompts.tokens([text]), [text])
             return denoiser.encode({name: value.to(self.device) for name, value in fields.items()})
 
         with self._autocast():
-            return tuple(e.float() for e in guided(prompt, encode, self.force_zeros))
+            return tuple(e.float() for e in guided(prompt, negative_prompt, encode, self.force_zeros))
 
     def _autocast(self) -> AbstractContextManager[Any]:
         half = self.weight_dtype != torch.float32
@@ -158,22 +159,22 @@ class SDXL:
                 encoder.to("cpu")
 
     @torch.no_grad()
-    def generate(
+    def sample(
         self,
         denoiser: nn.Module,
         prompt: str,
-        count: int,
+        negative_prompt: str,
         seed: int,
         resolution: int,
         proceed: Callable[[], None] = lambda: None,
-    ) -> list[Image.Image]:
+    ) -> Tensor:
         def between_steps(_pipeline: Any, _step: int, _timestep: Any, state: dict[str, Any]) -> dict[str, Any]:
             proceed()
             return state
 
-        embeds, negative, pooled, negative_pooled = self._embeddings(denoiser, prompt)
+        embeds, negative, pooled, negative_pooled = self._embeddings(denoiser, prompt, negative_prompt)
         pipeline = StableDiffusionXLPipeline(
-            vae=self.vae,
+            vae=None,  # a pipeline runs where the first of its parts is
             text_encoder=None,
             text_encoder_2=None,
             tokenizer=None,
@@ -183,28 +184,38 @@ class SDXL:
             force_zeros_for_empty_prompt=self.force_zeros,
             add_watermarker=False,
         )
+        pipeline.vae_scale_factor = self.latent_stride
         pipeline.set_progress_bar_config(disable=True)
-        images: list[Image.Image] = []
-        for i in range(count):
-            proceed()
-            # One at a time: validation is not to need more memory than training
-            with self._autocast():
-                latents = pipeline(
-                    prompt_embeds=embeds,
-                    negative_prompt_embeds=negative,
-                    pooled_prompt_embeds=pooled,
-                    negative_pooled_prompt_embeds=negative_pooled,
-                    height=resolution,
-                    width=resolution,
-                    num_inference_steps=SAMPLING_STEPS,
-                    guidance_scale=GUIDANCE_SCALE,
-                    generator=torch.Generator("cpu").manual_seed(seed + i),
-                    output_type="latent",
-                    callback_on_step_end=between_steps,
-                ).images
-            raw = LatentSpace.from_config(self.vae.config).to_raw(latents.float())
-            images += pipeline.image_processor.postprocess(self.vae.decode(raw).sample, output_type="pil")
-        return images
+        proceed()
+        with self._autocast():
+            latents = pipeline(
+                prompt_embeds=embeds,
+                negative_prompt_embeds=negative,
+                pooled_prompt_embeds=pooled,
+                negative_pooled_prompt_embeds=negative_pooled,
+                height=resolution,
+                width=resolution,
+                num_inference_steps=SAMPLING_STEPS,
+                guidance_scale=GUIDANCE_SCALE,
+                generator=torch.Generator("cpu").manual_seed(seed),
+                output_type="latent",
+                callback_on_step_end=between_steps,
+            ).images
+        return LatentSpace.from_config(self.vae.config).to_raw(latents.float()).cpu()
+
+    @torch.no_grad()
+    def decode(self, raw_latents: Tensor) -> Image.Image:
+        vae = self.vae
+        # Not the size that its config states: some state a tenth of what they decode.
+        vae.tile_sample_min_size = DECODED_PIXELS
+        vae.tile_latent_min_size = DECODED_PIXELS // self.latent_stride
+        vae.enable_tiling()
+        try:
+            decoded = vae.decode(raw_latents.to(self.device)).sample
+        finally:
+            vae.disable_tiling()
+        (image,) = self.pipeline.image_processor.postprocess(decoded, output_type="pil")
+        return image
 
     def export(self, denoiser: nn.Module, folder: Path) -> None:
         for name, part in parts_of(denoiser).items():

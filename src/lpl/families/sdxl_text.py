@@ -121,13 +121,15 @@ def embed(text_encoder: Any, text_encoder_2: Any, ids: Tensor, ids_2: Tensor, la
     return torch.cat([first, second], 2), pooled
 
 
-def guided(prompt: str, encode: Callable[[str], tuple[Tensor, Tensor]], force_zeros: bool) -> tuple[Tensor, ...]:
-    """Embeddings of a prompt and of none (zeros, if so forced), and the pooled ones of both."""
+def guided(
+    prompt: str, negative: str, encode: Callable[[str], tuple[Tensor, Tensor]], force_zeros: bool
+) -> tuple[Tensor, ...]:
+    """Embeddings of a prompt and of a negative one ("": zeros, if so forced), and the pooled ones of both."""
     embeds, pooled = encode(prompt)
-    if force_zeros:
+    if force_zeros and negative == "":
         return embeds, torch.zeros_like(embeds), pooled, torch.zeros_like(pooled)
-    negative, negative_pooled = encode("")
-    return embeds, negative, pooled, negative_pooled
+    negative_embeds, negative_pooled = encode(negative)
+    return embeds, negative_embeds, pooled, negative_pooled
 
 
 def _embed(encoder: Any, ids: Tensor, layer: int) -> tuple[Tensor, Tensor]:

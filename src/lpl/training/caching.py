@@ -10,7 +10,7 @@ import torch
 from lpl.config import TrainConfig
 from lpl.data.bad_files import FILE
 from lpl.data.prepare import Processes, prepare_data
-from lpl.data.sources import open_regularisation, open_source
+from lpl.data.sources import open_regularisation, open_source, open_validation
 from lpl.families import load_family
 from lpl.training.engine import build_accelerator
 from lpl.training.preflight import check_model, check_sizes
@@ -30,7 +30,7 @@ def fill_cache(config: TrainConfig) -> None:
     if configs:
         check_sizes(config, configs)
     source = open_source(config.data, config.model.cache_dir)
-    regularisation = open_regularisation(config.data)
+    regularisation, validation = open_regularisation(config.data), open_validation(config.data)
     accelerator = build_accelerator(config)
     with stoppable(config.run.max_minutes) as stop:
         family = load_family(config.model, accelerator.device, torch.float32, encoders_only=True)
@@ -44,6 +44,7 @@ def fill_cache(config: TrainConfig) -> None:
             Path(config.run.output_dir) / FILE,
             Processes(rank, size, accelerator.wait_for_everyone, stop.raise_if_asked),
             accelerator.is_local_main_process,
+            validation,
         )
     logger.info("%d samples are cached in %s", len(data), data.caches.folder)
     accelerator.end_training()

@@ -64,7 +64,11 @@ def write_model_card(config: TrainConfig, folder: Path) -> Path:
         datasets=[config.data.dataset_name] if config.data.dataset_name else None,
     )
     samples = sorted((folder / "samples").glob("*.png"))
-    picture = f"![{config.logging.validation_prompt}](samples/{samples[-1].name})\n\n" if samples else ""
+    picture = (
+        f"![{config.logging.validation_prompt or 'validation images'}](samples/{samples[-1].name})\n\n"
+        if samples
+        else ""
+    )
     load = "pipeline.load_lora_weights(...)" if lora else "DiffusionPipeline.from_pretrained(...)"
     method = (
         "the Latent Perceptual Loss (Berrada et al., ICLR 2025, arXiv 2411.04873)"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +14,13 @@ from lpl.config import OPTIMIZERS, ModelConfig, TrainConfig
 from lpl.config_io import CONFIG_FILE, differences
 from lpl.data.buckets import image_sizes
 from lpl.data.decode import parse_color
-from lpl.data.sources import Source, open_regularisation, open_source
+from lpl.data.sources import Source, open_regularisation, open_source, open_validation
 from lpl.errors import UserError
 from lpl.families import model_configs, native_resolution, plan_configs
+from lpl.training.launch import check_launch, processes
 from lpl.training.objective_checks import objective_rules, warn_of_objective
 from lpl.training.small_cards import check_small_cards
+from lpl.training.validation_checks import check_validation, validation_rules
 
 logger = logging.getLogger("lpl")
 
@@ -45,6 +46,7 @@ class Checked(NamedTuple):
     """The step at which this very run has already ended."""
     num_steps: int | None
     """Optimizer steps of the run; None: not known before the data are read."""
+    validation: Source | None = None
 
     @property
     def has_ended(self) -> bool:
@@ -69,17 +71,19 @@ def preflight(config: TrainConfig) -> Checked:
 
         check_class(config.optim)
     check_small_cards(config)
+    check_launch(config)
     config, configs = check_model(config)
     finished_step = _check_output(config)
     if configs:
         check_options(config, configs)
     source = open_source(config.data, config.model.cache_dir)
-    regularisation = open_regularisation(config.data)
+    regularisation, validation = open_regularisation(config.data), open_validation(config.data)
+    check_validation(config, source)
     _warn_idle(config)
-    even = source.size is not None and config.data.repeats is regularisation is None
+    even = source.size is not None and config.data.repeats is regularisation is validation is None
     known = config.run.max_train_steps is not None or even
-    num_steps = config.num_steps(source.size or 1, processes()) if known else None
-    return Checked(config, source, regularisation, configs, finished_step, num_steps)
+    num_steps = config.num_steps((source.size or 1) - config.data.validation_samples, processes()) if known else None
+    return Checked(config, source, regularisation, configs, finished_step, num_steps, validation)
 
 
 def check_model(
@@ -126,7 +130,7 @@ def check_data(config: TrainConfig, report: Path, weights: bool = False) -> Chec
 
 def _check_outside(config: TrainConfig) -> None:
     """Pictures that are written must not be taken for training images the next time."""
-    for flag in ("train_data_dir", "reg_data_dir"):
+    for flag in ("train_data_dir", "reg_data_dir", "validation_data_dir"):
         images = getattr(config.data, flag)
         if images is not None and Path(config.run.output_dir).resolve().is_relative_to(
             Path(images).expanduser().resolve()
@@ -163,11 +167,6 @@ def _check_output(config: TrainConfig) -> int | None:
     if changed:
         logger.warning("--allow_changes: %s continues with %s", folder, ", ".join(changed))
     return finished_at(folder)
-
-
-def processes() -> int:
-    """How many processes the launcher has started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def finished_at(folder: Path) -> int | None:
@@ -278,7 +277,6 @@ def _warn_idle(config: TrainConfig) -> None:
 
 def _rules(config: TrainConfig) -> list[tuple[str, bool, str]]:
     """(option, whether it can act in this run, what it needs)."""
-    prompt = config.logging.validation_prompt is not None
     biased = config.diffusion.timestep_bias_strategy
     named = config.optim.optimizer_name in OPTIMIZERS
     betas = named and config.optim.optimizer_name != "adafactor"
@@ -301,9 +299,7 @@ def _rules(config: TrainConfig) -> list[tuple[str, bool, str]]:
         *((name, config.data.shuffle_caption, "--shuffle_caption") for name in SHUFFLING),
         ("prior_loss_weight", config.data.reg_data_dir is not None, "--reg_data_dir"),
         ("max_skips", config.run.on_nonfinite == "skip", "--on_nonfinite skip"),
-        ("num_validation_images", prompt, "--validation_prompt"),
-        ("validation_epochs", prompt, "--validation_prompt"),
-        ("validation_steps", prompt, "--validation_prompt"),
+        *validation_rules(config),
         ("hub_model_id", config.logging.push_to_hub, "--push_to_hub"),
         ("hub_token", config.logging.push_to_hub, "--push_to_hub"),
     ]

@@ -153,7 +153,7 @@ def test_caching_holds_all_encoders_and_its_images(plan_of: Any) -> None:
     assert weights < small < large
     assert large - weights > batch_of((3, 256, 256)) * 3 * 256 * 256 * 4
     assert rehearsal.caching(options("--train_batch_size=64")) == rehearsal.caching(options())
-    assert rehearsal.validation(options()) > 0
+    assert min(rehearsal.validation(options())) > 0
 
 
 def test_each_part_is_counted_once(plan_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:

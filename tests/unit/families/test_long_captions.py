@@ -187,7 +187,7 @@ def test_validation_images_use_both(
     folder, prompt, seed = {"tiny": model, "deep": deep}[which], "a red fox " * 40, 5
     loaded = family_of(which, clip_skip=1, max_token_length=tokens)
     loaded.prepare_prompt(prompt)
-    (image,) = loaded.generate(loaded.denoiser.eval(), prompt, 1, seed, 16)
+    image = loaded.decode(loaded.sample(loaded.denoiser.eval(), prompt, "", seed, 16))
     embeds, pooled = by_hand(folder, prompt, 1, tokens // 75)
     negative, negative_pooled = by_hand(folder, "", 1, tokens // 75)
     if which == "tiny":

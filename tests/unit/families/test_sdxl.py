@@ -134,11 +134,14 @@ def test_another_vae_takes_the_place_of_the_models_own(family: SDXL, model: Path
     assert torch.equal(saved.vae.encoder.conv_in.weight, other.vae.encoder.conv_in.weight)
 
 
-def test_generate_equals_the_whole_pipeline(family: SDXL, pipeline: Any) -> None:
-    family.prepare_prompt("a red fox")
-    images = family.generate(family.denoiser.eval(), "a red fox", 2, seed=5, resolution=16)
+@pytest.mark.parametrize("negative", ["", "a green fox"])
+def test_samples_equal_the_whole_pipeline(family: SDXL, pipeline: Any, negative: str) -> None:
+    family.prepare_prompt("a red fox", negative)
+    denoiser = family.denoiser.eval()
+    images = [family.decode(family.sample(denoiser, "a red fox", negative, 5 + i, 16)) for i in range(2)]
     expected = pipeline(
         ["a red fox"] * 2,
+        negative_prompt=[negative] * 2 if negative else None,
         height=16,
         width=16,
         num_inference_steps=SAMPLING_STEPS,
@@ -150,6 +153,20 @@ def test_generate_equals_the_whole_pipeline(family: SDXL, pipeline: Any) -> None
         assert difference.max() <= 1
     assert np.asarray(images[0]).std() > 1
     assert np.abs(np.asarray(images[0], dtype=int) - np.asarray(images[1], dtype=int)).max() > 5
+
+
+def test_large_images_are_decoded_in_tiles(family: SDXL, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 16 pixels, 4 latents; smaller ones go through in one piece, whatever size the VAE's config states."""
+    monkeypatch.setattr("lpl.families.sdxl.DECODED_PIXELS", 16)
+    seen: list[tuple[int, ...]] = []
+    handle = family.vae.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape[2:])))
+    small, large = (family.decode(torch.zeros(1, 4, side, side)) for side in (4, 8))
+    handle.remove()
+    assert (small.size, large.size) == ((16, 16), (32, 32))
+    assert seen[0] == (4, 4)
+    assert len(seen) > 4
+    assert max(seen[1:]) == (4, 4)
+    assert not family.vae.use_tiling
 
 
 @pytest.mark.parametrize("prediction_type", [None, "v_prediction", "sample"])

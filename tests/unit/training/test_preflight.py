@@ -23,7 +23,10 @@ from lpl.training.preflight import preflight
             ["--optimizer=torch.optim.SGD", "--adam_weight_decay=0.1"],
             "--adam_weight_decay has no effect without an --opt",
         ),
-        (["--num_validation_images=2"], "--num_validation_images has no effect without --validation_prompt"),
+        (
+            ["--num_validation_images=2"],
+            "--num_validation_images has no effect without --validation_prompt or --validation_prompts",
+        ),
         (["--timestep_bias_portion=0.5"], "--timestep_bias_portion has no effect"),
         (["--unmasked_weight=0.1"], "--unmasked_weight has no effect without --masked_loss"),
         (["--mask_dir=x"], "--mask_dir has no effect without --masked_loss files and --train_data_dir"),

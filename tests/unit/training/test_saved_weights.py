@@ -137,20 +137,21 @@ def test_weights_every_so_many_steps_and_the_final_ones(train: Any, choice: str,
     assert not list(quiet.folder.glob("saved-*"))
 
 
-def test_final_weights_are_validated(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_kinds_are_shown_whatever_is_final(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sdxl, "SAMPLING_STEPS", 1)
     shown: list[dict[str, Any]] = []
-    original = sdxl.SDXL.generate
+    original = sdxl.SDXL.sample
 
     def spy(self: Any, denoiser: Any, *args: Any) -> Any:
         shown.append({name: p.detach().clone() for name, p in denoiser.named_parameters()})
         return original(self, denoiser, *args)
 
-    monkeypatch.setattr(sdxl.SDXL, "generate", spy)
+    monkeypatch.setattr(sdxl.SDXL, "sample", spy)
     options = {"use_ema": True, "validation_prompt": "x", "num_validation_images": 1, "checkpointing_steps": 2}
     run = train(**options, final_weights="raw")
-    assert same(shown[0], run.checkpoint(2, "model"))
-    assert not same(shown[0], run.checkpoint(2, "ema"))
+    assert len(shown) == 4
+    assert same(shown[2], run.checkpoint(2, "model"))
+    assert same(shown[3], run.checkpoint(2, "ema"))
 
 
 def test_lora_is_saved_as_it_is_loaded(train: Any, model: Path) -> None:

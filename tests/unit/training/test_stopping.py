@@ -91,30 +91,30 @@ def test_a_signal_while_images_are_drawn_draws_them_the_next_time(train: Any, mo
     monkeypatch.setattr(sdxl, "SAMPLING_STEPS", 3)
     options = OPTIONS | {"validation_prompt": "a pattern", "validation_steps": 2, "num_validation_images": 1}
     whole = train(**options, output="whole")
-    original, calls = sdxl.SDXL.generate, []
+    original, calls = sdxl.SDXL.sample, []
 
     def signalled(self: Any, *args: Any) -> Any:
         *rest, proceed = args
 
         def counted() -> None:
             calls.append(1)
-            if len(calls) == 2:  # before the image, and after its first step
+            if len(calls) == 2 * 4 + 2:  # of the first image of step 2: before it, and after its first step
                 os.kill(os.getpid(), signal.SIGTERM)
             proceed()
 
         return original(self, *rest, counted)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sdxl.SDXL, "generate", signalled)
+        patch.setattr(sdxl.SDXL, "sample", signalled)
         stopped = train(**options, expect_error=True)
-    assert len(calls) == 2
+    assert len(calls) == 10
     assert (stopped.code, stopped.stderr.splitlines()[-1]) == (4, "stopped at step 2: the same command continues")
-    assert not (stopped.folder / "samples").exists()
+    assert [path.name for path in (stopped.folder / "samples").iterdir()] == ["step-0000000.png"]
     again = train(**options)
     assert same(again.unet(), whole.unet())
     images = [{p.name: p.read_bytes() for p in (r.folder / "samples").iterdir()} for r in (again, whole)]
     assert images[0] == images[1]
-    assert len(images[0]) == 3
+    assert len(images[0]) == 4
 
 
 @pytest.mark.parametrize("command", ["train", "cache"])

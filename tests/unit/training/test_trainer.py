@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lpl.families.sdxl as sdxl
 from lpl.perceptual.loss import LatentPerceptualLoss
+from lpl.training.validation_images import NARROWEST
 
 SDXL = sdxl.SDXL
 
@@ -40,23 +41,28 @@ def unet_output(unet: Any, width: int = 24) -> torch.Tensor:
 
 def test_average_is_validated_and_saved(train: Any, quick_sampling: None, monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[dict[str, Any]] = []
-    original = SDXL.generate
+    original = SDXL.sample
 
     def spy(self: Any, denoiser: Any, *args: Any) -> Any:
         assert not denoiser.training
+        assert all(p.grad is None for p in denoiser.parameters())
         shown.append({name: p.detach().clone() for name, p in denoiser.named_parameters()})
         return original(self, denoiser, *args)
 
-    monkeypatch.setattr(SDXL, "generate", spy)
+    monkeypatch.setattr(SDXL, "sample", spy)
     options = {"use_ema": True, "ema_decay": 0.7, "max_train_steps": 4, "checkpointing_steps": 2}
     run = train(**options, validation_prompt="a pattern", validation_steps=2, num_validation_images=2)
-    assert len(shown) == 2
-    for step, weights in zip((2, 4), shown, strict=True):
-        assert same(weights, run.checkpoint(step, "ema"))
-        assert not same(weights, run.checkpoint(step, "model"))
+    assert len(shown) == 3 * 2 * 2
+    for step in (2, 4):
+        raw, again, average, _ = shown[2 * step : 2 * step + 4]
+        assert same(raw, again)
+        assert same(raw, run.checkpoint(step, "model"))
+        assert same(average, run.checkpoint(step, "ema"))
+        assert not same(raw, average)
     assert same(run.unet(), run.checkpoint(4, "ema"))
-    assert sorted(p.name for p in (run.folder / "samples").iterdir()) == ["step-0000002.png", "step-0000004.png"]
-    assert Image.open(run.folder / "samples" / "step-0000004.png").size == (34, 16)
+    names = sorted(p.name for p in (run.folder / "samples").iterdir())
+    assert names == ["step-0000000.png", "step-0000002.png", "step-0000004.png"]
+    assert Image.open(run.folder / "samples" / "step-0000004.png").width == NARROWEST
     # Validation does not disturb training.
     quiet = train(**options, output="quiet")
     assert same(quiet.checkpoint(4, "model"), run.checkpoint(4, "model"))
@@ -69,7 +75,7 @@ def test_validation_each_epoch_and_at_the_end(train: Any, quick_sampling: None) 
     """Six samples, two a step: an epoch is 3 steps; 7 steps end between two."""
     run = train(max_train_steps=7, train_batch_size=2, validation_prompt="x", num_validation_images=1, use_lpl=False)
     names = sorted(p.name for p in (run.folder / "samples").iterdir())
-    assert names == [f"step-000000{step}.png" for step in (3, 6, 7)]
+    assert names == [f"step-000000{step}.png" for step in (0, 3, 6, 7)]
 
 
 def test_result_is_a_pipeline_that_loads_bit_for_bit(train: Any, model: Path) -> None:

@@ -8,7 +8,7 @@ from lpl.data.sources.folder import FolderSource
 from lpl.data.sources.webdataset import WebDatasetSource
 from lpl.errors import UserError
 
-__all__ = ["Piece", "Sample", "Source", "open_regularisation", "open_source"]
+__all__ = ["Piece", "Sample", "Source", "open_regularisation", "open_source", "open_validation"]
 
 
 def open_source(config: DataConfig, cache_dir: str | None) -> Source:
@@ -58,3 +58,15 @@ def open_regularisation(config: DataConfig) -> Source | None:
         return None
     masks = config.masked_loss == "files"
     return FolderSource(config.reg_data_dir, config.caption_column, flag="--reg_data_dir", masks=masks)
+
+
+def open_validation(config: DataConfig) -> Source | None:
+    """The folder that --validation_data_dir names; None where it is not given.
+
+    Raises:
+        UserError: not found, or without the images and captions that are needed.
+    """
+    if config.validation_data_dir is None:
+        return None
+    masks = config.masked_loss == "files"
+    return FolderSource(config.validation_data_dir, config.caption_column, flag="--validation_data_dir", masks=masks)

@@ -1,0 +1,35 @@
+"""Checks of the options of validation, before anything loads."""
+
+from __future__ import annotations
+
+from lpl.config import TrainConfig
+from lpl.data.sources import Source
+from lpl.errors import UserError
+from lpl.training.prompts import read_prompts
+
+
+def check_validation(config: TrainConfig, source: Source) -> None:
+    """Refuses to hold out everything, and prompts that cannot be read.
+
+    Raises:
+        UserError: so.
+    """
+    held = config.data.validation_samples
+    if held and source.size is not None and held >= source.size:
+        raise UserError(
+            f"--validation_samples {held}: {source.name} has {source.size} images, which leaves none to train on: hold "
+            "out fewer"
+        )
+    read_prompts(config.logging)
+
+
+def validation_rules(config: TrainConfig) -> list[tuple[str, bool, str]]:
+    """(option, whether it can act in this run, what it needs)."""
+    prompts = "--validation_prompt or --validation_prompts"
+    validates = config.logging.draws_images or config.data.holds_out
+    needs = f"--validation_samples, --validation_data_dir, {prompts}"
+    return [
+        ("num_validation_images", config.logging.draws_images, prompts),
+        ("validation_epochs", validates, needs),
+        ("validation_steps", validates, needs),
+    ]

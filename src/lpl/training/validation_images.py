@@ -1,0 +1,161 @@
+"""Validation images: the same prompts and seeds every time, drawn by all processes, decoded one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from PIL import Image, ImageDraw
+
+from lpl.data.lettering import font_for, wrap
+from lpl.diffusion.draws import keyed_seed
+from lpl.families.base import Family
+from lpl.progress import progress
+from lpl.training.prompts import Prompt
+
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+MOST_PIXELS = 2**26
+"""Of a grid; cells shrink beyond it."""
+LETTERS, LINE, GAP = 14, 18, 4
+PROMPT_LINES = 3
+NARROWEST = 240
+"""Width of a grid at least, for its letters."""
+
+
+class ImageDrawer:
+    """Draws every prompt's images with the weights that the denoiser has.
+
+    Memory: latents are sampled first, one image at a time. Then the denoiser makes room for the decoder and waits on
+    the CPU (unless it is sharded over processes); where LPL does not keep the VAE on the device, it is there for that
+    while alone. So the peak is training's or below it: sampling without gradients takes less than a step, and decoding
+    (of large images in tiles) less than the denoiser's weights. `lpl plan` counts it.
+
+    Args:
+        accelerator: of the run.
+        family: with the prompts prepared.
+        prompts: in order.
+        count: images of each.
+        seed: of the run.
+        resolution: height and width, in pixels.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        family: Family,
+        prompts: Sequence[Prompt],
+        count: int,
+        seed: int,
+        resolution: int,
+    ) -> None:
+        self.accelerator, self.family, self.resolution = accelerator, family, resolution
+        self.prompts, self.count = list(prompts), count
+        self.jobs = [(p, image_seed(p, seed, n, i)) for n, p in enumerate(prompts) for i in range(count)]
+
+    def draw(self, denoiser: Any, proceed: Callable[[], None] = lambda: None) -> list[Image.Image]:
+        """All images, prompt by prompt, alike on every process.
+
+        Every process runs the denoiser equally often: who has one image less draws one that is not shown.
+
+        Args:
+            denoiser: bare, in eval mode.
+            proceed: called between sampling steps and images, on every process equally often; raises to stop there.
+        """
+        rank, size = self.accelerator.process_index, self.accelerator.num_processes
+        rounds = range(0, len(self.jobs), size)
+        own = [self.jobs[min(first + rank, len(self.jobs) - 1)] for first in rounds]
+        latents = []
+        for p, s in progress(own, desc="drawing", unit="image", show=self.accelerator.is_local_main_process):
+            latents.append(self.family.sample(denoiser, p.text, p.negative, s, self.resolution, proceed))
+        drawn = []
+        with self._decoder_on_device(denoiser):
+            for raw in latents:
+                proceed()
+                drawn.append(np.asarray(self.family.decode(raw)))
+        pixels = torch.from_numpy(np.stack(drawn)).to(self.accelerator.device)
+        gathered = self.accelerator.gather(pixels).cpu().numpy()  # process by process
+        order = [place % size * len(own) + place // size for place in range(len(self.jobs))]
+        return [Image.fromarray(gathered[place]) for place in order]
+
+    @contextmanager
+    def _decoder_on_device(self, denoiser: Any) -> Iterator[None]:
+        device, vae = self.accelerator.device, self.family.vae
+        home = next(vae.parameters()).device
+        moves = self.accelerator.distributed_type not in SHARDED
+        try:
+            if moves:
+                denoiser.to("cpu")
+            vae.to(device)
+            yield
+        finally:
+            vae.to(home)
+            if moves:
+                denoiser.to(device)
+
+
+def image_seed(prompt: Prompt, seed: int, number: int, image: int) -> int:
+    """Seed of an image: the prompt's own plus the image's number, or drawn for (run seed, prompt number, image)."""
+    if prompt.seed is not None:
+        return prompt.seed + image
+    return keyed_seed(seed, "validation_image", number, image)
+
+
+def image_grid(images: list[Image.Image], columns: int, gap: int = 2) -> Image.Image:
+    """Images of one size as a grid, row by row, on white."""
+    width, height = images[0].size
+    rows = -(-len(images) // columns)
+    grid = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
+    for i, image in enumerate(images):
+        grid.paste(image, (i % columns * (width + gap), i // columns * (height + gap)))
+    return grid
+
+
+def label_grid(pictures: dict[str, list[Image.Image]], prompts: Sequence[Prompt], title: str) -> Image.Image:
+    """One picture of all: under each prompt a row for each kind of weights, its images side by side.
+
+    Args:
+        pictures: by kind, prompt by prompt, equally many of each, all of one size.
+        prompts: whose they are.
+        title: stands above.
+    """
+    kinds = list(pictures)
+    columns = len(pictures[kinds[0]]) // len(prompts)
+    (width, height), cells = pictures[kinds[0]][0].size, len(kinds) * len(prompts) * columns
+    shrink = min(1.0, (MOST_PIXELS / (cells * width * height)) ** 0.5)
+    width, height = max(1, int(width * shrink)), max(1, int(height * shrink))
+    left = GAP + max(int(font_for(kind, LETTERS).getlength(kind)) for kind in kinds) + GAP
+    across = max(NARROWEST, left + columns * (width + GAP))
+    texts = [wrap(_described(prompt), across - 2 * GAP, LETTERS, PROMPT_LINES) for prompt in prompts]
+    row = max(height, LINE) + GAP
+    down = LINE + 2 * GAP + sum(LINE * len(lines) + GAP + row * len(kinds) for lines in texts)
+    grid = Image.new("RGB", (across, down), "white")
+    pen = ImageDraw.Draw(grid)
+
+    def write(text: str, x: int, y: int, color: str = "black") -> None:
+        pen.text((x, y), text, color, font_for(text, LETTERS))
+
+    write(title, GAP, GAP, "gray")
+    y = LINE + 2 * GAP
+    for number, lines in enumerate(texts):
+        for line in lines:
+            write(line, GAP, y)
+            y += LINE
+        y += GAP
+        for kind in kinds:
+            write(kind, GAP, y, "gray")
+            for column in range(columns):
+                image = pictures[kind][number * columns + column]
+                if image.size != (width, height):
+                    image = image.resize((width, height), Image.Resampling.LANCZOS)
+                grid.paste(image, (left + column * (width + GAP), y))
+            y += row
+    return grid
+
+
+def _described(prompt: Prompt) -> str:
+    return f"{prompt.text} (without: {prompt.negative})" if prompt.negative else prompt.text
