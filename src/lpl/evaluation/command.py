@@ -54,16 +54,14 @@ def run_eval(options: EvalConfig, read_run: Callable[[Path], ModelConfig]) -> No
     if options.images is None:
         _draw(plan, sampler, accelerator)
     accelerator.wait_for_everyone()
-    main, device = accelerator.is_main_process, accelerator.device
-    accelerator.end_training()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    if main:
+    if accelerator.is_main_process:
+        device = accelerator.device
         vae = _vae(options, sampler, device) if options.floor or options.against == "reconstructions" else None
         found = measure_all(options, plan.files, plan.prompts, plan.resolution, plan.inception, vae, device)
         result = _result(plan, found)
         _write(Path(options.output_dir) / RESULT, result)
         print(format_table(result))
+    accelerator.end_training()
 
 
 def _load(plan: Plan, device: torch.device) -> Any:

@@ -94,6 +94,9 @@ def evaluate_images(
         By name: value (None where there are too few), interval, floor, lower_is_better, note. The names of the
         distances are the extractor's. The floor is what the figure would be for the reference's own images after the
         VAE; against reconstructions, for one half of them against the other.
+
+    Raises:
+        ValueError: subsets larger than one of the sets, or reconstructions without a VAE.
     """
     samples = measure_images(images, reference, show)
     target, floor = reference.target(against), reference.floor(against)
@@ -159,8 +162,7 @@ def _figures(metric: str, subsets: Subsets | None, seed: int) -> Compute:
 
     def kernel(x: ImageSet, y: ImageSet, counts: Tensor | None) -> list[Figure]:
         if subsets is not None and subsets.num:
-            size = min(subsets.size, len(x), len(y))
-            value = float(kernel_distance_subsets(x.features, y.features, subsets.num, size, seed).mean())
+            value = float(kernel_distance_subsets(x.features, y.features, *subsets, seed).mean())
         else:
             value = float(kernel_distance(x.features, y.features))
         resampled = None if counts is None else kernel_distance(x.features, y.features, counts)
@@ -205,7 +207,10 @@ def _floor(
     subsets: Subsets | None,
 ) -> list[float | None]:
     """The floor's figures, computed once for a reference."""
-    if sets is None or min(map(len, sets)) < FEWEST[metric]:
+    too_few = FEWEST[metric]
+    if metric == "kernel" and subsets is not None and subsets.num:
+        too_few = max(too_few, subsets.size)
+    if sets is None or min(map(len, sets)) < too_few:
         return [None] * len(_names(metric, reference))
     key = (metric, against, subsets)
     if key not in reference.floors:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.util
+import pickle
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -126,8 +128,10 @@ class Inception:
         try:
             from torchmetrics.image.fid import NoTrainInceptionV3
 
+            # torch-fidelity would run what a pickle says: first see that the file holds nothing but tensors.
+            torch.load(weights, map_location="cpu", weights_only=True)
             network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(weights))
-        except (OSError, RuntimeError, ValueError, ImportError, EOFError) as error:
+        except (OSError, RuntimeError, ValueError, ImportError, EOFError, pickle.UnpicklingError) as error:
             raise UserError(f"--inception_weights {weights}: {' '.join(str(error).split())[:300]}") from error
         self.network = network.to(self.device).requires_grad_(False)
         self.key = _key(self.name, "torchmetrics antialias", _file_hash(weights))
@@ -145,12 +149,20 @@ def find_inception(given: str | None) -> Path | None:
     """
     path = Path(given) if given is not None else Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
     require(given is None or path.is_file(), f"--inception_weights {path}: no such file")
-    missing = [name for name in ("torchmetrics", "torch_fidelity") if importlib.util.find_spec(name) is None]
-    require(
-        given is None or not missing,
-        f"--inception_weights needs the package {' and '.join(missing)}: pip install torchmetrics torch-fidelity",
-    )
-    return path if path.is_file() and not missing else None
+    if not path.is_file():
+        return None
+    try:
+        importlib.import_module("torchmetrics.image.fid")
+        importlib.import_module("torch_fidelity")
+    except (ImportError, RuntimeError) as error:  # a torchvision of another torch raises the second
+        reason = " ".join(str(error).split())[:200]
+        require(
+            given is None,
+            f"--inception_weights needs torchmetrics, torch-fidelity and torchvision ({reason}): pip install "
+            "'latent-perceptual-loss[fid]'",
+        )
+        return None
+    return path
 
 
 class DINOv2:

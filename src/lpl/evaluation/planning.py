@@ -155,6 +155,11 @@ def _prompts(options: EvalConfig, folder: Path, references: list[Path]) -> list[
 
 def _check_counts(options: EvalConfig, samples: int, references: int) -> None:
     least = min(samples, references)
+    require(
+        options.kernel_subsets == 0 or options.kernel_subset_size <= least,
+        f"--kernel_subset_size {options.kernel_subset_size}: there are {samples} samples and {references} images in "
+        "--reference_dir; give less than that",
+    )
     if any((options.inception_weights, options.dinov2, options.clip)):
         return
     require(
