@@ -17,6 +17,7 @@ import launching
 import pytest
 import torch
 from PIL import Image
+from tiny_networks import tiny_clip, tiny_dinov2
 
 from lpl.testing import tiny_images
 
@@ -177,7 +178,38 @@ def test_against_reconstructions(evaluate: Any, whole: Any, tmp_path: Path) -> N
     found, out = evaluate(tmp_path, **there)
     assert found["spectrum"]["reference"] == whole[1]["spectrum"]["floor"]
     assert "half : half" in out
+    assert not any("enlarged" in line for line in found["refused"])
+    large, _ = evaluate(tmp_path, **there, resolution=20)
+    assert [line[:51] for line in large["refused"]][:2] == [
+        "52 of 52 reference images had to be enlarged to 20 "[:51],
+        "50 of 50 samples had to be enlarged to 20 pixels: a blur of its own"[:51],
+    ]
     assert set(found["metrics"]) == {name for name in METRICS if name.startswith("spectrum")}
+
+
+def test_further_networks(evaluate: Any, whole: Any, model: Path, tmp_path: Path) -> None:
+    dino, clip = tiny_dinov2(tmp_path / "dino"), tiny_clip(tmp_path / "clip")
+    there = {"images": whole[0] / "images", "num_samples": None, "metrics": "spectrum", "dinov2": dino, "clip": clip}
+    found, _ = evaluate(tmp_path / "out", **there)
+    assert [line.split(":")[0] for line in found["refused"]] == ["fid, kid"]
+    assert set(found["metrics"]) == {"fd_dinov2", "clip_score"} | {name for name in METRICS if "spectrum" in name}
+    frechet, score = found["metrics"]["fd_dinov2"], found["metrics"]["clip_score"]
+    assert frechet["floor"] > 0
+    assert frechet["note"] is None  # 50 images, 16 features
+    from lpl.evaluation.clip_score import ClipScore
+    from lpl.evaluation.pictures import batches, list_pictures, read_picture
+
+    files = list_pictures(whole[0] / "images", "--images")
+    read = (read_picture(file, 16, "--images") for file in files)
+    each = ClipScore(str(clip))(batches(read, 16), [entry["prompt"] for entry in found["images"]])
+    assert score["value"] == pytest.approx(float(each.mean()), rel=1e-9)
+    assert score["interval"][0] < score["value"] < score["interval"][1]
+    assert score["floor"] is not None
+    (tmp_path / "bare").mkdir()
+    shutil.copyfile(files[0], tmp_path / "bare" / "a.png")
+    bare, _ = evaluate(tmp_path / "out2", **{**there, "images": tmp_path / "bare"})
+    assert any(line.startswith("clip_score: the prompts of --images are not known") for line in bare["refused"])
+    assert bare["metrics"]["fd_dinov2"]["value"] is None
 
 
 def test_lora_prompts_file_seed_and_scheduler_change_the_samples(

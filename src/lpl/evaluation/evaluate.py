@@ -63,7 +63,7 @@ def measure_images(
             raise ValueError(f"expected (N, 3, {reference.size}, {reference.size}) uint8, not {tuple(images.shape)}")
         return measure(images.split(BATCH), reference.extractor, len(images), show)
     files = images if isinstance(images, list) else list_pictures(Path(images), "--images")
-    read = (read_picture(file, reference.size, "--images")[0] for file in files)
+    read = (read_picture(file, reference.size, "--images") for file in files)
     return measure(batches(read, BATCH), reference.extractor, len(files), show)
 
 

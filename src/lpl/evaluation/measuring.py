@@ -12,7 +12,7 @@ from torch import Tensor
 from lpl.evaluation.evaluate import Subsets, evaluate_images, measure_images
 from lpl.evaluation.features import EFFICIENTNET, INCEPTION_FILE, DINOv2, EfficientNetLite0, Extractor, Inception
 from lpl.evaluation.options import EvalConfig
-from lpl.evaluation.pictures import batches, list_pictures, read_captions, read_picture
+from lpl.evaluation.pictures import batches, count_smaller, list_pictures, read_captions, read_picture
 from lpl.evaluation.reference import Reference, reconstruct
 from lpl.evaluation.spectrum import frequencies
 from lpl.evaluation.statistics import BATCH, interval, resample_counts
@@ -53,7 +53,7 @@ def measure_all(
     """
     metrics: dict[str, dict[str, Any]] = {}
     refused: list[str] = []
-    spectrum, count = None, len(list_pictures(Path(str(options.reference_dir)), "--reference_dir"))
+    spectrum, real = None, list_pictures(Path(str(options.reference_dir)), "--reference_dir")
     for extractor, chosen in _networks(options, resolution, inception, device):
         reference = Reference.from_folder(
             str(options.reference_dir), resolution, extractor, vae, cache_dir=options.reference_cache_dir, show=True
@@ -77,10 +77,11 @@ def measure_all(
                 "reference": target.power.mean(0).tolist(),
                 "floor": None if floor is None else floor[0].power.mean(0).tolist(),
             }
-            if reference.enlarged:
-                refused.append(
-                    f"{reference.enlarged} of {count} reference images are below {resolution} pixels: enlarged"
-                )
+    for what, pictures in (("reference images", real), ("samples", files)):
+        if small := count_smaller(pictures, resolution):
+            refused.append(
+                f"{small} of {len(pictures)} {what} had to be enlarged to {resolution} pixels: a blur of its own"
+            )
     refused += [f"{name}: {m['note']}" for name, m in metrics.items() if m["value"] is None]
     if options.clip is not None:
         if prompts is None:
@@ -88,7 +89,7 @@ def measure_all(
         else:
             metrics["clip_score"] = _clip_score(options, files, prompts, resolution, vae, device)
     refused += _left_out(options, inception, vae)
-    return Measured(metrics, spectrum, count, EFFICIENTNET, refused)
+    return Measured(metrics, spectrum, len(real), EFFICIENTNET, refused)
 
 
 def _networks(
@@ -122,7 +123,7 @@ def _clip_score(
     from lpl.evaluation.clip_score import ClipScore
 
     def read(paths: list[Path], flag: str) -> Iterator[Tensor]:
-        return batches((read_picture(file, resolution, flag)[0] for file in paths), BATCH)
+        return batches((read_picture(file, resolution, flag) for file in paths), BATCH)
 
     score = ClipScore(str(options.clip), device)
     found = score(read(files, "--images"), prompts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -39,24 +40,26 @@ def list_pictures(folder: Path, flag: str) -> list[Path]:
     return found
 
 
-def read_picture(file: Path, size: int, flag: str) -> tuple[Tensor, bytes, bool]:
+def read_picture(file: Path, size: int, flag: str) -> Tensor:
     """An image's centre, resized to cover the size (Lanczos), as (3, size, size) uint8.
-
-    Returns:
-        The pixels, a digest of the file, and whether it had to be enlarged.
 
     Raises:
         UserError: a file that cannot be read as an image.
     """
+    image = _decoded(file, flag)
+    return render(image, plan_crop(image.width, image.height, (size, size), True), INTERPOLATION)
+
+
+def file_digest(file: Path, flag: str) -> bytes:
+    """A hash of a file's bytes.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     try:
-        data = file.read_bytes()
-        image = decode_image(data)
+        return hashlib.blake2b(file.read_bytes(), digest_size=16).digest()
     except OSError as error:
         raise UserError(f"{flag}: {file} cannot be read ({error.strerror})") from error
-    except BadImageError as error:
-        raise UserError(f"{flag}: {file}: {error}; repair or remove it") from error
-    crop = plan_crop(image.width, image.height, (size, size), True)
-    return render(image, crop, INTERPOLATION), hashlib.blake2b(data, digest_size=16).digest(), crop.upscaled
 
 
 def shortest_side(file: Path, flag: str) -> int:
@@ -65,9 +68,24 @@ def shortest_side(file: Path, flag: str) -> int:
     Raises:
         UserError: a file that cannot be read as an image.
     """
+    return min(_decoded(file, flag).size)
+
+
+def count_smaller(files: list[Path], size: int) -> int:
+    """How many images have a side below `size` pixels, by their headers; what Pillow does not open is not counted."""
+    found = 0
+    for file in files:
+        with contextlib.suppress(OSError, ValueError, SyntaxError), Image.open(file) as image:
+            found += min(image.size) < size
+    return found
+
+
+def _decoded(file: Path, flag: str) -> Image.Image:
     try:
-        return min(decode_image(file.read_bytes()).size)
-    except (OSError, BadImageError) as error:
+        return decode_image(file.read_bytes())
+    except OSError as error:
+        raise UserError(f"{flag}: {file} cannot be read ({error.strerror})") from error
+    except BadImageError as error:
         raise UserError(f"{flag}: {file}: {error}; repair or remove it") from error
 
 

@@ -18,11 +18,14 @@ from lpl.data.files import write_atomically
 from lpl.data.folders import default_cache_dir
 from lpl.errors import UserError
 from lpl.evaluation.features import Extractor
-from lpl.evaluation.pictures import list_pictures, read_picture
+from lpl.evaluation.pictures import batches, file_digest, list_pictures, read_picture
 from lpl.evaluation.statistics import BATCH, ImageSet, measure
 from lpl.families.base import weights_hash
 
 logger = logging.getLogger("lpl")
+
+LARGE = 256
+"""Images of more pixels across go through the VAE one by one, for its memory."""
 
 VERSION = "1"
 """Of the statistics; another one leaves cached files behind."""
@@ -35,15 +38,11 @@ class Reference:
         real: the images.
         reconstructed: the same after the VAE; None: no VAE was given.
         size: pixels of their sides.
-        enlarged: how many were smaller than that.
         extractor: the network their features are of.
     """
 
-    def __init__(
-        self, real: ImageSet, reconstructed: ImageSet | None, size: int, enlarged: int, extractor: Extractor
-    ) -> None:
-        self.real, self.reconstructed, self.size, self.enlarged = real, reconstructed, size, enlarged
-        self.extractor = extractor
+    def __init__(self, real: ImageSet, reconstructed: ImageSet | None, size: int, extractor: Extractor) -> None:
+        self.real, self.reconstructed, self.size, self.extractor = real, reconstructed, size, extractor
         self.floors: dict[Any, list[float]] = {}
         """Figures of the floor that have been computed, by metric and what they depend on."""
 
@@ -75,22 +74,22 @@ class Reference:
         Raises:
             UserError: no images, or files that cannot be read.
         """
-        images, digest, enlarged = [], hashlib.blake2b(digest_size=16), 0
-        for file in list_pictures(Path(folder), flag):
-            pixels, mark, upscaled = read_picture(file, size, flag)
-            images.append(pixels)
-            digest.update(mark)
-            enlarged += upscaled
-        stack = torch.stack(images)
+        files, digest = list_pictures(Path(folder), flag), hashlib.blake2b(digest_size=16)
+        for file in files:
+            digest.update(file_digest(file, flag))
+
+        def images() -> Iterator[Tensor]:
+            return batches((read_picture(file, size, flag) for file in files), BATCH)
+
         base = Path(cache_dir) if cache_dir is not None else default_cache_dir() / "evaluation"
         key = f"{VERSION} {extractor.key} {size} {digest.hexdigest()}"
-        real = _cached(base, key, lambda: measure(stack.split(BATCH), extractor, len(stack), show))
+        real = _cached(base, key, lambda: measure(images(), extractor, len(files), show))
         reconstructed = None
         if vae is not None:
             key += f" {weights_hash(vae, settings=_settings(vae))}"
-            made = lambda: measure(_reconstructed(stack, vae), extractor, len(stack), show)  # noqa: E731
+            made = lambda: measure(_reconstructed(images(), vae), extractor, len(files), show)  # noqa: E731
             reconstructed = _cached(base, key, made)
-        return cls(real, reconstructed, size, enlarged, extractor)
+        return cls(real, reconstructed, size, extractor)
 
     def target(self, against: str) -> ImageSet:
         """What samples are compared with: "images" or their "reconstructions".
@@ -136,10 +135,10 @@ def reconstruct(images: Tensor, vae: Any) -> Tensor:
     return ((decoded.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
 
 
-def _reconstructed(images: Tensor, vae: Any) -> Iterator[Tensor]:
-    size = 1 if images.shape[-1] > 256 else BATCH  # a decoder's memory
-    for batch in images.split(size):
-        yield reconstruct(batch, vae)
+def _reconstructed(images: Iterator[Tensor], vae: Any) -> Iterator[Tensor]:
+    for batch in images:
+        for part in batch.split(1 if batch.shape[-1] > LARGE else BATCH):
+            yield reconstruct(part, vae)
 
 
 def _settings(vae: Any) -> str:

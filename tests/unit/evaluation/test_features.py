@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_networks import tiny_clip, tiny_dinov2
 from torch import Tensor, nn
 
 from lpl.errors import UserError
@@ -66,15 +67,7 @@ def test_efficientnet_knows_photographs() -> None:
 
 @pytest.fixture(scope="module")
 def dino(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import Dinov2Config, Dinov2Model
-
-    torch.manual_seed(0)
-    config = Dinov2Config(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=224, patch_size=56, mlp_ratio=2
-    )
-    folder = tmp_path_factory.mktemp("dino")
-    Dinov2Model(config).save_pretrained(folder)
-    return folder
+    return tiny_dinov2(tmp_path_factory.mktemp("dino"))
 
 
 @torch.no_grad()
@@ -91,23 +84,7 @@ def test_dinov2_is_the_normed_class_token(dino: Path) -> None:
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
-
-    from lpl.demo.architecture import build_tokenizers
-
-    tokenizer, _ = build_tokenizers()
-    torch.manual_seed(0)
-    text = {"vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length}
-    text |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    vision = small | {"image_size": 32, "patch_size": 16}
-    config = CLIPConfig(text_config=small | text, vision_config=vision, projection_dim=8)
-    folder = tmp_path_factory.mktemp("clip")
-    CLIPModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
-    CLIPImageProcessorPil(**size).save_pretrained(folder)
-    return folder
+    return tiny_clip(tmp_path_factory.mktemp("clip"))
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from torch import Tensor
 from lpl.errors import UserError
 from lpl.evaluation.distances import kernel_distance_subsets
 from lpl.evaluation.evaluate import Subsets, evaluate_images, measure_images
-from lpl.evaluation.pictures import as_png
+from lpl.evaluation.pictures import as_png, count_smaller, list_pictures
 from lpl.evaluation.reference import Reference, reconstruct
 from lpl.evaluation.statistics import ImageSet
 from lpl.testing import tiny_vae
@@ -120,7 +120,7 @@ def test_reconstructions_and_floor(real: Path, vae: Any, tmp_path: Path) -> None
     own = evaluate_images(decoded, reference, against="reconstructions")
     assert own["frechet_grid"]["value"] < 1e-3 < own["frechet_grid"]["floor"]
     assert (own["precision"]["value"], own["spectrum_log_error_high"]["value"]) == (1, 0)
-    halves = Reference(reference.reconstructed.part(slice(1, None, 2)), None, 16, 0, Grid())  # type: ignore[union-attr]
+    halves = Reference(reference.reconstructed.part(slice(1, None, 2)), None, 16, Grid())  # type: ignore[union-attr]
     assert own["frechet_grid"]["floor"] == evaluate_images(decoded[::2], halves)["frechet_grid"]["value"]
     bare = Reference.from_folder(real, 16, Grid(), cache_dir=tmp_path)
     assert {m["floor"] for m in evaluate_images(decoded, bare).values()} == {None}
@@ -189,10 +189,10 @@ def test_kernel_subsets(real: Path, tmp_path: Path) -> None:
         evaluate_images(images, reference, ["kernel"], subsets=Subsets(40, 121))
 
 
-def test_small_reference_images_are_counted(tmp_path: Path) -> None:
+def test_small_images_are_counted(tmp_path: Path) -> None:
     folder = save(pictures(3, size=16), tmp_path / "images")
     (folder / "large.png").write_bytes(as_png(pictures(1, size=40)[0]))
-    assert Reference.from_folder(folder, 24, Grid(), cache_dir=tmp_path / "cache").enlarged == 3
+    assert [count_smaller(list_pictures(folder, ""), size) for size in (16, 17, 40, 41)] == [0, 3, 3, 4]
 
 
 def test_what_cannot_be_read(tmp_path: Path) -> None:
