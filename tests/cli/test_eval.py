@@ -21,6 +21,10 @@ from tiny_networks import tiny_clip, tiny_dinov2
 
 from lpl.testing import tiny_images
 
+THERE: dict[str, Any] = {"num_inference_steps": None, "guidance_scale": None}
+"""Takes back what acts on drawn samples alone."""
+NO_MODEL: dict[str, Any] = {"pretrained_model_name_or_path": None}
+
 METRICS = {
     "frechet_efficientnet-lite0",
     "kernel_efficientnet-lite0",
@@ -158,7 +162,7 @@ def test_two_processes_draw_the_same(as_flags: Any, options: dict[str, Any], who
 
 def test_images_that_are_there(evaluate: Any, whole: Any, model: Path, tmp_path: Path) -> None:
     folder, result, _ = whole
-    there = {"images": folder / "images", "num_samples": None, "resolution": None}
+    there = {**THERE, "images": folder / "images", "num_samples": None, "resolution": None}
     found, _ = evaluate(tmp_path, pretrained_model_name_or_path=model, **there)
     assert found["metrics"] == result["metrics"]
     assert found["model"] == str(folder / "images")
@@ -174,7 +178,7 @@ def test_images_that_are_there(evaluate: Any, whole: Any, model: Path, tmp_path:
 
 
 def test_against_reconstructions(evaluate: Any, whole: Any, tmp_path: Path) -> None:
-    there = {"images": whole[0] / "images", "against": "reconstructions", "metrics": "spectrum"}
+    there = {**THERE, "images": whole[0] / "images", "against": "reconstructions", "metrics": "spectrum"}
     found, out = evaluate(tmp_path, **there)
     assert found["spectrum"]["reference"] == whole[1]["spectrum"]["floor"]
     assert "half : half" in out
@@ -189,7 +193,14 @@ def test_against_reconstructions(evaluate: Any, whole: Any, tmp_path: Path) -> N
 
 def test_further_networks(evaluate: Any, whole: Any, model: Path, tmp_path: Path) -> None:
     dino, clip = tiny_dinov2(tmp_path / "dino"), tiny_clip(tmp_path / "clip")
-    there = {"images": whole[0] / "images", "num_samples": None, "metrics": "spectrum", "dinov2": dino, "clip": clip}
+    there = {
+        **THERE,
+        "images": whole[0] / "images",
+        "num_samples": None,
+        "metrics": "spectrum",
+        "dinov2": dino,
+        "clip": clip,
+    }
     found, _ = evaluate(tmp_path / "out", **there)
     assert [line.split(":")[0] for line in found["refused"]] == ["fid, kid"]
     assert set(found["metrics"]) == {"fd_dinov2", "clip_score"} | {name for name in METRICS if "spectrum" in name}
@@ -236,6 +247,18 @@ def test_lora_prompts_file_seed_and_scheduler_change_the_samples(
     assert evaluate(tmp_path / "seed", **few, seed=2, fails=True).endswith("(seed 1 -> 2); choose another folder")
     weights = evaluate(tmp_path / "seed", **few, seed=1, lora=run.folder, fails=True)
     assert "weights" in weights
+
+
+def test_a_single_file_gives_the_same_samples(
+    run_cli: Any, evaluate: Any, whole: Any, model: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "model.safetensors"
+    assert run_cli(["export", str(model), "--output", str(file)])[0] == 0
+    few = {"num_samples": 16, "metrics": "spectrum"}
+    evaluate(tmp_path / "out", pretrained_model_name_or_path=file, single_file_config=model, **few)
+    found, expected = images(tmp_path / "out"), images(whole[0])
+    assert found == {name: expected[name] for name in found}
+    assert len(found) == 16
 
 
 def test_a_pipeline_of_another_family(evaluate: Any, model: Path, tmp_path: Path) -> None:
@@ -296,6 +319,14 @@ def test_a_pipeline_of_another_family(evaluate: Any, model: Path, tmp_path: Path
         ({"pretrained_model_name_or_path": "./nowhere"}, "--pretrained_model_name_or_path ./nowhere: no such folder"),
         ({"prompts": "nowhere.txt"}, "--prompts nowhere.txt: no such file"),
         ({"images": ".", "prompts": "p.txt"}, "--prompts acts on drawn samples"),
+        ({"images": ".", **THERE, "guidance_scale": 2.0}, "--guidance_scale acts on drawn samples"),
+        ({"images": ".", **THERE, "floor": False}, "has no use with --no_floor"),
+        (
+            {"images": ".", **THERE, "pretrained_model_name_or_path": None, "variant": "fp16"},
+            "--variant acts on a model",
+        ),
+        ({"kernel_subsets": 5, "metrics": "frechet"}, "--kernel_subsets acts on the kernel distance"),
+        ({"against": "reconstructions", "images": ".", **THERE, **NO_MODEL}, "needs a VAE"),
         ({"num_samples": 0}, "--num_samples must be at least 1, not 0"),
         ({"num_samples": 9}, "--num_samples: 9 samples and 52 images in --reference_dir, of which every metric"),
         ({"metrics": "frechet", "num_samples": 49}, "asked for needs at least 50"),
@@ -310,7 +341,11 @@ def test_a_pipeline_of_another_family(evaluate: Any, model: Path, tmp_path: Path
         ({"scheduler": "euler"}, "scheduler"),
     ],
 )
-def test_errors_are_one_line(evaluate: Any, tmp_path: Path, changed: dict[str, Any], message: str) -> None:
+def test_errors_are_one_line(
+    evaluate: Any, reference: Path, tmp_path: Path, changed: dict[str, Any], message: str
+) -> None:
+    if "images" in changed:
+        changed |= {"images": reference, "num_samples": None, "metrics": "spectrum"}
     assert message in evaluate(tmp_path / "out", fails=True, **changed)
     assert not list((tmp_path).rglob("*.png"))
 

@@ -8,8 +8,19 @@ from typing import Literal
 from lpl.config import require
 
 MetricName = Literal["frechet", "kernel", "precision_recall", "density_coverage", "spectrum"]
-MODEL_ONLY = ("lora", "base", "prompts")
+DRAWING = (
+    "prompts",
+    "lora",
+    "base",
+    "num_inference_steps",
+    "guidance_scale",
+    "scheduler",
+    "sample_batch_size",
+    "dtype",
+)
 """Options that act on samples drawn here alone."""
+LOADING = ("variant", "single_file_config")
+"""Options that act on a model's files alone."""
 DEFAULT_SAMPLES = 1000
 
 
@@ -90,8 +101,10 @@ class EvalConfig:
             "--pretrained_model_name_or_path is missing: give a model, or --images with images that are there",
         )
         if self.images is not None:
-            for name in MODEL_ONLY:
-                require(getattr(self, name) is None, f"--{name} acts on drawn samples; --images draws none: drop one")
+            for name in DRAWING:
+                require(self._is_default(name), f"--{name} acts on drawn samples; --images draws none: drop one")
+        for name in LOADING:
+            require(model is not None or self._is_default(name), f"--{name} acts on a model; none is given")
         require(self.lora is not None or self.lora_scale == 1 or model is not None, "--lora_scale needs a LoRA")
         for name, least in {
             "num_samples": 1,
@@ -105,12 +118,18 @@ class EvalConfig:
             value = getattr(self, name)
             require(value is None or value >= least, f"--{name} must be at least {least}, not {value}")
         require(self.guidance_scale >= 0, f"--guidance_scale must be 0 or more, not {self.guidance_scale}")
-        default = EvalConfig.__dataclass_fields__["kernel_subset_size"].default
         require(
-            self.kernel_subsets > 0 or self.kernel_subset_size == default,
+            self.kernel_subsets > 0 or self._is_default("kernel_subset_size"),
             "--kernel_subset_size acts with --kernel_subsets above 0",
+        )
+        require(
+            self.kernel_subsets == 0 or "kernel" in self.metrics or self.inception_weights is not None,
+            "--kernel_subsets acts on the kernel distance, which --metrics leaves out",
         )
         require(
             bool(self.metrics) or any((self.inception_weights, self.dinov2, self.clip)),
             "--metrics is empty and no other network is given, so nothing is measured",
         )
+
+    def _is_default(self, name: str) -> bool:
+        return bool(getattr(self, name) == EvalConfig.__dataclass_fields__[name].default)
