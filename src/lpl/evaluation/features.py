@@ -18,6 +18,8 @@ from lpl.errors import UserError
 
 EFFICIENTNET = "efficientnet-lite0"
 SMALL, LARGE = 128, 224
+IN_CACHE = 2 * LARGE**2
+"""Pixels whose feature maps stay in a CPU's caches: 6 images of 128, 2 of 224, 1.5 times as fast as 16 together."""
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 
 
@@ -78,9 +80,13 @@ class EfficientNetLite0:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        pixels = _resize(images.to(self.device), self.size, "bilinear")
-        pixels = ((pixels - 127) / 128).contiguous(memory_format=torch.channels_last)
-        return self.network.extract_features(pixels).mean((2, 3)).float().cpu()
+        together = IN_CACHE // self.size**2 if self.device.type == "cpu" else len(images)
+        return torch.cat([self._features(part) for part in images.to(self.device).split(together)])
+
+    def _features(self, images: Tensor) -> Tensor:
+        pixels = (_resize(images, self.size, "bilinear") - 127) / 128
+        maps = self.network.extract_features(pixels.contiguous(memory_format=torch.channels_last))
+        return maps.mean((2, 3)).float().cpu()
 
 
 def check_efficientnet() -> None:
