@@ -21,7 +21,7 @@ from tiny_networks import tiny_clip, tiny_dinov2
 
 from lpl.testing import tiny_images
 
-THERE: dict[str, Any] = {"num_inference_steps": None, "guidance_scale": None}
+THERE: dict[str, Any] = dict.fromkeys(("num_inference_steps", "guidance_scale", "sample_batch_size"))
 """Takes back what acts on drawn samples alone."""
 NO_MODEL: dict[str, Any] = {"pretrained_model_name_or_path": None}
 
@@ -53,6 +53,7 @@ def options(model: Path, reference: Path, shared: Path) -> dict[str, Any]:
         "resolution": 16,
         "num_inference_steps": 2,
         "guidance_scale": 1.0,
+        "sample_batch_size": 16,
         "num_bootstrap": 10,
     }
 
@@ -133,7 +134,7 @@ def test_killed_run_ends_as_a_whole_one(
     as_flags: Any, options: dict[str, Any], whole: Any, evaluate: Any, tmp_path: Path
 ) -> None:
     folder, result, _ = whole
-    argv = ["eval", *as_flags({**options, "output_dir": tmp_path, "sample_batch_size": 16})]
+    argv = ["eval", *as_flags({**options, "output_dir": tmp_path})]
     # Slow batches, so that the kill falls between two of them.
     code = (
         "import sys, time\n"
@@ -327,6 +328,7 @@ def test_a_pipeline_of_another_family(evaluate: Any, model: Path, tmp_path: Path
         ),
         ({"kernel_subsets": 5, "metrics": "frechet"}, "--kernel_subsets acts on the kernel distance"),
         ({"against": "reconstructions", "images": ".", **THERE, **NO_MODEL}, "needs a VAE"),
+        ({"resolution": 20}, "--resolution 20: models draw multiples of 8"),
         ({"num_samples": 0}, "--num_samples must be at least 1, not 0"),
         ({"num_samples": 9}, "--num_samples: 9 samples and 52 images in --reference_dir, of which every metric"),
         ({"metrics": "frechet", "num_samples": 49}, "asked for needs at least 50"),
@@ -348,6 +350,17 @@ def test_errors_are_one_line(
         changed |= {"images": reference, "num_samples": None, "metrics": "spectrum"}
     assert message in evaluate(tmp_path / "out", fails=True, **changed)
     assert not list((tmp_path).rglob("*.png"))
+
+
+@pytest.mark.parametrize(("resolution", "together"), [(16, 64), (256, 64), (512, 16), (1024, 4), (4096, 1)])
+def test_batches_by_resolution(options: dict[str, Any], resolution: int, together: int) -> None:
+    from lpl.config import ModelConfig
+    from lpl.evaluation.options import EvalConfig
+    from lpl.evaluation.planning import check_eval
+
+    found = {k: str(v) if isinstance(v, Path) else v for k, v in options.items() if k != "sample_batch_size"}
+    found |= {"resolution": resolution, "output_dir": found["reference_cache_dir"]}
+    assert check_eval(EvalConfig(**found), lambda _: ModelConfig()).sampling.batch_size == together
 
 
 def test_prompt_files(tmp_path: Path) -> None:

@@ -55,8 +55,8 @@ class EvalConfig:
     """Of classifier-free guidance; 1: none, which is twice as fast."""
     scheduler: Literal["model", "dpmsolver++"] = "model"
     """Sampler: the model's own, or DPM-Solver++(2M), for which 12 steps often do."""
-    sample_batch_size: int = 16
-    """Samples that are drawn together."""
+    sample_batch_size: int | None = None
+    """Samples that are drawn together; unset: what makes 4 megapixels, at most 64 (so 4 of 1024 pixels)."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the model while it draws."""
     pretrained_vae_model_name_or_path: str | None = None

@@ -20,6 +20,7 @@ from lpl.evaluation.prompts import read_prompts
 from lpl.exporting.options import ExportConfig, Request, resolve
 
 IMAGES = "images"
+MOST_TOGETHER, PIXELS_TOGETHER = 64, 4 * 2**20
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Plan:
     def sampling(self) -> Sampling:
         """How samples are drawn."""
         o = self.options
-        return Sampling(self.resolution, o.num_inference_steps, o.guidance_scale, o.seed, o.sample_batch_size)
+        together = o.sample_batch_size or min(MOST_TOGETHER, max(1, PIXELS_TOGETHER // self.resolution**2))
+        return Sampling(self.resolution, o.num_inference_steps, o.guidance_scale, o.seed, together)
 
     def settings(self, **further: Any) -> dict[str, Any]:
         """What decides the samples."""
@@ -96,6 +98,8 @@ def check_eval(options: EvalConfig, read_run: Callable[[Path], ModelConfig]) -> 
     resolution = options.resolution or native
     if resolution is None:
         raise UserError("--resolution is missing: the model's configs do not say what it was made for")
+    drawn = options.images is None
+    require(not drawn or resolution % 8 == 0, f"--resolution {resolution}: models draw multiples of 8 pixels")
     _check_counts(options, len(files), len(references))
     vae = options.floor or options.against == "reconstructions"
     can = request is not None or options.pretrained_vae_model_name_or_path is not None
