@@ -20,6 +20,7 @@ from lpl.analysis.check.options import CheckConfig
 from lpl.config import TrainConfig, require
 from lpl.config_io import DATA_REPORT, REFUSED, as_flags, environment, nearest, read_options
 from lpl.errors import StopRequestedError, TrainingStoppedError, UserError
+from lpl.evaluation.options import EvalConfig
 from lpl.exporting.options import ExportConfig
 from lpl.presets import list_presets, preset_text, presets
 
@@ -30,6 +31,7 @@ COMMANDS = {
     "data": "read the images through, report on them and draw what the model will see: no weights",
     "check": "measure on a few images whether LPL can work: precisions, VAE, gate, weight, cost of a step",
     "export": "write a result for other programs: one file for ComfyUI and A1111, a merged folder, a kohya LoRA",
+    "eval": "samples of a model, or images, against real ones: distances, precision and recall, spectrum",
     "demo": "train a small SDXL on photographs: runs anywhere, needs no download",
     "presets": "list what --config and `accelerate launch --config_file` can begin with; `presets NAME` prints one",
     "env": "print the versions that matter in a bug report",
@@ -191,6 +193,11 @@ def _dispatch(argv: list[str]) -> None:
         run_check(check)
     elif argv[0] == "export":
         run_export(argv[1:])
+    elif argv[0] == "eval":
+        evaluation = _parse(EvalConfig, argv[1:], "lpl eval", [*EvalConfig.__dataclass_fields__, "no_floor"])
+        from lpl.evaluation.command import run_eval
+
+        run_eval(evaluation, lambda file: parse_train(["--config", str(file)]).model)
     elif argv[0] == "demo":
         demo = _parse(DemoConfig, argv[1:], "lpl demo", list(DemoConfig.__dataclass_fields__))
         from lpl.demo.run import run_demo
