@@ -11,15 +11,17 @@ import sys
 from dataclasses import dataclass, field
 from itertools import dropwhile, takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
 from lpl import __version__
+from lpl.analysis.check.options import CheckConfig
 from lpl.comparison.options import CompareConfig
 from lpl.config import TrainConfig, require
 from lpl.config_io import DATA_REPORT, REFUSED, as_flags, environment, nearest, read_options
 from lpl.errors import StopRequestedError, TrainingStoppedError, UserError
+from lpl.evaluation.options import EvalConfig
 from lpl.exporting.options import ExportConfig
 from lpl.presets import list_presets, preset_text, presets
 from lpl.report.options import ReportConfig
@@ -29,9 +31,11 @@ COMMANDS = {
     "cache": "encode a run's images and captions beforehand; `cache verify` and `cache prune` look after the cache",
     "plan": "say what memory and arithmetic a run needs, and what fits a GPU: no data, no weights",
     "data": "read the images through, report on them and draw what the model will see: no weights",
+    "check": "measure on a few images whether LPL can work: precisions, VAE, gate, weight, cost of a step",
     "export": "write a result for other programs: one file for ComfyUI and A1111, a merged folder, a kohya LoRA",
     "compare": "run sets of options on the same draws, and say whether any makes a measurable difference",
     "report": "write one HTML page about runs, comparisons, evaluations and checks",
+    "eval": "samples of a model, or images, against real ones: distances, precision and recall, spectrum",
     "demo": "train a small SDXL on photographs: runs anywhere, needs no download",
     "presets": "list what --config and `accelerate launch --config_file` can begin with; `presets NAME` prints one",
     "env": "print the versions that matter in a bug report",
@@ -51,9 +55,15 @@ class PlanConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     memory: str = "24GiB"
     """Memory of the GPU: 24GiB or 24 (2^30 bytes each), 24GB (10^9)."""
+    num_processes: int | None = None
+    """GPUs; unset: as launched, or one."""
+    sharding: Literal["none", "fsdp2"] = "none"
+    """How they share the model: each has it whole, or it is split over them."""
 
     def __post_init__(self) -> None:
         require(self.memory_bytes > 0, f"--memory must be above 0, not {self.memory}")
+        number = self.num_processes
+        require(number is None or number >= 1, f"--num_processes must be at least 1, not {number}")
 
     @property
     def memory_bytes(self) -> int:
@@ -172,10 +182,19 @@ def _dispatch(argv: list[str]) -> None:
     elif argv[0] == "plan":
         options = parse_plan(argv[1:])
         from lpl.analysis.plan import plan
+        from lpl.training.launch import as_launched
 
-        print(plan(options.train, options.memory_bytes))
+        with as_launched(options.num_processes, options.sharding == "fsdp2"):
+            print(plan(options.train, options.memory_bytes))
     elif argv[0] == "data":
         run_data(parse_data(argv[1:]))
+    elif argv[0] == "check":
+        check = _parse_options(CheckConfig, argv[1:], "lpl check", [*TrainConfig().flat(), "num_images"])
+        # Read when torch loads: threads that wait sleep, instead of spinning on cores that others use.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        from lpl.analysis.check.run import run_check
+
+        run_check(check)
     elif argv[0] == "export":
         run_export(argv[1:])
     elif argv[0] == "compare":
@@ -186,6 +205,11 @@ def _dispatch(argv: list[str]) -> None:
         from lpl.report.page import write_report
 
         write_report(_parse(ReportConfig, argv[1:], "lpl report", list(ReportConfig.__dataclass_fields__)))
+    elif argv[0] == "eval":
+        evaluation = _parse(EvalConfig, argv[1:], "lpl eval", [*EvalConfig.__dataclass_fields__, "no_floor"])
+        from lpl.evaluation.command import run_eval
+
+        run_eval(evaluation, lambda file: parse_train(["--config", str(file)]).model)
     elif argv[0] == "demo":
         demo = _parse(DemoConfig, argv[1:], "lpl demo", list(DemoConfig.__dataclass_fields__))
         from lpl.demo.run import run_demo
@@ -275,12 +299,12 @@ def parse_train(argv: list[str]) -> TrainConfig:
 
 
 def parse_plan(argv: list[str]) -> PlanConfig:
-    """Options of `lpl plan`: those of `lpl train`, and --memory.
+    """Options of `lpl plan`: those of `lpl train`, --memory, --num_processes and --sharding.
 
     Raises:
         UserError: as parse_train, or a --memory that is no size.
     """
-    return _parse_options(PlanConfig, argv, "lpl plan", [*TrainConfig().flat(), "memory"])
+    return _parse_options(PlanConfig, argv, "lpl plan", [*TrainConfig().flat(), "memory", "num_processes", "sharding"])
 
 
 def parse_compare(argv: list[str]) -> CompareConfig:

@@ -25,6 +25,9 @@ DIVISION = {"train_batch_size", "gradient_accumulation_steps"}
 DATA_REPORT = "data-report"
 """Folder of --output_dir that `lpl data` writes to; it shows training images, so it is never published."""
 
+CHECK_REPORT = "check-report"
+"""The same of `lpl check`."""
+
 PATHS = (
     "train_data_dir",
     "dataset_name",

@@ -172,3 +172,26 @@ def test_predicted_peak_is_what_real_steps_take() -> None:
     assert phase == "LPL"
     assert measured > 2**28
     assert predicted == pytest.approx(measured, rel=check.TOLERANCE)
+
+
+def test_a_split_model_is_planned_for_the_gpus_it_is_split_over(plan: Any) -> None:
+    base = ("--resolution", "128", "--mixed_precision", "bf16", "--num_processes", "4")
+    whole, split = plan(*base), plan(*base, "--sharding", "fsdp2")
+    assert "processes    4, each with the whole model" in whole
+    assert "processes    4, split by FSDP2" in split
+    assert "gathered blocks" in split
+    assert "--optimizer adafactor" in table(whole)
+    assert not {"--optimizer adafactor", "--use_8bit_adam", "--fused_backward_pass --max_grad_norm 0"} & set(
+        table(split)
+    )
+    assert "WORLD_SIZE" not in os.environ
+
+
+def test_what_cannot_be_split_is_refused(run_cli: Any, model: Path) -> None:
+    argv = ["plan", f"--pretrained_model_name_or_path={model}", "--num_processes=2", "--sharding=fsdp2"]
+    code, _, err = run_cli([*argv, "--optimizer=adafactor"])
+    assert code == 2
+    assert "--optimizer adafactor cannot be split by FSDP2" in err
+    code, _, err = run_cli([*argv, "--num_processes=0"])
+    assert code == 2
+    assert "--num_processes must be at least 1, not 0" in err

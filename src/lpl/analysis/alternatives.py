@@ -7,8 +7,9 @@ from dataclasses import replace
 from itertools import combinations, pairwise
 from typing import Any, NamedTuple
 
-from lpl.analysis.needs import Needs, estimate, floor
+from lpl.analysis.needs import Needs
 from lpl.analysis.rehearsal import Rehearsal
+from lpl.analysis.split import launched_estimate, launched_floor
 from lpl.config import TrainConfig
 from lpl.training.small_cards import suits
 
@@ -190,8 +191,8 @@ def cheapest(
         fixed: flags of savings that are out of the question.
     """
     for flags, changed in _saved(config, fixed):
-        if fits(floor(changed, rehearsal, processes), memory):
-            needs = estimate(changed, rehearsal, processes)
+        if fits(launched_floor(changed, rehearsal, processes), memory):
+            needs = launched_estimate(changed, rehearsal, processes)
             if fits(needs.peak, memory):
                 return Choice(flags, needs)
     return None
@@ -206,8 +207,8 @@ def smallest(config: TrainConfig, rehearsal: Rehearsal, processes: int = 1, fixe
         for saving in savings(config):
             if saving.flags not in (*fixed, *without) and (after := saving.apply(changed)) != changed:
                 flags, changed = [*flags, saving.flags], after
-        if not choices or floor(changed, rehearsal, processes) < choices[0].needs.peak:
-            choices.append(Choice(" ".join(flags), estimate(changed, rehearsal, processes)))
+        if not choices or launched_floor(changed, rehearsal, processes) < choices[0].needs.peak:
+            choices.append(Choice(" ".join(flags), launched_estimate(changed, rehearsal, processes)))
     return min(choices, key=lambda choice: (choice.needs.peak, len(choice.flags)))
 
 

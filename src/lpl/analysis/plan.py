@@ -7,13 +7,15 @@ from dataclasses import replace
 from typing import Any
 
 from lpl.analysis.alternatives import HEADROOM, Change, Choice, cheapest, fits, neighbours, smallest
-from lpl.analysis.needs import Needs, estimate
+from lpl.analysis.needs import Needs
 from lpl.analysis.rehearsal import Rehearsal
+from lpl.analysis.split import launched_estimate
 from lpl.config import TrainConfig
 from lpl.data.buckets import image_sizes
 from lpl.errors import UserError
 from lpl.families import blueprint, native_resolution, plan_configs
 from lpl.progress import progress
+from lpl.training.launch import check_launch, processes, splits
 from lpl.training.preflight import Checked, check_options
 from lpl.training.small_cards import check_small_cards
 
@@ -29,15 +31,16 @@ def plan(config: TrainConfig, memory: int) -> str:
         config = replace(config, data=replace(config.data, resolution=native_resolution(configs)))
     config = _with_launched_precision(config)
     check_small_cards(config, packages=False)
+    check_launch(config)
     check_options(config, configs)
-    rehearsal, processes = Rehearsal(blueprint(configs, config.model)), _processes()
+    rehearsal, number = Rehearsal(blueprint(configs, config.model)), processes()
     changes = [Change("as asked", lambda same: same), *neighbours(config)]
     rows = []
     with progress(changes, desc="counting") as bar:
         for change in bar:
-            rows.append(Choice(change.flags, estimate(change.apply(config), rehearsal, processes)))
+            rows.append(Choice(change.flags, launched_estimate(change.apply(config), rehearsal, number)))
         asked = rows[0].needs
-        verdict = _verdict(config, asked, memory, rehearsal, processes)
+        verdict = _verdict(config, asked, memory, rehearsal, number)
     run = config.run
     checkpointing = "on" if run.gradient_checkpointing else "off"
     lines = [
@@ -45,6 +48,7 @@ def plan(config: TrainConfig, memory: int) -> str:
         _trains(asked, config),
         f"run          {config.data.crop_size} px, batch {run.train_batch_size} x {run.gradient_accumulation_steps}, "
         f"mixed precision {run.mixed_precision}, gradient checkpointing {checkpointing}",
+        *([f"processes    {number}, {'split by FSDP2' if splits() else 'each with the whole model'}"] * (number > 1)),
         *_details(asked, config),
         "",
         *_table(rows, memory),
@@ -63,7 +67,7 @@ def describe(config: TrainConfig, checked: Checked) -> str:
     config = _with_launched_precision(config)
     configs = checked.model_configs or plan_configs(config.model)
     rehearsal, run = Rehearsal(blueprint(configs, config.model)), config.run
-    needs = estimate(config, rehearsal, _processes())
+    needs = launched_estimate(config, rehearsal, processes())
     held, size = config.data.validation_samples, checked.source.size
     samples, per_step = None if size is None else size - held, run.train_batch_size * run.gradient_accumulation_steps
     steps = None if checked.num_steps is None else config.num_steps(samples or 1, 1)
@@ -99,10 +103,6 @@ def _with_launched_precision(config: TrainConfig) -> TrainConfig:
     if precision not in ("no", "fp16", "bf16"):
         raise UserError(f"ACCELERATE_MIXED_PRECISION is {precision}: give --mixed_precision no, fp16 or bf16")
     return replace(config, run=replace(config.run, mixed_precision=precision))
-
-
-def _processes() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _trains(needs: Needs, config: TrainConfig) -> str:
@@ -157,12 +157,12 @@ def _table(rows: list[Choice], memory: int) -> list[str]:
     ]
 
 
-def _verdict(config: TrainConfig, asked: Needs, memory: int, rehearsal: Rehearsal, processes: int) -> str:
+def _verdict(config: TrainConfig, asked: Needs, memory: int, rehearsal: Rehearsal, number: int) -> str:
     if fits(asked.peak, memory):
         return f"fits {_memory(memory)}"
-    found = cheapest(config, memory, rehearsal, processes)
+    found = cheapest(config, memory, rehearsal, number)
     if found is None:
-        least = smallest(config, rehearsal, processes)
+        least = smallest(config, rehearsal, number)
         return f"does not fit {_memory(memory)}, nor does {least.flags} ({_readable(least.needs.peak)})"
     peak = _readable(found.needs.peak)
     return f"does not fit {_memory(memory)}; the cheapest change that does: {found.flags} ({peak})"

@@ -9,6 +9,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -91,6 +92,10 @@ class Rehearsal:
         """The shape of a batch of latents."""
         side = config.data.crop_size // self.blueprint.stride
         return batch, self.blueprint.latent_channels, side, side
+
+    def model(self, config: TrainConfig) -> Any:
+        """The denoiser that is trained, without data."""
+        return self._model(_lora(config), _precision(config), config.optim.weights_dtype)
 
     def parameters(self, config: TrainConfig) -> Parameters:
         """How many there are."""
@@ -216,7 +221,8 @@ class Rehearsal:
             make_fake(vae, self._fake)
         with _quiet(True):
             loss = build_loss(config, vae)
-        windows = None if config.lpl.lpl_crop is None else torch.zeros(shape[0], 2)
+        # Where windows lie is read, which no fake tensor can be, and real tensors are not taken beside fake ones.
+        windows: Any = None if config.lpl.lpl_crop is None else np.zeros((shape[0], 2))
         reach = [*(loss.reach or [1.0] * len(loss.taps)), 0.0]
         flops, peak = 0.0, 0
         for depth, (reached, passed) in enumerate(pairwise(reach), 1):

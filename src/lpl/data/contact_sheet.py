@@ -78,9 +78,9 @@ def crop_sheet(survey: Survey, indices: Sequence[int]) -> Image.Image:
     return compose("What cropping leaves out, where it is most", about, cells)
 
 
-def compose(title: str, about: str, cells: Sequence[Cell]) -> Image.Image:
-    """Cells in rows below a title, from left to right."""
-    columns = max(3, min(COLUMNS, len(cells)))
+def compose(title: str, about: str, cells: Sequence[Cell], columns: int | None = None) -> Image.Image:
+    """Cells in rows below a title, from left to right; so many in a row, or as many as fit."""
+    columns = columns or max(3, min(COLUMNS, len(cells)))
     width = 2 * MARGIN + columns * CELL + (columns - 1) * GAP
     about_lines = wrap(about, width - 2 * MARGIN, LETTERS, 4)
     rows = [cells[start : start + columns] for start in range(0, len(cells), columns)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,6 +35,10 @@ class Family(Protocol):
     """Pixels per latent, in height and in width."""
     text_key: str
     """Hash of the text encoders' weights and settings."""
+
+    @property
+    def text_encoders(self) -> Sequence[Any]:
+        """Float32, in eval mode; with --train_text_encoder parts of the denoiser."""
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior mean and std, raw latents (B, C, h, w), float32 on the CPU, of pixels (B, 3, H, W) in [-1, 1]."""

@@ -10,6 +10,18 @@ MEASURED_SAMPLES = 256
 """Gated samples after which the weight is fixed."""
 
 
+def weight_of_share(target_share: float, lpl_square: Tensor, diffusion_square: Tensor) -> Tensor:
+    """share / (1 - share) * sqrt(diffusion_square / lpl_square), of any shape: the weight that gives LPL this share.
+
+    Args:
+        target_share: in (0, 1).
+        lpl_square, diffusion_square: mean (or summed) squared gradients at the model's output, LPL's at weight 1; the
+            weight is 0 where LPL's is 0.
+    """
+    odds = target_share / (1 - target_share)
+    return torch.where(lpl_square > 0, odds * (diffusion_square / lpl_square).sqrt(), 0.0)
+
+
 class AutoWeight:
     """The weight at which LPL has a target share of the gradient at the denoiser's output.
 
@@ -67,8 +79,7 @@ class AutoWeight:
         self.measured += samples
         self._step_squares, self._step_samples = None, 0
         lpl, diffusion = self._squares.unbind()
-        odds = self.target_share / (1 - self.target_share)
-        self.weight = torch.where(lpl > 0, odds * (diffusion / lpl).sqrt(), 0.0).float()
+        self.weight = weight_of_share(self.target_share, lpl, diffusion).float()
         if self.measured >= MEASURED_SAMPLES:
             self.weight, self.fixed = float(self.weight), True
 

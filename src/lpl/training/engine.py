@@ -18,8 +18,9 @@ from lpl.config import TrainConfig
 from lpl.errors import UserError
 from lpl.perceptual.loss import LatentPerceptualLoss
 from lpl.perceptual.objective import PerceptualObjective
+from lpl.training.launch import check_launch
 from lpl.training.optimizers import check_class, check_steps
-from lpl.training.sharded import check_launch, check_sharding
+from lpl.training.sharded import set_precision
 from lpl.training.small_cards import check_processes
 from lpl.training.step import timestep_weights
 from lpl.training.zero import check_zero
@@ -34,7 +35,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         UserError: precision or an optimizer that the device lacks, before anything loads.
     """
     run, log = config.run, config.logging
-    check_launch()
+    check_launch(config)
     accelerator = Accelerator(
         # Filling the cache may keep processes waiting for each other far longer than torch's ten minutes.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=24))],
@@ -51,7 +52,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     if config.optim.optimizer_name == "adamw8bit" and kind == "cpu":
         flag = "--use_8bit_adam" if config.optim.use_8bit_adam else "--optimizer adamw8bit"
         raise UserError(f"{flag} needs a GPU; drop it on a CPU")
-    check_sharding(accelerator, config)
+    set_precision(accelerator)
     check_zero(accelerator, config)
     check_processes(config, accelerator.num_processes)
     check_class(config.optim)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lpl.config import TrainConfig
-from lpl.config_io import CONFIG_FILE, DATA_REPORT
+from lpl.config_io import CHECK_REPORT, CONFIG_FILE, DATA_REPORT
 from lpl.data.bad_files import FILE as BAD_FILES
 from lpl.errors import UserError
 from lpl.training.saving import SAVED
@@ -44,6 +44,7 @@ def push(config: TrainConfig, repository: str) -> None:
             ".tmp-*",
             f"{config.logging.logging_dir}/*",
             f"{DATA_REPORT}/*",
+            f"{CHECK_REPORT}/*",
             BAD_FILES,
         ],
         token=config.logging.hub_token,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from lpl.data.decode import parse_color
 from lpl.data.sources import Source, open_regularisation, open_source, open_validation
 from lpl.errors import UserError
 from lpl.families import model_configs, native_resolution, plan_configs
+from lpl.training.launch import check_launch, processes
 from lpl.training.objective_checks import objective_rules, warn_of_objective
 from lpl.training.small_cards import check_small_cards
 from lpl.training.validation_checks import check_validation, validation_rules
@@ -71,6 +71,7 @@ def preflight(config: TrainConfig) -> Checked:
 
         check_class(config.optim)
     check_small_cards(config)
+    check_launch(config)
     config, configs = check_model(config)
     finished_step = _check_output(config)
     if configs:
@@ -104,18 +105,19 @@ def check_model(
     return config, configs
 
 
-def check_data(config: TrainConfig, report: Path) -> Checked:
-    """The checks that `lpl data` needs: the model may be left out, and its weights need not be there.
+def check_data(config: TrainConfig, report: Path, weights: bool = False) -> Checked:
+    """The checks that a report needs; that of `lpl data` needs no model, and of a model no weights.
 
     Args:
         config: the options.
         report: folder that the report will be written to.
+        weights: ask for a model with its weights.
 
     Raises:
         UserError: the first fault found, in one line.
     """
-    config, configs = check_model(config, plan_configs)
-    if config.model.pretrained_model_name_or_path is not None:
+    config, configs = check_model(config, model_configs if weights else plan_configs)
+    if configs and config.model.pretrained_model_name_or_path is not None:
         check_options(config, configs)
     _check_outside(config)
     if (report.exists() and not report.is_dir()) or (report.parent.exists() and not report.parent.is_dir()):
@@ -165,11 +167,6 @@ def _check_output(config: TrainConfig) -> int | None:
     if changed:
         logger.warning("--allow_changes: %s continues with %s", folder, ", ".join(changed))
     return finished_at(folder)
-
-
-def processes() -> int:
-    """How many processes the launcher has started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def finished_at(folder: Path) -> int | None:

@@ -8,17 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from torch import Tensor
 
 from lpl.config import TrainConfig
 from lpl.errors import UserError
 from lpl.perceptual.objective import PerceptualObjective
 from lpl.training.checkpoint import find_checkpoint, load_checkpoint, prune_checkpoints, recover, save_checkpoint
-from lpl.training.ema import Average
 from lpl.training.nonfinite import FiniteGuard
 from lpl.training.optimizers import bare, coefficients
 from lpl.training.preflight import finished_at
 from lpl.training.tracking import Tracker
+from lpl.training.trained import Trained
 
 logger = logging.getLogger("lpl")
 
@@ -35,10 +34,7 @@ class RunState:
 
     config: TrainConfig
     accelerator: Accelerator
-    parameters: dict[str, Tensor]
-    optimizer: Any
-    schedule: Any
-    ema: Average | None
+    trained: Trained
     objective: PerceptualObjective | None
     guard: FiniteGuard
     tracker: Tracker
@@ -60,16 +56,16 @@ class RunState:
             "division": self._division(),
             "skips": self.guard.skips,
             "tracker": self.tracker.state_dict(),
-            "schedule": self.schedule.state_dict(),
+            "schedule": self.trained.schedule.state_dict(),
             "auto_weight": auto.state_dict() if auto is not None else None,
             "scaler": scaler.state_dict() if scaler is not None else None,
         }
         save_checkpoint(
             self.folder,
             step,
-            self.parameters,
-            self.optimizer,
-            self.ema,
+            self.trained.parameters,
+            self.trained.optimizer,
+            self.trained.ema,
             numbers,
             self.config.run.checkpoints_total_limit if prune else None,
             self.accelerator.is_main_process,
@@ -92,16 +88,17 @@ class RunState:
             if finished_at(self.folder) is not None:
                 logger.warning("%s: the finished run left no checkpoint, so training starts over", self.folder)
             return 0
-        rates, options = list(self.schedule.base_lrs), coefficients(bare(self.optimizer))
-        state = load_checkpoint(path, self.parameters, self.optimizer, self.ema)
+        schedule, optimizer = self.trained.schedule, self.trained.optimizer
+        rates, options = list(schedule.base_lrs), coefficients(bare(optimizer))
+        state = load_checkpoint(path, self.trained.parameters, optimizer, self.trained.ema)
         step = int(state["step"])
         self._check(path, state)
-        self.schedule.load_state_dict(state["schedule"])
+        schedule.load_state_dict(state["schedule"])
         # Rates and coefficients are this run's; the checkpoint may be another's.
-        self.schedule.base_lrs = rates
-        current = [rate * f(self.schedule.last_epoch) for rate, f in zip(rates, self.schedule.lr_lambdas, strict=True)]
-        self.schedule._last_lr = current
-        for group, own, rate in zip(self.optimizer.param_groups, options, current, strict=True):
+        schedule.base_lrs = rates
+        current = [rate * f(schedule.last_epoch) for rate, f in zip(rates, schedule.lr_lambdas, strict=True)]
+        schedule._last_lr = current
+        for group, own, rate in zip(optimizer.param_groups, options, current, strict=True):
             group |= own | {"lr": rate}
         if self.objective is not None and self.objective.auto is not None and state["auto_weight"] is not None:
             self.objective.auto.load_state_dict(state["auto_weight"])

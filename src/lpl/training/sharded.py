@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,11 +13,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from lpl.config import TrainConfig
-from lpl.errors import UserError
 from lpl.training.zero import is_zero, put_weights, whole_weights
 
 
@@ -110,57 +107,17 @@ def gathered(tensors: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Ten
     return found
 
 
-UNSHARDED = ("adafactor", "adamw8bit", "prodigy")
-"""Optimizers whose state does not have the shape of a parameter, or whose step is no function of its elements."""
+def set_precision(accelerator: Accelerator) -> None:
+    """Tells FSDP2 the precision in which it gathers weights; gradients are added up in float32.
 
-
-def check_launch() -> None:
-    """Looks at what `accelerate launch` has set, before accelerate does.
-
-    Raises:
-        UserError: FSDP1.
+    Autocast is the trainer's (`autocast_dtype`), and inputs stay as they are: a size of 1023 pixels would be 1024 in
+    bfloat16.
     """
-    asked, version = os.environ.get("ACCELERATE_USE_FSDP", "false"), os.environ.get("FSDP_VERSION", "1")
-    if asked.lower() == "true" and version != "2":
-        raise UserError(f"accelerate's configuration has fsdp_version {version}: set fsdp_version: 2")
-
-
-def check_sharding(accelerator: Accelerator, config: TrainConfig) -> None:
-    """Refuses what does not go with the way in which accelerate is configured to split the model, and sets the rest.
-
-    Under FSDP2 weights are gathered in the run's precision, gradients added up in float32; autocast is the trainer's
-    (`autocast_dtype`), and inputs stay as they are: a size of 1023 pixels would be 1024 in bfloat16.
-
-    Raises:
-        UserError: options of accelerate or of the run that do not go with it.
-    """
-    if accelerator.distributed_type != DistributedType.FSDP:
-        return
-    plugin, optimizer = accelerator.state.fsdp_plugin, config.optim.optimizer_name
-    for wrong, name, instead in (
-        (plugin.activation_checkpointing, "fsdp_activation_checkpointing", "use --gradient_checkpointing"),
-        (_offloads(plugin), "fsdp_offload_params", "turn it off; --optimizer or a LoRA save memory"),
-    ):
-        if wrong:
-            raise UserError(f"accelerate's configuration has {name}, which lpl train does not take: {instead}")
-    if optimizer in UNSHARDED:
-        raise UserError(f"--optimizer {optimizer} cannot be split by FSDP2: use adamw, or DDP")
-    if config.run.compile_denoiser:
-        raise UserError("--compile_denoiser does not go with FSDP2: drop it, or use DDP")
-    if config.model.train_text_encoder and config.logging.draws_images:
-        raise UserError(
-            "FSDP2 draws no validation images where --train_text_encoder splits the text encoders: drop the prompts "
-            "(--validation_samples measures losses all the same), or use DDP"
-        )
     dtype = autocast_dtype(accelerator)
-    if dtype is not None:
-        plugin.mixed_precision_policy = MixedPrecisionPolicy(
+    if accelerator.distributed_type == DistributedType.FSDP and dtype is not None:
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
-
-
-def _offloads(plugin: Any) -> bool:
-    return isinstance(plugin.cpu_offload, CPUOffloadPolicy) or plugin.cpu_offload is True
 
 
 def autocast_dtype(accelerator: Accelerator) -> torch.dtype | None:

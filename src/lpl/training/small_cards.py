@@ -8,6 +8,7 @@ import os
 from lpl.config import TrainConfig, require
 from lpl.config.optim import ONE_BY_ONE
 from lpl.errors import UserError
+from lpl.training.launch import check_launch, processes
 
 NEEDS = f"{', '.join(ONE_BY_ONE)} or an optimizer of optimi (--optimizer optimi.AdamW)"
 REASONS = {
@@ -59,10 +60,10 @@ def check_small_cards(config: TrainConfig, packages: bool = True) -> None:
         require(precision != "fp16", f"{flag} with --mixed_precision fp16: its scaler needs all gradients; use bf16")
         _check_optimizer(config, flag)
     _check_package("optimi", f"--optimizer {optim.optimizer_name}", packages and optim.is_optimi)
-    check_processes(config, int(os.environ.get("WORLD_SIZE", "1")))
+    check_processes(config, processes())
 
 
-def check_processes(config: TrainConfig, processes: int) -> None:
+def check_processes(config: TrainConfig, number: int) -> None:
     """Refuses what works in one process only.
 
     Raises:
@@ -70,12 +71,12 @@ def check_processes(config: TrainConfig, processes: int) -> None:
     """
     optim = config.optim
     require(
-        not (optim.fused_backward_pass and processes > 1),
-        f"--fused_backward_pass in {processes} processes: a gradient is gone before it is averaged over them; drop it",
+        not (optim.fused_backward_pass and number > 1),
+        f"--fused_backward_pass in {number} processes: a gradient is gone before it is averaged over them; drop it",
     )
     require(
-        optim.weights_dtype == "float32" or processes == 1,
-        f"--weights_dtype bfloat16 in {processes} processes: each would round at random for itself, and their weights "
+        optim.weights_dtype == "float32" or number == 1,
+        f"--weights_dtype bfloat16 in {number} processes: each would round at random for itself, and their weights "
         "would drift apart (with optimi, this is untried); use float32",
     )
 
@@ -94,9 +95,10 @@ def _check_package(package: str, flag: str, needed: bool) -> None:
 
 
 def suits(config: TrainConfig) -> bool:
-    """Whether the options for small cards go with the others, wherever the run is to be."""
+    """Whether the options for small cards go with the others and with the launch, wherever the run is to be."""
     try:
         check_small_cards(config, packages=False)
+        check_launch(config)
     except UserError:
         return False
     return True

@@ -111,11 +111,23 @@ class TrainingStep:
             self.config.huber_schedule, self.config.huber_c, timesteps, len(self.alpha), alpha, sigma
         )
 
+    def diffusion_per_sample(
+        self, model_output: Tensor, target: Tensor, timesteps: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        """The diffusion loss of each sample with the run's weighting, (B,).
+
+        Args:
+            model_output, target: (B, C, h, w).
+            timesteps: (B,), on the CPU.
+            mask: (B, 1, h, w), how much each location counts.
+        """
+        snr = signal_to_noise(self.alpha[timesteps], self.sigma[timesteps]).float()
+        return diffusion_loss(model_output, target, self._weight(snr), self._huber_c(timesteps), mask)
+
     def __call__(self, denoiser: nn.Module, batch: Batch, device: torch.device, use_lpl: bool, step: int) -> StepLoss:
         """The loss of a micro-batch of an optimizer step; the batch's tensors are on the CPU."""
         drawn = self.draw(batch)
         alpha, sigma = self.alpha[drawn.timesteps], self.sigma[drawn.timesteps]
-        snr = signal_to_noise(alpha, sigma).float()
         latents = self.latent_space.from_raw(_send(batch.raw_latents, device))
         noise = _send(drawn.noise, device)
         noisy_latents = add_noise(latents, noise, alpha.float(), sigma.float())
@@ -129,7 +141,7 @@ class TrainingStep:
 
         target = target_of(latents, noise, alpha.float(), sigma.float(), self.prediction_type)
         mask = None if batch.mask is None else _send(batch.mask, device)
-        per_sample = diffusion_loss(model_output, target, self._weight(snr), self._huber_c(drawn.timesteps), mask)
+        per_sample = self.diffusion_per_sample(model_output, target, drawn.timesteps, mask)
         weights = None if batch.weights is None else _send(batch.weights, device)
         loss = (per_sample if weights is None else per_sample * weights).mean()
         metrics: dict[str, Tensor | float] = {"diffusion_loss": loss.detach()}

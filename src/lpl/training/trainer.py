@@ -5,56 +5,43 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 import torch
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 
 from lpl.config import TrainConfig
 from lpl.config_io import write_config
 from lpl.data.bad_files import FILE as BAD_FILES
-from lpl.data.dataset import Batch
 from lpl.data.prepare import Processes, prepare_data
-from lpl.data.sampler import BatchOrder, share
 from lpl.diffusion.draws import keyed_seed
-from lpl.diffusion.strata import strata
 from lpl.errors import StopRequestedError, TrainingStoppedError
 from lpl.families import load_family
 from lpl.training import hub
+from lpl.training.batches import Batches
 from lpl.training.checkpoint import full_disk, last_checkpoint
-from lpl.training.ema import Average
 from lpl.training.engine import build_accelerator, build_objective
 from lpl.training.fused_backward import FusedBackward
 from lpl.training.held_out_loss import HeldOutLoss
-from lpl.training.lora import add_lora
 from lpl.training.nonfinite import FiniteGuard, spoil
-from lpl.training.optim import (
-    build_optimizer,
-    build_schedule,
-    component_rates,
-    scaled_learning_rate,
-    split_components,
-)
+from lpl.training.optim import component_rates, scaled_learning_rate
 from lpl.training.optimizers import adapted_rate
 from lpl.training.preflight import Checked
 from lpl.training.prompts import read_prompts
 from lpl.training.run_state import RunState
 from lpl.training.saving import save_result, save_weights
-from lpl.training.sharded import WholeModel, autocast_dtype, whole
+from lpl.training.sharded import autocast_dtype, whole
 from lpl.training.step import TrainingStep
 from lpl.training.stopping import Stop, stoppable
 from lpl.training.tracking import Tracker
+from lpl.training.trained import build_trained
 from lpl.training.validation import Validation
 from lpl.training.validation_images import ImageDrawer
-from lpl.training.weights import Weights
-from lpl.training.zero import ZeroBackward, ZeroOptimizer
+from lpl.training.zero import ZeroBackward
 
 logger = logging.getLogger("lpl")
-T = TypeVar("T")
 
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -103,17 +90,15 @@ class Trainer:
         family.free_encoders()
         if not config.lpl.use_lpl:
             family.vae.to("cpu")  # only validation images need it from now on
-        self.samples_per_step = run.train_batch_size * run.gradient_accumulation_steps * accelerator.num_processes
-        self.order = BatchOrder(run.seed, self.data.buckets, self.data.repeats, self.samples_per_step)
-        self.steps_per_epoch = self.order.epoch_size / self.samples_per_step
-        self.num_steps = config.num_steps(self.order.epoch_size, accelerator.num_processes)
-        self._build_model(weight_dtype)
+        self.batches = Batches(config, self.data, accelerator)
+        self.num_steps = self.batches.num_steps
+        self.trained = build_trained(config, family, accelerator, weight_dtype, self.num_steps)
         self.objective = build_objective(config, family) if config.lpl.use_lpl else None
         self.step_loss = TrainingStep(family, config.diffusion, self.objective, run.seed, autocast_dtype(accelerator))
         self.guard = FiniteGuard(config, self.step_loss.draw)
         self.tracker = Tracker(
             accelerator,
-            self.samples_per_step,
+            self.batches.samples_per_step,
             f"--lpl_weight {config.lpl.lpl_weight} --lpl_norm_type {config.lpl.lpl_norm_type}",
             config.lpl.lpl_start + config.lpl.lpl_warmup_steps if config.lpl.lpl_warmup_steps else 0,
         )
@@ -121,10 +106,7 @@ class Trainer:
         self.state = RunState(
             config,
             accelerator,
-            self.parameters,
-            self.optimizer,
-            self.schedule,
-            self.ema,
+            self.trained,
             self.objective,
             self.guard,
             self.tracker,
@@ -134,47 +116,11 @@ class Trainer:
         self.step = self.state.resume()
         if accelerator.is_main_process:  # only now: a run that could not begin lays no claim to the folder
             write_config(config, self.folder, accelerator.num_processes)
-        if self.samples_per_step > len(self.data):
+        if self.batches.samples_per_step > len(self.data):
             logger.warning(
-                "a step takes %d samples of only %d: images repeat in it", self.samples_per_step, len(self.data)
+                "a step takes %d samples of only %d: images repeat in it", self.batches.samples_per_step, len(self.data)
             )
         self._announce()
-
-    def _build_model(self, weight_dtype: torch.dtype) -> None:
-        config, denoiser = self.config, self.family.denoiser
-        if config.model.rank is not None:
-            if weight_dtype != torch.float32:
-                denoiser.to(dtype=weight_dtype)
-            add_lora(denoiser, config.model, self.family.lora_targets, config.run.seed)
-        else:
-            if config.optim.weights_dtype == "bfloat16":
-                denoiser.to(dtype=torch.bfloat16)
-            denoiser.requires_grad_(True)
-        if config.run.gradient_checkpointing:
-            denoiser.enable_gradient_checkpointing()
-        denoiser.train()
-        if self.accelerator.distributed_type != DistributedType.FSDP:  # which splits it before it goes there
-            denoiser.to(self.accelerator.device)
-        self.whole_model = WholeModel(self.accelerator, denoiser)
-        trained = {n: p for n, p in denoiser.named_parameters() if p.requires_grad}
-        rate = scaled_learning_rate(config, self.accelerator.num_processes)
-        own, components = split_components(trained, config, self.accelerator.num_processes)
-        optimizer = build_optimizer(own, config.optim, rate, components)
-        # Not prepared by accelerate, which would step it once per process.
-        self.schedule = build_schedule(optimizer, config.optim, self.num_steps)
-        if config.run.compile_denoiser:
-            denoiser.compile()  # in place: no wrapper that would be seen in the names of parameters
-        groups = [list(group["params"]) for group in optimizer.param_groups]
-        self.denoiser, self.optimizer = self.accelerator.prepare(denoiser, optimizer)
-        self.parameters = {n: p for n, p in denoiser.named_parameters() if p.requires_grad}
-        self.ema = Average(list(self.parameters.values()), config.optim) if config.optim.use_ema else None
-        self.fused: FusedBackward | ZeroBackward | None = None
-        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            self.optimizer, self.fused = ZeroOptimizer(self.optimizer, groups), ZeroBackward(self.accelerator)
-        elif config.optim.fused_backward_pass:
-            self.fused = FusedBackward(self.parameters.values(), self.optimizer)
-        self.optimizer.train()  # says something to schedule-free optimizers only
-        self.weights = Weights(self.parameters, self.optimizer, self.ema, config.optim.final_weights)
 
     def _build_validation(self) -> Validation:
         config, accelerator = self.config, self.accelerator
@@ -186,15 +132,22 @@ class Trainer:
             count = config.logging.num_validation_images
             images = ImageDrawer(accelerator, self.family, self.prompts, count, run.seed, data.crop_size)
         return Validation(
-            config, accelerator, self.weights, losses, images, self.stop, self.steps_per_epoch, self.num_steps
+            config,
+            accelerator,
+            self.trained.weights,
+            losses,
+            images,
+            self.stop,
+            self.batches.steps_per_epoch,
+            self.num_steps,
         )
 
     def _announce(self) -> None:
-        count = sum(p.numel() for p in self.parameters.values())
+        count = sum(p.numel() for p in self.trained.parameters.values())
         rate = scaled_learning_rate(self.config, self.accelerator.num_processes)
         logger.info(
             "training %s parameters on %d samples: %d steps of %d samples, learning rate %g, %s",
-            f"{count:,}", len(self.data), self.num_steps, self.samples_per_step,
+            f"{count:,}", len(self.data), self.num_steps, self.batches.samples_per_step,
             rate, f"mixed precision {self.accelerator.mixed_precision}",
         )  # fmt: skip
         if self.objective is not None:
@@ -215,7 +168,7 @@ class Trainer:
         # What a killed run has logged beyond its last checkpoint is logged again: TensorBoard drops the first.
         again = {"tensorboard": {"purge_step": self.step + 1}}
         accelerator.init_trackers("lpl", config=trackers_config, init_kwargs=again)
-        self.validation.begin(self.step, self.denoiser)
+        self.validation.begin(self.step, self.trained.denoiser)
         self.tracker.start(self.step)
         silent = not accelerator.is_local_main_process
         with tqdm(total=self.num_steps, initial=self.step, desc="training", disable=silent) as bar:
@@ -226,17 +179,17 @@ class Trainer:
                 bar.update()
                 logs = self.step % log.log_every == 0 or self.step in (1, self.num_steps)
                 if logs and len(self.tracker.window):  # nothing in it: every step since the last time was skipped
-                    rates = self.schedule.get_last_lr()
-                    extra = {"learning_rate": rates[0]} | component_rates(self.optimizer, rates)
+                    rates = self.trained.schedule.get_last_lr()
+                    extra = {"learning_rate": rates[0]} | component_rates(self.trained.optimizer, rates)
                     if gradient_norm is not None:
                         extra["gradient_norm"] = float(gradient_norm)
-                    if (rate := adapted_rate(self.optimizer)) is not None:
+                    if (rate := adapted_rate(self.trained.optimizer)) is not None:
                         extra["adapted_learning_rate"] = float(rate)
                     metrics = self.tracker.log(self.step, extra)
                     shown = {"loss": "train_loss", "lpl": "lpl/weighted_loss", "share": "lpl/gradient_share"}
                     bar.set_postfix({k: f"{metrics[name]:.3g}" for k, name in shown.items() if name in metrics})
                 started = time.perf_counter()
-                self.validation.at(self.step, self.denoiser)
+                self.validation.at(self.step, self.trained.denoiser)
                 if self.step % run.checkpointing_steps == 0:
                     self.state.save(self.step)
                 if run.save_steps is not None and self.step % run.save_steps == 0:
@@ -263,34 +216,35 @@ class Trainer:
         norm, fault, added = torch.zeros(()), None, []
         self.guard.begin()
         for micro_batch in range(run.gradient_accumulation_steps):
-            batch = self._stratified(self.data.batch(self._draws(self.step, micro_batch)), micro_batch)
-            with accelerator.accumulate(self.denoiser):
-                out = self.step_loss(self.denoiser, batch, accelerator.device, use_lpl, self.step)
+            batch = self.batches.batch(self.step, micro_batch)
+            with accelerator.accumulate(self.trained.denoiser):
+                out = self.step_loss(self.trained.denoiser, batch, accelerator.device, use_lpl, self.step)
                 self.guard.watch(batch, out.diffusion_per_sample, out.lpl)
                 added.append((out.metrics, out.num_lpl_samples))
-                if self.fused is not None:
+                if self.trained.stepping_backward is not None:
                     norm = accelerator.reduce(out.loss.detach())  # in every process, so that all find the same
                     fault = self.guard.fault(norm, self.step + 1, scaled=False)
-                    if fault is None:
-                        norm = self._backward_and_step(self.fused, out.loss)
+                    if fault is not None:
+                        break
+                    norm = self._backward_and_step(self.trained.stepping_backward, out.loss)
                     continue
                 accelerator.backward(spoil(out.loss))
                 if accelerator.sync_gradients:
                     limit = self.config.optim.max_grad_norm or math.inf
-                    norm = whole(accelerator.clip_grad_norm_(self.parameters.values(), limit))
+                    norm = whole(accelerator.clip_grad_norm_(self.trained.parameters.values(), limit))
                     fault = self.guard.fault(norm, self.step + 1, accelerator.scaler is not None)
                 if fault is None or accelerator.scaler is not None:  # a scaler leaves the step out by itself
-                    self.optimizer.step()
-                self.optimizer.zero_grad()
+                    self.trained.optimizer.step()
+                self.trained.optimizer.zero_grad()
         if fault is not None:
             self._leave_out(fault, float(norm))
             return None
         for metrics, num_lpl_samples in added:
             self.tracker.window.add(metrics, num_lpl_samples)
         if not accelerator.optimizer_step_was_skipped:
-            self.schedule.step()
-        if self.ema is not None:
-            self.ema.after_step(self.step + 1, self.parameters.values())
+            self.trained.schedule.step()
+        if self.trained.ema is not None:
+            self.trained.ema.after_step(self.step + 1, self.trained.parameters.values())
         if self.objective is not None:
             self.objective.end_step(accelerator.reduce if accelerator.num_processes > 1 else None)
         return norm
@@ -301,28 +255,8 @@ class Trainer:
         except TrainingStoppedError as error:
             self.accelerator.end_training()
             raise TrainingStoppedError(f"{error}; {last_checkpoint(self.folder)}") from error
-        self.optimizer.step()  # finds no gradient; says to accelerate and to the schedule that a step was made
+        self.trained.optimizer.step()  # finds no gradient; says to accelerate and to the schedule that a step was made
         return norm
-
-    def _draws(self, step: int, micro_batch: int) -> list[tuple[int, int]]:
-        return list(self._share(self.order.batch(step), micro_batch))
-
-    def _stratified(self, batch: Batch, micro_batch: int) -> Batch:
-        if self.config.diffusion.timestep_sampling == "independent":
-            return batch
-        numbers = strata(self.samples_per_step, self.config.run.seed, self.step)
-        return replace(batch, strata=(self._share(numbers, micro_batch), self.samples_per_step))
-
-    def _share(self, batch: Sequence[T], micro_batch: int) -> Sequence[T]:
-        run, accelerator = self.config.run, self.accelerator
-        return share(
-            batch,
-            micro_batch,
-            accelerator.process_index,
-            run.train_batch_size,
-            run.gradient_accumulation_steps,
-            accelerator.num_processes,
-        )
 
     def _leave_out(self, fault: str, norm: float) -> None:
         """Leaves the step out, or stops with a checkpoint of the weights before it."""
@@ -341,7 +275,7 @@ class Trainer:
         write = (family.export if whole_pipeline else family.save_denoiser) if full else family.export_lora
 
         def call(folder: Path) -> None:
-            denoiser = self.whole_model.get()
+            denoiser = self.trained.whole_model.get()
             if self.accelerator.is_main_process:
                 write(denoiser, folder)
 
@@ -350,7 +284,7 @@ class Trainer:
     def save_weights(self) -> None:
         """Writes the weights of this step for inference, raw and averaged."""
         main = self.accelerator.is_main_process
-        save_weights(self.folder, self.step, self.weights, self._writer(whole_pipeline=False), main)
+        save_weights(self.folder, self.step, self.trained.weights, self._writer(whole_pipeline=False), main)
         self.accelerator.wait_for_everyone()
 
     def finish(self) -> None:
@@ -358,10 +292,10 @@ class Trainer:
         accelerator = self.accelerator
         accelerator.wait_for_everyone()
         save_result(
-            self.folder, self.step, self.weights, self._writer(whole_pipeline=True), accelerator.is_main_process
+            self.folder, self.step, self.trained.weights, self._writer(whole_pipeline=True), accelerator.is_main_process
         )
         if accelerator.is_main_process:
             if self.repository is not None:
                 hub.push(self.config, self.repository)
-            logger.info("done: the result is in %s (%s weights)", self.folder, self.weights.final)
+            logger.info("done: the result is in %s (%s weights)", self.folder, self.trained.weights.final)
         accelerator.end_training()

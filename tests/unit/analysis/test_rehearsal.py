@@ -99,6 +99,12 @@ def test_denoiser_counts_as_a_real_one(model: Path, flags: str) -> None:
     assert found.flops == counter.flops
 
 
+def test_a_window_of_the_decoder_can_be_counted_on_a_cpu(plan_of: Any) -> None:
+    whole, window = (Rehearsal(plan_of, "cpu").loss(options(*flags)) for flags in ((), ("--lpl_crop=16",)))
+    assert 0 < window.flops < 0.6 * whole.flops
+    assert window.peak < whole.peak
+
+
 @pytest.mark.parametrize("flags", ["", "--lpl_checkpointing=true", "--lpl_num_blocks=1", "--lpl_dtype=bfloat16"])
 def test_loss_counts_as_a_real_one(plan_of: Any, flags: str) -> None:
     config = options(*flags.split())

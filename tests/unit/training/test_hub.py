@@ -77,7 +77,12 @@ def test_push_uploads_the_result_only(train: Any, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(huggingface_hub, "create_repo", create)
     monkeypatch.setattr(huggingface_hub, "upload_folder", lambda **options: calls.append(options))
     (tmp_path / "out" / "data-report").mkdir(parents=True)
-    for name in ("data-report/draws.png", "bad_files.jsonl"):  # these show or name training images
+    (tmp_path / "out" / "check-report" / "maps").mkdir(parents=True)
+    for name in (
+        "data-report/draws.png",
+        "check-report/maps/mid.png",
+        "bad_files.jsonl",
+    ):  # these show or name training images
         (tmp_path / "out" / name).write_text("mine")
     monkeypatch.setattr("lpl.data.bad_files.BadFiles.write", lambda _: None)
     run = train(push_to_hub=True, hub_token="hf_secret", checkpointing_steps=1, save_steps=1)
@@ -90,7 +95,7 @@ def test_push_uploads_the_result_only(train: Any, tmp_path: Path, monkeypatch: p
     files = [str(p.relative_to(run.folder)) for p in run.folder.rglob("*") if p.is_file()]
     sent = set(filter_repo_objects(files, ignore_patterns=uploaded["ignore_patterns"]))
     assert {"README.md", "config.yaml", "model_index.json", "unet/config.json"} <= sent
-    kept = ("checkpoint", "saved-", "logs", "data-report", "bad_files")
+    kept = ("checkpoint", "saved-", "logs", "data-report", "check-report", "bad_files")
     assert not any(name.startswith(kept) for name in sent)
     assert all(any(name.startswith(start) for name in files) for start in kept)
     assert not any(b"hf_secret" in (run.folder / name).read_bytes() for name in sent)

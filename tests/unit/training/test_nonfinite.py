@@ -43,7 +43,7 @@ def watch(patch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
     original = Trainer._optimizer_step
 
     def step(self: Trainer) -> Any:
-        seen.append({name: p.detach().clone() for name, p in self.parameters.items()})
+        seen.append({name: p.detach().clone() for name, p in self.trained.parameters.items()})
         return original(self)
 
     patch.setattr(Trainer, "_optimizer_step", step)

@@ -1,0 +1,262 @@
+"""Both losses at every noise level: LPL's distance by layer, and what each loss wants of the model's output.
+
+Each picture is measured once in each of BINS equal parts of the schedule, whether or not LPL's gate passes there; the
+timestep is uniform in the part. With g the gradients at the model's output of one sample's losses, min-SNR and the
+like, lpl_scale and masks included, the gate and lpl_weight left out:
+
+    ratio = sqrt(mean |g_lpl|^2) / sqrt(mean |g_diffusion|^2)
+    cosine = mean of <g_lpl, g_diffusion> / (|g_lpl| |g_diffusion|)
+
+The uninformed distance is LPL of a picture against the mean latent of all pictures and places: of an estimate that
+knows nothing of the picture. The denoiser is as it was loaded, its output without gradient of its own.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lpl.analysis.check.images import Encoded, same_size
+from lpl.data.dataset import Batch
+from lpl.diffusion.draws import keyed_uniform
+from lpl.diffusion.prediction import add_noise, signal_to_noise, target_of, x0_from_output
+from lpl.perceptual.gate import snr_scale
+from lpl.perceptual.loss import LatentPerceptualLoss
+from lpl.perceptual.objective import PerceptualObjective
+from lpl.progress import progress
+from lpl.training.step import TrainingStep
+
+BINS = 10
+
+
+class Estimate(NamedTuple):
+    """What the model makes of a batch at given timesteps; all (B, C, h, w) in model space, on the device."""
+
+    latents: Tensor
+    noise: Tensor
+    noisy_latents: Tensor
+    model_output: Tensor
+    """Float32; a leaf that takes gradients."""
+    alpha: Tensor
+    """(B,), float32, on the CPU; sigma likewise."""
+    sigma: Tensor
+
+    def x0(self, prediction_type: str) -> Tensor:
+        """The clean latent that the output implies, differentiable in it."""
+        return x0_from_output(self.model_output, self.noisy_latents, self.alpha, self.sigma, prediction_type)
+
+
+class Gradients(NamedTuple):
+    """Of some samples, at the model's output; (B,), float64, on the CPU."""
+
+    lpl_square: Tensor
+    """|g|^2 of scale * L, at weight 1."""
+    diffusion_square: Tensor
+    cosine: Tensor
+    """0 where one of the two is 0."""
+
+
+@dataclass
+class Levels:
+    """What was measured of N pictures in K parts of the schedule, float64, on the CPU; NaN where x0 is undefined."""
+
+    edges: list[int]
+    """Part k holds edges[k] <= t < edges[k + 1]."""
+    taps: list[str]
+    timesteps: Tensor
+    """(N, K), integers."""
+    lpl: Tensor
+    """(N, K), L, without scale."""
+    uninformed: Tensor
+    """(N,), L of the mean latent."""
+    distance: Tensor
+    """(taps, N, K)."""
+    outliers: Tensor
+    """(taps, N, K)."""
+    lpl_square: Tensor
+    """(N, K); see Gradients."""
+    diffusion_square: Tensor
+    cosine: Tensor
+    weights: Tensor
+    """(N,), loss weight of each picture."""
+    lpl_seconds: list[float] = field(default_factory=list)
+    """Of LPL with its gradient, per sample, by batch."""
+
+
+@torch.no_grad()
+def estimate(
+    step: TrainingStep, denoiser: nn.Module, batch: Batch, timesteps: Tensor, device: torch.device
+) -> Estimate:
+    """Noises a batch as training would, to given timesteps (B,), and asks the model."""
+    noise = step.draw(batch).noise.to(device)
+    alpha, sigma = step.alpha[timesteps].float(), step.sigma[timesteps].float()
+    latents = step.latent_space.from_raw(batch.raw_latents.to(device))
+    noisy_latents = add_noise(latents, noise, alpha, sigma)
+    text = {name: value.to(device) for name, value in batch.text.items()}
+    with torch.autocast(device.type, step.autocast, enabled=step.autocast is not None):
+        output = step.family.denoise(denoiser, noisy_latents, timesteps.to(device), text, batch.sizes.to(device))
+    return Estimate(latents, noise, noisy_latents, output.float().requires_grad_(), alpha, sigma)
+
+
+def gradients_of(model_output: Tensor, lpl_terms: Tensor, diffusion_terms: Tensor) -> Gradients:
+    """Compares the gradients of both losses' terms, (B,) each, at the model's output (B, C, h, w), sample by sample."""
+    pair = [
+        torch.autograd.grad(terms.sum(), model_output, retain_graph=True)[0] for terms in (lpl_terms, diffusion_terms)
+    ]
+    lpl, diffusion = (gradient.flatten(1).double().cpu() for gradient in pair)
+    lpl_square, diffusion_square = lpl.square().sum(1), diffusion.square().sum(1)
+    lengths = (lpl_square * diffusion_square).sqrt()
+    cosine = torch.where(lengths > 0, (lpl * diffusion).sum(1) / lengths, 0)
+    return Gradients(lpl_square, diffusion_square, cosine)
+
+
+def whole_loss(objective: PerceptualObjective) -> LatentPerceptualLoss:
+    """The objective's loss of whole images at full depth, whatever --lpl_crop and --lpl_random_depth say."""
+    loss_fn = copy.copy(objective.loss_fn)
+    loss_fn.crop = None
+    return loss_fn
+
+
+def mean_latent(step: TrainingStep, encoded: Encoded) -> Tensor:
+    """The mean over pictures and places of the posterior means, (1, C, 1, 1), model space."""
+    means = torch.cat([mean.mean((2, 3), keepdim=True) for mean in encoded.mean])
+    return step.latent_space.from_raw(means.mean(0, keepdim=True))
+
+
+def bin_edges(num_timesteps: int, bins: int = BINS) -> list[int]:
+    """Edges of equal parts of a schedule, at most one for each timestep."""
+    bins = min(bins, num_timesteps)
+    return [num_timesteps * k // bins for k in range(bins + 1)]
+
+
+def measure(step: TrainingStep, denoiser: nn.Module, encoded: Encoded, device: torch.device) -> Levels:
+    """Measures every picture at every noise level.
+
+    Args:
+        step: of the run, with its objective.
+        denoiser: in eval mode, on the device.
+        encoded: the pictures.
+        device: where the model is.
+    """
+    assert step.objective is not None
+    loss_fn = whole_loss(step.objective)
+    edges, n = bin_edges(len(step.alpha)), len(encoded)
+    taps = [tap.name for tap in loss_fn.taps]
+    shape = (n, len(edges) - 1)
+
+    def empty(*size: int) -> Tensor:
+        return torch.full(size, torch.nan, dtype=torch.float64)
+
+    found = Levels(
+        edges, taps, torch.zeros(shape, dtype=torch.long), empty(*shape), empty(n), empty(len(taps), *shape),
+        empty(len(taps), *shape), empty(*shape), empty(*shape), empty(*shape), torch.ones(n, dtype=torch.float64),
+    )  # fmt: skip
+    for number, picture in enumerate(encoded.pictures):
+        for k in range(shape[1]):
+            drawn = keyed_uniform(step.seed, "check_timestep", picture.id, k)
+            found.timesteps[number, k] = edges[k] + int(drawn * (edges[k + 1] - edges[k]))
+    work = [(numbers, k) for numbers in same_size(encoded.pictures) for k in range(shape[1])]
+    average = mean_latent(step, encoded).to(device)
+    for numbers, k in progress(work, desc="measuring", unit="batch"):
+        batch = encoded.batch(numbers, k)
+        seen = estimate(step, denoiser, batch, found.timesteps[numbers, k], device)
+        mask = None if batch.mask is None else batch.mask.to(device)
+        if batch.weights is not None:
+            found.weights[numbers] = batch.weights.double()
+        if k == 0:
+            with torch.no_grad():
+                blank = loss_fn(average.expand_as(seen.latents), seen.latents, mask)
+            found.uninformed[numbers] = blank.per_sample.double().cpu()
+        if step.prediction_type == "epsilon" and bool((seen.alpha == 0).any()):
+            continue  # pure noise says nothing of x0
+        _measure_batch(found, step, loss_fn, seen, numbers, k, mask)
+    return found
+
+
+def _measure_batch(
+    found: Levels,
+    step: TrainingStep,
+    loss_fn: LatentPerceptualLoss,
+    seen: Estimate,
+    numbers: Sequence[int],
+    k: int,
+    mask: Tensor | None,
+) -> None:
+    objective, device = step.objective, seen.latents.device
+    assert objective is not None
+    pred = seen.x0(step.prediction_type)
+    _wait(device)
+    started = time.perf_counter()
+    out = loss_fn(pred, seen.latents, mask)
+    _wait(device)
+    found.lpl_seconds.append((time.perf_counter() - started) / len(numbers))
+    snr = signal_to_noise(seen.alpha, seen.sigma)
+    scale = snr_scale(snr, objective.snr_gamma) if objective.lpl_scale else torch.ones_like(snr)
+    target = target_of(seen.latents, seen.noise, seen.alpha, seen.sigma, step.prediction_type)
+    diffusion = step.diffusion_per_sample(seen.model_output, target, found.timesteps[numbers, k], mask)
+    gradients = gradients_of(seen.model_output, scale.to(device) * out.per_sample, diffusion)
+    found.lpl[numbers, k] = out.per_sample.detach().double().cpu()
+    found.lpl_square[numbers, k], found.diffusion_square[numbers, k], found.cosine[numbers, k] = gradients
+    for tap, name in enumerate(found.taps):
+        found.distance[tap, numbers, k] = out.per_layer[name].double().cpu()
+        found.outliers[tap, numbers, k] = out.outlier_fraction[name].double().cpu()
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def layer_rows(found: Levels, loss_fn: LatentPerceptualLoss) -> list[dict[str, Any]]:
+    """What check.json has under "layers"."""
+    return [
+        {
+            "tap": tap.name,
+            "channels": tap.channels,
+            "stride": tap.stride,
+            "weight": weight,
+            "bins": [
+                {
+                    "t_low": low,
+                    "t_high": high,
+                    "distance": _mean(found.distance[i, :, k]),
+                    "outlier_fraction": _mean(found.outliers[i, :, k]),
+                }
+                for k, (low, high) in enumerate(zip(found.edges, found.edges[1:], strict=False))
+            ],
+        }
+        for i, (tap, weight) in enumerate(zip(loss_fn.taps, loss_fn.weights, strict=True))
+    ]
+
+
+def gradient_rows(found: Levels) -> list[dict[str, Any]]:
+    """What check.json has under "gradients"."""
+    rows = []
+    for k, (low, high) in enumerate(zip(found.edges, found.edges[1:], strict=False)):
+        cosine = found.cosine[:, k]
+        cosine = cosine[cosine.isfinite()]
+        lpl, diffusion = _mean(found.lpl_square[:, k]), _mean(found.diffusion_square[:, k])
+        several = len(cosine) > 1
+        rows.append(
+            {
+                "t_low": low,
+                "t_high": high,
+                "ratio": (lpl / diffusion) ** 0.5 if diffusion else float("nan"),
+                "cosine": _mean(cosine),
+                "cosine_error": float(cosine.std()) / len(cosine) ** 0.5 if several else float("nan"),
+                "lpl": _mean(found.lpl[:, k]),
+                "num": len(cosine),
+            }
+        )
+    return rows
+
+
+def _mean(values: Tensor) -> float:
+    """Over what is defined; NaN if nothing is."""
+    return float(values.nanmean())

@@ -1,0 +1,192 @@
+"""Each component in each precision: finite or not, how large its activations get, how far from float32 it ends.
+
+    relative error = |y - y32| / |y32|,    y the component's output
+
+VAE and text encoders run with their weights cast, as --lpl_dtype and programs that draw images do it; the denoiser runs
+under autocast, as --mixed_precision trains it. A precision that the device lacks an operation of is named, not failed.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FLOAT16_MAX = torch.finfo(torch.float16).max
+
+Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
+"""Arguments of calls of a module."""
+
+
+class Extremes:
+    """The largest absolute value that any of a module's parts put out, and the first part that was not finite."""
+
+    def __init__(self) -> None:
+        self._found: list[tuple[str, Tensor]] = []
+
+    @contextmanager
+    def watching(self, module: nn.Module) -> Iterator[None]:
+        """Looks at every part's output while it is active."""
+        with ExitStack() as stack:
+            for name, part in module.named_modules():
+                handle = part.register_forward_hook(self._hook(name))
+                stack.callback(handle.remove)
+            yield
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        def look(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and output.is_floating_point():
+                self._found.append((name, output.detach().abs().amax().float()))
+
+        return look
+
+    def read(self) -> tuple[float, str | None]:
+        """The largest value (inf or nan if one was not finite) and the name of the first part that was not."""
+        if not self._found:
+            return 0.0, None
+        values = torch.stack([value for _, value in self._found]).cpu()
+        faulty = (~values.isfinite()).nonzero().flatten().tolist()
+        return float(values.max()), self._found[faulty[0]][0] if faulty else None
+
+
+@contextmanager
+def recording(modules: Iterable[nn.Module], calls: dict[int, Calls], most: int) -> Iterator[None]:
+    """Keeps the arguments of the first calls of some modules, by the module's number."""
+
+    def keep(number: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            own = calls.setdefault(number, [])
+            if len(own) < most:
+                own.append((args, kwargs))
+
+        return hook
+
+    with ExitStack() as stack:
+        for number, module in enumerate(modules):
+            stack.callback(module.register_forward_pre_hook(keep(number), with_kwargs=True).remove)
+        yield
+
+
+@torch.no_grad()
+def compare_cast(module: nn.Module, run: Callable[[nn.Module, torch.dtype], list[Tensor]]) -> dict[str, Any]:
+    """A module in every precision, its weights cast.
+
+    Args:
+        module: float32, in eval mode; left as it is.
+        run: runs it, or its copy, on inputs of a precision; returns what it puts out.
+    """
+
+    def in_precision(dtype: torch.dtype, extremes: Extremes) -> list[Tensor]:
+        own = module if dtype == torch.float32 else nn.Module.to(copy.deepcopy(module), dtype)
+        with extremes.watching(own):
+            return run(own, dtype)
+
+    return _compare(in_precision)
+
+
+@torch.no_grad()
+def compare_autocast(module: nn.Module, run: Callable[[torch.dtype | None], list[Tensor]]) -> dict[str, Any]:
+    """A module in every precision, under autocast.
+
+    Args:
+        module: in eval mode.
+        run: runs it under autocast to a precision, None: without; returns what it puts out.
+    """
+
+    def in_precision(dtype: torch.dtype, extremes: Extremes) -> list[Tensor]:
+        with extremes.watching(module):
+            return run(None if dtype == torch.float32 else dtype)
+
+    return _compare(in_precision)
+
+
+def _compare(in_precision: Callable[[torch.dtype, Extremes], list[Tensor]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    reference: list[Tensor] = []
+    for name, dtype in DTYPES.items():
+        extremes = Extremes()
+        try:
+            outputs = [output.float().cpu() for output in in_precision(dtype, extremes)]
+        except (RuntimeError, NotImplementedError) as error:
+            if dtype == torch.float32 or "not implemented" not in str(error):
+                raise
+            found[name] = _entry(None, None, None, note=f"not on this device: {' '.join(str(error).split())[:100]}")
+            continue
+        largest, first = extremes.read()
+        finite = first is None and all(bool(output.isfinite().all()) for output in outputs)
+        reference = reference or outputs
+        found[name] = _entry(finite, largest, _distance(outputs, reference), first_nonfinite=first)
+    return found
+
+
+def _entry(finite: bool | None, max_abs: float | None, error: float | None, **more: str | None) -> dict[str, Any]:
+    entry = {"finite": finite, "max_abs": max_abs, "relative_error": error}
+    return entry | {key: value for key, value in more.items() if value is not None}
+
+
+def _distance(outputs: list[Tensor], reference: list[Tensor]) -> float:
+    square = sum(float((y.double() - y32.double()).square().sum()) for y, y32 in zip(outputs, reference, strict=True))
+    of = sum(float(y32.double().square().sum()) for y32 in reference)
+    return math.sqrt(square / of) if of > 0 else math.sqrt(square)
+
+
+def to_dtype(value: Any, dtype: torch.dtype) -> Any:
+    """A floating-point tensor in a precision; anything else as it is."""
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def replay(calls: Calls) -> Callable[[nn.Module, torch.dtype], list[Tensor]]:
+    """Runs recorded calls again, in any precision; of what a call returns, its first tensor counts."""
+    calls = list(calls)  # running them may be recorded in turn
+
+    def run(module: nn.Module, dtype: torch.dtype) -> list[Tensor]:
+        outputs = []
+        for args, kwargs in calls:
+            own = {key: to_dtype(value, dtype) for key, value in kwargs.items()}
+            outputs.append(module(*(to_dtype(value, dtype) for value in args), **own)[0])
+        return outputs
+
+    return run
+
+
+def warnings_of(components: dict[str, dict[str, Any]], mixed_precision: str, lpl_dtype: str) -> list[str]:
+    """One line for each precision that is not finite: what to use, or not to use, because of it."""
+    lines = []
+    for component, by_dtype in components.items():
+        for dtype, found in by_dtype.items():
+            if found["finite"] is not False:
+                continue
+            where = f" (first in {found['first_nonfinite']})" if found.get("first_nonfinite") else ""
+            line = f"{component} is not finite in {dtype}{where}: "
+            lines.append(line + _advice(component, dtype, by_dtype, mixed_precision, lpl_dtype))
+    for component, by_dtype in components.items():
+        largest, half = by_dtype["float32"]["max_abs"], by_dtype["float16"]
+        if half["finite"] is None and largest is not None and largest > FLOAT16_MAX:
+            lines.append(
+                f"{component} has activations of {largest:.3g}, above float16's {FLOAT16_MAX:.0f}: it will not be "
+                "finite in float16 where there is one"
+            )
+    return lines
+
+
+def _advice(component: str, dtype: str, by_dtype: dict[str, Any], mixed_precision: str, lpl_dtype: str) -> str:
+    if dtype == "float32":
+        flag = (
+            "--pretrained_vae_model_name_or_path" if component.startswith("vae") else "--pretrained_model_name_or_path"
+        )
+        return f"its weights are damaged, take others with {flag}"
+    better = "bfloat16" if by_dtype["bfloat16"]["finite"] and dtype != "bfloat16" else "float32"
+    if component == "denoiser":
+        short = {"bfloat16": "bf16", "float32": "no"}[better]
+        now = ", which this run asks for" if mixed_precision == {"float16": "fp16", "bfloat16": "bf16"}[dtype] else ""
+        return f"train with --mixed_precision {short}, not {dtype}{now}"
+    if component == "vae_decoder":
+        now = ", which this run asks for" if lpl_dtype == dtype else ""
+        return f"keep --lpl_dtype {better}, not {dtype}{now}; programs that draw images must not run it in {dtype}"
+    return f"lpl train runs it in float32; programs that draw images must not run it in {dtype}"

@@ -1,0 +1,269 @@
+"""`lpl check`: loads the model, measures, and writes check.json with its pictures."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import math
+import shutil
+import sys
+import time
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from lpl import __version__
+from lpl.analysis.check import cost, levels, precision, reconstruction
+from lpl.analysis.check.images import Encoded, read_pictures
+from lpl.analysis.check.judge import faults_of, warnings_of
+from lpl.analysis.check.maps import draw_estimates, draw_maps, layer_maps
+from lpl.analysis.check.options import FEWEST, CheckConfig
+from lpl.analysis.check.suggest import suggestion
+from lpl.analysis.check.table import table
+from lpl.config import TrainConfig
+from lpl.config_io import CHECK_REPORT, environment
+from lpl.data.files import write_atomically
+from lpl.data.lettering import printable
+from lpl.errors import UserError
+from lpl.families import load_family, plan_configs
+from lpl.training.engine import build_accelerator, build_objective
+from lpl.training.preflight import Checked, check_data, processes
+from lpl.training.step import TrainingStep
+
+logger = logging.getLogger("lpl")
+
+NUMBERS = "check.json"
+LOSSES, ESTIMATES, MAPS = "reconstruction.png", "estimates.png", "maps"
+PRECISION_IMAGES = 4
+HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def run_check(options: CheckConfig) -> None:
+    """Measures, writes the report and prints its table.
+
+    Raises:
+        UserError: bad input; a model that no run should start with, only after the report.
+    """
+    if processes() > 1:
+        raise UserError("lpl check runs in one process: start it without a launcher")
+    folder = Path(options.train.run.output_dir) / CHECK_REPORT
+    checked = check_data(options.train, folder, weights=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / NUMBERS).unlink(missing_ok=True)
+        shutil.rmtree(folder / MAPS, ignore_errors=True)
+        for name in (LOSSES, ESTIMATES):
+            (folder / name).unlink(missing_ok=True)
+        found = Check(checked, options.num_images, folder).run()
+        written = json.dumps(_plain(found), ensure_ascii=False, indent=1, allow_nan=False)
+        write_atomically(folder / NUMBERS, written.encode("utf-8", "backslashreplace") + b"\n")
+    except OSError as error:
+        raise UserError(
+            f"--output_dir {options.train.run.output_dir}: {folder} cannot be written ({error.strerror}): make room "
+            "there, or name another folder"
+        ) from error
+    encoding = sys.stdout.encoding or "utf-8"
+    printed = f"{table(found)}\nwritten      {folder / NUMBERS} and its pictures"
+    print(printed.encode(encoding, "backslashreplace").decode(encoding))
+    if found["faults"]:
+        raise UserError(found["faults"][0])
+
+
+class Check:
+    """One check.
+
+    Args:
+        checked: the options and the data.
+        num_images: how many to measure on.
+        folder: where pictures go.
+    """
+
+    def __init__(self, checked: Checked, num_images: int, folder: Path) -> None:
+        self.started, self.folder, self.refused = time.perf_counter(), folder, list[str]()
+        self.accelerator = build_accelerator(checked.config)
+        self.device = self.accelerator.device
+        mixed: Any = self.accelerator.mixed_precision
+        self.config = config = replace(checked.config, run=replace(checked.config.run, mixed_precision=mixed))
+        self.configs = checked.model_configs or plan_configs(config.model)
+        self.source, self.num_images = checked.source, num_images
+        self.family = load_family(config.model, self.device, torch.float32)
+        if checked.regularisation is not None:
+            self.refused.append("--reg_data_dir: measured on the training images alone")
+        if config.lpl.lpl_crop is not None:
+            self.refused.append(f"--lpl_crop {config.lpl.lpl_crop}: measured on whole images")
+        if config.lpl.lpl_random_depth:
+            self.refused.append("--lpl_random_depth: measured at full depth")
+
+    def run(self) -> dict[str, Any]:
+        """Everything that check.json holds."""
+        config, family = self.config, self.family
+        pictures, unusable = read_pictures(config, self.source, self.num_images, family.latent_stride)
+        self.refused += unusable
+        if len(pictures) < FEWEST:
+            self.refused.append(f"only {len(pictures)} images: {FEWEST} are the least that figures should stand on")
+        found: dict[str, Any] = {
+            "lpl": __version__,
+            "kind": "check",
+            "environment": environment(),
+            "options": _options(config) | {"num_images": self.num_images},
+            "refused": self.refused,
+            "device": str(self.device),
+            "num_images": len(pictures),
+        }
+        calls: dict[int, precision.Calls] = {}
+        with precision.recording(family.text_encoders, calls, PRECISION_IMAGES):
+            encoded = Encoded.of(config, family, pictures)
+            self.objective = build_objective(config, family)
+            self.step = TrainingStep(
+                family, config.diffusion, self.objective, config.run.seed, HALF.get(str(config.run.mixed_precision))
+            )
+            components = self._text_precision(calls)
+            family.free_encoders()
+            self.denoiser = family.denoiser.eval().requires_grad_(False).to(self.device)
+            denoiser = self._denoiser_precision(encoded)
+        components = {
+            **self._vae_precision(encoded),
+            "denoiser": denoiser,
+            **(components or self._text_precision(calls)),
+        }
+        first = encoded.mean[0].to(self.device)
+        found |= {"components": components, "walk_equals_decode": reconstruction.walk_difference(family.vae, first)}
+        found["faults"] = faults_of(found)
+        if not any("float32" in fault for fault in found["faults"]):
+            found |= self._measure(encoded)
+        else:
+            self.refused.append("all other measurements: a component is not finite even in float32")
+        found["warnings"] = warnings_of(found, config, self.source.size)
+        found["seconds"] = time.perf_counter() - self.started
+        return found
+
+    def _text_precision(self, calls: dict[int, precision.Calls]) -> dict[str, Any]:
+        return {
+            f"text_encoder_{number + 1}" if number else "text_encoder": precision.compare_cast(
+                self.family.text_encoders[number], precision.replay(own)
+            )
+            for number, own in sorted(calls.items())
+        }
+
+    def _denoiser_precision(self, encoded: Encoded) -> dict[str, Any]:
+        count = min(PRECISION_IMAGES, len(encoded))
+        total = len(self.step.alpha)
+
+        def run(autocast: torch.dtype | None) -> list[torch.Tensor]:
+            step = TrainingStep(self.family, self.config.diffusion, None, self.config.run.seed, autocast)
+            outputs = []
+            for n in range(count):
+                timesteps = torch.tensor([total * (2 * n + 1) // (2 * count)])
+                batch = encoded.batch([n], 0)
+                outputs.append(levels.estimate(step, self.denoiser, batch, timesteps, self.device).model_output)
+            return outputs
+
+        return precision.compare_autocast(self.denoiser, run)
+
+    def _vae_precision(self, encoded: Encoded) -> dict[str, Any]:
+        shown = range(min(PRECISION_IMAGES, len(encoded)))
+        pixels = [reconstruction.to_float(encoded.pictures[n].pixels)[None] for n in shown]
+        latents = [encoded.mean[n] for n in shown]
+
+        def encode(vae: Any, dtype: torch.dtype) -> list[torch.Tensor]:
+            return [vae.encode(x.to(self.device, dtype)).latent_dist.mean for x in pixels]
+
+        def decode(vae: Any, dtype: torch.dtype) -> list[torch.Tensor]:
+            return [vae.decode(x.to(self.device, dtype)).sample for x in latents]
+
+        vae = self.family.vae
+        return {
+            "vae_encoder": precision.compare_cast(vae, encode),
+            "vae_decoder": precision.compare_cast(vae, decode),
+        }
+
+    def _measure(self, encoded: Encoded) -> dict[str, Any]:
+        config, family, step = self.config, self.family, self.step
+        losses = reconstruction.reconstruct(family.vae, encoded, self.device)
+        self._save(LOSSES, reconstruction.draw_losses(encoded, losses))
+        measured = levels.measure(step, self.denoiser, encoded, self.device)
+        shown = _most_detailed(encoded, losses.typical)
+        needs = cost.count(config, self.configs, self.device)
+        found = {
+            "reconstruction": {
+                "psnr_mean": sum(losses.psnr) / len(losses.psnr),
+                "psnr_min": min(losses.psnr),
+                "file": LOSSES,
+                "images": [{"name": p.name, "psnr": v} for p, v in zip(encoded.pictures, losses.psnr, strict=True)],
+            },
+            "gate": str(self.objective.gate),
+            "p_gate": self.objective.p_gate,
+            "layers": levels.layer_rows(measured, self.objective.loss_fn),
+            "gradients": levels.gradient_rows(measured),
+            "suggestion": suggestion(measured, self.objective.gate, family.noise_scheduler, step.probabilities, config),
+            "estimates": {"name": encoded.pictures[shown].name, "file": ESTIMATES},
+            "maps": self._maps(encoded, shown, losses.decoded[shown]),
+        }
+        seconds, why = cost.measure_step(config, step, self.denoiser, encoded, self.device, needs)
+        if why is not None:
+            self.refused.append(why)
+        lpl_seconds = sorted(measured.lpl_seconds)[len(measured.lpl_seconds) // 2]
+        return found | {"step": cost.step_row(needs, config, seconds, lpl_seconds)}
+
+    @torch.no_grad()
+    def _maps(self, encoded: Encoded, shown: int, reconstructed: torch.Tensor) -> list[dict[str, Any]]:
+        """Draws a typical picture's estimates and maps: inside the gate, and outside it if anything is."""
+        gate, total = self.objective.gate.table, len(self.step.alpha)
+        picture = encoded.pictures[shown]
+        name = printable(picture.id)
+        decode, space = self.family.vae.decode, self.step.latent_space
+        images = [("original", reconstruction.to_float(picture.pixels)), ("through the VAE", reconstructed)]
+        rows = []
+        within, without = (part.nonzero().flatten() for part in (gate, ~gate))
+        mapped = [int(part[len(part) // 2]) for part in (within, without) if len(part)]
+        edges = levels.bin_edges(total)
+        centres = [(low + high) // 2 for low, high in pairwise(edges)]
+        loss_fn = levels.whole_loss(self.objective)
+        for t in sorted({*centres, *mapped}):
+            seen = levels.estimate(self.step, self.denoiser, encoded.batch([shown], 0), torch.tensor([t]), self.device)
+            if self.step.prediction_type == "epsilon" and float(seen.alpha) == 0:
+                continue
+            pred = seen.x0(self.step.prediction_type)
+            if t in centres:
+                inside = ", gate" if gate[t] else ""
+                images.append((f"t = {t}{inside}", decode(space.to_raw(pred)).sample[0].cpu()))
+            if t in mapped:
+                for maps in layer_maps(loss_fn, pred, seen.latents):
+                    file = f"{MAPS}/{maps.tap}-t{t:04d}.png"
+                    self._save(file, draw_maps(maps, t, name))
+                    rows.append({"tap": maps.tap, "t": t, "in_gate": bool(gate[t]), "name": picture.name, "file": file})
+        self._save(ESTIMATES, draw_estimates(images, name))
+        return rows
+
+    def _save(self, name: str, picture: Image.Image) -> None:
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG")
+        write_atomically(self.folder / name, buffer.getvalue())
+
+
+def _most_detailed(encoded: Encoded, typical: list[int]) -> int:
+    """Of the half of the pictures that the VAE treats most typically, the one with the largest steps between pixels."""
+
+    def detail(number: int) -> float:
+        pixels = encoded.pictures[number].pixels.float()
+        return float(pixels.diff(dim=1).abs().mean() + pixels.diff(dim=2).abs().mean())
+
+    return max(typical[: -(-len(typical) // 2)], key=detail)
+
+
+def _options(config: TrainConfig) -> dict[str, Any]:
+    return {key: value for key, value in config.flat().items() if key != "hub_token"}
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can say: numbers that are not finite become null."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,201 @@
+"""The gate and the weight that the measurements suggest, and why.
+
+The gate: the estimate says something of the picture where LPL's distance is less than INFORMED of an estimate that
+knows nothing (for mse about the share of the features' variance that it leaves unexplained), and both losses pull the
+same way where the cosine of their gradients is above 0. Both by the 95 % interval over pictures. The threshold is the
+end of the last part of the schedule up to which both hold throughout.
+
+The weight: with p_t how likely a timestep is, w_i the pictures' own weights, and f_t = gate_t scale_t / p_gate,
+
+    weight = share / (1 - share) * sqrt(sum_t p_t |w_i g_diffusion|^2 / sum_t p_t |w_i f_t g_lpl|^2)
+
+as perceptual/auto_weight.py, which measures the same over the first samples of a run; the interval is a bootstrap over
+pictures. For --lpl_reduction gated and --lpl_max_samples 1 / p_gate^2 is replaced by its mean over the number of gated
+samples in a micro-batch, taken as binomial.
+"""
+
+from __future__ import annotations
+
+from math import comb
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lpl.analysis.check.levels import Levels
+from lpl.config import TrainConfig
+from lpl.diffusion.draws import keyed_generator
+from lpl.perceptual.auto_weight import weight_of_share
+from lpl.perceptual.gate import Gate
+
+INFORMED = 0.5
+RESAMPLES = 1000
+LOW, HIGH = 0.025, 0.975
+
+
+class Weight(NamedTuple):
+    """A weight with its 95 % interval; NaN where LPL has no gradient."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3g} ({self.low:.3g} to {self.high:.3g})"
+
+
+def resampled(count: int, seed: int) -> Tensor:
+    """Numbers of the pictures of each bootstrap sample, (RESAMPLES, count)."""
+    generator = keyed_generator(seed, "check_bootstrap")
+    return torch.randint(count, (RESAMPLES, count), generator=generator)
+
+
+def interval(samples: Tensor) -> tuple[float, float]:
+    """The 95 % interval of bootstrap values; NaN if one is."""
+    bounds = torch.quantile(samples, torch.tensor([LOW, HIGH], dtype=samples.dtype))
+    return float(bounds[0]), float(bounds[1])
+
+
+def uninformed_share(found: Levels, k: int, seed: int) -> tuple[float, float, float]:
+    """LPL's distance in part k relative to that of an estimate that knows nothing, with its 95 % interval."""
+    own, blank = found.lpl[:, k], found.uninformed
+    chosen = resampled(len(own), seed)
+    low, high = interval(own[chosen].mean(1) / blank[chosen].mean(1))
+    return float(own.mean() / blank.mean()), low, high
+
+
+def cosine_interval(found: Levels, k: int, seed: int) -> tuple[float, float, float]:
+    """The mean cosine in part k with its 95 % interval."""
+    own = found.cosine[:, k]
+    low, high = interval(own[resampled(len(own), seed)].mean(1))
+    return float(own.mean()), low, high
+
+
+def supported_threshold(found: Levels, seed: int) -> tuple[int, str]:
+    """The timestep up to which LPL is supported, 0 if nowhere, and what ends it there."""
+    for k, (low, high) in enumerate(zip(found.edges, found.edges[1:], strict=False)):
+        share, _, most = uninformed_share(found, k, seed)
+        cosine, least, _ = cosine_interval(found, k, seed)
+        if not most < INFORMED:
+            why = (
+                f"for t in {low}..{high - 1} the estimate's distance is {share:.2f} (95 % up to {most:.2f}) of that "
+                f"of one that knows nothing of the picture; below {INFORMED} is asked for"
+            )
+            return low, why
+        if not least > 0:
+            pull = f"cosine {cosine:.2f}, 95 % from {least:.2f}"
+            return low, f"for t in {low}..{high - 1} both losses need not pull the same way: {pull}"
+    return found.edges[-1], "the estimate is informative and both losses pull the same way over the whole schedule"
+
+
+def reduction_factor(config: TrainConfig, p_gate: float) -> float:
+    """Mean square of a gated sample's factor beside scale and weight: 1 / p_gate^2 for reduction expected."""
+    batch, limit, expected = config.run.train_batch_size, config.lpl.lpl_max_samples, config.lpl.lpl_reduction
+    total = 0.0
+    for others in range(batch):
+        chance = comb(batch - 1, others) * p_gate**others * (1 - p_gate) ** (batch - 1 - others)
+        gated = others + 1
+        square = 1 / p_gate**2 if expected == "expected" else (batch / gated) ** 2
+        total += chance * square * gated / min(gated, limit or gated)
+    return total
+
+
+def weight_for(
+    found: Levels, gate: Tensor, probabilities: Tensor, config: TrainConfig, share: float, seed: int
+) -> Weight:
+    """The weight at which LPL has a share of the gradient.
+
+    Args:
+        found: the measurements.
+        gate: (T,), bool.
+        probabilities: (T,), summing to 1.
+        config: for reduction, batch size and --lpl_max_samples.
+        share: in (0, 1).
+        seed: of the bootstrap.
+    """
+    lpl, diffusion = _squares(found, gate, probabilities, config)
+    chosen = resampled(len(lpl), seed)
+    low, high = interval(weight_of_share(share, lpl[chosen].sum(1), diffusion[chosen].sum(1)))
+    return Weight(float(weight_of_share(share, lpl.sum(), diffusion.sum())), low, high)
+
+
+def share_at(found: Levels, gate: Tensor, probabilities: Tensor, config: TrainConfig, weight: float) -> float:
+    """LPL's share of the gradient at the model's output with this weight."""
+    lpl, diffusion = (float(square.sum()) ** 0.5 for square in _squares(found, gate, probabilities, config))
+    return weight * lpl / (weight * lpl + diffusion) if weight * lpl > 0 else 0.0
+
+
+def _squares(found: Levels, gate: Tensor, probabilities: Tensor, config: TrainConfig) -> tuple[Tensor, Tensor]:
+    """Of each picture, LPL's mean squared gradient at weight 1 and the diffusion loss's, (N,)."""
+    widths = torch.tensor(found.edges).diff()
+    chance = probabilities.double()[found.timesteps] * widths
+    p_gate = float(probabilities.double()[gate].sum())
+    open_ = gate[found.timesteps]
+    own = found.weights[:, None].square()
+    lpl = torch.where(open_, found.lpl_square, 0) * own * chance * reduction_factor(config, p_gate)
+    diffusion = torch.where(chance > 0, found.diffusion_square, 0) * own * chance
+    return lpl.sum(1), diffusion.nansum(1)
+
+
+def suggestion(
+    found: Levels, own_gate: Gate, scheduler: Any, probabilities: Tensor, config: TrainConfig
+) -> dict[str, Any]:
+    """What check.json has under "suggestion"."""
+    seed, share = config.run.seed, config.lpl.lpl_target_share
+    own = weight_for(found, own_gate.table, probabilities, config, share, seed)
+    passed = found.lpl_square[own_gate.table[found.timesteps]]
+    if not (passed > 0).any() or passed.isnan().any():
+        why = "LPL has no gradient where" if len(passed) else "none of the measured timesteps passes"
+        if passed.isnan().any():
+            why = f"LPL is not finite with --lpl_dtype {config.lpl.lpl_dtype} where"
+        return _nothing(own_gate, probabilities, f"nothing is suggested: {why} {own_gate}")
+    threshold, why = supported_threshold(found, seed)
+    kept = threshold == 0 or float(probabilities[:threshold].sum()) == 0
+    lines = []
+    if kept:
+        gate, reason = (
+            own_gate,
+            f"no threshold is suggested: {why}" if threshold == 0 else "no timestep below it is drawn",
+        )
+        lines.append(f"{reason}; the gate stays at {own_gate}")
+    else:
+        gate = Gate(scheduler, t_threshold=threshold)
+        lines.append(f"--lpl_t_threshold {threshold}: {why}")
+        lines.append(
+            f"this is how far LPL says something here, not what trains best: a run's {own_gate} stays within it"
+            if int(own_gate.table.nonzero().max()) < threshold
+            else f"this run's gate, {own_gate}, goes beyond it"
+        )
+    weight = own if kept else weight_for(found, gate.table, probabilities, config, share, seed)
+    p_gate = float(probabilities[gate.table].sum())
+    lines.append(
+        f"--lpl_weight {weight}, 95 % interval over pictures: LPL's share of the gradient is then {share:g} "
+        f"(--lpl_target_share) with {gate}, which {p_gate:.3g} of the samples pass; auto measures it by itself"
+    )
+    if not kept:
+        lines.append(f"with this run's gate, {own_gate}, it would be {own}")
+    asked = config.lpl.lpl_weight
+    own_share = None if asked == "auto" else share_at(found, own_gate.table, probabilities, config, float(asked))
+    if own_share is not None:
+        lines.append(f"this run's --lpl_weight {asked} with {own_gate} gives LPL {own_share:.2g} of the gradient")
+    return {
+        "lpl_t_threshold": None if kept else threshold,
+        "lpl_weight": weight.value,
+        "lpl_weight_interval": [weight.low, weight.high],
+        "p_gate": p_gate,
+        "own_share": own_share,
+        "own_gate": {"gate": str(own_gate), "lpl_weight": own.value, "lpl_weight_interval": [own.low, own.high]},
+        "why": lines,
+    }
+
+
+def _nothing(own_gate: Gate, probabilities: Tensor, why: str) -> dict[str, Any]:
+    empty = {"lpl_weight": None, "lpl_weight_interval": None}
+    return {
+        "lpl_t_threshold": None,
+        **empty,
+        "p_gate": float(probabilities[own_gate.table].sum()),
+        "own_share": None,
+        "own_gate": {"gate": str(own_gate), **empty},
+        "why": [why],
+    }

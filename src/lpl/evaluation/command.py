@@ -1,0 +1,154 @@
+"""`lpl eval`: checks what is cheap to check, draws samples or takes them, measures, writes eval.json and a table."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+
+from lpl import __version__
+from lpl.config import ModelConfig, require
+from lpl.config_io import environment
+from lpl.data.files import write_atomically
+from lpl.errors import UserError
+from lpl.evaluation.generate import check_settings, generate_into, image_name, write_settings
+from lpl.evaluation.measuring import Measured, measure_all
+from lpl.evaluation.options import EvalConfig
+from lpl.evaluation.pictures import CAPTIONS
+from lpl.evaluation.planning import IMAGES, Plan, check_eval, with_flag
+from lpl.evaluation.table import format_table
+
+logger = logging.getLogger("lpl")
+
+RESULT = "eval.json"
+
+
+def run_eval(options: EvalConfig, read_run: Callable[[Path], ModelConfig]) -> None:
+    """Evaluates, and prints the table.
+
+    Args:
+        options: of `lpl eval`.
+        read_run: reads the model's options from a run's config.yaml.
+
+    Raises:
+        UserError: bad input, in one line, before anything heavy loads where that can be known.
+    """
+    plan = check_eval(options, read_run)
+    # Processes may wait for each other far longer than torch's ten minutes.
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=24))])
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+    require(
+        options.dtype != "float16" or accelerator.device.type != "cpu",
+        "--dtype float16 needs a GPU; on a CPU use bfloat16 or float32",
+    )
+    sampler = None if plan.request is None else _load(plan, accelerator.device)
+    if options.images is None:
+        _draw(plan, sampler, accelerator)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        device = accelerator.device
+        vae = _vae(options, sampler, device) if options.floor or options.against == "reconstructions" else None
+        found = measure_all(options, plan.files, plan.prompts, plan.resolution, plan.inception, vae, device)
+        result = _result(plan, found)
+        _write(Path(options.output_dir) / RESULT, result)
+        print(format_table(result))
+    accelerator.end_training()
+
+
+def _load(plan: Plan, device: torch.device) -> Any:
+    from lpl.families.sampling import load_for_sampling
+
+    request, options = plan.request, plan.options
+    assert request is not None
+    dtype = getattr(torch, options.dtype)
+    return with_flag(
+        request,
+        lambda: load_for_sampling(request.model, dtype, device, request.lora, options.lora_scale, options.scheduler),
+    )
+
+
+def _draw(plan: Plan, sampler: Any, accelerator: Accelerator) -> None:
+    from lpl.families.base import weights_hash
+
+    folder = Path(plan.options.output_dir)
+    settings = plan.settings(weights=weights_hash(*sampler.modules()))
+    check_settings(folder, settings)
+    accelerator.wait_for_everyone()  # all have checked before the first image appears
+    if accelerator.is_main_process:
+        write_settings(folder, settings)
+    generate_into(
+        sampler,
+        plan.distinct_prompts,
+        folder / IMAGES,
+        len(plan.files),
+        plan.sampling,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        show=accelerator.is_main_process,
+    )
+    if accelerator.is_main_process:
+        rows = [
+            json.dumps({"file_name": image_name(i), "text": prompt}, ensure_ascii=False)
+            for i, prompt in enumerate(plan.prompts or [])
+        ]
+        write_atomically(folder / IMAGES / CAPTIONS, ("\n".join(rows) + "\n").encode())
+
+
+def _vae(options: EvalConfig, sampler: Any, device: torch.device) -> Any:
+    if sampler is not None:
+        return sampler.vae
+    name = options.pretrained_vae_model_name_or_path
+    if name is None:
+        return None
+    from diffusers import AutoModel
+
+    from lpl.evaluation.features import load_pretrained
+
+    return load_pretrained(AutoModel, "--pretrained_vae_model_name_or_path", name).to(device).float().eval()
+
+
+def _result(plan: Plan, found: Measured) -> dict[str, Any]:
+    options, folder = plan.options, Path(plan.options.output_dir)
+    drawn = options.images is None
+    above = folder if drawn else Path(str(options.images))
+    prompts: Sequence[str | None] = plan.prompts or [None] * len(plan.files)
+    return {
+        "lpl": __version__,
+        "kind": "eval",
+        "environment": environment(),
+        "options": asdict(options),
+        "refused": found.refused,
+        "model": options.pretrained_model_name_or_path if drawn else options.images,
+        "reference": options.reference_dir,
+        "num_samples": len(plan.files),
+        "num_reference": found.num_reference,
+        "resolution": plan.resolution,
+        "features": found.features,
+        "metrics": found.metrics,
+        "spectrum": found.spectrum,
+        "images": [
+            {
+                "prompt": prompt,
+                "seed": options.seed if drawn else None,
+                "index": index,
+                "file": file.relative_to(above).as_posix(),
+            }
+            for index, (file, prompt) in enumerate(zip(plan.files, prompts, strict=True))
+        ],
+    }
+
+
+def _write(file: Path, result: dict[str, Any]) -> None:
+    try:
+        write_atomically(file, (json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    except OSError as error:
+        raise UserError(f"--output_dir {file.parent}: cannot be written ({error.strerror})") from error

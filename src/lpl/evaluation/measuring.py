@@ -1,0 +1,140 @@
+"""All figures of one command: in the features of each network at hand, then the CLIP score."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lpl.evaluation.evaluate import Subsets, evaluate_images, measure_images
+from lpl.evaluation.features import EFFICIENTNET, INCEPTION_FILE, DINOv2, EfficientNetLite0, Extractor, Inception
+from lpl.evaluation.options import EvalConfig
+from lpl.evaluation.pictures import batches, count_smaller, list_pictures, read_captions, read_picture
+from lpl.evaluation.reference import Reference, reconstruct
+from lpl.evaluation.spectrum import frequencies
+from lpl.evaluation.statistics import BATCH, interval, resample_counts
+
+
+class Measured(NamedTuple):
+    """What eval.json holds of it."""
+
+    metrics: dict[str, dict[str, Any]]
+    spectrum: dict[str, Any] | None
+    num_reference: int
+    features: str
+    refused: list[str]
+
+
+def measure_all(
+    options: EvalConfig,
+    files: list[Path],
+    prompts: list[str] | None,
+    resolution: int,
+    inception: Path | None,
+    vae: Any,
+    device: torch.device,
+) -> Measured:
+    """Measures images against the reference.
+
+    Args:
+        options: of `lpl eval`.
+        files: the images.
+        prompts: of each image, or None.
+        resolution: pixels at which they are compared.
+        inception: the FID's network's weights, or None.
+        vae: for the floor, or None.
+        device: where networks run.
+
+    Raises:
+        UserError: files or networks that cannot be read.
+    """
+    metrics: dict[str, dict[str, Any]] = {}
+    refused: list[str] = []
+    spectrum, real = None, list_pictures(Path(str(options.reference_dir)), "--reference_dir")
+    for extractor, chosen in _networks(options, resolution, inception, device):
+        reference = Reference.from_folder(
+            str(options.reference_dir), resolution, extractor, vae, cache_dir=options.reference_cache_dir, show=True
+        )
+        samples = measure_images(files, reference, show=True)
+        metrics |= evaluate_images(
+            samples,
+            reference,
+            chosen,
+            against=options.against,
+            resamples=options.num_bootstrap,
+            seed=options.seed,
+            subsets=Subsets(options.kernel_subsets, options.kernel_subset_size),
+            show=True,
+        )
+        if spectrum is None:
+            target, floor = reference.target(options.against), reference.floor(options.against)
+            spectrum = {
+                "frequency": frequencies(resolution).tolist(),
+                "samples": samples.power.mean(0).tolist(),
+                "reference": target.power.mean(0).tolist(),
+                "floor": None if floor is None else floor[0].power.mean(0).tolist(),
+            }
+    for what, pictures in (("reference images", real), ("samples", files)):
+        if small := count_smaller(pictures, resolution):
+            refused.append(
+                f"{small} of {len(pictures)} {what} had to be enlarged to {resolution} pixels: a blur of its own"
+            )
+    refused += [f"{name}: {m['note']}" for name, m in metrics.items() if m["value"] is None]
+    if options.clip is not None:
+        if prompts is None:
+            refused.append("clip_score: the prompts of --images are not known (no metadata.jsonl in it names them all)")
+        else:
+            metrics["clip_score"] = _clip_score(options, files, prompts, resolution, vae, device)
+    refused += _left_out(options, inception, vae)
+    return Measured(metrics, spectrum, len(real), EFFICIENTNET, refused)
+
+
+def _networks(
+    options: EvalConfig, resolution: int, inception: Path | None, device: torch.device
+) -> Iterator[tuple[Extractor, tuple[str, ...]]]:
+    """One after the other, so that one at a time is in memory."""
+    if options.metrics:
+        yield EfficientNetLite0(resolution, device), options.metrics
+    if inception is not None:
+        yield Inception(inception, device), ("frechet", "kernel")
+    if options.dinov2 is not None:
+        yield DINOv2(options.dinov2, device), ("frechet",)
+
+
+def _left_out(options: EvalConfig, inception: Path | None, vae: Any) -> list[str]:
+    lines = []
+    if inception is None:
+        lines.append(f"fid, kid: no {INCEPTION_FILE} in torch's cache, or no torch-fidelity; give --inception_weights")
+    if options.dinov2 is None:
+        lines.append("fd_dinov2: no network given (--dinov2)")
+    if options.clip is None:
+        lines.append("clip_score: no network given (--clip)")
+    if options.floor and vae is None:
+        lines.append("floor: no VAE to measure it with (give the model or --pretrained_vae_model_name_or_path)")
+    return lines
+
+
+def _clip_score(
+    options: EvalConfig, files: list[Path], prompts: list[str], resolution: int, vae: Any, device: torch.device
+) -> dict[str, Any]:
+    from lpl.evaluation.clip_score import ClipScore
+
+    def read(paths: list[Path], flag: str) -> Iterator[Tensor]:
+        return batches((read_picture(file, resolution, flag) for file in paths), BATCH)
+
+    score = ClipScore(str(options.clip), device)
+    found = score(read(files, "--images"), prompts)
+    value, ends, floor = float(found.mean()), None, None
+    if options.num_bootstrap:
+        counts = resample_counts(len(found), options.num_bootstrap, options.seed)
+        ends = interval(value, counts @ found / len(found), 0.0, 100.0)
+    folder = Path(str(options.reference_dir))
+    real = list_pictures(folder, "--reference_dir")
+    captions = read_captions(folder, real)
+    if vae is not None and captions is not None:
+        floor = float(score((reconstruct(b, vae) for b in read(real, "--reference_dir")), captions).mean())
+    note = f"rough: only {len(found)} images" if len(found) < 100 else None
+    return {"value": value, "interval": ends, "floor": floor, "lower_is_better": False, "note": note}

@@ -1,0 +1,135 @@
+"""Options of `lpl eval`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lpl.config import require
+
+MetricName = Literal["frechet", "kernel", "precision_recall", "density_coverage", "spectrum"]
+DRAWING = (
+    "prompts",
+    "lora",
+    "base",
+    "num_inference_steps",
+    "guidance_scale",
+    "scheduler",
+    "sample_batch_size",
+    "dtype",
+)
+"""Options that act on samples drawn here alone."""
+LOADING = ("variant", "single_file_config")
+"""Options that act on a model's files alone."""
+DEFAULT_SAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Draw samples of a model, or take images that are there, and measure them against real images.
+
+    Writes images, eval.json and a table. The same command continues what was interrupted; `accelerate launch -m lpl
+    eval ...` shares the drawing among processes.
+    """
+
+    pretrained_model_name_or_path: str | None = None
+    """The model: a run's folder, a diffusers folder of any family, or one .safetensors file; an SDXL also by Hub id."""
+    images: str | None = None
+    """Measure the images in this folder instead of drawing any."""
+    reference_dir: str | None = None
+    """Folder of real images, best not those of the training."""
+    prompts: str | None = None
+    """A .txt file of a prompt a line, or a metadata.jsonl with "text"; unset: the captions of --reference_dir. Sample i
+    is of prompt i, beginning again at the end."""
+    num_samples: int | None = None
+    """How many samples; unset: 1000, of --images all."""
+    seed: int = 0
+    """Of the samples (each has noise of its own, whatever the batch) and of the resamples for the intervals."""
+    output_dir: str = "lpl-eval"
+    """Where images and eval.json go."""
+    resolution: int | None = None
+    """Pixels of the square images that are compared; unset: the model's, or of --images the first one's."""
+    num_inference_steps: int = 25
+    """Sampling steps."""
+    guidance_scale: float = 5.0
+    """Of classifier-free guidance; 1: none, which is twice as fast."""
+    scheduler: Literal["model", "dpmsolver++"] = "model"
+    """Sampler: the model's own, or DPM-Solver++(2M), for which 12 steps often do."""
+    sample_batch_size: int | None = None
+    """Samples that are drawn together; unset: what makes 4 megapixels, at most 64 (so 4 of 1024 pixels)."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the model while it draws."""
+    pretrained_vae_model_name_or_path: str | None = None
+    """Another VAE than the model's; with --images alone, the one whose floor is measured."""
+    lora: str | None = None
+    """A LoRA file, of diffusers' or kohya's naming, or the folder of a run that trained one."""
+    lora_scale: float = 1.0
+    """Strength of the LoRA."""
+    base: str | None = None
+    """For the folder of a run that trained a LoRA: the model it belongs to; unset: the one in the run's config.yaml."""
+    variant: str | None = None
+    """Variant of the model's weight files, such as fp16."""
+    single_file_config: str | None = None
+    """For a .safetensors file without network: a diffusers folder with that model's configs and tokenizers."""
+    metrics: tuple[MetricName, ...] = ("frechet", "kernel", "precision_recall", "density_coverage", "spectrum")
+    """What to measure, in features of an ImageNet EfficientNet-Lite0."""
+    against: Literal["images", "reconstructions"] = "images"
+    """Compare with the real images, or with what the VAE makes of them, which takes its own blur out."""
+    floor: bool = True
+    """Measure beside every figure what the VAE alone costs: real images, encoded and decoded."""
+    num_bootstrap: int = 200
+    """Resamples of the samples for the 95 % intervals; 0: none."""
+    kernel_subsets: int = 0
+    """Kernel distance as the mean over so many random subsets; 0: over all pairs, once."""
+    kernel_subset_size: int = 1000
+    """Images of such a subset."""
+    inception_weights: str | None = None
+    """Also FID and KID: the weights of the FID's Inception network as torch-fidelity has them; unset: where
+    torch-fidelity keeps them, if there."""
+    dinov2: str | None = None
+    """Also FD-DINOv2: a folder or Hub id, such as facebook/dinov2-large."""
+    clip: str | None = None
+    """Also the CLIP score of images and prompts: a folder or Hub id, such as openai/clip-vit-large-patch14."""
+    reference_cache_dir: str | None = None
+    """Where statistics of references are kept, by content; unset: the user's cache."""
+
+    def __post_init__(self) -> None:
+        model = self.pretrained_model_name_or_path
+        require(self.reference_dir is not None, "--reference_dir is missing: give a folder of real images")
+        require(
+            model is not None or self.images is not None,
+            "--pretrained_model_name_or_path is missing: give a model, or --images with images that are there",
+        )
+        if self.images is not None:
+            for name in DRAWING:
+                require(self._is_default(name), f"--{name} acts on drawn samples; --images draws none: drop one")
+        for name in LOADING:
+            require(model is not None or self._is_default(name), f"--{name} acts on a model; none is given")
+        require(self.lora is not None or self.lora_scale == 1 or model is not None, "--lora_scale needs a LoRA")
+        for name, least in {
+            "num_samples": 1,
+            "resolution": 8,
+            "num_inference_steps": 1,
+            "sample_batch_size": 1,
+            "num_bootstrap": 0,
+            "kernel_subsets": 0,
+            "kernel_subset_size": 2,
+        }.items():
+            value = getattr(self, name)
+            require(value is None or value >= least, f"--{name} must be at least {least}, not {value}")
+        require(self.guidance_scale >= 0, f"--guidance_scale must be 0 or more, not {self.guidance_scale}")
+        require(
+            self.kernel_subsets > 0 or self._is_default("kernel_subset_size"),
+            "--kernel_subset_size acts with --kernel_subsets above 0",
+        )
+        require(
+            self.kernel_subsets == 0 or "kernel" in self.metrics or self.inception_weights is not None,
+            "--kernel_subsets acts on the kernel distance, which --metrics leaves out",
+        )
+        require(
+            bool(self.metrics) or any((self.inception_weights, self.dinov2, self.clip)),
+            "--metrics is empty and no other network is given, so nothing is measured",
+        )
+
+    def _is_default(self, name: str) -> bool:
+        return bool(getattr(self, name) == EvalConfig.__dataclass_fields__[name].default)

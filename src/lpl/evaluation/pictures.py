@@ -1,0 +1,119 @@
+"""Images on disk as square uint8 tensors of one size."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lpl.config import require
+from lpl.data.bad_image import BadImageError
+from lpl.data.crops import plan_crop, render
+from lpl.data.decode import decode_image
+from lpl.data.sources.base import IMAGE_SUFFIXES
+from lpl.errors import UserError
+
+CAPTIONS = "metadata.jsonl"
+INTERPOLATION = "lanczos"
+
+
+def list_pictures(folder: Path, flag: str) -> list[Path]:
+    """The images in a folder and its subfolders, in the order of their names; names that begin with a dot are left out.
+
+    Raises:
+        UserError: no such folder, or no images in it.
+    """
+    require(folder.is_dir(), f"{flag} {folder}: no such folder")
+    found = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in IMAGE_SUFFIXES and not any(p.startswith(".") for p in path.relative_to(folder).parts)
+    )
+    require(bool(found), f"{flag} {folder}: no images in it (looked for {' '.join(IMAGE_SUFFIXES)})")
+    return found
+
+
+def read_picture(file: Path, size: int, flag: str) -> Tensor:
+    """An image's centre, resized to cover the size (Lanczos), as (3, size, size) uint8.
+
+    Raises:
+        UserError: a file that cannot be read as an image.
+    """
+    image = _decoded(file, flag)
+    return render(image, plan_crop(image.width, image.height, (size, size), True), INTERPOLATION)
+
+
+def file_digest(file: Path, flag: str) -> bytes:
+    """A hash of a file's bytes.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return hashlib.blake2b(file.read_bytes(), digest_size=16).digest()
+    except OSError as error:
+        raise UserError(f"{flag}: {file} cannot be read ({error.strerror})") from error
+
+
+def shortest_side(file: Path, flag: str) -> int:
+    """Pixels of an image's shorter side.
+
+    Raises:
+        UserError: a file that cannot be read as an image.
+    """
+    return min(_decoded(file, flag).size)
+
+
+def count_smaller(files: list[Path], size: int) -> int:
+    """How many images have a side below `size` pixels, by their headers; what Pillow does not open is not counted."""
+    found = 0
+    for file in files:
+        with contextlib.suppress(OSError, ValueError, SyntaxError), Image.open(file) as image:
+            found += min(image.size) < size
+    return found
+
+
+def _decoded(file: Path, flag: str) -> Image.Image:
+    try:
+        return decode_image(file.read_bytes())
+    except OSError as error:
+        raise UserError(f"{flag}: {file} cannot be read ({error.strerror})") from error
+    except BadImageError as error:
+        raise UserError(f"{flag}: {file}: {error}; repair or remove it") from error
+
+
+def read_captions(folder: Path, files: list[Path]) -> list[str] | None:
+    """Captions of the images by the folder's metadata.jsonl; None where it has none for every image."""
+    file = folder / CAPTIONS
+    if not file.is_file():
+        return None
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    by_name = {str(row.get("file_name")): row.get("text") for row in rows}
+    found = [by_name.get(path.relative_to(folder).as_posix()) for path in files]
+    return [str(text) for text in found] if all(isinstance(text, str) for text in found) else None
+
+
+def as_png(pixels: Tensor) -> bytes:
+    """A PNG file of (3, H, W) uint8."""
+    out = io.BytesIO()
+    Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(out, "PNG", compress_level=1)
+    return out.getvalue()
+
+
+def batches(images: Iterable[Tensor], size: int) -> Iterator[Tensor]:
+    """Stacks of up to `size` images."""
+    held: list[Tensor] = []
+    for image in images:
+        held.append(image)
+        if len(held) == size:
+            yield torch.stack(held)
+            held = []
+    if held:
+        yield torch.stack(held)

@@ -1,0 +1,180 @@
+"""What the options of `lpl eval` come to, refused where that can be known before anything heavy loads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lpl.config import ModelConfig, require
+from lpl.errors import UserError
+from lpl.evaluation.evaluate import FEWEST
+from lpl.evaluation.features import check_efficientnet, find_inception
+from lpl.evaluation.generate import Sampling, check_settings, image_name, settings_of
+from lpl.evaluation.options import DEFAULT_SAMPLES, EvalConfig
+from lpl.evaluation.pictures import CAPTIONS, list_pictures, read_captions, shortest_side
+from lpl.evaluation.prompts import read_prompts
+from lpl.exporting.options import ExportConfig, Request, resolve
+
+IMAGES = "images"
+MOST_TOGETHER, PIXELS_TOGETHER = 64, 4 * 2**20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the options come to."""
+
+    options: EvalConfig
+    request: Request | None
+    """The model; None: only images that are there."""
+    files: list[Path]
+    """Images to measure, drawn or not yet."""
+    prompts: list[str] | None
+    """Of all images that are measured, in their order; None: not known."""
+    resolution: int
+    inception: Path | None
+    """Weights of the FID's network; None: not at hand."""
+    distinct_prompts: tuple[str, ...]
+    """What samples are drawn of, before it is repeated; empty where none are."""
+
+    @property
+    def sampling(self) -> Sampling:
+        """How samples are drawn."""
+        o = self.options
+        together = o.sample_batch_size or min(MOST_TOGETHER, max(1, PIXELS_TOGETHER // self.resolution**2))
+        return Sampling(self.resolution, o.num_inference_steps, o.guidance_scale, o.seed, together)
+
+    def settings(self, **further: Any) -> dict[str, Any]:
+        """What decides the samples."""
+        o, prompts = self.options, json.dumps(self.distinct_prompts)
+        return settings_of(
+            self.sampling,
+            scheduler=o.scheduler,
+            dtype=o.dtype,
+            lora_scale=o.lora_scale,
+            prompts=hashlib.blake2b(prompts.encode(), digest_size=16).hexdigest(),
+            **further,
+        )
+
+
+def check_eval(options: EvalConfig, read_run: Callable[[Path], ModelConfig]) -> Plan:
+    """Refuses what can be refused before anything heavy loads.
+
+    Raises:
+        UserError: bad input.
+    """
+    from lpl.families.sampling import check_sampling
+
+    if options.metrics:
+        check_efficientnet()
+    inception = find_inception(options.inception_weights)
+    for flag in ("dinov2", "clip"):
+        _check_network(flag, getattr(options, flag))
+    folder = Path(str(options.reference_dir))
+    references = list_pictures(folder, "--reference_dir")
+    request = None if options.pretrained_model_name_or_path is None else _request(options, read_run)
+    native = None
+    if request is not None:
+        asked = request
+        native = with_flag(request, lambda: check_sampling(asked.model, asked.lora))
+    prompts: list[str] | None
+    distinct: tuple[str, ...] = ()
+    if options.images is not None:
+        source = Path(options.images)
+        files = list_pictures(source, "--images")
+        wanted = options.num_samples or len(files)
+        require(wanted <= len(files), f"--num_samples {wanted}: --images {source} holds {len(files)}")
+        files = files[:wanted]
+        prompts = read_captions(source, files)
+        native = shortest_side(files[0], "--images")
+    else:
+        distinct = tuple(_prompts(options, folder, references))
+        count = options.num_samples or DEFAULT_SAMPLES
+        files = [Path(options.output_dir) / IMAGES / image_name(index) for index in range(count)]
+        prompts = [distinct[index % len(distinct)] for index in range(count)]
+    resolution = options.resolution or native
+    if resolution is None:
+        raise UserError("--resolution is missing: the model's configs do not say what it was made for")
+    drawn = options.images is None
+    require(not drawn or resolution % 8 == 0, f"--resolution {resolution}: models draw multiples of 8 pixels")
+    _check_counts(options, len(files), len(references))
+    vae = options.floor or options.against == "reconstructions"
+    can = request is not None or options.pretrained_vae_model_name_or_path is not None
+    require(
+        can or options.against == "images",
+        "--against reconstructions needs a VAE: give the model, or --pretrained_vae_model_name_or_path",
+    )
+    require(vae or options.images is None or not can, "the model or VAE given with --images has no use with --no_floor")
+    plan = Plan(options, request, files, prompts, resolution, inception, distinct)
+    _check_output(Path(options.output_dir))
+    if options.images is None:
+        check_settings(Path(options.output_dir), plan.settings())
+    return plan
+
+
+def _check_network(flag: str, name: str | None) -> None:
+    is_id = name is not None and name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    require(name is None or is_id or (Path(name) / "config.json").is_file(), f"--{flag} {name}: no config.json there")
+
+
+def _request(options: EvalConfig, read_run: Callable[[Path], ModelConfig]) -> Request:
+    request = resolve(
+        ExportConfig(
+            str(options.pretrained_model_name_or_path),
+            output="-",
+            base=options.base,
+            lora=options.lora,
+            lora_scale=options.lora_scale,
+            variant=options.variant,
+            single_file_config=options.single_file_config,
+        ),
+        read_run,
+    )
+    vae = options.pretrained_vae_model_name_or_path
+    model = request.model if vae is None else replace(request.model, pretrained_vae_model_name_or_path=vae)
+    return request._replace(model=model)
+
+
+def with_flag(request: Request, act: Callable[[], Any]) -> Any:
+    """Calls act; errors about the model name the option that it came by."""
+    try:
+        return act()
+    except UserError as error:
+        if not request.flag:
+            raise
+        raise UserError(str(error).replace("--pretrained_model_name_or_path", request.flag)) from error
+
+
+def _prompts(options: EvalConfig, folder: Path, references: list[Path]) -> list[str]:
+    if options.prompts is not None:
+        return read_prompts(Path(options.prompts))
+    found = read_captions(folder, references)
+    if found is None:
+        raise UserError(f"--prompts is missing: --reference_dir {folder} has no {CAPTIONS} with a text for every image")
+    return found
+
+
+def _check_counts(options: EvalConfig, samples: int, references: int) -> None:
+    least = min(samples, references)
+    require(
+        options.kernel_subsets == 0 or options.kernel_subset_size <= least,
+        f"--kernel_subset_size {options.kernel_subset_size}: there are {samples} samples and {references} images in "
+        "--reference_dir; give less than that",
+    )
+    if any((options.inception_weights, options.dinov2, options.clip)):
+        return
+    require(
+        any(least >= FEWEST[metric] for metric in options.metrics),
+        f"--num_samples: {samples} samples and {references} images in --reference_dir, of which every metric asked for "
+        f"needs at least {min((FEWEST[metric] for metric in options.metrics), default=0)}",
+    )
+
+
+def _check_output(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir {folder}: cannot be made ({error.strerror})") from error

@@ -1,0 +1,161 @@
+"""Real images, and the same encoded and decoded by the model's VAE: what samples are compared with."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from lpl.data.crops import to_float
+from lpl.data.files import write_atomically
+from lpl.data.folders import default_cache_dir
+from lpl.errors import UserError
+from lpl.evaluation.features import Extractor
+from lpl.evaluation.pictures import batches, file_digest, list_pictures, read_picture
+from lpl.evaluation.statistics import BATCH, ImageSet, measure
+from lpl.families.base import weights_hash
+
+logger = logging.getLogger("lpl")
+
+LARGE = 256
+"""Images of more pixels across go through the VAE one by one, for its memory."""
+
+VERSION = "1"
+"""Of the statistics; another one leaves cached files behind."""
+
+
+class Reference:
+    """Statistics of real images and, with a VAE, of their reconstructions.
+
+    Args:
+        real: the images.
+        reconstructed: the same after the VAE; None: no VAE was given.
+        size: pixels of their sides.
+        extractor: the network their features are of.
+    """
+
+    def __init__(self, real: ImageSet, reconstructed: ImageSet | None, size: int, extractor: Extractor) -> None:
+        self.real, self.reconstructed, self.size, self.extractor = real, reconstructed, size, extractor
+        self.floors: dict[Any, list[float]] = {}
+        """Figures of the floor that have been computed, by metric and what they depend on."""
+
+    @classmethod
+    def from_folder(
+        cls,
+        folder: str | Path,
+        size: int,
+        extractor: Extractor,
+        vae: Any = None,
+        *,
+        cache_dir: str | Path | None = None,
+        flag: str = "--reference_dir",
+        show: bool = False,
+    ) -> Reference:
+        """Reads the images of a folder, or what has been computed of the same images before.
+
+        The statistics are kept under a hash of the images' bytes, their order, the size, the network and the VAE.
+
+        Args:
+            folder: searched with its subfolders.
+            size: every image's centre, resized to cover a square of so many pixels (Lanczos).
+            extractor: the network.
+            vae: a diffusers VAE for images (in the precision it is to be measured in), or None.
+            cache_dir: where statistics are kept; None: the user's cache.
+            flag: what errors call the folder.
+            show: progress bars.
+
+        Raises:
+            UserError: no images, or files that cannot be read.
+        """
+        files, digest = list_pictures(Path(folder), flag), hashlib.blake2b(digest_size=16)
+        for file in files:
+            digest.update(file_digest(file, flag))
+
+        def images() -> Iterator[Tensor]:
+            return batches((read_picture(file, size, flag) for file in files), BATCH)
+
+        base = Path(cache_dir) if cache_dir is not None else default_cache_dir() / "evaluation"
+        key = f"{VERSION} {extractor.key} {size} {digest.hexdigest()}"
+        real = _cached(base, key, lambda: measure(images(), extractor, len(files), show))
+        reconstructed = None
+        if vae is not None:
+            key += f" {weights_hash(vae, settings=_settings(vae))}"
+            made = lambda: measure(_reconstructed(images(), vae), extractor, len(files), show)  # noqa: E731
+            reconstructed = _cached(base, key, made)
+        return cls(real, reconstructed, size, extractor)
+
+    def target(self, against: str) -> ImageSet:
+        """What samples are compared with: "images" or their "reconstructions".
+
+        Raises:
+            ValueError: reconstructions without a VAE.
+        """
+        if against == "images":
+            return self.real
+        if self.reconstructed is None:
+            raise ValueError("no VAE was given, so there are no reconstructions to compare with")
+        return self.reconstructed
+
+    def floor(self, against: str) -> tuple[ImageSet, ImageSet] | None:
+        """The two sets whose distance is the least to be hoped for; None where there is no VAE.
+
+        Against images, the reconstructions and the images; against reconstructions, every other one of them and the
+        rest.
+        """
+        if self.reconstructed is None:
+            return None
+        if against == "images":
+            return self.reconstructed, self.real
+        return self.reconstructed.part(slice(0, None, 2)), self.reconstructed.part(slice(1, None, 2))
+
+
+def reconstruct(images: Tensor, vae: Any) -> Tensor:
+    """Images (B, 3, H, W), uint8, encoded to the posterior's mode, decoded and rounded to 8 bits.
+
+    Raises:
+        UserError: a VAE that does not take images one by one to latents.
+    """
+    parameter = next(vae.parameters())
+    with torch.no_grad():
+        encoded = vae.encode(to_float(images).to(parameter.device, parameter.dtype))
+        if hasattr(encoded, "latent_dist"):
+            latents = encoded.latent_dist.mode()
+        elif hasattr(encoded, "latent"):
+            latents = encoded.latent
+        else:
+            raise UserError(f"the VAE is a {type(vae).__name__}, whose floor cannot be measured: use --no_floor")
+        decoded = vae.decode(latents).sample
+    return ((decoded.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+
+
+def _reconstructed(images: Iterator[Tensor], vae: Any) -> Iterator[Tensor]:
+    for batch in images:
+        for part in batch.split(1 if batch.shape[-1] > LARGE else BATCH):
+            yield reconstruct(part, vae)
+
+
+def _settings(vae: Any) -> str:
+    return f"{type(vae).__name__} {next(vae.parameters()).dtype}"
+
+
+def _cached(base: Path, key: str, compute: Any) -> ImageSet:
+    file = base / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.safetensors"
+    if file.is_file():
+        try:
+            found = load(file.read_bytes())
+            return ImageSet(found["features"], found["power"])
+        except (SafetensorError, KeyError, OSError) as error:
+            logger.warning("%s cannot be read (%s) and is made again", file, " ".join(str(error).split()))
+    made = compute()
+    try:
+        write_atomically(file, save({"features": made.features, "power": made.power}))
+    except OSError as error:
+        raise UserError(f"--reference_cache_dir {base}: cannot be written ({error.strerror})") from error
+    return made

@@ -1,0 +1,228 @@
+"""Loads any text-to-image pipeline to draw samples from it: what each sample is does not depend on its batch."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lpl.config import ModelConfig, require
+from lpl.diffusion.latent_space import LatentSpace
+from lpl.errors import UserError
+from lpl.families.sdxl_check import FLAG, check_model, native_resolution
+
+logger = logging.getLogger("lpl")
+
+SchedulerName = Literal["model", "dpmsolver++"]
+DECODED_PIXELS = 16 * 64 * 64
+"""Pixels that are decoded together, or one image: more leave a CPU's caches, and a GPU's memory at 1024 pixels."""
+
+
+class PipelineSampler:
+    """Samples of a diffusers pipeline, in whatever way it makes them.
+
+    Args:
+        pipeline: text to image, on its device.
+        scheduler: "model": the pipeline's own; "dpmsolver++": DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095) on
+            the same noise schedule, which needs fewer steps.
+
+    Raises:
+        UserError: a scheduler that does not fit the model.
+    """
+
+    def __init__(self, pipeline: Any, scheduler: SchedulerName = "model") -> None:
+        self.pipeline = pipeline
+        if scheduler != "model":
+            from diffusers import DPMSolverMultistepScheduler
+
+            kind = type(pipeline.scheduler).__name__
+            require(
+                "FlowMatch" not in kind and hasattr(pipeline.scheduler, "alphas_cumprod"),
+                f"--scheduler {scheduler}: the model's scheduler is {kind}, whose schedule it does not know; drop it",
+            )
+            pipeline.scheduler = DPMSolverMultistepScheduler.from_config(
+                pipeline.scheduler.config, algorithm_type="dpmsolver++", solver_order=2
+            )
+        pipeline.set_progress_bar_config(disable=True)
+
+    @property
+    def vae(self) -> Any:
+        """The pipeline's VAE, or None."""
+        return getattr(self.pipeline, "vae", None)
+
+    def modules(self) -> list[Any]:
+        """The networks, in the order of their names."""
+        parts = sorted(self.pipeline.components.items())
+        return [part for _, part in parts if isinstance(part, torch.nn.Module)]
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        generators: Sequence[torch.Generator],
+        num_inference_steps: int,
+        guidance_scale: float,
+        resolution: int,
+    ) -> Tensor:
+        """Images (B, 3, resolution, resolution), uint8 on the CPU.
+
+        Args:
+            prompts: B of them.
+            generators: one a sample, on the CPU; all noise of the sample comes from it.
+            num_inference_steps: of the scheduler.
+            guidance_scale: of classifier-free guidance; 1: none.
+            resolution: pixels.
+
+        Raises:
+            UserError: images that are not finite.
+        """
+        images = self._draw(
+            prompt=list(prompts),
+            generator=list(generators),
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            height=resolution,
+            width=resolution,
+        ).float()
+        if not bool(torch.isfinite(images).all()):
+            raise UserError("samples are not finite: use --dtype float32 or bfloat16, or another VAE")
+        return (images.clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+
+    def _draw(self, **options: Any) -> Tensor:
+        """Images in [0, 1]."""
+        found: Tensor = self.pipeline(output_type="pt", **options).images
+        return found
+
+
+class SDXLSampler(PipelineSampler):
+    """Samples of a StableDiffusionXLPipeline; the VAE decodes in float32, whatever the precision of the others."""
+
+    def __init__(self, pipeline: Any, scheduler: SchedulerName = "model") -> None:
+        super().__init__(pipeline, scheduler)
+        pipeline.vae.float()
+
+    def _draw(self, **options: Any) -> Tensor:
+        latents = self.pipeline(output_type="latent", **options).images
+        raw = LatentSpace.from_config(self.vae.config).to_raw(latents.float())
+        together = max(1, DECODED_PIXELS // (options["height"] * options["width"]))
+        return torch.cat([self.vae.decode(part).sample / 2 + 0.5 for part in raw.split(together)])
+
+
+def check_sampling(config: ModelConfig, lora: Path | None) -> int | None:
+    """Refuses, before anything heavy loads, a model that cannot be sampled.
+
+    Returns:
+        The pixels that it was made for; None: its configs do not say.
+
+    Raises:
+        UserError: no such model or LoRA, or no text-to-image pipeline.
+    """
+    kind = _foreign(config)
+    if kind is None:
+        configs = check_model(config)
+        if lora is not None:
+            from lpl.families.sdxl_export import lora_parts
+
+            lora_parts(lora)
+        return native_resolution(configs)
+    name, folder = config.pretrained_model_name_or_path, _folder(config)
+    require(
+        config.pretrained_vae_model_name_or_path is None,
+        f"--pretrained_vae_model_name_or_path: another VAE can be put into an SDXL model only; {name} is a {kind}",
+    )
+    assert folder is not None
+    configs = {}
+    for part in ("unet", "transformer", "vae"):
+        file = folder / part / "config.json"
+        if file.is_file():
+            configs[part] = json.loads(file.read_text(encoding="utf-8"))
+    size = configs.get("unet", configs.get("transformer", {})).get("sample_size")
+    widths = configs.get("vae", {}).get("block_out_channels")
+    return int(size) * 2 ** (len(widths) - 1) if isinstance(size, int) and widths else None
+
+
+def load_for_sampling(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    lora: Path | None = None,
+    scale: float = 1.0,
+    scheduler: SchedulerName = "model",
+) -> PipelineSampler:
+    """Loads a model whole, with a LoRA merged into it; check_sampling has passed.
+
+    Args:
+        config: which model: a folder or single file of any family that diffusers knows, or an SDXL on the Hub.
+        dtype: precision of the denoiser and the text encoders; of an SDXL the VAE stays float32.
+        device: where it samples.
+        lora: a LoRA file or None.
+        scale: of the LoRA.
+        scheduler: see PipelineSampler.
+
+    Raises:
+        UserError: a model or LoRA that cannot be loaded whole.
+    """
+    if _foreign(config) is None:
+        from lpl.families.sdxl_export import SDXLExport
+
+        pipeline = SDXLExport(config, dtype, lora, scale).pipeline
+        pipeline.vae.float()
+        return SDXLSampler(pipeline.to(device), scheduler)
+    return PipelineSampler(_load_foreign(config, dtype, lora, scale).to(device), scheduler)
+
+
+def _folder(config: ModelConfig) -> Path | None:
+    """The local folder with the model's configs."""
+    name = str(config.pretrained_model_name_or_path)
+    path = Path(config.single_file_config) if config.single_file_config is not None else Path(name)
+    return path if path.is_dir() else None
+
+
+def _foreign(config: ModelConfig) -> str | None:
+    """The class of a pipeline that is no SDXL; None for SDXL, or what its checks are to judge."""
+    folder = _folder(config)
+    if folder is None or not (folder / "model_index.json").is_file():
+        return None
+    try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    kind = index.get("_class_name") if isinstance(index, dict) else None
+    return None if not isinstance(kind, str) or kind.startswith("StableDiffusionXL") else kind
+
+
+def _load_foreign(config: ModelConfig, dtype: torch.dtype, lora: Path | None, scale: float) -> Any:
+    import inspect
+
+    import diffusers
+
+    name, kind = str(config.pretrained_model_name_or_path), str(_foreign(config))
+    cls: Any = getattr(diffusers, kind, None)
+    require(cls is not None, f"{FLAG} {name}: model_index.json says {kind}, which this diffusers does not have")
+    taken = inspect.signature(cls).parameters
+    # A checker paints images black that it dislikes: figures would be of that.
+    extra = {part: None for part in ("safety_checker", "feature_extractor", "image_encoder") if part in taken}
+    if "requires_safety_checker" in taken:
+        extra["requires_safety_checker"] = False  # type: ignore[assignment]
+    from lpl.families.sdxl import named
+
+    with named(FLAG, name):
+        if name.endswith(".safetensors"):
+            options = {"config": config.single_file_config, "local_files_only": True, "dtype": dtype}
+            pipeline = cls.from_single_file(name, **options, **extra)
+        else:
+            options = {"dtype": dtype, "variant": config.variant, "use_safetensors": True, "local_files_only": True}
+            pipeline = cls.from_pretrained(name, **options, **extra)
+    if lora is not None:
+        require(hasattr(pipeline, "load_lora_weights"), f"--lora {lora}: diffusers loads no LoRA into a {kind}")
+        with named("--lora", str(lora)):
+            pipeline.load_lora_weights(str(lora.parent.resolve()), weight_name=lora.name, local_files_only=True)
+            require(bool(pipeline.get_active_adapters()), f"--lora {lora}: nothing of it fits a {kind}")
+            pipeline.fuse_lora(lora_scale=scale, safe_fusing=True)
+            pipeline.unload_lora_weights()
+    return pipeline

@@ -1,0 +1,179 @@
+"""`lpl check` through the command line, on the tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from lpl.analysis.check import reconstruction
+from lpl.perceptual.decoders.autoencoder_kl import AutoencoderKLTaps
+
+
+@pytest.fixture
+def check(run_cli: Any, as_flags: Any, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs `lpl check` on the six small pictures; returns (check.json, stdout, stderr)."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def run(*argv: str, code: int = 0, **options: Any) -> tuple[dict[str, Any], str, str]:
+        base = {
+            "pretrained_model_name_or_path": model,
+            "train_data_dir": data,
+            "output_dir": tmp_path / "out",
+            "resolution": 16,
+            "lpl_norm_type": "channel",
+        }
+        found, out, err = run_cli(["check", *argv, *as_flags(base | options)])
+        assert found == code, err
+        assert not (tmp_path / "cache").exists()
+        file = tmp_path / "out" / "check-report" / "check.json"
+        return json.loads(file.read_text()) if file.exists() else {}, out, err
+
+    return run
+
+
+def test_report_table_and_pictures(check: Any, tmp_path: Path) -> None:
+    found, out, err = check()
+    assert "error" not in err
+    assert found["kind"] == "check"
+    assert found["environment"]["torch"] == torch.__version__.split("+")[0] or found["environment"]["torch"]
+    assert found["options"]["resolution"] == 16
+    assert found["options"]["num_images"] == 32
+    assert "hub_token" not in found["options"]
+    assert list(found["components"]) == ["vae_encoder", "vae_decoder", "denoiser", "text_encoder", "text_encoder_2"]
+    for by_dtype in found["components"].values():
+        assert set(by_dtype) == {"float32", "bfloat16", "float16"}
+        assert by_dtype["float32"]["finite"] is True
+        assert by_dtype["float32"]["relative_error"] == 0
+        assert 0 < by_dtype["bfloat16"]["relative_error"] < 0.5  # really in another precision
+    assert 0 <= found["walk_equals_decode"] < 1e-3
+    folder = tmp_path / "out" / "check-report"
+    files = [found["reconstruction"]["file"], found["estimates"]["file"], *(row["file"] for row in found["maps"])]
+    for name in files:
+        with Image.open(folder / name) as picture:
+            assert picture.width > 700
+    assert {str(p.relative_to(folder)) for p in folder.rglob("*.*")} == {"check.json", *files}
+    taps = [layer["tap"] for layer in found["layers"]]
+    assert taps == ["mid", "up_0", "up_1", "up_2"]
+    assert {(row["tap"], row["in_gate"]) for row in found["maps"]} == {(t, g) for t in taps for g in (True, False)}
+    assert [row["t_low"] for row in found["gradients"]] == list(range(0, 1000, 100))
+    assert all(row["ratio"] > 0 and -1 <= row["cosine"] <= 1 and row["num"] == 6 for row in found["gradients"])
+    assert all(b["distance"] > 0 for layer in found["layers"] for b in layer["bins"])
+    assert found["suggestion"]["lpl_weight"] > 0
+    assert found["step"]["peak_bytes"] > 0
+    assert found["step"]["seconds"] > found["step"]["seconds_without_lpl"] > 0
+    assert found["refused"] == ["only 6 images: 16 are the least that figures should stand on"]
+    assert found["faults"] == []
+    for line in ("images       6 on cpu, ", "precision    ", "walk         ", "by timestep  ", "suggestion   "):
+        assert f"\n{line}" in f"\n{out}"
+    assert max(map(len, out.splitlines())) < 200
+
+
+def test_a_second_check_replaces_the_first(check: Any, tmp_path: Path) -> None:
+    check()
+    left = tmp_path / "out" / "check-report" / "maps" / "old.png"
+    left.write_bytes(b"")
+    first, _, _ = check(lpl_num_blocks=0)
+    assert not left.exists()
+    assert [layer["tap"] for layer in first["layers"]] == ["mid"]
+
+
+def test_weight_and_gate_are_the_runs_own(check: Any) -> None:
+    found, _, _ = check(lpl_sigma_threshold=3.0, lpl_weight=1e-7, max_train_steps=50)
+    assert found["gate"] == "sigma <= 3.0"
+    assert found["suggestion"]["own_gate"]["gate"] == "sigma <= 3.0"
+    assert any(line.startswith("--lpl_weight 1e-07 would let LPL idle") for line in found["warnings"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rank": 2, "mixed_precision": "bf16", "snr_gamma": 5.0},
+        {"train_text_encoder": True, "gradient_checkpointing": True, "train_batch_size": 3},
+        {
+            "lpl_crop": 12,
+            "lpl_random_depth": True,
+            "lpl_reduction": "gated",
+            "lpl_max_samples": 1,
+            "loss_type": "huber",
+        },
+        {
+            "buckets": True,
+            "bucket_step": 4,
+            "prediction_type": "v_prediction",
+            "rescale_betas_zero_snr": True,
+            "lpl_norm_type": "batch",
+        },
+        {"masked_loss": "alpha", "pyramid_noise_iterations": 2, "lpl_loss_type": "l1", "lpl_dtype": "bfloat16"},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_with_other_options(check: Any, options: dict[str, Any]) -> None:
+    found, out, _ = check(**options)
+    assert found["suggestion"]["lpl_weight"] > 0
+    assert all(row["ratio"] > 0 for row in found["gradients"])
+    assert found["step"]["seconds"] > 0
+    assert len(found["components"]) == 5
+    assert ("--lpl_crop 12: measured on whole images" in found["refused"]) == ("lpl_crop" in options)
+    assert "suggestion   " in out
+
+
+def test_a_walk_that_is_not_the_decoder_ends_with_an_error_after_the_report(
+    check: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Skips(AutoencoderKLTaps):
+        def finish(self, x: torch.Tensor) -> torch.Tensor:
+            return super().finish(x) + 0.5
+
+    monkeypatch.setattr(reconstruction, "decoder_taps", Skips)
+    found, out, err = check(code=2)
+    assert found["walk_equals_decode"] == pytest.approx(0.5, abs=1e-4)
+    assert "faults       LPL's walk" in out
+    assert "\nerror: LPL's walk through the decoder differs from vae.decode by 0.5" in f"\n{err}"
+
+
+def test_a_model_that_is_not_finite_is_reported_and_no_further_measured(
+    check: Any, model: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    broken = shutil.copytree(model, tmp_path / "broken")
+    file = broken / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["conv_out.bias"][0] = float("nan")
+    save_file(weights, file)
+    found, out, err = check(code=2, pretrained_model_name_or_path=broken)
+    assert found["components"]["denoiser"]["float32"]["finite"] is False
+    assert found["components"]["denoiser"]["float32"]["first_nonfinite"] == "conv_out"
+    assert found["components"]["denoiser"]["float32"]["max_abs"] is None
+    assert "suggestion" not in found
+    assert "NOT FINITE" in out
+    assert "error: denoiser is not finite in float32" in err
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--num_images=8"], "--num_images must lie in 16..64, not 8"),
+        (["--no_use_lpl"], "lpl check measures LPL: drop --no_use_lpl"),
+        (["--num_image=20"], "unknown option --num_image; did you mean num_images?"),
+        (["--pretrained_model_name_or_path=/nowhere/model"], "--pretrained_model_name_or_path /nowhere/model"),
+        (["--lpl_t_threshold=2000"], "--lpl_t_threshold 2000 lies outside"),
+    ],
+)
+def test_refusals(check: Any, argv: list[str], said: str) -> None:
+    options = {} if "nowhere" not in argv[0] else {"pretrained_model_name_or_path": "/nowhere/model"}
+    _, _, err = check(*argv, code=2, **options)
+    assert err.startswith("error: ")
+    assert said in err
+
+
+def test_the_report_is_not_published_nor_taken_for_training_images(check: Any, data: Path) -> None:
+    _, _, err = check(code=2, output_dir=data / "out")
+    assert "lies in --train_data_dir" in err

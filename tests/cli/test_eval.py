@@ -1,0 +1,383 @@
+"""`lpl eval` through the command line, on the tiny model."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import launching
+import pytest
+import torch
+from PIL import Image
+from tiny_networks import tiny_clip, tiny_dinov2
+
+from lpl.testing import tiny_images
+
+THERE: dict[str, Any] = dict.fromkeys(("num_inference_steps", "guidance_scale", "sample_batch_size"))
+"""Takes back what acts on drawn samples alone."""
+NO_MODEL: dict[str, Any] = {"pretrained_model_name_or_path": None}
+
+METRICS = {
+    "frechet_efficientnet-lite0",
+    "kernel_efficientnet-lite0",
+    "precision",
+    "recall",
+    "density",
+    "coverage",
+    "spectrum_log_error_low",
+    "spectrum_log_error_middle",
+    "spectrum_log_error_high",
+}
+
+
+@pytest.fixture(scope="module")
+def reference(shared: Path) -> Path:
+    return Path(tiny_images(shared / "eval-reference", count=52, size=16, seed=3))
+
+
+@pytest.fixture(scope="module")
+def options(model: Path, reference: Path, shared: Path) -> dict[str, Any]:
+    return {
+        "pretrained_model_name_or_path": model,
+        "reference_dir": reference,
+        "reference_cache_dir": shared / "eval-cache",
+        "num_samples": 50,
+        "resolution": 16,
+        "num_inference_steps": 2,
+        "guidance_scale": 1.0,
+        "sample_batch_size": 16,
+        "num_bootstrap": 10,
+    }
+
+
+@pytest.fixture(scope="module")
+def evaluate(run_cli: Any, as_flags: Any, options: dict[str, Any]) -> Any:
+    """Runs `lpl eval` with the options, changed by keywords; returns eval.json and what was printed, or the error."""
+
+    def run(folder: Path, *argv: str, fails: bool = False, **changed: Any) -> Any:
+        code, out, err = run_cli(["eval", *as_flags({"output_dir": folder, **options, **changed}), *argv])
+        if fails:
+            assert code == 2, err
+            (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+            return line
+        assert code == 0, err
+        return json.loads((folder / "eval.json").read_text()), out
+
+    return run
+
+
+def images(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*.png"))}
+
+
+@pytest.fixture(scope="module")
+def whole(evaluate: Any, shared: Path) -> Any:
+    folder = shared / "eval-whole"
+    return folder, *evaluate(folder)
+
+
+def test_result_and_table(whole: Any, model: Path, reference: Path, options: dict[str, Any]) -> None:
+    folder, result, out = whole
+    assert {"lpl", "kind", "environment", "options", "refused", "model", "reference", "num_samples"} <= result.keys()
+    assert (result["kind"], result["features"]) == ("eval", "efficientnet-lite0")
+    assert (result["model"], result["reference"]) == (str(model), str(reference))
+    assert (result["num_samples"], result["num_reference"]) == (50, 52)
+    assert set(result["metrics"]) == METRICS
+    for name, metric in result["metrics"].items():
+        assert set(metric) == {"value", "interval", "floor", "lower_is_better", "note"}
+        low, high = metric["interval"]
+        assert low <= metric["value"] <= high
+        assert isinstance(metric["floor"], float)
+        assert name in out
+    assert "biased: fewer images (50) than features (1280)" in result["metrics"]["frechet_efficientnet-lite0"]["note"]
+    assert [line.split(":")[0] for line in result["refused"]] == ["fid, kid", "fd_dinov2", "clip_score"]
+    assert out.splitlines()[0] == f"50 samples of {model} against 52 images of {reference}"
+    spectrum = result["spectrum"]
+    assert {key: len(values) for key, values in spectrum.items()} == dict.fromkeys(
+        ("frequency", "samples", "reference", "floor"), 8
+    )
+    high = [abs(math.log(a / b)) for a, b in zip(spectrum["samples"], spectrum["reference"], strict=True)][4:]
+    assert result["metrics"]["spectrum_log_error_high"]["value"] == pytest.approx(sum(high) / 4, rel=1e-6)
+    captions = [json.loads(line)["text"] for line in (reference / "metadata.jsonl").read_text().splitlines()]
+    by_name = sorted(range(52), key=lambda i: f"{i}.png")
+    assert [entry["prompt"] for entry in result["images"]] == [captions[i] for i in by_name[:50]]
+    assert result["images"][7] == {
+        "prompt": captions[by_name[7]], "seed": 0, "index": 7, "file": "images/00000/00000007.png",
+    }  # fmt: skip
+    for entry in result["images"]:
+        with Image.open(folder / entry["file"]) as image:
+            assert image.size == (16, 16)
+
+
+def test_nothing_is_drawn_twice_and_torn_runs_go_on(evaluate: Any, whole: Any, tmp_path: Path) -> None:
+    folder, result, _ = whole
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    times = {p: p.stat().st_mtime_ns for p in copy.rglob("*.png")}
+    assert evaluate(copy)[0]["metrics"] == result["metrics"]
+    assert {p: p.stat().st_mtime_ns for p in copy.rglob("*.png")} == times
+    for index in (3, 40, 41):
+        (copy / f"images/00000/{index:08}.png").unlink()
+    assert evaluate(copy)[0] == result | {"options": {**result["options"], "output_dir": str(copy)}}
+    assert images(copy) == images(folder)
+
+
+def test_killed_run_ends_as_a_whole_one(
+    as_flags: Any, options: dict[str, Any], whole: Any, evaluate: Any, tmp_path: Path
+) -> None:
+    folder, result, _ = whole
+    argv = ["eval", *as_flags({**options, "output_dir": tmp_path})]
+    # Slow batches, so that the kill falls between two of them.
+    code = (
+        "import sys, time\n"
+        "from lpl.families.sampling import SDXLSampler\n"
+        "draw = SDXLSampler.__call__\n"
+        "SDXLSampler.__call__ = lambda *a: (time.sleep(0.5), draw(*a))[1]\n"
+        "from lpl.cli import main\n"
+        "main(sys.argv[1:])\n"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code, *argv], env={**os.environ, "ACCELERATE_USE_CPU": "true"})
+    limit = time.monotonic() + 120
+    while len(images(tmp_path)) < 10 and time.monotonic() < limit:
+        time.sleep(0.02)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert 10 <= len(images(tmp_path)) < 50
+    assert evaluate(tmp_path)[0]["metrics"] == result["metrics"]
+    assert images(tmp_path) == images(folder)
+
+
+def test_two_processes_draw_the_same(as_flags: Any, options: dict[str, Any], whole: Any, tmp_path: Path) -> None:
+    launching.launch(["eval", *as_flags({**options, "output_dir": tmp_path})], 2)
+    assert images(tmp_path) == images(whole[0])
+    assert json.loads((tmp_path / "eval.json").read_text())["metrics"] == whole[1]["metrics"]
+
+
+def test_images_that_are_there(evaluate: Any, whole: Any, model: Path, tmp_path: Path) -> None:
+    folder, result, _ = whole
+    there = {**THERE, "images": folder / "images", "num_samples": None, "resolution": None}
+    found, _ = evaluate(tmp_path, pretrained_model_name_or_path=model, **there)
+    assert found["metrics"] == result["metrics"]
+    assert found["model"] == str(folder / "images")
+    assert [e["prompt"] for e in found["images"]] == [e["prompt"] for e in result["images"]]
+    assert found["images"][1]["file"] == "00000/00000001.png"
+    bare, out = evaluate(tmp_path / "bare", pretrained_model_name_or_path=None, **there)
+    assert {m["floor"] for m in bare["metrics"].values()} == {None}
+    assert any(line.startswith("floor: no VAE") for line in bare["refused"])
+    assert "skipped: floor: no VAE" in out
+    there |= {"pretrained_model_name_or_path": None, "pretrained_vae_model_name_or_path": model / "vae"}
+    own, _ = evaluate(tmp_path / "vae", **there)
+    assert own["metrics"] == result["metrics"]
+
+
+def test_against_reconstructions(evaluate: Any, whole: Any, tmp_path: Path) -> None:
+    there = {**THERE, "images": whole[0] / "images", "against": "reconstructions", "metrics": "spectrum"}
+    found, out = evaluate(tmp_path, **there)
+    assert found["spectrum"]["reference"] == whole[1]["spectrum"]["floor"]
+    assert "half : half" in out
+    assert not any("enlarged" in line for line in found["refused"])
+    large, _ = evaluate(tmp_path, **there, resolution=20)
+    assert [line[:51] for line in large["refused"]][:2] == [
+        "52 of 52 reference images had to be enlarged to 20 "[:51],
+        "50 of 50 samples had to be enlarged to 20 pixels: a blur of its own"[:51],
+    ]
+    assert set(found["metrics"]) == {name for name in METRICS if name.startswith("spectrum")}
+
+
+def test_further_networks(evaluate: Any, whole: Any, model: Path, tmp_path: Path) -> None:
+    dino, clip = tiny_dinov2(tmp_path / "dino"), tiny_clip(tmp_path / "clip")
+    there = {
+        **THERE,
+        "images": whole[0] / "images",
+        "num_samples": None,
+        "metrics": "spectrum",
+        "dinov2": dino,
+        "clip": clip,
+    }
+    found, _ = evaluate(tmp_path / "out", **there)
+    assert [line.split(":")[0] for line in found["refused"]] == ["fid, kid"]
+    assert set(found["metrics"]) == {"fd_dinov2", "clip_score"} | {name for name in METRICS if "spectrum" in name}
+    frechet, score = found["metrics"]["fd_dinov2"], found["metrics"]["clip_score"]
+    assert frechet["floor"] > 0
+    assert frechet["note"] is None  # 50 images, 16 features
+    from lpl.evaluation.clip_score import ClipScore
+    from lpl.evaluation.pictures import batches, list_pictures, read_picture
+
+    files = list_pictures(whole[0] / "images", "--images")
+    read = (read_picture(file, 16, "--images") for file in files)
+    each = ClipScore(str(clip))(batches(read, 16), [entry["prompt"] for entry in found["images"]])
+    assert score["value"] == pytest.approx(float(each.mean()), rel=1e-9)
+    assert score["interval"][0] < score["value"] < score["interval"][1]
+    assert score["floor"] is not None
+    (tmp_path / "bare").mkdir()
+    shutil.copyfile(files[0], tmp_path / "bare" / "a.png")
+    bare, _ = evaluate(tmp_path / "out2", **{**there, "images": tmp_path / "bare"})
+    assert any(line.startswith("clip_score: the prompts of --images are not known") for line in bare["refused"])
+    assert bare["metrics"]["fd_dinov2"]["value"] is None
+
+
+def test_lora_prompts_file_seed_and_scheduler_change_the_samples(
+    evaluate: Any, train_in: Any, whole: Any, shared: Path, tmp_path: Path, model: Path
+) -> None:
+    plain = images(whole[0])
+    run = train_in(shared / "eval-lora", rank=2, learning_rate=0.3, max_train_steps=3)
+    few = {"num_samples": 10, "metrics": "spectrum"}
+    (tmp_path / "p.txt").write_text("one prompt\n\nanother\n")
+    changes: dict[str, dict[str, Any]] = {
+        "lora": {"lora": run.folder},
+        "half": {"lora": run.folder, "lora_scale": 0.5},
+        "run": {"pretrained_model_name_or_path": run.folder},
+        "seed": {"seed": 1},
+        "scheduler": {"scheduler": "dpmsolver++"},
+        "prompts": {"prompts": tmp_path / "p.txt"},
+    }
+    found = {name: (evaluate(tmp_path / name, **few, **c)[0], images(tmp_path / name)) for name, c in changes.items()}
+    assert found["lora"][1] == found["run"][1]
+    kinds = [plain, *(found[name][1] for name in changes if name != "run")]
+    firsts = {tuple(kind[f"images/00000/{i:08}.png"] for i in range(10)) for kind in kinds}
+    assert len(firsts) == len(kinds)
+    assert [e["prompt"] for e in found["prompts"][0]["images"]][:3] == ["one prompt", "another", "one prompt"]
+    assert evaluate(tmp_path / "seed", **few, seed=2, fails=True).endswith("(seed 1 -> 2); choose another folder")
+    weights = evaluate(tmp_path / "seed", **few, seed=1, lora=run.folder, fails=True)
+    assert "weights" in weights
+
+
+def test_a_single_file_gives_the_same_samples(
+    run_cli: Any, evaluate: Any, whole: Any, model: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "model.safetensors"
+    assert run_cli(["export", str(model), "--output", str(file)])[0] == 0
+    few = {"num_samples": 16, "metrics": "spectrum"}
+    evaluate(tmp_path / "out", pretrained_model_name_or_path=file, single_file_config=model, **few)
+    found, expected = images(tmp_path / "out"), images(whole[0])
+    assert found == {name: expected[name] for name in found}
+    assert len(found) == 16
+
+
+def test_a_pipeline_of_another_family(evaluate: Any, model: Path, tmp_path: Path) -> None:
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        attention_head_dim=2,
+        norm_num_groups=4,
+        cross_attention_dim=8,
+    )
+    from diffusers import AutoencoderKL
+
+    pipeline = StableDiffusionPipeline(
+        vae=AutoencoderKL.from_pretrained(model, subfolder="vae"),
+        text_encoder=CLIPTextModel.from_pretrained(model, subfolder="text_encoder"),
+        tokenizer=CLIPTokenizer.from_pretrained(model, subfolder="tokenizer"),
+        unet=unet,
+        scheduler=DDIMScheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(tmp_path / "sd")
+    found, _ = evaluate(
+        tmp_path / "out",
+        pretrained_model_name_or_path=tmp_path / "sd",
+        num_samples=10,
+        resolution=None,
+        metrics="spectrum",
+    )
+    assert found["resolution"] == 16
+    assert found["metrics"]["spectrum_log_error_high"]["value"] > 0
+    pipeline.set_progress_bar_config(disable=True)
+    from lpl.evaluation.generate import generator_of
+
+    expected = pipeline(
+        found["images"][0]["prompt"], num_inference_steps=2, guidance_scale=1.0, generator=generator_of(0, 0),
+        height=16, width=16, output_type="pt",
+    ).images[0]  # fmt: skip
+    with Image.open(tmp_path / "out" / found["images"][0]["file"]) as image:
+        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).reshape(16, 16, 3).permute(2, 0, 1)
+    assert (pixels / 255 - expected).abs().max() < 1.01 / 255
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"reference_dir": None}, "--reference_dir is missing"),
+        ({"reference_dir": "nowhere"}, "--reference_dir nowhere: no such folder"),
+        ({"pretrained_model_name_or_path": None}, "--pretrained_model_name_or_path is missing"),
+        ({"pretrained_model_name_or_path": "./nowhere"}, "--pretrained_model_name_or_path ./nowhere: no such folder"),
+        ({"prompts": "nowhere.txt"}, "--prompts nowhere.txt: no such file"),
+        ({"images": ".", "prompts": "p.txt"}, "--prompts acts on drawn samples"),
+        ({"images": ".", **THERE, "guidance_scale": 2.0}, "--guidance_scale acts on drawn samples"),
+        ({"images": ".", **THERE, "floor": False}, "has no use with --no_floor"),
+        (
+            {"images": ".", **THERE, "pretrained_model_name_or_path": None, "variant": "fp16"},
+            "--variant acts on a model",
+        ),
+        ({"kernel_subsets": 5, "metrics": "frechet"}, "--kernel_subsets acts on the kernel distance"),
+        ({"against": "reconstructions", "images": ".", **THERE, **NO_MODEL}, "needs a VAE"),
+        ({"resolution": 20}, "--resolution 20: models draw multiples of 8"),
+        ({"num_samples": 0}, "--num_samples must be at least 1, not 0"),
+        ({"num_samples": 9}, "--num_samples: 9 samples and 52 images in --reference_dir, of which every metric"),
+        ({"metrics": "frechet", "num_samples": 49}, "asked for needs at least 50"),
+        ({"kernel_subset_size": 20}, "--kernel_subset_size acts with --kernel_subsets above 0"),
+        ({"kernel_subsets": 5}, "--kernel_subset_size 1000: there are 50 samples and 52"),
+        ({"dtype": "float16"}, "--dtype float16 needs a GPU"),
+        ({"lora": "nowhere.safetensors"}, "--lora nowhere.safetensors: no such file"),
+        ({"lora_scale": 0.5}, "--lora_scale needs a LoRA"),
+        ({"dinov2": "./nowhere"}, "--dinov2 ./nowhere: no config.json there"),
+        ({"clip": "./nowhere"}, "--clip ./nowhere: no config.json there"),
+        ({"inception_weights": "nowhere"}, "--inception_weights nowhere: no such file"),
+        ({"scheduler": "euler"}, "scheduler"),
+    ],
+)
+def test_errors_are_one_line(
+    evaluate: Any, reference: Path, tmp_path: Path, changed: dict[str, Any], message: str
+) -> None:
+    if "images" in changed:
+        changed |= {"images": reference, "num_samples": None, "metrics": "spectrum"}
+    assert message in evaluate(tmp_path / "out", fails=True, **changed)
+    assert not list((tmp_path).rglob("*.png"))
+
+
+@pytest.mark.parametrize(("resolution", "together"), [(16, 64), (256, 64), (512, 16), (1024, 4), (4096, 1)])
+def test_batches_by_resolution(options: dict[str, Any], resolution: int, together: int) -> None:
+    from lpl.config import ModelConfig
+    from lpl.evaluation.options import EvalConfig
+    from lpl.evaluation.planning import check_eval
+
+    found = {k: str(v) if isinstance(v, Path) else v for k, v in options.items() if k != "sample_batch_size"}
+    found |= {"resolution": resolution, "output_dir": found["reference_cache_dir"]}
+    assert check_eval(EvalConfig(**found), lambda _: ModelConfig()).sampling.batch_size == together
+
+
+def test_prompt_files(tmp_path: Path) -> None:
+    from lpl.errors import UserError
+    from lpl.evaluation.prompts import read_prompts
+
+    file = tmp_path / "metadata.jsonl"
+    file.write_text('{"file_name": "a.png", "text": "a cat"}\n\n{"text": ["first", "second"]}\n')
+    assert read_prompts(file) == ["a cat", "first"]
+    for text, message in {
+        '{"text": "a"}\nno json': "line 2: not JSON",
+        '{"caption": "a"}': 'line 1: no "text" in it',
+        "\n": "no prompt in it",
+    }.items():
+        file.write_text(text)
+        with pytest.raises(UserError, match=message):
+            read_prompts(file)
+    (tmp_path / "p.csv").write_text("a")
+    with pytest.raises(UserError, match=r"expected \.txt"):
+        read_prompts(tmp_path / "p.csv")
