@@ -155,6 +155,35 @@ def test_refusals_of_evaluations_are_shown(run: Path, run_cli: Any, tmp_path: Pa
     assert "Recall: refused: too few" in page.said
 
 
+def test_a_check_is_shown_by_its_folder_or_the_one_above(run_cli: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "mine" / "check-report"
+    folder.mkdir(parents=True)
+    content = {
+        "kind": "check", "lpl": "0", "environment": {}, "refused": [], "faults": ["vae_decoder in float16: not finite"],
+        "warnings": [], "walk_equals_decode": 0.0, "components": {}, "layers": [], "maps": [], "step": None,
+        "gradients": [{"t_low": 0, "t_high": 100, "ratio": 0.25, "cosine": 0.5}],
+        "suggestion": {"lpl_t_threshold": 700, "lpl_weight": 1.0409327240934, "why": ["because"]},
+        "reconstruction": {"psnr_mean": 28.526, "psnr_min": 21.2, "file": "gone.png"},
+    }  # fmt: skip
+    (folder / "check.json").write_text(json.dumps(content))
+    for named in (folder, folder.parent):
+        code, _, err = run_cli(["report", str(named), f"--output={tmp_path / 'page.html'}"])
+        assert code == 0, err
+        said = Page(tmp_path / "page.html").said
+        for part in (
+            "mine/check-report",
+            "--lpl_weight 1.04",
+            "t < 700",
+            "28.5 dB",
+            "vae_decoder in float16: not finite",
+            "Gradient ratio",
+            "because",
+            "gone.png: the picture is gone",
+            "to the last digit",
+        ):
+            assert part in said, part
+
+
 @pytest.mark.parametrize(
     ("argv", "part"),
     [

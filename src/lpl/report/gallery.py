@@ -105,6 +105,8 @@ def _check_pictures(inputs: Inputs) -> tuple[list[tuple[str, Picture]], list[str
         if reconstruction.get("file"):
             caption = "What the VAE loses: real images, and decoded again"
             found.append((caption, Picture(folder / reconstruction["file"])))
+        if (content.get("estimates") or {}).get("file"):
+            found.append(("The model's estimates, by noise level", Picture(folder / content["estimates"]["file"])))
         for drawn in content.get("maps") or []:
             found.append((f"{drawn['tap']}, timestep {drawn['t']}", Picture(folder / drawn["file"])))
     here = [(caption, picture) for caption, picture in found if picture.file.is_file()]

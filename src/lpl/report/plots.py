@@ -63,7 +63,6 @@ class Chart:
 
     title: str
     note: str
-    """What it shows and which way is better, a sentence."""
     svg: str
     legend: list[tuple[str, str]]
     """(label, slot)."""

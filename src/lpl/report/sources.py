@@ -90,8 +90,11 @@ def _read(inputs: Inputs, folder: Path, file: Path | None, label: str) -> None:
     if file is not None:
         files = {kind: path for kind, path in files.items() if path == file}
     run = file is None and is_run(folder)
-    if not files and not run:
+    beside = file is None and any(folder.glob("*/check.json"))
+    if not files and not run and not beside:
         raise UserError(f"{folder}: no config.yaml of a run in it, no {', '.join(KINDS.values())}")
+    if beside and not run:
+        inputs.checks += [read_result(found, "check") for found in sorted(folder.glob("*/check.json"))]
     if "compare" in files:
         _read_comparison(inputs, read_result(files["compare"], "compare"))
     if "check" in files:

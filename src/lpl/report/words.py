@@ -41,7 +41,9 @@ def title(inputs: Inputs) -> str:
         return f"Comparison of {len(arms)} arms over {seeds} {'seed' if seeds == 1 else 'seeds'}"
     if len(inputs.groups) == 1 and inputs.groups[0].folder is not None:
         return "/".join(inputs.groups[0].folder.resolve().parts[-2:])
-    names = [group.name for group in inputs.groups] or [check.file.parent.name for check in inputs.checks]
+    names = [group.name for group in inputs.groups] or [
+        "/".join(check.file.parent.resolve().parts[-2:]) for check in inputs.checks
+    ]
     return names[0] if len(names) == 1 else f"{' · '.join(names[:4])}{' …' if len(names) > 4 else ''}"
 
 
