@@ -9,6 +9,7 @@ demo: .venv/installed
 	$(OFFLINE) OMP_WAIT_POLICY=PASSIVE $(BIN)/lpl demo --output_dir lpl-demo
 
 test: .venv/installed lint
+	@tests/browser/install.sh
 	OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/python -m pytest -n 2 --dist loadfile tests
 
 # Kills caching at 500 random moments and at 500 system calls, and training at 100 of each: half an hour.
