@@ -101,7 +101,7 @@ def model_configs(case: Case) -> dict[str, Any]:
 
 def options(case: Case) -> Any:
     """The run's configuration: a constant weight, and a gate that lets all samples pass."""
-    from lpl.cli import parse_train
+    from lpl.parsing import parse_train
 
     gate = [] if "--no_use_lpl" in case.flags else ["--lpl_weight=1.0", "--lpl_t_threshold=1000"]
     return parse_train([*case.flags.split(), *gate])

@@ -10,9 +10,9 @@ import sys
 
 from lpl.analysis.alternatives import RANK, cheapest, smallest
 from lpl.analysis.rehearsal import Rehearsal
-from lpl.cli import parse_train
 from lpl.config import TrainConfig
 from lpl.families import blueprint, plan_configs
+from lpl.parsing import parse_train
 
 FIXED = (f"--rank {RANK}", "--no_use_lpl")
 KINDS = {

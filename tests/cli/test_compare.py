@@ -164,7 +164,7 @@ def test_eval_measures_once_with_equal_options(tmp_path: Path, flags: Any, monke
     command = pytest.importorskip("lpl.evaluation.command")
     from dataclasses import asdict
 
-    from lpl.cli import parse_compare, parse_train
+    from lpl.parsing import parse_compare, parse_train
 
     asked = []
 
@@ -195,7 +195,7 @@ def test_eval_measures_once_with_equal_options(tmp_path: Path, flags: Any, monke
 
 
 def test_minutes_count_for_all_runs_together(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: Any) -> None:
-    from lpl.cli import parse_compare, parse_train
+    from lpl.parsing import parse_compare, parse_train
     from lpl.comparison import run
     from lpl.comparison.arms import read_arms
 

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from lpl.cli import MOST_SHOWN, parse_data, parse_train
+from lpl.command_options import MOST_SHOWN
 from lpl.errors import UserError
+from lpl.parsing import parse_data, parse_train
 
 
 @pytest.fixture

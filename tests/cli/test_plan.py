@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from lpl.cli import PlanConfig, parse_plan, parse_train
+from lpl.command_options import PlanConfig
 from lpl.data import filling
 from lpl.errors import UserError
+from lpl.parsing import parse_plan, parse_train
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 

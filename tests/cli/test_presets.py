@@ -13,9 +13,9 @@ import pytest
 import torch
 import yaml
 
-from lpl.cli import parse_train
 from lpl.config import TrainConfig
 from lpl.config_io import RECORD
+from lpl.parsing import parse_train
 from lpl.presets import presets
 
 PRESETS = ["demo", "diffusers-lpl", "sdxl", "sdxl-lora"]

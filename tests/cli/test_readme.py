@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lpl.cli import main, parse_train
+from lpl.cli import main
 from lpl.config import TrainConfig
 from lpl.config_io import REFUSED
+from lpl.parsing import parse_train
 from lpl.presets import presets
 from lpl.testing import tiny_vae
 

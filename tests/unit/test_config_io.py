@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
-from lpl.cli import parse_train
 from lpl.config import LoggingConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from lpl.config_io import CONFIG_FILE, RECORD, as_flags, differences, environment, nearest, read_options, write_config
 from lpl.errors import UserError
+from lpl.parsing import parse_train
 
 
 def round_trip(config: TrainConfig, folder: Path) -> TrainConfig:

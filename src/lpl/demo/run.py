@@ -37,7 +37,8 @@ def run_demo(output_dir: str, export_model: str | None, export_data: str | None,
     model, data, run = folder / "model", folder / "data", folder / "run"
     _export(str(model), str(data))
 
-    from lpl.cli import parse_train, run_train
+    from lpl.cli import run_train
+    from lpl.parsing import parse_train
     from lpl.report.options import ReportConfig
     from lpl.report.page import write_report
 

@@ -11,10 +11,10 @@ import pytest
 from lpl.analysis.alternatives import HEADROOM, cheapest, fits, neighbours, savings, smallest
 from lpl.analysis.needs import estimate
 from lpl.analysis.rehearsal import Rehearsal
-from lpl.cli import parse_train
 from lpl.config import TrainConfig
 from lpl.data import filling
 from lpl.families import blueprint, model_configs
+from lpl.parsing import parse_train
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,12 @@ import torch
 
 from lpl.analysis.counter import StepCounter
 from lpl.analysis.rehearsal import Rehearsal
-from lpl.cli import parse_train
 from lpl.config import TrainConfig
 from lpl.data.filling import batch_of
 from lpl.diffusion.diffusion_loss import diffusion_loss
 from lpl.families import blueprint, model_configs
 from lpl.families.sdxl_configs import PUBLISHED
+from lpl.parsing import parse_train
 from lpl.training.engine import build_loss
 from lpl.training.fused_backward import FusedBackward
 from lpl.training.lora import add_lora

@@ -11,9 +11,9 @@ import torch
 from lpl.analysis.needs import estimate
 from lpl.analysis.rehearsal import Rehearsal
 from lpl.analysis.split import gathered_sizes, launched_estimate, launched_floor, split_estimate
-from lpl.cli import parse_train
 from lpl.config import TrainConfig
 from lpl.families import blueprint, model_configs
+from lpl.parsing import parse_train
 from lpl.training.launch import as_launched
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from lpl.cli import parse_compare, parse_train
 from lpl.comparison.arms import Arm, read_arms
 from lpl.errors import UserError
+from lpl.parsing import parse_compare, parse_train
 
 
 def read(tmp_path: Path, text: str, *argv: str) -> list[Arm]:

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 from transformers.optimization import Adafactor
 
-from lpl.cli import parse_train
 from lpl.config import OptimConfig
 from lpl.errors import UserError
+from lpl.parsing import parse_train
 from lpl.training.optim import build_optimizer
 from lpl.training.optimizer_state import join_optimizer, split_optimizer
 from lpl.training.optimizers import check_class, check_steps, coefficients
