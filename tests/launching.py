@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Iterator
 from typing import Any
 
 import accelerate
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.fsdp import FSDPModule
+
+from lpl.training.launch import environment
 
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",
@@ -47,20 +46,6 @@ def process(argv: list[str], fsdp: bool) -> None:
     if fsdp:
         engine.Accelerator = ShardingAccelerator  # type: ignore[misc]
     main(argv)
-
-
-@contextlib.contextmanager
-def environment(values: dict[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name)
-            else:
-                os.environ[name] = value
 
 
 def launch(argv: list[str], processes: int, fsdp: bool = False) -> None:

@@ -195,9 +195,9 @@ def test_eval_measures_once_with_equal_options(tmp_path: Path, flags: Any, monke
 
 
 def test_minutes_count_for_all_runs_together(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: Any) -> None:
-    from lpl.parsing import parse_compare, parse_train
     from lpl.comparison import run
     from lpl.comparison.arms import read_arms
+    from lpl.parsing import parse_compare, parse_train
 
     now = [0.0]
     monkeypatch.setattr(run.time, "monotonic", lambda: now[0])

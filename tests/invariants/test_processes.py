@@ -175,7 +175,8 @@ def test_the_model_is_split_block_by_block(base_options: Any) -> None:
     """The launch's environment names no classes: the model's own list is used."""
     from accelerate.utils import FullyShardedDataParallelPlugin
     from diffusers import UNet2DConditionModel
-    from launching import environment
+
+    from lpl.training.launch import environment
 
     unet = UNet2DConditionModel.from_pretrained(base_options["pretrained_model_name_or_path"], subfolder="unet")
     with environment(FSDP):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from lpl.config import TrainConfig, require
 
@@ -52,11 +52,15 @@ def _is_set(name: str) -> bool:
     return os.environ.get(name, "false").lower() in ("true", "1")
 
 
-@contextmanager
-def as_launched(number: int | None, fsdp2: bool) -> Iterator[None]:
+def as_launched(number: int | None, fsdp2: bool) -> AbstractContextManager[None]:
     """Lets this process see what one of so many would; None: as it is."""
     values = {} if number is None else {"WORLD_SIZE": str(number)}
-    values |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if fsdp2 else {}
+    return environment(values | ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if fsdp2 else {}))
+
+
+@contextmanager
+def environment(values: dict[str, str]) -> Iterator[None]:
+    """Sets variables of the environment for a while."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

@@ -77,7 +77,9 @@ def test_a_model_that_is_really_split_has_those_weights(
     config: TrainConfig, rehearsal: Rehearsal, tmp_path: Path, model: Path
 ) -> None:
     import accelerate
-    from launching import FSDP, environment
+    from launching import FSDP
+
+    from lpl.training.launch import environment
 
     with environment({"ACCELERATE_USE_CPU": "true"} | FSDP):
         accelerate.debug_launcher(measure, (tmp_path, str(model)), num_processes=2)

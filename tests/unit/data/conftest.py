@@ -91,3 +91,15 @@ def encode(folder: Path, tmp_path: Path, encoder: FakeEncoder) -> Callable[..., 
         )
 
     return run
+
+
+@pytest.fixture
+def masked(folder: Path) -> Path:
+    """The folder with masks for 0.png and sub/9.png: the upper half, and the left 20 of 70 columns."""
+    upper = Image.new("L", (40, 32), 0)
+    upper.paste(255, (0, 0, 40, 16))
+    upper.save(folder / "0-masklabel.png")
+    left = Image.new("L", (70, 33), 0)
+    left.paste(255, (0, 0, 20, 33))
+    left.save(folder / "sub" / "9-masklabel.png")
+    return folder

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from mask_images import messages
 from PIL import Image
 
 from lpl.config import DataConfig
@@ -27,24 +28,6 @@ Encode = Callable[..., TrainingData]
 def contents(folder: Path, kinds: tuple[str, ...] = ("latents", "text", "catalogues", "masks")) -> dict[str, bytes]:
     files = [path for kind in kinds for path in (folder / kind).rglob("*") if path.is_file()]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
-
-
-def messages(caplog: pytest.LogCaptureFixture) -> str:
-    text = "\n".join(record.getMessage() for record in caplog.records)
-    caplog.clear()
-    return text
-
-
-@pytest.fixture
-def masked(folder: Path) -> Path:
-    """The folder with masks for 0.png and sub/9.png: the upper half, and the left 20 of 70 columns."""
-    upper = Image.new("L", (40, 32), 0)
-    upper.paste(255, (0, 0, 40, 16))
-    upper.save(folder / "0-masklabel.png")
-    left = Image.new("L", (70, 33), 0)
-    left.paste(255, (0, 0, 20, 33))
-    left.save(folder / "sub" / "9-masklabel.png")
-    return folder
 
 
 def test_unmasked_weight_enters_at_the_draw(encode: Encode, encoder: Any, masked: Path, tmp_path: Path) -> None:

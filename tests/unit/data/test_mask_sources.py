@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import pytest
 import torch
+from mask_images import blobs, messages, png
 from PIL import Image
 
 from lpl.config import DataConfig
@@ -19,36 +19,6 @@ from lpl.data.sources import open_source
 from lpl.errors import UserError
 
 Encode = Callable[..., TrainingData]
-
-
-def blobs(seed: int, width: int, height: int) -> Image.Image:
-    """Black and white, smooth enough to survive resizing, unlike its mirror image."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (4, 5), dtype=np.uint8)
-    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).point(lambda v: 255 * (v > 127))
-
-
-def png(image: Image.Image, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", **options)
-    return buffer.getvalue()
-
-
-def messages(caplog: pytest.LogCaptureFixture) -> str:
-    text = "\n".join(record.getMessage() for record in caplog.records)
-    caplog.clear()
-    return text
-
-
-@pytest.fixture
-def masked(folder: Path) -> Path:
-    """The folder with masks for 0.png and sub/9.png: the upper half, and the left 20 of 70 columns."""
-    upper = Image.new("L", (40, 32), 0)
-    upper.paste(255, (0, 0, 40, 16))
-    upper.save(folder / "0-masklabel.png")
-    left = Image.new("L", (70, 33), 0)
-    left.paste(255, (0, 0, 20, 33))
-    left.save(folder / "sub" / "9-masklabel.png")
-    return folder
 
 
 def test_mask_dir_has_the_images_paths(encode: Encode, folder: Path, tmp_path: Path, encoder: Any) -> None:
