@@ -136,6 +136,20 @@ def as_toy(benchmark: Benchmark) -> Benchmark:
     )
 
 
+def only_settings(benchmark: Benchmark, names: list[str]) -> Benchmark:
+    """The same with fewer settings.
+
+    Raises:
+        UserError: an unknown one, or the searched one is not among them.
+    """
+    known = {setting.name: setting for setting in benchmark.settings}
+    unknown = [name for name in names if name not in known]
+    if unknown or benchmark.primary.name not in names:
+        wrong = f"{unknown[0]} is unknown" if unknown else f"{benchmark.primary.name}, which is searched, is missing"
+        raise UserError(f"--settings {','.join(names)}: {wrong}; there are {', '.join(known)}")
+    return replace(benchmark, settings=[setting for name, setting in known.items() if name in names])
+
+
 def merged(*parts: Options) -> Options:
     """Options on top of each other, sorted; those that are null in the end are left out."""
     found: Options = {}

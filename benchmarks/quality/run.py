@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-from benchmarks.quality.arms import ARMS, as_toy, read_arms
+from benchmarks.quality.arms import ARMS, as_toy, only_settings, read_arms
 from benchmarks.quality.fetch import Counts, fetch
 from benchmarks.quality.results import Results
 from benchmarks.quality.stages import Stages
@@ -31,6 +31,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, default=ROOT / "lpl-quality", help="data, runs and caches")
     parser.add_argument("--results", type=Path, help="results.json; unset: beside this file, with --toy in output_dir")
     parser.add_argument("--arms", type=Path, default=ARMS, help="what is run")
+    parser.add_argument("--settings", help="only these of its settings, such as all-64,quarter-64; unset: all")
     parser.add_argument("--images", type=Path, help="photographs of your own, instead of the others")
     parser.add_argument("--stamps", type=Path, help="usr/share/tuxpaint/stamps of the unpacked Debian package")
     parser.add_argument("--model", type=Path, help="pipeline to begin with; unset: lpl.demo's")
@@ -47,8 +48,11 @@ def run(options: argparse.Namespace) -> None:
         BudgetSpentError: stopped before the end.
     """
     benchmark = read_arms(options.arms)
+    resolutions = sorted({setting.resolution for setting in benchmark.settings})  # the data are those of all
     if options.toy:
-        benchmark = as_toy(benchmark)
+        benchmark, resolutions = as_toy(benchmark), resolutions[:1]
+    if options.settings is not None:
+        benchmark = only_settings(benchmark, options.settings.split(","))
     folder = options.output_dir.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
@@ -61,7 +65,6 @@ def run(options: argparse.Namespace) -> None:
             images = None if options.images is None else options.images.resolve()
             stamps = None if options.stamps is None else options.stamps.resolve()
             counts = Counts(4, 20) if options.toy else Counts()
-            resolutions = sorted({setting.resolution for setting in benchmark.settings})
             fetch(folder, resolutions, images=images, stamps=stamps, demo_only=options.toy, counts=counts)
         file = options.results or (folder if options.toy else HERE) / "results.json"
         model = folder / "model" if options.model is None else options.model.resolve()

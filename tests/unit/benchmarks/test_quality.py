@@ -110,6 +110,15 @@ def test_verdict_needs_the_interval_below_one() -> None:
     assert "in 2 of 3 seeds" in summary.verdict(rows((0.6, 0.7, 1.3)))
 
 
+def test_settings_can_be_left_out_but_the_searched_one() -> None:
+    found = arms.only_settings(read_arms(), ["all-96", "all-64"])
+    assert [s.name for s in found.settings] == ["all-64", "all-96"]
+    with pytest.raises(UserError, match="all-64, which is searched, is missing"):
+        arms.only_settings(read_arms(), ["all-96"])
+    with pytest.raises(UserError, match="all-65 is unknown"):
+        arms.only_settings(read_arms(), ["all-64", "all-65"])
+
+
 def test_steep_phase() -> None:
     assert not is_past_steep_phase([10.0], 20.0, 0.05)
     assert not is_past_steep_phase([20.0, 10.0], 15.0, 0.05)
