@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> None:
         model = folder / "model" if options.model is None else options.model.resolve()
         if options.model is not None and not (model / "model_index.json").is_file():
             raise UserError(f"--model {model}: no pipeline there")
-        workers = Workers(options.processes, options.budget_minutes)
+        workers = Workers(options.processes, options.budget_minutes, lock.fileno())
         stages = Stages(benchmark, folder, Results(file, benchmark.samples, benchmark.primary), workers, model)
 
         def end(number: int, _frame: FrameType | None) -> None:

@@ -110,13 +110,19 @@ class Stages:
         found = self.results.find(run)
         if found is not None:
             return found
+        baseline = self.folder / "baselines" / run.setting.name
+        if not (baseline / "finished.json").is_file():
+            raise UserError(
+                f"{baseline}: no baseline there: run --stage baseline first, with --results FILE of your own if "
+                f"{self.results.file} holds another machine's"
+            )
         key = json.dumps(self.results.key(run), sort_keys=True)
         name = f"{run.setting.name}_{run.arm}_{run.seed}_{hashlib.sha256(key.encode()).hexdigest()[:8]}"
         folder = self.folder / "runs" / name
         options = merged(
             self.benchmark.common,
             run.options,
-            self._places(run.setting, self.folder / "baselines" / run.setting.name, folder),
+            self._places(run.setting, baseline, folder),
             {"seed": run.seed, "max_train_steps": run.steps},
         )
         log = self.folder / "logs" / f"{name}.txt"
@@ -184,7 +190,10 @@ class Stages:
         """Copies both arms' UNets of the first reported seed to where they are committed from."""
         for run in runs:
             key = json.dumps(self.results.key(run), sort_keys=True)
-            (folder,) = (self.folder / "runs").glob(f"*_{hashlib.sha256(key.encode()).hexdigest()[:8]}")
+            found = list((self.folder / "runs").glob(f"*_{hashlib.sha256(key.encode()).hexdigest()[:8]}"))
+            if not found:
+                print(f"{run.arm}, seed {run.seed}: its folder is not in {self.folder}, so its UNet is not copied")
+                continue
             target = self.folder / "unets" / f"{run.arm}-seed{run.seed}.safetensors"
             target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(folder / UNET, target)
+            shutil.copyfile(found[0] / UNET, target)

@@ -34,10 +34,12 @@ class Workers:
         number: at a time.
         budget_minutes: until training runs are asked to end with a checkpoint; None: no limit. A measurement under way
             is finished.
+        lock: file descriptor of a lock that processes hold on to, should they outlive this one; None: no lock.
     """
 
     number: int = 2
     budget_minutes: float | None = None
+    lock: int | None = None
     _begun: float = field(default_factory=time.monotonic)
     _stop: threading.Event = field(default_factory=threading.Event)
     _running: set[subprocess.Popen[bytes]] = field(default_factory=set)
@@ -117,7 +119,13 @@ class Workers:
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "ab") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", *arguments], cwd=ROOT, env=environment, stdout=output, stderr=output
+                [sys.executable, "-m", *arguments],
+                cwd=ROOT,
+                env=environment,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,  # Ctrl-C comes from stop() alone: a second signal would end training at once
+                pass_fds=[] if self.lock is None else [self.lock],
             )
             self._running.add(process)
             try:
