@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
-.PHONY: demo test soak lint bench demo-weights clean
+.PHONY: demo test soak lint bench quality demo-weights clean
 
 demo: .venv/installed
 	$(OFFLINE) OMP_WAIT_POLICY=PASSIVE $(BIN)/lpl demo --output_dir lpl-demo
@@ -28,6 +28,11 @@ bench: .venv/installed
 	for what in loss_cost "loss_cost cpu" "loss_time time" "loss_time memory" "loss_time sweep" random_depth crop_bias step_time \
 	    step_profile plan_check plan_table data_reading data_start "data_start memory" "data_start million"; do \
 	    set -- $$what; echo "## $$what"; $(OFFLINE) $(BIN)/python benchmarks/$$1.py $$2 || exit 1; done
+
+# The figures of docs/results.md: days on two CPU cores; the same command continues. See benchmarks/quality/README.md.
+quality: .venv/installed
+	$(OFFLINE) $(BIN)/python -m benchmarks.quality.run --stage all $(QUALITY)
+	$(BIN)/python -m benchmarks.quality.summary
 
 # Remakes the shipped weights: over two hours on two CPU cores.
 demo-weights: .venv/installed

@@ -1,0 +1,95 @@
+"""results.json: rows that are appended one by one, each time the whole file at once."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.quality.arms import Run, Setting
+from lpl import __version__
+from lpl.config_io import environment
+from lpl.data.files import write_atomically
+from lpl.errors import UserError
+
+Row = dict[str, Any]
+
+
+class Results:
+    """The file and its rows.
+
+    Args:
+        file: read where it is there.
+        samples: of each run; rows of another number of samples are not the same run's.
+        primary: the setting whose arms have no suffix.
+
+    Raises:
+        UserError: a file that is no results.json.
+    """
+
+    def __init__(self, file: Path, samples: int, primary: Setting) -> None:
+        self.file, self.samples, self.primary = file, samples, primary
+        self._lock = threading.Lock()
+        self.content: dict[str, Any] = {"lpl": __version__, "kind": "quality", "rows": [], "baselines": {}}
+        if file.is_file():
+            try:
+                self.content = json.loads(file.read_text(encoding="utf-8"))
+                self.rows.extend([])
+            except (ValueError, KeyError, AttributeError) as error:
+                raise UserError(f"{file}: is no results.json of this benchmark ({error})") from error
+
+    @property
+    def rows(self) -> list[Row]:
+        """One a run."""
+        found: list[Row] = self.content["rows"]
+        return found
+
+    def arm_of(self, run: Run) -> str:
+        """The arm's name in a row: of another setting than the searched one with its name behind an @."""
+        return run.arm if run.setting == self.primary else f"{run.arm}@{run.setting.name}"
+
+    def key(self, run: Run) -> Row:
+        """What a row and a run must have in common to be the same."""
+        return {
+            "arm": self.arm_of(run),
+            "setting": run.setting.name,
+            "seed": run.seed,
+            "reported": run.reported,
+            "steps": run.steps,
+            "samples": self.samples,
+            "options": run.options,
+        }
+
+    def find(self, run: Run) -> Row | None:
+        """The run's row, or None."""
+        key = self.key(run)
+        return next((row for row in self.rows if all(row[name] == value for name, value in key.items())), None)
+
+    def add(self, run: Run, measured: Row) -> None:
+        """Appends a row, unless it is there."""
+        with self._lock:
+            if self.find(run) is None:
+                self.rows.append(self.key(run) | measured)
+                self._write()
+
+    def note(self, name: str, value: Any) -> None:
+        """Keeps something beside the rows."""
+        with self._lock:
+            self.content[name] = value
+            self._write()
+
+    def seconds_per_step(self, arm: str) -> float:
+        """Median over the reported rows of an arm."""
+        return median(row["seconds"] / row["steps"] for row in self.rows if row["arm"] == arm and row["reported"])
+
+    def write(self) -> None:
+        """The whole file at once."""
+        with self._lock:
+            self._write()
+
+    def _write(self) -> None:
+        self.content |= {"lpl": __version__, "environment": environment()}
+        text = json.dumps(self.content, indent=1, ensure_ascii=False, allow_nan=False)
+        write_atomically(self.file, (text + "\n").encode())

@@ -1,0 +1,139 @@
+"""Runs of `lpl train` and their measurement, so many at a time, one core each; an interruption loses little."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quality.measure import MEASURED
+from lpl.config_io import as_flags
+from lpl.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+STOPPED = 4
+
+
+class BudgetSpentError(Exception):
+    """The minutes are over; the same command goes on."""
+
+
+@dataclass
+class Workers:
+    """Starts processes and waits for them.
+
+    Attributes:
+        number: at a time.
+        budget_minutes: until training runs are asked to end with a checkpoint; None: no limit. A measurement under way
+            is finished.
+        lock: file descriptor of a lock that processes hold on to, should they outlive this one; None: no lock.
+    """
+
+    number: int = 2
+    budget_minutes: float | None = None
+    lock: int | None = None
+    _begun: float = field(default_factory=time.monotonic)
+    _stop: threading.Event = field(default_factory=threading.Event)
+    _running: set[subprocess.Popen[bytes]] = field(default_factory=set)
+
+    def left(self) -> float | None:
+        """Minutes."""
+        return None if self.budget_minutes is None else self.budget_minutes - (time.monotonic() - self._begun) / 60
+
+    def check(self) -> None:
+        """Raises BudgetSpentError if there is no time left to begin anything."""
+        left = self.left()
+        if self._stop.is_set() or (left is not None and left <= 0):
+            raise BudgetSpentError
+
+    def map(self, work: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+        """work(item) for all items, so many at a time; what has begun is ended before an exception is passed on."""
+        with ThreadPoolExecutor(self.number) as pool:
+            futures = [pool.submit(work, item) for item in items]
+            try:
+                return [future.result() for future in futures]
+            except BaseException as error:
+                if not isinstance(error, BudgetSpentError):  # a fault: the others stop with checkpoints
+                    self.stop()
+                for future in futures:
+                    future.cancel()
+                raise
+
+    def stop(self) -> None:
+        """Asks every process to end; training leaves a checkpoint."""
+        self._stop.set()
+        for process in list(self._running):
+            process.terminate()
+
+    def train(self, command: str, options: dict[str, Any], log: Path) -> None:
+        """A run to its end, from where it was left.
+
+        Args:
+            command: the module, "lpl" or a control's.
+            options: of `lpl train`, output_dir among them.
+            log: file that its output is appended to.
+
+        Raises:
+            BudgetSpentError: it was stopped, or the time was up before it began.
+            UserError: it failed.
+        """
+        self.check()
+        left = self.left()
+        if left is not None:
+            options = options | {"max_minutes": max(left, 0.05)}
+        texts = {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in options.items()}
+        head = ["lpl", "train"] if command == "lpl" else [command]
+        self._call([*head, *as_flags(texts)], log)
+
+    def measure(
+        self, run: Path, data: Path, cache: Path, samples: int, seed: int, prompts: str, log: Path
+    ) -> dict[str, Any]:
+        """The figures of a finished run.
+
+        Raises:
+            BudgetSpentError: it was stopped, or the time was up before it began.
+            UserError: it failed.
+        """
+        self.check()
+        arguments = [str(run), str(data), str(cache), str(samples), str(seed), prompts]
+        self._call(["benchmarks.quality.measure", *arguments], log)
+        found: dict[str, Any] = json.loads((run / MEASURED).read_text(encoding="utf-8"))
+        return found
+
+    def _call(self, arguments: list[str], log: Path) -> None:
+        paths = [str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")]
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        }
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "ab") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", *arguments],
+                cwd=ROOT,
+                env=environment,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,  # Ctrl-C comes from stop() alone: a second signal would end training at once
+                pass_fds=[] if self.lock is None else [self.lock],
+            )
+            self._running.add(process)
+            try:
+                code = process.wait()
+            finally:
+                self._running.discard(process)
+        if code == STOPPED or (code and self._stop.is_set()):
+            raise BudgetSpentError
+        if code:
+            lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+            raise UserError(f"{arguments[0]} ended with code {code} ({lines[-1] if lines else ''}); see {log}")

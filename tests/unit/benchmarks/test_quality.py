@@ -1,0 +1,166 @@
+"""The quality benchmark's parts that decide what its figures mean."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[3]))
+
+from benchmarks.quality import arms, photographs, summary
+from benchmarks.quality.arms import Arm, Run, read_arms
+from benchmarks.quality.control import LatentSquaredDistance
+from benchmarks.quality.fetch import Counts, fetch
+from benchmarks.quality.results import Results
+from benchmarks.quality.stages import is_past_steep_phase
+from benchmarks.quality.workers import BudgetSpentError, Workers
+from lpl.cli import parse_train
+from lpl.config_io import as_flags
+from lpl.errors import UserError
+
+
+def test_control_gradient_is_autograds() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(3, 4, 5, 6, generator=generator) for _ in range(2))
+    pred, plain = x.clone().requires_grad_(), x.clone().requires_grad_()
+    weights = torch.tensor([1.0, -2.0, 0.5])
+    out = LatentSquaredDistance()(pred, y)
+    wanted = (plain - y).square().mean((1, 2, 3))
+    assert torch.allclose(out.per_sample, wanted, rtol=1e-6)
+    (weights * out.per_sample).sum().backward()
+    (weights * wanted).sum().backward()
+    assert torch.allclose(pred.grad, plain.grad, rtol=1e-6, atol=1e-9)
+    (each,) = torch.autograd.grad((plain - y).square().mean((1, 2, 3)).sum(), plain)
+    assert torch.allclose(out.gradient, each, rtol=1e-6, atol=1e-9)
+    assert torch.equal(out.per_layer["latent"], out.per_sample.detach())
+    assert LatentSquaredDistance()(x, y).gradient is None
+
+
+def test_control_refuses_what_it_does_not_take() -> None:
+    x = torch.zeros(1, 4, 2, 2)
+    with pytest.raises(ValueError, match="no mask"):
+        LatentSquaredDistance()(x, x, torch.ones(1, 1, 2, 2))
+    with pytest.raises(ValueError, match="one shape"):
+        LatentSquaredDistance()(x, x[:, :2])
+
+
+def test_every_option_of_arms_is_one_of_lpl_train() -> None:
+    benchmark = read_arms()
+    assert [s.name for s in benchmark.settings] == ["all-64", "quarter-64", "all-96", "quarter-96"]
+    number, best = 0, {}
+    for arm in (benchmark.baseline, benchmark.lpl):
+        best = arms.merged(best, arm.start)
+        for choices in arm.rounds.values():
+            for options in arms.candidates_of(best, choices)[1:]:
+                texts = {name: str(value) for name, value in arms.merged(benchmark.common, options).items()}
+                parse_train(as_flags(texts))
+                number += 1
+    assert number == 10 + 28
+
+
+def test_search_goes_on_with_the_best_of_each_round() -> None:
+    arm = Arm({"a": 1, "b": 1}, {"a": [{"a": 2}, {"a": None}], "b": [{"b": 3}, {"b": 1}]})
+    tried = []
+
+    def score(candidates: list[dict]) -> list[float]:
+        tried.append(candidates)
+        return [{1: 5.0, 2: 4.0}.get(o.get("a"), 6.0) + o["b"] for o in candidates]
+
+    assert arms.search(arm, {"c": 0}, score) == {"a": 2, "b": 1, "c": 0}
+    assert tried[0] == [{"a": 1, "b": 1, "c": 0}, {"a": 2, "b": 1, "c": 0}, {"b": 1, "c": 0}]
+    assert tried[1] == [{"a": 2, "b": 1, "c": 0}, {"a": 2, "b": 3, "c": 0}]
+
+
+def test_results_know_a_run_again(tmp_path: Path) -> None:
+    primary, other = read_arms().settings[:2]
+    results = Results(tmp_path / "results.json", 64, primary)
+    run = Run(primary, "lpl", 1, True, 10, {"use_lpl": True})
+    results.add(run, {"frechet": 2.0, "seconds": 5.0})
+    results.add(Run(other, "lpl", 1, True, 10, {"use_lpl": True}), {"frechet": 3.0, "seconds": 50.0})
+    again = Results(tmp_path / "results.json", 64, primary)
+    assert [row["arm"] for row in again.rows] == ["lpl", "lpl@quarter-64"]
+    assert again.find(run)["frechet"] == 2.0
+    assert again.seconds_per_step("lpl") == 0.5
+    assert again.find(Run(primary, "lpl", 1, True, 10, {"use_lpl": True, "lpl_scale": False})) is None
+    assert Results(tmp_path / "results.json", 65, primary).find(run) is None
+
+
+def test_paired_ratio_against_hand() -> None:
+    ratio = summary.paired_ratio([0.9, 0.8], [1.0, 1.0])
+    logs = math.log(0.9), math.log(0.8)
+    half = 12.706205 * abs(logs[0] - logs[1]) / 2  # Student's t with one degree of freedom; s / sqrt(2) = |d| / 2
+    assert ratio.value == pytest.approx(math.sqrt(0.72))
+    assert ratio.low == pytest.approx(math.exp(sum(logs) / 2 - half), rel=1e-6)
+    assert ratio.high == pytest.approx(math.exp(sum(logs) / 2 + half), rel=1e-6)
+
+
+def test_verdict_needs_the_interval_below_one() -> None:
+    def rows(ours: tuple[float, ...]) -> list[dict]:
+        return [
+            {"arm": arm, "seed": seed, "reported": True, "frechet": value, "high_band_log_error": value}
+            for arm, values in (("baseline", (1.0, 1.0, 1.0)), ("lpl", ours))
+            for seed, value in enumerate(values)
+        ]
+
+    assert "is met" in summary.verdict(rows((0.9, 0.91, 0.89)))
+    assert "is not met" in summary.verdict(rows((0.6, 0.7, 1.3)))
+    assert "in 2 of 3 seeds" in summary.verdict(rows((0.6, 0.7, 1.3)))
+
+
+def test_settings_can_be_left_out_but_the_searched_one() -> None:
+    found = arms.only_settings(read_arms(), ["all-96", "all-64"])
+    assert [s.name for s in found.settings] == ["all-64", "all-96"]
+    with pytest.raises(UserError, match="all-64, which is searched, is missing"):
+        arms.only_settings(read_arms(), ["all-96"])
+    with pytest.raises(UserError, match="all-65 is unknown"):
+        arms.only_settings(read_arms(), ["all-64", "all-65"])
+
+
+def test_workers_tell_faults_from_stops(tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    with pytest.raises(UserError, match=r"benchmarks\.quality\.nothing ended with code 1 .*No module named"):
+        Workers()._call(["benchmarks.quality.nothing"], log)
+    with pytest.raises(BudgetSpentError):
+        Workers(budget_minutes=0.0).train("lpl", {}, log)
+    stopped = Workers()
+    stopped.stop()
+    with pytest.raises(BudgetSpentError):
+        stopped._call(["benchmarks.quality.nothing"], log)
+
+
+def test_steep_phase() -> None:
+    assert not is_past_steep_phase([10.0], 20.0, 0.05)
+    assert not is_past_steep_phase([20.0, 10.0], 15.0, 0.05)
+    assert not is_past_steep_phase([20.0, 19.5], 15.0, 0.05)
+    assert is_past_steep_phase([15.0, 14.5], 15.0, 0.05)
+
+
+def test_subjects() -> None:
+    assert photographs.subject_of("An African elephant.") == "an African elephant"
+    assert photographs.subject_of("A candy cane is a traditional Christmas treat.") == "a candy cane"
+    assert photographs.subject_of("A very long name of something that goes on") == "a very long name of"
+
+
+def test_data_are_split_by_photograph_and_the_same_again(tmp_path: Path) -> None:
+    from PIL import Image
+
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(12):
+        Image.effect_noise((120, 100), 60 + i).convert("RGB").save(images / f"thing_{i}.png")
+    found = []
+    for name in ("a", "b"):
+        fetch(tmp_path / name, [64, 96], images=images, counts=Counts(2, 3))
+        found.append({p.relative_to(tmp_path / name): p.read_bytes() for p in (tmp_path / name).rglob("*.png")})
+    assert found[0] == found[1]
+    folders = {part: {p.name[:-7] for p in (tmp_path / "a/data/64" / part).glob("*.png")} for part in
+               ("all", "quarter", "held-out")}  # fmt: skip
+    assert len(folders["all"] | folders["held-out"]) == 12
+    assert not folders["all"] & folders["held-out"]
+    assert folders["quarter"] < folders["all"]
+    with pytest.raises(UserError, match="describes other data"):
+        fetch(tmp_path / "a", [64, 96], images=images, counts=Counts(3, 3))
