@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[3]))
 
 from benchmarks.quality import arms, photographs, summary
 from benchmarks.quality.arms import Arm, Run, read_arms
