@@ -9,11 +9,11 @@ demo: .venv/installed
 	$(OFFLINE) OMP_WAIT_POLICY=PASSIVE $(BIN)/lpl demo --output_dir lpl-demo
 
 test: .venv/installed lint
-	@tests/browser/install.sh
 	OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/python -m pytest -n 2 --dist loadfile tests
 
-# Kills caching at 500 random moments and at 500 system calls, and training at 100 of each: half an hour.
+# What `make test` leaves out. Kills caching at 500 random moments and at 500 system calls, and training at 100 of each: half an hour.
 soak: .venv/installed
+	OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/python -m pytest -m slow tests
 	LPL_KILLS=100 OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/python -m pytest tests/invariants/test_killed_training.py
 	LPL_KILLS=500 OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/python -m pytest tests/invariants/test_killed_caching.py
 

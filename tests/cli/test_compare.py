@@ -213,6 +213,7 @@ def test_minutes_count_for_all_runs_together(monkeypatch: pytest.MonkeyPatch, tm
     assert given == [10.0, 4.0]
 
 
+@pytest.mark.slow
 def test_two_processes_compare_alike(flags: Any, tmp_path: Path) -> None:
     """Each run begins its process group anew; the first process writes."""
     arms = "baseline: {lpl_weight: 0}\nlpl: {lpl_weight: 5}\n"

@@ -175,6 +175,7 @@ def test_predicted_peak_is_what_real_steps_take() -> None:
     assert predicted == pytest.approx(measured, rel=check.TOLERANCE)
 
 
+@pytest.mark.slow
 def test_a_split_model_is_planned_for_the_gpus_it_is_split_over(plan: Any) -> None:
     base = ("--resolution", "128", "--mixed_precision", "bf16", "--num_processes", "4")
     whole, split = plan(*base), plan(*base, "--sharding", "fsdp2")

@@ -17,6 +17,7 @@ SAMPLES = 4
 """Samples of a step; the data have six, so epochs end within steps."""
 STEPS, RATE, EPSILON = 4, 1e-2, 1e-2
 FLOAT_ERROR = 2e-6
+SLOW = pytest.param(2, 2, 1, True, marks=pytest.mark.slow)
 OPTIONS = {
     "max_train_steps": STEPS,
     "learning_rate": RATE,
@@ -77,7 +78,7 @@ def test_some_processes_of_four_have_no_sample_for_lpl(whole: Any) -> None:
 
 @pytest.mark.parametrize(
     ("processes", "batch", "accumulation", "fsdp"),
-    [(2, 2, 1, False), (2, 1, 2, False), (4, 1, 1, False), (2, 2, 1, True), (2, 1, 2, True)],
+    [(2, 2, 1, False), (2, 1, 2, False), (4, 1, 1, False), SLOW, (2, 1, 2, True)],
 )
 def test_processes_train_what_one_trains(
     run: Any, whole: Any, tmp_path: Path, processes: int, batch: int, accumulation: int, fsdp: bool
@@ -135,6 +136,7 @@ def test_what_depends_on_the_division_asks_for_allow_changes(run: Any, train_in:
     assert json.loads((allowed.folder / "finished.json").read_text())["step"] == STEPS
 
 
+@pytest.mark.slow
 def test_split_model_in_bfloat16_follows_the_whole_one(run: Any, tmp_path: Path) -> None:
     """Both compute in bfloat16: their losses differ by its rounding of sums in another order."""
     options = {"mixed_precision": "bf16", "max_train_steps": 2, "use_ema": False, "save_steps": None}
@@ -165,6 +167,7 @@ def test_what_cannot_be_split_is_refused_in_one_line(
     assert told in errors[0]
 
 
+@pytest.mark.slow
 def test_schedule_free_weights_are_split_too(run: Any, train: Any, tmp_path: Path) -> None:
     options = {"optimizer": "schedulefree_adamw", "use_ema": False, "ema_decay": None, "max_train_steps": 2}
     one = train(**OPTIONS | options, output="one")

@@ -90,8 +90,10 @@ def test_a_run_without_the_encoders_is_not_continued_with_them(train: Any) -> No
     assert "--train_text_encoder" in other.errors[0]
 
 
-@pytest.mark.parametrize("fsdp", [False, True])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("variant", "fsdp"),
+    [("full", False), ("full", True), ("lora", False), pytest.param("lora", True, marks=pytest.mark.slow)],
+)
 def test_two_processes_equal_one_with_twice_the_batch(
     train: Any,
     base_options: dict[str, Any],

@@ -97,6 +97,7 @@ def test_cheapest_changes_as_little_as_it_can(rehearsal: Rehearsal) -> None:
         assert not fits(estimate(saving.apply(config), rehearsal).peak, memory), flags
 
 
+@pytest.mark.slow
 def test_the_smallest_is_below_all_others_and_nothing_fits_below_it(rehearsal: Rehearsal) -> None:
     config = options("--use_ema", "--mixed_precision=bf16", "--gradient_checkpointing", "--lpl_dtype=bfloat16")
     least = smallest(config, rehearsal)

@@ -73,6 +73,7 @@ def test_full_fine_tune_of_sdxl(plan: Callable[..., dict[str, str]]) -> None:
         assert tap in text
 
 
+@pytest.mark.slow
 def test_what_saves_memory_saves_it_in_the_plan(train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     def rows(**options: Any) -> dict[str, float]:
         text = train("--dry_run", **options).stdout

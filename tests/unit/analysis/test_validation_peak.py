@@ -13,7 +13,11 @@ LEAN = ("--gradient_checkpointing", "--mixed_precision=bf16")
 
 
 @pytest.mark.parametrize(
-    "flags", [("--rank=4", "--no_use_lpl", "--resolution=1024"), ("--rank=4", "--no_use_lpl", "--resolution=1536")]
+    "flags",
+    [
+        ("--rank=4", "--no_use_lpl", "--resolution=1024"),
+        pytest.param(("--rank=4", "--no_use_lpl", "--resolution=1536"), marks=pytest.mark.slow),
+    ],
 )
 def test_validation_stays_below_the_training_peak(flags: tuple[str, ...]) -> None:
     """The leanest training: a small LoRA without LPL. A decoder beside the UNet would take 1 GiB more than it."""

@@ -225,6 +225,7 @@ def test_a_plan_knows_the_shapes(
     assert plan.tokens(2).shape == (2, 32 if which == "tiny" else 77)
 
 
+@pytest.mark.slow
 def test_a_plan_counts_longer_captions(run_cli: Any, train: Any, model: Path) -> None:
     def counted(text: str) -> str:
         (line,) = [line for line in text.splitlines() if line.startswith("FLOPs")]

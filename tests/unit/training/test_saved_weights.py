@@ -264,6 +264,7 @@ def test_compiled_denoiser_leaves_no_trace_in_files(
     assert plain.unet().keys() == run.unet().keys()
 
 
+@pytest.mark.slow
 def test_accelerates_own_compiling_leaves_no_trace_either(
     train: Any, eager_backend: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
