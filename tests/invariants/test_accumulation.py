@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from launching import launch
 
 STEPS, RATE, EPSILON = 3, 1e-2, 1e-2
 FLOAT_ERROR = 1e-6
@@ -69,24 +70,9 @@ def test_auto_weight_and_share_do_not_depend_on_the_split(train: Any) -> None:
         assert many["lpl/gradient_share"][step] == pytest.approx(one["lpl/gradient_share"][step], rel=1e-4)
 
 
-def launch(argv: list[str]) -> None:
-    """One process of a launch; module level, so that it can be sent there."""
-    from lpl.cli import main
-
-    main(argv)
-
-
 def test_two_processes_equal_one_with_twice_the_batch(
-    whole: Any,
-    base_options: dict[str, Any],
-    as_flags: Any,
-    read_run: Any,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    whole: Any, base_options: dict[str, Any], as_flags: Any, read_run: Any, tmp_path: Path
 ) -> None:
-    from accelerate import debug_launcher
-
     options = {**base_options, **OPTIONS, "train_batch_size": 4, "output_dir": tmp_path / "two"}
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    debug_launcher(launch, (["train", *as_flags(options)],), num_processes=2)
+    launch(["train", *as_flags(options)], 2)
     assert_same_run(read_run(tmp_path / "two"), whole)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from launching import launch
 
 OPTIONS = {
     "max_train_steps": 6,
@@ -61,25 +62,10 @@ def test_accumulation_equals_a_larger_batch(train: Any, whole: Any, batch: int, 
     assert_same_run(train(**options, output="split"), whole)
 
 
-def launch(argv: list[str]) -> None:
-    """One process of a launch; module level, so that it can be sent there."""
-    from lpl.cli import main
-
-    main(argv)
-
-
 def test_two_processes_equal_one_with_twice_the_batch(
-    whole: Any,
-    base_options: dict[str, Any],
-    as_flags: Any,
-    read_run: Any,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    whole: Any, base_options: dict[str, Any], as_flags: Any, read_run: Any, tmp_path: Path
 ) -> None:
-    from accelerate import debug_launcher
-
     options = {**base_options, **OPTIONS, **SPLIT, "output_dir": tmp_path / "two"}
     options |= {"train_batch_size": 2, "gradient_accumulation_steps": 2}
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    debug_launcher(launch, (["train", *as_flags(options)],), num_processes=2)
+    launch(["train", *as_flags(options)], 2)
     assert_same_run(read_run(tmp_path / "two"), whole)

@@ -18,7 +18,6 @@ from lpl.config import TrainConfig
 from lpl.errors import UserError
 from lpl.perceptual.loss import LatentPerceptualLoss
 from lpl.perceptual.objective import PerceptualObjective
-from lpl.training.launch import check_launch
 from lpl.training.optimizers import check_class, check_steps
 from lpl.training.sharded import set_precision
 from lpl.training.small_cards import check_processes
@@ -35,7 +34,6 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         UserError: precision or an optimizer that the device lacks, before anything loads.
     """
     run, log = config.run, config.logging
-    check_launch(config)
     accelerator = Accelerator(
         # Filling the cache may keep processes waiting for each other far longer than torch's ten minutes.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=24))],

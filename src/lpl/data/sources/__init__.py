@@ -54,19 +54,20 @@ def open_regularisation(config: DataConfig) -> Source | None:
     Raises:
         UserError: not found, or without the images and captions that are needed.
     """
-    if config.reg_data_dir is None:
-        return None
-    masks = config.masked_loss == "files"
-    return FolderSource(config.reg_data_dir, config.caption_column, flag="--reg_data_dir", masks=masks)
+    return _open_folder(config, "reg_data_dir")
 
 
 def open_validation(config: DataConfig) -> Source | None:
     """The folder that --validation_data_dir names; None where it is not given.
 
     Raises:
-        UserError: not found, or without the images and captions that are needed.
+        UserError: as open_regularisation.
     """
-    if config.validation_data_dir is None:
+    return _open_folder(config, "validation_data_dir")
+
+
+def _open_folder(config: DataConfig, option: str) -> Source | None:
+    folder = getattr(config, option)
+    if folder is None:
         return None
-    masks = config.masked_loss == "files"
-    return FolderSource(config.validation_data_dir, config.caption_column, flag="--validation_data_dir", masks=masks)
+    return FolderSource(folder, config.caption_column, flag=f"--{option}", masks=config.masked_loss == "files")
