@@ -36,8 +36,10 @@ class Arm:
 class Pretraining:
     """How the baseline is made; see arms.yaml."""
 
+    decoder_minutes: float
     ratio: float
     flat: float
+    first: int
     every: int
     max_steps: int
     seed: int
@@ -67,6 +69,7 @@ class Benchmark:
 
     settings: list[Setting]
     samples: int
+    search_samples: int
     steps: int
     seeds: list[int]
     search_seed: int
@@ -91,6 +94,7 @@ class Run:
     seed: int
     reported: bool
     steps: int
+    samples: int
     options: Options
     command: str = "lpl"
 
@@ -127,10 +131,11 @@ def as_toy(benchmark: Benchmark) -> Benchmark:
         benchmark,
         settings=benchmark.settings[:1],
         samples=64,
+        search_samples=64,
         steps=4,
         seeds=benchmark.seeds[:2],
         common=benchmark.common | steps,
-        pretraining=replace(benchmark.pretraining, every=4, max_steps=8),
+        pretraining=replace(benchmark.pretraining, decoder_minutes=0.05, first=4, every=4, max_steps=8),
         baseline=shorter(benchmark.baseline),
         lpl=shorter(benchmark.lpl),
     )

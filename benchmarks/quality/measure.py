@@ -68,6 +68,12 @@ def _frechet(x: ImageSet, y: ImageSet) -> float:
     return max(0.0, float(frechet_distance(x.moments, y.moments)))
 
 
+def ordered_prompts(folder: Path) -> list[str]:
+    """The captions of a folder of crops, in an order that spreads a photograph's over the list."""
+    captions = read_prompts(folder / "metadata.jsonl")
+    return [captions[i] for i in sorted(range(len(captions)), key=lambda i: keyed_uniform("quality prompts", i))]
+
+
 def measure_run(run: Path, data: Path, cache: Path, samples: int, seed: int, prompts: str) -> dict[str, Any]:
     """The figures of a row.
 
@@ -83,11 +89,8 @@ def measure_run(run: Path, data: Path, cache: Path, samples: int, seed: int, pro
     sampler = load_for_sampling(
         ModelConfig(str(run)), torch.float32, torch.device("cpu"), None, 1.0, scheduler="dpmsolver++"
     )
-    captions = read_prompts(data / prompts / "metadata.jsonl")
-    order = sorted(range(len(captions)), key=lambda i: keyed_uniform("quality prompts", i))
-    images = generate(
-        sampler, [captions[i] for i in order], samples, Sampling(resolution, STEPS, GUIDANCE, seed, BATCH)
-    )
+    captions = ordered_prompts(data / prompts)
+    images = generate(sampler, captions, samples, Sampling(resolution, STEPS, GUIDANCE, seed, BATCH))
     reference = open_reference(data / "held-out", resolution, sampler.vae, cache)
     measured = measure_images(images, reference)
     metrics = ("frechet", "kernel", "spectrum")

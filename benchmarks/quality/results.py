@@ -22,15 +22,14 @@ class Results:
 
     Args:
         file: read where it is there.
-        samples: of each run; rows of another number of samples are not the same run's.
         primary: the setting whose arms have no suffix.
 
     Raises:
         UserError: a file that is no results.json.
     """
 
-    def __init__(self, file: Path, samples: int, primary: Setting) -> None:
-        self.file, self.samples, self.primary = file, samples, primary
+    def __init__(self, file: Path, primary: Setting) -> None:
+        self.file, self.primary = file, primary
         self._lock = threading.Lock()
         self.content: dict[str, Any] = {"lpl": __version__, "kind": "quality", "rows": [], "baselines": {}}
         if file.is_file():
@@ -58,7 +57,7 @@ class Results:
             "seed": run.seed,
             "reported": run.reported,
             "steps": run.steps,
-            "samples": self.samples,
+            "samples": run.samples,
             "options": run.options,
         }
 
@@ -84,9 +83,15 @@ class Results:
         """Median over the reported rows of an arm."""
         return median(row["seconds"] / row["steps"] for row in self.rows if row["arm"] == arm and row["reported"])
 
-    def write(self) -> None:
-        """The whole file at once."""
+    def baseline(self, setting: Setting) -> Row:
+        """What is kept of a setting's pretraining: its curve, floor and whether it reached its target."""
+        found: Row = self.content["baselines"].get(setting.name, {})
+        return {"curve": []} | found
+
+    def keep_baseline(self, setting: Setting, values: Row) -> None:
+        """Adds to that."""
         with self._lock:
+            self.content["baselines"][setting.name] = self.baseline(setting) | values
             self._write()
 
     def _write(self) -> None:

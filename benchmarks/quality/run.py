@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> None:
         if options.model is not None and not (model / "model_index.json").is_file():
             raise UserError(f"--model {model}: no pipeline there")
         workers = Workers(options.processes, options.budget_minutes, lock.fileno())
-        stages = Stages(benchmark, folder, Results(file, benchmark.samples, benchmark.primary), workers, model)
+        stages = Stages(benchmark, folder, Results(file, benchmark.primary), workers, model, options.model is not None)
 
         def end(number: int, _frame: FrameType | None) -> None:
             workers.stop()

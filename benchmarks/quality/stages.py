@@ -5,17 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+
+from diffusers import AutoencoderKL
 
 from benchmarks.quality.arms import Arm, Benchmark, Control, Options, Run, Setting, merged, search
-from benchmarks.quality.measure import floors, open_reference
+from benchmarks.quality.kept import keep
+from benchmarks.quality.measure import floors, open_reference, ordered_prompts
 from benchmarks.quality.results import Results, Row
 from benchmarks.quality.workers import Workers
 from lpl.errors import UserError
 
-UNET = Path("unet") / "diffusion_pytorch_model.safetensors"
+SHOWN = 16
+"""Prompts that results.json names, for pictures."""
 
 
 def is_past_steep_phase(distances: list[float], target: float, flat: float) -> bool:
@@ -33,6 +38,7 @@ class Stages:
         results: the rows.
         workers: run processes.
         model: the pipeline to begin with; lpl.demo's is put there if nothing is.
+        own_model: whether that pipeline is the user's, whose decoder stays as it is.
     """
 
     benchmark: Benchmark
@@ -40,6 +46,9 @@ class Stages:
     results: Results
     workers: Workers
     model: Path
+    own_model: bool = False
+    _preparing: threading.Lock = field(default_factory=threading.Lock)
+    _prepared: bool = False
 
     def data(self, setting: Setting) -> Path:
         """The data's folder of a setting's resolution."""
@@ -54,8 +63,9 @@ class Stages:
 
         if not (self.model / "model_index.json").is_file():
             export_model(self.model)
-        self._floors(self.model)
-        self.workers.map(self._pretrain, self.benchmark.settings)
+        # The encoder stays as it is, so denoisers are trained on its latents while the decoder is trained.
+        tasks = [self._prepare, *(partial(self._pretrain, setting) for setting in self.benchmark.settings)]
+        self.workers.map(lambda task: task(), tasks)
 
     def search(self) -> None:
         """Finds the best options of both arms on the seed of the search."""
@@ -66,6 +76,7 @@ class Stages:
         best = {"baseline": self._best("baseline"), "lpl": self._best("lpl")}
         self.results.note("best", best)
         primary, seeds = self.benchmark.primary, self.benchmark.seeds
+        self.results.note("prompts", ordered_prompts(self.data(primary) / primary.data)[:SHOWN])
         # Seed by seed, so that an unfinished report has whole pairs.
         runs = [self._run(primary, arm, seed, best[arm]) for seed in seeds for arm in best]
         self.workers.map(self._complete, runs)
@@ -78,7 +89,8 @@ class Stages:
         )
 
     def _run(self, setting: Setting, arm: str, seed: int, options: Options, reported: bool = True) -> Run:
-        return Run(setting, arm, seed, reported, self.benchmark.steps, options)
+        samples = self.benchmark.samples if reported else self.benchmark.search_samples
+        return Run(setting, arm, seed, reported, self.benchmark.steps, samples, options)
 
     def _control(self, name: str, control: Control, seed: int, options: Options) -> Run:
         steps = self.benchmark.steps
@@ -87,7 +99,7 @@ class Stages:
             ratio = self.results.seconds_per_step(control.as_long_as) / self.results.seconds_per_step(control.of)
             steps = earlier[0] if earlier else max(1, round(steps * ratio))
         options = {key: value for key, value in options.items() if key not in control.without}
-        return Run(self.benchmark.primary, name, seed, True, steps, options, control.command)
+        return Run(self.benchmark.primary, name, seed, True, steps, self.benchmark.samples, options, control.command)
 
     def _best(self, arm: str) -> Options:
         """The options that the search has found; it goes on where it is not complete."""
@@ -116,8 +128,7 @@ class Stages:
                 f"{baseline}: no baseline there: run --stage baseline first, with --results FILE of your own if "
                 f"{self.results.file} holds another machine's"
             )
-        key = json.dumps(self.results.key(run), sort_keys=True)
-        name = f"{run.setting.name}_{run.arm}_{run.seed}_{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+        name = self._name(run)
         folder = self.folder / "runs" / name
         options = merged(
             self.benchmark.common,
@@ -127,7 +138,7 @@ class Stages:
         )
         log = self.folder / "logs" / f"{name}.txt"
         self.workers.train(run.command, options, log)
-        measured = self._measure(run.setting, folder, run.seed, log)
+        measured = self._measure(run.setting, folder, run.samples, run.seed, log)
         self.results.add(run, measured)
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
@@ -135,6 +146,11 @@ class Stages:
         assert found is not None
         print(f"{name}: frechet {found['frechet']:.4g}, {found['seconds'] / run.steps:.3g} s a step", flush=True)
         return found
+
+    def _name(self, run: Run) -> str:
+        """The name of a run's folder."""
+        key = json.dumps(self.results.key(run), sort_keys=True)
+        return f"{run.setting.name}_{run.arm}_{run.seed}_{hashlib.sha256(key.encode()).hexdigest()[:8]}"
 
     def _places(self, setting: Setting, model: Path, output: Path) -> Options:
         return {
@@ -145,55 +161,70 @@ class Stages:
             "output_dir": str(output),
         }
 
-    def _measure(self, setting: Setting, run: Path, seed: int, log: Path) -> Row:
+    def _measure(self, setting: Setting, run: Path, samples: int, seed: int, log: Path) -> Row:
         cache = self.folder / "cache" / "evaluation"
-        return self.workers.measure(run, self.data(setting), cache, self.benchmark.samples, seed, setting.data, log)
+        return self.workers.measure(run, self.data(setting), cache, samples, seed, setting.data, log)
 
-    def _floors(self, model: Path) -> None:
-        """Before any process needs them: the reference's statistics, and the floors that pretraining aims at."""
-        from diffusers import AutoencoderKL
+    def _prepare(self) -> None:
+        """Once, before anything is measured: the decoder, the references' statistics, and the floors."""
+        with self._preparing:
+            if self._prepared:
+                return
+            vae = AutoencoderKL.from_pretrained(self._trained_vae()).eval()
+            cache = self.folder / "cache" / "evaluation"
+            for setting in self.benchmark.settings:
+                held_out = self.data(setting) / "held-out"
+                reference = open_reference(held_out, setting.resolution, vae, cache)
+                train = open_reference(self.data(setting) / setting.data, setting.resolution, vae, cache)
+                self.results.keep_baseline(setting, {"floor": floors(reference, held_out, train)})
+            self._prepared = True
 
-        vae = AutoencoderKL.from_pretrained(model / "vae").eval()
-        baselines: dict[str, Any] = self.results.content["baselines"]
-        for setting in self.benchmark.settings:
-            held_out = self.data(setting) / "held-out"
-            reference_cache = self.folder / "cache" / "evaluation"
-            reference = open_reference(held_out, setting.resolution, vae, reference_cache)
-            entry = baselines.setdefault(setting.name, {"curve": []})
-            train = open_reference(self.data(setting) / setting.data, setting.resolution, vae, reference_cache)
-            entry["floor"] = floors(reference, held_out, train)
-        self.results.write()
+    def _trained_vae(self) -> Path:
+        """The folder of the VAE that all figures are of; its decoder is trained where that has not been done."""
+        if self.own_model:
+            return self.model / "vae"
+        found = self.folder / "vae"
+        if not (found / "config.json").is_file():
+            finest = max((self.folder / "data").glob("*/all"), key=lambda part: int(part.parent.name))
+            minutes = self.benchmark.pretraining.decoder_minutes
+            arguments = [self.model / "vae", finest, found, self.folder / "decoder.pt", minutes]
+            log = self.folder / "logs" / "decoder.txt"
+            self.workers.call(["benchmarks.quality.decoder", *map(str, arguments)], log)
+        return found
 
     def _pretrain(self, setting: Setting) -> None:
         """Trains on and on, with a measurement every so many steps."""
-        how, entry = self.benchmark.pretraining, self.results.content["baselines"][setting.name]
+        how = self.benchmark.pretraining
         folder, log = self.folder / "baselines" / setting.name, self.folder / "logs" / f"baseline_{setting.name}.txt"
-        target = how.ratio * entry["floor"]["frechet_train_to_held_out"]
-        curve: list[Row] = entry["curve"]
-        while not entry.get("reached") and (not curve or curve[-1]["steps"] < how.max_steps):
-            steps = (curve[-1]["steps"] if curve else 0) + how.every
+        kept = self.results.baseline(setting)
+        while not kept.get("reached") and (not kept["curve"] or kept["curve"][-1]["steps"] < how.max_steps):
+            steps = kept["curve"][-1]["steps"] + how.every if kept["curve"] else how.first
             options = merged(
                 self.benchmark.common,
                 how.options,
                 self._places(setting, self.model, folder),
-                {"seed": how.seed, "max_train_steps": steps, "checkpointing_steps": min(how.every, 2000)},
+                {"seed": how.seed, "max_train_steps": steps},
             )
             self.workers.train("lpl", options, log)
-            curve.append({"steps": steps} | self._measure(setting, folder, how.seed, log))
-            entry["reached"] = is_past_steep_phase([row["frechet"] for row in curve], target, how.flat)
-            entry["options"] = {"seed": how.seed} | how.options
-            self.results.write()
-            found = curve[-1]["frechet"]
-            print(f"baseline {setting.name}: step {steps}, frechet {found:.4g}, target {target:.4g}", flush=True)
+            self._prepare()
+            shutil.copytree(self._trained_vae(), folder / "vae", dirs_exist_ok=True)
+            found = {"steps": steps} | self._measure(setting, folder, self.benchmark.samples, how.seed, log)
+            curve = [*kept["curve"], found]
+            target = how.ratio * self.results.baseline(setting)["floor"]["frechet_train_to_held_out"]
+            reached = is_past_steep_phase([row["frechet"] for row in curve], target, how.flat)
+            values = {"curve": curve, "reached": reached, "options": {"seed": how.seed} | how.options}
+            self.results.keep_baseline(setting, values)
+            kept = self.results.baseline(setting)
+            print(
+                f"baseline {setting.name}: step {steps}, frechet {found['frechet']:.4g}, target {target:.4g}",
+                flush=True,
+            )
 
     def _keep_unets(self, runs: list[Run]) -> None:
-        """Copies both arms' UNets of the first reported seed to where they are committed from."""
+        """Keeps both arms' UNets of the first reported seed."""
         for run in runs:
-            key = json.dumps(self.results.key(run), sort_keys=True)
-            found = list((self.folder / "runs").glob(f"*_{hashlib.sha256(key.encode()).hexdigest()[:8]}"))
-            if not found:
-                print(f"{run.arm}, seed {run.seed}: its folder is not in {self.folder}, so its UNet is not copied")
-                continue
-            target = self.folder / "unets" / f"{run.arm}-seed{run.seed}.safetensors"
-            target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(found[0] / UNET, target)
+            found = self.folder / "runs" / self._name(run)
+            if found.is_dir():
+                keep(found, run.arm, self.results.file.parent / "weights")
+            else:
+                print(f"{run.arm}, seed {run.seed}: {found} is not there, so its UNet is not kept")

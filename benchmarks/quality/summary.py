@@ -105,22 +105,27 @@ def seeds_table(rows: list[Row]) -> str:
     return table(heads, lines)
 
 
+def differences(rows: list[Row], arm: str) -> list[tuple[str, Row]]:
+    """An arm's search, best first: what differs from the best, and the row."""
+    found = sorted((row for row in rows if row["arm"] == arm and not row["reported"]), key=lambda r: r["frechet"])
+    named = []
+    for row in found:
+        best, options = found[0]["options"], row["options"]
+        names = sorted(options.keys() | best.keys())
+        other = [f"{n} {options.get(n, 'default')}" for n in names if options.get(n) != best.get(n)]
+        named.append((", ".join(other) or "best", row))
+    return named
+
+
 def search_table(rows: list[Row]) -> str:
     """What the search tried, best first, as what differs from the best."""
     parts = []
     for arm in ("baseline", "lpl"):
-        found = sorted((row for row in rows if row["arm"] == arm and not row["reported"]), key=lambda r: r["frechet"])
-        if not found:
-            continue
-        best = found[0]["options"]
-        lines = []
-        for row in found:
-            options = row["options"]
-            names = sorted(options.keys() | best.keys())
-            other = [f"{n} {options.get(n, 'default')}" for n in names if options.get(n) != best.get(n)]
-            lines.append([", ".join(other) or "best", f"{row['frechet']:.4g}", f"{row['high_band_log_error']:.4g}"])
-        said = ", ".join(f"{name} {value}" for name, value in best.items())
-        parts.append(f"{arm}, best: {said}\n\n{table(['differs in', 'frechet', 'high_band_log_error'], lines)}")
+        found = differences(rows, arm)
+        if found:
+            lines = [[said, f"{row['frechet']:.4g}", f"{row['high_band_log_error']:.4g}"] for said, row in found]
+            best = ", ".join(f"{name} {value}" for name, value in found[0][1]["options"].items())
+            parts.append(f"{arm}, best: {best}\n\n{table(['differs in', 'frechet', 'high_band_log_error'], lines)}")
     return "\n\n".join(parts)
 
 

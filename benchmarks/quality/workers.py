@@ -91,7 +91,7 @@ class Workers:
             options = options | {"max_minutes": max(left, 0.05)}
         texts = {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in options.items()}
         head = ["lpl", "train"] if command == "lpl" else [command]
-        self._call([*head, *as_flags(texts)], log)
+        self.call([*head, *as_flags(texts)], log)
 
     def measure(
         self, run: Path, data: Path, cache: Path, samples: int, seed: int, prompts: str, log: Path
@@ -104,11 +104,17 @@ class Workers:
         """
         self.check()
         arguments = [str(run), str(data), str(cache), str(samples), str(seed), prompts]
-        self._call(["benchmarks.quality.measure", *arguments], log)
+        self.call(["benchmarks.quality.measure", *arguments], log)
         found: dict[str, Any] = json.loads((run / MEASURED).read_text(encoding="utf-8"))
         return found
 
-    def _call(self, arguments: list[str], log: Path) -> None:
+    def call(self, arguments: list[str], log: Path) -> None:
+        """A Python module with its arguments, on one core, to its end; its output is appended to log.
+
+        Raises:
+            BudgetSpentError: it was stopped.
+            UserError: it failed.
+        """
         paths = [str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")]
         environment = os.environ | {
             "OMP_NUM_THREADS": "1",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
+from PIL import Image
 from torch import nn
 
 from lpl.demo.architecture import build_vae
@@ -18,6 +20,7 @@ FEATURE_BATCH = 4  # the feature distance looks at half of each batch
 MSE_WEIGHT = 4.0
 FEATURE_WEIGHT = 0.05
 KL_WEIGHT = 2e-4
+Draw = Callable[[int, random.Random], list[Image.Image]]
 
 
 class EarlyFeatures(nn.Module):
@@ -54,11 +57,11 @@ class EarlyFeatures(nn.Module):
         return torch.stack(terms).mean()
 
 
-def _fit(run: TimedRun[AutoencoderKL], train_encoder: bool) -> AutoencoderKL:
+def _fit(run: TimedRun[AutoencoderKL], train_encoder: bool, draw: Draw) -> AutoencoderKL:
     vae, features = run.module, EarlyFeatures()
 
     def loss_of(step: int) -> tuple[torch.Tensor, dict[str, float]]:
-        images = to_tensor(random_patches(BATCH_SIZE, random.Random(f"vae {step}")))
+        images = to_tensor(draw(BATCH_SIZE, random.Random(f"vae {step}")))
         generator = torch.Generator().manual_seed(step)
         with torch.autocast("cpu", torch.bfloat16):
             with torch.set_grad_enabled(train_encoder):
@@ -86,21 +89,22 @@ def train_vae(checkpoint: Path, minutes: float) -> AutoencoderKL:
         minutes: budget of training time.
     """
     torch.manual_seed(0)
-    return _fit(TimedRun(build_vae(), checkpoint, minutes, learning_rate=1.5e-3), train_encoder=True)
+    return _fit(TimedRun(build_vae(), checkpoint, minutes, learning_rate=1.5e-3), True, random_patches)
 
 
-def refine_decoder(vae: AutoencoderKL, checkpoint: Path, minutes: float) -> AutoencoderKL:
+def refine_decoder(vae: AutoencoderKL, checkpoint: Path, minutes: float, draw: Draw = random_patches) -> AutoencoderKL:
     """Train the decoder on, with the same loss: the encoder stays, so a base model trained on its latents does too.
 
     Args:
         vae: the autoencoder to start from; changed in place.
         checkpoint: file to resume from and to save to.
         minutes: budget of training time.
+        draw: gives so many training images of 64 pixels.
     """
     torch.manual_seed(0)
     vae.encoder.requires_grad_(False)
     vae.quant_conv.requires_grad_(False)
-    return _fit(TimedRun(vae, checkpoint, minutes, learning_rate=8e-4), train_encoder=False)
+    return _fit(TimedRun(vae, checkpoint, minutes, learning_rate=8e-4), False, draw)
 
 
 @torch.no_grad()

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.quality import arms, photographs, summary
+from benchmarks.quality import arms, kept, photographs, summary
 from benchmarks.quality.arms import Arm, Run, read_arms
 from benchmarks.quality.control import LatentSquaredDistance
+from benchmarks.quality.decoder import Crops
 from benchmarks.quality.fetch import Counts, fetch
 from benchmarks.quality.results import Results
 from benchmarks.quality.stages import is_past_steep_phase
@@ -56,7 +59,7 @@ def test_every_option_of_arms_is_one_of_lpl_train() -> None:
                 texts = {name: str(value) for name, value in arms.merged(benchmark.common, options).items()}
                 parse_train(as_flags(texts))
                 number += 1
-    assert number == 10 + 28
+    assert number == 6 + 20
 
 
 def test_search_goes_on_with_the_best_of_each_round() -> None:
@@ -74,16 +77,53 @@ def test_search_goes_on_with_the_best_of_each_round() -> None:
 
 def test_results_know_a_run_again(tmp_path: Path) -> None:
     primary, other = read_arms().settings[:2]
-    results = Results(tmp_path / "results.json", 64, primary)
-    run = Run(primary, "lpl", 1, True, 10, {"use_lpl": True})
+    results = Results(tmp_path / "results.json", primary)
+    run = Run(primary, "lpl", 1, True, 10, 64, {"use_lpl": True})
     results.add(run, {"frechet": 2.0, "seconds": 5.0})
-    results.add(Run(other, "lpl", 1, True, 10, {"use_lpl": True}), {"frechet": 3.0, "seconds": 50.0})
-    again = Results(tmp_path / "results.json", 64, primary)
+    results.add(Run(other, "lpl", 1, True, 10, 64, {"use_lpl": True}), {"frechet": 3.0, "seconds": 50.0})
+    again = Results(tmp_path / "results.json", primary)
     assert [row["arm"] for row in again.rows] == ["lpl", "lpl@quarter-64"]
     assert again.find(run)["frechet"] == 2.0
     assert again.seconds_per_step("lpl") == 0.5
-    assert again.find(Run(primary, "lpl", 1, True, 10, {"use_lpl": True, "lpl_scale": False})) is None
-    assert Results(tmp_path / "results.json", 65, primary).find(run) is None
+    assert again.find(Run(primary, "lpl", 1, True, 10, 64, {"use_lpl": True, "lpl_scale": False})) is None
+    assert again.find(replace(run, samples=65)) is None
+
+
+def test_kept_weights_make_the_pipeline_again(tmp_path: Path) -> None:
+    from lpl.demo.weights import load_pipeline
+
+    pipeline = load_pipeline()
+    with torch.no_grad():
+        for part in (pipeline.unet.conv_out, pipeline.vae.decoder.conv_out):
+            part.bias += 0.25
+        pipeline.vae.encoder.conv_in.bias += 1.0  # the encoder is not the benchmark's to keep
+    pipeline.save_pretrained(tmp_path / "run")
+    kept.keep(tmp_path / "run", "lpl", tmp_path / "weights")
+    again, shipped = kept.kept_pipeline("lpl", tmp_path / "weights"), load_pipeline()
+    for part, wanted in ((again.unet, pipeline.unet), (again.vae.decoder, pipeline.vae.decoder)):
+        pairs = zip(part.state_dict().values(), wanted.state_dict().values(), strict=True)
+        assert all(torch.equal(x, y.half().float()) for x, y in pairs)
+    assert torch.equal(again.vae.encoder.conv_in.bias, shipped.vae.encoder.conv_in.bias)
+
+
+def test_the_decoders_crops_are_parts_of_the_images(tmp_path: Path) -> None:
+    from PIL import Image
+
+    Image.linear_gradient("L").resize((80, 80)).convert("RGB").save(tmp_path / "a.png")
+    draw = Crops(tmp_path)
+    first, again = (draw(6, random.Random(1)) for _ in range(2))
+    assert [image.size for image in first] == [(64, 64)] * 6
+    assert [image.tobytes() for image in first] == [image.tobytes() for image in again]
+    darkest = {image.getpixel((0, 0))[0] for image in first}
+    assert len(darkest) > 1, "every crop is the whole image"
+
+
+def test_search_is_named_by_what_differs() -> None:
+    rows = [
+        {"arm": "lpl", "seed": 101, "reported": False, "frechet": value, "options": options}
+        for value, options in ((5.0, {"a": 1}), (3.0, {"a": 2, "b": True}))
+    ]
+    assert [said for said, _ in summary.differences(rows, "lpl")] == ["best", "a 1, b default"]
 
 
 def test_paired_ratio_against_hand() -> None:
@@ -120,13 +160,13 @@ def test_settings_can_be_left_out_but_the_searched_one() -> None:
 def test_workers_tell_faults_from_stops(tmp_path: Path) -> None:
     log = tmp_path / "log.txt"
     with pytest.raises(UserError, match=r"benchmarks\.quality\.nothing ended with code 1 .*No module named"):
-        Workers()._call(["benchmarks.quality.nothing"], log)
+        Workers().call(["benchmarks.quality.nothing"], log)
     with pytest.raises(BudgetSpentError):
         Workers(budget_minutes=0.0).train("lpl", {}, log)
     stopped = Workers()
     stopped.stop()
     with pytest.raises(BudgetSpentError):
-        stopped._call(["benchmarks.quality.nothing"], log)
+        stopped.call(["benchmarks.quality.nothing"], log)
 
 
 def test_steep_phase() -> None:
