@@ -53,6 +53,8 @@ class Row(NamedTuple):
     """Single values behind it."""
     noise: float | None = None
     """Half the width of a band around the zero line: what chance alone does."""
+    noise_is: str = "what another seed alone changes"
+    """What that is."""
     mark: float | None = None
     """A place to set against, such as the VAE's floor."""
 
@@ -150,7 +152,8 @@ def interval_chart(
     header, used = ["", value_header, "95 % interval", "noise", "floor"], [True, True, True, False, False]
     used[3], used[4] = any(row.noise is not None for row in rows), any(row.mark is not None for row in rows)
     keep = [i for i in range(5) if used[i]]
-    key = [("swatch-noise", "noise: what another seed alone changes")] if used[3] else []
+    noises = dict.fromkeys(row.noise_is for row in rows if row.noise is not None)
+    key = [("swatch-noise", f"noise: {', or '.join(noises)}")] if used[3] else []
     key += [("swatch-mark", "the VAE's own floor (◂ ▸: beyond the axis)")] if used[4] else []
     return Chart(title, note, svg, [], [header[i] for i in keep], [[r[i] for i in keep] for r in table], key=key)
 
