@@ -16,6 +16,7 @@ from launching import launch
 from lpl.comparison import measures
 from lpl.comparison.run import train_all
 from lpl.errors import StopRequestedError
+from lpl.testing import tiny_images
 
 ARMS = "baseline: {lpl_weight: 0}\nlpl: {lpl_weight: 5}\nrepeat: {lpl_weight: 0}\n"
 OPTIONS = {"validation_samples": 2, "validation_steps": 2, "max_train_steps": 4}
@@ -208,6 +209,39 @@ def test_eval_measures_once_with_equal_options(tmp_path: Path, flags: Any, monke
     os.utime(finished, (later, later))
     measure()
     assert len(asked) == 2
+
+
+def test_a_finished_comparison_with_samples_goes_on(
+    flags: Any, run_cli: Any, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With `lpl eval` itself: samples of the shorter runs make way; eval's refusals and notes come along."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    reference, prompts = tiny_images(tmp_path / "reference", count=10, size=16), tmp_path / "prompts.txt"
+    (Path(reference) / "metadata.jsonl").unlink()
+    prompts.write_text("a lamp\n")
+    argv = flags(tmp_path / "out", "baseline: {lpl_weight: 0}\nlpl: {lpl_weight: 5}\n", validation_samples=0)
+    argv += ["--seeds", "0", f"--reference_dir={reference}", "--num_samples=10"]
+    code, _, err = run_cli([*argv, "--max_train_steps=1"])
+    assert code == 2
+    assert "--prompts is missing" in err
+    assert not list((tmp_path / "out").glob("*/*/unet"))
+    argv += [f"--prompts={prompts}"]
+    steps, values = [], []
+    for number in (1, 2):
+        code, _, err = run_cli([*argv, f"--max_train_steps={number}"])
+        assert code == 0, err
+        found = content(tmp_path / "out")
+        runs = [arm["runs"][0] for arm in found["arms"]]
+        steps.append([run["steps"] for run in runs])
+        values.append([run["metrics"]["kernel_efficientnet-lite0"] for run in runs])
+        (note,) = found["notes"]
+        assert note.startswith("kernel_efficientnet-lite0, spectrum_log_error_low")
+        assert note.endswith(": rough: only 10 images")
+        assert any(line.startswith("precision: refused: needs 50 images") for line in found["refused"])
+        assert (tmp_path / "out" / "lpl" / "seed-0" / "eval" / "images" / "00000" / "00000009.png").is_file()
+    assert steps == [[1, 1], [2, 2]]
+    assert values[0][1] != values[1][1]
+    assert not list((tmp_path / "out").glob("*/*/.eval.old"))
 
 
 def test_minutes_count_for_all_runs_together(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: Any) -> None:
