@@ -128,7 +128,7 @@ def test_all_arms_are_checked_before_the_first_trains(flags: Any, run_cli: Any, 
 
 
 def test_an_arm_that_has_to_stop_is_named_and_left_out(flags: Any, run_cli: Any, tmp_path: Path) -> None:
-    arms = "baseline: {lpl_weight: 0}\nwild: {learning_rate: 1.0e+30}\nlpl: {lpl_weight: 1}\n"
+    arms = "baseline: {lpl_weight: 0}\nwild: {learning_rate: 1.0e+30}\nlpl: {lpl_num_blocks: 1}\n"
     code, out, err = run_cli([*flags(tmp_path / "out", arms), "--seeds", "3"])
     assert code == 0, err
     found = content(tmp_path / "out")
@@ -138,6 +138,10 @@ def test_an_arm_that_has_to_stop_is_named_and_left_out(flags: Any, run_cli: Any,
     assert any("one seed gives no interval" in line for line in found["refused"])
     assert {e["outcome"] for e in found["paired"]} == {"unknown"}
     assert "left out:" in out
+    assert "lpl: validation's lpl will not be compared: another yardstick than the baseline's: --lpl_num_blocks" in err
+    assert "lpl: validation/raw/lpl: another yardstick than the baseline's: --lpl_num_blocks" in found["refused"]
+    assert {e["metric"] for e in found["paired"]} == {"validation/raw/diffusion_loss"}
+    assert [arm["yardsticks"] for arm in found["arms"]] == [{}, {}, {"lpl": ["lpl_num_blocks"]}]
 
 
 def test_figures_of_eval_are_compared(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import shutil
 from collections.abc import Callable
@@ -186,26 +185,12 @@ def lower_is_better(metric: str) -> bool:
     return metric not in HIGHER_IS_BETTER
 
 
-def at(curve: Curve, place: float, widest: float = math.inf) -> float | None:
-    """The value at a place, by a straight line between its neighbours where it was not measured itself.
-
-    A line over a falling loss, which is convex, lies above it, so neighbours far apart make a figure worse than it is.
-
-    Args:
-        curve: by place.
-        place: where.
-        widest: how far apart the neighbours may lie.
-
-    Returns:
-        None outside of what was measured, and between neighbours too far apart.
-    """
-    known = dict(reversed(curve))
-    if place in known:
-        return known[place]
+def at(curve: Curve, place: float) -> float | None:
+    """The value at a place, by a straight line between its neighbours; None: outside of what was measured."""
     for (x0, y0), (x1, y1) in pairwise(curve):
         if x0 < place < x1:
-            return y0 + (place - x0) / (x1 - x0) * (y1 - y0) if x1 - x0 <= widest else None
-    return None
+            return y0 + (place - x0) / (x1 - x0) * (y1 - y0)
+    return next((y for x, y in curve if x == place), None)
 
 
 def by_seconds(curve: Curve, clock: Curve) -> Curve:

@@ -12,7 +12,7 @@ from lpl.comparison.yardsticks import kind_of
 
 NO_DIFFERENCE = "no measurable difference"
 CLOSE = 0.1
-"""Part of a run that two validations may lie apart for a figure between them."""
+"""Part of a run's steps that two validations may lie apart for a figure between them."""
 TOO_RARELY = f"validated too rarely (more than {100 * CLOSE:g} % of the run apart; lower --validation_steps)"
 ABSCISSAE = {"steps": "equal steps", "seconds": "equal training time"}
 NOISE_FROM = {"repeat": "a repeat of the baseline", "seeds": "another seed"}
@@ -133,7 +133,7 @@ def at_equal_steps(name: str, both: Sequence[tuple[Measured, Measured]]) -> list
             return "measured at the ends of runs of different length"
         return [Pair(base.metrics[name], run.metrics[name]) for base, run in both]
     step = min(run.curves[name][-1][0] for pair in both for run in pair)
-    found = [(_near(base.curves[name], step), _near(run.curves[name], step)) for base, run in both]
+    found = [tuple(_near(one.curves[name], one.curves[name], step) for one in pair) for pair in both]
     return _whole(found, f"{TOO_RARELY} around step {step:g}")
 
 
@@ -151,16 +151,26 @@ def at_equal_time(name: str, both: Sequence[tuple[Measured, Measured]]) -> list[
         if not all(timed):
             return "the time of its steps is not known"
         until = min(curve[-1][0] for curve in timed)
-        found.append((_near(timed[0], until), _near(timed[1], until)))
+        found.append(tuple(_near(own, one.curves[name], until) for own, one in zip(timed, (base, run), strict=True)))
     return _whole(found, TOO_RARELY)
 
 
-def _near(curve: Curve, place: float) -> float | None:
-    """The value at a place, where the validations around it are CLOSE."""
-    return at(curve, place, CLOSE * (curve[-1][0] - curve[0][0]) * (1 + 1e-9))
+def _near(placed: Curve, curve: Curve, place: float) -> float | None:
+    """The value at a place of the abscissa, where it was measured or the validations around it are CLOSE.
+
+    Args:
+        placed: a figure over the abscissa.
+        curve: the same over steps, point by point.
+        place: where.
+    """
+    value = at(placed, place)
+    if value is None or any(x == place for x, _ in placed):
+        return value
+    after = sum(x < place for x, _ in placed)
+    return value if curve[after][0] - curve[after - 1][0] <= CLOSE * curve[-1][0] else None
 
 
-def _whole(found: Sequence[tuple[float | None, float | None]], otherwise: str) -> list[Pair] | str:
+def _whole(found: Sequence[tuple[float | None, ...]], otherwise: str) -> list[Pair] | str:
     pairs = [Pair(base, arm) for base, arm in found if base is not None and arm is not None]
     return pairs if len(pairs) == len(found) else otherwise
 
