@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,10 +16,13 @@ from lpl.config import ModelConfig, require
 from lpl.diffusion.latent_space import LatentSpace
 from lpl.errors import UserError
 from lpl.families.sdxl_check import FLAG, check_model, native_resolution
+from lpl.families.sdxl_configs import PUBLISHED
 
 logger = logging.getLogger("lpl")
 
 SchedulerName = Literal["model", "dpmsolver++"]
+IDLE = {"transformers_version", "architectures", "dtype", "torch_dtype", "name_or_path"}
+"""Keys of configs that say where a part came from: weights are hashed as they are."""
 DECODED_PIXELS = 16 * 64 * 64
 """Pixels that are decoded together, or one image: more leave a CPU's caches, and a GPU's memory at 1024 pixels."""
 
@@ -60,6 +64,22 @@ class PipelineSampler:
         parts = sorted(self.pipeline.components.items())
         return [part for _, part in parts if isinstance(part, torch.nn.Module)]
 
+    def configuration(self, prompts: Sequence[str]) -> dict[str, str]:
+        """A hash of what decides the samples beside weights, by part: its class, its config, a tokenizer's ids.
+
+        Versions and places in configs do not count.
+
+        Args:
+            prompts: what is drawn.
+        """
+        settings = {name: _settings(part, prompts) for name, part in sorted(self.pipeline.components.items())}
+        own = {key: value for key, value in self.pipeline.config.items() if key not in settings}
+        settings["pipeline"] = [type(self.pipeline).__name__, _acting(own)]
+        return {
+            name: hashlib.blake2b(json.dumps(found, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
+            for name, found in settings.items()
+        }
+
     @torch.no_grad()
     def __call__(
         self,
@@ -99,6 +119,22 @@ class PipelineSampler:
         return found
 
 
+def _settings(part: Any, prompts: Sequence[str]) -> list[Any]:
+    """What of a pipeline's part decides samples, for a hash."""
+    from transformers import PreTrainedTokenizerBase
+
+    kind = type(part).__name__
+    if isinstance(part, PreTrainedTokenizerBase):
+        ids = part([*prompts, ""], verbose=False).input_ids
+        return [kind, part.model_max_length, part.pad_token_id, ids]
+    config = getattr(part, "config", {})
+    return [kind, _acting(config.to_dict() if hasattr(config, "to_dict") else config)]
+
+
+def _acting(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if not key.startswith("_") and key not in IDLE}
+
+
 class SDXLSampler(PipelineSampler):
     """Samples of a StableDiffusionXLPipeline; the VAE decodes in float32, whatever the precision of the others."""
 
@@ -113,11 +149,17 @@ class SDXLSampler(PipelineSampler):
         return torch.cat([self.vae.decode(part).sample / 2 + 0.5 for part in raw.split(together)])
 
 
-def check_sampling(config: ModelConfig, lora: Path | None) -> int | None:
-    """Refuses, before anything heavy loads, a model that cannot be sampled.
+class Sizes(NamedTuple):
+    """Pixels that go with a model; None: its configs do not say."""
 
-    Returns:
-        The pixels that it was made for; None: its configs do not say.
+    native: int | None = None
+    """What it was made for."""
+    stride: int | None = None
+    """Of its VAE, per latent."""
+
+
+def check_sampling(config: ModelConfig, lora: Path | None) -> Sizes:
+    """Refuses, before anything heavy loads, a model that cannot be sampled.
 
     Raises:
         UserError: no such model or LoRA, or no text-to-image pipeline.
@@ -129,7 +171,9 @@ def check_sampling(config: ModelConfig, lora: Path | None) -> int | None:
             from lpl.families.sdxl_export import lora_parts
 
             lora_parts(lora)
-        return native_resolution(configs)
+        own = config.pretrained_vae_model_name_or_path
+        stride = stride_of(configs.get("vae", PUBLISHED["vae"])) if own is None else vae_stride(Path(own))
+        return Sizes(native_resolution(configs), stride)
     name, folder = config.pretrained_model_name_or_path, _folder(config)
     require(
         config.pretrained_vae_model_name_or_path is None,
@@ -142,8 +186,26 @@ def check_sampling(config: ModelConfig, lora: Path | None) -> int | None:
         if file.is_file():
             configs[part] = json.loads(file.read_text(encoding="utf-8"))
     size = configs.get("unet", configs.get("transformer", {})).get("sample_size")
-    widths = configs.get("vae", {}).get("block_out_channels")
-    return int(size) * 2 ** (len(widths) - 1) if isinstance(size, int) and widths else None
+    stride = stride_of(configs.get("vae", {}))
+    return Sizes(size * stride if isinstance(size, int) and stride else None, stride)
+
+
+def vae_stride(folder: Path) -> int | None:
+    """Pixels per latent of the VAE in a folder; None where its config is not here (yet) or does not say."""
+    file = folder / "config.json"
+    if not file.is_file():
+        return None
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return None  # loading it will say more
+    return stride_of(config) if isinstance(config, dict) else None
+
+
+def stride_of(config: Mapping[str, Any]) -> int | None:
+    """Pixels per latent by a VAE's config: every block but the last halves the size; None where it does not say."""
+    widths = config.get("block_out_channels") or config.get("encoder_block_out_channels")
+    return 2 ** (len(widths) - 1) if widths else None
 
 
 def load_for_sampling(
