@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,19 @@ def training_clock(run: RunFolder) -> list[tuple[int, float]]:
             step = here
             clock.append((step, seconds))
     return clock
+
+
+def seconds_at(clock: list[tuple[int, float]], step: int) -> float | None:
+    """Seconds of training until a step, by a straight line between the clock's; None: it does not reach so far.
+
+    Args:
+        clock: of training_clock.
+        step: optimizer steps.
+    """
+    for (before, low), (after, high) in pairwise(clock):
+        if before <= step <= after:
+            return low + (step - before) / (after - before) * (high - low)
+    return None
 
 
 def _finished(file: Path) -> tuple[int, str] | None:
