@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from lpl import __version__
+from lpl.analysis.check.options import WALK_TOLERANCE
 from lpl.data.files import write_atomically
 from lpl.errors import UserError
 from lpl.report.curves import loss_charts, share_charts
@@ -101,5 +102,6 @@ def _environment() -> Environment:
         "style": Markup(loader.get_source(environment, "style.css")[0]),
         "script": Markup(loader.get_source(environment, "page.js")[0]),
         "abscissae": ABSCISSAE,
+        "walk_tolerance": WALK_TOLERANCE,
     }
     return environment
