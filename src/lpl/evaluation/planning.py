@@ -66,7 +66,7 @@ def check_eval(options: EvalConfig, read_run: Callable[[Path], ModelConfig]) -> 
     Raises:
         UserError: bad input.
     """
-    from lpl.families.sampling import Sizes, check_sampling, vae_stride
+    from lpl.families.sampling import check_sampling, vae_stride
 
     if options.metrics:
         check_efficientnet()
@@ -76,13 +76,12 @@ def check_eval(options: EvalConfig, read_run: Callable[[Path], ModelConfig]) -> 
     folder = Path(str(options.reference_dir))
     references = list_pictures(folder, "--reference_dir")
     request = None if options.pretrained_model_name_or_path is None else _request(options, read_run)
-    sizes = Sizes()
+    native = None
     if request is not None:
         asked = request
-        sizes = with_flag(request, lambda: check_sampling(asked.model, asked.lora))
-    elif options.pretrained_vae_model_name_or_path is not None:
-        sizes = Sizes(stride=vae_stride(Path(options.pretrained_vae_model_name_or_path)))
-    native = sizes.native
+        native, stride = with_flag(request, lambda: check_sampling(asked.model, asked.lora))
+    else:
+        stride = vae_stride(options.pretrained_vae_model_name_or_path)
     prompts: list[str] | None
     distinct: tuple[str, ...] = ()
     if options.images is not None:
@@ -102,7 +101,7 @@ def check_eval(options: EvalConfig, read_run: Callable[[Path], ModelConfig]) -> 
         prompts = [distinct[index % len(distinct)] for index in range(count)]
     vae = options.floor or options.against == "reconstructions"
     can = request is not None or options.pretrained_vae_model_name_or_path is not None
-    resolution = _resolution(options, native, sizes.stride if vae and can else None)
+    resolution = _resolution(options, native, stride if vae and can else None)
     _check_counts(options, len(files), len(references))
     require(
         can or options.against == "images",

@@ -172,7 +172,7 @@ def check_sampling(config: ModelConfig, lora: Path | None) -> Sizes:
 
             lora_parts(lora)
         own = config.pretrained_vae_model_name_or_path
-        stride = stride_of(configs.get("vae", PUBLISHED["vae"])) if own is None else vae_stride(Path(own))
+        stride = stride_of(configs.get("vae", PUBLISHED["vae"])) if own is None else vae_stride(own)
         return Sizes(native_resolution(configs), stride)
     name, folder = config.pretrained_model_name_or_path, _folder(config)
     require(
@@ -190,10 +190,10 @@ def check_sampling(config: ModelConfig, lora: Path | None) -> Sizes:
     return Sizes(size * stride if isinstance(size, int) and stride else None, stride)
 
 
-def vae_stride(folder: Path) -> int | None:
+def vae_stride(name: str | None) -> int | None:
     """Pixels per latent of the VAE in a folder; None where its config is not here (yet) or does not say."""
-    file = folder / "config.json"
-    if not file.is_file():
+    file = None if name is None else Path(name) / "config.json"
+    if file is None or not file.is_file():
         return None
     try:
         config = json.loads(file.read_text(encoding="utf-8"))

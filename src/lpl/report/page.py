@@ -10,7 +10,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from lpl import __version__
-from lpl.analysis.check.options import WALK_TOLERANCE
 from lpl.data.files import write_atomically
 from lpl.errors import UserError
 from lpl.report.curves import loss_charts, share_charts
@@ -85,6 +84,7 @@ def _comparison(content: dict[str, Any], slots: dict[str, str], final: str | Non
 
 
 def _environment() -> Environment:
+    from lpl.analysis.check.options import WALK_TOLERANCE
     from lpl.report.findings import ABSCISSAE, metric_name, signed
     from lpl.report.scales import short
 
@@ -99,9 +99,9 @@ def _environment() -> Environment:
     assert loader is not None
     environment.filters |= {"short": short, "signed": signed, "metric_name": metric_name, "svg": Markup}
     environment.globals |= {
+        "walk_tolerance": WALK_TOLERANCE,
         "style": Markup(loader.get_source(environment, "style.css")[0]),
         "script": Markup(loader.get_source(environment, "page.js")[0]),
         "abscissae": ABSCISSAE,
-        "walk_tolerance": WALK_TOLERANCE,
     }
     return environment
