@@ -79,9 +79,7 @@ def check_eval(options: EvalConfig, read_run: Callable[[Path], ModelConfig]) -> 
     native = None
     if request is not None:
         asked = request
-        native, stride = with_flag(request, lambda: check_sampling(asked.model, asked.lora))
-    else:
-        stride = vae_stride(options.pretrained_vae_model_name_or_path)
+        native = with_flag(request, lambda: check_sampling(asked.model, asked.lora))
     prompts: list[str] | None
     distinct: tuple[str, ...] = ()
     if options.images is not None:
@@ -101,7 +99,9 @@ def check_eval(options: EvalConfig, read_run: Callable[[Path], ModelConfig]) -> 
         prompts = [distinct[index % len(distinct)] for index in range(count)]
     vae = options.floor or options.against == "reconstructions"
     can = request is not None or options.pretrained_vae_model_name_or_path is not None
-    resolution = _resolution(options, native, stride if vae and can else None)
+    alone = ModelConfig(pretrained_vae_model_name_or_path=options.pretrained_vae_model_name_or_path)
+    stride = vae_stride(alone if request is None else request.model) if vae and can else None
+    resolution = _resolution(options, native, stride)
     _check_counts(options, len(files), len(references))
     require(
         can or options.against == "images",

@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -149,17 +149,11 @@ class SDXLSampler(PipelineSampler):
         return torch.cat([self.vae.decode(part).sample / 2 + 0.5 for part in raw.split(together)])
 
 
-class Sizes(NamedTuple):
-    """Pixels that go with a model; None: its configs do not say."""
-
-    native: int | None = None
-    """What it was made for."""
-    stride: int | None = None
-    """Of its VAE, per latent."""
-
-
-def check_sampling(config: ModelConfig, lora: Path | None) -> Sizes:
+def check_sampling(config: ModelConfig, lora: Path | None) -> int | None:
     """Refuses, before anything heavy loads, a model that cannot be sampled.
+
+    Returns:
+        The pixels that it was made for; None: its configs do not say.
 
     Raises:
         UserError: no such model or LoRA, or no text-to-image pipeline.
@@ -171,9 +165,7 @@ def check_sampling(config: ModelConfig, lora: Path | None) -> Sizes:
             from lpl.families.sdxl_export import lora_parts
 
             lora_parts(lora)
-        own = config.pretrained_vae_model_name_or_path
-        stride = stride_of(configs.get("vae", PUBLISHED["vae"])) if own is None else vae_stride(own)
-        return Sizes(native_resolution(configs), stride)
+        return native_resolution(configs)
     name, folder = config.pretrained_model_name_or_path, _folder(config)
     require(
         config.pretrained_vae_model_name_or_path is None,
@@ -186,25 +178,31 @@ def check_sampling(config: ModelConfig, lora: Path | None) -> Sizes:
         if file.is_file():
             configs[part] = json.loads(file.read_text(encoding="utf-8"))
     size = configs.get("unet", configs.get("transformer", {})).get("sample_size")
-    stride = stride_of(configs.get("vae", {}))
-    return Sizes(size * stride if isinstance(size, int) and stride else None, stride)
+    stride = _stride_of(configs.get("vae", {}))
+    return size * stride if isinstance(size, int) and stride else None
 
 
-def vae_stride(name: str | None) -> int | None:
-    """Pixels per latent of the VAE in a folder; None where its config is not here (yet) or does not say."""
-    file = None if name is None else Path(name) / "config.json"
-    if file is None or not file.is_file():
+def vae_stride(config: ModelConfig) -> int | None:
+    """Pixels per latent of a model's VAE, or of a VAE alone; None where its config is not here or does not say.
+
+    Of a model whose configs are not here it is that of the published SDXL.
+    """
+    name, folder = config.pretrained_vae_model_name_or_path, _folder(config)
+    if name is None and folder is None:
+        return _stride_of(PUBLISHED["vae"])
+    file = Path(name) / "config.json" if name is not None else Path(str(folder)) / "vae" / "config.json"
+    if not file.is_file():
         return None
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
         return None  # loading it will say more
-    return stride_of(config) if isinstance(config, dict) else None
+    return _stride_of(found) if isinstance(found, dict) else None
 
 
-def stride_of(config: Mapping[str, Any]) -> int | None:
-    """Pixels per latent by a VAE's config: every block but the last halves the size; None where it does not say."""
-    widths = config.get("block_out_channels") or config.get("encoder_block_out_channels")
+def _stride_of(vae: Mapping[str, Any]) -> int | None:
+    """By a VAE's config: every block but the last halves the size."""
+    widths = vae.get("block_out_channels") or vae.get("encoder_block_out_channels")
     return 2 ** (len(widths) - 1) if widths else None
 
 

@@ -82,10 +82,12 @@ def training_clock(run: RunFolder) -> list[tuple[int, float]]:
     samples a second between two logs. The first rate, which has the start in it (memory, kernels, compilation), is
     taken for the second.
     """
-    processes = int(run.environment.get("processes", 1))
-    samples = int(run.options["train_batch_size"]) * int(run.options["gradient_accumulation_steps"]) * processes
     clock, step, seconds = [(0, 0.0)], 0, 0.0
     rates = [(here, rate) for here, rate in run.scalars.get(RATE, []) if rate > 0]
+    if not rates:
+        return clock
+    processes = int(run.environment.get("processes", 1))
+    samples = int(run.options["train_batch_size"]) * int(run.options["gradient_accumulation_steps"]) * processes
     if len(rates) > 1:
         rates[0] = rates[0][0], rates[1][1]
     for here, rate in rates:

@@ -14,6 +14,7 @@ from lpl.evaluation.options import EvalConfig
 from lpl.evaluation.pictures import list_pictures, read_captions
 from lpl.evaluation.planning import Plan, check_eval
 from lpl.evaluation.prompts import read_prompts
+from lpl.families.sampling import vae_stride
 from lpl.testing import tiny_images
 
 
@@ -82,6 +83,16 @@ def test_figures_of_another_source_are_not_overwritten(model: Path, reference: P
                 plan(reference, file.parent, **options)
     file.write_text("{")
     plan(reference, file.parent, **there)
+
+
+def test_pixels_per_latent(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "dc").mkdir()
+    (tmp_path / "dc" / "config.json").write_text('{"encoder_block_out_channels": [1, 1, 1, 1, 1, 1]}')
+    assert vae_stride(ModelConfig(str(model))) == 4
+    assert vae_stride(ModelConfig("x.safetensors", single_file_config=str(model))) == 4
+    assert vae_stride(ModelConfig("x.safetensors")) == 8
+    assert vae_stride(ModelConfig(str(model), pretrained_vae_model_name_or_path=str(tmp_path / "dc"))) == 32
+    assert vae_stride(ModelConfig(pretrained_vae_model_name_or_path="some/vae")) is None
 
 
 SEPARATED = "one\u2028two\x85three"
