@@ -55,7 +55,7 @@ def read_options(name: str) -> dict[str, str]:
     """The options of a preset or of a YAML file, as written (every value a string).
 
     Raises:
-        UserError: neither a preset nor a file, not a mapping, or a key that is no option.
+        UserError: neither a preset nor a file, not a mapping, or a key that is no option or is there twice.
     """
     path = Path(name)
     if name in presets():
@@ -64,10 +64,7 @@ def read_options(name: str) -> dict[str, str]:
         text = path.read_text(encoding="utf-8", errors="replace")
     else:
         raise UserError(f"--config {name}: neither a file nor a preset; presets: {', '.join(presets())}")
-    try:
-        options = yaml.load(text, yaml.BaseLoader) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"--config {name}: not YAML: {' '.join(str(error).split())}") from error
+    options = read_strings(text, f"--config {name}") or {}
     if not isinstance(options, dict):
         raise UserError(f"--config {name}: expected lines of `option: value`")
     options.pop(RECORD, None)
@@ -80,6 +77,36 @@ def read_options(name: str) -> dict[str, str]:
         if not isinstance(value, str):
             raise UserError(f"--config {name}: {key} takes a single value")
     return options
+
+
+class _OnceLoader(yaml.BaseLoader):
+    """Every value a string; a key that is given twice is refused, where YAML's own loaders keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise UserError(f"line {key.start_mark.line + 1}: {key.value} is given twice: drop one")
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
+        return super().construct_mapping(node, deep)
+
+
+def read_strings(text: str, where: str) -> Any:
+    """What YAML holds, every value a string as it is written.
+
+    Args:
+        text: YAML.
+        where: flag and file, for errors.
+
+    Raises:
+        UserError: not YAML, or a key that is given twice.
+    """
+    try:
+        return yaml.load(text, _OnceLoader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: not YAML: {' '.join(str(error).split())}") from error
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def as_flags(options: dict[str, str]) -> list[str]:

@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from lpl.comparison.arms import Arm
-from lpl.comparison.measures import measure_run
+from lpl.comparison.measures import Figures, measure_run
 from lpl.comparison.options import CompareConfig
 from lpl.comparison.run import result
 from lpl.config import DataConfig, LoggingConfig, LPLConfig, OptimConfig, RunConfig, TrainConfig
@@ -53,7 +53,7 @@ def four_arms(home: Path, side: int = 512, images: int = 12) -> Path:
     return home
 
 
-def _run(folder: Path, seed: int, effect: float, random: Any, side: int, images: int) -> dict[str, float]:
+def _run(folder: Path, seed: int, effect: float, random: Any, side: int, images: int) -> Figures:
     folder.mkdir(parents=True)
     config = TrainConfig(
         lpl=LPLConfig(lpl_weight=0.0 if effect == 0 else "auto"),
@@ -65,7 +65,7 @@ def _run(folder: Path, seed: int, effect: float, random: Any, side: int, images:
     write_config(config, folder)
     (folder / "finished.json").write_text('{"step": 500, "weights": "ema"}')
     rows = []
-    for step in range(0, 501, 100):
+    for step in range(0, 501, 50):
         for kind in ("raw", "ema"):
             factor = (1 + effect * step / 500 + 0.002 * random.normal()) * (1 + 0.05 * seed)
             bins = [factor * 0.3 * math.exp(-t / 250) for t in EDGES[1:]]
@@ -100,7 +100,7 @@ def picture(side: int, number: int, effect: float) -> Image.Image:
     return Image.fromarray(np.uint8(255 * np.clip(0.5 + 0.45 * np.stack(waves, -1) + noise, 0, 1)))
 
 
-def _evaluation(folder: Path, effect: float, random: Any, side: int, images: int) -> dict[str, float]:
+def _evaluation(folder: Path, effect: float, random: Any, side: int, images: int) -> Figures:
     folder.mkdir()
     shown = []
     for i in range(images):
@@ -126,7 +126,8 @@ def _evaluation(folder: Path, effect: float, random: Any, side: int, images: int
                      "samples": [(0.8 - effect) * p for p in reference]},
     }  # fmt: skip
     (folder / "eval.json").write_text(json.dumps(content))
-    return {name: m["value"] for name, m in metrics.items()}
+    notes = {name: m["note"] for name, m in metrics.items()}
+    return Figures({name: m["value"] for name, m in metrics.items()}, notes, ())
 
 
 def _check(folder: Path, random: Any) -> None:

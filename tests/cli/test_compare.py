@@ -16,6 +16,7 @@ from launching import launch
 from lpl.comparison import measures
 from lpl.comparison.run import train_all
 from lpl.errors import StopRequestedError
+from lpl.testing import tiny_images
 
 ARMS = "baseline: {lpl_weight: 0}\nlpl: {lpl_weight: 5}\nrepeat: {lpl_weight: 0}\n"
 OPTIONS = {"validation_samples": 2, "validation_steps": 2, "max_train_steps": 4}
@@ -76,12 +77,13 @@ def test_compare_json(compared: tuple[Path, str]) -> None:
     assert run["metrics"]["validation/raw/diffusion_loss"] == last[-1]["diffusion_loss"]
     assert run["validation"] == last[-1:]
     paired = {(e["arm"], e["metric"], e["abscissa"]): e for e in found["paired"]}
-    assert {key[2] for key in paired} == {"steps", "seconds"}
+    assert {key[2] for key in paired} == {"steps"}
+    assert any("not compared at equal training time: validated too rarely" in line for line in found["refused"])
     entry = paired["lpl", "validation/raw/diffusion_loss", "steps"]
     of = {a["name"]: [r["metrics"]["validation/raw/diffusion_loss"] for r in a["runs"]] for a in found["arms"]}
     assert entry["differences"] == [b - a for a, b in zip(of["baseline"], of["lpl"], strict=True)]
     assert entry["interval"][0] < entry["difference"] < entry["interval"][1]
-    assert entry["noise"] > 0
+    assert (entry["noise"], entry["noise_from"]) == (0, "repeat")
 
 
 def test_a_repeat_of_the_baseline_is_equal(compared: tuple[Path, str]) -> None:
@@ -94,11 +96,14 @@ def test_a_repeat_of_the_baseline_is_equal(compared: tuple[Path, str]) -> None:
 def test_the_table_and_the_page(compared: tuple[Path, str]) -> None:
     folder, out = compared
     assert "lpl against the baseline, paired by seed:" in out
-    assert "equal time" in out
+    assert "equal steps" in out
+    assert "0 of the repeat" in out
     assert "no measurable difference: equal to the last digit" in out
     page = (folder / "report.html").read_text()
     assert "Comparison of 3 arms over 2 seeds" in page
     assert "a repeat of the baseline" in page
+    assert "0 of the repeat" in page
+    assert "noise: what a repeat of the baseline changes" in page
 
 
 def test_finished_runs_are_left_alone(compared: tuple[Path, str], flags: Any, run_cli: Any, tmp_path: Path) -> None:
@@ -123,7 +128,7 @@ def test_all_arms_are_checked_before_the_first_trains(flags: Any, run_cli: Any, 
 
 
 def test_an_arm_that_has_to_stop_is_named_and_left_out(flags: Any, run_cli: Any, tmp_path: Path) -> None:
-    arms = "baseline: {lpl_weight: 0}\nwild: {learning_rate: 1.0e+30}\nlpl: {lpl_weight: 1}\n"
+    arms = "baseline: {lpl_weight: 0}\nwild: {learning_rate: 1.0e+30}\nlpl: {lpl_num_blocks: 1}\n"
     code, out, err = run_cli([*flags(tmp_path / "out", arms), "--seeds", "3"])
     assert code == 0, err
     found = content(tmp_path / "out")
@@ -133,30 +138,42 @@ def test_an_arm_that_has_to_stop_is_named_and_left_out(flags: Any, run_cli: Any,
     assert any("one seed gives no interval" in line for line in found["refused"])
     assert {e["outcome"] for e in found["paired"]} == {"unknown"}
     assert "left out:" in out
+    assert "lpl: validation's lpl will not be compared: another yardstick than the baseline's: --lpl_num_blocks" in err
+    assert "lpl: validation/raw/lpl: another yardstick than the baseline's: --lpl_num_blocks" in found["refused"]
+    assert {e["metric"] for e in found["paired"]} == {"validation/raw/diffusion_loss"}
+    assert [arm["yardsticks"] for arm in found["arms"]] == [{}, {}, {"lpl": ["lpl_num_blocks"]}]
 
 
 def test_figures_of_eval_are_compared(
     compared: tuple[Path, str], flags: Any, run_cli: Any, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def metrics_of(folder: Path, options: Any, config: Any, parse: Any) -> dict[str, float]:
+    def metrics_of(folder: Path, options: Any, config: Any, parse: Any) -> measures.Figures:
         assert options.num_samples == 7
         assert config.run.output_dir == str(folder)
         better = 0.2 if folder.parent.name == "lpl" else 0.0
-        return {"frechet_efficientnet-lite0": 2.0 + config.run.seed - better - 0.001 * config.run.seed}
+        name = "frechet_efficientnet-lite0"
+        values = {name: 2.0 + config.run.seed - better - 0.001 * config.run.seed}
+        own = ("only here",) if folder == tmp_path / "again" / "lpl" / "seed-1" else ()
+        return measures.Figures(values, {name: "biased: few"}, ("kid: skipped", *own))
 
     checked = []
     monkeypatch.setattr(measures, "metrics_of", metrics_of)
     monkeypatch.setattr(measures, "check_metrics", lambda *a: checked.append(a))
     folder = Path(shutil.copytree(compared[0], tmp_path / "again"))
     argv = [*flags(folder), "--seeds", "0", "1", "--allow_changes", f"--reference_dir={data}", "--num_samples=7"]
-    code, _, err = run_cli(argv)
+    code, out, err = run_cli(argv)
     assert code == 0, err
     assert len(checked) == 1
+    refused, notes = (content(folder)[key] for key in ("refused", "notes"))
+    assert notes == ["frechet_efficientnet-lite0: biased: few"]
+    assert refused[-2:] == ["kid: skipped", "lpl/seed-1: only here"]
+    assert "to be known:\n  frechet_efficientnet-lite0: biased: few\n" in out
+    assert '<p class="note">frechet_efficientnet-lite0: biased: few</p>' in (folder / "report.html").read_text()
     found = {(e["arm"], e["metric"]): e for e in content(folder)["paired"] if e["abscissa"] == "steps"}
     entry = found["lpl", "frechet_efficientnet-lite0"]
     assert entry["differences"] == pytest.approx([-0.2, -0.2])
     assert entry["outcome"] == "better"
-    assert entry["noise"] == pytest.approx(0.999)
+    assert entry["noise"] == 0
 
 
 def test_eval_measures_once_with_equal_options(tmp_path: Path, flags: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,28 +187,65 @@ def test_eval_measures_once_with_equal_options(tmp_path: Path, flags: Any, monke
 
     def run_eval(options: Any, read_run: Any) -> None:
         asked.append(options)
-        metrics = {"recall": {"value": 0.25}, "precision": {"value": None}}
+        metrics = {"recall": {"value": 0.25, "note": "rough: few"}, "precision": {"value": None, "note": "refused"}}
         folder = Path(options.output_dir)
         folder.mkdir(exist_ok=True)
-        (folder / "eval.json").write_text(json.dumps({"options": asdict(options), "metrics": metrics}))
+        (folder / "eval.json").write_text(
+            json.dumps({"options": asdict(options), "metrics": metrics, "refused": ["a"]})
+        )
 
     monkeypatch.setattr(command, "run_eval", run_eval)
-    options = parse_compare([*flags(tmp_path)[1:], f"--reference_dir={tmp_path}", "--num_samples=9"])
+    given = [f"--reference_dir={tmp_path}", "--num_samples=9", "--prompts=prompts.txt"]
+    options = parse_compare([*flags(tmp_path)[1:], *given])
     finished = tmp_path / "finished.json"
     finished.write_text("{}")
 
-    def measure() -> dict[str, float]:
+    def measure() -> measures.Figures:
         return measures.metrics_of(tmp_path, options, options.train, parse_train)
 
-    assert [measure(), measure()] == [{"recall": 0.25}] * 2
+    assert [measure(), measure()] == [({"recall": 0.25}, {"recall": "rough: few"}, ("a",))] * 2
     assert len(asked) == 1
     found = asked[0]
     assert (found.pretrained_model_name_or_path, found.reference_dir) == (str(tmp_path), str(tmp_path))
     assert (found.num_samples, found.resolution, found.output_dir) == (9, 16, str(tmp_path / "eval"))
+    assert found.prompts == "prompts.txt"
     later = (tmp_path / "eval" / "eval.json").stat().st_mtime + 10
     os.utime(finished, (later, later))
     measure()
     assert len(asked) == 2
+
+
+def test_a_finished_comparison_with_samples_goes_on(
+    flags: Any, run_cli: Any, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With `lpl eval` itself: samples of the shorter runs make way; eval's refusals and notes come along."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    reference, prompts = tiny_images(tmp_path / "reference", count=10, size=16), tmp_path / "prompts.txt"
+    (Path(reference) / "metadata.jsonl").unlink()
+    prompts.write_text("a lamp\n")
+    argv = flags(tmp_path / "out", "baseline: {lpl_weight: 0}\nlpl: {lpl_weight: 5}\n", validation_samples=0)
+    argv += ["--seeds", "0", f"--reference_dir={reference}", "--num_samples=10"]
+    code, _, err = run_cli([*argv, "--max_train_steps=1"])
+    assert code == 2
+    assert "--prompts is missing" in err
+    assert not list((tmp_path / "out").glob("*/*/unet"))
+    argv += [f"--prompts={prompts}"]
+    steps, values = [], []
+    for number in (1, 2):
+        code, _, err = run_cli([*argv, f"--max_train_steps={number}"])
+        assert code == 0, err
+        found = content(tmp_path / "out")
+        runs = [arm["runs"][0] for arm in found["arms"]]
+        steps.append([run["steps"] for run in runs])
+        values.append([run["metrics"]["kernel_efficientnet-lite0"] for run in runs])
+        (note,) = found["notes"]
+        assert note.startswith("kernel_efficientnet-lite0, spectrum_log_error_low")
+        assert note.endswith(": rough: only 10 images")
+        assert any(line.startswith("precision: refused: needs 50 images") for line in found["refused"])
+        assert (tmp_path / "out" / "lpl" / "seed-0" / "eval" / "images" / "00000" / "00000009.png").is_file()
+    assert steps == [[1, 1], [2, 2]]
+    assert values[0][1] != values[1][1]
+    assert not list((tmp_path / "out").glob("*/*/.eval.old"))
 
 
 def test_minutes_count_for_all_runs_together(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: Any) -> None:

@@ -63,6 +63,13 @@ def test_file_may_be_empty_or_commented(tmp_path: Path) -> None:
     assert read_options(str(file)) == {"lpl_weight": "2"}
 
 
+def test_an_option_given_twice_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("lpl_weight: 2\nseed: 1\nlpl_weight: 3\n")
+    with pytest.raises(UserError, match=r"c\.yaml: line 3: lpl_weight is given twice"):
+        read_options(str(file))
+
+
 def test_differences_name_what_changes_the_trajectory(tmp_path: Path) -> None:
     config = TrainConfig(model=ModelConfig("m"), optim=OptimConfig(learning_rate=1e-5))
     write_config(config, tmp_path)

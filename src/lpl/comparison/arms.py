@@ -4,21 +4,34 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from lpl.comparison.options import CompareConfig
+from lpl.comparison.options import FILE, CompareConfig
+from lpl.comparison.yardsticks import other_yardsticks
 from lpl.config import TrainConfig, free_options
-from lpl.config_io import REFUSED, as_flags, nearest
+from lpl.config_io import REFUSED, as_flags, nearest, read_strings
 from lpl.errors import UserError
+from lpl.report.options import PAGE
+
+ONE_MODEL = "all arms begin with one model"
 
 SET_HERE = {
     "seed": "--seeds sets it for every arm",
     "output_dir": "every run has a folder of its own",
-    "pretrained_model_name_or_path": "all arms begin with one model",
+    **dict.fromkeys(
+        (
+            "pretrained_model_name_or_path",
+            "pretrained_vae_model_name_or_path",
+            "revision",
+            "variant",
+            "single_file_config",
+        ),
+        ONE_MODEL,
+    ),
     "dry_run": "lpl compare has none",
     "resume_from_checkpoint": "unfinished runs are continued anyway",
 }
@@ -47,6 +60,8 @@ class Arm:
     """Whether it has the options of the baseline: it shows what the hardware's rounding alone does."""
     unpaired: tuple[str, ...] = ()
     """Options by which its steps see something else than the baseline's."""
+    yardsticks: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Options by which its figures mean something else than the baseline's, by the kind of figure."""
 
     def folder(self, seed: int) -> str:
         """Of a run, within the comparison's."""
@@ -75,26 +90,31 @@ def read_arms(options: CompareConfig, parse: Callable[[list[str]], TrainConfig])
                 configs[seed] = parse([*shared, *own, f"--seed={seed}", f"--output_dir={folder}"])
             except UserError as error:
                 raise UserError(f"{where}: {error}") from error
-        first = arms[0].configs if arms else configs
-        changed = _changed(configs[options.seeds[0]], first[options.seeds[0]])
+        config = configs[options.seeds[0]]
+        first = arms[0].configs[options.seeds[0]] if arms else config
+        changed = _changed(config, first)
         unpaired = tuple(sorted(changed & (DRAWING | _data_options())))
-        arms.append(Arm(name, overrides, not arms, configs, bool(arms) and not changed, unpaired))
+        repeats = bool(arms) and not changed
+        arms.append(Arm(name, overrides, not arms, configs, repeats, unpaired, other_yardsticks(config, first)))
     return arms
 
 
 def _read(file: Path) -> dict[str, dict[str, str]]:
     try:
-        content = yaml.load(file.read_text(encoding="utf-8"), yaml.BaseLoader)
+        text = file.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"--arms {file}: cannot be read ({error.strerror})") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--arms {file}: not YAML: {' '.join(str(error).split())}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--arms {file}: not YAML: {error}") from error
+    content = read_strings(text, f"--arms {file}")
     if not isinstance(content, dict) or len(content) < 2:
         raise UserError(f"--arms {file}: expected two arms or more, `name: {{option: value}}`, the baseline first")
     arms = {}
     for name, overrides in content.items():
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+=-]*", name):
             raise UserError(f"--arms {file}: {name!r} names a folder: use letters, digits and . _ + = - only")
+        if name.lower() in (FILE, PAGE):
+            raise UserError(f"--arms {file}: {name} is a file that lpl compare writes; name the arm otherwise")
         overrides = overrides or {}
         if not isinstance(overrides, dict) or not all(isinstance(value, str) for value in overrides.values()):
             raise UserError(f"--arms {file}: {name}: expected {{option: value, ...}} with single values")

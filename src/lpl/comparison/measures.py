@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lpl.comparison.options import CompareConfig
 from lpl.config import TrainConfig
 from lpl.report.run_folder import FINISHED, RunFolder, read_run, training_clock
+
+logger = logging.getLogger("lpl")
 
 HIGHER_IS_BETTER = {"precision", "recall", "density", "coverage", "clip_score"}
 LOSSES = ("diffusion_loss", "lpl")
@@ -20,6 +24,19 @@ EVAL = "eval"
 
 Curve = list[tuple[float, float]]
 Parse = Callable[[list[str]], TrainConfig]
+
+
+class Figures(NamedTuple):
+    """What `lpl eval` says of a run."""
+
+    values: dict[str, float]
+    notes: dict[str, str]
+    """What limits a figure, such as too few samples, by its name."""
+    left_out: tuple[str, ...]
+    """What it refused or skipped, a line each."""
+
+
+NO_FIGURES = Figures({}, {}, ())
 
 
 @dataclass(frozen=True)
@@ -40,9 +57,12 @@ class Measured:
     """(optimizer steps, seconds of training)."""
     validation: list[dict[str, Any]]
     """The last row of validation.jsonl for each kind of weights."""
+    notes: dict[str, str] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+    """Of Figures."""
 
 
-def measure_run(home: Path, name: str, seed: int, figures: dict[str, float]) -> Measured:
+def measure_run(home: Path, name: str, seed: int, figures: Figures = NO_FIGURES) -> Measured:
     """Reads a finished run.
 
     Args:
@@ -57,7 +77,10 @@ def measure_run(home: Path, name: str, seed: int, figures: dict[str, float]) -> 
     last = {metric: points[-1][1] for metric, points in curves.items()}
     rows = {row["weights"]: row for row in run.validation}
     steps = run.finished_step or run.last_step
-    return Measured(seed, name, steps, clock[-1][1], last | figures, curves, clock, list(rows.values()))
+    metrics, seconds = last | figures.values, clock[-1][1]
+    return Measured(
+        seed, name, steps, seconds, metrics, curves, clock, list(rows.values()), figures.notes, figures.left_out
+    )
 
 
 def validation_curves(run: RunFolder) -> dict[str, Curve]:
@@ -70,10 +93,11 @@ def validation_curves(run: RunFolder) -> dict[str, Curve]:
     return curves
 
 
-def metrics_of(folder: Path, options: CompareConfig, config: TrainConfig, parse: Parse) -> dict[str, float]:
+def metrics_of(folder: Path, options: CompareConfig, config: TrainConfig, parse: Parse) -> Figures:
     """The figures of `lpl eval` for a run against --reference_dir; every process calls it, the first gets them.
 
-    What eval.json of the run's folder holds for the same options is not measured again.
+    What eval.json of the run's folder holds for the same options is not measured again; samples of the run as it was
+    before it was trained on are removed.
 
     Args:
         folder: of the finished run.
@@ -83,14 +107,40 @@ def metrics_of(folder: Path, options: CompareConfig, config: TrainConfig, parse:
     """
     from lpl.evaluation.command import RESULT, run_eval
 
+    first = os.environ.get("RANK", "0") == "0"
     wanted = eval_options(str(folder), folder / EVAL, options, config)
     file = folder / EVAL / RESULT
     if not _holds(file, asdict(wanted), folder):
+        if first:
+            drop_stale_samples(folder)
         run_eval(wanted, lambda path: parse(["--config", str(path)]).model)
-    if os.environ.get("RANK", "0") != "0":
-        return {}
-    found = json.loads(file.read_text(encoding="utf-8"))["metrics"]
-    return {name: float(metric["value"]) for name, metric in found.items() if metric["value"] is not None}
+    if not first:
+        return NO_FIGURES
+    content = json.loads(file.read_text(encoding="utf-8"))
+    known = {name: metric for name, metric in content["metrics"].items() if metric["value"] is not None}
+    values = {name: float(metric["value"]) for name, metric in known.items()}
+    notes = {name: str(metric["note"]) for name, metric in known.items() if metric.get("note")}
+    return Figures(values, notes, tuple(content.get("refused", ())))
+
+
+def drop_stale_samples(run: Path) -> None:
+    """Removes the run's own folder of `lpl eval` where its samples are older than the run's result.
+
+    They are of other weights, so `lpl eval` would refuse to go on with them. It is renamed first: other processes see
+    it whole or not at all.
+
+    Args:
+        run: folder of a finished run.
+    """
+    from lpl.evaluation.generate import SETTINGS
+
+    folder, aside = run / EVAL, run / f".{EVAL}.old"
+    shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed here
+    drawn, result = folder / SETTINGS, run / FINISHED
+    if drawn.is_file() and result.is_file() and drawn.stat().st_mtime < result.stat().st_mtime:
+        logger.info("%s: its samples are of the run before it was trained on; they are drawn anew", folder)
+        folder.rename(aside)
+        shutil.rmtree(aside)
 
 
 def check_metrics(options: CompareConfig, config: TrainConfig, parse: Parse) -> None:
@@ -102,7 +152,8 @@ def check_metrics(options: CompareConfig, config: TrainConfig, parse: Parse) -> 
     from lpl.evaluation.planning import check_eval
 
     source, folder = str(config.model.pretrained_model_name_or_path), Path(config.run.output_dir) / EVAL
-    check_eval(eval_options(source, folder, options, config), lambda path: parse(["--config", str(path)]).model)
+    wanted = eval_options(source, folder, options, config)
+    check_eval(wanted, lambda path: parse(["--config", str(path)]).model, config.model)
 
 
 def eval_options(source: str, output: Path, options: CompareConfig, config: TrainConfig) -> Any:
@@ -112,6 +163,7 @@ def eval_options(source: str, output: Path, options: CompareConfig, config: Trai
     return EvalConfig(
         pretrained_model_name_or_path=source,
         reference_dir=options.reference_dir,
+        prompts=options.prompts,
         num_samples=options.num_samples,
         output_dir=str(output),
         resolution=config.data.resolution,
@@ -136,9 +188,9 @@ def lower_is_better(metric: str) -> bool:
 def at(curve: Curve, place: float) -> float | None:
     """The value at a place, by a straight line between its neighbours; None: outside of what was measured."""
     for (x0, y0), (x1, y1) in pairwise(curve):
-        if x0 <= place <= x1:
-            return y0 if x1 == x0 else y0 + (place - x0) / (x1 - x0) * (y1 - y0)
-    return curve[0][1] if len(curve) == 1 and curve[0][0] == place else None
+        if x0 < place < x1:
+            return y0 + (place - x0) / (x1 - x0) * (y1 - y0)
+    return next((y for x, y in curve if x == place), None)
 
 
 def by_seconds(curve: Curve, clock: Curve) -> Curve:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from lpl.config import TrainConfig, require
 
 DEFAULT_SAMPLES = 1000
+FILE = "compare.json"
+"""What the comparison is written to, in --output_dir."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,9 @@ class CompareConfig:
     """Folder of real images: also measure every run as lpl eval does. Unset: validation losses alone."""
     num_samples: int = DEFAULT_SAMPLES
     """Samples of every run for --reference_dir."""
+    prompts: str | None = None
+    """What they are of: a .txt file of a prompt a line, or a metadata.jsonl with "text"; unset: the captions of
+    --reference_dir."""
 
     def __post_init__(self) -> None:
         require(self.arms is not None, "--arms is missing: a YAML file of `name: {option: value}`, the baseline first")
@@ -37,6 +42,10 @@ class CompareConfig:
         require(
             self.reference_dir is not None or self.num_samples == DEFAULT_SAMPLES,
             "--num_samples acts with --reference_dir",
+        )
+        require(
+            self.reference_dir is not None or self.prompts is None,
+            f"--prompts {self.prompts} acts with --reference_dir (for images while training: --validation_prompts)",
         )
         require(
             self.train.run.seed == 0,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -15,10 +16,11 @@ from typing import Any
 from lpl import __version__
 from lpl.comparison import measures
 from lpl.comparison.arms import Arm, read_arms
-from lpl.comparison.measures import Measured, Parse, measure_run
-from lpl.comparison.options import CompareConfig
+from lpl.comparison.measures import NO_FIGURES, Measured, Parse, measure_run
+from lpl.comparison.options import FILE, CompareConfig
 from lpl.comparison.table import result_table
-from lpl.comparison.verdict import compare_arm
+from lpl.comparison.verdict import compare_arm, repeated_noise
+from lpl.comparison.yardsticks import SAMPLES
 from lpl.config import TrainConfig
 from lpl.config_io import CONFIG_FILE, environment
 from lpl.data.files import write_atomically
@@ -26,7 +28,6 @@ from lpl.errors import StopRequestedError, TrainingStoppedError
 from lpl.report.options import PAGE, ReportConfig
 
 logger = logging.getLogger("lpl")
-FILE = "compare.json"
 
 
 def run_compare(options: CompareConfig, parse: Parse, train: Callable[[TrainConfig], None]) -> None:
@@ -58,13 +59,18 @@ def run_compare(options: CompareConfig, parse: Parse, train: Callable[[TrainConf
     refused = [f"{arm.name}: not paired, as it changes --{', --'.join(arm.unpaired)}" for arm in arms if arm.unpaired]
     for line in refused:
         logger.warning("%s: its steps do not see what the baseline's see", line)
+    for arm in arms:
+        for kind, changed in arm.yardsticks.items():
+            told = "figures of samples" if kind == SAMPLES else f"validation's {kind}"
+            why = f"another yardstick than the baseline's: --{', --'.join(changed)}"
+            logger.warning("%s: %s will not be compared: %s", arm.name, told, why)
     failed = train_all(options, arms, train)
     home = Path(options.train.run.output_dir)
     measured = _measure_all(options, arms, home, failed, parse)
     if os.environ.get("RANK", "0") != "0":
         return
     content = result(options, arms, measured, [*refused, *failed.values()])
-    write_atomically(home / FILE, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    write_atomically(home / FILE, _json(content))
     print(result_table(content))
     from lpl.report.page import write_report
 
@@ -122,7 +128,7 @@ def _measure_all(
         for seed, config in arm.configs.items():
             if (arm.name, seed) in failed:
                 continue
-            figures: dict[str, float] = {}
+            figures = NO_FIGURES
             if options.reference_dir is not None:
                 figures = measures.metrics_of(home / arm.folder(seed), options, config, parse)
                 _forget_run()
@@ -136,10 +142,13 @@ def result(
 ) -> dict[str, Any]:
     """The content of compare.json."""
     baseline, paired, lines = measured[arms[0].name], [], list(refused)
+    noise = repeated_noise({arm.name: (measured[arm.name], arm.yardsticks) for arm in arms if arm.repeats}, baseline)
     for arm in arms[1:]:
-        entries, left_out = compare_arm(arm.name, measured[arm.name], baseline, arm.repeats)
+        entries, left_out = compare_arm(arm.name, measured[arm.name], baseline, arm.repeats, arm.yardsticks, noise)
         paired += entries
         lines += left_out
+    runs = [run for arm in arms for run in measured[arm.name]]
+    lines += _gathered({run.folder: run.left_out for run in runs})
     if len(options.seeds) == 1:
         lines.append("--seeds: one seed gives no interval, so no verdict; give three or more")
     told = {"arms": options.arms, "seeds": list(options.seeds), "reference_dir": options.reference_dir}
@@ -147,21 +156,53 @@ def result(
         "lpl": __version__,
         "kind": "compare",
         "environment": environment(),
-        "options": told | {"num_samples": options.num_samples},
+        "options": told | {"num_samples": options.num_samples, "prompts": options.prompts},
         "refused": lines,
+        "notes": _gathered({run.folder: _notes(run) for run in runs}),
         "arms": [_arm(arm, measured[arm.name]) for arm in arms],
         "paired": paired,
     }
 
 
+def _notes(run: Measured) -> list[str]:
+    """What limits figures of a run, each note once."""
+    names: dict[str, list[str]] = {}
+    for name, note in run.notes.items():
+        names.setdefault(note, []).append(name)
+    return [f"{', '.join(own)}: {note}" for note, own in names.items()]
+
+
+def _gathered(lines: dict[str, Sequence[str]]) -> list[str]:
+    """Each line once, with the runs that it is of, unless it is of all."""
+    of: dict[str, list[str]] = {}
+    for run, told in lines.items():
+        for line in told:
+            of.setdefault(line, []).append(run)
+    return [line if len(runs) == len(lines) else f"{', '.join(runs)}: {line}" for line, runs in of.items()]
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _finite(value: Any) -> Any:
+    """With None for numbers that are not finite, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(own) for key, own in value.items()}
+    if isinstance(value, list):
+        return [_finite(own) for own in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _arm(arm: Arm, runs: Sequence[Measured]) -> dict[str, Any]:
     kept = ("seed", "folder", "steps", "seconds", "metrics", "validation")
-    shown = [{key: value for key, value in asdict(run).items() if key in kept} for run in runs]
+    shown = [{key: _finite(value) for key, value in asdict(run).items() if key in kept} for run in runs]
     return {
         "name": arm.name,
         "overrides": arm.overrides,
         "baseline": arm.baseline,
         "repeats": arm.repeats,
+        "yardsticks": {kind: list(options) for kind, options in arm.yardsticks.items()},
         "runs": shown,
     }
 

@@ -104,5 +104,9 @@ def noise_floor(values: Sequence[float]) -> float | None:
 
     None for fewer than two values.
     """
-    pairs = [a - b for a, b in itertools.combinations(values, 2)]
-    return math.sqrt(mean([d * d for d in pairs])) if pairs else None
+    return root_mean_square([a - b for a, b in itertools.combinations(values, 2)])
+
+
+def root_mean_square(values: Sequence[float]) -> float | None:
+    """sqrt(mean v^2); None for no values."""
+    return math.sqrt(mean([v * v for v in values])) if values else None

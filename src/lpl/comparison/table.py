@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 AT = {"steps": "equal steps", "seconds": "equal time"}
+NOISE = {"repeat": "of the repeat", "seeds": "between seeds"}
 
 
 def result_table(content: dict[str, Any]) -> str:
@@ -25,6 +26,8 @@ def result_table(content: dict[str, Any]) -> str:
         lines += ["", f"{arm_name} against the baseline, paired by seed:"]
         header = ["metric", "at", "baseline", "difference", "95 % (t)", "95 % (bootstrap)", "noise", "verdict"]
         lines += _columns([header, *(_row(e) for e in content["paired"] if e["arm"] == arm_name)])
+    if content["notes"]:
+        lines += ["", "to be known:", *(f"  {line}" for line in content["notes"])]
     if content["refused"]:
         lines += ["", "left out:", *(f"  {line}" for line in content["refused"])]
     compared = sum(entry["outcome"] != "unknown" for entry in content["paired"])
@@ -38,7 +41,7 @@ def _row(entry: dict[str, Any]) -> list[str]:
         "-" if interval is None else f"[{interval[0]:+.3g}, {interval[1]:+.3g}]"
         for interval in (entry["interval"], entry["bootstrap"])
     ]
-    noise = "-" if entry["noise"] is None else f"{entry['noise']:.3g}"
+    noise = "-" if entry["noise"] is None else f"{entry['noise']:.3g} {NOISE[entry['noise_from']]}"
     first = [entry["metric"], AT[entry["abscissa"]], f"{entry['baseline']:.5g}", f"{entry['difference']:+.3g}"]
     return [*first, *ends, noise, entry["verdict"]]
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lpl.comparison.measures import Measured, at, by_seconds, lower_is_better
-from lpl.comparison.statistics import bootstrap_interval, mean, noise_floor, t_interval
+from lpl.comparison.measures import Curve, Measured, at, by_seconds, lower_is_better
+from lpl.comparison.statistics import bootstrap_interval, mean, noise_floor, root_mean_square, t_interval
+from lpl.comparison.yardsticks import kind_of
 
 NO_DIFFERENCE = "no measurable difference"
+CLOSE = 0.1
+"""Part of a run's steps that two validations may lie apart for a figure between them."""
+TOO_RARELY = f"validated too rarely (more than {100 * CLOSE:g} % of the run apart; lower --validation_steps)"
+ABSCISSAE = {"steps": "equal steps", "seconds": "equal training time"}
+NOISE_FROM = {"repeat": "a repeat of the baseline", "seeds": "another seed"}
 
 
 class Pair(NamedTuple):
@@ -18,8 +25,28 @@ class Pair(NamedTuple):
     arm: float
 
 
+class Noise(NamedTuple):
+    """How much a figure changes that nothing should change."""
+
+    value: float
+    source: str
+    """"repeat": the root mean square of the paired differences of arms that repeat the baseline. "seeds": of the
+    differences between baseline runs of two seeds."""
+
+
+Key = tuple[str, str]
+"""Metric and abscissa."""
+Yardsticks = Mapping[str, Sequence[str]]
+"""Of Arm."""
+
+
 def compare_arm(
-    arm: str, runs: Sequence[Measured], baseline: Sequence[Measured], repeats: bool = False
+    arm: str,
+    runs: Sequence[Measured],
+    baseline: Sequence[Measured],
+    repeats: bool = False,
+    yardsticks: Yardsticks | None = None,
+    repeated: Mapping[Key, Noise] | None = None,
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Every metric of an arm against the baseline, paired by seed.
 
@@ -27,47 +54,95 @@ def compare_arm(
         arm: its name.
         runs, baseline: finished runs.
         repeats: the arm has the options of the baseline.
+        yardsticks: of the arm: figures that are not compared, as they mean something else than the baseline's.
+        repeated: of repeated_noise; where a figure is not in it, the noise is that between the baseline's seeds.
 
     Returns:
         Entries of compare.json's "paired", and lines on what could not be compared.
     """
+    found, refused = paired_figures(arm, runs, baseline, yardsticks)
+    known = repeated or {}
+    entries = [
+        entry(arm, name, abscissa, pairs, known.get((name, abscissa)) or noise_of(name, baseline), repeats)
+        for (name, abscissa), pairs in found.items()
+    ]
+    return entries, refused
+
+
+def paired_figures(
+    arm: str, runs: Sequence[Measured], baseline: Sequence[Measured], yardsticks: Yardsticks | None = None
+) -> tuple[dict[Key, list[Pair]], list[str]]:
+    """The figures that can be compared, by metric and abscissa, and lines on the others; arguments of compare_arm."""
     partners = {run.seed: run for run in baseline}
     both = [(partners[run.seed], run) for run in runs if run.seed in partners]
     if not both:
-        return [], [f"{arm}: no seed is finished in it and in the baseline"]
-    entries: list[dict[str, Any]] = []
+        return {}, [f"{arm}: no seed is finished in it and in the baseline"]
+    found: dict[Key, list[Pair]] = {}
     refused: dict[str, list[str]] = {}
     for name in dict.fromkeys(name for base, run in both for name in (*base.metrics, *run.metrics)):
         measured = [all(name in pair[place].metrics for pair in both) for place in (0, 1)]
+        others = (yardsticks or {}).get(kind_of(name))
         if not all(measured):
-            where = " and ".join(
-                who for who, is_there in zip(("the baseline", arm), measured, strict=True) if not is_there
-            )
+            where = _where(arm, [not is_there for is_there in measured])
             refused.setdefault(f"not measured in {where}", []).append(name)
             continue
+        if others:
+            refused.setdefault(f"another yardstick than the baseline's: --{', --'.join(others)}", []).append(name)
+            continue
         for abscissa, pairs in (("steps", at_equal_steps(name, both)), ("seconds", at_equal_time(name, both))):
-            if isinstance(pairs, str):
-                told = "equal steps" if abscissa == "steps" else "equal training time"
-                refused.setdefault(f"not compared at {told}: {pairs}", []).append(name)
-            else:
-                entries.append(entry(arm, name, abscissa, pairs, noise_of(name, baseline), repeats))
-    return entries, [f"{arm}: {', '.join(names)}: {why}" for why, names in refused.items()]
+            if not isinstance(pairs, str):
+                wild = [not all(map(math.isfinite, values)) for values in zip(*pairs, strict=True)]
+                if not any(wild):
+                    found[name, abscissa] = pairs
+                    continue
+                pairs = f"not finite in {_where(arm, wild)}"
+            refused.setdefault(f"not compared at {ABSCISSAE[abscissa]}: {pairs}", []).append(name)
+    return found, [f"{arm}: {', '.join(names)}: {why}" for why, names in refused.items()]
+
+
+def _where(arm: str, concerned: Sequence[bool]) -> str:
+    """Of the baseline and the arm."""
+    return " and ".join(who for who, is_it in zip(("the baseline", arm), concerned, strict=True) if is_it)
+
+
+def repeated_noise(
+    repeats: Mapping[str, tuple[Sequence[Measured], Yardsticks]], baseline: Sequence[Measured]
+) -> dict[Key, Noise]:
+    """What changes although nothing is changed: the root mean square of all paired differences.
+
+    Args:
+        repeats: finished runs and yardsticks of the arms that have the options of the baseline, by name.
+        baseline: finished runs.
+    """
+    differences: dict[Key, list[float]] = {}
+    for name, (runs, yardsticks) in repeats.items():
+        for key, pairs in paired_figures(name, runs, baseline, yardsticks)[0].items():
+            differences.setdefault(key, []).extend(pair.arm - pair.baseline for pair in pairs)
+    found = {key: root_mean_square(values) for key, values in differences.items()}
+    return {key: Noise(value, "repeat") for key, value in found.items() if value is not None}
 
 
 def at_equal_steps(name: str, both: Sequence[tuple[Measured, Measured]]) -> list[Pair] | str:
-    """The figure after as many steps as all runs have, or why there is none."""
+    """The figure after as many steps as all runs have, or why there is none.
+
+    Of a run that was not validated there, between two validations that are CLOSE.
+    """
     curved = all(name in run.curves for pair in both for run in pair)
     if not curved:
         if len({run.steps for pair in both for run in pair}) > 1:
             return "measured at the ends of runs of different length"
         return [Pair(base.metrics[name], run.metrics[name]) for base, run in both]
     step = min(run.curves[name][-1][0] for pair in both for run in pair)
-    found = [(at(base.curves[name], step), at(run.curves[name], step)) for base, run in both]
-    return _whole(found, f"no value at step {step:g}")
+    found = [tuple(_near(one.curves[name], one.curves[name], step) for one in pair) for pair in both]
+    return _whole(found, f"{TOO_RARELY} around step {step:g}")
 
 
 def at_equal_time(name: str, both: Sequence[tuple[Measured, Measured]]) -> list[Pair] | str:
-    """The figure after as many seconds of training as both runs of a pair took, or why there is none."""
+    """The figure after as many seconds of training as both runs of a pair took, or why there is none.
+
+    Of the slower run it is taken between two validations, and only where they are CLOSE: a straight line lies above a
+    loss that falls ever more slowly, which would make this run look worse than it is.
+    """
     if not all(name in run.curves for pair in both for run in pair):
         return "measured at the end only"
     found = []
@@ -76,30 +151,45 @@ def at_equal_time(name: str, both: Sequence[tuple[Measured, Measured]]) -> list[
         if not all(timed):
             return "the time of its steps is not known"
         until = min(curve[-1][0] for curve in timed)
-        found.append((at(timed[0], until), at(timed[1], until)))
-    return _whole(found, "validated too rarely")
+        found.append(tuple(_near(own, one.curves[name], until) for own, one in zip(timed, (base, run), strict=True)))
+    return _whole(found, TOO_RARELY)
 
 
-def _whole(found: Sequence[tuple[float | None, float | None]], otherwise: str) -> list[Pair] | str:
+def _near(placed: Curve, curve: Curve, place: float) -> float | None:
+    """The value at a place of the abscissa, where it was measured or the validations around it are CLOSE.
+
+    Args:
+        placed: a figure over the abscissa.
+        curve: the same over steps, point by point.
+        place: where.
+    """
+    value = at(placed, place)
+    if value is None or any(x == place for x, _ in placed):
+        return value
+    after = sum(x < place for x, _ in placed)
+    return value if curve[after][0] - curve[after - 1][0] <= CLOSE * curve[-1][0] else None
+
+
+def _whole(found: Sequence[tuple[float | None, ...]], otherwise: str) -> list[Pair] | str:
     pairs = [Pair(base, arm) for base, arm in found if base is not None and arm is not None]
     return pairs if len(pairs) == len(found) else otherwise
 
 
-def noise_of(name: str, baseline: Sequence[Measured]) -> float | None:
+def noise_of(name: str, baseline: Sequence[Measured]) -> Noise | None:
     """How much baseline runs of different seeds differ at their ends, in pairs.
 
     What is validated before the first step is taken off, as the model is the same there: validation's own draws go with
     the seed too.
     """
-    known = [run for run in baseline if name in run.metrics]
+    known = [run for run in baseline if name in run.metrics and math.isfinite(run.metrics[name])]
     starts = [run.curves[name][0] if name in run.curves else (1.0, 0.0) for run in known]
-    if all(step == 0 for step, _ in starts):
-        return noise_floor([run.metrics[name] - start for run, (_, start) in zip(known, starts, strict=True)])
-    return noise_floor([run.metrics[name] for run in known])
+    taken_off = [start if all(step == 0 for step, _ in starts) else 0.0 for _, start in starts]
+    value = noise_floor([run.metrics[name] - start for run, start in zip(known, taken_off, strict=True)])
+    return Noise(value, "seeds") if value is not None and math.isfinite(value) else None
 
 
 def entry(
-    arm: str, metric: str, abscissa: str, pairs: Sequence[Pair], noise: float | None, repeats: bool = False
+    arm: str, metric: str, abscissa: str, pairs: Sequence[Pair], noise: Noise | None, repeats: bool = False
 ) -> dict[str, Any]:
     """One row of compare.json's "paired": the mean difference, what it is sure of, and a verdict."""
     differences = [pair.arm - pair.baseline for pair in pairs]
@@ -117,7 +207,8 @@ def entry(
         "differences": differences,
         "interval": interval,
         "bootstrap": bootstrap_interval(differences),
-        "noise": noise,
+        "noise": None if noise is None else noise.value,
+        "noise_from": None if noise is None else noise.source,
         "lower_is_better": lower,
         "outcome": outcome,
         "verdict": words(difference, base, interval, noise, outcome, repeats),
@@ -145,7 +236,7 @@ def words(
     difference: float,
     baseline: float,
     interval: tuple[float, float] | None,
-    noise: float | None,
+    noise: Noise | None,
     outcome: str,
     repeats: bool,
 ) -> str:
@@ -162,6 +253,6 @@ def words(
     told = f"{outcome} by {size.lstrip('+-')}"
     if repeats:
         return f"{told}, though the options are the baseline's: rounding alone does that here"
-    if noise is not None and abs(difference) < noise:
-        return f"{told}; less than another seed changes"
+    if noise is not None and abs(difference) < noise.value:
+        return f"{told}; less than {NOISE_FROM[noise.source]} changes"
     return told

@@ -60,8 +60,13 @@ class Plan:
         )
 
 
-def check_eval(options: EvalConfig, read_run: Callable[[Path], ModelConfig]) -> Plan:
+def check_eval(options: EvalConfig, read_run: Callable[[Path], ModelConfig], model: ModelConfig | None = None) -> Plan:
     """Refuses what can be refused before anything heavy loads.
+
+    Args:
+        options: of `lpl eval`.
+        read_run: reads the model's options from a run's config.yaml.
+        model: the model with all its options, where it is not to be made of those of `lpl eval`.
 
     Raises:
         UserError: bad input.
@@ -75,7 +80,9 @@ def check_eval(options: EvalConfig, read_run: Callable[[Path], ModelConfig]) -> 
         _check_network(flag, getattr(options, flag))
     folder = Path(str(options.reference_dir))
     references = list_pictures(folder, "--reference_dir")
-    request = None if options.pretrained_model_name_or_path is None else _request(options, read_run)
+    request = None
+    if options.pretrained_model_name_or_path is not None:
+        request = _request(options, read_run) if model is None else Request(model, None, "")
     native = None
     if request is not None:
         asked = request

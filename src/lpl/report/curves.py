@@ -41,7 +41,7 @@ def loss_charts(groups: Sequence[Group]) -> list[Chart]:
         if changes:
             note = f"Against the model before training, on held-out images.{_band_note(groups)} Lower is better."
             charts += _over_both(f"{title}, validation: change", note, changes, "%")
-        elif found := _validation_lines(groups, name):
+        elif found := _validation_lines([g for g in groups if name not in g.yardsticks], name):
             note = f"On held-out images, noise and timesteps always the same.{_band_note(groups)} Lower is better."
             charts += _over_both(f"{title}, validation", note, found, title)
     for name, title in NAMES.items():
@@ -137,7 +137,11 @@ def _final_curves(group: Group, name: str) -> list[Points]:
 
 
 def _bin_charts(groups: Sequence[Group], name: str, title: str) -> list[Chart]:
-    """By timestep bin at the end, and against the baseline (or the start, for a run alone)."""
+    """By timestep bin at the end, and against the baseline (or the start, for a run alone).
+
+    Arms whose loss has another yardstick than the baseline's are left out.
+    """
+    groups = [group for group in groups if name not in group.yardsticks]
     ends = {g.name: _bins(g.runs, name, -1) for g in groups}
     starts = _bins(groups[0].runs, name, 0) if groups else []
     lines = [_over(ends[g.name], g.name, g.slot) for g in groups if ends[g.name]]

@@ -10,6 +10,7 @@ from lpl.report.plots import Chart, Line, Row, interval_chart, line_chart
 from lpl.report.scales import short
 from lpl.report.sources import Group, Result
 
+NOISE_FROM = {"repeat": "what a repeat of the baseline changes", "seeds": "what another seed alone changes"}
 ABSCISSAE = {"steps": "at equal steps", "seconds": "at equal training time"}
 MOST_ROWS = 24
 LOSSES = {"diffusion_loss": "Diffusion loss", "lpl": "LPL"}
@@ -69,7 +70,9 @@ def _paired_row(entry: dict[str, Any], slot: str) -> Row:
     said = f"{signed(value)} %" + ("" if low is None or high is None else f"  [{signed(low)}, {signed(high)}]")
     name = metric_name(entry["metric"]).replace(" distance", "").replace("Spectrum's log error", "Spectrum")
     label = f"{name} {better}"
-    return Row(label, slot, value, low, high, said, noise=noise)
+    return Row(
+        label, slot, value, low, high, said, noise=noise, noise_is=NOISE_FROM[entry.get("noise_from") or "seeds"]
+    )
 
 
 def signed(value: float, digits: int = 3) -> str:

@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from lpl import __version__
+from lpl.comparison.table import NOISE
 from lpl.data.files import write_atomically
 from lpl.errors import UserError
 from lpl.report.curves import loss_charts, share_charts
@@ -80,7 +81,8 @@ def render(inputs: Inputs, most_bytes: int = 7_500_000) -> str:
 def _comparison(content: dict[str, Any], slots: dict[str, str], final: str | None) -> dict[str, Any]:
     shown = shown_entries(content, final)
     charts = paired_charts(shown, slots)
-    return {"verdicts": verdicts(content, shown, slots), "charts": charts, "paired": content.get("paired", [])}
+    found = {"verdicts": verdicts(content, shown, slots), "charts": charts, "paired": content.get("paired", [])}
+    return found | {"notes": content.get("notes", [])}
 
 
 def _environment() -> Environment:
@@ -103,5 +105,6 @@ def _environment() -> Environment:
         "style": Markup(loader.get_source(environment, "style.css")[0]),
         "script": Markup(loader.get_source(environment, "page.js")[0]),
         "abscissae": ABSCISSAE,
+        "noises": NOISE,
     }
     return environment

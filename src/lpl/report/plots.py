@@ -52,7 +52,8 @@ class Row(NamedTuple):
     points: Sequence[float] = ()
     """Single values behind it."""
     noise: float | None = None
-    """Half the width of a band around the zero line: what chance alone does."""
+    noise_is: str = "what another seed alone changes"
+    """Half the width of a band around the zero line: what chance alone does; and that in words."""
     mark: float | None = None
     """A place to set against, such as the VAE's floor."""
 
@@ -147,10 +148,10 @@ def interval_chart(
     said = "; ".join(f"{row.label}: {_figures(row)}" for row in rows)
     svg = _svg(title, f"{note} {said}.", height, "".join(parts), "rows")
     table = [[row.label, short(row.value, 4), _interval(row), short(row.noise), short(row.mark)] for row in rows]
-    header, used = ["", value_header, "95 % interval", "noise", "floor"], [True, True, True, False, False]
-    used[3], used[4] = any(row.noise is not None for row in rows), any(row.mark is not None for row in rows)
-    keep = [i for i in range(5) if used[i]]
-    key = [("swatch-noise", "noise: what another seed alone changes")] if used[3] else []
+    noises = ", or ".join(dict.fromkeys(row.noise_is for row in rows if row.noise is not None))
+    used = [True, True, True, bool(noises), any(row.mark is not None for row in rows)]
+    header, keep = ["", value_header, "95 % interval", "noise", "floor"], [i for i in range(5) if used[i]]
+    key = [("swatch-noise", f"noise: {noises}")] if noises else []
     key += [("swatch-mark", "the VAE's own floor (◂ ▸: beyond the axis)")] if used[4] else []
     return Chart(title, note, svg, [], [header[i] for i in keep], [[r[i] for i in keep] for r in table], key=key)
 

@@ -35,6 +35,8 @@ class Group:
     evals: list[Result] = field(default_factory=list)
     baseline: bool = False
     folder: Path | None = None
+    yardsticks: tuple[str, ...] = ()
+    """Validation losses that mean something else than the baseline's, as options that define them differ."""
 
 
 @dataclass
@@ -115,6 +117,7 @@ def _read_comparison(inputs: Inputs, comparison: Result) -> None:
     for arm in comparison.content.get("arms", []):
         home = comparison.file.parent
         group = Group(str(arm["name"]), _slot(inputs), baseline=bool(arm.get("baseline")), folder=home / arm["name"])
+        group.yardsticks = tuple(arm.get("yardsticks", ()))
         for run in arm.get("runs", []):
             folder = home / run["folder"]
             if not is_run(folder):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from lpl.comparison.arms import Arm, read_arms
+from lpl.comparison.yardsticks import kind_of
 from lpl.errors import UserError
 from lpl.parsing import parse_compare, parse_train
 
@@ -53,6 +54,33 @@ def test_options_that_change_what_is_seen_are_named(tmp_path: Path) -> None:
     assert [arm.unpaired for arm in arms] == [(), ("resolution", "train_batch_size"), ()]
 
 
+def test_options_that_define_a_figure_are_named_by_its_kind(tmp_path: Path) -> None:
+    text = (
+        "base: {lpl_norm_type: channel}\n"
+        "norm: {lpl_num_blocks: 3, lpl_sigma_threshold: 3}\n"
+        "alike: {lpl_norm_type: channel_detached, lpl_t_threshold: 200, lpl_scale: false, snr_gamma: 1,"
+        " lpl_random_depth: true, random_flip: true, lpl_weight: 0}\n"
+        "plain: {use_lpl: false, lpl_num_blocks: 2}\n"
+        "target: {prediction_type: v_prediction, lpl_norm_type: channel}\n"
+        "large: {resolution: 32, lpl_norm_type: channel}\n"
+        "held: {validation_samples: 3, lpl_norm_type: channel}\n"
+        "snr: {rescale_betas_zero_snr: true, lpl_norm_type: channel}\n"
+    )
+    found = {arm.name: arm.yardsticks for arm in read(tmp_path, text)}
+    assert found == {
+        "base": {},
+        "norm": {"lpl": ("lpl_norm_type", "lpl_num_blocks", "lpl_sigma_threshold")},
+        "alike": {},
+        "plain": {},
+        "target": {"diffusion_loss": ("prediction_type",)},
+        "large": dict.fromkeys(("diffusion_loss", "lpl", "samples"), ("resolution",)),
+        "held": dict.fromkeys(("diffusion_loss", "lpl"), ("validation_samples",)),
+        "snr": dict.fromkeys(("diffusion_loss", "lpl"), ("rescale_betas_zero_snr",)),
+    }
+    assert [kind_of(f"validation/ema/{loss}") for loss in ("lpl", "diffusion_loss")] == ["lpl", "diffusion_loss"]
+    assert kind_of("frechet_efficientnet-lite0") == "samples"
+
+
 @pytest.mark.parametrize(
     ("text", "part"),
     [
@@ -67,6 +95,14 @@ def test_options_that_change_what_is_seen_are_named(tmp_path: Path) -> None:
         ("base: {}\nlpl: {lpl_norm_type: other}\n", "lpl: "),
         ("base: {}\nlpl: 3\n", "single values"),
         ("a: {b\n", "not YAML"),
+        ("base: {}\nlpl: {lpl_weight: 1}\nlpl: {lpl_weight: 2}\n", "line 3: lpl is given twice"),
+        ("base: {}\nlpl: {lpl_weight: 1, lpl_weight: 2}\n", "line 2: lpl_weight is given twice"),
+        ("base: {}\ncompare.json: {}\n", "compare.json is a file that lpl compare writes"),
+        ("base: {}\nReport.html: {}\n", "Report.html is a file that lpl compare writes"),
+        *(
+            (f"base: {{}}\nlpl: {{{name}: x}}\n", f"{name} is not taken: all arms begin with one model")
+            for name in ("pretrained_vae_model_name_or_path", "variant", "revision", "single_file_config")
+        ),
     ],
 )
 def test_faults_are_one_line_with_the_file(tmp_path: Path, text: str, part: str) -> None:
@@ -88,6 +124,7 @@ def test_faults_are_one_line_with_the_file(tmp_path: Path, text: str, part: str)
         (["--arms=x", "--validation_samples=2", "--report_to=none"], "--report_to none"),
         (["--arms=x", "--validation_samples=2", "--num_samples=9"], "--num_samples acts with --reference_dir"),
         (["--arms=x", "--validation_samples=2", "--dry_run"], "--dry_run"),
+        (["--arms=x", "--validation_samples=2", "--prompts=p.txt"], "--prompts p.txt acts with --reference_dir"),
     ],
 )
 def test_options_are_checked(argv: list[str], part: str) -> None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from lpl.comparison.measures import Measured, at, by_seconds
-from lpl.comparison.verdict import Pair, compare_arm, entry, noise_of
+from lpl.comparison.verdict import Noise, Pair, compare_arm, entry, noise_of, repeated_noise
 
 LOSS = "validation/ema/diffusion_loss"
 
 
-def run(seed: int, ends: float, seconds_per_step: float = 1.0, start: float = 1.0, **metrics: float) -> Measured:
-    """A run of 10 steps whose loss goes straight from start to ends."""
-    curve = [(0.0, start), (10.0, ends)]
+def run(
+    seed: int, ends: float, seconds_per_step: float = 1.0, start: float = 1.0, every: int = 1, **metrics: float
+) -> Measured:
+    """A run of 10 steps whose loss goes straight from start to ends, validated so often."""
+    curve = [(float(step), start + step / 10 * (ends - start)) for step in range(0, 11, every)]
     clock = [(0.0, 0.0), (10.0, 10 * seconds_per_step)]
     return Measured(seed, f"a/seed-{seed}", 10, clock[-1][1], {LOSS: ends} | metrics, {LOSS: curve}, clock, [])
 
@@ -54,10 +58,72 @@ def test_equal_steps_and_equal_time() -> None:
 
 def test_runs_of_different_length_are_compared_where_the_shorter_ends() -> None:
     base = [run(s, 0.8) for s in range(2)]
-    longer = [Measured(s, "b", 20, 20.0, {LOSS: 0.4}, {LOSS: [(0.0, 1.0), (20.0, 0.4)]}, [(0.0, 0.0), (20.0, 20.0)], [])
-              for s in range(2)]  # fmt: skip
+    points = [0, 4, 9, 11, 16, 20]
+    curve, clock = [(float(s), 1 - 0.03 * s) for s in points], [(0.0, 0.0), (20.0, 20.0)]
+    longer = [Measured(s, "b", 20, 20.0, {LOSS: 0.4}, {LOSS: curve}, clock, []) for s in range(2)]
     found = by_key(compare_arm("longer", longer, base)[0])
     assert found[LOSS, "steps"]["value"] == pytest.approx(0.7)
+    del curve[2]  # now 4 and 11 are the neighbours of 10
+    entries, refused = compare_arm("longer", longer, base)
+    assert entries == []
+    assert refused[0].startswith(f"longer: {LOSS}: not compared at equal steps: validated too rarely")
+
+
+def test_rare_validations_give_no_figure_at_equal_time() -> None:
+    """The slower run was validated after 0, 10 and 20 s; what it had reached after 10 s is known, after 11 s not.
+
+    How far apart validations are counts in steps: seconds vary a little from step to step.
+    """
+    arm = [run(s, 0.7, seconds_per_step=2.0, every=5) for s in range(2)]
+    entries, refused = compare_arm("lpl", arm, [run(s, 0.8, every=5) for s in range(2)])
+    assert by_key(entries)[LOSS, "seconds"]["value"] == pytest.approx(0.85)
+    assert refused == []
+    entries, refused = compare_arm("lpl", arm, [run(s, 0.8, seconds_per_step=1.1, every=5) for s in range(2)])
+    assert [e["abscissa"] for e in entries] == ["steps"]
+    assert refused == [
+        f"lpl: {LOSS}: not compared at equal training time: validated too rarely (more than 10 % of the run apart; "
+        "lower --validation_steps)"
+    ]
+    uneven = [(0.0, 0.0), (5.0, 9.0), (6.0, 12.0), (10.0, 20.0)]
+    arm = [replace(run(s, 0.7), clock=uneven) for s in range(2)]
+    entries, refused = compare_arm("lpl", arm, [run(s, 0.8, seconds_per_step=1.05) for s in range(2)])
+    assert refused == []
+    assert by_key(entries)[LOSS, "seconds"]["value"] == pytest.approx(1 - 0.3 * 0.55)
+
+
+def test_figures_of_another_yardstick_are_not_compared() -> None:
+    lpl = "validation/raw/lpl"
+    base, arm = ([run(s, ends, **{lpl: 0.5}) for s in range(2)] for ends in (0.8, 0.7))
+    entries, refused = compare_arm("deep", arm, base, yardsticks={"lpl": ("lpl_norm_type", "lpl_num_blocks")})
+    assert {e["metric"] for e in entries} == {LOSS}
+    assert refused == [
+        f"deep: {lpl}: another yardstick than the baseline's: --lpl_norm_type, --lpl_num_blocks",
+    ]
+
+
+def test_figures_that_are_not_finite_are_not_compared() -> None:
+    base = [run(s, 0.8, fid=1.0, kid=math.inf) for s in range(2)]
+    arm = [run(s, [0.7, math.nan][s], fid=[math.nan, 2.0][s], kid=1.0) for s in range(2)]
+    entries, refused = compare_arm("wild", arm, base)
+    assert entries == []
+    assert refused[0] == f"wild: {LOSS}, fid: not compared at equal steps: not finite in wild"
+    assert "wild: kid: not compared at equal steps: not finite in the baseline" in refused
+    assert noise_of("kid", base) is None
+
+
+def test_a_repeat_of_the_baseline_gives_the_noise() -> None:
+    base = [run(s, 0.8, fid=10.0 + 5 * s) for s in range(2)]
+    repeats = [run(0, 0.81, fid=13.0), run(1, 0.79, fid=11.0)]
+    found = repeated_noise({"again": (repeats, {})}, base)
+    assert found["fid", "steps"] == Noise(pytest.approx((((3**2) + (4**2)) / 2) ** 0.5), "repeat")
+    assert found[LOSS, "seconds"].value == pytest.approx(0.01)
+    arm = [run(s, 0.8, fid=9.0 + 5 * s, kid=1.0) for s in range(2)]
+    entry_of = {with_it: by_key(compare_arm("lpl", arm, base, repeated=noise)[0])["fid", "steps"]
+                for with_it, noise in ((True, found), (False, None))}  # fmt: skip
+    assert (entry_of[True]["noise"], entry_of[True]["noise_from"]) == (pytest.approx(12.5**0.5), "repeat")
+    assert (entry_of[False]["noise"], entry_of[False]["noise_from"]) == (5.0, "seeds")
+    assert entry_of[True]["verdict"].endswith("less than a repeat of the baseline changes")
+    assert entry_of[False]["verdict"].endswith("less than another seed changes")
 
 
 def test_figures_measured_at_the_end_are_not_compared_at_equal_time() -> None:
@@ -87,7 +153,8 @@ def test_only_seeds_of_both_are_paired() -> None:
 
 
 def words(*pairs: tuple[float, float], noise: float | None = None, repeats: bool = False) -> str:
-    return str(entry("a", LOSS, "steps", [Pair(*pair) for pair in pairs], noise, repeats)["verdict"])
+    between = None if noise is None else Noise(noise, "seeds")
+    return str(entry("a", LOSS, "steps", [Pair(*pair) for pair in pairs], between, repeats)["verdict"])
 
 
 def test_an_interval_across_zero_is_no_measurable_difference() -> None:
@@ -127,6 +194,6 @@ def test_noise_is_without_the_draws_of_validation() -> None:
     """Seeds draw other noise for validation, which shifts start and end alike."""
     runs = [run(0, 0.8, start=1.0), run(1, 1.3, start=1.5), run(2, 0.5, start=0.6)]
     # Changes: -0.2, -0.2, -0.1; pairs 0, 0.1, 0.1.
-    assert noise_of(LOSS, runs) == pytest.approx((0.02 / 3) ** 0.5)
+    assert noise_of(LOSS, runs) == Noise(pytest.approx((0.02 / 3) ** 0.5), "seeds")
     ends = [run(0, 0.8, frechet=3.0), run(1, 0.8, frechet=5.0)]
-    assert noise_of("frechet", ends) == 2.0
+    assert noise_of("frechet", ends) == Noise(2.0, "seeds")

@@ -1,0 +1,32 @@
+"""Charts by timestep bin set arms against the baseline where both measure the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lpl.report.curves import loss_charts
+from lpl.report.run_folder import RunFolder
+from lpl.report.sources import Group
+
+
+def group(name: str, slot: str, factor: float, yardsticks: tuple[str, ...] = ()) -> Group:
+    rows = [
+        {"step": step, "weights": "raw", "edges": [0, 500, 1000], "samples": 2, "diffusion_loss": factor,
+         "diffusion_loss_bins": [factor, factor], "lpl": factor, "lpl_bins": [factor, None]}
+        for step in (0, 10)
+    ]  # fmt: skip
+    run = RunFolder(Path(name), {}, {}, 10, "raw", rows, {})
+    return Group(name, slot, [run], [0], baseline=slot == "1", yardsticks=yardsticks)
+
+
+def test_only_figures_of_the_same_yardstick_are_drawn_together() -> None:
+    groups = [group("base", "1", 1.0), group("deep", "2", 0.5, ("lpl",)), group("alike", "3", 2.0)]
+    labels = {chart.title: [label for label, _ in chart.legend] for chart in loss_charts(groups)}
+    assert labels["Diffusion loss by timestep bin"] == ["before training", "base", "deep", "alike"]
+    assert labels["LPL by timestep bin"] == ["before training", "base", "alike"]
+    assert labels["LPL, validation"] == ["base", "alike"]
+    assert labels["Diffusion loss: change by timestep bin"] == ["deep", "alike"]
+    # a single line needs no legend
+    changes = next(c for c in loss_charts(groups) if c.title == "LPL: change by timestep bin")
+    assert "deep" not in changes.svg
+    assert changes.rows[0][1] == "100"
