@@ -72,6 +72,14 @@ class Run(NamedTuple):
         return {name: values for name, values in self.logged().items() if name in LOSSES}
 
 
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Says in one line that the browser's tests were skipped, and why; pytest -q would not."""
+    skipped = [report for report in terminalreporter.stats.get("skipped", []) if "browser/" in report.nodeid]
+    if skipped:
+        reason = str(skipped[0].longrepr[2]).removeprefix("Skipped: ")
+        terminalreporter.write_line(f"{len(skipped)} browser tests skipped: {reason}")
+
+
 def flags_of(options: dict[str, Any]) -> list[str]:
     """Options as flags; a boolean becomes --x or --no_x, None is left out."""
     flags = []

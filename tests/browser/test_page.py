@@ -1,6 +1,7 @@
 """The report in headless Chromium: it works from disk, moves, loads every picture and asks the network for nothing.
 
-Screenshots stay in tests/browser/screenshots. Where there is no Chromium or no playwright: skipped, in one line.
+Screenshots stay in tests/browser/screenshots. Where there is no Chromium or no playwright: skipped, of which
+tests/conftest.py prints one line.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ SCHEMES = ("light", "dark")
 
 
 @pytest.fixture(scope="module")
-def browser(pytestconfig: pytest.Config) -> Iterator[Any]:
+def browser() -> Iterator[Any]:
     """Chromium, or the skip."""
     path = shutil.which("chromium") or shutil.which("chromium-browser")
     try:
@@ -32,8 +33,6 @@ def browser(pytestconfig: pytest.Config) -> Iterator[Any]:
     else:
         lacks = "no chromium (tests/browser/install.sh)"
     if path is None:
-        terminal = pytestconfig.pluginmanager.get_plugin("terminalreporter")
-        terminal.write_line(f"browser tests skipped: {lacks}")
         pytest.skip(lacks)
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=path, args=FLAGS)

@@ -12,6 +12,7 @@ from PIL import Image
 
 from lpl.analysis.check import reconstruction
 from lpl.perceptual.decoders.autoencoder_kl import AutoencoderKLTaps
+from lpl.report.scales import short
 
 
 @pytest.fixture
@@ -36,6 +37,10 @@ def check(run_cli: Any, as_flags: Any, model: Path, data: Path, tmp_path: Path, 
     return run
 
 
+def page_of(folder: Path) -> str:
+    return (folder / "out" / "check-report" / "report.html").read_text()
+
+
 def test_report_table_and_pictures(check: Any, tmp_path: Path) -> None:
     found, out, err = check()
     assert "error" not in err
@@ -56,7 +61,11 @@ def test_report_table_and_pictures(check: Any, tmp_path: Path) -> None:
     for name in files:
         with Image.open(folder / name) as picture:
             assert picture.width > 700
-    assert {str(p.relative_to(folder)) for p in folder.rglob("*.*")} == {"check.json", *files}
+    assert {str(p.relative_to(folder)) for p in folder.rglob("*.*")} == {"check.json", "report.html", *files}
+    page = (folder / "report.html").read_text()
+    assert page.count("<img src=") == len(files)
+    assert f"--lpl_weight {short(found['suggestion']['lpl_weight'])}" in page
+    assert str(folder / "report.html") in out
     taps = [layer["tap"] for layer in found["layers"]]
     assert taps == ["mid", "up_0", "up_1", "up_2"]
     assert {(row["tap"], row["in_gate"]) for row in found["maps"]} == {(t, g) for t in taps for g in (True, False)}
@@ -123,7 +132,7 @@ def test_with_other_options(check: Any, options: dict[str, Any]) -> None:
 
 
 def test_a_walk_that_is_not_the_decoder_ends_with_an_error_after_the_report(
-    check: Any, monkeypatch: pytest.MonkeyPatch
+    check: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     class Skips(AutoencoderKLTaps):
         def finish(self, x: torch.Tensor) -> torch.Tensor:
@@ -133,6 +142,7 @@ def test_a_walk_that_is_not_the_decoder_ends_with_an_error_after_the_report(
     found, out, err = check(code=2)
     assert found["walk_equals_decode"] == pytest.approx(0.5, abs=1e-4)
     assert "faults       LPL's walk" in out
+    assert '<div class="tile bad"><p class="tile-label">Walked decoder' in page_of(tmp_path)
     assert "\nerror: LPL's walk through the decoder differs from vae.decode by 0.5" in f"\n{err}"
 
 
@@ -154,6 +164,7 @@ def test_a_model_that_is_not_finite_is_reported_and_no_further_measured(
     assert found["components"]["denoiser"]["float32"]["max_abs"] is None
     assert "suggestion" not in found
     assert "NOT FINITE" in out
+    assert "<td>NOT FINITE</td>" in page_of(tmp_path)
     assert "error: denoiser is not finite in float32" in err
 
 

@@ -168,7 +168,7 @@ def test_images_that_are_there(evaluate: Any, whole: Any, model: Path, tmp_path:
     assert found["metrics"] == result["metrics"]
     assert found["model"] == str(folder / "images")
     assert [e["prompt"] for e in found["images"]] == [e["prompt"] for e in result["images"]]
-    assert found["images"][1]["file"] == "00000/00000001.png"
+    assert (found["image_root"], found["images"][1]["file"]) == (str(folder / "images"), "00000/00000001.png")
     bare, out = evaluate(tmp_path / "bare", pretrained_model_name_or_path=None, **there)
     assert {m["floor"] for m in bare["metrics"].values()} == {None}
     assert any(line.startswith("floor: no VAE") for line in bare["refused"])
@@ -184,6 +184,10 @@ def test_against_reconstructions(evaluate: Any, whole: Any, tmp_path: Path) -> N
     assert found["spectrum"]["reference"] == whole[1]["spectrum"]["floor"]
     assert "half : half" in out
     assert not any("enlarged" in line for line in found["refused"])
+    assert found["metrics"]["spectrum_log_error_high"]["floor"] > 0
+    bare, _ = evaluate(tmp_path, **there, floor=False)
+    assert {m["floor"] for m in bare["metrics"].values()} == {bare["spectrum"]["floor"]} == {None}
+    assert bare["metrics"]["spectrum_log_error_high"]["value"] == found["metrics"]["spectrum_log_error_high"]["value"]
     large, _ = evaluate(tmp_path, **there, resolution=20)
     assert [line[:51] for line in large["refused"]][:2] == [
         "52 of 52 reference images had to be enlarged to 20 "[:51],
@@ -248,6 +252,11 @@ def test_lora_prompts_file_seed_and_scheduler_change_the_samples(
     assert evaluate(tmp_path / "seed", **few, seed=2, fails=True).endswith("(seed 1 -> 2); choose another folder")
     weights = evaluate(tmp_path / "seed", **few, seed=1, lora=run.folder, fails=True)
     assert "weights" in weights
+    other = shutil.copytree(model, tmp_path / "model")
+    file = other / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": "v_prediction"}))
+    scheduler = evaluate(tmp_path / "seed", **few, seed=1, pretrained_model_name_or_path=other, fails=True)
+    assert "drawn otherwise (scheduler's config" in scheduler
 
 
 def test_a_single_file_gives_the_same_samples(

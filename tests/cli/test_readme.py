@@ -43,6 +43,32 @@ def test_every_train_command_parses():
         assert isinstance(parse_train(shlex.split(command)), TrainConfig)
 
 
+@pytest.mark.parametrize("file", ["README.md", "docs/evaluation.md"])
+def test_commands_that_judge_parse_and_go_together(file, monkeypatch):
+    """Each is accepted as it is written, and the report is on folders that commands above it write."""
+    import lpl.analysis.check.run
+    import lpl.comparison.run
+    import lpl.evaluation.command
+    import lpl.report.page
+
+    called = {}
+    for module, name in (
+        (lpl.analysis.check.run, "run_check"),
+        (lpl.evaluation.command, "run_eval"),
+        (lpl.comparison.run, "run_compare"),
+        (lpl.report.page, "write_report"),
+    ):
+        monkeypatch.setattr(module, name, lambda options, *_, name=name: called.__setitem__(name, options))
+    text = (ROOT / file).read_text().replace("\\\n", " ")
+    for command in re.findall(r"^    lpl ((?:check|eval|compare|report) .*)$", text, re.M):
+        main(shlex.split(command, comments=True))
+    assert list(called) == ["run_check", "run_eval", "run_compare", "write_report"]
+    trained, compared = (called[name].train.run.output_dir for name in ("run_check", "run_compare"))
+    assert called["run_eval"].pretrained_model_name_or_path == trained
+    assert Path(called["run_eval"].output_dir).parent == Path(trained)
+    assert called["write_report"].runs == (trained, compared)
+
+
 def test_commands_by_hand_run(exported, monkeypatch):
     (command,) = [c for c in re.findall(r"^    lpl (train .*)$", README, re.M) if "--max_train_steps 20" in c]
     monkeypatch.chdir(exported)

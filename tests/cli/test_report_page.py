@@ -91,6 +91,8 @@ def test_losses_shares_and_configuration_are_there(page: Page, run: Path) -> Non
         "Diffusion loss by timestep bin",
         "Diffusion loss: change by timestep bin",
         "LPL, validation",
+        "Diffusion loss, validation, over training time",
+        "LPL, validation, over training time",
         "Training loss",
         "LPL&#39;s share of the gradient",
         "LPL by layer",
@@ -155,12 +157,26 @@ def test_refusals_of_evaluations_are_shown(run: Path, run_cli: Any, tmp_path: Pa
     assert "Recall: refused: too few" in page.said
 
 
+@pytest.mark.parametrize(("difference", "tone"), [(0.02, "good"), (0.0201, "bad")])
+def test_the_walk_is_judged_as_by_the_check(difference: float, tone: str, tmp_path: Path) -> None:
+    from lpl.analysis.check.judge import faults_of
+    from lpl.report.page import render
+    from lpl.report.sources import Inputs, Result
+
+    content = {"kind": "check", "walk_equals_decode": difference, "components": {}}
+    assert bool(faults_of(content)) == (tone == "bad")
+    page = render(Inputs(checks=[Result(tmp_path / "check.json", content)]))
+    assert f'<div class="tile {tone}"><p class="tile-label">Walked decoder' in page
+
+
 def test_a_check_is_shown_by_its_folder_or_the_one_above(run_cli: Any, tmp_path: Path) -> None:
     folder = tmp_path / "mine" / "check-report"
     folder.mkdir(parents=True)
     content = {
         "kind": "check", "lpl": "0", "environment": {}, "refused": [], "faults": ["vae_decoder in float16: not finite"],
-        "warnings": [], "walk_equals_decode": 0.0, "components": {}, "layers": [], "maps": [], "step": None,
+        "warnings": [], "walk_equals_decode": 0.0, "layers": [], "maps": [], "step": None,
+        "components": {"vae_decoder": {dtype: {"finite": finite, "max_abs": None, "relative_error": None}
+                                       for dtype, finite in (("a", True), ("b", False), ("c", None))}},
         "gradients": [{"t_low": 0, "t_high": 100, "ratio": 0.25, "cosine": 0.5}],
         "suggestion": {"lpl_t_threshold": 700, "lpl_weight": 1.0409327240934, "why": ["because"]},
         "reconstruction": {"psnr_mean": 28.526, "psnr_min": 21.2, "file": "gone.png"},
@@ -169,7 +185,10 @@ def test_a_check_is_shown_by_its_folder_or_the_one_above(run_cli: Any, tmp_path:
     for named in (folder, folder.parent):
         code, _, err = run_cli(["report", str(named), f"--output={tmp_path / 'page.html'}"])
         assert code == 0, err
-        said = Page(tmp_path / "page.html").said
+        page = Page(tmp_path / "page.html")
+        said = page.said
+        words = [word for word in ("finite", "NOT FINITE", "not on this device") if f"<td>{word}</td>" in page.source]
+        assert words == ["finite", "NOT FINITE", "not on this device"]
         for part in (
             "mine/check-report",
             "--lpl_weight 1.04",

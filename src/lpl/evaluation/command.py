@@ -23,12 +23,10 @@ from lpl.evaluation.generate import check_settings, generate_into, image_name, w
 from lpl.evaluation.measuring import Measured, measure_all
 from lpl.evaluation.options import EvalConfig
 from lpl.evaluation.pictures import CAPTIONS
-from lpl.evaluation.planning import IMAGES, Plan, check_eval, with_flag
+from lpl.evaluation.planning import IMAGES, RESULT, Plan, check_eval, with_flag
 from lpl.evaluation.table import format_table
 
 logger = logging.getLogger("lpl")
-
-RESULT = "eval.json"
 
 
 def run_eval(options: EvalConfig, read_run: Callable[[Path], ModelConfig]) -> None:
@@ -80,7 +78,8 @@ def _draw(plan: Plan, sampler: Any, accelerator: Accelerator) -> None:
     from lpl.families.base import weights_hash
 
     folder = Path(plan.options.output_dir)
-    settings = plan.settings(weights=weights_hash(*sampler.modules()))
+    parts = sampler.configuration(plan.distinct_prompts).items()
+    settings = plan.settings(weights=weights_hash(*sampler.modules()), **{f"{name}'s config": h for name, h in parts})
     check_settings(folder, settings)
     accelerator.wait_for_everyone()  # all have checked before the first image appears
     if accelerator.is_main_process:
@@ -135,6 +134,7 @@ def _result(plan: Plan, found: Measured) -> dict[str, Any]:
         "features": found.features,
         "metrics": found.metrics,
         "spectrum": found.spectrum,
+        "image_root": None if drawn else str(above.resolve()),
         "images": [
             {
                 "prompt": prompt,

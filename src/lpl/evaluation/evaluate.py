@@ -76,6 +76,7 @@ def evaluate_images(
     resamples: int = 0,
     seed: int = 0,
     subsets: Subsets | None = None,
+    with_floor: bool = True,
     show: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Figures of samples against a reference.
@@ -88,6 +89,7 @@ def evaluate_images(
         resamples: of the samples, for the 95 % intervals (the reference stays as it is); 0: no intervals.
         seed: of the resamples and subsets.
         subsets: for the kernel distance; None: over all pairs.
+        with_floor: also compute the floors, where the reference has any.
         show: a progress bar.
 
     Returns:
@@ -99,7 +101,7 @@ def evaluate_images(
         ValueError: subsets larger than one of the sets, or reconstructions without a VAE.
     """
     samples = measure_images(images, reference, show)
-    target, floor = reference.target(against), reference.floor(against)
+    target, floor = reference.target(against), reference.floor(against) if with_floor else None
     counts = resample_counts(len(samples), resamples, seed) if resamples else None
     found: dict[str, dict[str, Any]] = {}
     for metric in metrics:

@@ -67,10 +67,12 @@ def measure_all(
             resamples=options.num_bootstrap,
             seed=options.seed,
             subsets=Subsets(options.kernel_subsets, options.kernel_subset_size),
+            with_floor=options.floor,
             show=True,
         )
         if spectrum is None:
-            target, floor = reference.target(options.against), reference.floor(options.against)
+            target = reference.target(options.against)
+            floor = reference.floor(options.against) if options.floor else None
             spectrum = {
                 "frequency": frequencies(resolution).tolist(),
                 "samples": samples.power.mean(0).tolist(),
@@ -133,8 +135,8 @@ def _clip_score(
         ends = interval(value, counts @ found / len(found), 0.0, 100.0)
     folder = Path(str(options.reference_dir))
     real = list_pictures(folder, "--reference_dir")
-    captions = read_captions(folder, real)
-    if vae is not None and captions is not None:
+    captions = read_captions(folder, real, "--reference_dir")
+    if options.floor and vae is not None and captions is not None:
         floor = float(score((reconstruct(b, vae) for b in read(real, "--reference_dir")), captions).mean())
     note = f"rough: only {len(found)} images" if len(found) < 100 else None
     return {"value": value, "interval": ends, "floor": floor, "lower_is_better": False, "note": note}

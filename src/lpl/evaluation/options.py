@@ -48,7 +48,8 @@ class EvalConfig:
     output_dir: str = "lpl-eval"
     """Where images and eval.json go."""
     resolution: int | None = None
-    """Pixels of the square images that are compared; unset: the model's, or of --images the first one's."""
+    """Pixels of the square images that are compared; unset: the model's, or of --images the first one's shorter side,
+    less what is no whole latent of the VAE."""
     num_inference_steps: int = 25
     """Sampling steps."""
     guidance_scale: float = 5.0

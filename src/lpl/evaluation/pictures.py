@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from lpl.data.crops import plan_crop, render
 from lpl.data.decode import decode_image
 from lpl.data.sources.base import IMAGE_SUFFIXES
 from lpl.errors import UserError
+from lpl.evaluation.prompts import read_rows, text_of
 
 CAPTIONS = "metadata.jsonl"
 INTERPOLATION = "lanczos"
@@ -89,15 +89,18 @@ def _decoded(file: Path, flag: str) -> Image.Image:
         raise UserError(f"{flag}: {file}: {error}; repair or remove it") from error
 
 
-def read_captions(folder: Path, files: list[Path]) -> list[str] | None:
-    """Captions of the images by the folder's metadata.jsonl; None where it has none for every image."""
+def read_captions(folder: Path, files: list[Path], flag: str) -> list[str] | None:
+    """Captions of the images by the folder's metadata.jsonl; None where it has none for every image.
+
+    Raises:
+        UserError: a metadata.jsonl that is no such file.
+    """
     file = folder / CAPTIONS
     if not file.is_file():
         return None
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    by_name = {str(row.get("file_name")): row.get("text") for row in rows}
+    by_name = {str(row.get("file_name")): text_of(row, where) for where, row in read_rows(file, flag)}
     found = [by_name.get(path.relative_to(folder).as_posix()) for path in files]
-    return [str(text) for text in found] if all(isinstance(text, str) for text in found) else None
+    return [text for text in found if text is not None] if None not in found else None
 
 
 def as_png(pixels: Tensor) -> bytes:

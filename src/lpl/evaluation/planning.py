@@ -19,7 +19,7 @@ from lpl.evaluation.pictures import CAPTIONS, list_pictures, read_captions, shor
 from lpl.evaluation.prompts import read_prompts
 from lpl.exporting.options import ExportConfig, Request, resolve
 
-IMAGES = "images"
+RESULT, IMAGES = "eval.json", "images"
 MOST_TOGETHER, PIXELS_TOGETHER = 64, 4 * 2**20
 
 
@@ -71,7 +71,7 @@ def check_eval(options: EvalConfig, read_run: Callable[[Path], ModelConfig], mod
     Raises:
         UserError: bad input.
     """
-    from lpl.families.sampling import check_sampling
+    from lpl.families.sampling import check_sampling, vae_stride
 
     if options.metrics:
         check_efficientnet()
@@ -92,31 +92,31 @@ def check_eval(options: EvalConfig, read_run: Callable[[Path], ModelConfig], mod
     if options.images is not None:
         source = Path(options.images)
         files = list_pictures(source, "--images")
+        _check_apart(source, folder, f"--images {source}")
         wanted = options.num_samples or len(files)
         require(wanted <= len(files), f"--num_samples {wanted}: --images {source} holds {len(files)}")
         files = files[:wanted]
-        prompts = read_captions(source, files)
+        prompts = read_captions(source, files, "--images")
         native = shortest_side(files[0], "--images")
     else:
+        _check_apart(Path(options.output_dir) / IMAGES, folder, f"--output_dir {options.output_dir}")
         distinct = tuple(_prompts(options, folder, references))
         count = options.num_samples or DEFAULT_SAMPLES
         files = [Path(options.output_dir) / IMAGES / image_name(index) for index in range(count)]
         prompts = [distinct[index % len(distinct)] for index in range(count)]
-    resolution = options.resolution or native
-    if resolution is None:
-        raise UserError("--resolution is missing: the model's configs do not say what it was made for")
-    drawn = options.images is None
-    require(not drawn or resolution % 8 == 0, f"--resolution {resolution}: models draw multiples of 8 pixels")
-    _check_counts(options, len(files), len(references))
     vae = options.floor or options.against == "reconstructions"
     can = request is not None or options.pretrained_vae_model_name_or_path is not None
+    alone = ModelConfig(pretrained_vae_model_name_or_path=options.pretrained_vae_model_name_or_path)
+    stride = vae_stride(alone if request is None else request.model) if vae and can else None
+    resolution = _resolution(options, native, stride)
+    _check_counts(options, len(files), len(references))
     require(
         can or options.against == "images",
         "--against reconstructions needs a VAE: give the model, or --pretrained_vae_model_name_or_path",
     )
     require(vae or options.images is None or not can, "the model or VAE given with --images has no use with --no_floor")
     plan = Plan(options, request, files, prompts, resolution, inception, distinct)
-    _check_output(Path(options.output_dir))
+    _check_output(Path(options.output_dir), options.images)
     if options.images is None:
         check_settings(Path(options.output_dir), plan.settings())
     return plan
@@ -158,10 +158,45 @@ def with_flag(request: Request, act: Callable[[], Any]) -> Any:
 def _prompts(options: EvalConfig, folder: Path, references: list[Path]) -> list[str]:
     if options.prompts is not None:
         return read_prompts(Path(options.prompts))
-    found = read_captions(folder, references)
+    found = read_captions(folder, references, "--reference_dir")
     if found is None:
         raise UserError(f"--prompts is missing: --reference_dir {folder} has no {CAPTIONS} with a text for every image")
     return found
+
+
+def _check_apart(images: Path, reference: Path, what: str) -> None:
+    """What is measured must not be taken for what it is measured against; one folder for both gives distances of 0."""
+    here, there = images.resolve(), reference.resolve()
+    drawn = what.startswith("--output_dir")
+    nested = here.is_relative_to(there) or there.is_relative_to(here)
+    require(
+        not nested or (here == there and not drawn),
+        f"{what}: {'its samples' if drawn else 'its images'} and those of --reference_dir {reference} lie one within "
+        "the other, so that they would be taken for each other; name folders apart",
+    )
+
+
+def _resolution(options: EvalConfig, native: int | None, stride: int | None) -> int:
+    """The pixels of a side: as given, else what the model or the first image has, whole latents of a VAE that is used.
+
+    Args:
+        options: of `lpl eval`.
+        native: pixels of the model or the image.
+        stride: pixels per latent of the VAE; None: none is used, or it is not known yet.
+    """
+    asked, drawn, step = options.resolution, options.images is None, stride or 1
+    if asked is None and native is None:
+        raise UserError("--resolution is missing: the model's configs do not say what it was made for")
+    if asked is None and native is not None:
+        require(native >= step, f"--resolution is missing: {native} pixels are fewer than the VAE's {step} a latent")
+        asked = native - native % step
+    assert asked is not None
+    require(not drawn or asked % 8 == 0, f"--resolution {asked}: models draw multiples of 8 pixels")
+    require(
+        asked % step == 0,
+        f"--resolution {asked}: the VAE takes multiples of {stride} pixels; give such a one, or --no_floor",
+    )
+    return asked
 
 
 def _check_counts(options: EvalConfig, samples: int, references: int) -> None:
@@ -180,8 +215,26 @@ def _check_counts(options: EvalConfig, samples: int, references: int) -> None:
     )
 
 
-def _check_output(folder: Path) -> None:
+def _check_output(folder: Path, images: str | None) -> None:
+    """Makes the folder, unless it has figures of other images, which would be overwritten.
+
+    Args:
+        folder: --output_dir.
+        images: --images; None: samples are drawn.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output_dir {folder}: cannot be made ({error.strerror})") from error
+    file = folder / RESULT
+    if not file.is_file():
+        return
+    try:
+        old = json.loads(file.read_text(encoding="utf-8"))["options"]["images"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # nothing that could be read is lost
+    before, now = (None if path is None else Path(path).resolve() for path in (old, images))
+    told = "samples that were drawn" if old is None else f"the images in {old}"
+    require(
+        before == now, f"--output_dir {folder}: its {RESULT} is of {told}, which would be overwritten; name another"
+    )

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from lpl.config import require
 from lpl.data.crops import to_float
 from lpl.data.files import write_atomically
 from lpl.data.folders import default_cache_dir
@@ -120,7 +121,7 @@ def reconstruct(images: Tensor, vae: Any) -> Tensor:
     """Images (B, 3, H, W), uint8, encoded to the posterior's mode, decoded and rounded to 8 bits.
 
     Raises:
-        UserError: a VAE that does not take images one by one to latents.
+        UserError: a VAE that does not take images one by one to latents, or that gives them back in another size.
     """
     parameter = next(vae.parameters())
     with torch.no_grad():
@@ -132,6 +133,11 @@ def reconstruct(images: Tensor, vae: Any) -> Tensor:
         else:
             raise UserError(f"the VAE is a {type(vae).__name__}, whose floor cannot be measured: use --no_floor")
         decoded = vae.decode(latents).sample
+    require(
+        decoded.shape[-2:] == images.shape[-2:],
+        f"--resolution {images.shape[-1]}: the VAE gives such images back with {decoded.shape[-1]} pixels; give a "
+        "multiple of its pixels per latent, or --no_floor",
+    )
     return ((decoded.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,10 +16,13 @@ from lpl.config import ModelConfig, require
 from lpl.diffusion.latent_space import LatentSpace
 from lpl.errors import UserError
 from lpl.families.sdxl_check import FLAG, check_model, native_resolution
+from lpl.families.sdxl_configs import PUBLISHED
 
 logger = logging.getLogger("lpl")
 
 SchedulerName = Literal["model", "dpmsolver++"]
+IDLE = {"transformers_version", "architectures", "dtype", "torch_dtype", "name_or_path"}
+"""Keys of configs that say where a part came from: weights are hashed as they are."""
 DECODED_PIXELS = 16 * 64 * 64
 """Pixels that are decoded together, or one image: more leave a CPU's caches, and a GPU's memory at 1024 pixels."""
 
@@ -60,6 +64,22 @@ class PipelineSampler:
         parts = sorted(self.pipeline.components.items())
         return [part for _, part in parts if isinstance(part, torch.nn.Module)]
 
+    def configuration(self, prompts: Sequence[str]) -> dict[str, str]:
+        """A hash of what decides the samples beside weights, by part: its class, its config, a tokenizer's ids.
+
+        Versions and places in configs do not count.
+
+        Args:
+            prompts: what is drawn.
+        """
+        settings = {name: _settings(part, prompts) for name, part in sorted(self.pipeline.components.items())}
+        own = {key: value for key, value in self.pipeline.config.items() if key not in settings}
+        settings["pipeline"] = [type(self.pipeline).__name__, _acting(own)]
+        return {
+            name: hashlib.blake2b(json.dumps(found, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
+            for name, found in settings.items()
+        }
+
     @torch.no_grad()
     def __call__(
         self,
@@ -97,6 +117,22 @@ class PipelineSampler:
         """Images in [0, 1]."""
         found: Tensor = self.pipeline(output_type="pt", **options).images
         return found
+
+
+def _settings(part: Any, prompts: Sequence[str]) -> list[Any]:
+    """What of a pipeline's part decides samples, for a hash."""
+    from transformers import PreTrainedTokenizerBase
+
+    kind = type(part).__name__
+    if isinstance(part, PreTrainedTokenizerBase):
+        ids = part([*prompts, ""], verbose=False).input_ids
+        return [kind, part.model_max_length, part.pad_token_id, ids]
+    config = getattr(part, "config", {})
+    return [kind, _acting(config.to_dict() if hasattr(config, "to_dict") else config)]
+
+
+def _acting(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if not key.startswith("_") and key not in IDLE}
 
 
 class SDXLSampler(PipelineSampler):
@@ -142,8 +178,32 @@ def check_sampling(config: ModelConfig, lora: Path | None) -> int | None:
         if file.is_file():
             configs[part] = json.loads(file.read_text(encoding="utf-8"))
     size = configs.get("unet", configs.get("transformer", {})).get("sample_size")
-    widths = configs.get("vae", {}).get("block_out_channels")
-    return int(size) * 2 ** (len(widths) - 1) if isinstance(size, int) and widths else None
+    stride = _stride_of(configs.get("vae", {}))
+    return size * stride if isinstance(size, int) and stride else None
+
+
+def vae_stride(config: ModelConfig) -> int | None:
+    """Pixels per latent of a model's VAE, or of a VAE alone; None where its config is not here or does not say.
+
+    Of a model whose configs are not here it is that of the published SDXL.
+    """
+    name, folder = config.pretrained_vae_model_name_or_path, _folder(config)
+    if name is None and folder is None:
+        return _stride_of(PUBLISHED["vae"])
+    file = Path(name) / "config.json" if name is not None else Path(str(folder)) / "vae" / "config.json"
+    if not file.is_file():
+        return None
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return None  # loading it will say more
+    return _stride_of(found) if isinstance(found, dict) else None
+
+
+def _stride_of(vae: Mapping[str, Any]) -> int | None:
+    """By a VAE's config: every block but the last halves the size."""
+    widths = vae.get("block_out_channels") or vae.get("encoder_block_out_channels")
+    return 2 ** (len(widths) - 1) if widths else None
 
 
 def load_for_sampling(

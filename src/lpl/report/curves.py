@@ -7,11 +7,13 @@ from itertools import pairwise
 from typing import Any
 
 from lpl.report.plots import Chart, Line, line_chart
-from lpl.report.run_folder import RunFolder
+from lpl.report.run_folder import RunFolder, seconds_at, training_clock
 from lpl.report.sources import Group
 
 NAMES = {"diffusion_loss": "Diffusion loss", "lpl": "LPL"}
 STEPS = "optimizer steps"
+UNITS = ((2 * 3600.0, 3600.0, "h"), (120.0, 60.0, "min"), (0.0, 1.0, "s"))
+"""From so many seconds on, so many of them are one of the unit."""
 SCALARS = (
     (
         "train_loss",
@@ -31,17 +33,17 @@ Points = list[tuple[float, float | None]]
 
 
 def loss_charts(groups: Sequence[Group]) -> list[Chart]:
-    """Validation and training losses over steps, and validation by timestep bin at the end."""
+    """Validation losses over steps and training time, by timestep bin at the end, and the training loss over steps."""
     groups = [group for group in groups if group.runs]
     charts = []
     for name, title in NAMES.items():
         changes = _change_lines(groups, name)
         if changes:
             note = f"Against the model before training, on held-out images.{_band_note(groups)} Lower is better."
-            charts.append(line_chart(f"{title}, validation: change", note, changes, STEPS, "%"))
-        elif lines := _validation_lines([g for g in groups if name not in g.yardsticks], name):
+            charts += _over_both(f"{title}, validation: change", note, changes, "%")
+        elif found := _validation_lines([g for g in groups if name not in g.yardsticks], name):
             note = f"On held-out images, noise and timesteps always the same.{_band_note(groups)} Lower is better."
-            charts.append(line_chart(f"{title}, validation", note, lines, STEPS, title))
+            charts += _over_both(f"{title}, validation", note, found, title)
     for name, title in NAMES.items():
         charts += _bin_charts(groups, name, title)
     for tag, title, note in SCALARS:
@@ -79,21 +81,45 @@ def rows_of(run: RunFolder, kind: str | None) -> list[dict[str, Any]]:
     return [row for row in run.validation if row["weights"] == kind]
 
 
-def _validation_lines(groups: Sequence[Group], name: str) -> list[Line]:
+def _over_both(title: str, note: str, lines: Sequence[tuple[Group, Line]], y_label: str) -> list[Chart]:
+    """A chart over steps, and the same over training time where that is known."""
+    charts = [line_chart(title, note, [line for _, line in lines], STEPS, y_label)]
+    timed = [line for line in (_over_seconds(group, line) for group, line in lines) if line.x]
+    if timed:
+        longest = max(x for line in timed for x in line.x)
+        length, unit = next((length, unit) for least, length, unit in UNITS if longest >= least)
+        timed = [line._replace(x=[x / length for x in line.x]) for line in timed]
+        note += " Training alone, without validation, checkpoints and pauses."
+        charts.append(line_chart(f"{title}, over training time", note, timed, f"training time, {unit}", y_label))
+    return charts
+
+
+def _over_seconds(group: Group, line: Line) -> Line:
+    """A group's line over steps as one over seconds of training, on average over its runs, as far as all know them."""
+    clocks = [training_clock(run) for run in group.runs]
+    known = [[seconds_at(clock, int(step)) for clock in clocks] for step in line.x]
+    times = [None if None in each else sum(s for s in each if s is not None) / len(each) for each in known]
+    kept = [i for i, seconds in enumerate(times) if seconds is not None]
+    y, low, high = ([part[i] for i in kept] if part else None for part in (line.y, line.low, line.high))
+    return Line(line.label, line.slot, [s for s in times if s is not None], y or [], low, high)
+
+
+def _validation_lines(groups: Sequence[Group], name: str) -> list[tuple[Group, Line]]:
     if len(groups) == 1 and len(groups[0].runs) == 1:
         run = groups[0].runs[0]
         kinds = list(dict.fromkeys(row["weights"] for row in run.validation))
         told = {"raw": "weights as trained (raw)", "ema": "averaged weights (ema)"}
         found = [(kind, [(row["step"], row.get(name)) for row in rows_of(run, kind)]) for kind in kinds]
-        lines = [_over([points], told.get(kind, kind), str(i + 1)) for i, (kind, points) in enumerate(found)]
+        named = [(told.get(kind, kind), str(i + 1), points) for i, (kind, points) in enumerate(found)]
+        lines = [(groups[0], _over([points], label, slot)) for label, slot, points in named]
     else:
-        lines = [_over(_final_curves(group, name), group.name, group.slot) for group in groups]
-    return [line for line in lines if any(value is not None for value in line.y)]
+        lines = [(group, _over(_final_curves(group, name), group.name, group.slot)) for group in groups]
+    return [(group, line) for group, line in lines if any(value is not None for value in line.y)]
 
 
-def _change_lines(groups: Sequence[Group], name: str) -> list[Line]:
+def _change_lines(groups: Sequence[Group], name: str) -> list[tuple[Group, Line]]:
     """In per cent of each run's own start, where arms have several seeds, whose validation draws differ; else none."""
-    lines: list[Line] = []
+    lines: list[tuple[Group, Line]] = []
     if all(len(group.runs) < 2 for group in groups):
         return lines
     for group in groups:
@@ -101,7 +127,7 @@ def _change_lines(groups: Sequence[Group], name: str) -> list[Line]:
         if not all(points and points[0][0] == 0 and points[0][1] for points in runs):
             return []
         found: list[Points] = [[(x, 100 * (y / points[0][1] - 1)) for x, y in points] for points in runs]
-        lines.append(_over(found, group.name, group.slot))
+        lines.append((group, _over(found, group.name, group.slot)))
     return lines
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from lpl.data.bad_image import BadImageError
 from lpl.report.pictures import Picture
 
 TRIES = ((1024, 88), (768, 86), (640, 84), (512, 82), (384, 80), (256, 78), (160, 70))
@@ -46,7 +47,7 @@ def embed_all(pictures: Sequence[Picture], budget: int) -> tuple[list[Embedded |
     for picture in pictures:
         try:
             read.append(picture.read())
-        except OSError as error:
+        except (OSError, BadImageError) as error:
             read.append(None)
             notes.append(f"{picture.file}: cannot be shown ({error})")
     for side, quality in TRIES:

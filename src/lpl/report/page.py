@@ -86,6 +86,7 @@ def _comparison(content: dict[str, Any], slots: dict[str, str], final: str | Non
 
 
 def _environment() -> Environment:
+    from lpl.analysis.check.options import WALK_TOLERANCE
     from lpl.report.findings import ABSCISSAE, metric_name, signed
     from lpl.report.scales import short
 
@@ -100,6 +101,7 @@ def _environment() -> Environment:
     assert loader is not None
     environment.filters |= {"short": short, "signed": signed, "metric_name": metric_name, "svg": Markup}
     environment.globals |= {
+        "walk_tolerance": WALK_TOLERANCE,
         "style": Markup(loader.get_source(environment, "style.css")[0]),
         "script": Markup(loader.get_source(environment, "page.js")[0]),
         "abscissae": ABSCISSAE,

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from PIL import Image
 
+from lpl.data.decode import decode_image
 from lpl.data.picture_cells import read_cells
 from lpl.report.run_folder import RunFolder
-from lpl.report.sources import Group, Inputs
+from lpl.report.sources import Group, Inputs, Result
 
 SHEETS = "samples"
 MOST_ROWS = 16
@@ -26,17 +26,14 @@ class Picture(NamedTuple):
     """None: all of it."""
 
     def read(self) -> Image.Image:
-        """The pixels, RGB on white.
+        """The pixels as lpl eval takes them: upright, sRGB, 8 bits, on white.
 
         Raises:
-            OSError: it is gone or no picture.
+            OSError: it is gone.
+            BadImageError: it is no picture.
         """
-        with Image.open(self.file) as image:
-            part = image.crop(self.box) if self.box else image.copy()
-        if part.mode in ("RGBA", "LA", "PA", "P"):
-            part = part.convert("RGBA")
-            return Image.alpha_composite(Image.new("RGBA", part.size, "white"), part).convert("RGB")
-        return part.convert("RGB")
+        image = decode_image(self.file.read_bytes())
+        return image.crop(self.box) if self.box else image
 
 
 class Key(NamedTuple):
@@ -78,7 +75,7 @@ def gather_pictures(inputs: Inputs) -> Pictures:
         if group.runs:
             _add_run(table, group, alone)
         for result in group.evals[:1]:
-            _add_eval(table, group, result.file.parent, result.content.get("images") or [])
+            _add_eval(table, group, result)
     several = [group.name for group in groups if len(group.runs) > 1]
     if several and table.rows:
         table.notes.append(f"pictures of {', '.join(several)} are those of their first seeds")
@@ -125,9 +122,16 @@ def _add_sheet(table: Pictures, run: RunFolder, file: Path, column: str) -> None
             table.add(Key(cell.prompt, cell.seed), column, Picture(file, cell.box))
 
 
-def _add_eval(table: Pictures, group: Group, folder: Path, images: Sequence[dict[str, Any]]) -> None:
+def _add_eval(table: Pictures, group: Group, result: Result) -> None:
+    """Its images, from beside eval.json where they were drawn, else from where --images was."""
+    images = result.content.get("images") or []
+    root, gone = Path(result.content.get("image_root") or result.file.parent), 0
     for image in images:
-        file = folder / str(image["file"])
+        file = root / str(image["file"])
         if file.is_file():
             key = Key(str(image.get("prompt") or ""), image.get("seed"), image.get("index"))
             table.add(key, group.name, Picture(file))
+        else:
+            gone += 1
+    if gone:
+        table.notes.append(f"{result.file}: {gone} of its {len(images)} images are gone from {root}")

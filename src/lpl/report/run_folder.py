@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +82,12 @@ def training_clock(run: RunFolder) -> list[tuple[int, float]]:
     samples a second between two logs. The first rate, which has the start in it (memory, kernels, compilation), is
     taken for the second.
     """
-    processes = int(run.environment.get("processes", 1))
-    samples = int(run.options["train_batch_size"]) * int(run.options["gradient_accumulation_steps"]) * processes
     clock, step, seconds = [(0, 0.0)], 0, 0.0
     rates = [(here, rate) for here, rate in run.scalars.get(RATE, []) if rate > 0]
+    if not rates:
+        return clock
+    processes = int(run.environment.get("processes", 1))
+    samples = int(run.options["train_batch_size"]) * int(run.options["gradient_accumulation_steps"]) * processes
     if len(rates) > 1:
         rates[0] = rates[0][0], rates[1][1]
     for here, rate in rates:
@@ -93,6 +96,19 @@ def training_clock(run: RunFolder) -> list[tuple[int, float]]:
             step = here
             clock.append((step, seconds))
     return clock
+
+
+def seconds_at(clock: list[tuple[int, float]], step: int) -> float | None:
+    """Seconds of training until a step, by a straight line between the clock's; None: it does not reach so far.
+
+    Args:
+        clock: of training_clock.
+        step: optimizer steps.
+    """
+    for (before, low), (after, high) in pairwise(clock):
+        if before <= step <= after:
+            return low + (step - before) / (after - before) * (high - low)
+    return None
 
 
 def _finished(file: Path) -> tuple[int, str] | None:

@@ -16,6 +16,9 @@ PLACES = {"output_dir", "logging_dir", "seed", "latent_cache_dir"}
 """Options that name places or draws: no difference worth a row."""
 
 
+FINITE = {True: "finite", False: "NOT FINITE", None: "not on this device"}
+
+
 class Tile(NamedTuple):
     """A figure at the top of the page."""
 
@@ -232,7 +235,7 @@ def checks(inputs: Inputs) -> list[dict[str, Any]]:
             [
                 part,
                 dtype,
-                "finite" if f["finite"] else "NOT FINITE",
+                FINITE[f["finite"]],
                 short(f.get("max_abs")),
                 short(f.get("relative_error")),
             ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -109,6 +111,32 @@ def test_settings_are_compared(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def sampler(model: Path) -> Any:
     return load_for_sampling(ModelConfig(str(model)), torch.float32, CPU)
+
+
+def test_configurations_tell_what_draws_otherwise(model: Path, sampler: Any, tmp_path: Path) -> None:
+    """The same model elsewhere is the same; a setting that acts is not, though no weight differs."""
+    own = sampler.configuration(PROMPTS)
+    assert set(own) >= {"pipeline", "scheduler", "unet", "vae", "tokenizer", "text_encoder"}
+    other = shutil.copytree(model, tmp_path / "other")
+
+    def differing(prompts: Sequence[str] = PROMPTS) -> set[str]:
+        found = load_for_sampling(ModelConfig(str(other)), torch.float32, CPU).configuration(prompts)
+        assert found.keys() == own.keys()
+        return {name for name in own if found[name] != own[name]}
+
+    def change(file: str, **values: Any) -> None:
+        config = json.loads((other / file).read_text())
+        (other / file).write_text(json.dumps(config | values))
+
+    change("unet/config.json", _diffusers_version="0.1", _name_or_path="elsewhere")
+    change("text_encoder/config.json", transformers_version="4.0", architectures=["Other"])
+    assert differing() == set()
+    assert differing(["another"]) == {"tokenizer", "tokenizer_2"}
+    change("scheduler/scheduler_config.json", prediction_type="v_prediction")
+    assert differing() == {"scheduler"}
+    change("vae/config.json", scaling_factor=0.6)
+    change("model_index.json", force_zeros_for_empty_prompt=False)
+    assert differing() == {"scheduler", "vae", "pipeline"}
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])

@@ -122,10 +122,18 @@ def test_reconstructions_and_floor(real: Path, vae: Any, tmp_path: Path) -> None
     assert (own["precision"]["value"], own["spectrum_log_error_high"]["value"]) == (1, 0)
     halves = Reference(reference.reconstructed.part(slice(1, None, 2)), None, 16, Grid())  # type: ignore[union-attr]
     assert own["frechet_grid"]["floor"] == evaluate_images(decoded[::2], halves)["frechet_grid"]["value"]
+    for against in ("images", "reconstructions"):
+        without = evaluate_images(decoded, reference, against=against, with_floor=False)
+        assert {m["floor"] for m in without.values()} == {None}
     bare = Reference.from_folder(real, 16, Grid(), cache_dir=tmp_path)
     assert {m["floor"] for m in evaluate_images(decoded, bare).values()} == {None}
     with pytest.raises(ValueError, match="no VAE"):
         evaluate_images(decoded, bare, against="reconstructions")
+
+
+def test_images_of_no_whole_latents_are_refused(vae: Any) -> None:
+    with pytest.raises(UserError, match=r"^--resolution 18: the VAE gives such images back with 16 pixels"):
+        reconstruct(pictures(1, size=18), vae)
 
 
 def test_figures_order_better_and_worse_samples(real: Path, tmp_path: Path) -> None:

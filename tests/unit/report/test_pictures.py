@@ -12,7 +12,8 @@ from PIL import Image
 
 from lpl.data.picture_cells import KEY, Cell, cells_note, read_cells
 from lpl.report.images import embed_all, encode
-from lpl.report.pictures import Picture
+from lpl.report.pictures import Key, Picture, gather_pictures
+from lpl.report.sources import Group, Inputs, Result
 from lpl.training.prompts import Prompt
 from lpl.training.validation_images import label_grid
 
@@ -92,3 +93,41 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
 def test_transparent_pictures_stand_on_white(tmp_path: Path) -> None:
     Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "a.png")
     assert Picture(tmp_path / "a.png").read().getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_pictures_are_what_is_measured(tmp_path: Path) -> None:
+    """16-bit grey is not cut off at 255, floats are 0..1, and a camera's image stands upright."""
+    grey = np.array([[0, 256, 32768], [65535, 128, 65280]], dtype=np.uint16)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    Image.fromarray((grey / 65535).astype(np.float32)).save(tmp_path / "float.tiff")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    colour = noise(3, 16).crop((0, 0, 16, 8))
+    colour.save(tmp_path / "turned.png", exif=exif)
+    for name in ("grey.png", "float.tiff"):
+        found = np.asarray(Picture(tmp_path / name).read())
+        assert found.shape == (2, 3, 3)
+        assert np.abs(found[..., 0] - grey / 257).max() <= 0.51
+    assert np.array_equal(Picture(tmp_path / "turned.png").read(), np.rot90(np.asarray(colour), -1))
+
+
+def test_images_on_disk_are_found_where_they_were(tmp_path: Path) -> None:
+    """An evaluation of --images keeps eval.json elsewhere; what is gone is said."""
+    for folder in ("drawn", "there"):
+        (tmp_path / folder / "a").mkdir(parents=True)
+        noise(1).save(tmp_path / folder / "a" / "0.png")
+    images = [{"prompt": "x", "seed": None, "index": i, "file": f"a/{i}.png"} for i in range(3)]
+    roots = {"drawn": None, "there": str(tmp_path / "there")}
+    files = {"drawn": tmp_path / "drawn" / "eval.json", "there": tmp_path / "out" / "eval.json"}
+    groups = [
+        Group(name, "1", evals=[Result(files[name], {"images": images, "image_root": root})])
+        for name, root in roots.items()
+    ]
+    table = gather_pictures(Inputs(groups))
+    picture = Path("a") / "0.png"
+    assert table.rows == {
+        Key("x", None, 0): {name: Picture(tmp_path / name / picture) for name in roots},
+    }
+    assert table.notes == [
+        f"{files[name]}: 2 of its 3 images are gone from {tmp_path / name}" for name in ("drawn", "there")
+    ]

@@ -11,7 +11,8 @@ import pytest
 from lpl.config import TrainConfig
 from lpl.config_io import write_config
 from lpl.errors import UserError
-from lpl.report.run_folder import RunFolder, is_run, read_run, training_clock
+from lpl.report.curves import loss_charts
+from lpl.report.run_folder import RunFolder, is_run, read_run, seconds_at, training_clock
 from lpl.report.sources import Group, Inputs
 from lpl.report.words import configuration, headline, tiles
 
@@ -30,6 +31,33 @@ def test_the_clock_counts_training_alone() -> None:
 
 def test_no_logs_no_clock() -> None:
     assert training_clock(run({})) == [(0, 0.0)]
+
+
+def test_seconds_of_steps_between_logs() -> None:
+    clock = [(0, 0.0), (10, 2.0), (15, 4.0)]
+    assert [seconds_at(clock, step) for step in (0, 5, 10, 12, 15)] == pytest.approx([0, 1, 2, 2.8, 4])
+    assert seconds_at(clock, 16) is None
+    assert seconds_at([(0, 0.0)], 0) is None
+
+
+def test_validation_is_drawn_over_training_time_too() -> None:
+    """Two seeds that take 1 and 3 minutes for 10 steps: 2 minutes on average; without logs there is no such chart."""
+    rows = [{"step": s, "weights": "raw", "diffusion_loss": v} for s, v in ((0, 0.5), (10, 0.4), (20, 0.3))]
+
+    def logged(rate: float | None) -> RunFolder:
+        scalars = {} if rate is None else {"samples_per_second": [(5, rate), (20, rate)]}
+        one = run(scalars, train_batch_size=6, gradient_accumulation_steps=1)
+        return RunFolder(one.path, one.options, one.environment, 20, "raw", rows, one.scalars)
+
+    charts = {
+        c.title: c for c in loss_charts([Group("a", "1", [logged(1.0), logged(1 / 3)]), Group("b", "2", [logged(1.0)])])
+    }
+    timed = charts["Diffusion loss, validation: change, over training time"]
+    assert timed.header == ["training time, min", "a", "b"]
+    assert timed.rows == [["0", "0", "0"], ["1", "–", "−20"], ["2", "−20", "−40"], ["4", "−40", "–"]]
+    assert charts["Diffusion loss, validation: change"].header == ["optimizer steps", "a", "b"]
+    alone = [c.title for c in loss_charts([Group("a", "1", [logged(None)])])]
+    assert alone == ["Diffusion loss, validation"]
 
 
 def test_a_folder_is_read_as_far_as_it_goes(tmp_path: Path) -> None:

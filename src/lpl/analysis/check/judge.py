@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from lpl.analysis.check import precision
+from lpl.analysis.check.options import WALK_TOLERANCE
 from lpl.config import TrainConfig
 from lpl.perceptual.auto_weight import MEASURED_SAMPLES
 from lpl.training.tracking import HIGH_SHARE, LOW_SHARE
@@ -16,8 +17,6 @@ MOST_OUTLIERS = 0.1
 """Share of a layer's values; more is no few extreme activations."""
 LEAST_GATED = 0.05
 """Probability of passing the gate."""
-WALK_TOLERANCE = 2e-2
-"""Largest difference of the walk from vae.decode, of images that span 2: TF32 on a GPU stays below."""
 
 
 def faults_of(found: dict[str, Any]) -> list[str]:

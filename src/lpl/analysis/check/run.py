@@ -1,4 +1,4 @@
-"""`lpl check`: loads the model, measures, and writes check.json with its pictures."""
+"""`lpl check`: loads the model, measures, and writes check.json with its pictures and a page."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from lpl.data.files import write_atomically
 from lpl.data.lettering import printable
 from lpl.errors import UserError
 from lpl.families import load_family, plan_configs
+from lpl.report.options import PAGE, ReportConfig
 from lpl.training.engine import build_accelerator, build_objective
 from lpl.training.preflight import Checked, check_data, processes
 from lpl.training.step import TrainingStep
@@ -44,7 +45,7 @@ HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def run_check(options: CheckConfig) -> None:
-    """Measures, writes the report and prints its table.
+    """Measures, writes the report with its page and prints its table.
 
     Raises:
         UserError: bad input; a model that no run should start with, only after the report.
@@ -57,7 +58,7 @@ def run_check(options: CheckConfig) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / NUMBERS).unlink(missing_ok=True)
         shutil.rmtree(folder / MAPS, ignore_errors=True)
-        for name in (LOSSES, ESTIMATES):
+        for name in (LOSSES, ESTIMATES, PAGE):
             (folder / name).unlink(missing_ok=True)
         found = Check(checked, options.num_images, folder).run()
         written = json.dumps(_plain(found), ensure_ascii=False, indent=1, allow_nan=False)
@@ -67,8 +68,13 @@ def run_check(options: CheckConfig) -> None:
             f"--output_dir {options.train.run.output_dir}: {folder} cannot be written ({error.strerror}): make room "
             "there, or name another folder"
         ) from error
+    from lpl.report.page import write_report
+
+    page = write_report(ReportConfig((str(folder),)), announce=False)
     encoding = sys.stdout.encoding or "utf-8"
-    printed = f"{table(found)}\nwritten      {folder / NUMBERS} and its pictures"
+    printed = (
+        f"{table(found)}\nwritten      {folder / NUMBERS} and its pictures\npage         {page}: open it in a browser"
+    )
     print(printed.encode(encoding, "backslashreplace").decode(encoding))
     if found["faults"]:
         raise UserError(found["faults"][0])

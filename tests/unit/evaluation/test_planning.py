@@ -1,0 +1,134 @@
+"""What `lpl eval` refuses before anything loads, and which pixels it takes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lpl.config import ModelConfig
+from lpl.errors import UserError
+from lpl.evaluation.options import EvalConfig
+from lpl.evaluation.pictures import list_pictures, read_captions
+from lpl.evaluation.planning import Plan, check_eval
+from lpl.evaluation.prompts import read_prompts
+from lpl.families.sampling import vae_stride
+from lpl.testing import tiny_images
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(tiny_images(tmp_path_factory.mktemp("planning") / "real", count=12, size=18))
+
+
+def plan(reference: Path, output: Path, **options: Any) -> Plan:
+    given = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+    given |= {"reference_dir": str(reference), "output_dir": str(output), "metrics": ("spectrum",)}
+    return check_eval(EvalConfig(**given), lambda _: ModelConfig())
+
+
+def test_samples_drawn_into_the_reference_are_refused(model: Path, tmp_path: Path) -> None:
+    """They would be taken for real images; by a symbolic link just the same."""
+    real = Path(tiny_images(tmp_path / "real", count=12))
+    (tmp_path / "link").symlink_to(real, target_is_directory=True)
+    drawn: dict[str, Any] = {"pretrained_model_name_or_path": model, "num_samples": 12}
+    for output in (real, real / "out", tmp_path / "link" / "a" / "out"):
+        with pytest.raises(UserError, match=rf"^--output_dir {output}: its samples and those of --reference_dir"):
+            plan(real, output, **drawn)
+        assert not (output / "out").exists()
+    plan(real, tmp_path, **drawn)  # beside the reference
+    inside = Path(tiny_images(tmp_path / "images" / "00000", count=12))
+    with pytest.raises(UserError, match=rf"^--output_dir {tmp_path}: its samples"):
+        plan(inside, tmp_path, **drawn)
+
+
+def test_images_and_reference_within_each_other_are_refused(tmp_path: Path) -> None:
+    real = Path(tiny_images(tmp_path / "real", count=12))
+    inside = Path(tiny_images(real / "samples", count=12))
+    for images, against in ((inside, real), (real, inside)):
+        with pytest.raises(UserError, match=rf"^--images {images}: its images and those of --reference_dir {against}"):
+            plan(against, tmp_path / "out", images=images, floor=False)
+    assert len(plan(real, tmp_path / "out", images=real, floor=False).files) == 24
+
+
+def test_pixels_are_whole_latents_of_the_vae(model: Path, reference: Path, tmp_path: Path) -> None:
+    """The tiny model has 4 pixels a latent, the first image 18."""
+    there = {"images": reference}
+    vae = there | {"pretrained_vae_model_name_or_path": model / "vae"}
+    assert plan(reference, tmp_path, **there).resolution == 18
+    assert plan(reference, tmp_path, **vae).resolution == 16
+    assert plan(reference, tmp_path, **there, pretrained_model_name_or_path=model).resolution == 16
+    assert plan(reference, tmp_path, **vae, resolution=20).resolution == 20
+    with pytest.raises(UserError, match=r"^--resolution 18: the VAE takes multiples of 4 pixels"):
+        plan(reference, tmp_path, **vae, resolution=18)
+    assert plan(reference, tmp_path, **there, resolution=18).resolution == 18
+
+
+def test_figures_of_another_source_are_not_overwritten(model: Path, reference: Path, tmp_path: Path) -> None:
+    drawn: dict[str, Any] = {"pretrained_model_name_or_path": model, "num_samples": 12}
+    there: dict[str, Any] = {"images": reference}
+    other = tiny_images(tmp_path / "other", count=12)
+    file = tmp_path / "out" / "eval.json"
+    file.parent.mkdir()
+    for old, fine, refused in (
+        (None, drawn, [there]),
+        (str(reference), there, [drawn, {"images": other}]),
+    ):
+        file.write_text(json.dumps({"kind": "eval", "options": {"images": old}}))
+        plan(reference, file.parent, **fine)
+        for options in refused:
+            with pytest.raises(UserError, match=r"^--output_dir .*out: its eval.json is of .* would be overwritten"):
+                plan(reference, file.parent, **options)
+    file.write_text("{")
+    plan(reference, file.parent, **there)
+
+
+def test_pixels_per_latent(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "dc").mkdir()
+    (tmp_path / "dc" / "config.json").write_text('{"encoder_block_out_channels": [1, 1, 1, 1, 1, 1]}')
+    assert vae_stride(ModelConfig(str(model))) == 4
+    assert vae_stride(ModelConfig("x.safetensors", single_file_config=str(model))) == 4
+    assert vae_stride(ModelConfig("x.safetensors")) == 8
+    assert vae_stride(ModelConfig(str(model), pretrained_vae_model_name_or_path=str(tmp_path / "dc"))) == 32
+    assert vae_stride(ModelConfig(pretrained_vae_model_name_or_path="some/vae")) is None
+
+
+SEPARATED = "one\u2028two\x85three"
+
+
+def test_captions_are_read_whole(tmp_path: Path) -> None:
+    """A byte order mark, a list of captions, separators of Unicode within a caption, Windows' line ends."""
+    folder = Path(tiny_images(tmp_path / "images", count=3))
+    files = list_pictures(folder, "--images")
+    rows = [
+        {"file_name": "0.png", "text": SEPARATED},
+        {"file_name": "1.png", "text": ["first", "second"]},
+        {"file_name": "2.png", "text": "é"},
+    ]
+    text = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (folder / "metadata.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert read_captions(folder, files, "--images") == [SEPARATED, "first", "é"]
+    assert read_prompts(folder / "metadata.jsonl") == [SEPARATED, "first", "é"]
+    (tmp_path / "p.txt").write_text(f"{SEPARATED}\nlast", encoding="utf-8")
+    assert read_prompts(tmp_path / "p.txt") == [SEPARATED, "last"]
+    (folder / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "a"}\n{"file_name": "1.png", "text": []}')
+    assert read_captions(folder, files, "--images") is None
+    assert read_captions(folder, files[:1], "--images") == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"file_name": "0.png", "text": "a"}\nno json', "line 2: not JSON"),
+        (b'"text"', "line 1: not a JSON object"),
+        (b'{"file_name": "0.png", "text": 3}', 'line 1: "text" is neither a text nor a list of texts'),
+        (b'{}\n{"text": "\xe9"}', "line 2: not UTF-8 \\(byte 13 of the file\\)"),
+    ],
+)
+def test_captions_that_cannot_be_read_name_file_and_line(content: bytes, message: str, tmp_path: Path) -> None:
+    folder = Path(tiny_images(tmp_path / "images", count=1))
+    (folder / "metadata.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=f"^--reference_dir .*metadata.jsonl.*{message}"):
+        read_captions(folder, [folder / "0.png"], "--reference_dir")
