@@ -59,7 +59,7 @@ def test_every_option_of_arms_is_one_of_lpl_train() -> None:
                 texts = {name: str(value) for name, value in arms.merged(benchmark.common, options).items()}
                 parse_train(as_flags(texts))
                 number += 1
-    assert number == 6 + 20
+    assert number == 7 + 16
 
 
 def test_search_goes_on_with_the_best_of_each_round() -> None:
