@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 
 from scipy.stats import t as student
 
+from lpl.config import TrainConfig
+
 FILE = Path(__file__).parent / "results.json"
 Row = dict[str, Any]
 BAR = 0.94
@@ -108,11 +110,11 @@ def seeds_table(rows: list[Row]) -> str:
 def differences(rows: list[Row], arm: str) -> list[tuple[str, Row]]:
     """An arm's search, best first: what differs from the best, and the row."""
     found = sorted((row for row in rows if row["arm"] == arm and not row["reported"]), key=lambda r: r["frechet"])
-    named = []
+    named, unset = [], TrainConfig().flat()
     for row in found:
-        best, options = found[0]["options"], row["options"]
-        names = sorted(options.keys() | best.keys())
-        other = [f"{n} {options.get(n, 'default')}" for n in names if options.get(n) != best.get(n)]
+        best, options = (unset | entry["options"] for entry in (found[0], row))
+        names = sorted(found[0]["options"].keys() | row["options"].keys())
+        other = [f"{n} {options.get(n, 'unset')}" for n in names if options.get(n) != best.get(n)]
         named.append((", ".join(other) or "best", row))
     return named
 

@@ -121,9 +121,9 @@ def test_the_decoders_crops_are_parts_of_the_images(tmp_path: Path) -> None:
 def test_search_is_named_by_what_differs() -> None:
     rows = [
         {"arm": "lpl", "seed": 101, "reported": False, "frechet": value, "options": options}
-        for value, options in ((5.0, {"a": 1}), (3.0, {"a": 2, "b": True}))
+        for value, options in ((5.0, {"a": 1}), (3.0, {"a": 2, "b": True, "lpl_norm_type": "batch"}))
     ]
-    assert [said for said, _ in summary.differences(rows, "lpl")] == ["best", "a 1, b default"]
+    assert [said for said, _ in summary.differences(rows, "lpl")] == ["best", "a 1, b unset, lpl_norm_type shared"]
 
 
 def test_paired_ratio_against_hand() -> None:
