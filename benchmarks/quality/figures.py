@@ -57,13 +57,13 @@ def draw_search(rows: list[Row]) -> None:
     arms = [arm for arm in ("baseline", "lpl") if any(r["arm"] == arm and not r["reported"] for r in rows)]
     found = {arm: differences(rows, arm) for arm in arms}
     lines = [(arm, *entry) for arm in arms for entry in found[arm]]
-    figure, axis = plt.subplots(figsize=(8, 0.6 + 0.22 * len(lines)))
+    figure, axis = plt.subplots(figsize=(12, 0.8 + 0.22 * len(lines)))
     for place, (arm, _, row) in enumerate(lines):
         axis.plot([row["frechet"]], [place], "o", color="0.4" if arm == "baseline" else "tab:blue")
     axis.set_yticks(range(len(lines)), [f"{arm}: {said}" for arm, said, _ in lines], fontsize=8)
     axis.set_ylim(len(lines) - 0.5, -0.5)
     axis.grid(axis="x", color="0.9")
-    axis.set_xlabel("Fréchet distance to reconstructions of held-out images, one seed, 2,000 samples", fontsize=8)
+    axis.set_xlabel("Fréchet distance to reconstructions", fontsize=8)
     figure.tight_layout()
     figure.savefig(DOCS / "results_search.png", dpi=90)
 
