@@ -77,12 +77,14 @@ class Stages:
         self.results.note("best", best)
         primary, seeds = self.benchmark.primary, self.benchmark.seeds
         self.results.note("prompts", ordered_prompts(self.data(primary) / primary.data)[:SHOWN])
-        # Seed by seed, so that an unfinished report has whole pairs.
+        # Seed by seed, so that an unfinished report has whole pairs. How long a timed control takes is known after them.
         runs = [self._run(primary, arm, seed, best[arm]) for seed in seeds for arm in best]
-        self.workers.map(self._complete, runs)
-        self._keep_unets(runs[:2])
-        for name, control in self.benchmark.controls.items():
-            self.workers.map(self._complete, [self._control(name, control, seed, best[control.of]) for seed in seeds])
+        for timed in (False, True):
+            for name, control in self.benchmark.controls.items():
+                if timed == (control.as_long_as is not None):
+                    runs += [self._control(name, control, seed, best[control.of]) for seed in seeds]
+            self.workers.map(self._complete, runs)
+            self._keep_unets(runs[:2])
         others = [s for s in self.benchmark.settings if s != primary]
         self.workers.map(
             self._complete, [self._run(s, arm, seed, best[arm]) for s in others for seed in seeds for arm in best]
