@@ -77,7 +77,7 @@ class Stages:
         self.results.note("best", best)
         primary, seeds = self.benchmark.primary, self.benchmark.seeds
         self.results.note("prompts", ordered_prompts(self.data(primary) / primary.data)[:SHOWN])
-        # Seed by seed, so that an unfinished report has whole pairs. How long a timed control takes is known after them.
+        # Seed by seed, so that an unfinished report has whole pairs. The timed controls need the times of the others.
         runs = [self._run(primary, arm, seed, best[arm]) for seed in seeds for arm in best]
         for timed in (False, True):
             for name, control in self.benchmark.controls.items():
