@@ -1,4 +1,4 @@
-"""One run measured: samples drawn from its result, compared with held-out images and their reconstructions.
+"""One run or pipeline measured: samples drawn from its result, compared with held-out images and their reconstructions.
 
     python -m benchmarks.quality.measure RUN DATA CACHE SAMPLES SEED PROMPTS    # writes RUN/measured.json
 
@@ -131,7 +131,8 @@ def main() -> None:
     torch.set_num_threads(1)
     logging.getLogger("lpl").setLevel(logging.WARNING)
     found = measure_run(Path(run), Path(data), Path(cache), int(samples), int(seed), prompts)
-    found |= {"seconds": training_seconds(Path(run))}
+    if (Path(run) / "logs").is_dir():  # a pipeline that is no run has none
+        found["seconds"] = training_seconds(Path(run))
     write_atomically(Path(run) / MEASURED, (json.dumps(found, indent=1) + "\n").encode())
 
 

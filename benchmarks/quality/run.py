@@ -20,7 +20,6 @@ from benchmarks.quality.workers import ROOT, STOPPED, BudgetSpentError, Workers
 from lpl.errors import UserError
 
 STAGES = ("fetch", "baseline", "search", "report")
-HERE = Path(__file__).parent
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -29,7 +28,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--stage", choices=[*STAGES, "all"], default="all")
     parser.add_argument("--budget_minutes", type=float, help="stop after so many; the same command continues")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "lpl-quality", help="data, runs and caches")
-    parser.add_argument("--results", type=Path, help="results.json; unset: beside this file, with --toy in output_dir")
+    parser.add_argument("--results", type=Path, help="results.json; unset: in output_dir")
     parser.add_argument("--arms", type=Path, default=ARMS, help="what is run")
     parser.add_argument("--settings", help="only these of its settings, such as all-64,quarter-64; unset: all")
     parser.add_argument("--images", type=Path, help="photographs of your own, instead of the others")
@@ -66,7 +65,7 @@ def run(options: argparse.Namespace) -> None:
             stamps = None if options.stamps is None else options.stamps.resolve()
             counts = Counts(4, 20) if options.toy else Counts()
             fetch(folder, resolutions, images=images, stamps=stamps, demo_only=options.toy, counts=counts)
-        file = options.results or (folder if options.toy else HERE) / "results.json"
+        file = options.results or folder / "results.json"
         model = folder / "model" if options.model is None else options.model.resolve()
         if options.model is not None and not (model / "model_index.json").is_file():
             raise UserError(f"--model {model}: no pipeline there")

@@ -126,10 +126,7 @@ class Stages:
             return found
         baseline = self.folder / "baselines" / run.setting.name
         if not (baseline / "finished.json").is_file():
-            raise UserError(
-                f"{baseline}: no baseline there: run --stage baseline first, with --results FILE of your own if "
-                f"{self.results.file} holds another machine's"
-            )
+            raise UserError(f"{baseline}: no baseline there: run --stage baseline first")
         name = self._name(run)
         folder = self.folder / "runs" / name
         options = merged(

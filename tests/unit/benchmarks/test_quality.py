@@ -16,6 +16,7 @@ from benchmarks.quality.control import LatentSquaredDistance
 from benchmarks.quality.decoder import Crops
 from benchmarks.quality.fetch import Counts, fetch
 from benchmarks.quality.results import Results
+from benchmarks.quality.run import parse, run
 from benchmarks.quality.stages import is_past_steep_phase
 from benchmarks.quality.workers import BudgetSpentError, Workers
 from lpl.cli import parse_train
@@ -78,15 +79,15 @@ def test_search_goes_on_with_the_best_of_each_round() -> None:
 def test_results_know_a_run_again(tmp_path: Path) -> None:
     primary, other = read_arms().settings[:2]
     results = Results(tmp_path / "results.json", primary)
-    run = Run(primary, "lpl", 1, True, 10, 64, {"use_lpl": True})
-    results.add(run, {"frechet": 2.0, "seconds": 5.0})
+    made = Run(primary, "lpl", 1, True, 10, 64, {"use_lpl": True})
+    results.add(made, {"frechet": 2.0, "seconds": 5.0})
     results.add(Run(other, "lpl", 1, True, 10, 64, {"use_lpl": True}), {"frechet": 3.0, "seconds": 50.0})
     again = Results(tmp_path / "results.json", primary)
     assert [row["arm"] for row in again.rows] == ["lpl", "lpl@quarter-64"]
-    assert again.find(run)["frechet"] == 2.0
+    assert again.find(made)["frechet"] == 2.0
     assert again.seconds_per_step("lpl") == 0.5
     assert again.find(Run(primary, "lpl", 1, True, 10, 64, {"use_lpl": True, "lpl_scale": False})) is None
-    assert again.find(replace(run, samples=65)) is None
+    assert again.find(replace(made, samples=65)) is None
 
 
 def test_kept_weights_make_the_pipeline_again(tmp_path: Path) -> None:
@@ -155,6 +156,13 @@ def test_settings_can_be_left_out_but_the_searched_one() -> None:
         arms.only_settings(read_arms(), ["all-96"])
     with pytest.raises(UserError, match="all-65 is unknown"):
         arms.only_settings(read_arms(), ["all-64", "all-65"])
+
+
+def test_published_rows_are_not_taken_for_ones_own(tmp_path: Path) -> None:
+    published = summary.FILE.read_bytes()
+    with pytest.raises(UserError, match="no baseline there: run --stage baseline first"):
+        run(parse(["--stage", "search", "--output_dir", str(tmp_path)]))
+    assert summary.FILE.read_bytes() == published
 
 
 def test_workers_tell_faults_from_stops(tmp_path: Path) -> None:
