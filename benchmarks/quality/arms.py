@@ -17,11 +17,18 @@ Options = dict[str, Any]
 
 @dataclass(frozen=True)
 class Setting:
-    """Which data, at which resolution."""
+    """Which data, at which resolution.
+
+    Attributes:
+        begins_with: the setting, one before this, whose baseline the pretraining starts from; None: the model.
+        pretraining: what differs in it.
+    """
 
     name: str
     data: str
     resolution: int
+    begins_with: str | None = None
+    pretraining: Options = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,11 @@ class Pretraining:
     max_steps: int
     seed: int
     options: Options
+
+    def of(self, setting: Setting) -> Pretraining:
+        """The setting's own."""
+        options = merged(self.options, setting.pretraining.get("options", {}))
+        return replace(self, **setting.pretraining | {"options": options})
 
 
 @dataclass(frozen=True)
@@ -113,8 +125,15 @@ def read_arms(file: Path = ARMS) -> Benchmark:
             found[arm] = Arm(**found[arm])
         found["controls"] = {name: Control(**value) for name, value in found["controls"].items()}
         benchmark = Benchmark(**found)
+        for setting in benchmark.settings:
+            benchmark.pretraining.of(setting)
     except (TypeError, KeyError) as error:
         raise UserError(f"{file}: {error}") from error
+    before: list[str | None] = [None]
+    for setting in benchmark.settings:
+        if setting.begins_with not in before:
+            raise UserError(f"{file}: {setting.name} begins with {setting.begins_with}, which is no setting before it")
+        before.append(setting.name)
     if benchmark.search_seed in benchmark.seeds:
         raise UserError(f"{file}: search_seed {benchmark.search_seed} is among the reported seeds")
     return benchmark

@@ -63,9 +63,14 @@ class Stages:
 
         if not (self.model / "model_index.json").is_file():
             export_model(self.model)
+        waiting = [setting for setting in self.benchmark.settings if not self._is_pretrained(setting)]
         # The encoder stays as it is, so denoisers are trained on its latents while the decoder is trained.
-        tasks = [self._prepare, *(partial(self._pretrain, setting) for setting in self.benchmark.settings)]
-        self.workers.map(lambda task: task(), tasks)
+        while waiting:
+            names = [setting.name for setting in waiting]
+            ready = [setting for setting in waiting if setting.begins_with not in names]
+            tasks = [self._prepare, *(partial(self._pretrain, setting) for setting in ready)]
+            self.workers.map(lambda task: task(), tasks)
+            waiting = [setting for setting in waiting if setting not in ready]
 
     def search(self) -> None:
         """Finds the best options of both arms on the seed of the search."""
@@ -124,9 +129,7 @@ class Stages:
         found = self.results.find(run)
         if found is not None:
             return found
-        baseline = self.folder / "baselines" / run.setting.name
-        if not (baseline / "finished.json").is_file():
-            raise UserError(f"{baseline}: no baseline there: run --stage baseline first")
+        baseline = self._pretrained(run.setting.name)
         name = self._name(run)
         folder = self.folder / "runs" / name
         options = merged(
@@ -191,17 +194,29 @@ class Stages:
             self.workers.call(["benchmarks.quality.decoder", *map(str, arguments)], log)
         return found
 
+    def _pretrained(self, setting: str) -> Path:
+        """The folder of a setting's baseline."""
+        found = self.folder / "baselines" / setting
+        if not (found / "finished.json").is_file():
+            raise UserError(f"{found}: no baseline there: run --stage baseline first")
+        return found
+
+    def _is_pretrained(self, setting: Setting) -> bool:
+        kept, how = self.results.baseline(setting), self.benchmark.pretraining.of(setting)
+        return bool(kept.get("reached") or (kept["curve"] and kept["curve"][-1]["steps"] >= how.max_steps))
+
     def _pretrain(self, setting: Setting) -> None:
         """Trains on and on, with a measurement every so many steps."""
-        how = self.benchmark.pretraining
+        how = self.benchmark.pretraining.of(setting)
         folder, log = self.folder / "baselines" / setting.name, self.folder / "logs" / f"baseline_{setting.name}.txt"
-        kept = self.results.baseline(setting)
-        while not kept.get("reached") and (not kept["curve"] or kept["curve"][-1]["steps"] < how.max_steps):
+        start = self.model if setting.begins_with is None else self._pretrained(setting.begins_with)
+        while not self._is_pretrained(setting):
+            kept = self.results.baseline(setting)
             steps = kept["curve"][-1]["steps"] + how.every if kept["curve"] else how.first
             options = merged(
                 self.benchmark.common,
                 how.options,
-                self._places(setting, self.model, folder),
+                self._places(setting, start, folder),
                 {"seed": how.seed, "max_train_steps": steps},
             )
             self.workers.train("lpl", options, log)
@@ -212,8 +227,7 @@ class Stages:
             target = how.ratio * self.results.baseline(setting)["floor"]["frechet_train_to_held_out"]
             reached = is_past_steep_phase([row["frechet"] for row in curve], target, how.flat)
             values = {"curve": curve, "reached": reached, "options": {"seed": how.seed} | how.options}
-            self.results.keep_baseline(setting, values)
-            kept = self.results.baseline(setting)
+            self.results.keep_baseline(setting, values | {"begins_with": setting.begins_with})
             print(
                 f"baseline {setting.name}: step {steps}, frechet {found['frechet']:.4g}, target {target:.4g}",
                 flush=True,

@@ -17,7 +17,7 @@ from benchmarks.quality.decoder import Crops
 from benchmarks.quality.fetch import Counts, fetch
 from benchmarks.quality.results import Results
 from benchmarks.quality.run import parse, run
-from benchmarks.quality.stages import is_past_steep_phase
+from benchmarks.quality.stages import Stages, is_past_steep_phase
 from benchmarks.quality.workers import BudgetSpentError, Workers
 from lpl.cli import parse_train
 from lpl.config_io import as_flags
@@ -51,7 +51,7 @@ def test_control_refuses_what_it_does_not_take() -> None:
 
 def test_every_option_of_arms_is_one_of_lpl_train() -> None:
     benchmark = read_arms()
-    assert [s.name for s in benchmark.settings] == ["all-64", "quarter-64", "all-96", "quarter-96"]
+    assert [s.name for s in benchmark.settings] == ["all-64", "quarter-64", "all-96"]
     number, best = 0, {}
     for arm in (benchmark.baseline, benchmark.lpl):
         best = arms.merged(best, arm.start)
@@ -163,6 +163,62 @@ def test_published_rows_are_not_taken_for_ones_own(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no baseline there: run --stage baseline first"):
         run(parse(["--stage", "search", "--output_dir", str(tmp_path)]))
     assert summary.FILE.read_bytes() == published
+
+
+def test_baselines_are_made_after_those_they_begin_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shorter = {"pretraining": {"first": 20, "every": 10, "options": {"train_batch_size": 8}}}
+    first, second, third = read_arms().settings
+    settings = [first, replace(second, begins_with=None), replace(third, begins_with=second.name, **shorter)]
+    benchmark = replace(read_arms(), settings=settings)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model_index.json").touch()
+    results, trained = Results(tmp_path / "results.json", first), []
+    results.keep_baseline(first, {"curve": [{"steps": 1, "frechet": 1.0}], "reached": True})
+    for setting in settings[1:]:
+        results.keep_baseline(setting, {"floor": {"frechet_train_to_held_out": 1.0}})
+        (tmp_path / "data" / str(setting.resolution) / "held-out").mkdir(parents=True)
+        (tmp_path / "data" / str(setting.resolution) / "held-out" / "metadata.jsonl").touch()
+    stages = Stages(benchmark, tmp_path, results, Workers(), tmp_path / "model", own_model=True)
+
+    def train(command: str, options: dict, log: Path) -> None:
+        trained.append(options)
+        Path(options["output_dir"]).mkdir(parents=True, exist_ok=True)
+        (Path(options["output_dir"]) / "finished.json").touch()
+
+    monkeypatch.setattr(stages, "_prepare", lambda: None)
+    monkeypatch.setattr(stages, "_trained_vae", lambda: tmp_path / "data")
+    monkeypatch.setattr(stages.workers, "train", train)
+    monkeypatch.setattr(stages.workers, "measure", lambda *_: {"frechet": 2.0})
+    stages.baseline()
+    found = [
+        (Path(o["output_dir"]).name, Path(o["pretrained_model_name_or_path"]).name, o["max_train_steps"],
+         o["train_batch_size"], o["learning_rate"]) for o in trained
+    ]  # fmt: skip
+    assert found == [
+        ("quarter-64", "model", 2500, 64, 8e-4),
+        ("quarter-64", "model", 3000, 64, 8e-4),
+        ("all-96", "quarter-64", 20, 8, 8e-4),
+        ("all-96", "quarter-64", 30, 8, 8e-4),
+    ]
+    assert results.baseline(settings[2])["begins_with"] == "quarter-64"
+    trained.clear()
+    stages.baseline()
+    assert trained == []
+    (tmp_path / "baselines" / "quarter-64" / "finished.json").unlink()
+    results.keep_baseline(third, {"curve": [], "reached": False})
+    with pytest.raises(UserError, match="quarter-64: no baseline there: run --stage baseline first"):
+        stages.baseline()
+
+
+def test_a_setting_begins_with_one_before_it(tmp_path: Path) -> None:
+    text = arms.ARMS.read_text(encoding="utf-8")
+    file = tmp_path / "arms.yaml"
+    file.write_text(text.replace("begins_with: all-64", "begins_with: all-96"), encoding="utf-8")
+    with pytest.raises(UserError, match="all-96 begins with all-96, which is no setting before it"):
+        read_arms(file)
+    file.write_text(text.replace("{first: 2500", "{frist: 2500"), encoding="utf-8")
+    with pytest.raises(UserError, match="frist"):
+        read_arms(file)
 
 
 def test_workers_tell_faults_from_stops(tmp_path: Path) -> None:
