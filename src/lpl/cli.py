@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from lpl import __version__
 from lpl.analysis.check.options import CheckConfig
@@ -33,13 +34,17 @@ COMMANDS = {
     "presets": "list what --config and `accelerate launch --config_file` can begin with; `presets NAME` prints one",
     "env": "print the versions that matter in a bug report",
 }
+AFTER_INTERRUPTION = {
+    **dict.fromkeys(("train", "compare", "demo"), "; the same command continues from the last checkpoint"),
+    **dict.fromkeys(("cache", "eval"), "; the same command continues"),
+}
 
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the command line.
 
-    Exits with 0, 2 (bad input), 3 (training had to stop), 4 (stopped by a signal or --max_minutes, nothing is lost; the
-    same command continues) or 130 (interrupted at once).
+    Exits with 0, 2 (bad input), 3 (had to stop: not finite, disk or GPU memory full), 4 (stopped by a signal or
+    --max_minutes, nothing is lost; the same command continues) or 130 (interrupted at once).
     """
     # transformers warns at import about image packages that nothing here needs.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -57,8 +62,13 @@ def main(argv: list[str] | None = None) -> None:
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; without importing it here
+            raise
+        _out_of_memory(error)
     except KeyboardInterrupt:
-        print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        command = next(iter(sys.argv[1:] if argv is None else argv), "")
+        print("interrupted" + AFTER_INTERRUPTION.get(command, ""), file=sys.stderr)
         sys.exit(130)
 
 
@@ -67,6 +77,19 @@ def _fail(error: Exception, code: int, kind: str = "error: ") -> None:
     if os.environ.get("RANK", "0") == "0":
         print(f"{kind}{error}", file=sys.stderr)
     sys.exit(code)
+
+
+def _out_of_memory(error: Exception) -> NoReturn:
+    # Every process speaks for itself: it need not be the first that runs out.
+    rank = os.environ.get("RANK")
+    where = "" if rank is None else f" in process {rank}"
+    said = ". ".join(str(error).split(". ")[:3]).rstrip(".")
+    print(
+        f"error: out of GPU memory{where} ({said}): `lpl plan` with the same options says what takes how much, and "
+        "what would fit",
+        file=sys.stderr,
+    )
+    sys.exit(3)
 
 
 def _dispatch(argv: list[str]) -> None:

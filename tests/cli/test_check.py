@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from PIL import Image
 
-from lpl.analysis.check import reconstruction
+from lpl import cli
+from lpl.analysis.check import cost, reconstruction
 from lpl.perceptual.decoders.autoencoder_kl import AutoencoderKLTaps
 from lpl.report.scales import short
 
@@ -188,3 +190,69 @@ def test_refusals(check: Any, argv: list[str], said: str) -> None:
 def test_the_report_is_not_published_nor_taken_for_training_images(check: Any, data: Path) -> None:
     _, _, err = check(code=2, output_dir=data / "out")
     assert "lies in --train_data_dir" in err
+
+
+def test_a_gpu_without_room_for_a_float32_denoiser(
+    check: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The memory of a GPU that holds the tiny denoiser once in bfloat16, and no step."""
+    unet = UNet2DConditionModel.from_pretrained(model / "unet")
+    size = sum(parameter.numel() for parameter in unet.parameters())
+    monkeypatch.setattr(cost, "gpu_memory", lambda _device: 5 * size)
+    found, out, err = check(mixed_precision="bf16")
+    precisions = found["components"]["denoiser"]
+    assert precisions["float32"]["finite"] is None
+    assert precisions["bfloat16"]["finite"] is True
+    assert precisions["bfloat16"]["relative_error"] is None
+    assert found["step"]["seconds"] is None
+    said = "\n".join(found["refused"])
+    assert "the denoiser in other precisions than bf16: in float32 its weights take " in said
+    assert "time of a step: it needs " in said
+    assert "not here" in out
+    assert "error" not in err
+    _, _, err = check(code=2)
+    assert "error: --mixed_precision no: the denoiser does not fit: in float32 its weights take " in err
+
+
+def test_a_step_is_timed_in_the_runs_precision_and_keeps_no_gradients(
+    check: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    measure = cost.measure_step
+
+    def watch(config: Any, step: Any, denoiser: Any, *others: Any) -> Any:
+        result = measure(config, step, denoiser, *others)
+        seen.extend((p.dtype, p.grad) for p in denoiser.parameters())
+        return result
+
+    monkeypatch.setattr(cost, "measure_step", watch)
+    found, _, _ = check("--weights_dtype=bfloat16", "--optimizer=adafactor", mixed_precision="bf16", max_grad_norm=0)
+    assert found["step"]["seconds"] > 0
+    assert set(seen) == {(torch.bfloat16, None)}
+
+
+def test_running_out_of_gpu_memory_is_one_line(check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 7.79 GiB of which 3.00 MiB "
+            "is free. Process 1 has 7 GiB memory in use."
+        )
+
+    monkeypatch.setattr(reconstruction, "reconstruct", fail)
+    _, _, err = check(code=3)
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("error: out of GPU memory (CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+    assert last.endswith("is free): `lpl plan` with the same options says what takes how much, and what would fit")
+
+
+@pytest.mark.parametrize(("command", "more"), [("check", ""), ("train", "; the same command continues from the last")])
+def test_an_interruption_promises_only_what_holds(
+    command: str, more: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(_argv: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_dispatch", interrupt)
+    with pytest.raises(SystemExit, match="130"):
+        cli.main([command])
+    assert capsys.readouterr().err.startswith(f"interrupted{more}" + ("" if more else "\n"))

@@ -110,3 +110,13 @@ def test_recorded_calls_run_again_in_another_precision() -> None:
     assert [output.tolist() for output in outputs] == [[7.0, 7.0], [7.5, 7.5]]
     assert outputs[0].dtype == torch.bfloat16
     assert not module._forward_pre_hooks
+
+
+def test_where_only_one_precision_has_room_it_is_measured_against_none() -> None:
+    layer = nn.Linear(4, 4)
+    only = (torch.bfloat16, "no room")
+    found = precision.compare_autocast(layer, lambda _dtype: [layer(torch.ones(1, 4))], only)
+    nothing = {"finite": None, "max_abs": None, "relative_error": None, "note": "no room"}
+    assert found["float32"] == found["float16"] == nothing
+    assert found["bfloat16"]["finite"] is True
+    assert found["bfloat16"]["relative_error"] is None

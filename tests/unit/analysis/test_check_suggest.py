@@ -130,3 +130,15 @@ def test_without_a_gradient_nothing_is_suggested(square: float, said: str) -> No
     made = suggest(levels([0.1] * 10, lpl_square=square), Gate(SCHEDULER), lpl_dtype="float16")
     assert made["lpl_t_threshold"] is made["lpl_weight"] is None
     assert said in made["why"][0]
+
+
+def test_too_few_pictures_have_no_interval_and_no_threshold() -> None:
+    found, config = levels([0.1] * 10), TrainConfig()
+    for name in ("timesteps", "lpl", "uninformed", "lpl_square", "diffusion_square", "cosine", "weights"):
+        setattr(found, name, getattr(found, name)[:4])
+    assert supported_threshold(found, seed=0) == (0, "4 pictures are too few, at least 5 are needed")
+    said = suggestion(found, Gate(SCHEDULER, 500), SCHEDULER, UNIFORM, config)
+    assert said["lpl_t_threshold"] is said["lpl_weight_interval"] is said["own_gate"]["lpl_weight_interval"] is None
+    assert said["lpl_weight"] > 0
+    assert "(from fewer than 5 pictures: no interval)" in " ".join(said["why"])
+    assert "95 %" not in " ".join(said["why"])

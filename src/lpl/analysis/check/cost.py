@@ -13,11 +13,14 @@ from lpl.analysis.check.images import Encoded, same_size
 from lpl.analysis.needs import Needs, estimate
 from lpl.analysis.rehearsal import Device, Rehearsal
 from lpl.config import TrainConfig
+from lpl.errors import UserError
 from lpl.families import blueprint
 from lpl.training.lora import add_lora
 from lpl.training.step import TrainingStep
 
 REPEATS = 2
+FLOAT32_SHARE = 0.75
+"""Of a GPU's memory: with more, float32 weights leave too little for activations and LPL."""
 
 
 def count(config: TrainConfig, configs: dict[str, Any], device: torch.device) -> Needs:
@@ -57,6 +60,26 @@ def step_row(needs: Needs, config: TrainConfig, seconds: float | None, lpl_secon
     }
 
 
+def gpu_memory(device: torch.device) -> int | None:
+    """Bytes that a GPU has; None: it is none."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
+def no_float32(denoiser: torch.nn.Module, device: torch.device, config: TrainConfig) -> str | None:
+    """Why a denoiser's float32 weights have no place on a GPU beside all else; None: they have.
+
+    Raises:
+        UserError: they have none, and the run's arithmetic is float32.
+    """
+    memory, size = gpu_memory(device), 4 * sum(parameter.numel() for parameter in denoiser.parameters())
+    if memory is None or size <= FLOAT32_SHARE * memory:
+        return None
+    why = f"in float32 its weights take {size / 2**30:.3g} of this GPU's {memory / 2**30:.3g} GiB"
+    if config.run.mixed_precision == "no":
+        raise UserError(f"--mixed_precision no: the denoiser does not fit: {why}; use bf16")
+    return why
+
+
 def measure_step(
     config: TrainConfig, step: TrainingStep, denoiser: Any, encoded: Encoded, device: torch.device, needs: Needs
 ) -> tuple[float | None, str | None]:
@@ -64,19 +87,22 @@ def measure_step(
 
     The denoiser is left prepared for training: nothing else may follow.
     """
-    if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory
-        if not fits(needs.peak, memory):
-            return None, f"time of a step: it needs {needs.peak / 2**30:.1f} GiB, this GPU has {memory / 2**30:.1f}"
+    memory = gpu_memory(device)
+    if memory is not None and not fits(needs.peak, memory):
+        return None, f"time of a step: it needs {needs.peak / 2**30:.1f} GiB, this GPU has {memory / 2**30:.1f}"
     if config.model.rank is not None:
         if step.autocast is not None:
             denoiser.to(dtype=step.autocast)
         add_lora(denoiser, config.model, step.family.lora_targets, config.run.seed)
     else:
         denoiser.requires_grad_(True)
+        denoiser.to(dtype=getattr(torch, config.optim.weights_dtype))
     if config.run.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
     denoiser.train().to(device)
+    for parameter in denoiser.parameters():  # kept, gradients would take what the run may not have
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(_drop_gradient)
     group = same_size(encoded.pictures)[0]
     size = config.run.train_batch_size
     batch = encoded.batch([group[i % len(group)] for i in range(size)], 0)
@@ -85,11 +111,13 @@ def measure_step(
         _wait(device)
         started = time.perf_counter()
         step(denoiser, batch, device, use_lpl=False, step=0).loss.backward()
-        for parameter in denoiser.parameters():
-            parameter.grad = None
         _wait(device)
         times.append(time.perf_counter() - started)
     return statistics.median(times[1:]), None
+
+
+def _drop_gradient(parameter: torch.Tensor) -> None:
+    parameter.grad = None
 
 
 def _wait(device: torch.device) -> None:

@@ -91,37 +91,47 @@ def compare_cast(module: nn.Module, run: Callable[[nn.Module, torch.dtype], list
 
 
 @torch.no_grad()
-def compare_autocast(module: nn.Module, run: Callable[[torch.dtype | None], list[Tensor]]) -> dict[str, Any]:
+def compare_autocast(
+    module: nn.Module, run: Callable[[torch.dtype | None], list[Tensor]], only: tuple[torch.dtype, str] | None = None
+) -> dict[str, Any]:
     """A module in every precision, under autocast.
 
     Args:
         module: in eval mode.
         run: runs it under autocast to a precision, None: without; returns what it puts out.
+        only: the one precision that it can be run in, and why; then no error is known.
     """
 
     def in_precision(dtype: torch.dtype, extremes: Extremes) -> list[Tensor]:
         with extremes.watching(module):
             return run(None if dtype == torch.float32 else dtype)
 
-    return _compare(in_precision)
+    return _compare(in_precision, only)
 
 
-def _compare(in_precision: Callable[[torch.dtype, Extremes], list[Tensor]]) -> dict[str, Any]:
+def _compare(
+    in_precision: Callable[[torch.dtype, Extremes], list[Tensor]], only: tuple[torch.dtype, str] | None = None
+) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    reference: list[Tensor] = []
+    reference: list[Tensor] | None = None
     for name, dtype in DTYPES.items():
+        if only is not None and dtype != only[0]:
+            found[name] = _entry(None, None, None, note=only[1])
+            continue
         extremes = Extremes()
         try:
             outputs = [output.float().cpu() for output in in_precision(dtype, extremes)]
-        except RuntimeError as error:
-            if dtype == torch.float32 or "not implemented" not in str(error):
+        except RuntimeError as fault:
+            if dtype == torch.float32 or "not implemented" not in str(fault):
                 raise
-            found[name] = _entry(None, None, None, note=f"not on this device: {' '.join(str(error).split())[:100]}")
+            found[name] = _entry(None, None, None, note=f"not on this device: {' '.join(str(fault).split())[:100]}")
             continue
         largest, first = extremes.read()
         finite = first is None and all(bool(output.isfinite().all()) for output in outputs)
-        reference = reference or outputs
-        found[name] = _entry(finite, largest, _distance(outputs, reference), first_nonfinite=first)
+        if dtype == torch.float32:
+            reference = outputs
+        error = None if reference is None else _distance(outputs, reference)
+        found[name] = _entry(finite, largest, error, first_nonfinite=first)
     return found
 
 

@@ -98,6 +98,9 @@ class Check:
         self.configs = checked.model_configs or plan_configs(config.model)
         self.source, self.num_images = checked.source, num_images
         self.family = load_family(config.model, self.device, torch.float32)
+        self.no_float32 = cost.no_float32(self.family.denoiser, self.device, config)
+        if self.no_float32 is not None:
+            self.refused.append(f"the denoiser in other precisions than {mixed}: {self.no_float32}")
         if checked.regularisation is not None:
             self.refused.append("--reg_data_dir: measured on the training images alone")
         if config.lpl.lpl_crop is not None:
@@ -130,11 +133,14 @@ class Check:
             )
             components = self._text_precision(calls)
             family.free_encoders()
-            self.denoiser = family.denoiser.eval().requires_grad_(False).to(self.device)
-            denoiser = self._denoiser_precision(encoded)
+            denoiser = family.denoiser.eval().requires_grad_(False)
+            if self.no_float32 is not None:
+                torch.nn.Module.to(denoiser, self.step.autocast)
+            self.denoiser = denoiser.to(self.device)
+            by_dtype = self._denoiser_precision(encoded)
         components = {
             **self._vae_precision(encoded),
-            "denoiser": denoiser,
+            "denoiser": by_dtype,
             **(components or self._text_precision(calls)),
         }
         first = encoded.mean[0].to(self.device)
@@ -169,7 +175,8 @@ class Check:
                 outputs.append(levels.estimate(step, self.denoiser, batch, timesteps, self.device).model_output)
             return outputs
 
-        return precision.compare_autocast(self.denoiser, run)
+        own, why = self.step.autocast, self.no_float32
+        return precision.compare_autocast(self.denoiser, run, None if own is None or why is None else (own, why))
 
     def _vae_precision(self, encoded: Encoded) -> dict[str, Any]:
         shown = range(min(PRECISION_IMAGES, len(encoded)))

@@ -16,7 +16,7 @@ samples in a micro-batch, taken as binomial.
 
 from __future__ import annotations
 
-from math import comb
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -30,18 +30,27 @@ from lpl.perceptual.gate import Gate
 
 INFORMED = 0.5
 RESAMPLES = 1000
+LEAST_PICTURES = 5
+"""Of fewer a bootstrap says nothing: of one it is always that one."""
 LOW, HIGH = 0.025, 0.975
 
 
 class Weight(NamedTuple):
-    """A weight with its 95 % interval; NaN where LPL has no gradient."""
+    """A weight with its 95 % interval; NaN where LPL has no gradient, the interval also of too few pictures."""
 
     value: float
     low: float
     high: float
 
+    @property
+    def interval(self) -> list[float] | None:
+        """As JSON has it."""
+        return None if math.isnan(self.low) else [self.low, self.high]
+
     def __str__(self) -> str:
-        return f"{self.value:.3g} ({self.low:.3g} to {self.high:.3g})"
+        if math.isnan(self.low):
+            return f"{self.value:.3g} (from fewer than {LEAST_PICTURES} pictures: no interval)"
+        return f"{self.value:.3g} ({self.low:.3g} to {self.high:.3g}, 95 % interval over pictures)"
 
 
 def resampled(count: int, seed: int) -> Tensor:
@@ -73,6 +82,8 @@ def cosine_interval(found: Levels, k: int, seed: int) -> tuple[float, float, flo
 
 def supported_threshold(found: Levels, seed: int) -> tuple[int, str]:
     """The timestep up to which LPL is supported, 0 if nowhere, and what ends it there."""
+    if len(found.lpl) < LEAST_PICTURES:
+        return 0, f"{len(found.lpl)} pictures are too few, at least {LEAST_PICTURES} are needed"
     for k, (low, high) in enumerate(zip(found.edges, found.edges[1:], strict=False)):
         share, _, most = uninformed_share(found, k, seed)
         cosine, least, _ = cosine_interval(found, k, seed)
@@ -93,7 +104,7 @@ def reduction_factor(config: TrainConfig, p_gate: float) -> float:
     batch, limit, expected = config.run.train_batch_size, config.lpl.lpl_max_samples, config.lpl.lpl_reduction
     total = 0.0
     for others in range(batch):
-        chance = comb(batch - 1, others) * p_gate**others * (1 - p_gate) ** (batch - 1 - others)
+        chance = math.comb(batch - 1, others) * p_gate**others * (1 - p_gate) ** (batch - 1 - others)
         gated = others + 1
         square = 1 / p_gate**2 if expected == "expected" else (batch / gated) ** 2
         total += chance * square * gated / min(gated, limit or gated)
@@ -114,9 +125,11 @@ def weight_for(
         seed: of the bootstrap.
     """
     lpl, diffusion = _squares(found, gate, probabilities, config)
+    value = float(weight_of_share(share, lpl.sum(), diffusion.sum()))
+    if len(lpl) < LEAST_PICTURES:
+        return Weight(value, math.nan, math.nan)
     chosen = resampled(len(lpl), seed)
-    low, high = interval(weight_of_share(share, lpl[chosen].sum(1), diffusion[chosen].sum(1)))
-    return Weight(float(weight_of_share(share, lpl.sum(), diffusion.sum())), low, high)
+    return Weight(value, *interval(weight_of_share(share, lpl[chosen].sum(1), diffusion[chosen].sum(1))))
 
 
 def share_at(found: Levels, gate: Tensor, probabilities: Tensor, config: TrainConfig, weight: float) -> float:
@@ -169,7 +182,7 @@ def suggestion(
     weight = own if kept else weight_for(found, gate.table, probabilities, config, share, seed)
     p_gate = float(probabilities[gate.table].sum())
     lines.append(
-        f"--lpl_weight {weight}, 95 % interval over pictures: LPL's share of the gradient is then {share:g} "
+        f"--lpl_weight {weight}: LPL's share of the gradient is then {share:g} "
         f"(--lpl_target_share) with {gate}, which {p_gate:.3g} of the samples pass; auto measures it by itself"
     )
     if not kept:
@@ -181,10 +194,10 @@ def suggestion(
     return {
         "lpl_t_threshold": None if kept else threshold,
         "lpl_weight": weight.value,
-        "lpl_weight_interval": [weight.low, weight.high],
+        "lpl_weight_interval": weight.interval,
         "p_gate": p_gate,
         "own_share": own_share,
-        "own_gate": {"gate": str(own_gate), "lpl_weight": own.value, "lpl_weight_interval": [own.low, own.high]},
+        "own_gate": {"gate": str(own_gate), "lpl_weight": own.value, "lpl_weight_interval": own.interval},
         "why": lines,
     }
 

@@ -39,8 +39,8 @@ def _components(components: dict[str, Any]) -> list[str]:
             elif not entry["finite"]:
                 cells.append("NOT FINITE")
             else:
-                error = "" if dtype == "float32" else f"{entry['relative_error']:.1e}, "
-                cells.append(f"{error}to {entry['max_abs']:.3g}")
+                known = dtype != "float32" and entry["relative_error"] is not None
+                cells.append((f"{entry['relative_error']:.1e}, " if known else "") + f"to {entry['max_abs']:.3g}")
         rows.append(["", name, *cells])
     notes = ["relative error against float32, and the largest activation"]
     return _table(rows) + _labelled("", notes)
