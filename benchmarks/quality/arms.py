@@ -22,6 +22,7 @@ class Setting:
     Attributes:
         begins_with: the setting, one before this, whose baseline the pretraining starts from; None: the model.
         pretraining: what differs in it.
+        steps: of its arms; None: as all.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Setting:
     resolution: int
     begins_with: str | None = None
     pretraining: Options = field(default_factory=dict)
+    steps: int | None = None
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ class Stages:
 
     def _run(self, setting: Setting, arm: str, seed: int, options: Options, reported: bool = True) -> Run:
         samples = self.benchmark.samples if reported else self.benchmark.search_samples
-        return Run(setting, arm, seed, reported, self.benchmark.steps, samples, options)
+        return Run(setting, arm, seed, reported, setting.steps or self.benchmark.steps, samples, options)
 
     def _control(self, name: str, control: Control, seed: int, options: Options) -> Run:
         steps = self.benchmark.steps
