@@ -33,7 +33,6 @@ bench: .venv/installed
 # See benchmarks/quality/README.md.
 quality: .venv/installed
 	$(OFFLINE) $(BIN)/python -m benchmarks.quality.run --stage all $(QUALITY)
-	$(BIN)/python -m benchmarks.quality.summary lpl-quality/results.json
 
 # Remakes the shipped weights: over two hours on two CPU cores.
 demo-weights: .venv/installed

@@ -84,6 +84,8 @@ class Benchmark:
     settings: list[Setting]
     samples: int
     search_samples: int
+    guidance: float
+    guided_samples: int
     steps: int
     seeds: list[int]
     search_seed: int
@@ -111,6 +113,8 @@ class Run:
     samples: int
     options: Options
     command: str = "lpl"
+    base_steps: int | None = None
+    """Of the arm whose time this run was given; None: its steps are its own."""
 
 
 def read_arms(file: Path = ARMS) -> Benchmark:
@@ -153,6 +157,7 @@ def as_toy(benchmark: Benchmark) -> Benchmark:
         settings=benchmark.settings[:1],
         samples=64,
         search_samples=64,
+        guided_samples=64,
         steps=4,
         seeds=benchmark.seeds[:2],
         common=benchmark.common | steps,

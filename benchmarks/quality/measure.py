@@ -1,9 +1,9 @@
 """One run or pipeline measured: samples drawn from its result, compared with held-out images and their reconstructions.
 
-    python -m benchmarks.quality.measure RUN DATA CACHE SAMPLES SEED PROMPTS    # writes RUN/measured.json
+    python -m benchmarks.quality.measure RUN DATA CACHE SAMPLES SEED PROMPTS [GUIDANCE]    # RUN/measured.json
 
 Samples are of the training captions, in an order that spreads repeats over the photographs: held-out captions name
-what the text encoders have never seen. DPM-Solver++, 12 steps, guidance 1, float32.
+what the text encoders have never seen. DPM-Solver++, 12 steps, float32.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from lpl.families.sampling import load_for_sampling
 
 MEASURED = "measured.json"
 FRECHET, KERNEL = "frechet_efficientnet-lite0", "kernel_efficientnet-lite0"
-STEPS, GUIDANCE, BATCH = 12, 1.0, 64
+STEPS, BATCH = 12, 64
+SAMPLER = {"sampler": "DPM-Solver++", "sampling_steps": STEPS}
 
 
 def open_reference(held_out: Path, resolution: int, vae: Any, cache: Path) -> Reference:
@@ -74,7 +75,9 @@ def ordered_prompts(folder: Path) -> list[str]:
     return [captions[i] for i in sorted(range(len(captions)), key=lambda i: keyed_uniform("quality prompts", i))]
 
 
-def measure_run(run: Path, data: Path, cache: Path, samples: int, seed: int, prompts: str) -> dict[str, Any]:
+def measure_run(
+    run: Path, data: Path, cache: Path, samples: int, seed: int, prompts: str, guidance: float
+) -> dict[str, Any]:
     """The figures of a row.
 
     Args:
@@ -84,13 +87,14 @@ def measure_run(run: Path, data: Path, cache: Path, samples: int, seed: int, pro
         samples: how many.
         seed: of their noise; the same for paired runs.
         prompts: the folder of the captions, "all" or "quarter".
+        guidance: scale; 1: none.
     """
     resolution = int(data.name)
     sampler = load_for_sampling(
         ModelConfig(str(run)), torch.float32, torch.device("cpu"), None, 1.0, scheduler="dpmsolver++"
     )
     captions = ordered_prompts(data / prompts)
-    images = generate(sampler, captions, samples, Sampling(resolution, STEPS, GUIDANCE, seed, BATCH))
+    images = generate(sampler, captions, samples, Sampling(resolution, STEPS, guidance, seed, BATCH))
     reference = open_reference(data / "held-out", resolution, sampler.vae, cache)
     measured = measure_images(images, reference)
     metrics = ("frechet", "kernel", "spectrum")
@@ -127,10 +131,11 @@ def training_seconds(run: Path) -> float:
 
 def main() -> None:
     """Measures what the command line names."""
-    run, data, cache, samples, seed, prompts = sys.argv[1:]
+    run, data, cache, samples, seed, prompts, *others = sys.argv[1:]
+    guidance = float(others[0]) if others else 1.0
     torch.set_num_threads(1)
     logging.getLogger("lpl").setLevel(logging.WARNING)
-    found = measure_run(Path(run), Path(data), Path(cache), int(samples), int(seed), prompts)
+    found = measure_run(Path(run), Path(data), Path(cache), int(samples), int(seed), prompts, guidance)
     if (Path(run) / "logs").is_dir():  # a pipeline that is no run has none
         found["seconds"] = training_seconds(Path(run))
     write_atomically(Path(run) / MEASURED, (json.dumps(found, indent=1) + "\n").encode())

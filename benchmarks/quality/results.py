@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.quality.arms import Run, Setting
+from benchmarks.quality.arms import Options, Run, Setting
 from lpl import __version__
 from lpl.config_io import environment
 from lpl.data.files import write_atomically
@@ -23,12 +23,13 @@ class Results:
     Args:
         file: read where it is there.
         primary: the setting whose arms have no suffix.
+        fixed: what all rows have in common and no row says.
 
     Raises:
-        UserError: a file that is no results.json.
+        UserError: a file that is no results.json, or one whose rows have something else in common.
     """
 
-    def __init__(self, file: Path, primary: Setting) -> None:
+    def __init__(self, file: Path, primary: Setting, fixed: Options) -> None:
         self.file, self.primary = file, primary
         self._lock = threading.Lock()
         self.content: dict[str, Any] = {"lpl": __version__, "kind": "quality", "rows": [], "baselines": {}}
@@ -38,6 +39,13 @@ class Results:
                 self.rows.extend([])
             except (ValueError, KeyError, AttributeError) as error:
                 raise UserError(f"{file}: is no results.json of this benchmark ({error})") from error
+        before = self.content.setdefault("fixed", fixed)
+        other = sorted(name for name in before.keys() | fixed.keys() if before.get(name) != fixed.get(name))
+        if other:
+            raise UserError(
+                f"{file}: its rows were made with {other[0]} {before.get(other[0])}, not {fixed.get(other[0])}: choose "
+                "another --output_dir"
+            )
 
     @property
     def rows(self) -> list[Row]:
@@ -59,18 +67,18 @@ class Results:
             "steps": run.steps,
             "samples": run.samples,
             "options": run.options,
-        }
+        } | ({} if run.base_steps is None else {"base_steps": run.base_steps})
 
-    def find(self, run: Run) -> Row | None:
+    def find(self, run: Run, among: str = "rows") -> Row | None:
         """The run's row, or None."""
         key = self.key(run)
-        return next((row for row in self.rows if all(row[name] == value for name, value in key.items())), None)
+        return next((r for r in self.content.get(among, []) if all(r.get(n) == v for n, v in key.items())), None)
 
-    def add(self, run: Run, measured: Row) -> None:
+    def add(self, run: Run, measured: Row, among: str = "rows") -> None:
         """Appends a row, unless it is there."""
         with self._lock:
-            if self.find(run) is None:
-                self.rows.append(self.key(run) | measured)
+            if self.find(run, among) is None:
+                self.content.setdefault(among, []).append(self.key(run) | measured)
                 self._write()
 
     def note(self, name: str, value: Any) -> None:

@@ -14,8 +14,10 @@ from types import FrameType
 
 from benchmarks.quality.arms import ARMS, as_toy, only_settings, read_arms
 from benchmarks.quality.fetch import Counts, fetch
+from benchmarks.quality.measure import SAMPLER
 from benchmarks.quality.results import Results
 from benchmarks.quality.stages import Stages
+from benchmarks.quality.summary import summary
 from benchmarks.quality.workers import ROOT, STOPPED, BudgetSpentError, Workers
 from lpl.errors import UserError
 
@@ -70,7 +72,9 @@ def run(options: argparse.Namespace) -> None:
         if options.model is not None and not (model / "model_index.json").is_file():
             raise UserError(f"--model {model}: no pipeline there")
         workers = Workers(options.processes, options.budget_minutes, lock.fileno())
-        stages = Stages(benchmark, folder, Results(file, benchmark.primary), workers, model, options.model is not None)
+        fixed = {"common": benchmark.common, "model": "lpl.demo" if options.model is None else str(model)} | SAMPLER
+        results = Results(file, benchmark.primary, fixed)
+        stages = Stages(benchmark, folder, results, workers, model, options.model is not None)
 
         def end(number: int, _frame: FrameType | None) -> None:
             workers.stop()
@@ -83,6 +87,7 @@ def run(options: argparse.Namespace) -> None:
         finally:
             for number, handler in zip((signal.SIGTERM, signal.SIGINT), before, strict=True):
                 signal.signal(number, handler)
+            print(summary(results.content))
 
 
 def main() -> int:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -90,6 +90,7 @@ class Stages:
                     runs += [self._control(name, control, seed, best[control.of]) for seed in seeds]
             self.workers.map(self._complete, runs)
             self._keep_unets(runs[:2])
+        self.workers.map(self._guided, [self._run(primary, arm, seed, best[arm]) for seed in seeds for arm in best])
         others = [s for s in self.benchmark.settings if s != primary]
         self.workers.map(
             self._complete, [self._run(s, arm, seed, best[arm]) for s in others for seed in seeds for arm in best]
@@ -100,13 +101,16 @@ class Stages:
         return Run(setting, arm, seed, reported, setting.steps or self.benchmark.steps, samples, options)
 
     def _control(self, name: str, control: Control, seed: int, options: Options) -> Run:
-        steps = self.benchmark.steps
+        steps, base_steps = self.benchmark.steps, None
+        options = {key: value for key, value in options.items() if key not in control.without}
         if control.as_long_as is not None:
-            earlier = [row["steps"] for row in self.results.rows if row["arm"] == name and row["reported"]]
+            base_steps = steps
+            given = {"arm": name, "reported": True, "base_steps": base_steps, "options": options}
+            earlier = [r["steps"] for r in self.results.rows if all(r.get(n) == v for n, v in given.items())]
             ratio = self.results.seconds_per_step(control.as_long_as) / self.results.seconds_per_step(control.of)
             steps = earlier[0] if earlier else max(1, round(steps * ratio))
-        options = {key: value for key, value in options.items() if key not in control.without}
-        return Run(self.benchmark.primary, name, seed, True, steps, self.benchmark.samples, options, control.command)
+        samples = self.benchmark.samples
+        return Run(self.benchmark.primary, name, seed, True, steps, samples, options, control.command, base_steps)
 
     def _best(self, arm: str) -> Options:
         """The options that the search has found; it goes on where it is not complete."""
@@ -149,6 +153,16 @@ class Stages:
         print(f"{name}: frechet {found['frechet']:.4g}, {found['seconds'] / run.steps:.3g} s a step", flush=True)
         return found
 
+    def _guided(self, run: Run) -> None:
+        """Measures a finished run once more, with guidance."""
+        guidance, samples = self.benchmark.guidance, self.benchmark.guided_samples
+        folder, guided = self.folder / "runs" / self._name(run), replace(run, samples=samples)
+        if self.results.find(guided, "guided") is None:
+            log = self.folder / "logs" / f"{folder.name}.txt"
+            measured = self._measure(run.setting, folder, samples, run.seed, log, guidance)
+            self.results.add(guided, {"guidance": guidance} | measured, "guided")
+            print(f"{folder.name}: frechet {measured['frechet']:.4g} with guidance {guidance}", flush=True)
+
     def _name(self, run: Run) -> str:
         """The name of a run's folder."""
         key = json.dumps(self.results.key(run), sort_keys=True)
@@ -163,9 +177,9 @@ class Stages:
             "output_dir": str(output),
         }
 
-    def _measure(self, setting: Setting, run: Path, samples: int, seed: int, log: Path) -> Row:
+    def _measure(self, setting: Setting, run: Path, samples: int, seed: int, log: Path, guidance: float = 1.0) -> Row:
         cache = self.folder / "cache" / "evaluation"
-        return self.workers.measure(run, self.data(setting), cache, samples, seed, setting.data, log)
+        return self.workers.measure(run, self.data(setting), cache, samples, seed, setting.data, guidance, log)
 
     def _prepare(self) -> None:
         """Once, before anything is measured: the decoder, the references' statistics, and the floors."""

@@ -23,6 +23,7 @@ from lpl.config import TrainConfig
 FILE = Path(__file__).parent / "results.json"
 Row = dict[str, Any]
 BAR = 0.94
+BANDS = ("low_band_log_error", "middle_band_log_error", "high_band_log_error")
 
 
 class Ratio(NamedTuple):
@@ -49,14 +50,20 @@ def paired_ratio(values: Sequence[float], others: Sequence[float]) -> Ratio:
 
 
 def reported(rows: list[Row], arm: str) -> dict[int, Row]:
-    """The reported rows of an arm by seed; of several the last."""
-    return {row["seed"]: row for row in rows if row["arm"] == arm and row["reported"]}
+    """The reported rows of an arm by seed; of several lengths or numbers of samples those of the last row."""
+    found = [row for row in rows if row["arm"] == arm and row["reported"]]
+    return {row["seed"]: row for row in found if _kind(row) == _kind(found[-1])}
+
+
+def _kind(row: Row) -> tuple[int, int]:
+    """What paired rows have in common: steps, those of the arm whose time it was given, and samples."""
+    return row.get("base_steps") or row["steps"], row["samples"]
 
 
 def ratio_of(rows: list[Row], arm: str, other: str, figure: str = "frechet") -> Ratio | None:
     """Of the seeds that both arms have; None: there are none."""
     first, second = reported(rows, arm), reported(rows, other)
-    seeds = sorted(first.keys() & second.keys())
+    seeds = sorted(seed for seed in first.keys() & second.keys() if _kind(first[seed]) == _kind(second[seed]))
     if not seeds:
         return None
     return paired_ratio([first[s][figure] for s in seeds], [second[s][figure] for s in seeds])
@@ -70,7 +77,7 @@ def table(heads: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
 
 def arms_table(rows: list[Row]) -> str:
     """Means of every reported arm."""
-    figures = ("frechet", "frechet_images", "frechet_train", "kernel", "high_band_log_error")
+    figures = ("frechet", "frechet_images", "frechet_train", "kernel", *BANDS)
     names = dict.fromkeys(row["arm"] for row in rows if row["reported"])
     lines = []
     for name in names:
@@ -89,9 +96,9 @@ def ratios_table(rows: list[Row]) -> str:
         ours = f"lpl@{setting}" if setting else "lpl"
         if base == "lpl" or (found := ratio_of(rows, ours, name)) is None:
             continue
-        images, high = (ratio_of(rows, ours, name, figure) for figure in ("frechet_images", "high_band_log_error"))
-        lines.append([f"{ours} / {name}", found.seeds, found, images, high])
-    return table(["arms", "seeds", "frechet", "frechet_images", "high_band_log_error"], lines)
+        others = [ratio_of(rows, ours, name, figure) for figure in ("frechet_images", *BANDS)]
+        lines.append([f"{ours} / {name}", found.seeds, found, *others])
+    return table(["arms", "seeds", "frechet", "frechet_images", *BANDS], lines)
 
 
 def seeds_table(rows: list[Row]) -> str:
@@ -151,12 +158,17 @@ def summary(content: dict[str, Any]) -> str:
     rows: list[Row] = content["rows"]
     floors = [
         [name, *(f"{value:.4g}" for value in entry["floor"].values()), entry["curve"][-1]["steps"],
-         f"{entry['curve'][-1]['frechet']:.4g}"]
+         f"{entry['curve'][-1]['frechet']:.4g}", "yes" if entry.get("reached") else "no"]
         for name, entry in content["baselines"].items() if entry["curve"]
     ]  # fmt: skip
     first = next(iter(content["baselines"].values()), {"floor": {}})["floor"]
-    heads = ["setting", *(name.removeprefix("frechet_").replace("_", " ") for name in first), "steps", "baseline"]
+    names = [name.removeprefix("frechet_").replace("_", " ") for name in first]
+    heads = ["setting", *names, "steps", "baseline", "flat"]
     parts = [verdict(rows), seeds_table(rows), ratios_table(rows), arms_table(rows), table(heads, floors)]
+    guided = content.get("guided", [])
+    if guided:
+        parts.append(f"With guidance {guided[0]['guidance']:g}, {guided[0]['samples']} samples:")
+        parts += [ratios_table(guided), arms_table(guided)]
     return "\n\n".join([*parts, search_table(rows)])
 
 

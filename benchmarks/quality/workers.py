@@ -94,7 +94,7 @@ class Workers:
         self.call([*head, *as_flags(texts)], log)
 
     def measure(
-        self, run: Path, data: Path, cache: Path, samples: int, seed: int, prompts: str, log: Path
+        self, run: Path, data: Path, cache: Path, samples: int, seed: int, prompts: str, guidance: float, log: Path
     ) -> dict[str, Any]:
         """The figures of a finished run.
 
@@ -103,7 +103,7 @@ class Workers:
             UserError: it failed.
         """
         self.check()
-        arguments = [str(run), str(data), str(cache), str(samples), str(seed), prompts]
+        arguments = [str(run), str(data), str(cache), str(samples), str(seed), prompts, str(guidance)]
         self.call(["benchmarks.quality.measure", *arguments], log)
         found: dict[str, Any] = json.loads((run / MEASURED).read_text(encoding="utf-8"))
         return found

@@ -78,11 +78,11 @@ def test_search_goes_on_with_the_best_of_each_round() -> None:
 
 def test_results_know_a_run_again(tmp_path: Path) -> None:
     primary, other = read_arms().settings[:2]
-    results = Results(tmp_path / "results.json", primary)
+    results = Results(tmp_path / "results.json", primary, {})
     made = Run(primary, "lpl", 1, True, 10, 64, {"use_lpl": True})
     results.add(made, {"frechet": 2.0, "seconds": 5.0})
     results.add(Run(other, "lpl", 1, True, 10, 64, {"use_lpl": True}), {"frechet": 3.0, "seconds": 50.0})
-    again = Results(tmp_path / "results.json", primary)
+    again = Results(tmp_path / "results.json", primary, {})
     assert [row["arm"] for row in again.rows] == ["lpl", "lpl@quarter-64"]
     assert again.find(made)["frechet"] == 2.0
     assert again.seconds_per_step("lpl") == 0.5
@@ -136,10 +136,75 @@ def test_paired_ratio_against_hand() -> None:
     assert ratio.high == pytest.approx(math.exp(sum(logs) / 2 + half), rel=1e-6)
 
 
+def row(arm: str, seed: int, value: float, steps: int = 5, samples: int = 10) -> dict:
+    figures = {"frechet": value, "high_band_log_error": value}
+    return {"arm": arm, "seed": seed, "reported": True, "steps": steps, "samples": samples} | figures
+
+
+def test_only_runs_of_one_length_and_number_of_samples_are_paired() -> None:
+    rows = [row("baseline", 1, 1.0), row("baseline", 2, 1.0), row("lpl", 1, 0.9), row("lpl", 2, 0.9)]
+    rows.append(row("wall", 1, 0.95, steps=15) | {"base_steps": 5})
+    assert summary.ratio_of(rows, "lpl", "baseline").seeds == 2
+    assert summary.ratio_of(rows, "lpl", "wall").value == pytest.approx(0.9 / 0.95)
+    longer = [*rows, row("lpl", 1, 0.5, steps=10)]
+    assert summary.ratio_of(longer, "lpl", "baseline") is None
+    longer.append(row("baseline", 1, 0.8, steps=10))
+    assert summary.ratio_of(longer, "lpl", "baseline").value == pytest.approx(0.5 / 0.8)
+    assert summary.ratio_of([*rows, row("lpl", 1, 0.9, samples=20)], "lpl", "baseline") is None
+
+
+def test_rows_of_other_fixed_options_are_not_taken_up(tmp_path: Path) -> None:
+    primary = read_arms().primary
+    file = tmp_path / "results.json"
+    results = Results(file, primary, {"common": {"train_batch_size": 16}})
+    results.note("best", {})
+    Results(file, primary, {"common": {"train_batch_size": 16}})
+    with pytest.raises(UserError, match=r"its rows were made with common .'train_batch_size': 16., not"):
+        Results(file, primary, {"common": {"train_batch_size": 32}})
+
+
+def test_equal_wall_time_is_counted_anew_for_other_steps_or_options(tmp_path: Path) -> None:
+    benchmark = read_arms()
+    results = Results(tmp_path / "results.json", benchmark.primary, {})
+    stages = Stages(benchmark, tmp_path, results, Workers(), tmp_path)
+    for arm, seconds in (("baseline", 50.0), ("lpl", 150.0)):
+        results.add(Run(benchmark.primary, arm, 1, True, 500, 10, {}), {"seconds": seconds})
+    control = benchmark.controls["baseline-wall-time"]
+    made = stages._control("baseline-wall-time", control, 1, {"learning_rate": 1e-4})
+    assert (made.steps, made.base_steps) == (1500, 500)
+    results.add(made, {"seconds": 1.0})
+    results.rows[0]["seconds"] = 100.0
+    assert stages._control("baseline-wall-time", control, 2, {"learning_rate": 1e-4}).steps == 1500
+    assert stages._control("baseline-wall-time", control, 2, {"learning_rate": 2e-4}).steps == 750
+    longer = replace(stages, benchmark=replace(benchmark, steps=1000))
+    assert longer._control("baseline-wall-time", control, 2, {"learning_rate": 1e-4}).steps == 1500
+
+
+def test_guided_samples_are_rows_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    benchmark = read_arms()
+    results = Results(tmp_path / "results.json", benchmark.primary, {})
+    stages, asked = Stages(benchmark, tmp_path, results, Workers(), tmp_path), []
+    (tmp_path / "data" / "64" / "held-out").mkdir(parents=True)
+    (tmp_path / "data" / "64" / "held-out" / "metadata.jsonl").touch()
+
+    def measure(*arguments: object) -> dict:
+        asked.append(arguments)
+        return {"frechet": 2.0}
+
+    monkeypatch.setattr(stages.workers, "measure", measure)
+    run_ = stages._run(benchmark.primary, "lpl", 1, {})
+    for _ in range(2):
+        stages._guided(run_)
+    ((folder, _, _, samples, seed, prompts, guidance, _),) = asked
+    assert (folder.name, samples, seed, prompts, guidance) == (stages._name(run_), 2000, 1, "all", 2.0)
+    assert results.rows == []
+    assert [(r["guidance"], r["frechet"]) for r in results.content["guided"]] == [(2.0, 2.0)]
+
+
 def test_verdict_needs_the_interval_below_one() -> None:
     def rows(ours: tuple[float, ...]) -> list[dict]:
         return [
-            {"arm": arm, "seed": seed, "reported": True, "frechet": value, "high_band_log_error": value}
+            row(arm, seed, value)
             for arm, values in (("baseline", (1.0, 1.0, 1.0)), ("lpl", ours))
             for seed, value in enumerate(values)
         ]
@@ -172,7 +237,7 @@ def test_baselines_are_made_after_those_they_begin_with(tmp_path: Path, monkeypa
     benchmark = replace(read_arms(), settings=settings)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "model_index.json").touch()
-    results, trained = Results(tmp_path / "results.json", first), []
+    results, trained = Results(tmp_path / "results.json", first, {}), []
     results.keep_baseline(first, {"curve": [{"steps": 1, "frechet": 1.0}], "reached": True})
     for setting in settings[1:]:
         results.keep_baseline(setting, {"floor": {"frechet_train_to_held_out": 1.0}})
