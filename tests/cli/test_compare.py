@@ -147,7 +147,7 @@ def test_an_arm_that_has_to_stop_is_named_and_left_out(flags: Any, run_cli: Any,
 def test_figures_of_eval_are_compared(
     compared: tuple[Path, str], flags: Any, run_cli: Any, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def metrics_of(folder: Path, options: Any, config: Any, parse: Any) -> measures.Figures:
+    def metrics_of(folder: Path, options: Any, config: Any, *_: Any) -> measures.Figures:
         assert options.num_samples == 7
         assert config.run.output_dir == str(folder)
         better = 0.2 if folder.parent.name == "lpl" else 0.0
@@ -181,17 +181,20 @@ def test_eval_measures_once_with_equal_options(tmp_path: Path, flags: Any, monke
     command = pytest.importorskip("lpl.evaluation.command")
     from dataclasses import asdict
 
+    from lpl.evaluation.planning import Inputs
     from lpl.parsing import parse_compare, parse_train
 
     asked = []
 
-    def run_eval(options: Any, read_run: Any) -> None:
+    now = Inputs("images", "prompts")
+
+    def run_eval(options: Any, read_run: Any, is_late: Any) -> None:
         asked.append(options)
         metrics = {"recall": {"value": 0.25, "note": "rough: few"}, "precision": {"value": None, "note": "refused"}}
         folder = Path(options.output_dir)
         folder.mkdir(exist_ok=True)
         (folder / "eval.json").write_text(
-            json.dumps({"options": asdict(options), "metrics": metrics, "refused": ["a"]})
+            json.dumps({"options": asdict(options), "metrics": metrics, "refused": ["a"], **now._asdict()})
         )
 
     monkeypatch.setattr(command, "run_eval", run_eval)
@@ -201,7 +204,7 @@ def test_eval_measures_once_with_equal_options(tmp_path: Path, flags: Any, monke
     finished.write_text("{}")
 
     def measure() -> measures.Figures:
-        return measures.metrics_of(tmp_path, options, options.train, parse_train)
+        return measures.metrics_of(tmp_path, options, options.train, parse_train, now)
 
     assert [measure(), measure()] == [({"recall": 0.25}, {"recall": "rough: few"}, ("a",))] * 2
     assert len(asked) == 1
@@ -213,6 +216,23 @@ def test_eval_measures_once_with_equal_options(tmp_path: Path, flags: Any, monke
     os.utime(finished, (later, later))
     measure()
     assert len(asked) == 2
+    file = tmp_path / "eval" / "eval.json"
+    os.utime(file, (later + 10, later + 10))
+    measure()
+    assert len(asked) == 2
+    for changed in (Inputs("more images", "prompts"), Inputs("more images", "other prompts")):
+        now = changed
+        measure()
+        assert json.loads(file.read_text())["reference_digest"] == "more images"
+        os.utime(file, (later + 10, later + 10))
+        measure()
+    assert len(asked) == 4
+    old = json.loads(file.read_text())
+    del old["prompts_digest"]  # of a version that did not write it
+    file.write_text(json.dumps(old))
+    os.utime(file, (later + 10, later + 10))
+    measure()
+    assert len(asked) == 5
 
 
 def test_a_finished_comparison_with_samples_goes_on(
@@ -263,7 +283,7 @@ def test_minutes_count_for_all_runs_together(monkeypatch: pytest.MonkeyPatch, tm
         now[0] += 6 * 60
 
     with pytest.raises(StopRequestedError, match="the same command continues"):
-        train_all(options, read_arms(options, parse_train), train)
+        train_all(options, read_arms(options, parse_train), train, 0.0)
     assert given == [10.0, 4.0]
 
 

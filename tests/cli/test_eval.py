@@ -54,7 +54,7 @@ def options(model: Path, reference: Path, shared: Path) -> dict[str, Any]:
         "num_inference_steps": 2,
         "guidance_scale": 1.0,
         "sample_batch_size": 16,
-        "num_bootstrap": 10,
+        "num_bootstrap": 100,
     }
 
 
