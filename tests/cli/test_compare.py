@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from launching import launch
 
 from lpl.comparison import measures
 from lpl.comparison.run import train_all
-from lpl.errors import StopRequestedError
+from lpl.errors import StopRequestedError, UserError
 from lpl.testing import tiny_images
 
 ARMS = "baseline: {lpl_weight: 0}\nlpl: {lpl_weight: 5}\nrepeat: {lpl_weight: 0}\n"
@@ -147,10 +149,10 @@ def test_an_arm_that_has_to_stop_is_named_and_left_out(flags: Any, run_cli: Any,
 def test_figures_of_eval_are_compared(
     compared: tuple[Path, str], flags: Any, run_cli: Any, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def metrics_of(folder: Path, options: Any, config: Any, parse: Any) -> measures.Figures:
+    def metrics_of(folder: Path, options: Any, config: Any, *_: Any) -> measures.Figures:
         assert options.num_samples == 7
         assert config.run.output_dir == str(folder)
-        better = 0.2 if folder.parent.name == "lpl" else 0.0
+        better = 0.2 + 0.001 * config.run.seed if folder.parent.name == "lpl" else 0.0
         name = "frechet_efficientnet-lite0"
         values = {name: 2.0 + config.run.seed - better - 0.001 * config.run.seed}
         own = ("only here",) if folder == tmp_path / "again" / "lpl" / "seed-1" else ()
@@ -171,7 +173,7 @@ def test_figures_of_eval_are_compared(
     assert '<p class="note">frechet_efficientnet-lite0: biased: few</p>' in (folder / "report.html").read_text()
     found = {(e["arm"], e["metric"]): e for e in content(folder)["paired"] if e["abscissa"] == "steps"}
     entry = found["lpl", "frechet_efficientnet-lite0"]
-    assert entry["differences"] == pytest.approx([-0.2, -0.2])
+    assert entry["differences"] == pytest.approx([-0.2, -0.201])
     assert entry["outcome"] == "better"
     assert entry["noise"] == 0
 
@@ -181,17 +183,20 @@ def test_eval_measures_once_with_equal_options(tmp_path: Path, flags: Any, monke
     command = pytest.importorskip("lpl.evaluation.command")
     from dataclasses import asdict
 
+    from lpl.evaluation.planning import Inputs
     from lpl.parsing import parse_compare, parse_train
 
     asked = []
 
-    def run_eval(options: Any, read_run: Any) -> None:
+    now = Inputs("images", "prompts")
+
+    def run_eval(options: Any, read_run: Any, is_late: Any) -> None:
         asked.append(options)
         metrics = {"recall": {"value": 0.25, "note": "rough: few"}, "precision": {"value": None, "note": "refused"}}
         folder = Path(options.output_dir)
         folder.mkdir(exist_ok=True)
         (folder / "eval.json").write_text(
-            json.dumps({"options": asdict(options), "metrics": metrics, "refused": ["a"]})
+            json.dumps({"options": asdict(options), "metrics": metrics, "refused": ["a"], **now._asdict()})
         )
 
     monkeypatch.setattr(command, "run_eval", run_eval)
@@ -201,7 +206,7 @@ def test_eval_measures_once_with_equal_options(tmp_path: Path, flags: Any, monke
     finished.write_text("{}")
 
     def measure() -> measures.Figures:
-        return measures.metrics_of(tmp_path, options, options.train, parse_train)
+        return measures.metrics_of(tmp_path, options, options.train, parse_train, now)
 
     assert [measure(), measure()] == [({"recall": 0.25}, {"recall": "rough: few"}, ("a",))] * 2
     assert len(asked) == 1
@@ -213,6 +218,23 @@ def test_eval_measures_once_with_equal_options(tmp_path: Path, flags: Any, monke
     os.utime(finished, (later, later))
     measure()
     assert len(asked) == 2
+    file = tmp_path / "eval" / "eval.json"
+    os.utime(file, (later + 10, later + 10))
+    measure()
+    assert len(asked) == 2
+    for changed in (Inputs("more images", "prompts"), Inputs("more images", "other prompts")):
+        now = changed
+        measure()
+        assert json.loads(file.read_text())["reference_digest"] == "more images"
+        os.utime(file, (later + 10, later + 10))
+        measure()
+    assert len(asked) == 4
+    old = json.loads(file.read_text())
+    del old["prompts_digest"]  # of a version that did not write it
+    file.write_text(json.dumps(old))
+    os.utime(file, (later + 10, later + 10))
+    measure()
+    assert len(asked) == 5
 
 
 def test_a_finished_comparison_with_samples_goes_on(
@@ -230,6 +252,12 @@ def test_a_finished_comparison_with_samples_goes_on(
     assert "--prompts is missing" in err
     assert not list((tmp_path / "out").glob("*/*/unet"))
     argv += [f"--prompts={prompts}"]
+    (Path(reference) / "torn.png").write_bytes(b"x")
+    code, _, err = run_cli([*argv, "--max_train_steps=1"])
+    assert code == 2
+    assert f"--reference_dir: {Path(reference) / 'torn.png'}: " in err
+    assert not list((tmp_path / "out").glob("*/*/unet"))
+    (Path(reference) / "torn.png").unlink()
     steps, values = [], []
     for number in (1, 2):
         code, _, err = run_cli([*argv, f"--max_train_steps={number}"])
@@ -246,6 +274,24 @@ def test_a_finished_comparison_with_samples_goes_on(
     assert steps == [[1, 1], [2, 2]]
     assert values[0][1] != values[1][1]
     assert not list((tmp_path / "out").glob("*/*/.eval.old"))
+    # More images of the reference: all are measured again, and nothing is trained or drawn.
+    shutil.copyfile(Path(tiny_images(tmp_path / "more", count=1, size=16, seed=9)) / "0.png", Path(reference) / "z.png")
+    drawn = {f: f.stat().st_mtime_ns for f in (tmp_path / "out").rglob("eval/images/**/*.png")}
+    assert len(drawn) == 20
+    code, out, err = run_cli([*argv, "--max_train_steps=2"])
+    assert code == 0, err
+    assert out.count("nothing to do") == 2
+    evals = [json.loads(file.read_text()) for file in sorted((tmp_path / "out").glob("*/*/eval/eval.json"))]
+    assert [one["num_reference"] for one in evals] == [11, 11]
+    again = [arm["runs"][0]["metrics"]["kernel_efficientnet-lite0"] for arm in content(tmp_path / "out")["arms"]]
+    assert all(now != before for now, before in zip(again, values[1], strict=True))
+    assert {f: f.stat().st_mtime_ns for f in drawn} == drawn
+    prompts.write_text("a chair\n")
+    code, _, err = run_cli([*argv, "--max_train_steps=2"])
+    assert code == 2
+    assert "has samples that were drawn otherwise (prompts " in err
+    assert "or remove the folder eval of every run" in err
+    assert {f: f.stat().st_mtime_ns for f in drawn} == drawn
 
 
 def test_minutes_count_for_all_runs_together(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: Any) -> None:
@@ -263,8 +309,112 @@ def test_minutes_count_for_all_runs_together(monkeypatch: pytest.MonkeyPatch, tm
         now[0] += 6 * 60
 
     with pytest.raises(StopRequestedError, match="the same command continues"):
-        train_all(options, read_arms(options, parse_train), train)
+        train_all(options, read_arms(options, parse_train), train, 0.0)
     assert given == [10.0, 4.0]
+
+
+def without_samples_of(folder: str, ranks: tuple[int, ...]) -> Callable[..., int]:
+    """generate_into, for which samples of one run are not finite in some processes."""
+    from lpl.evaluation.generate import generate_into
+
+    def generate(draw: Any, prompts: Any, images: Path, *args: Any, **options: Any) -> int:
+        if folder in str(images) and options["rank"] in ranks:
+            raise UserError("samples are not finite")
+        return generate_into(draw, prompts, images, *args, **options)
+
+    return generate
+
+
+def test_a_run_that_cannot_be_measured_is_named_and_the_time_counts(
+    flags: Any, run_cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lpl.comparison import run
+    from lpl.evaluation import command
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    arms = "baseline: {lpl_weight: 0}\nwild: {lpl_weight: 5}\n"
+    argv = [*flags(tmp_path / "out", arms, max_train_steps=1), "--seeds", "0", "--num_samples=10"]
+    argv += [f"--reference_dir={tiny_images(tmp_path / 'reference', count=10, size=16)}", "--max_minutes=60"]
+    late, trained = [0.0], run.train_all
+
+    def train_all_slowly(*args: Any) -> Any:
+        found = trained(*args)
+        late[0] = 3600.0
+        return found
+
+    monkeypatch.setattr(run, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + late[0]))
+    with monkeypatch.context() as slow:
+        slow.setattr(run, "train_all", train_all_slowly)
+        code, _, err = run_cli(argv)
+    assert code == 4
+    folder = tmp_path / "out" / "baseline" / "seed-0" / "eval"
+    assert f"stopped by --max_minutes before {folder} was measured: the same command continues" in err
+    assert not list(tmp_path.glob("out/*/*/eval/images"))
+    late[0] = 0.0
+    metric, seen = "kernel_efficientnet-lite0", []
+    for generate in (without_samples_of("wild/seed-0", (0,)), command.generate_into):
+        monkeypatch.setattr(command, "generate_into", generate)
+        code, out, err = run_cli(argv)
+        assert code == 0, err
+        assert out.count("nothing to do") == 2
+        found = content(tmp_path / "out")
+        seen.append([metric in arm["runs"][0]["metrics"] for arm in found["arms"]])
+        fault = "wild/seed-0: its samples are not measured: samples are not finite"
+        assert (fault in found["refused"]) == (seen[-1] == [True, False])
+        assert (fault in err) == (seen[-1] == [True, False])
+        paired = {entry["metric"] for entry in found["paired"]}
+        assert "validation/raw/diffusion_loss" in paired
+        assert (metric in paired) == (seen[-1] == [True, True])
+    assert seen == [[True, False], [True, True]]
+
+
+def test_runs_of_other_images_are_not_paired(
+    flags: Any, run_cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = Path(tiny_images(tmp_path / "data", count=6))
+    arms = "baseline: {lpl_weight: 0}\nlpl: {lpl_weight: 5}\n"
+    argv = [*flags(tmp_path / "out", arms, max_train_steps=1, train_data_dir=images), "--seeds", "0"]
+    assert run_cli(argv)[0] == 0
+    digests = [json.loads(f.read_text())["data"] for f in (tmp_path / "out").glob("*/*/finished.json")]
+    assert len(digests) == 2
+    assert len(set(digests)) == 1
+    (tmp_path / "out" / "compare.json").unlink()
+    shutil.rmtree(tmp_path / "out" / "lpl")
+    metadata = images / "metadata.jsonl"
+    metadata.write_text(metadata.read_text() + '{"file_name": "new.png", "text": "new"}\n')
+    shutil.copyfile(Path(tiny_images(tmp_path / "more", count=1, seed=9)) / "0.png", images / "new.png")
+    code, _, err = run_cli(argv)
+    assert code == 2
+    lpl, baseline = (tmp_path / "out" / arm / "seed-0" for arm in ("lpl", "baseline"))
+    assert f"error: {lpl}: was trained on other images or captions than {baseline}, which was finished before" in err
+    assert f"restore the data and remove {lpl}, or remove {baseline}" in err
+    assert not (tmp_path / "out" / "compare.json").exists()
+    shutil.rmtree(baseline)
+    code, _, err = run_cli(argv)
+    assert code == 0, err
+    assert content(tmp_path / "out")["paired"]
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_together_after_a_run_that_cannot_be_measured(
+    flags: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second process alone meets the fault: of the first run, with two more to measure."""
+    from lpl.evaluation import command
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(command, "generate_into", without_samples_of("baseline/seed-0", (1,)))
+    arms = "baseline: {lpl_weight: 0}\nlpl: {lpl_weight: 5}\n"
+    argv = [*flags(tmp_path / "out", arms, max_train_steps=1), "--seeds", "0", "1", "--num_samples=20"]
+    launch([*argv, f"--reference_dir={tiny_images(tmp_path / 'reference', count=10, size=16)}"], 2)
+    found = content(tmp_path / "out")
+    fault = "baseline/seed-0: its samples are not measured: samples are not finite"
+    assert fault in found["refused"]
+    measured = [["kernel_efficientnet-lite0" in run["metrics"] for run in arm["runs"]] for arm in found["arms"]]
+    assert measured == [[False, True], [True, True]]
+    entry = next(e for e in found["paired"] if e["metric"] == "kernel_efficientnet-lite0")
+    assert (entry["seeds"], entry["outcome"]) == (1, "unknown")
+    assert any(line.startswith("lpl: ") and "not measured in the baseline, seed 0" in line for line in found["refused"])
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -54,7 +55,7 @@ def options(model: Path, reference: Path, shared: Path) -> dict[str, Any]:
         "num_inference_steps": 2,
         "guidance_scale": 1.0,
         "sample_batch_size": 16,
-        "num_bootstrap": 10,
+        "num_bootstrap": 100,
     }
 
 
@@ -90,6 +91,11 @@ def test_result_and_table(whole: Any, model: Path, reference: Path, options: dic
     assert (result["kind"], result["features"]) == ("eval", "efficientnet-lite0")
     assert (result["model"], result["reference"]) == (str(model), str(reference))
     assert (result["num_samples"], result["num_reference"]) == (50, 52)
+    files = hashlib.blake2b(digest_size=16)
+    for file in sorted(reference.glob("*.png")):
+        files.update(hashlib.blake2b(file.read_bytes(), digest_size=16).digest())
+    assert result["reference_digest"] == files.hexdigest()
+    assert result["prompts_digest"] == json.loads((folder / "samples.json").read_text())["prompts"]
     assert set(result["metrics"]) == METRICS
     for name, metric in result["metrics"].items():
         assert set(metric) == {"value", "interval", "floor", "lower_is_better", "note"}
@@ -130,6 +136,27 @@ def test_nothing_is_drawn_twice_and_torn_runs_go_on(evaluate: Any, whole: Any, t
     assert images(copy) == images(folder)
 
 
+def test_a_reference_that_cannot_be_read_is_found_before_drawing(
+    evaluate: Any, reference: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(reference, tmp_path / "copy"))
+    (copy / "7.png").write_bytes((copy / "7.png").read_bytes()[:60])
+    line = evaluate(tmp_path / "out", reference_dir=copy, fails=True)
+    assert line.startswith(f"error: --reference_dir: {copy / '7.png'}: ")
+    assert not (tmp_path / "out" / "images").exists()
+
+
+def test_a_drawn_sample_that_is_damaged_is_named_by_its_folder(evaluate: Any, whole: Any, tmp_path: Path) -> None:
+    folder, result, _ = whole
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    (copy / "images/00000/00000003.png").write_bytes(b"x")
+    line = evaluate(copy, fails=True)
+    assert line.startswith(f"error: --output_dir {copy}: {copy / 'images/00000/00000003.png'}: ")
+    assert line.endswith("; repair or remove it")
+    (copy / "images/00000/00000003.png").unlink()
+    assert evaluate(copy)[0]["metrics"] == result["metrics"]
+
+
 def test_killed_run_ends_as_a_whole_one(
     as_flags: Any, options: dict[str, Any], whole: Any, evaluate: Any, tmp_path: Path
 ) -> None:
@@ -167,6 +194,7 @@ def test_images_that_are_there(evaluate: Any, whole: Any, model: Path, tmp_path:
     found, _ = evaluate(tmp_path, pretrained_model_name_or_path=model, **there)
     assert found["metrics"] == result["metrics"]
     assert found["model"] == str(folder / "images")
+    assert (found["reference_digest"], found["prompts_digest"]) == (result["reference_digest"], None)
     assert [e["prompt"] for e in found["images"]] == [e["prompt"] for e in result["images"]]
     assert (found["image_root"], found["images"][1]["file"]) == (str(folder / "images"), "00000/00000001.png")
     bare, out = evaluate(tmp_path / "bare", pretrained_model_name_or_path=None, **there)

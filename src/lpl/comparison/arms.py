@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from lpl.comparison.options import FILE, CompareConfig
+from lpl.comparison.options import FILE, CompareConfig, check_logs
 from lpl.comparison.yardsticks import other_yardsticks
 from lpl.config import TrainConfig, free_options
 from lpl.config_io import REFUSED, as_flags, nearest, read_strings
@@ -34,6 +34,7 @@ SET_HERE = {
     ),
     "dry_run": "lpl compare has none",
     "resume_from_checkpoint": "unfinished runs are continued anyway",
+    **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_token"), "runs of a comparison are not pushed"),
 }
 """Options that an arm cannot have, and why."""
 
@@ -63,6 +64,16 @@ class Arm:
     yardsticks: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Options by which its figures mean something else than the baseline's, by the kind of figure."""
 
+    @property
+    def why_unpaired(self) -> str | None:
+        """Why its runs and the baseline's are no pairs; None: they are."""
+        return f"it changes --{', --'.join(self.unpaired)}" if self.unpaired else None
+
+    @property
+    def sees_other_data(self) -> bool:
+        """Whether an option of the data is another than the baseline's."""
+        return not _data_options().isdisjoint(self.unpaired)
+
     def folder(self, seed: int) -> str:
         """Of a run, within the comparison's."""
         return f"{self.name}/seed-{seed}"
@@ -88,6 +99,7 @@ def read_arms(options: CompareConfig, parse: Callable[[list[str]], TrainConfig])
             folder = Path(options.train.run.output_dir) / name / f"seed-{seed}"
             try:
                 configs[seed] = parse([*shared, *own, f"--seed={seed}", f"--output_dir={folder}"])
+                check_logs(configs[seed])
             except UserError as error:
                 raise UserError(f"{where}: {error}") from error
         config = configs[options.seeds[0]]

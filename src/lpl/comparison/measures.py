@@ -6,21 +6,29 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lpl.comparison.options import CompareConfig
 from lpl.config import TrainConfig
 from lpl.report.run_folder import FINISHED, RunFolder, read_run, training_clock
+
+if TYPE_CHECKING:
+    from lpl.evaluation.planning import Inputs
 
 logger = logging.getLogger("lpl")
 
 HIGHER_IS_BETTER = {"precision", "recall", "density", "coverage", "clip_score"}
 LOSSES = ("diffusion_loss", "lpl")
 EVAL = "eval"
+REDRAW = (
+    f"give --prompts, --reference_dir and --resolution as before, or remove the folder {EVAL} of every run, so that "
+    "all samples are drawn anew"
+)
+"""What to do about samples of a comparison that were drawn otherwise."""
 
 Curve = list[tuple[float, float]]
 Parse = Callable[[list[str]], TrainConfig]
@@ -93,27 +101,40 @@ def validation_curves(run: RunFolder) -> dict[str, Curve]:
     return curves
 
 
-def metrics_of(folder: Path, options: CompareConfig, config: TrainConfig, parse: Parse) -> Figures:
+def metrics_of(
+    folder: Path,
+    options: CompareConfig,
+    config: TrainConfig,
+    parse: Parse,
+    inputs: Inputs,
+    is_late: Callable[[], bool] = lambda: False,
+) -> Figures:
     """The figures of `lpl eval` for a run against --reference_dir; every process calls it, the first gets them.
 
-    What eval.json of the run's folder holds for the same options is not measured again; samples of the run as it was
-    before it was trained on are removed.
+    What eval.json of the run's folder holds for the same options, reference and prompts is not measured again; samples
+    of the run as it was before it was trained on are removed.
 
     Args:
         folder: of the finished run.
         options: of `lpl compare`.
         config: of the run.
         parse: makes options of the flags of `lpl train`.
+        inputs: of inputs_of.
+        is_late: asked before anything is measured: whether no time is left.
+
+    Raises:
+        UserError: what cannot be measured, in every process.
+        StopRequestedError: no time is left, in every process.
     """
     from lpl.evaluation.command import RESULT, run_eval
 
     first = os.environ.get("RANK", "0") == "0"
     wanted = eval_options(str(folder), folder / EVAL, options, config)
     file = folder / EVAL / RESULT
-    if not _holds(file, asdict(wanted), folder):
+    if not _holds(file, {"options": asdict(wanted), **inputs._asdict()}, folder):
         if first:
             drop_stale_samples(folder)
-        run_eval(wanted, lambda path: parse(["--config", str(path)]).model)
+        run_eval(wanted, lambda path: parse(["--config", str(path)]).model, is_late)
     if not first:
         return NO_FIGURES
     content = json.loads(file.read_text(encoding="utf-8"))
@@ -121,6 +142,13 @@ def metrics_of(folder: Path, options: CompareConfig, config: TrainConfig, parse:
     values = {name: float(metric["value"]) for name, metric in known.items()}
     notes = {name: str(metric["note"]) for name, metric in known.items() if metric.get("note")}
     return Figures(values, notes, tuple(content.get("refused", ())))
+
+
+def inputs_of(options: CompareConfig, config: TrainConfig) -> Inputs:
+    """What eval.json has to say of --reference_dir and the prompts, of any run."""
+    from lpl.evaluation.planning import read_inputs
+
+    return read_inputs(eval_options("", Path(config.run.output_dir) / EVAL, options, config))
 
 
 def drop_stale_samples(run: Path) -> None:
@@ -132,28 +160,44 @@ def drop_stale_samples(run: Path) -> None:
     Args:
         run: folder of a finished run.
     """
-    from lpl.evaluation.generate import SETTINGS
-
     folder, aside = run / EVAL, run / f".{EVAL}.old"
     shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed here
-    drawn, result = folder / SETTINGS, run / FINISHED
-    if drawn.is_file() and result.is_file() and drawn.stat().st_mtime < result.stat().st_mtime:
+    if _are_stale(run):
         logger.info("%s: its samples are of the run before it was trained on; they are drawn anew", folder)
         folder.rename(aside)
         shutil.rmtree(aside)
 
 
-def check_metrics(options: CompareConfig, config: TrainConfig, parse: Parse) -> None:
-    """Refuses, before anything is trained, what `lpl eval` would refuse of the reference.
+def _are_stale(run: Path) -> bool:
+    from lpl.evaluation.generate import SETTINGS
+
+    drawn, result = run / EVAL / SETTINGS, run / FINISHED
+    return drawn.is_file() and result.is_file() and drawn.stat().st_mtime < result.stat().st_mtime
+
+
+def check_metrics(options: CompareConfig, config: TrainConfig, parse: Parse, ended: Sequence[TrainConfig] = ()) -> None:
+    """Refuses, before anything is trained, what `lpl eval` would refuse of the reference, its images or old samples.
+
+    Args:
+        options: of `lpl compare`.
+        config: of the baseline.
+        parse: makes options of the flags of `lpl train`.
+        ended: options of runs that will not be trained further, whose samples are to be the same as those of others.
 
     Raises:
         UserError: bad input.
     """
-    from lpl.evaluation.planning import check_eval
+    from lpl.evaluation.command import check_reference
+    from lpl.evaluation.generate import check_settings
 
     source, folder = str(config.model.pretrained_model_name_or_path), Path(config.run.output_dir) / EVAL
     wanted = eval_options(source, folder, options, config)
-    check_eval(wanted, lambda path: parse(["--config", str(path)]).model, config.model)
+    plan = check_reference(wanted, lambda path: parse(["--config", str(path)]).model, config.model)
+    for one in ended:
+        run = Path(one.run.output_dir)
+        if not _are_stale(run):
+            settings = replace(plan, resolution=one.data.resolution or plan.resolution).settings()
+            check_settings(run / EVAL, settings, REDRAW)
 
 
 def eval_options(source: str, output: Path, options: CompareConfig, config: TrainConfig) -> Any:
@@ -171,13 +215,13 @@ def eval_options(source: str, output: Path, options: CompareConfig, config: Trai
 
 
 def _holds(file: Path, wanted: dict[str, Any], run: Path) -> bool:
-    """Whether an eval.json has these options and is of the run's result as it is."""
+    """Whether an eval.json has these fields and is of the run's result as it is."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         older = file.stat().st_mtime < (run / FINISHED).stat().st_mtime
     except (OSError, ValueError):
         return False
-    return not older and content.get("options") == json.loads(json.dumps(wanted))
+    return not older and {key: content.get(key) for key in wanted} == json.loads(json.dumps(wanted))
 
 
 def lower_is_better(metric: str) -> bool:

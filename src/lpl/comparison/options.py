@@ -52,13 +52,27 @@ class CompareConfig:
             f"--seed {self.train.run.seed}: lpl compare takes all its seeds together, as --seeds 0 1 2",
         )
         require(not self.train.run.dry_run, "--dry_run: lpl compare has none; try one arm with lpl train --dry_run")
+        check_logs(self.train)
         require(
-            self.train.logging.report_to in ("tensorboard", "all"),
-            f"--report_to {self.train.logging.report_to}: lpl compare reads the time of each step from TensorBoard's "
-            "logs; use tensorboard or all",
+            not self.train.logging.push_to_hub,
+            "--push_to_hub: every run would overwrite the same repository; push the best one's folder afterwards, or "
+            "run its options with lpl train",
         )
         require(
             self.train.data.holds_out or self.reference_dir is not None,
             "nothing would be measured: hold images out with --validation_samples (or --validation_data_dir), or give "
             "--reference_dir",
         )
+
+
+def check_logs(config: TrainConfig) -> None:
+    """Refuses logs that the time of each step cannot be read from.
+
+    Raises:
+        UserError: --report_to without TensorBoard.
+    """
+    require(
+        config.logging.report_to in ("tensorboard", "all"),
+        f"--report_to {config.logging.report_to}: lpl compare reads the time of each step from TensorBoard's logs; "
+        "use tensorboard or all",
+    )

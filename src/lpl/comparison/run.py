@@ -11,31 +11,34 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lpl import __version__
 from lpl.comparison import measures
 from lpl.comparison.arms import Arm, read_arms
 from lpl.comparison.measures import NO_FIGURES, Measured, Parse, measure_run
 from lpl.comparison.options import FILE, CompareConfig
+from lpl.comparison.same_data import check_same_data
 from lpl.comparison.table import result_table
 from lpl.comparison.verdict import compare_arm, repeated_noise
 from lpl.comparison.yardsticks import SAMPLES
 from lpl.config import TrainConfig
 from lpl.config_io import CONFIG_FILE, environment
 from lpl.data.files import write_atomically
-from lpl.errors import StopRequestedError, TrainingStoppedError
+from lpl.errors import StopRequestedError, TrainingStoppedError, UserError
 from lpl.report.options import PAGE, ReportConfig
 
 logger = logging.getLogger("lpl")
+T = TypeVar("T")
 
 
 def run_compare(options: CompareConfig, parse: Parse, train: Callable[[TrainConfig], None]) -> None:
     """Trains what is not finished, measures, and writes compare.json, the table and the page.
 
-    All options are checked before anything is trained. A run that has to stop (a loss that is not finite) is left out
-    and named; a signal or --max_minutes, which counts for all runs together, stops the whole, and the same command
-    continues. Under a launch every process trains; the first writes.
+    All options are checked before anything is trained. A run that has to stop (a loss that is not finite), or whose
+    samples cannot be measured, is left out of the figures and named; a signal or --max_minutes, which counts for all
+    training and measuring together, stops the whole, and the same command continues. Under a launch every process
+    trains; the first writes.
 
     Args:
         options: of `lpl compare`.
@@ -43,20 +46,25 @@ def run_compare(options: CompareConfig, parse: Parse, train: Callable[[TrainConf
         train: what `lpl train` does with options.
 
     Raises:
-        UserError: bad options.
+        UserError: bad options, or runs that were trained on other data than the baseline's.
         StopRequestedError: asked to stop.
     """
     from lpl.training.preflight import preflight
 
     arms = read_arms(options, parse)
+    started, limit = time.monotonic(), options.train.run.max_minutes
+    ended = []
     for arm in arms:
         for seed, config in arm.configs.items():
             begun = (Path(config.run.output_dir) / CONFIG_FILE).is_file()
             if begun or seed == options.seeds[0]:  # for other seeds there is nothing else to find
-                _quietly(preflight, config)
+                checked = _quietly(preflight, config)
+                if checked.has_ended or (checked.finished_step is not None and checked.num_steps is None):
+                    ended.append(config)
     if options.reference_dir is not None:
-        measures.check_metrics(options, arms[0].configs[options.seeds[0]], parse)
-    refused = [f"{arm.name}: not paired, as it changes --{', --'.join(arm.unpaired)}" for arm in arms if arm.unpaired]
+        measures.check_metrics(options, arms[0].configs[options.seeds[0]], parse, ended)
+        _forget_run()
+    refused = [f"{arm.name}: not paired, as {arm.why_unpaired}" for arm in arms if arm.unpaired]
     for line in refused:
         logger.warning("%s: its steps do not see what the baseline's see", line)
     for arm in arms:
@@ -64,12 +72,13 @@ def run_compare(options: CompareConfig, parse: Parse, train: Callable[[TrainConf
             told = "figures of samples" if kind == SAMPLES else f"validation's {kind}"
             why = f"another yardstick than the baseline's: --{', --'.join(changed)}"
             logger.warning("%s: %s will not be compared: %s", arm.name, told, why)
-    failed = train_all(options, arms, train)
+    failed = train_all(options, arms, train, started)
     home = Path(options.train.run.output_dir)
-    measured = _measure_all(options, arms, home, failed, parse)
+    is_late = lambda: limit is not None and time.monotonic() - started >= 60 * limit  # noqa: E731
+    measured, unmeasured = _measure_all(options, arms, home, failed, parse, is_late)
     if os.environ.get("RANK", "0") != "0":
         return
-    content = result(options, arms, measured, [*refused, *failed.values()])
+    content = result(options, arms, measured, [*refused, *failed.values(), *unmeasured])
     write_atomically(home / FILE, _json(content))
     print(result_table(content))
     from lpl.report.page import write_report
@@ -78,14 +87,24 @@ def run_compare(options: CompareConfig, parse: Parse, train: Callable[[TrainConf
 
 
 def train_all(
-    options: CompareConfig, arms: Sequence[Arm], train: Callable[[TrainConfig], None]
+    options: CompareConfig, arms: Sequence[Arm], train: Callable[[TrainConfig], None], started: float
 ) -> dict[tuple[str, int], str]:
     """Trains every arm with every seed, seed by seed, so that an early end leaves whole pairs.
 
+    Args:
+        options: of `lpl compare`.
+        arms: the baseline first.
+        train: what `lpl train` does with options.
+        started: when --max_minutes began, of time.monotonic.
+
     Returns:
         Why runs have none, by arm and seed.
+
+    Raises:
+        UserError: a pair of runs that were trained on different data.
+        StopRequestedError: asked to stop.
     """
-    started, limit = time.monotonic(), options.train.run.max_minutes
+    limit = options.train.run.max_minutes
     failed: dict[tuple[str, int], str] = {}
     number, total = 0, len(arms) * len(options.seeds)
     for seed in options.seeds:
@@ -104,6 +123,8 @@ def train_all(
                 failed[arm.name, seed] = f"{arm.folder(seed)}: {error}"
                 logger.warning("%s", failed[arm.name, seed])
             _forget_run()
+            if not (arm.sees_other_data or (arms[0].name, seed) in failed or (arm.name, seed) in failed):
+                check_same_data(Path(config.run.output_dir), Path(arms[0].configs[seed].run.output_dir))
     return failed
 
 
@@ -121,20 +142,34 @@ def _forget_run() -> None:
 
 
 def _measure_all(
-    options: CompareConfig, arms: Sequence[Arm], home: Path, failed: dict[tuple[str, int], str], parse: Parse
-) -> dict[str, list[Measured]]:
+    options: CompareConfig,
+    arms: Sequence[Arm],
+    home: Path,
+    failed: dict[tuple[str, int], str],
+    parse: Parse,
+    is_late: Callable[[], bool],
+) -> tuple[dict[str, list[Measured]], list[str]]:
+    """The figures of all runs, in the first process, and lines on runs whose samples could not be measured."""
     found: dict[str, list[Measured]] = {arm.name: [] for arm in arms}
+    lines: list[str] = []
+    inputs = None
+    if options.reference_dir is not None:
+        inputs = measures.inputs_of(options, arms[0].configs[options.seeds[0]])
     for arm in arms:
         for seed, config in arm.configs.items():
             if (arm.name, seed) in failed:
                 continue
             figures = NO_FIGURES
-            if options.reference_dir is not None:
-                figures = measures.metrics_of(home / arm.folder(seed), options, config, parse)
+            if inputs is not None:
+                try:
+                    figures = measures.metrics_of(home / arm.folder(seed), options, config, parse, inputs, is_late)
+                except UserError as error:  # in every process of a launch, so that all go on together
+                    lines.append(f"{arm.folder(seed)}: its samples are not measured: {error}")
+                    logger.warning("%s", lines[-1])
                 _forget_run()
             if os.environ.get("RANK", "0") == "0":
                 found[arm.name].append(measure_run(home, arm.folder(seed), seed, figures))
-    return found
+    return found, lines
 
 
 def result(
@@ -202,16 +237,17 @@ def _arm(arm: Arm, runs: Sequence[Measured]) -> dict[str, Any]:
         "overrides": arm.overrides,
         "baseline": arm.baseline,
         "repeats": arm.repeats,
+        "unpaired": arm.why_unpaired,
         "yardsticks": {kind: list(options) for kind, options in arm.yardsticks.items()},
         "runs": shown,
     }
 
 
-def _quietly(check: Callable[[TrainConfig], Any], config: TrainConfig) -> None:
+def _quietly(check: Callable[[TrainConfig], T], config: TrainConfig) -> T:
     """What it warns of, the run will say."""
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        check(config)
+        return check(config)
     finally:
         logger.setLevel(level)

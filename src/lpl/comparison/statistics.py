@@ -17,6 +17,8 @@ LEVEL = 0.95
 MOST_RESAMPLES = 50_000
 """Up to so many, all n^n resamples are taken; beyond, RESAMPLES are drawn."""
 RESAMPLES = 10_000
+SAME = 1e-9
+"""Values that differ by less of themselves are one and the same, rounded otherwise."""
 
 Interval = tuple[float, float]
 
@@ -67,21 +69,32 @@ def t_quantile(level: float, freedom: int) -> float:
         low, high = (middle, high) if t_probability(middle, freedom) < level else (low, middle)
 
 
-def t_interval(values: Sequence[float], level: float = LEVEL) -> Interval | None:
-    """The interval of the mean; None for fewer than two values."""
+def has_spread(values: Sequence[float]) -> bool:
+    """Whether values tell how far others may lie from their mean: two or more that are not one and the same, or all 0.
+
+    Equal differences of two seeds, such as of shares of few samples, would give an interval of no width, which is sure
+    of everything. Values that are all 0 are of runs that are equal, which needs no spread. Rounding is no spread.
+    """
     if len(values) < 2:
+        return False
+    return not any(values) or not all(math.isclose(value, values[0], rel_tol=SAME) for value in values)
+
+
+def t_interval(values: Sequence[float], level: float = LEVEL) -> Interval | None:
+    """The interval of the mean; None where has_spread says no."""
+    if not has_spread(values):
         return None
     half = t_quantile(level, len(values) - 1) * deviation(values) / math.sqrt(len(values))
     return mean(values) - half, mean(values) + half
 
 
 def bootstrap_interval(values: Sequence[float], level: float = LEVEL) -> Interval | None:
-    """The percentile bootstrap's interval of the mean; None for fewer than two values.
+    """The percentile bootstrap's interval of the mean; None where has_spread says no.
 
     All resamples are taken where they are few; else they are drawn, always the same.
     """
     number = len(values)
-    if number < 2:
+    if not has_spread(values):
         return None
     if number**number <= MOST_RESAMPLES:
         means = sorted(mean(resample) for resample in itertools.product(values, repeat=number))

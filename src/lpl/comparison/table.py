@@ -22,8 +22,10 @@ def result_table(content: dict[str, Any]) -> str:
         told = " (baseline)" if arm["baseline"] else ""
         timed = f"{sum(run['seconds'] for run in runs) / len(runs):.1f} s of training each" if runs else "none finished"
         lines.append(f"{arm['name']}{told}: {what}; {len(runs)} runs, {timed}")
+    unpaired = {arm["name"]: arm["unpaired"] for arm in content["arms"]}
     for arm_name in dict.fromkeys(entry["arm"] for entry in content["paired"]):
-        lines += ["", f"{arm_name} against the baseline, paired by seed:"]
+        paired = "paired by seed" if unpaired[arm_name] is None else f"not paired ({unpaired[arm_name]})"
+        lines += ["", f"{arm_name} against the baseline, {paired}:"]
         header = ["metric", "at", "baseline", "difference", "95 % (t)", "95 % (bootstrap)", "noise", "verdict"]
         lines += _columns([header, *(_row(e) for e in content["paired"] if e["arm"] == arm_name)])
     if content["notes"]:

@@ -80,16 +80,19 @@ def paired_figures(
     found: dict[Key, list[Pair]] = {}
     refused: dict[str, list[str]] = {}
     for name in dict.fromkeys(name for base, run in both for name in (*base.metrics, *run.metrics)):
-        measured = [all(name in pair[place].metrics for pair in both) for place in (0, 1)]
+        known = [pair for pair in both if all(name in run.metrics for run in pair)]
         others = (yardsticks or {}).get(kind_of(name))
-        if not all(measured):
-            where = _where(arm, [not is_there for is_there in measured])
-            refused.setdefault(f"not measured in {where}", []).append(name)
+        if len(known) < len(both):
+            lacking = [pair for pair in both if pair not in known]
+            where = _where(arm, [any(name not in pair[place].metrics for pair in lacking) for place in (0, 1)])
+            seeds = f", seed {', '.join(str(base.seed) for base, _ in lacking)}" if known else ""
+            refused.setdefault(f"not measured in {where}{seeds}", []).append(name)
+        if not known:
             continue
         if others:
             refused.setdefault(f"another yardstick than the baseline's: --{', --'.join(others)}", []).append(name)
             continue
-        for abscissa, pairs in (("steps", at_equal_steps(name, both)), ("seconds", at_equal_time(name, both))):
+        for abscissa, pairs in (("steps", at_equal_steps(name, known)), ("seconds", at_equal_time(name, known))):
             if not isinstance(pairs, str):
                 wild = [not all(map(math.isfinite, values)) for values in zip(*pairs, strict=True)]
                 if not any(wild):
@@ -211,7 +214,7 @@ def entry(
         "noise_from": None if noise is None else noise.source,
         "lower_is_better": lower,
         "outcome": outcome,
-        "verdict": words(difference, base, interval, noise, outcome, repeats),
+        "verdict": words(difference, base, interval, noise, outcome, repeats, len(pairs)),
     }
 
 
@@ -239,10 +242,12 @@ def words(
     noise: Noise | None,
     outcome: str,
     repeats: bool,
+    seeds: int,
 ) -> str:
     """The verdict in words."""
     if outcome == "unknown":
-        return "one seed: no interval, so no verdict"
+        why = "one seed" if seeds == 1 else f"the same difference in all {seeds} seeds ({_sized(difference, baseline)})"
+        return f"{why}: no interval, so no verdict"
     assert interval is not None
     if difference == 0 and interval == (0.0, 0.0):
         return f"{NO_DIFFERENCE}: equal to the last digit"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -18,47 +19,83 @@ from lpl import __version__
 from lpl.config import ModelConfig, require
 from lpl.config_io import environment
 from lpl.data.files import write_atomically
-from lpl.errors import UserError
+from lpl.errors import StopRequestedError, UserError
 from lpl.evaluation.generate import check_settings, generate_into, image_name, write_settings
-from lpl.evaluation.measuring import Measured, measure_all
+from lpl.evaluation.measuring import Measured, measure_all, read_references
 from lpl.evaluation.options import EvalConfig
 from lpl.evaluation.pictures import CAPTIONS
 from lpl.evaluation.planning import IMAGES, RESULT, Plan, check_eval, with_flag
 from lpl.evaluation.table import format_table
+from lpl.evaluation.together import stop_together, together
 
 logger = logging.getLogger("lpl")
 
 
-def run_eval(options: EvalConfig, read_run: Callable[[Path], ModelConfig]) -> None:
-    """Evaluates, and prints the table.
+def run_eval(
+    options: EvalConfig, read_run: Callable[[Path], ModelConfig], is_late: Callable[[], bool] = lambda: False
+) -> None:
+    """Evaluates, and prints the table. Every process of a launch ends alike.
 
     Args:
         options: of `lpl eval`.
         read_run: reads the model's options from a run's config.yaml.
+        is_late: asked before anything is drawn: whether no time is left.
 
     Raises:
         UserError: bad input, in one line, before anything heavy loads where that can be known.
+        StopRequestedError: no time is left.
     """
-    plan = check_eval(options, read_run)
+    with _processes() as accelerator:
+        main, device = accelerator.is_main_process, accelerator.device
+        plan = together(lambda: check_eval(options, read_run))
+        require(
+            options.dtype != "float16" or device.type != "cpu",
+            "--dtype float16 needs a GPU; on a CPU use bfloat16 or float32",
+        )
+        late = f"stopped by --max_minutes before {options.output_dir} was measured: the same command continues"
+        stop_together(is_late, late)
+        sampler = together(lambda: None if plan.request is None else _load(plan, device))
+        with_vae = main and (options.floor or options.against == "reconstructions")
+        vae = together(lambda: _vae(options, sampler, device) if with_vae else None)
+        if options.images is None:
+            # An image that cannot be read is found before hours of drawing; what is computed is kept.
+            together(lambda: read_references(options, plan.resolution, plan.inception, vae, device) if main else None)
+            _draw(plan, sampler, accelerator)
+        together(lambda: _measure(plan, vae, device) if main else None)
+
+
+def check_reference(options: EvalConfig, read_run: Callable[[Path], ModelConfig], model: ModelConfig) -> Plan:
+    """Refuses, before there is a trained model, what run_eval would refuse; reads every reference image.
+
+    The statistics of the reference are kept for run_eval; those after the VAE need its weights and are left to it.
+
+    Args:
+        options: of `lpl eval`, for the model that training begins with.
+        read_run: as for run_eval.
+        model: that model.
+
+    Raises:
+        UserError: bad input, in every process of a launch.
+    """
+    with _processes() as accelerator:
+        plan = together(lambda: check_eval(options, read_run, model))
+        read = lambda: read_references(options, plan.resolution, plan.inception, None, accelerator.device)  # noqa: E731
+        together(lambda: read() if accelerator.is_main_process else None)
+    return plan
+
+
+@contextmanager
+def _processes() -> Iterator[Accelerator]:
+    """The processes of a launch, joined until the end, or until they have all raised the same."""
     # Processes may wait for each other far longer than torch's ten minutes.
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=24))])
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
-    require(
-        options.dtype != "float16" or accelerator.device.type != "cpu",
-        "--dtype float16 needs a GPU; on a CPU use bfloat16 or float32",
-    )
-    sampler = None if plan.request is None else _load(plan, accelerator.device)
-    if options.images is None:
-        _draw(plan, sampler, accelerator)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        device = accelerator.device
-        vae = _vae(options, sampler, device) if options.floor or options.against == "reconstructions" else None
-        found = measure_all(options, plan.files, plan.prompts, plan.resolution, plan.inception, vae, device)
-        result = _result(plan, found)
-        _write(Path(options.output_dir) / RESULT, result)
-        print(format_table(result))
+    try:
+        yield accelerator
+    except (UserError, StopRequestedError):
+        accelerator.end_training()
+        raise
     accelerator.end_training()
 
 
@@ -77,29 +114,36 @@ def _load(plan: Plan, device: torch.device) -> Any:
 def _draw(plan: Plan, sampler: Any, accelerator: Accelerator) -> None:
     from lpl.families.base import weights_hash
 
-    folder = Path(plan.options.output_dir)
+    folder, main = Path(plan.options.output_dir), accelerator.is_main_process
     parts = sampler.configuration(plan.distinct_prompts).items()
     settings = plan.settings(weights=weights_hash(*sampler.modules()), **{f"{name}'s config": h for name, h in parts})
-    check_settings(folder, settings)
-    accelerator.wait_for_everyone()  # all have checked before the first image appears
-    if accelerator.is_main_process:
-        write_settings(folder, settings)
-    generate_into(
-        sampler,
-        plan.distinct_prompts,
-        folder / IMAGES,
-        len(plan.files),
-        plan.sampling,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-        show=accelerator.is_main_process,
+    together(lambda: check_settings(folder, settings))  # all have checked before the first image appears
+    together(lambda: write_settings(folder, settings) if main else None)
+    together(
+        lambda: generate_into(
+            sampler,
+            plan.distinct_prompts,
+            folder / IMAGES,
+            len(plan.files),
+            plan.sampling,
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+            show=main,
+        )
     )
-    if accelerator.is_main_process:
+    if main:
         rows = [
             json.dumps({"file_name": image_name(i), "text": prompt}, ensure_ascii=False)
             for i, prompt in enumerate(plan.prompts or [])
         ]
         write_atomically(folder / IMAGES / CAPTIONS, ("\n".join(rows) + "\n").encode())
+
+
+def _measure(plan: Plan, vae: Any, device: torch.device) -> None:
+    found = measure_all(plan.options, plan.files, plan.prompts, plan.resolution, plan.inception, vae, device)
+    result = _result(plan, found)
+    _write(Path(plan.options.output_dir) / RESULT, result)
+    print(format_table(result))
 
 
 def _vae(options: EvalConfig, sampler: Any, device: torch.device) -> Any:
@@ -130,6 +174,8 @@ def _result(plan: Plan, found: Measured) -> dict[str, Any]:
         "reference": options.reference_dir,
         "num_samples": len(plan.files),
         "num_reference": found.num_reference,
+        "reference_digest": found.reference_digest,
+        "prompts_digest": plan.prompts_digest,
         "resolution": plan.resolution,
         "features": found.features,
         "metrics": found.metrics,

@@ -43,7 +43,10 @@ class Subsets(NamedTuple):
 
 
 def measure_images(
-    images: str | Path | list[Path] | Tensor | ImageSet, reference: Reference, show: bool = False
+    images: str | Path | list[Path] | Tensor | ImageSet,
+    reference: Reference,
+    show: bool = False,
+    flag: str = "--images",
 ) -> ImageSet:
     """Features and spectra of samples, as those of the reference.
 
@@ -51,6 +54,7 @@ def measure_images(
         images: a folder, files, (N, 3, size, size) uint8, or what this function gave before.
         reference: sets size and network.
         show: a progress bar.
+        flag: what errors call the images.
 
     Raises:
         UserError: no images in the folder, or files that cannot be read.
@@ -62,8 +66,8 @@ def measure_images(
         if images.dtype != torch.uint8 or images.shape[1:] != (3, reference.size, reference.size):
             raise ValueError(f"expected (N, 3, {reference.size}, {reference.size}) uint8, not {tuple(images.shape)}")
         return measure(images.split(BATCH), reference.extractor, len(images), show)
-    files = images if isinstance(images, list) else list_pictures(Path(images), "--images")
-    read = (read_picture(file, reference.size, "--images") for file in files)
+    files = images if isinstance(images, list) else list_pictures(Path(images), flag)
+    read = (read_picture(file, reference.size, flag) for file in files)
     return measure(batches(read, BATCH), reference.extractor, len(files), show)
 
 

@@ -134,12 +134,13 @@ def _drawn(
             bar.update(min(len(indices) * world, num_samples - bar.n))
 
 
-def check_settings(folder: Path, settings: dict[str, Any]) -> None:
+def check_settings(folder: Path, settings: dict[str, Any], remedy: str = "choose another folder") -> None:
     """Refuses a folder whose samples were drawn otherwise, and says what differs.
 
     Args:
         folder: of the output.
         settings: of settings_of; keys that only one side has are not compared.
+        remedy: what errors tell to do.
 
     Raises:
         UserError: another run's samples are there.
@@ -148,17 +149,17 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
     if not file.is_file():
         require(
             not (folder / "images").exists(),
-            f"--output_dir {folder}: has images but no {SETTINGS} that says how they were drawn; choose another",
+            f"--output_dir {folder}: has images but no {SETTINGS} that says how they were drawn; {remedy}",
         )
         return
     try:
         old = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"--output_dir {folder}: {file} is damaged; choose another folder") from error
+        raise UserError(f"--output_dir {folder}: {file} is damaged; {remedy}") from error
     differing = [f"{k} {old[k]} -> {v}" for k, v in settings.items() if k in old and old[k] != v]
     require(
         not differing,
-        f"--output_dir {folder}: has samples that were drawn otherwise ({', '.join(differing)}); choose another folder",
+        f"--output_dir {folder}: has samples that were drawn otherwise ({', '.join(differing)}); {remedy}",
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from lpl.evaluation.evaluate import Subsets, evaluate_images, measure_images
 from lpl.evaluation.features import EFFICIENTNET, INCEPTION_FILE, DINOv2, EfficientNetLite0, Extractor, Inception
 from lpl.evaluation.options import EvalConfig
-from lpl.evaluation.pictures import batches, count_smaller, list_pictures, read_captions, read_picture
+from lpl.evaluation.pictures import batches, count_smaller, list_pictures, pictures_digest, read_captions, read_picture
 from lpl.evaluation.reference import Reference, reconstruct
 from lpl.evaluation.spectrum import frequencies
 from lpl.evaluation.statistics import BATCH, interval, resample_counts
@@ -24,6 +24,8 @@ class Measured(NamedTuple):
     metrics: dict[str, dict[str, Any]]
     spectrum: dict[str, Any] | None
     num_reference: int
+    reference_digest: str
+    """A hash of the reference's files."""
     features: str
     refused: list[str]
 
@@ -54,11 +56,11 @@ def measure_all(
     metrics: dict[str, dict[str, Any]] = {}
     refused: list[str] = []
     spectrum, real = None, list_pictures(Path(str(options.reference_dir)), "--reference_dir")
+    digest, flag = None, "--images" if options.images is not None else f"--output_dir {options.output_dir}"
     for extractor, chosen in _networks(options, resolution, inception, device):
-        reference = Reference.from_folder(
-            str(options.reference_dir), resolution, extractor, vae, cache_dir=options.reference_cache_dir, show=True
-        )
-        samples = measure_images(files, reference, show=True)
+        reference = _reference(options, resolution, extractor, vae)
+        digest = reference.digest
+        samples = measure_images(files, reference, show=True, flag=flag)
         metrics |= evaluate_images(
             samples,
             reference,
@@ -89,9 +91,26 @@ def measure_all(
         if prompts is None:
             refused.append("clip_score: the prompts of --images are not known (no metadata.jsonl in it names them all)")
         else:
-            metrics["clip_score"] = _clip_score(options, files, prompts, resolution, vae, device)
+            metrics["clip_score"] = _clip_score(options, files, prompts, resolution, vae, device, flag)
     refused += _left_out(options, inception, vae)
-    return Measured(metrics, spectrum, len(real), EFFICIENTNET, refused)
+    digest = digest or pictures_digest(real, "--reference_dir")
+    return Measured(metrics, spectrum, len(real), digest, EFFICIENTNET, refused)
+
+
+def read_references(
+    options: EvalConfig, resolution: int, inception: Path | None, vae: Any, device: torch.device
+) -> None:
+    """Computes the reference's statistics, which are kept, so that what cannot be read is found before it is needed.
+
+    Arguments and errors are those of measure_all.
+    """
+    for extractor, _ in _networks(options, resolution, inception, device):
+        _reference(options, resolution, extractor, vae)
+
+
+def _reference(options: EvalConfig, resolution: int, extractor: Extractor, vae: Any) -> Reference:
+    folder, cache = str(options.reference_dir), options.reference_cache_dir
+    return Reference.from_folder(folder, resolution, extractor, vae, cache_dir=cache, show=True)
 
 
 def _networks(
@@ -120,7 +139,13 @@ def _left_out(options: EvalConfig, inception: Path | None, vae: Any) -> list[str
 
 
 def _clip_score(
-    options: EvalConfig, files: list[Path], prompts: list[str], resolution: int, vae: Any, device: torch.device
+    options: EvalConfig,
+    files: list[Path],
+    prompts: list[str],
+    resolution: int,
+    vae: Any,
+    device: torch.device,
+    flag: str,
 ) -> dict[str, Any]:
     from lpl.evaluation.clip_score import ClipScore
 
@@ -128,7 +153,7 @@ def _clip_score(
         return batches((read_picture(file, resolution, flag) for file in paths), BATCH)
 
     score = ClipScore(str(options.clip), device)
-    found = score(read(files, "--images"), prompts)
+    found = score(read(files, flag), prompts)
     value, ends, floor = float(found.mean()), None, None
     if options.num_bootstrap:
         counts = resample_counts(len(found), options.num_bootstrap, options.seed)

@@ -22,6 +22,8 @@ DRAWING = (
 LOADING = ("variant", "single_file_config")
 """Options that act on a model's files alone."""
 DEFAULT_SAMPLES = 1000
+FEWEST_RESAMPLES = 100
+"""Below, the ends of an interval, which 2.5 % of the resamples lie beyond, are one or two of them."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class EvalConfig:
     floor: bool = True
     """Measure beside every figure what the VAE alone costs: real images, encoded and decoded."""
     num_bootstrap: int = 200
-    """Resamples of the samples for the 95 % intervals; 0: none."""
+    """Resamples of the samples for the 95 % intervals, at least 100; 0: no intervals."""
     kernel_subsets: int = 0
     """Kernel distance as the mean over so many random subsets; 0: over all pairs, once."""
     kernel_subset_size: int = 1000
@@ -118,6 +120,11 @@ class EvalConfig:
         }.items():
             value = getattr(self, name)
             require(value is None or value >= least, f"--{name} must be at least {least}, not {value}")
+        require(
+            self.num_bootstrap == 0 or self.num_bootstrap >= FEWEST_RESAMPLES,
+            f"--num_bootstrap {self.num_bootstrap}: the ends of a 95 % interval need {FEWEST_RESAMPLES} resamples or "
+            "more; 0 leaves intervals out",
+        )
         require(self.guidance_scale >= 0, f"--guidance_scale must be 0 or more, not {self.guidance_scale}")
         require(
             self.kernel_subsets > 0 or self._is_default("kernel_subset_size"),

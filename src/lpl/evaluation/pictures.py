@@ -17,6 +17,7 @@ from lpl.data.bad_image import BadImageError
 from lpl.data.crops import plan_crop, render
 from lpl.data.decode import decode_image
 from lpl.data.sources.base import IMAGE_SUFFIXES
+from lpl.data.sources.folder import list_images
 from lpl.errors import UserError
 from lpl.evaluation.prompts import read_rows, text_of
 
@@ -25,17 +26,15 @@ INTERPOLATION = "lanczos"
 
 
 def list_pictures(folder: Path, flag: str) -> list[Path]:
-    """The images in a folder and its subfolders, in the order of their names; names that begin with a dot are left out.
+    """The images in a folder and its subfolders, in the order of their names, as training lists them.
+
+    Names that begin with a dot are left out; links to folders are followed, but no folder is listed twice.
 
     Raises:
-        UserError: no such folder, or no images in it.
+        UserError: no such folder, no images in it, or a name that is not UTF-8.
     """
     require(folder.is_dir(), f"{flag} {folder}: no such folder")
-    found = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES and not any(p.startswith(".") for p in path.relative_to(folder).parts)
-    )
+    found = sorted(folder / name for name in list_images(str(folder))[0])
     require(bool(found), f"{flag} {folder}: no images in it (looked for {' '.join(IMAGE_SUFFIXES)})")
     return found
 
@@ -50,16 +49,19 @@ def read_picture(file: Path, size: int, flag: str) -> Tensor:
     return render(image, plan_crop(image.width, image.height, (size, size), True), INTERPOLATION)
 
 
-def file_digest(file: Path, flag: str) -> bytes:
-    """A hash of a file's bytes.
+def pictures_digest(files: list[Path], flag: str) -> str:
+    """A hash of the files' bytes and their order.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: one cannot be read.
     """
-    try:
-        return hashlib.blake2b(file.read_bytes(), digest_size=16).digest()
-    except OSError as error:
-        raise UserError(f"{flag}: {file} cannot be read ({error.strerror})") from error
+    found = hashlib.blake2b(digest_size=16)
+    for file in files:
+        try:
+            found.update(hashlib.blake2b(file.read_bytes(), digest_size=16).digest())
+        except OSError as error:
+            raise UserError(f"{flag}: {file} cannot be read ({error.strerror})") from error
+    return found.hexdigest()
 
 
 def shortest_side(file: Path, flag: str) -> int:

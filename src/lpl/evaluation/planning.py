@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lpl.config import ModelConfig, require
 from lpl.errors import UserError
@@ -15,7 +15,7 @@ from lpl.evaluation.evaluate import FEWEST
 from lpl.evaluation.features import check_efficientnet, find_inception
 from lpl.evaluation.generate import Sampling, check_settings, image_name, settings_of
 from lpl.evaluation.options import DEFAULT_SAMPLES, EvalConfig
-from lpl.evaluation.pictures import CAPTIONS, list_pictures, read_captions, shortest_side
+from lpl.evaluation.pictures import CAPTIONS, list_pictures, pictures_digest, read_captions, shortest_side
 from lpl.evaluation.prompts import read_prompts
 from lpl.exporting.options import ExportConfig, Request, resolve
 
@@ -49,15 +49,20 @@ class Plan:
 
     def settings(self, **further: Any) -> dict[str, Any]:
         """What decides the samples."""
-        o, prompts = self.options, json.dumps(self.distinct_prompts)
+        o = self.options
         return settings_of(
             self.sampling,
             scheduler=o.scheduler,
             dtype=o.dtype,
             lora_scale=o.lora_scale,
-            prompts=hashlib.blake2b(prompts.encode(), digest_size=16).hexdigest(),
+            prompts=self.prompts_digest,
             **further,
         )
+
+    @property
+    def prompts_digest(self) -> str | None:
+        """That of distinct_prompts."""
+        return prompts_digest(self.distinct_prompts)
 
 
 def check_eval(options: EvalConfig, read_run: Callable[[Path], ModelConfig], model: ModelConfig | None = None) -> Plan:
@@ -66,7 +71,8 @@ def check_eval(options: EvalConfig, read_run: Callable[[Path], ModelConfig], mod
     Args:
         options: of `lpl eval`.
         read_run: reads the model's options from a run's config.yaml.
-        model: the model with all its options, where it is not to be made of those of `lpl eval`.
+        model: the model with all its options, where it is not to be made of those of `lpl eval`: one that training
+            begins with, of which there are no samples yet.
 
     Raises:
         UserError: bad input.
@@ -92,14 +98,14 @@ def check_eval(options: EvalConfig, read_run: Callable[[Path], ModelConfig], mod
     if options.images is not None:
         source = Path(options.images)
         files = list_pictures(source, "--images")
-        _check_apart(source, folder, f"--images {source}")
+        _check_apart(source, folder, references, f"--images {source}")
         wanted = options.num_samples or len(files)
         require(wanted <= len(files), f"--num_samples {wanted}: --images {source} holds {len(files)}")
         files = files[:wanted]
         prompts = read_captions(source, files, "--images")
         native = shortest_side(files[0], "--images")
     else:
-        _check_apart(Path(options.output_dir) / IMAGES, folder, f"--output_dir {options.output_dir}")
+        _check_apart(Path(options.output_dir) / IMAGES, folder, references, f"--output_dir {options.output_dir}")
         distinct = tuple(_prompts(options, folder, references))
         count = options.num_samples or DEFAULT_SAMPLES
         files = [Path(options.output_dir) / IMAGES / image_name(index) for index in range(count)]
@@ -117,9 +123,33 @@ def check_eval(options: EvalConfig, read_run: Callable[[Path], ModelConfig], mod
     require(vae or options.images is None or not can, "the model or VAE given with --images has no use with --no_floor")
     plan = Plan(options, request, files, prompts, resolution, inception, distinct)
     _check_output(Path(options.output_dir), options.images)
-    if options.images is None:
+    if options.images is None and model is None:
         check_settings(Path(options.output_dir), plan.settings())
     return plan
+
+
+class Inputs(NamedTuple):
+    """What eval.json says of the files that samples come from and are measured against."""
+
+    reference_digest: str
+    prompts_digest: str | None
+
+
+def read_inputs(options: EvalConfig) -> Inputs:
+    """The digests that eval.json has where these files are as they are now, of samples that are drawn.
+
+    Raises:
+        UserError: files that cannot be read.
+    """
+    folder = Path(str(options.reference_dir))
+    references = list_pictures(folder, "--reference_dir")
+    prompts = tuple(_prompts(options, folder, references))
+    return Inputs(pictures_digest(references, "--reference_dir"), prompts_digest(prompts))
+
+
+def prompts_digest(prompts: tuple[str, ...]) -> str | None:
+    """A hash of what samples are drawn of; None where none are."""
+    return hashlib.blake2b(json.dumps(prompts).encode(), digest_size=16).hexdigest() if prompts else None
 
 
 def _check_network(flag: str, name: str | None) -> None:
@@ -164,11 +194,20 @@ def _prompts(options: EvalConfig, folder: Path, references: list[Path]) -> list[
     return found
 
 
-def _check_apart(images: Path, reference: Path, what: str) -> None:
-    """What is measured must not be taken for what it is measured against; one folder for both gives distances of 0."""
+def _check_apart(images: Path, reference: Path, references: list[Path], what: str) -> None:
+    """What is measured must not be taken for what it is measured against; one folder for both gives distances of 0.
+
+    Args:
+        images: folder of what is measured.
+        reference: the other folder.
+        references: its images, linked folders among theirs.
+        what: begins the message.
+    """
     here, there = images.resolve(), reference.resolve()
     drawn = what.startswith("--output_dir")
     nested = here.is_relative_to(there) or there.is_relative_to(here)
+    if here != there:
+        nested |= any(parent.resolve().is_relative_to(here) for parent in {file.parent for file in references})
     require(
         not nested or (here == there and not drawn),
         f"{what}: {'its samples' if drawn else 'its images'} and those of --reference_dir {reference} lie one within "

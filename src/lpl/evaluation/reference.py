@@ -19,7 +19,7 @@ from lpl.data.files import write_atomically
 from lpl.data.folders import default_cache_dir
 from lpl.errors import UserError
 from lpl.evaluation.features import Extractor
-from lpl.evaluation.pictures import batches, file_digest, list_pictures, read_picture
+from lpl.evaluation.pictures import batches, list_pictures, pictures_digest, read_picture
 from lpl.evaluation.statistics import BATCH, ImageSet, measure
 from lpl.families.base import weights_hash
 
@@ -40,9 +40,13 @@ class Reference:
         reconstructed: the same after the VAE; None: no VAE was given.
         size: pixels of their sides.
         extractor: the network their features are of.
+        digest: a hash of the images' files; empty where they are none.
     """
 
-    def __init__(self, real: ImageSet, reconstructed: ImageSet | None, size: int, extractor: Extractor) -> None:
+    def __init__(
+        self, real: ImageSet, reconstructed: ImageSet | None, size: int, extractor: Extractor, digest: str = ""
+    ) -> None:
+        self.digest = digest
         self.real, self.reconstructed, self.size, self.extractor = real, reconstructed, size, extractor
         self.floors: dict[Any, list[float]] = {}
         """Figures of the floor that have been computed, by metric and what they depend on."""
@@ -75,22 +79,21 @@ class Reference:
         Raises:
             UserError: no images, or files that cannot be read.
         """
-        files, digest = list_pictures(Path(folder), flag), hashlib.blake2b(digest_size=16)
-        for file in files:
-            digest.update(file_digest(file, flag))
+        files = list_pictures(Path(folder), flag)
+        digest = pictures_digest(files, flag)
 
         def images() -> Iterator[Tensor]:
             return batches((read_picture(file, size, flag) for file in files), BATCH)
 
         base = Path(cache_dir) if cache_dir is not None else default_cache_dir() / "evaluation"
-        key = f"{VERSION} {extractor.key} {size} {digest.hexdigest()}"
+        key = f"{VERSION} {extractor.key} {size} {digest}"
         real = _cached(base, key, lambda: measure(images(), extractor, len(files), show))
         reconstructed = None
         if vae is not None:
             key += f" {weights_hash(vae, settings=_settings(vae))}"
             made = lambda: measure(_reconstructed(images(), vae), extractor, len(files), show)  # noqa: E731
             reconstructed = _cached(base, key, made)
-        return cls(real, reconstructed, size, extractor)
+        return cls(real, reconstructed, size, extractor, digest)
 
     def target(self, against: str) -> ImageSet:
         """What samples are compared with: "images" or their "reconstructions".

@@ -45,7 +45,9 @@ def save_weights(folder: Path, step: int, weights: Weights, write: Callable[[Pat
     return final
 
 
-def save_result(folder: Path, step: int, weights: Weights, write: Callable[[Path], None], writes: bool) -> None:
+def save_result(
+    folder: Path, step: int, weights: Weights, write: Callable[[Path], None], writes: bool, data: str
+) -> None:
     """Writes the result, of the weights that --final_weights names, into the output folder, and says that it is there.
 
     Args:
@@ -54,6 +56,7 @@ def save_result(folder: Path, step: int, weights: Weights, write: Callable[[Path
         weights: of the run; those of the result stay in place.
         write: writes the pipeline or the adapter into a folder; every process calls it.
         writes: whether this is the process that writes.
+        data: digest of the samples that the run was trained on.
     """
     weights.put(weights.final)
     temporary = folder / RESULT
@@ -69,5 +72,5 @@ def save_result(folder: Path, step: int, weights: Weights, write: Callable[[Path
         part.replace(target)
     temporary.rmdir()
     marker = folder / f".tmp-{FINISHED}"
-    marker.write_text(json.dumps({"step": step, "weights": weights.final}))
+    marker.write_text(json.dumps({"step": step, "weights": weights.final, "data": data}))
     marker.replace(folder / FINISHED)

@@ -291,10 +291,10 @@ class Trainer:
         """Exports the result, made of the weights that --final_weights names, into the output folder."""
         accelerator = self.accelerator
         accelerator.wait_for_everyone()
-        save_result(
-            self.folder, self.step, self.trained.weights, self._writer(whole_pipeline=True), accelerator.is_main_process
-        )
-        if accelerator.is_main_process:
+        main, write = accelerator.is_main_process, self._writer(whole_pipeline=True)
+        save_result(self.folder, self.step, self.trained.weights, write, main, self.state.data)
+        accelerator.wait_for_everyone()  # what reads the result next finds it, in whichever process
+        if main:
             if self.repository is not None:
                 hub.push(self.config, self.repository)
             logger.info("done: the result is in %s (%s weights)", self.folder, self.trained.weights.final)

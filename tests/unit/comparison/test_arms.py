@@ -52,6 +52,9 @@ def test_options_that_change_what_is_seen_are_named(tmp_path: Path) -> None:
     text = "base: {}\nother: {train_batch_size: 2, resolution: 32, lpl_weight: 3}\nlpl: {lpl_weight: 1}\n"
     arms = read(tmp_path, text)
     assert [arm.unpaired for arm in arms] == [(), ("resolution", "train_batch_size"), ()]
+    assert [arm.why_unpaired for arm in arms] == [None, "it changes --resolution, --train_batch_size", None]
+    assert [arm.sees_other_data for arm in arms] == [False, True, False]
+    assert not read(tmp_path, "base: {}\nother: {train_batch_size: 2}\n")[1].sees_other_data
 
 
 def test_options_that_define_a_figure_are_named_by_its_kind(tmp_path: Path) -> None:
@@ -87,6 +90,9 @@ def test_options_that_define_a_figure_are_named_by_its_kind(tmp_path: Path) -> N
         ("base: {}\n", "two arms"),
         ("- base\n- lpl\n", "two arms"),
         ("base: {}\n../x: {}\n", "names a folder"),
+        ("base: {}\nlpl: {push_to_hub: true}\n", "push_to_hub is not taken: runs of a comparison are not pushed"),
+        ("base: {}\nlpl: {hub_token: x}\n", "hub_token is not taken: runs of a comparison are not pushed"),
+        ("base: {}\nlpl: {report_to: none}\n", "lpl: --report_to none: lpl compare reads the time of each step"),
         ("base: {}\nlpl: {lpl_wieght: 1}\n", "unknown option lpl_wieght; did you mean lpl_weight?"),
         ("base: {}\nlpl: {seed: 3}\n", "seed is not taken: --seeds sets it"),
         ("base: {}\nlpl: {pretrained_model_name_or_path: x}\n", "all arms begin with one model"),
@@ -122,6 +128,7 @@ def test_faults_are_one_line_with_the_file(tmp_path: Path, text: str, part: str)
         (["--arms=x", "--validation_samples=2", "--seeds", "-1"], "--seeds must lie in"),
         (["--arms=x", "--validation_samples=2", "--seed=3"], "--seeds 0 1 2"),
         (["--arms=x", "--validation_samples=2", "--report_to=none"], "--report_to none"),
+        (["--arms=x", "--validation_samples=2", "--push_to_hub"], "--push_to_hub: every run would overwrite"),
         (["--arms=x", "--validation_samples=2", "--num_samples=9"], "--num_samples acts with --reference_dir"),
         (["--arms=x", "--validation_samples=2", "--dry_run"], "--dry_run"),
         (["--arms=x", "--validation_samples=2", "--prompts=p.txt"], "--prompts p.txt acts with --reference_dir"),

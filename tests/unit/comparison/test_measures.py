@@ -9,17 +9,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import fresh_process_state
 
 from lpl.comparison import measures
 from lpl.comparison.arms import Arm
 from lpl.comparison.measures import Measured
 from lpl.comparison.run import _json, result
+from lpl.comparison.same_data import check_same_data
+from lpl.comparison.table import result_table
 from lpl.config import ModelConfig
+from lpl.errors import UserError
+from lpl.evaluation.planning import prompts_digest
 from lpl.families import sampling
 from lpl.parsing import parse_compare, parse_train
 from lpl.testing import tiny_images
 
 LOSS = "validation/raw/diffusion_loss"
+
+
+def check(options: Any, *ended: Any) -> None:
+    with fresh_process_state():
+        measures.check_metrics(options, options.train, parse_train, ended)
 
 
 @pytest.mark.parametrize("older", [True, False])
@@ -43,6 +53,7 @@ def test_the_reference_is_checked_with_all_options_of_the_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[ModelConfig] = []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(sampling, "check_sampling", lambda model, lora: seen.append(model))
     reference, prompts = tiny_images(tmp_path / "reference", count=10, size=16), tmp_path / "prompts.jsonl"
     (Path(reference) / "metadata.jsonl").unlink()
@@ -51,7 +62,7 @@ def test_the_reference_is_checked_with_all_options_of_the_model(
     own |= {"pretrained_model_name_or_path": "m/n", "pretrained_vae_model_name_or_path": "v/w"}
     argv = ["--arms=x", f"--reference_dir={reference}", "--resolution=16", "--num_samples=10", f"--prompts={prompts}"]
     options = parse_compare([*argv, f"--output_dir={tmp_path / 'out'}", *(f"--{k}={v}" for k, v in own.items())])
-    measures.check_metrics(options, options.train, parse_train)
+    check(options)
     assert seen == [ModelConfig(**own)]
 
 
@@ -61,7 +72,8 @@ def test_compare_json_is_json_whatever_was_measured() -> None:
         curve, clock = [(0.0, 1.0), (10.0, loss)], [(0.0, 0.0), (10.0, 10.0)]
         return Measured(seed, f"a/seed-{seed}", 10, 10.0, {LOSS: loss}, {LOSS: curve}, clock, [row], **more)
 
-    arms = [Arm("base", {}, True, {}), Arm("wild", {}, False, {}, yardsticks={"lpl": ("lpl_num_blocks",)})]
+    wild = Arm("wild", {}, False, {}, unpaired=("train_batch_size",), yardsticks={"lpl": ("lpl_num_blocks",)})
+    arms = [Arm("base", {}, True, {}), wild]
     options = parse_compare(["--arms=x", "--validation_samples=2"])
     measured = {"base": [run(0, 0.8), run(1, 0.8)], "wild": [run(0, math.nan), run(1, math.inf)]}
     found = json.loads(_json(result(options, arms, measured, ["before"])), parse_constant=pytest.fail)
@@ -72,6 +84,69 @@ def test_compare_json_is_json_whatever_was_measured() -> None:
         f"wild: {LOSS}: not compared at equal training time: not finite in wild",
     ]
     shown = found["arms"][1]
+    assert [arm["unpaired"] for arm in found["arms"]] == [None, "it changes --train_batch_size"]
     assert [r["metrics"][LOSS] for r in shown["runs"]] == [None, None]
     assert shown["runs"][0]["validation"][0]["diffusion_loss_bins"] == [None, 1.0]
     assert (shown["yardsticks"], found["arms"][0]["yardsticks"]) == ({"lpl": ["lpl_num_blocks"]}, {})
+
+
+def test_the_table_says_which_arms_are_not_paired() -> None:
+    def run(seed: int, loss: float) -> Measured:
+        return Measured(seed, "", 10, 10.0, {LOSS: loss}, {LOSS: [(0.0, 1.0), (10.0, loss)]}, [(0.0, 0.0)], [])
+
+    arms = [Arm("base", {}, True, {}), Arm("lpl", {}, False, {}), Arm("large", {}, False, {}, unpaired=("resolution",))]
+    measured = {arm.name: [run(0, 0.8 - 0.1 * i), run(1, 0.8)] for i, arm in enumerate(arms)}
+    lines = result_table(result(parse_compare(["--arms=x", "--validation_samples=2"]), arms, measured, [])).splitlines()
+    assert "lpl against the baseline, paired by seed:" in lines
+    assert "large against the baseline, not paired (it changes --resolution):" in lines
+
+
+def test_runs_of_other_data_are_no_pair(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first, second = tmp_path / "base" / "seed-0", tmp_path / "lpl" / "seed-0"
+    for time, (folder, data) in enumerate(((first, "a"), (second, "b")), 1_000_000_000):
+        folder.mkdir(parents=True)
+        (folder / "finished.json").write_text(json.dumps({"step": 1, "weights": "raw", "data": data}))
+        os.utime(folder / "finished.json", (time, time))
+    for pair in ((first, second), (second, first)):
+        with pytest.raises(UserError) as caught:
+            check_same_data(*pair)
+        assert str(caught.value).startswith(f"{second}: was trained on other images or captions than {first}, which")
+        assert f"restore the data and remove {second}, or remove {first}" in str(caught.value)
+        assert "\n" not in str(caught.value)
+    check_same_data(first, first)
+    (first / "finished.json").write_text(json.dumps({"step": 1, "weights": "raw", "data": "b"}))
+    check_same_data(second, first)
+    assert not caplog.records
+    (first / "finished.json").write_text(json.dumps({"step": 1, "weights": "raw"}))
+    check_same_data(second, first)
+    assert [record.message for record in caplog.records] == [
+        f"{first}: finished.json does not say on which data it was trained; that is not compared"
+    ]
+
+
+def test_old_samples_of_other_prompts_are_refused_before_training(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of runs that are trained further they make way; others go by what the user of a comparison can do."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    reference, prompts = tiny_images(tmp_path / "reference", count=10, size=16), tmp_path / "p.txt"
+    prompts.write_text("a lamp\n")
+    argv = ["--arms=x", f"--reference_dir={reference}", "--resolution=16", "--num_samples=10", f"--prompts={prompts}"]
+    argv += [f"--pretrained_model_name_or_path={model}", f"--output_dir={tmp_path / 'lpl' / 'seed-0'}"]
+    options = parse_compare(argv)
+    run = tmp_path / "lpl" / "seed-0"
+    (run / "eval" / "images").mkdir(parents=True)
+    (run / "finished.json").write_text("{}")
+    settings = {"resolution": 16, "prompts": prompts_digest(("a lamp",))}
+    (run / "eval" / "samples.json").write_text(json.dumps(settings))
+    check(options, options.train)
+    (run / "eval" / "samples.json").write_text(json.dumps(settings | {"prompts": "others"}))
+    with pytest.raises(UserError) as caught:
+        check(options, options.train)
+    told = str(caught.value)
+    assert told.startswith(f"--output_dir {run / 'eval'}: has samples that were drawn otherwise (prompts others -> ")
+    assert told.endswith("or remove the folder eval of every run, so that all samples are drawn anew")
+    assert "choose another folder" not in told
+    check(options)
+    os.utime(run / "eval" / "samples.json", (1e9, 1e9))
+    check(options, options.train)

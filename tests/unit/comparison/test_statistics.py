@@ -52,9 +52,13 @@ def test_one_value_has_no_interval() -> None:
     assert noise_floor([0.3]) is None
 
 
-def test_equal_values_have_an_interval_of_no_width() -> None:
-    assert t_interval([0.0, 0.0, 0.0]) == (0.0, 0.0)
-    assert bootstrap_interval([0.5, 0.5]) == (0.5, 0.5)
+def test_equal_values_have_no_interval_unless_they_are_nothing() -> None:
+    """An interval of no width would be sure of everything; rounding is no spread."""
+    for interval in (t_interval, bootstrap_interval):
+        assert interval([0.0, 0.0, 0.0]) == (0.0, 0.0)
+        assert interval([0.5, 0.5]) is None
+        assert interval([0.62 - 0.6, 0.52 - 0.5, 0.3 - 0.28]) is None
+        assert interval([0.02, 0.02 + 1e-8]) is not None
 
 
 def test_bootstrap_of_two_values_by_hand() -> None:

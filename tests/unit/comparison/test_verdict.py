@@ -42,15 +42,15 @@ def test_curve_over_seconds() -> None:
 def test_equal_steps_and_equal_time() -> None:
     """The arm is better at equal steps, but takes twice the time and so is worse at equal time."""
     base = [run(s, 0.8 + 0.01 * s) for s in range(3)]
-    arm = [run(s, 0.7 + 0.01 * s, seconds_per_step=2.0) for s in range(3)]
+    arm = [run(s, 0.7 + 0.0101 * s, seconds_per_step=2.0) for s in range(3)]
     entries, refused = compare_arm("lpl", arm, base)
     found = by_key(entries)
     assert refused == []
     steps, seconds = found[LOSS, "steps"], found[LOSS, "seconds"]
-    assert steps["difference"] == pytest.approx(-0.1)
+    assert steps["difference"] == pytest.approx(-0.0999)
     assert steps["outcome"] == "better"
     # After 10 s the baseline is at its end, the arm halfway from 1 to its end.
-    expected = [(1 + 0.7 + 0.01 * s) / 2 - (0.8 + 0.01 * s) for s in range(3)]
+    expected = [(1 + 0.7 + 0.0101 * s) / 2 - (0.8 + 0.01 * s) for s in range(3)]
     assert seconds["differences"] == pytest.approx(expected)
     assert seconds["outcome"] == "worse"
     assert seconds["verdict"].startswith("worse by 5.6 %")
@@ -117,7 +117,7 @@ def test_a_repeat_of_the_baseline_gives_the_noise() -> None:
     found = repeated_noise({"again": (repeats, {})}, base)
     assert found["fid", "steps"] == Noise(pytest.approx((((3**2) + (4**2)) / 2) ** 0.5), "repeat")
     assert found[LOSS, "seconds"].value == pytest.approx(0.01)
-    arm = [run(s, 0.8, fid=9.0 + 5 * s, kid=1.0) for s in range(2)]
+    arm = [run(s, 0.8, fid=9.0 + 5.001 * s, kid=1.0) for s in range(2)]
     entry_of = {with_it: by_key(compare_arm("lpl", arm, base, repeated=noise)[0])["fid", "steps"]
                 for with_it, noise in ((True, found), (False, None))}  # fmt: skip
     assert (entry_of[True]["noise"], entry_of[True]["noise_from"]) == (pytest.approx(12.5**0.5), "repeat")
@@ -128,7 +128,7 @@ def test_a_repeat_of_the_baseline_gives_the_noise() -> None:
 
 def test_figures_measured_at_the_end_are_not_compared_at_equal_time() -> None:
     base = [run(s, 0.8, frechet=10.0 + s, precision=0.5) for s in range(3)]
-    arm = [run(s, 0.8, frechet=8.0 + s, precision=0.6 + 0.001 * s) for s in range(3)]
+    arm = [run(s, 0.8, frechet=8.0 + 1.01 * s, precision=0.6 + 0.001 * s) for s in range(3)]
     entries, refused = compare_arm("lpl", arm, base)
     found = by_key(entries)
     assert ("frechet", "seconds") not in found
@@ -170,17 +170,17 @@ def test_equal_runs_are_told_as_such() -> None:
 def test_a_difference_has_its_size() -> None:
     assert words((1.0, 0.9), (1.0, 0.9), (1.0, 0.9001)) == "better by 10 %"
     assert words((1.0, 1.1), (1.0, 1.1), (1.0, 1.1001), noise=0.01) == "worse by 10 %"
-    assert words((1.0, 0.9), (1.0, 0.9), noise=0.3) == "better by 10 %; less than another seed changes"
+    assert words((1.0, 0.9), (1.0, 0.90001), noise=0.3) == "better by 10 %; less than another seed changes"
 
 
 def test_large_and_small_sizes_are_plain_numbers() -> None:
-    assert words((1.0, 3.5), (1.0, 3.5)) == "worse by 250 %"
-    assert words((1.0, 1.0000123), (1.0, 1.0000123)) == "worse by 0.0012 %"
-    assert words((0.0, 0.5), (0.0, 0.5)) == "worse by 0.5"
+    assert words((1.0, 3.5), (1.0, 3.5001)) == "worse by 250 %"
+    assert words((1.0, 1.0000123), (1.0, 1.00001231)) == "worse by 0.0012 %"
+    assert words((0.0, 0.5), (0.0, 0.50001)) == "worse by 0.5"
 
 
 def test_a_repeat_that_differs_shows_rounding() -> None:
-    assert words((1.0, 0.9), (1.0, 0.9), repeats=True).endswith("rounding alone does that here")
+    assert words((1.0, 0.9), (1.0, 0.90001), repeats=True).endswith("rounding alone does that here")
 
 
 def test_one_seed_gives_no_verdict() -> None:
@@ -188,6 +188,23 @@ def test_one_seed_gives_no_verdict() -> None:
     assert found["outcome"] == "unknown"
     assert found["interval"] is found["bootstrap"] is None
     assert found["verdict"] == "one seed: no interval, so no verdict"
+
+
+def test_the_same_difference_in_every_seed_gives_no_verdict() -> None:
+    """Of a share of 500 samples, two seeds easily have the same; that does not make it certain."""
+    found = entry("a", "precision", "steps", [Pair(0.5, 0.501), Pair(0.6, 0.601)], None)
+    assert (found["outcome"], found["interval"], found["bootstrap"]) == ("unknown", None, None)
+    assert found["verdict"] == "the same difference in all 2 seeds (+0.18 %): no interval, so no verdict"
+
+
+def test_a_seed_that_one_side_was_not_measured_with_costs_that_seed_alone() -> None:
+    base = [run(s, 0.8, **({} if s == 1 else {"frechet": 10.0 + s})) for s in range(4)]
+    arm = [run(s, 0.8, **({} if s == 3 else {"frechet": 8.0 + 1.5 * s})) for s in range(4)]
+    entries, refused = compare_arm("lpl", arm, base)
+    found = by_key(entries)["frechet", "steps"]
+    assert (found["seeds"], found["differences"]) == (2, [-2.0, -1.0])
+    assert "lpl: frechet: not measured in the baseline and lpl, seed 1, 3" in refused
+    assert by_key(entries)[LOSS, "steps"]["seeds"] == 4
 
 
 def test_noise_is_without_the_draws_of_validation() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from lpl.config import ModelConfig
 from lpl.errors import UserError
 from lpl.evaluation.options import EvalConfig
 from lpl.evaluation.pictures import list_pictures, read_captions
-from lpl.evaluation.planning import Plan, check_eval
+from lpl.evaluation.planning import Plan, check_eval, read_inputs
 from lpl.evaluation.prompts import read_prompts
 from lpl.families.sampling import vae_stride
 from lpl.testing import tiny_images
@@ -132,3 +134,57 @@ def test_captions_that_cannot_be_read_name_file_and_line(content: bytes, message
     (folder / "metadata.jsonl").write_bytes(content)
     with pytest.raises(UserError, match=f"^--reference_dir .*metadata.jsonl.*{message}"):
         read_captions(folder, [folder / "0.png"], "--reference_dir")
+
+
+def test_linked_folders_are_listed_as_training_lists_them(tmp_path: Path) -> None:
+    real = Path(tiny_images(tmp_path / "real", count=3))
+    (real / "more").symlink_to(tiny_images(tmp_path / "elsewhere", count=2), target_is_directory=True)
+    (real / "round").symlink_to(real, target_is_directory=True)
+    names = [file.relative_to(real).as_posix() for file in list_pictures(real, "--reference_dir")]
+    assert names == ["0.png", "1.png", "2.png", "more/0.png", "more/1.png"]
+
+
+def test_samples_that_the_reference_links_to_are_refused(model: Path, tmp_path: Path) -> None:
+    real = Path(tiny_images(tmp_path / "real", count=12))
+    (real / "link").symlink_to(tiny_images(tmp_path / "out" / "images" / "00000", count=12), target_is_directory=True)
+    with pytest.raises(UserError, match=rf"^--output_dir {tmp_path / 'out'}: its samples and those of --reference_dir"):
+        plan(real, tmp_path / "out", pretrained_model_name_or_path=model, num_samples=12)
+
+
+def test_a_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    """In eval.json it could not be written, after all had been measured."""
+    real = Path(tiny_images(tmp_path / "real", count=12))
+    (real / "0.png").rename(real / os.fsdecode(b"caf\xe9.png"))
+    for folders in ({"reference": real}, {"reference": tiny_images(tmp_path / "good", count=12), "images": real}):
+        with pytest.raises(UserError, match=r"the file name b'caf\\xe9.png' is not UTF-8: rename it$"):
+            plan(output=tmp_path / "out", **{"images": tmp_path / "good", "floor": False} | folders)
+
+
+@pytest.mark.parametrize(("count", "fine"), [(0, True), (1, False), (99, False), (100, True)])
+def test_intervals_need_resamples(count: int, fine: bool) -> None:
+    make = lambda: EvalConfig("model", reference_dir="real", num_bootstrap=count)  # noqa: E731
+    if fine:
+        assert make().num_bootstrap == count
+        return
+    with pytest.raises(
+        UserError, match=rf"^--num_bootstrap {count}: .* need 100 resamples or more; 0 leaves intervals"
+    ):
+        make()
+
+
+def test_inputs_are_what_eval_json_will_hold(model: Path, tmp_path: Path) -> None:
+    """They change with an image's bytes and with a caption, and not with the folder's name."""
+    real = Path(tiny_images(tmp_path / "real", count=12))
+    options = EvalConfig(str(model), reference_dir=str(real), num_samples=12, output_dir=str(tmp_path / "out"))
+    first = read_inputs(options)
+    assert first.prompts_digest == check_eval(options, lambda _: ModelConfig()).prompts_digest
+    assert read_inputs(replace(options, reference_dir=str(real.rename(tmp_path / "moved")))) == first
+    options = replace(options, reference_dir=str(tmp_path / "moved"))
+    metadata = tmp_path / "moved" / "metadata.jsonl"
+    metadata.write_text(metadata.read_text().replace('"text": "', '"text": "some '))
+    captioned = read_inputs(options)
+    assert captioned.reference_digest == first.reference_digest
+    assert captioned.prompts_digest != first.prompts_digest
+    (tmp_path / "moved" / "3.png").write_bytes((tmp_path / "moved" / "4.png").read_bytes())
+    assert read_inputs(options).reference_digest != first.reference_digest
+    assert read_inputs(options).prompts_digest == captioned.prompts_digest

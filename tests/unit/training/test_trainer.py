@@ -86,7 +86,9 @@ def test_result_is_a_pipeline_that_loads_bit_for_bit(train: Any, model: Path) ->
     assert not same(dict(pipeline.unet.state_dict()), dict(base.unet.state_dict()))
     for part in ("vae", "text_encoder", "text_encoder_2"):
         assert same(dict(getattr(pipeline, part).state_dict()), dict(getattr(base, part).state_dict()))
-    assert json.loads((run.folder / "finished.json").read_text()) == {"step": 2, "weights": "raw"}
+    finished = json.loads((run.folder / "finished.json").read_text())
+    state = json.loads((run.folder / "checkpoint-2" / "state.json").read_text())
+    assert finished == {"step": 2, "weights": "raw", "data": state["data"]}
     assert [p.name for p in run.folder.glob(".tmp*")] == []
 
 
