@@ -179,11 +179,11 @@ def _told_apart(settings: Sequence[Setting]) -> dict[Setting, str]:
             if name == "reference":
                 parts.append(f"reference {ends[value]}")
             elif name == "against":
-                parts.append(setting.words.reference)
+                parts.append(f"against {value}")
             elif name == "alike":
                 parts += [] if value else ["another yardstick"]
-            else:
-                parts.append(UNITS[name].format("–" if value is None else value))
+            elif value is not None:
+                parts.append(UNITS[name].format(value))
         found[setting] = f" ({', '.join(parts)})" if parts else ""
     return found
 

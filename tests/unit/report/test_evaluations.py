@@ -45,7 +45,7 @@ def test_one_setting_is_one_chart() -> None:
         ({"num_reference": 60}, "500 images", "60 images"),
         ({"resolution": 128}, "64 px", "128 px"),
         ({"features": "dino"}, "in lite0", "in dino"),
-        ({"against": "reconstructions"}, "real images", "real images through the VAE"),
+        ({"against": "reconstructions"}, "against images", "against reconstructions"),
     ],
 )
 def test_other_settings_have_their_own_axis(other: dict[str, Any], first: str, second: str) -> None:
