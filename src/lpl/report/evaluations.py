@@ -44,6 +44,8 @@ class Setting(NamedTuple):
     resolution: int | None
     against: str
     features: str
+    digest: str
+    """Of the reference's images; empty: not known, as of an older eval.json."""
     alike: bool
     """False: the arm's samples have another yardstick than the baseline's."""
 
@@ -147,18 +149,21 @@ def _metrics(result: Result) -> dict[str, dict[str, Any]]:
 
 
 def _by_setting(groups: Sequence[Group]) -> dict[Setting, Drawn]:
-    """The evaluations of each setting, by group."""
+    """The evaluations of each setting, by group. References of one content go by the name of the first."""
     found: dict[Setting, dict[str, tuple[Group, list[Result]]]] = {}
+    references: dict[str, str] = {}
     for group in groups:
         for result in group.evals:
             told = result.content
+            reference, digest = str(told.get("reference", "–")), str(told.get("reference_digest") or "")
             setting = Setting(
                 told.get("num_samples"),
-                str(told.get("reference", "–")),
+                references.setdefault(digest, reference) if digest else reference,
                 told.get("num_reference"),
                 told.get("resolution"),
                 str((told.get("options") or {}).get("against", "images")),
                 str(told.get("features") or "–"),
+                digest,
                 SAMPLES not in group.yardsticks,
             )
             found.setdefault(setting, {}).setdefault(group.name, (group, []))[1].append(result)
@@ -180,6 +185,9 @@ def _told_apart(settings: Sequence[Setting]) -> dict[Setting, str]:
                 parts.append(f"reference {ends[value]}")
             elif name == "against":
                 parts.append(f"against {value}")
+            elif name == "digest":
+                several = len({s.digest for s in settings if s.reference == setting.reference}) > 1
+                parts += [f"its images {value[:6] or 'unknown'}"] if several else []
             elif name == "alike":
                 parts += [] if value else ["another yardstick"]
             elif value is not None:

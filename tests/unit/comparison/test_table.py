@@ -21,6 +21,7 @@ def test_chance_is_told_at_any_number(compared: int, told: str) -> None:
     known = [entry("lpl", f"m{i}", "steps", [Pair(1.0, 0.9), Pair(1.0, 0.8)], None) for i in range(compared)]
     paired = [*known, entry("lpl", "unknown", "steps", [Pair(1.0, 0.9)], None)]
     assert chance_line(paired) == told
-    table = result_table({"arms": [], "paired": paired, "notes": [], "refused": []})
+    arms = [{"name": "lpl", "overrides": {}, "baseline": False, "runs": [], "unpaired": None}]
+    table = result_table({"arms": arms, "paired": paired, "notes": [], "refused": []})
     assert ("by chance alone" in table) == bool(told)
     assert table.endswith(told)

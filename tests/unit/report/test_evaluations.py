@@ -60,6 +60,19 @@ def test_other_settings_have_their_own_axis(other: dict[str, Any], first: str, s
     ]
 
 
+def test_references_are_told_apart_by_what_is_in_them() -> None:
+    """One folder with other images in it is another reference; one with two names is not."""
+    name = "Fréchet distance (lite0)"
+    groups = [Group("a", "1", evals=[evaluated(10.0, reference_digest="abcdef01")])]
+    groups += [Group("b", "2", evals=[evaluated(20.0, reference_digest="abcdef01", reference="/home/held")])]
+    assert values(groups) == {name: [["a", "10"], ["b", "20"]]}
+    groups += [Group("c", "3", evals=[evaluated(30.0, reference_digest="98765432")])]
+    assert values(groups) == {
+        f"{name} (its images abcdef)": [["a", "10"], ["b", "20"]],
+        f"{name} (its images 987654)": [["c", "30"]],
+    }
+
+
 def test_arms_of_another_yardstick_have_their_own_axis() -> None:
     groups = [Group("a", "1", evals=[evaluated(10.0)]), Group("b", "2", evals=[evaluated(20.0)])]
     groups[1].yardsticks = ("samples",)

@@ -33,7 +33,8 @@ def make_comparison(home: Path, factor: float = 1.0, **further: float) -> Path:
     arms = []
     for arm, value in (("baseline", 40.0), ("lpl", 38.0)):
         for seed in (0, 1):
-            make_run(home / arm / f"seed-{seed}", eval=factor * (value + seed), **further)
+            others = {name: other + seed for name, other in further.items()}
+            make_run(home / arm / f"seed-{seed}", eval=factor * (value + seed), **others)
         runs = [{"seed": seed, "folder": f"{arm}/seed-{seed}"} for seed in (0, 1)]
         arms.append({"name": arm, "baseline": arm == "baseline", "overrides": {}, "runs": runs})
     differences = {"difference": -factor, "baseline": 40.0, "interval": [-2.0 * factor, -0.5], "noise": None}
@@ -70,7 +71,7 @@ def test_an_arm_is_the_mean_of_one_evaluation_of_each_run(tmp_path: Path) -> Non
     home = make_comparison(tmp_path / "cmp", **{"eval-train": 10.0})
     assert values(home) == {
         "baseline": "40.5 [34.1, 46.9]", "lpl": "38.5 [32.1, 44.9]",
-        "baseline/eval-train": "10 [10, 10]", "lpl/eval-train": "10 [10, 10]",
+        "baseline/eval-train": "10.5 [4.15, 16.9]", "lpl/eval-train": "10.5 [4.15, 16.9]",
     }  # fmt: skip
 
 
