@@ -156,6 +156,20 @@ def test_a_picture_of_the_grid_comes_into_the_slider(opened: Opened) -> None:
     assert page.get_attribute("#image-right", "src") == shown.get_attribute("src") != source
 
 
+def test_a_row_without_both_pictures_shows_two_others(opened: Opened) -> None:
+    """The left takes the row's first picture, the right its last."""
+    page = opened.page
+    left, right = page.input_value("#pick-left"), page.input_value("#pick-right")
+    row = page.eval_on_selector_all("#pick-row option", "options => options[1].value")
+    for column in (left, right):
+        page.eval_on_selector(f'.cell[data-row="{row}"][data-column="{column}"]', "cell => cell.remove()")
+    cells = f'.cell[data-row="{row}"]'
+    rest = page.eval_on_selector_all(cells, "cells => cells.map((cell) => cell.dataset.column)")
+    assert rest[0] != rest[-1]
+    page.select_option("#pick-row", row)
+    assert (page.input_value("#pick-left"), page.input_value("#pick-right")) == (rest[0], rest[-1])
+
+
 def test_colours_follow_the_scheme_and_can_be_read(browser: Any, report: Path) -> None:
     """Contrast of text and of every line against its card: at least 4.5 and 3 (WCAG 2.2, 1.4.3 and 1.4.11)."""
     script = """() => {

@@ -14,7 +14,6 @@ from PIL import Image
 from lpl import cli
 from lpl.analysis.check import cost, reconstruction
 from lpl.perceptual.decoders.autoencoder_kl import AutoencoderKLTaps
-from lpl.report.scales import short
 
 
 @pytest.fixture
@@ -66,7 +65,7 @@ def test_report_table_and_pictures(check: Any, tmp_path: Path) -> None:
     assert {str(p.relative_to(folder)) for p in folder.rglob("*.*")} == {"check.json", "report.html", *files}
     page = (folder / "report.html").read_text()
     assert page.count("<img src=") == len(files)
-    assert f"--lpl_weight {short(found['suggestion']['lpl_weight'])}" in page
+    assert f"<code>--lpl_weight {found['suggestion']['lpl_weight']:.3g}</code>" in page
     assert str(folder / "report.html") in out
     taps = [layer["tap"] for layer in found["layers"]]
     assert taps == ["mid", "up_0", "up_1", "up_2"]

@@ -169,6 +169,18 @@ def test_the_walk_is_judged_as_by_the_check(difference: float, tone: str, tmp_pa
     assert f'<div class="tile {tone}"><p class="tile-label">Walked decoder' in page
 
 
+@pytest.mark.parametrize(("weight", "shown"), [(0.0005, "0.0005"), (1.0409, "1.04"), (15000.0, "1.5e+04")])
+def test_the_suggested_weight_can_be_given(weight: float, shown: str, tmp_path: Path) -> None:
+    from lpl.report.page import render
+    from lpl.report.sources import Inputs, Result
+
+    content = {"kind": "check", "components": {}, "suggestion": {"lpl_weight": weight}}
+    page = render(Inputs(checks=[Result(tmp_path / "check.json", content)]))
+    [given] = re.findall(r"<code>--lpl_weight (.*?)</code>", page)
+    assert given == shown
+    assert float(given) == pytest.approx(weight, rel=0.005)
+
+
 def test_a_check_is_shown_by_its_folder_or_the_one_above(run_cli: Any, tmp_path: Path) -> None:
     folder = tmp_path / "mine" / "check-report"
     folder.mkdir(parents=True)

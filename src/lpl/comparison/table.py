@@ -32,10 +32,20 @@ def result_table(content: dict[str, Any]) -> str:
         lines += ["", "to be known:", *(f"  {line}" for line in content["notes"])]
     if content["refused"]:
         lines += ["", "left out:", *(f"  {line}" for line in content["refused"])]
-    compared = sum(entry["outcome"] != "unknown" for entry in content["paired"])
-    if compared >= 20:
-        lines += ["", f"of {compared} verdicts, about {compared // 20} would find a difference by chance alone"]
+    if by_chance := chance_line(content["paired"]):
+        lines += ["", by_chance]
     return "\n".join(lines)
+
+
+def chance_line(paired: Sequence[dict[str, Any]]) -> str:
+    """How many verdicts would find a difference where there is none: one in 20, as intervals are of 95 %.
+
+    Args:
+        paired: of compare.json; nothing is said where none has a verdict.
+    """
+    compared = sum(entry.get("outcome", "unknown") != "unknown" for entry in paired)
+    told = "1 verdict" if compared == 1 else f"{compared} verdicts"
+    return f"of {told}, about {compared / 20:.3g} would find a difference by chance alone" if compared else ""
 
 
 def _row(entry: dict[str, Any]) -> list[str]:

@@ -13,6 +13,9 @@ from typing import NamedTuple
 
 from PIL import Image, PngImagePlugin
 
+from lpl.data.bad_image import BadImageError
+from lpl.data.decode import DECODE_ERRORS
+
 KEY = "lpl-cells"
 
 
@@ -35,9 +38,16 @@ def cells_note(cells: Sequence[Cell]) -> PngImagePlugin.PngInfo:
 
 
 def read_cells(path: Path) -> list[Cell]:
-    """The cells that a PNG notes; none where it notes nothing that can be read."""
-    with Image.open(path) as picture:
-        text, (width, height) = picture.info.get(KEY), picture.size
+    """The cells that a PNG notes; none where it notes nothing that can be read.
+
+    Raises:
+        BadImageError: it is gone, or no picture.
+    """
+    try:
+        with Image.open(path) as picture:
+            text, (width, height) = picture.info.get(KEY), picture.size
+    except DECODE_ERRORS as error:
+        raise BadImageError(" ".join(str(error).split()) or type(error).__name__) from error
     if not isinstance(text, str):
         return []
     try:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
-from lpl.report.plots import Chart, Line, line_chart
+from lpl.report.marks import Chart, Line
+from lpl.report.plots import line_chart
 from lpl.report.run_folder import RunFolder, seconds_at, training_clock
 from lpl.report.sources import Group
 
@@ -37,12 +38,13 @@ def loss_charts(groups: Sequence[Group]) -> list[Chart]:
     groups = [group for group in groups if group.runs]
     charts = []
     for name, title in NAMES.items():
-        changes = _change_lines(groups, name)
+        alike = [g for g in groups if name not in g.yardsticks]
+        changes = _change_lines(alike, name)
         if changes:
-            note = f"Against the model before training, on held-out images.{_band_note(groups)} Lower is better."
+            note = f"Against the model before training, on held-out images.{_band_note(alike)} Lower is better."
             charts += _over_both(f"{title}, validation: change", note, changes, "%")
-        elif found := _validation_lines([g for g in groups if name not in g.yardsticks], name):
-            note = f"On held-out images, noise and timesteps always the same.{_band_note(groups)} Lower is better."
+        elif found := _validation_lines(alike, name):
+            note = f"On held-out images, noise and timesteps always the same.{_band_note(alike)} Lower is better."
             charts += _over_both(f"{title}, validation", note, found, title)
     for name, title in NAMES.items():
         charts += _bin_charts(groups, name, title)
@@ -137,31 +139,38 @@ def _final_curves(group: Group, name: str) -> list[Points]:
 
 
 def _bin_charts(groups: Sequence[Group], name: str, title: str) -> list[Chart]:
-    """By timestep bin at the end, and against the baseline (or the start, for a run alone).
+    """By timestep bin at the end, and for each comparison against its baseline.
 
-    Arms whose loss has another yardstick than the baseline's are left out.
+    Runs of no comparison are set against the first of them, one alone against its start. Arms whose loss has another
+    yardstick than the baseline's are left out.
     """
     groups = [group for group in groups if name not in group.yardsticks]
-    ends = {g.name: _bins(g.runs, name, -1) for g in groups}
+    lines = [_over(ends, g.name, g.slot) for g in groups if (ends := _bins(g.runs, name, -1))]
     starts = _bins(groups[0].runs, name, 0) if groups else []
-    lines = [_over(ends[g.name], g.name, g.slot) for g in groups if ends[g.name]]
-    first = _over(starts, "before training", "ink")._replace(low=None, high=None) if starts else None
+    first = [_over(starts, "before training", "ink")._replace(low=None, high=None)] if starts else []
     if not lines:
         return []
     note = f"By noise level at the end of training.{_band_note(groups)} Lower is better."
-    shown = [first, *lines] if first is not None else lines
-    charts = [line_chart(f"{title} by timestep bin", note, shown, "timestep", title, log_y=True)]
-    baseline = next((g for g in groups if g.baseline), groups[0])
-    if len(groups) > 1 and ends[baseline.name]:
-        reference, against = ends[baseline.name], baseline.name
-        changed = [g for g in groups if g is not baseline and ends[g.name]]
-    else:
-        reference, against, changed = starts, "before training", [g for g in groups if ends[g.name]]
-    lines = [_over(_changes(ends[g.name], reference), g.name, g.slot) for g in changed if reference]
-    if lines:
-        note = f"Difference to {against}, at each noise level.{_band_note(changed)} Below 0 is better."
-        charts.append(line_chart(f"{title}: change by timestep bin", note, lines, "timestep", "%", zero=True))
+    charts = [line_chart(f"{title} by timestep bin", note, [*first, *lines], "timestep", title, log_y=True)]
+    compared = [[g for g in groups if g.comparison == which] for which in dict.fromkeys(g.comparison for g in groups)]
+    for own in compared:
+        against, changes = _bin_changes(own, name)
+        if changes:
+            note = f"Difference to {against}, at each noise level.{_band_note(own)} Below 0 is better."
+            told = f"{title}: change by timestep bin" + (f", against {against}" if len(compared) > 1 else "")
+            charts.append(line_chart(told, note, changes, "timestep", "%", zero=True))
     return charts
+
+
+def _bin_changes(groups: Sequence[Group], name: str) -> tuple[str, list[Line]]:
+    """What runs of one comparison, or of none, are set against, and the changes to it in per cent."""
+    ends = {g.name: _bins(g.runs, name, -1) for g in groups}
+    baseline = next((g for g in groups if g.baseline), groups[0])
+    reference, against = ends[baseline.name], baseline.name
+    if len(groups) == 1 or not reference:
+        reference, against = _bins(groups[0].runs, name, 0), "before training"
+    changed = [g for g in groups if ends[g.name] and reference and g.name != against]
+    return against, [_over(_changes(ends[g.name], reference), g.name, g.slot) for g in changed]
 
 
 def _bins(runs: Sequence[RunFolder], name: str, place: int) -> list[Points]:

@@ -1,12 +1,12 @@
-"""Charts of what was measured at the end: comparisons, metrics against a reference, spectra and checks."""
+"""Charts of comparisons and checks, and names of metrics."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lpl.comparison.statistics import mean, t_interval
-from lpl.report.plots import Chart, Line, Row, interval_chart, line_chart
+from lpl.report.marks import Chart, Line, Row
+from lpl.report.plots import interval_chart, line_chart
 from lpl.report.scales import short
 from lpl.report.sources import Group, Result
 
@@ -41,23 +41,26 @@ def metric_name(name: str) -> str:
     return name.replace("_", " ")
 
 
-def paired_charts(paired: Sequence[dict[str, Any]], slots: dict[str, str]) -> list[Chart]:
+def paired_charts(
+    paired: Sequence[dict[str, Any]], arms: Mapping[str, Group], unpaired: Mapping[str, str | None]
+) -> list[Chart]:
     """A chart for each arm and abscissa: every metric's paired difference to the baseline in per cent.
 
     Args:
         paired: of compare.json, what is to be drawn.
-        slots: the colour of each arm.
+        arms: the comparison's, by name.
+        unpaired: why an arm's runs do not see what the baseline's see; None where they do.
     """
     charts = []
     for arm in dict.fromkeys(entry["arm"] for entry in paired):
         for abscissa, told in ABSCISSAE.items():
             entries = [e for e in paired if e["arm"] == arm and e["abscissa"] == abscissa]
-            rows = [_paired_row(entry, slots.get(arm, "1")) for entry in entries if entry.get("baseline")]
+            rows = [_paired_row(entry, arms[arm].slot) for entry in entries if entry.get("baseline")]
             if rows:
-                note = "Paired by seed; whiskers: 95 % over seeds (t). One across 0 is no measurable difference."
-                charts.append(
-                    interval_chart(f"{arm}, {told}", note, rows[:MOST_ROWS], "difference to the baseline, %", True, "%")
-                )
+                how = f"Not paired ({unpaired[arm]})" if unpaired.get(arm) else "Paired by seed"
+                note = f"{how}; whiskers: 95 % over seeds (t). One across 0 is no measurable difference."
+                title = f"{arms[arm].name}, {told}"
+                charts.append(interval_chart(title, note, rows[:MOST_ROWS], "difference to the baseline, %", True, "%"))
     return charts
 
 
@@ -79,86 +82,6 @@ def signed(value: float, digits: int = 3) -> str:
     """A number with its sign."""
     text = short(value, digits)
     return f"+{text}" if value > 0 else text
-
-
-def metric_charts(groups: Sequence[Group]) -> list[Chart]:
-    """A chart for each metric: every model's value with its interval, beside the VAE's own floor."""
-    groups = [group for group in groups if group.evals]
-    names = dict.fromkeys(name for g in groups for e in g.evals for name in e.content.get("metrics", {}))
-    charts = []
-    for name in names:
-        rows, notes, lower = [], [], True
-        for group in groups:
-            found = [e.content["metrics"][name] for e in group.evals if name in e.content.get("metrics", {})]
-            known = [m for m in found if m.get("value") is not None]
-            notes += [(group.name, str(m["note"])) for m in found if m.get("note")]
-            if known:
-                lower = bool(known[0].get("lower_is_better", True))
-                rows.append(_metric_row(group, known))
-        if rows:
-            note = f"{'Lower' if lower else 'Higher'} is better.{_told_notes(notes, len(groups))}"
-            charts.append(interval_chart(metric_name(name), note, rows, metric_name(name)))
-    return charts
-
-
-def refused_figures(groups: Sequence[Group]) -> list[str]:
-    """Lines on the figures that evaluations name without a value."""
-    metrics = [(name, m) for g in groups for e in g.evals for name, m in e.content.get("metrics", {}).items()]
-    lines = [f"{metric_name(name)}: {m.get('note') or 'no value'}" for name, m in metrics if m.get("value") is None]
-    return list(dict.fromkeys(lines))
-
-
-def _told_notes(notes: Sequence[tuple[str, str]], groups: int) -> str:
-    """Each note once, with the models it is of, unless it is of all."""
-    by_note: dict[str, dict[str, None]] = {}
-    for name, note in notes:
-        by_note.setdefault(note, {})[name] = None
-    told = [note if len(names) == groups else f"{', '.join(names)}: {note}" for note, names in by_note.items()]
-    return "".join(f" {text[0].upper()}{text[1:]}." for text in told)
-
-
-def _metric_row(group: Group, found: Sequence[dict[str, Any]]) -> Row:
-    values = [float(m["value"]) for m in found]
-    interval = t_interval(values) if len(values) > 1 else found[0].get("interval")
-    low, high = interval or (None, None)
-    floors = [m["floor"] for m in found if m.get("floor") is not None]
-    points = values if len(values) > 1 else ()
-    return Row(group.name, group.slot, mean(values), low, high, points=points, mark=floors[0] if floors else None)
-
-
-def spectrum_charts(groups: Sequence[Group]) -> list[Chart]:
-    """Power spectra of samples, reference and floor, and the samples' ratio to the reference."""
-    lines: list[Line] = []
-    ratios: list[Line] = []
-    for group in groups:
-        spectra = [e.content["spectrum"] for e in group.evals if e.content.get("spectrum")]
-        if not spectra:
-            continue
-        first = spectra[0]
-        x = first["frequency"]
-        same = [s for s in spectra if s["frequency"] == x]
-        power = [mean(values) for values in zip(*(s["samples"] for s in same), strict=True)]
-        if not lines:
-            lines.append(Line("real images", "ink", x, first["reference"]))
-            if first.get("floor"):
-                told = "real images through the VAE"
-                lines.append(Line(told, "floor", x, first["floor"]))
-                ratios.append(Line(told, "floor", x, _ratio(first["floor"], first["reference"])))
-        lines.append(Line(group.name, group.slot, x, power))
-        ratios.append(Line(group.name, group.slot, x, _ratio(power, first["reference"])))
-    if not lines:
-        return []
-    unit = "frequency, cycles per pixel"
-    note = "Radially averaged; the right end is the finest detail."
-    told = "Samples against real images: 1 is as much detail as real, below 1 is blur."
-    return [
-        line_chart("Power spectrum", note, lines, unit, "power", log_x=True, log_y=True),
-        line_chart("Detail against real images", told, ratios, unit, "power ratio", log_y=True),
-    ]
-
-
-def _ratio(power: Sequence[float], reference: Sequence[float]) -> list[float | None]:
-    return [p / r if r > 0 else None for p, r in zip(power, reference, strict=True)]
 
 
 def check_charts(check: Result) -> list[Chart]:

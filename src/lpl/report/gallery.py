@@ -114,12 +114,14 @@ def _check_pictures(inputs: Inputs) -> tuple[list[tuple[str, Picture]], list[str
 
 
 def _ends(gallery: Gallery, inputs: Inputs) -> tuple[int, int]:
-    """The baseline against the next arm; for a run alone, before against after."""
-    baseline = next((g.name for g in inputs.groups if g.baseline), None)
-    others = [i for i, name in enumerate(gallery.columns) if name != "real" and name != baseline]
+    """The baseline against the next arm of its comparison; for a run alone, before against after."""
+    for baseline in (group for group in inputs.groups if group.baseline and group.name in gallery.columns):
+        arms = [g.name for g in inputs.groups if g.comparison == baseline.comparison and g is not baseline]
+        shown = [i for i, name in enumerate(gallery.columns) if name in arms]
+        if shown:
+            return gallery.columns.index(baseline.name), shown[0]
+    others = [i for i, name in enumerate(gallery.columns) if name != "real"]
     after = [i for i in others if not gallery.columns[i].startswith(BEFORE)]
-    if baseline in gallery.columns and after:
-        return gallery.columns.index(baseline), after[0]
     before = [i for i in others if i not in after]
     if before and after:
         return before[0], after[0]

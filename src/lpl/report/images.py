@@ -49,7 +49,8 @@ def embed_all(pictures: Sequence[Picture], budget: int) -> tuple[list[Embedded |
             read.append(picture.read())
         except (OSError, BadImageError) as error:
             read.append(None)
-            notes.append(f"{picture.file}: cannot be shown ({error})")
+            if (note := f"{picture.file}: cannot be shown ({error})") not in notes:
+                notes.append(note)
     for side, quality in TRIES:
         found = _encode_all(read, [p.box is None for p in pictures], side, quality, budget)
         if found is not None:

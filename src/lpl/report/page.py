@@ -10,15 +10,17 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from lpl import __version__
-from lpl.comparison.table import NOISE
+from lpl.comparison.table import NOISE, chance_line
 from lpl.data.files import write_atomically
 from lpl.errors import UserError
+from lpl.report.cards import shown_entries, verdicts
 from lpl.report.curves import loss_charts, share_charts
-from lpl.report.findings import metric_charts, paired_charts, refused_figures, spectrum_charts
+from lpl.report.evaluations import evaluation_table, metric_charts, refused_figures, spectrum_charts
+from lpl.report.findings import paired_charts
 from lpl.report.gallery import build_gallery
 from lpl.report.options import ReportConfig
-from lpl.report.sources import Inputs, read_inputs
-from lpl.report.words import checks, configuration, overview, shown_entries, tiles, title, verdicts, versions
+from lpl.report.sources import Group, Inputs, Result, read_inputs
+from lpl.report.words import checks, configuration, overview, tiles, title, versions
 
 TEXT_SHARE = 0.2
 """Part of the page's size that is kept for text and plots."""
@@ -48,7 +50,6 @@ def write_report(options: ReportConfig, announce: bool = True) -> Path:
 def render(inputs: Inputs, most_bytes: int = 7_500_000) -> str:
     """The page as HTML, of that many bytes at most as long as text and plots stay within their share."""
     groups = inputs.groups
-    slots = {group.name: group.slot for group in groups}
     gallery = build_gallery(inputs, int(most_bytes * (1 - TEXT_SHARE)))
     shares = share_charts(groups)
     skipped = [*inputs.skipped, *refused_figures(groups), *gallery.notes]
@@ -60,7 +61,8 @@ def render(inputs: Inputs, most_bytes: int = 7_500_000) -> str:
     ]
     finals = {run.final_weights for run in inputs.runs if run.final_weights}
     final = finals.pop() if len(finals) == 1 else None
-    comparisons = [_comparison(result.content, slots, final) for result in inputs.comparisons]
+    comparisons = [_comparison(result, inputs.arms(result), final) for result in inputs.comparisons]
+    evaluations = evaluation_table(groups)
     found = {
         "title": title(inputs),
         "version": __version__,
@@ -68,7 +70,8 @@ def render(inputs: Inputs, most_bytes: int = 7_500_000) -> str:
         "tiles": tiles(inputs),
         "comparisons": comparisons,
         "gallery": gallery,
-        "sections": [section for section in sections if section[2]],
+        "sections": [section for section in sections if section[2] or (section[0] == "metrics" and evaluations.rows)],
+        "evaluations": evaluations,
         "checks": checks(inputs),
         "overview": overview(inputs),
         "configuration": configuration(groups),
@@ -78,11 +81,18 @@ def render(inputs: Inputs, most_bytes: int = 7_500_000) -> str:
     return _environment().get_template("page.html.j2").render(found)
 
 
-def _comparison(content: dict[str, Any], slots: dict[str, str], final: str | None) -> dict[str, Any]:
+def _comparison(result: Result, arms: dict[str, Group], final: str | None) -> dict[str, Any]:
+    content = result.content
     shown = shown_entries(content, final)
-    charts = paired_charts(shown, slots)
-    found = {"verdicts": verdicts(content, shown, slots), "charts": charts, "paired": content.get("paired", [])}
-    return found | {"notes": content.get("notes", [])}
+    unpaired = {arm["name"]: arm.get("unpaired") for arm in content.get("arms", [])}
+    return {
+        "name": result.file.parent.resolve().name,
+        "verdicts": verdicts(content, shown, arms),
+        "chance": chance_line(shown),
+        "charts": paired_charts(shown, arms, unpaired),
+        "paired": content.get("paired", []),
+        "notes": content.get("notes", []),
+    }
 
 
 def _environment() -> Environment:

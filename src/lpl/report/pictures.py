@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from lpl.data.bad_image import BadImageError
 from lpl.data.decode import decode_image
-from lpl.data.picture_cells import read_cells
+from lpl.data.picture_cells import Cell, read_cells
 from lpl.report.run_folder import RunFolder
 from lpl.report.sources import Group, Inputs, Result
 
@@ -69,8 +70,9 @@ def gather_pictures(inputs: Inputs) -> Pictures:
     most columns share come first.
     """
     table = Pictures()
-    groups = sorted(inputs.groups, key=lambda group: not group.baseline)
-    alone = len(groups) == 1
+    places = {group.comparison or group.name: place for place, group in reversed([*enumerate(inputs.groups)])}
+    groups = sorted(inputs.groups, key=lambda g: (places[g.comparison or g.name], not g.baseline))
+    alone = sum(not group.further for group in groups) == 1
     for group in groups:
         if group.runs:
             _add_run(table, group, alone)
@@ -97,7 +99,7 @@ def _add_run(table: Pictures, group: Group, alone: bool) -> None:
     folder = run.path / SHEETS
     steps = sorted((int(file.stem[5:]), file) for file in folder.glob("step-*.png") if file.stem[5:].isdigit())
     for file in sorted(set(folder.glob("*.png")) - {file for _, file in steps}):
-        for cell in read_cells(file):
+        for cell in _cells(table, file) or []:
             column = cell.kind if alone or cell.kind == "real" else f"{group.name}: {cell.kind}"
             table.add(Key(cell.prompt, cell.seed), column, Picture(file, cell.box))
     if not steps:
@@ -111,7 +113,9 @@ def _add_run(table: Pictures, group: Group, alone: bool) -> None:
 
 
 def _add_sheet(table: Pictures, run: RunFolder, file: Path, column: str) -> None:
-    cells = read_cells(file)
+    cells = _cells(table, file)
+    if cells is None:
+        return
     if not cells:
         table.add(Key("all validation images", None), column, Picture(file))
         return
@@ -120,6 +124,15 @@ def _add_sheet(table: Pictures, run: RunFolder, file: Path, column: str) -> None
     for cell in cells:
         if cell.kind == kind:
             table.add(Key(cell.prompt, cell.seed), column, Picture(file, cell.box))
+
+
+def _cells(table: Pictures, file: Path) -> list[Cell] | None:
+    """A sheet's cells; None where it is damaged, which is noted."""
+    try:
+        return read_cells(file)
+    except BadImageError as error:
+        table.notes.append(f"{file}: cannot be shown ({error})")
+        return None
 
 
 def _add_eval(table: Pictures, group: Group, result: Result) -> None:

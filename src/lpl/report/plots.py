@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from html import escape
 from itertools import count
-from typing import NamedTuple
 
+from lpl.report.marks import Chart, Line, Row
 from lpl.report.scales import Scale, scale_for, short
 
 WIDTH, HEIGHT = 440, 270
@@ -23,56 +22,6 @@ MARKED = 16
 ROW, BAR = 38, 26
 """Height of a row, and where in it the interval is."""
 _number = count(1)
-
-
-class Line(NamedTuple):
-    """A line of a plot."""
-
-    label: str
-    slot: str
-    """Its colour and dashes: "1".."8", "ink", "floor"."""
-    x: Sequence[float]
-    y: Sequence[float | None]
-    """None: nothing was measured there."""
-    low: Sequence[float | None] | None = None
-    """With high: the edges of a band around the line."""
-    high: Sequence[float | None] | None = None
-
-
-class Row(NamedTuple):
-    """A value with its interval."""
-
-    label: str
-    slot: str
-    value: float
-    low: float | None = None
-    high: float | None = None
-    text: str = ""
-    """What stands beside the label; empty: the numbers."""
-    points: Sequence[float] = ()
-    """Single values behind it."""
-    noise: float | None = None
-    noise_is: str = "what another seed alone changes"
-    """Half the width of a band around the zero line: what chance alone does; and that in words."""
-    mark: float | None = None
-    """A place to set against, such as the VAE's floor."""
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A plot with its legend, text alternative and numbers."""
-
-    title: str
-    note: str
-    svg: str
-    legend: list[tuple[str, str]]
-    """(label, slot)."""
-    header: list[str]
-    rows: list[list[str]]
-    thinned: str = ""
-    """What the table leaves out."""
-    key: list[tuple[str, str]] = field(default_factory=list)
-    """(class, text) of marks that are no line."""
 
 
 def line_chart(
@@ -149,10 +98,11 @@ def interval_chart(
     svg = _svg(title, f"{note} {said}.", height, "".join(parts), "rows")
     table = [[row.label, short(row.value, 4), _interval(row), short(row.noise), short(row.mark)] for row in rows]
     noises = ", or ".join(dict.fromkeys(row.noise_is for row in rows if row.noise is not None))
-    used = [True, True, True, bool(noises), any(row.mark is not None for row in rows)]
+    marks = ", or ".join(dict.fromkeys(row.mark_is for row in rows if row.mark is not None))
+    used = [True, True, True, bool(noises), bool(marks)]
     header, keep = ["", value_header, "95 % interval", "noise", "floor"], [i for i in range(5) if used[i]]
     key = [("swatch-noise", f"noise: {noises}")] if noises else []
-    key += [("swatch-mark", "the VAE's own floor (◂ ▸: beyond the axis)")] if used[4] else []
+    key += [("swatch-mark", f"{marks} (◂ ▸: beyond the axis)")] if used[4] else []
     return Chart(title, note, svg, [], [header[i] for i in keep], [[r[i] for i in keep] for r in table], key=key)
 
 

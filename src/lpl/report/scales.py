@@ -74,15 +74,17 @@ def short(value: float | None, digits: int = 3) -> str:
     """A number for readers: three digits, a true minus sign, thousands as k from 10,000 on."""
     if value is None or not math.isfinite(value):
         return "–"
+    # Rounded first: what rounds up to the next power of ten is written as that.
+    value = float(f"{value:.0f}" if 10**digits <= abs(value) < 10_000 else f"{value:.{digits - 1}e}")
     size = abs(value)
-    if size >= 10_000:
-        for unit, power in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+    if 10_000 <= size < 1e15:
+        for unit, power in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
             if size >= power:
                 text = f"{value / power:.{digits}g}{unit}"
                 break
-    elif size >= 10 ** (digits - 1) or value == 0:
+    elif 10 ** (digits - 1) <= size < 10_000 or value == 0:
         text = f"{value:.0f}" if size >= 10**digits or value == int(value) else f"{value:.{digits}g}"
-    elif size < 1e-3:
+    elif size < 1e-3 or size >= 10_000:
         mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
         mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
         text = f"{mantissa}e{int(exponent)}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from lpl.report.run_folder import RunFolder, is_run, read_run
 
 KINDS = {"eval": "eval.json", "check": "check.json", "compare": "compare.json"}
 SLOTS = 8
+OWN_EVAL = "eval"
+"""Folder of the evaluation that stands for a run, where several are beside it."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +31,21 @@ class Group:
     """Runs and evaluations that are drawn in one colour: an arm with all its seeds, or a single folder."""
 
     name: str
+    """No other group of the page has it."""
     slot: str
     runs: list[RunFolder] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
     """Of the runs of an arm."""
     evals: list[Result] = field(default_factory=list)
+    """One of each run at most."""
     baseline: bool = False
     folder: Path | None = None
+    arm: str | None = None
+    """Of an arm, its name in its comparison."""
+    comparison: Path | None = None
+    """Of an arm, the compare.json that it is of."""
+    further: bool = False
+    """Evaluations of runs that have another one too, and are groups of their own."""
     yardsticks: tuple[str, ...] = ()
     """Validation losses that mean something else than the baseline's, as options that define them differ."""
 
@@ -53,6 +64,10 @@ class Inputs:
         """All runs."""
         return [run for group in self.groups for run in group.runs]
 
+    def arms(self, comparison: Result) -> dict[str, Group]:
+        """The arms of a comparison, by their names in it."""
+        return {g.arm: g for g in self.groups if g.arm is not None and g.comparison == comparison.file}
+
     @property
     def evals(self) -> list[Result]:
         """All evaluations."""
@@ -67,7 +82,7 @@ def read_inputs(names: Sequence[str]) -> Inputs:
     """
     inputs = Inputs()
     folders = [_folder(name) for name in names]
-    labels = _labels([folder for folder, _ in folders])
+    labels = shortest_ends([folder for folder, _ in folders])
     for (folder, file), label in zip(folders, labels, strict=True):
         _read(inputs, folder, file, label)
     for run in inputs.runs:
@@ -102,22 +117,29 @@ def _read(inputs: Inputs, folder: Path, file: Path | None, label: str) -> None:
     if "check" in files:
         inputs.checks.append(read_result(files["check"], "check"))
     if run or "eval" in files:
-        group = Group(label, _slot(inputs), folder=folder)
+        above = folder.resolve().parents[label.count("/")]
+        group = Group(_free_name(inputs, [label], above)[0], _slot(inputs), folder=folder)
+        inputs.groups.append(group)
         if run:
             group.runs.append(read_run(folder))
         if "eval" in files:
             group.evals.append(read_result(files["eval"], "eval"))
         if run:
-            _read_beside(inputs, group, folder)
-        inputs.groups.append(group)
+            _read_beside(inputs, group, [folder])
 
 
 def _read_comparison(inputs: Inputs, comparison: Result) -> None:
+    if any(known.file.resolve() == comparison.file.resolve() for known in inputs.comparisons):
+        return
     inputs.comparisons.append(comparison)
-    for arm in comparison.content.get("arms", []):
-        home = comparison.file.parent
-        group = Group(str(arm["name"]), _slot(inputs), baseline=bool(arm.get("baseline")), folder=home / arm["name"])
+    home, arms = comparison.file.parent, comparison.content.get("arms", [])
+    names = _free_name(inputs, [str(arm["name"]) for arm in arms], home)
+    for arm, name in zip(arms, names, strict=True):
+        group = Group(name, _slot(inputs), baseline=bool(arm.get("baseline")), folder=home / arm["name"])
+        group.arm, group.comparison = str(arm["name"]), comparison.file
         group.yardsticks = tuple(arm.get("yardsticks", ()))
+        inputs.groups.append(group)
+        folders = []
         for run in arm.get("runs", []):
             folder = home / run["folder"]
             if not is_run(folder):
@@ -125,14 +147,46 @@ def _read_comparison(inputs: Inputs, comparison: Result) -> None:
                 continue
             group.runs.append(read_run(folder))
             group.seeds.append(int(run["seed"]))
-            _read_beside(inputs, group, folder)
-        inputs.groups.append(group)
+            folders.append(folder)
+        _read_beside(inputs, group, folders)
 
 
-def _read_beside(inputs: Inputs, group: Group, folder: Path) -> None:
-    """Results in folders within a run's folder."""
-    group.evals += [read_result(file, "eval") for file in sorted(folder.glob("*/eval.json"))]
-    inputs.checks += [read_result(file, "check") for file in sorted(folder.glob("*/check.json"))]
+def _read_beside(inputs: Inputs, group: Group, folders: Sequence[Path]) -> None:
+    """Results in folders within the folders of a group's runs.
+
+    What is drawn as one is one evaluation of each run, that in OWN_EVAL where there are several; the others are groups
+    of their own, by their folders' names: different evaluations of a run say nothing of what another seed changes.
+    """
+    found: dict[str, list[Result]] = {}
+    for folder in folders:
+        for file in sorted(folder.glob("*/eval.json")):
+            found.setdefault(file.parent.name, []).append(read_result(file, "eval"))
+        inputs.checks += [read_result(file, "check") for file in sorted(folder.glob("*/check.json"))]
+    own = OWN_EVAL if OWN_EVAL in found or len(found) != 1 else next(iter(found))
+    if not group.evals:
+        group.evals = found.pop(own, [])
+    for name, evals in sorted(found.items()):
+        [told] = _free_name(inputs, [f"{group.name}/{name}"], folders[0].resolve().parent)
+        other = Group(told, _slot(inputs), evals=evals, folder=evals[0].file.parent, further=True)
+        other.yardsticks = group.yardsticks
+        inputs.groups.append(other)
+
+
+def _free_name(inputs: Inputs, names: Sequence[str], folder: Path) -> list[str]:
+    """The names, or where another group has one of them, all with as much of the folder's path before them as it takes.
+
+    Args:
+        inputs: what is read so far.
+        names: of groups.
+        folder: above what is so named.
+    """
+    taken, parts = {group.name for group in inputs.groups}, folder.resolve().parts[1:]
+    for length in range(len(parts) + 1):
+        found = ["/".join([*parts[len(parts) - length :], name]) for name in names]
+        if not taken & set(found):
+            return found
+    number = next(n for n in count(2) if not taken & {f"{name} ({n})" for name in names})
+    return [f"{name} ({number})" for name in names]
 
 
 def read_result(file: Path, kind: str) -> Result:
@@ -154,7 +208,7 @@ def _slot(inputs: Inputs) -> str:
     return str(len(inputs.groups) % SLOTS + 1)
 
 
-def _labels(folders: Sequence[Path]) -> list[str]:
+def shortest_ends(folders: Sequence[Path]) -> list[str]:
     """The shortest ends of the paths that tell them apart."""
     whole = [folder.resolve().parts for folder in folders]
     for length in range(1, max(map(len, whole)) + 1):

@@ -1,4 +1,4 @@
-"""What the page says in words and tables: figures at the top, verdicts, configuration, versions and checks."""
+"""What the page says in words and tables: figures at the top, configuration, versions and checks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from lpl.config import TrainConfig
 from lpl.report.curves import NAMES, final_kind, rows_of
-from lpl.report.findings import metric_name, signed
+from lpl.report.findings import signed
+from lpl.report.marks import Table
 from lpl.report.run_folder import training_clock
 from lpl.report.scales import short
 from lpl.report.sources import Group, Inputs
@@ -29,22 +30,18 @@ class Tile(NamedTuple):
     """"good", "bad" or nothing."""
 
 
-class Table(NamedTuple):
-    """A table of text."""
-
-    header: list[str]
-    rows: list[list[str]]
-
-
 def title(inputs: Inputs) -> str:
     """What the page is about."""
+    if len(inputs.comparisons) > 1:
+        return "Comparisons: " + " · ".join(result.file.parent.resolve().name for result in inputs.comparisons)
     if inputs.comparisons:
         arms = inputs.comparisons[0].content.get("arms", [])
         seeds = max((len(arm.get("runs", [])) for arm in arms), default=0)
         return f"Comparison of {len(arms)} arms over {seeds} {'seed' if seeds == 1 else 'seeds'}"
-    if len(inputs.groups) == 1 and inputs.groups[0].folder is not None:
-        return "/".join(inputs.groups[0].folder.resolve().parts[-2:])
-    names = [group.name for group in inputs.groups] or [
+    groups = [group for group in inputs.groups if not group.further]
+    if len(groups) == 1 and groups[0].folder is not None:
+        return "/".join(groups[0].folder.resolve().parts[-2:])
+    names = [group.name for group in groups] or [
         "/".join(check.file.parent.resolve().parts[-2:]) for check in inputs.checks
     ]
     return names[0] if len(names) == 1 else f"{' · '.join(names[:4])}{' …' if len(names) > 4 else ''}"
@@ -76,72 +73,6 @@ def tiles(inputs: Inputs) -> list[Tile]:
             Tile("LPL's share of the gradient", f"{short(100 * sum(half) / len(half))} %", "second half of the run")
         )
     return found
-
-
-def shown_entries(content: dict[str, Any], final: str | None) -> list[dict[str, Any]]:
-    """The paired figures that the page draws: of validation, those of the weights that the results are made of.
-
-    Args:
-        content: of compare.json.
-        final: "raw" or "ema"; None: not known, all are shown.
-    """
-    paired: list[dict[str, Any]] = content.get("paired", [])
-    kept = [e for e in paired if not e["metric"].startswith("validation/") or e["metric"].split("/")[1] == final]
-    return paired if final is None else kept
-
-
-def verdicts(content: dict[str, Any], paired: Sequence[dict[str, Any]], slots: dict[str, str]) -> list[dict[str, Any]]:
-    """For each arm against the baseline: a headline, the figures behind it and the options.
-
-    Args:
-        content: of compare.json.
-        paired: its figures that count.
-        slots: the colour of each arm.
-    """
-    found = []
-    for arm in content.get("arms", []):
-        own = [entry for entry in paired if entry["arm"] == arm["name"] and entry["abscissa"] == "steps"]
-        if arm.get("baseline") or not own:
-            continue
-        overrides = ", ".join(f"{name} {value}" for name, value in arm.get("overrides", {}).items())
-        tone, words = headline(own)
-        told = "nothing is changed: a repeat of the baseline" if arm.get("repeats") else overrides
-        details = [(outcome, _listed(own, outcome)) for outcome in ("better", "worse")]
-        found.append(
-            {
-                "arm": arm["name"],
-                "slot": slots.get(arm["name"], "1"),
-                "overrides": told,
-                "tone": tone,
-                "headline": words,
-                "details": [f"{outcome.capitalize()}: {text}" for outcome, text in details if text],
-            }
-        )
-    return found
-
-
-def headline(entries: Sequence[dict[str, Any]]) -> tuple[str, str]:
-    """(tone, words) for an arm, from its outcomes at equal steps."""
-    number = {key: sum(e.get("outcome") == key for e in entries) for key in ("better", "worse", "none", "unknown")}
-    if number["unknown"] == len(entries):
-        return "", "One seed: no interval, so no verdict"
-    if not number["better"] and not number["worse"]:
-        return "", "No measurable difference"
-    parts = [f"{key} in {number[key]} of {len(entries)} figures" for key in ("better", "worse") if number[key]]
-    tone = "mixed" if len(parts) > 1 else "good" if number["better"] else "bad"
-    if number["none"]:
-        parts.append(f"no measurable difference in {number['none']}")
-    text = ", ".join(parts)
-    return tone, text[0].upper() + text[1:]
-
-
-def _listed(entries: Sequence[dict[str, Any]], outcome: str) -> str:
-    told = []
-    for e in entries:
-        if e.get("outcome") == outcome:
-            size = 100 * e["difference"] / abs(e["baseline"]) if e.get("baseline") else None
-            told.append(metric_name(e["metric"]) + ("" if size is None else f" {signed(size, 2)} %"))
-    return "; ".join(told)
 
 
 def overview(inputs: Inputs) -> Table:

@@ -11,8 +11,10 @@ import pytest
 from PIL import Image
 
 from lpl.data.picture_cells import KEY, Cell, cells_note, read_cells
+from lpl.report.gallery import build_gallery
 from lpl.report.images import embed_all, encode
 from lpl.report.pictures import Key, Picture, gather_pictures
+from lpl.report.run_folder import RunFolder
 from lpl.report.sources import Group, Inputs, Result
 from lpl.training.prompts import Prompt
 from lpl.training.validation_images import label_grid
@@ -88,6 +90,45 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     assert found[1] is not None
     assert len(notes) == 1
     assert str(tmp_path / "bad.png") in notes[0]
+
+
+def test_a_damaged_sheet_is_named_and_the_rest_is_shown(tmp_path: Path) -> None:
+    folder = tmp_path / "samples"
+    folder.mkdir()
+    noise(0).save(folder / "step-0000000.png", pnginfo=cells_note([Cell("raw", "x", 1, (0, 0, 8, 8))]))
+    damaged = [folder / "step-0000005.png", folder / "demo.png"]
+    for file in damaged:
+        file.write_bytes(b"")
+    run = RunFolder(tmp_path, {}, {}, 5, "raw", [], {})
+    table = gather_pictures(Inputs([Group("a", "1", [run])]))
+    assert table.columns == ["before (step 0)"]
+    assert table.rows == {Key("x", 1): {"before (step 0)": Picture(folder / "step-0000000.png", (0, 0, 8, 8))}}
+    assert len(table.notes) == 2
+    for file in damaged:
+        assert len([note for note in table.notes if note.startswith(f"{file}: cannot be shown (")]) == 1
+
+
+def test_a_sheet_cut_short_is_named_once(tmp_path: Path) -> None:
+    noise(0, 64).save(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:3000])
+    found, notes = embed_all([Picture(tmp_path / "a.png", (0, 0, i, i)) for i in (8, 16, 24)], 10**6)
+    assert found == [None] * 3
+    assert len(notes) == 1
+
+
+def test_pictures_of_two_comparisons_are_side_by_side(tmp_path: Path) -> None:
+    """The slider begins within a comparison: the first baseline beside its own arm."""
+    noise(1).save(tmp_path / "0.png")
+    images = [{"prompt": "x", "seed": 0, "index": 0, "file": "0.png"}]
+    groups = []
+    for name in ("base", "lpl", "cmp2/base", "cmp2/lpl"):
+        one = Group(name, "1", evals=[Result(tmp_path / "eval.json", {"images": images})], baseline="base" in name)
+        one.comparison = Path("cmp2" if "cmp2" in name else "cmp")
+        groups.append(one)
+    groups.insert(0, Group("alone", "1", evals=groups[0].evals))
+    gallery = build_gallery(Inputs(groups), 10**6)
+    assert gallery.columns == ["alone", "base", "lpl", "cmp2/base", "cmp2/lpl"]
+    assert (gallery.left, gallery.right) == (1, 2)
 
 
 def test_transparent_pictures_stand_on_white(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from lpl.errors import UserError
 from lpl.report.curves import loss_charts
 from lpl.report.run_folder import RunFolder, is_run, read_run, seconds_at, training_clock
 from lpl.report.sources import Group, Inputs
-from lpl.report.words import configuration, headline, tiles
+from lpl.report.words import configuration, tiles
 
 
 def run(scalars: dict[str, Any], processes: int = 1, **options: Any) -> RunFolder:
@@ -92,16 +92,6 @@ def test_configuration_tells_what_differs() -> None:
     assert len(found["All options"].rows) == len(TrainConfig().flat())
     alone = configuration(groups[:1])["Set by the user"].rows
     assert alone == [["lpl_weight", "1", "auto"], ["use_ema", "yes", "no"]]
-
-
-def test_headlines() -> None:
-    def told(*outcomes: str) -> tuple[str, str]:
-        return headline([{"outcome": o} for o in outcomes])
-
-    assert told("none", "none") == ("", "No measurable difference")
-    assert told("unknown") == ("", "One seed: no interval, so no verdict")
-    assert told("better", "none", "better") == ("good", "Better in 2 of 3 figures, no measurable difference in 1")
-    assert told("better", "worse") == ("mixed", "Better in 1 of 2 figures, worse in 1 of 2 figures")
 
 
 def test_tiles_of_a_run() -> None:

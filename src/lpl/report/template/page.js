@@ -8,9 +8,11 @@
   const cell = (r, c) => document.querySelector(`.cell[data-row="${r}"][data-column="${c}"]`);
 
   const show = () => {
-    for (const [select, side] of [[left, "left"], [right, "right"]]) {
+    for (const [select, side, other, end] of [[left, "left", right, 0], [right, "right", left, -1]]) {
       for (const option of select.options) option.disabled = !cell(row.value, option.value);
-      if (select.selectedOptions[0].disabled) select.value = [...select.options].find((o) => !o.disabled).value;
+      // A picture that this row lacks makes way for its first on the left and its last on the right, never the other's.
+      const free = [...select.options].filter((o) => !o.disabled && o.value !== other.value);
+      if (select.selectedOptions[0].disabled) select.value = free.at(end).value;
       const source = cell(row.value, select.value).querySelector("img");
       const image = get(`image-${side}`);
       image.src = source.src;

@@ -1,0 +1,65 @@
+"""What plots are made of, lines and rows of values, and what becomes of them; and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+class Line(NamedTuple):
+    """A line of a plot."""
+
+    label: str
+    slot: str
+    """Its colour and dashes: "1".."8", "ink", "floor"."""
+    x: Sequence[float]
+    y: Sequence[float | None]
+    """None: nothing was measured there."""
+    low: Sequence[float | None] | None = None
+    """With high: the edges of a band around the line."""
+    high: Sequence[float | None] | None = None
+
+
+class Row(NamedTuple):
+    """A value with its interval."""
+
+    label: str
+    slot: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+    text: str = ""
+    """What stands beside the label; empty: the numbers."""
+    points: Sequence[float] = ()
+    """Single values behind it."""
+    noise: float | None = None
+    noise_is: str = "what another seed alone changes"
+    """Half the width of a band around the zero line: what chance alone does; and that in words."""
+    mark: float | None = None
+    mark_is: str = "the VAE's own floor"
+    """A place to set against; and that in words."""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A plot with its legend, text alternative and numbers."""
+
+    title: str
+    note: str
+    svg: str
+    legend: list[tuple[str, str]]
+    """(label, slot)."""
+    header: list[str]
+    rows: list[list[str]]
+    thinned: str = ""
+    """What the table leaves out."""
+    key: list[tuple[str, str]] = field(default_factory=list)
+    """(class, text) of marks that are no line."""
+
+
+class Table(NamedTuple):
+    """A table of text."""
+
+    header: list[str]
+    rows: list[list[str]]
