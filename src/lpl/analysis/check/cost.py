@@ -92,11 +92,11 @@ def measure_step(
         return None, f"time of a step: it needs {needs.peak / 2**30:.1f} GiB, this GPU has {memory / 2**30:.1f}"
     if config.model.rank is not None:
         if step.autocast is not None:
-            denoiser.to(dtype=step.autocast)
+            torch.nn.Module.to(denoiser, step.autocast)
         add_lora(denoiser, config.model, step.family.lora_targets, config.run.seed)
     else:
         denoiser.requires_grad_(True)
-        denoiser.to(dtype=getattr(torch, config.optim.weights_dtype))
+        torch.nn.Module.to(denoiser, getattr(torch, config.optim.weights_dtype))
     if config.run.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
     denoiser.train().to(device)
