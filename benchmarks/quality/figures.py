@@ -21,33 +21,38 @@ DOCS = Path(__file__).parents[2] / "docs"
 LABELS = {
     "frechet": "Fréchet, to reconstructions",
     "frechet_images": "Fréchet, to images",
+    "low_band_log_error": "low-band log error",
+    "middle_band_log_error": "middle-band log error",
     "high_band_log_error": "high-band log error",
 }
 COLUMNS, SCALE = 8, 2
 
 
-def draw_ratios(rows: list[Row]) -> None:
+def draw_ratios(rows: list[Row], guided: list[Row]) -> None:
     """LPL over every other arm: each seed a dot, the mean with its interval."""
     arms = [name for name in dict.fromkeys(row["arm"] for row in rows if row["reported"]) if name[:3] != "lpl"]
-    figure, axes = plt.subplots(1, len(LABELS), figsize=(11, 0.6 + 0.55 * len(arms)), sharey=True)
+    lines = [(f"LPL / {arm}", rows, "lpl" + arm[arm.index("@") :] if "@" in arm else "lpl", arm) for arm in arms]
+    if guided:
+        lines.insert(1, (f"LPL / baseline, guidance {guided[0]['guidance']:g}", guided, "lpl", "baseline"))
+    figure, axes = plt.subplots(1, len(LABELS), figsize=(14, 0.6 + 0.45 * len(lines)), sharey=True)
     for axis, (name, label) in zip(axes, LABELS.items(), strict=True):
         axis.axvline(1.0, color="0.6", linewidth=1)
         if name == "frechet":
             axis.axvline(BAR, color="tab:red", linewidth=1, linestyle=":")
-        for place, arm in enumerate(arms):
-            ours = "lpl" + arm[arm.index("@") :] if "@" in arm else "lpl"
-            ratio = ratio_of(rows, ours, arm, name)
+        for place, (_, among, ours, arm) in enumerate(lines):
+            ratio = ratio_of(among, ours, arm, name)
             if ratio is None:
                 continue
-            first, second = reported(rows, ours), reported(rows, arm)
+            first, second = reported(among, ours), reported(among, arm)
             points = [first[s][name] / second[s][name] for s in first.keys() & second.keys()]
             axis.plot(points, [place] * len(points), "o", color="tab:blue", alpha=0.35, markersize=4)
             if ratio.low is not None and ratio.high is not None:
                 axis.plot([ratio.low, ratio.high], [place, place], color="tab:blue", linewidth=2)
             axis.plot([ratio.value], [place], "D", color="tab:blue", markersize=6)
-        axis.set_title(label, fontsize=10)
-        axis.set_yticks(range(len(arms)), [f"LPL / {arm}" for arm in arms])
-        axis.set_ylim(len(arms) - 0.5, -0.5)
+        axis.set_title(label, fontsize=9)
+        axis.tick_params(labelsize=8)
+        axis.set_yticks(range(len(lines)), [label for label, *_ in lines])
+        axis.set_ylim(len(lines) - 0.5, -0.5)
     figure.tight_layout()
     figure.savefig(DOCS / "results_ratios.png", dpi=90)
 
@@ -95,7 +100,7 @@ def draw_samples(prompts: list[str]) -> None:
 def main() -> None:
     """Draws all three."""
     content: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))
-    draw_ratios(content["rows"])
+    draw_ratios(content["rows"], content.get("guided", []))
     draw_search(content["rows"])
     draw_samples(content["prompts"][: 2 * COLUMNS])
 
