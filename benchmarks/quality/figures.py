@@ -57,10 +57,10 @@ def draw_ratios(rows: list[Row], guided: list[Row]) -> None:
     figure.savefig(DOCS / "results_ratios.png", dpi=90)
 
 
-def draw_search(rows: list[Row]) -> None:
-    """Every run of the search, best first, named by what differs from the best."""
+def draw_search(rows: list[Row], chosen: dict[str, Any]) -> None:
+    """Every run of the search, best first, named by what differs from what was chosen."""
     arms = [arm for arm in ("baseline", "lpl") if any(r["arm"] == arm and not r["reported"] for r in rows)]
-    found = {arm: differences(rows, arm) for arm in arms}
+    found = {arm: differences(rows, arm, chosen.get(arm)) for arm in arms}
     lines = [(arm, *entry) for arm in arms for entry in found[arm]]
     figure, axis = plt.subplots(figsize=(12, 0.8 + 0.22 * len(lines)))
     for place, (arm, _, row) in enumerate(lines):
@@ -101,7 +101,7 @@ def main() -> None:
     """Draws all three."""
     content: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))
     draw_ratios(content["rows"], content.get("guided", []))
-    draw_search(content["rows"])
+    draw_search(content["rows"], content.get("best", {}))
     draw_samples(content["prompts"][: 2 * COLUMNS])
 
 

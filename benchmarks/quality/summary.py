@@ -114,27 +114,29 @@ def seeds_table(rows: list[Row]) -> str:
     return table(heads, lines)
 
 
-def differences(rows: list[Row], arm: str) -> list[tuple[str, Row]]:
-    """An arm's search, best first: what differs from the best, and the row."""
+def differences(rows: list[Row], arm: str, chosen: dict[str, Any] | None) -> list[tuple[str, Row]]:
+    """An arm's search, best first: what differs from the chosen options (None: the best row's), and the row."""
     found = sorted((row for row in rows if row["arm"] == arm and not row["reported"]), key=lambda r: r["frechet"])
     named, unset = [], TrainConfig().flat()
+    chosen = chosen or (found[0]["options"] if found else {})
     for row in found:
-        best, options = (unset | entry["options"] for entry in (found[0], row))
-        names = sorted(found[0]["options"].keys() | row["options"].keys())
+        best, options = (unset | entry for entry in (chosen, row["options"]))
+        names = sorted(chosen.keys() | row["options"].keys())
         other = [f"{n} {options.get(n, 'unset')}" for n in names if options.get(n) != best.get(n)]
-        named.append((", ".join(other) or "best", row))
+        named.append((", ".join(other) or "chosen", row))
     return named
 
 
-def search_table(rows: list[Row]) -> str:
-    """What the search tried, best first, as what differs from the best."""
+def search_table(content: dict[str, Any]) -> str:
+    """What the search tried, best first, as what differs from what was chosen."""
     parts = []
     for arm in ("baseline", "lpl"):
-        found = differences(rows, arm)
+        options = content.get("best", {}).get(arm)
+        found = differences(content["rows"], arm, options)
         if found:
             lines = [[said, f"{row['frechet']:.4g}", f"{row['high_band_log_error']:.4g}"] for said, row in found]
-            best = ", ".join(f"{name} {value}" for name, value in found[0][1]["options"].items())
-            parts.append(f"{arm}, best: {best}\n\n{table(['differs in', 'frechet', 'high_band_log_error'], lines)}")
+            chosen = ", ".join(f"{name} {value}" for name, value in (options or found[0][1]["options"]).items())
+            parts.append(f"{arm}, chosen: {chosen}\n\n{table(['differs in', 'frechet', 'high_band_log_error'], lines)}")
     return "\n\n".join(parts)
 
 
@@ -169,7 +171,7 @@ def summary(content: dict[str, Any]) -> str:
     if guided:
         parts.append(f"With guidance {guided[0]['guidance']:g}, {guided[0]['samples']} samples:")
         parts += [ratios_table(guided), arms_table(guided)]
-    return "\n\n".join([*parts, search_table(rows)])
+    return "\n\n".join([*parts, search_table(content)])
 
 
 if __name__ == "__main__":

@@ -124,7 +124,10 @@ def test_search_is_named_by_what_differs() -> None:
         {"arm": "lpl", "seed": 101, "reported": False, "frechet": value, "options": options}
         for value, options in ((5.0, {"a": 1}), (3.0, {"a": 2, "b": True, "lpl_norm_type": "batch"}))
     ]
-    assert [said for said, _ in summary.differences(rows, "lpl")] == ["best", "a 1, b unset, lpl_norm_type shared"]
+    found = [said for said, _ in summary.differences(rows, "lpl", None)]
+    assert found == ["chosen", "a 1, b unset, lpl_norm_type shared"]
+    found = [said for said, _ in summary.differences(rows, "lpl", {"a": 1})]
+    assert found == ["a 2, b True, lpl_norm_type batch", "chosen"]
 
 
 def test_paired_ratio_against_hand() -> None:
