@@ -6,9 +6,11 @@ Writes <output>/data/<resolution>/{all,quarter,held-out}, each with metadata.jso
 from __future__ import annotations
 
 import json
+import math
 import random
 import shutil
 import subprocess
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,8 +18,10 @@ from PIL import Image
 
 from benchmarks.quality.photographs import SMALLEST, Photograph, listed_photographs, own_photographs, sha256
 from lpl.data.files import write_atomically
+from lpl.data.sources.base import digest
 from lpl.diffusion.draws import keyed_uniform
 from lpl.errors import UserError
+from lpl.evaluation.evaluate import FEWEST
 
 PACKAGE = "tuxpaint-stamps-default"
 STAMPS = "usr/share/tuxpaint/stamps"
@@ -50,10 +54,11 @@ def fetch(
         counts: crops of each photograph.
 
     Raises:
-        UserError: a file with another checksum, no apt-get, or other data in the folder.
+        UserError: a file with another checksum, no apt-get, too few photographs, or other data in the folder.
     """
     if images is not None:
         photographs = own_photographs(images)
+        check_enough(images, photographs, counts)
     else:
         photographs = listed_photographs(None if demo_only else stamps or download_stamps(folder / "stamps"))
     plan = {
@@ -74,11 +79,12 @@ def fetch(
         raise UserError(f"resolution {max(resolutions)}: no crop is enlarged, so at most {SMALLEST}")
     shutil.rmtree(data, ignore_errors=True)
     rows: dict[Path, list[str]] = {}
+    stems = stems_of([p.name for p in photographs])
     for photograph in photographs:
         parts = parts_of(photograph.name)
         number = counts.held_out if parts == ["held-out"] else counts.train
         for index, (image, caption) in enumerate(crops(photograph, number)):
-            name = f"{photograph.name.replace('/', '_').rsplit('.', 1)[0]}_{index:02}.png"
+            name = f"{stems[photograph.name]}_{index:02}.png"
             for size in resolutions:
                 for part in parts:
                     target = data / str(size) / part
@@ -89,6 +95,30 @@ def fetch(
     for target, lines in rows.items():
         write_atomically(target / "metadata.jsonl", ("\n".join(lines) + "\n").encode())
     write_atomically(written, (json.dumps(plan, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def check_enough(folder: Path, photographs: list[Photograph], counts: Counts) -> None:
+    """Checks that own photographs can be trained on and measured with.
+
+    Raises:
+        UserError: too few of them fall into one of the parts.
+    """
+    found = Counter(part for p in photographs for part in parts_of(p.name))
+    # the floor halves the held-out ones by photograph
+    needed = {"held-out": max(2, math.ceil(FEWEST["frechet"] / counts.held_out)), "all": 1, "quarter": 1}
+    if any(found[part] < number for part, number in needed.items()):
+        raise UserError(
+            f"--images {folder}: {len(photographs)} photographs are too few: by a hash of their names "
+            f"{found['held-out']} are held out, {found['all']} trained on and {found['quarter']} of those in the "
+            f"smaller set; needed are {', '.join(map(str, needed.values()))}: add more"
+        )
+
+
+def stems_of(names: list[str]) -> dict[str, str]:
+    """What the crops' files of each photograph begin with; where several would be called the same, with a hash."""
+    stems = {name: name.replace("/", "_").rsplit(".", 1)[0] for name in names}
+    times = Counter(stems.values())
+    return {name: stem if times[stem] == 1 else f"{stem}-{digest(name)[:8]}" for name, stem in stems.items()}
 
 
 def parts_of(name: str) -> list[str]:

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
+from lpl.data.decode import DECODE_ERRORS
 from lpl.data.files import write_atomically
 from lpl.data.sources.base import IMAGE_SUFFIXES
 from lpl.demo.photographs import PHOTOGRAPHS, WORKING_SIZE, locate
@@ -23,7 +24,7 @@ from lpl.errors import UserError
 
 SUMS = Path(__file__).parent / "photographs.sha256"
 SMALLEST = 96
-"""Pixels of the longer side below which a photograph is left out: no crop is ever enlarged."""
+"""Pixels across, of a stamp's longer side, below which a photograph is left out: no crop is ever enlarged."""
 MIN_COLORS, MAX_FLAT = 0.05, 0.6
 """A photograph has at least so many colours a pixel, and at most this share of pixels equal to their neighbour."""
 DRAWN = re.compile(
@@ -32,6 +33,7 @@ DRAWN = re.compile(
 )
 """Drawings that the figures above do not tell from photographs."""
 ARTICLES = ("A ", "An ", "The ", "a ", "an ", "the ")
+"""What a stamp's subject begins with; the other texts are sentences: "Remember to flush the toilet!"."""
 SUBJECT_LENGTH = 26
 """Characters of a subject in a caption: the demo's tokenizer writes words it does not know in bytes, 32 in all."""
 
@@ -45,9 +47,9 @@ class Photograph:
     subject: str
 
     def load(self) -> tuple[Image.Image, Image.Image]:
-        """On white in the middle of a square (RGB), and where it is opaque (L); at most 640 pixels across."""
+        """Upright (RGB; what is transparent on a white square), and where it is opaque (L); at most 640 pixels."""
         with Image.open(self.file) as opened:
-            image = opened.convert("RGBA")
+            image = ImageOps.exif_transpose(opened).convert("RGBA")
         scale = WORKING_SIZE / max(image.size)
         if scale < 1:
             size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
@@ -91,7 +93,7 @@ def listed_photographs(stamps: Path | None) -> list[Photograph]:
             file = stamps / rest
             if not file.is_file():
                 raise UserError(f"--stamps {stamps}: {rest} is missing")
-            photograph = Photograph(name, file, _described(file))
+            photograph = Photograph(name, file, _described(file, ARTICLES))
         if sha256(photograph.file) != digest:
             raise UserError(f"{photograph.file}: is another file than the one in {SUMS.name}; see --select there")
         found.append(photograph)
@@ -101,26 +103,33 @@ def listed_photographs(stamps: Path | None) -> list[Photograph]:
 def own_photographs(folder: Path) -> list[Photograph]:
     """Images of a folder and its subfolders; the subject is in a .txt beside each, or else is the file's name.
 
+    Those that cannot be read are left out and named.
+
     Raises:
-        UserError: no images there that are large enough.
+        UserError: no images there that can be read and are large enough.
     """
     found = []
     for file in sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES):
-        with Image.open(file) as image:
-            large = max(image.size) >= SMALLEST
-        if large:
-            found.append(Photograph(f"own/{file.relative_to(folder).as_posix()}", file, _described(file)))
+        photograph = Photograph(f"own/{file.relative_to(folder).as_posix()}", file, _described(file))
+        try:
+            image, _ = photograph.load()
+        except DECODE_ERRORS as error:
+            print(f"--images: {file} is left out, as it cannot be read ({' '.join(str(error).split())})")
+            continue
+        if min(image.size) >= SMALLEST:
+            found.append(photograph)
     if not found:
-        raise UserError(f"--images {folder}: no images of at least {SMALLEST} pixels in it")
+        raise UserError(f"--images {folder}: no images in it that can be read and are {SMALLEST} pixels across")
     return found
 
 
-def _described(file: Path) -> str:
+def _described(file: Path, begins: str | tuple[str, ...] = "") -> str:
+    """The subject by the .txt beside a file, if its first line begins so, or else by the file's name."""
     text = file.with_suffix(".txt")
     if text.is_file():
-        line = text.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
-        if line.startswith(ARTICLES):  # what else there is are sentences: "Remember to flush the toilet!"
-            return subject_of(line)
+        line = text.read_text(encoding="utf-8-sig", errors="replace").partition("\n")[0]
+        if line.startswith(begins) and (subject := subject_of(line)):
+            return subject
     return subject_of(re.sub(r"[-_]+", " ", file.stem))
 
 

@@ -323,7 +323,7 @@ def test_data_are_split_by_photograph_and_the_same_again(tmp_path: Path) -> None
         Image.effect_noise((120, 100), 60 + i).convert("RGB").save(images / f"thing_{i}.png")
     found = []
     for name in ("a", "b"):
-        fetch(tmp_path / name, [64, 96], images=images, counts=Counts(2, 3))
+        fetch(tmp_path / name, [64, 96], images=images, counts=Counts(2, 20))
         found.append({p.relative_to(tmp_path / name): p.read_bytes() for p in (tmp_path / name).rglob("*.png")})
     assert found[0] == found[1]
     folders = {part: {p.name[:-7] for p in (tmp_path / "a/data/64" / part).glob("*.png")} for part in
@@ -332,4 +332,4 @@ def test_data_are_split_by_photograph_and_the_same_again(tmp_path: Path) -> None
     assert not folders["all"] & folders["held-out"]
     assert folders["quarter"] < folders["all"]
     with pytest.raises(UserError, match="describes other data"):
-        fetch(tmp_path / "a", [64, 96], images=images, counts=Counts(3, 3))
+        fetch(tmp_path / "a", [64, 96], images=images, counts=Counts(3, 20))
