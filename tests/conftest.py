@@ -10,11 +10,12 @@ os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="
 import contextlib
 import io
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from process_state import fresh_process_state
 
 LOSSES = ("diffusion_loss", "train_loss", "lpl/loss", "lpl/weighted_loss", "gradient_norm", "learning_rate")
 """Logged values that belong to the trajectory (the others are times and memory)."""
@@ -89,27 +90,6 @@ def flags_of(options: dict[str, Any]) -> list[str]:
         elif value is not None:
             flags.append(f"--{name}={value}")
     return flags
-
-
-@contextlib.contextmanager
-def fresh_process_state() -> Iterator[None]:
-    """accelerate keeps one state per process; a run in a test is to start as in a process of its own, on the CPU."""
-    from accelerate.state import AcceleratorState, GradientState
-
-    def reset() -> None:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-
-    reset()
-    before = os.environ.get("ACCELERATE_USE_CPU")
-    os.environ["ACCELERATE_USE_CPU"] = "true"
-    try:
-        yield
-    finally:
-        reset()
-        os.environ.pop("ACCELERATE_USE_CPU")
-        if before is not None:
-            os.environ["ACCELERATE_USE_CPU"] = before
 
 
 def call(argv: list[str]) -> tuple[int, str, str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import fresh_process_state
+from process_state import fresh_process_state
 
 from lpl.comparison import measures
 from lpl.comparison.arms import Arm

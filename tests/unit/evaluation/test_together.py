@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 from accelerate import Accelerator, debug_launcher
-from conftest import fresh_process_state
 from launching import environment
+from process_state import fresh_process_state
 
 from lpl.errors import StopRequestedError, UserError
 from lpl.evaluation.together import stop_together, together
