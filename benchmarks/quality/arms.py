@@ -23,6 +23,7 @@ class Setting:
         begins_with: the setting, one before this, whose baseline the pretraining starts from; None: the model.
         pretraining: what differs in it.
         steps: of its arms; None: as all.
+        sampling_steps: None: as all.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Setting:
     begins_with: str | None = None
     pretraining: Options = field(default_factory=dict)
     steps: int | None = None
+    sampling_steps: int | None = None
 
 
 @dataclass(frozen=True)

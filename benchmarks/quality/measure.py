@@ -1,9 +1,9 @@
 """One run or pipeline measured: samples drawn from its result, compared with held-out images and their reconstructions.
 
-    python -m benchmarks.quality.measure RUN DATA CACHE SAMPLES SEED PROMPTS [GUIDANCE]    # RUN/measured.json
+    python -m benchmarks.quality.measure RUN DATA CACHE SAMPLES SEED PROMPTS [GUIDANCE [STEPS]]    # RUN/measured.json
 
 Samples are of the training captions, in an order that spreads repeats over the photographs: held-out captions name
-what the text encoders have never seen. DPM-Solver++, 12 steps, float32.
+what the text encoders have never seen. DPM-Solver++, 12 steps unless given, float32.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def ordered_prompts(folder: Path) -> list[str]:
 
 
 def measure_run(
-    run: Path, data: Path, cache: Path, samples: int, seed: int, prompts: str, guidance: float
+    run: Path, data: Path, cache: Path, samples: int, seed: int, prompts: str, guidance: float, steps: int
 ) -> dict[str, Any]:
     """The figures of a row.
 
@@ -88,13 +88,14 @@ def measure_run(
         seed: of their noise; the same for paired runs.
         prompts: the folder of the captions, "all" or "quarter".
         guidance: scale; 1: none.
+        steps: of the sampler.
     """
     resolution = int(data.name)
     sampler = load_for_sampling(
         ModelConfig(str(run)), torch.float32, torch.device("cpu"), None, 1.0, scheduler="dpmsolver++"
     )
     captions = ordered_prompts(data / prompts)
-    images = generate(sampler, captions, samples, Sampling(resolution, STEPS, guidance, seed, BATCH))
+    images = generate(sampler, captions, samples, Sampling(resolution, steps, guidance, seed, BATCH))
     reference = open_reference(data / "held-out", resolution, sampler.vae, cache)
     measured = measure_images(images, reference)
     metrics = ("frechet", "kernel", "spectrum")
@@ -133,9 +134,10 @@ def main() -> None:
     """Measures what the command line names."""
     run, data, cache, samples, seed, prompts, *others = sys.argv[1:]
     guidance = float(others[0]) if others else 1.0
+    steps = int(others[1]) if len(others) > 1 else STEPS
     torch.set_num_threads(1)
     logging.getLogger("lpl").setLevel(logging.WARNING)
-    found = measure_run(Path(run), Path(data), Path(cache), int(samples), int(seed), prompts, guidance)
+    found = measure_run(Path(run), Path(data), Path(cache), int(samples), int(seed), prompts, guidance, steps)
     if (Path(run) / "logs").is_dir():  # a pipeline that is no run has none
         found["seconds"] = training_seconds(Path(run))
     write_atomically(Path(run) / MEASURED, (json.dumps(found, indent=1) + "\n").encode())

@@ -59,6 +59,7 @@ class Results:
 
     def key(self, run: Run) -> Row:
         """What a row and a run must have in common to be the same."""
+        own = {"base_steps": run.base_steps, "sampling_steps": run.setting.sampling_steps}
         return {
             "arm": self.arm_of(run),
             "setting": run.setting.name,
@@ -67,7 +68,7 @@ class Results:
             "steps": run.steps,
             "samples": run.samples,
             "options": run.options,
-        } | ({} if run.base_steps is None else {"base_steps": run.base_steps})
+        } | {name: value for name, value in own.items() if value is not None}
 
     def find(self, run: Run, among: str = "rows") -> Row | None:
         """The run's row, or None."""

@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL
 
 from benchmarks.quality.arms import Arm, Benchmark, Control, Options, Run, Setting, merged, search
 from benchmarks.quality.kept import keep
-from benchmarks.quality.measure import floors, open_reference, ordered_prompts
+from benchmarks.quality.measure import STEPS, floors, open_reference, ordered_prompts
 from benchmarks.quality.results import Results, Row
 from benchmarks.quality.workers import Workers
 from lpl.errors import UserError
@@ -179,7 +179,8 @@ class Stages:
 
     def _measure(self, setting: Setting, run: Path, samples: int, seed: int, log: Path, guidance: float = 1.0) -> Row:
         cache = self.folder / "cache" / "evaluation"
-        return self.workers.measure(run, self.data(setting), cache, samples, seed, setting.data, guidance, log)
+        steps = setting.sampling_steps or STEPS
+        return self.workers.measure(run, self.data(setting), cache, samples, seed, setting.data, guidance, steps, log)
 
     def _prepare(self) -> None:
         """Once, before anything is measured: the decoder, the references' statistics, and the floors."""

@@ -94,7 +94,16 @@ class Workers:
         self.call([*head, *as_flags(texts)], log)
 
     def measure(
-        self, run: Path, data: Path, cache: Path, samples: int, seed: int, prompts: str, guidance: float, log: Path
+        self,
+        run: Path,
+        data: Path,
+        cache: Path,
+        samples: int,
+        seed: int,
+        prompts: str,
+        guidance: float,
+        steps: int,
+        log: Path,
     ) -> dict[str, Any]:
         """The figures of a finished run.
 
@@ -103,7 +112,7 @@ class Workers:
             UserError: it failed.
         """
         self.check()
-        arguments = [str(run), str(data), str(cache), str(samples), str(seed), prompts, str(guidance)]
+        arguments = [str(run), str(data), str(cache), str(samples), str(seed), prompts, str(guidance), str(steps)]
         self.call(["benchmarks.quality.measure", *arguments], log)
         found: dict[str, Any] = json.loads((run / MEASURED).read_text(encoding="utf-8"))
         return found

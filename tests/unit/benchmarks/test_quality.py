@@ -198,10 +198,24 @@ def test_guided_samples_are_rows_of_their_own(tmp_path: Path, monkeypatch: pytes
     run_ = stages._run(benchmark.primary, "lpl", 1, {})
     for _ in range(2):
         stages._guided(run_)
-    ((folder, _, _, samples, seed, prompts, guidance, _),) = asked
-    assert (folder.name, samples, seed, prompts, guidance) == (stages._name(run_), 2000, 1, "all", 2.0)
+    ((folder, _, _, samples, seed, prompts, guidance, steps, _),) = asked
+    assert (folder.name, samples, seed, prompts, guidance, steps) == (stages._name(run_), 2000, 1, "all", 2.0, 12)
     assert results.rows == []
     assert [(r["guidance"], r["frechet"]) for r in results.content["guided"]] == [(2.0, 2.0)]
+
+
+def test_a_setting_has_its_own_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    benchmark, asked = read_arms(), []
+    setting = replace(benchmark.primary, steps=7, sampling_steps=3)
+    results = Results(tmp_path / "results.json", setting, {})
+    stages = Stages(benchmark, tmp_path, results, Workers(), tmp_path)
+    (tmp_path / "data" / "64" / "held-out").mkdir(parents=True)
+    (tmp_path / "data" / "64" / "held-out" / "metadata.jsonl").touch()
+    monkeypatch.setattr(stages.workers, "measure", lambda *arguments: asked.append(arguments))
+    made = stages._run(setting, "lpl", 1, {})
+    stages._measure(setting, tmp_path, 5, 1, tmp_path / "log")
+    assert (made.steps, results.key(made)["sampling_steps"], asked[0][-2]) == (7, 3, 3)
+    assert "sampling_steps" not in results.key(stages._run(benchmark.primary, "lpl", 1, {}))
 
 
 def test_verdict_needs_the_interval_below_one() -> None:
