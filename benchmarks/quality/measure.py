@@ -18,13 +18,13 @@ import torch
 
 from lpl.config import ModelConfig
 from lpl.data.files import write_atomically
+from lpl.data.prompts import read_prompts
 from lpl.diffusion.draws import keyed_uniform
 from lpl.evaluation.distances import frechet_distance
 from lpl.evaluation.evaluate import evaluate_images, measure_images
 from lpl.evaluation.features import EfficientNetLite0
 from lpl.evaluation.generate import Sampling, generate
 from lpl.evaluation.pictures import list_pictures
-from lpl.evaluation.prompts import read_prompts
 from lpl.evaluation.reference import Reference
 from lpl.evaluation.statistics import ImageSet
 from lpl.families.sampling import load_for_sampling
@@ -71,7 +71,7 @@ def _frechet(x: ImageSet, y: ImageSet) -> float:
 
 def ordered_prompts(folder: Path) -> list[str]:
     """The captions of a folder of crops, in an order that spreads a photograph's over the list."""
-    captions = read_prompts(folder / "metadata.jsonl")
+    captions = [prompt.text for prompt in read_prompts(folder / "metadata.jsonl")]
     return [captions[i] for i in sorted(range(len(captions)), key=lambda i: keyed_uniform("quality prompts", i))]
 
 

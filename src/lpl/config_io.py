@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from lpl.base.text import read_text
 from lpl.config import TrainConfig, free_options
 from lpl.errors import UserError
 from lpl.presets import preset_text, presets
@@ -61,7 +62,7 @@ def read_options(name: str) -> dict[str, str]:
     if name in presets():
         text = preset_text(name)
     elif path.is_file():
-        text = path.read_text(encoding="utf-8", errors="replace")
+        text = read_text(path, f"--config {name}")
     else:
         raise UserError(f"--config {name}: neither a file nor a preset; presets: {', '.join(presets())}")
     options = read_strings(text, f"--config {name}") or {}

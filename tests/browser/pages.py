@@ -19,7 +19,7 @@ from lpl.comparison.run import result
 from lpl.config import DataConfig, LoggingConfig, LPLConfig, OptimConfig, RunConfig, TrainConfig
 from lpl.config_io import write_config
 from lpl.data.picture_cells import KEY, cells_note
-from lpl.training.prompts import Prompt
+from lpl.data.prompts import Prompt
 from lpl.training.validation_images import label_grid
 
 ARMS = {"baseline": 0.0, "lpl": -0.03, "lpl-strong": 0.05, "same": 0.0}

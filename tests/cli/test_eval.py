@@ -398,23 +398,3 @@ def test_batches_by_resolution(options: dict[str, Any], resolution: int, togethe
     found = {k: str(v) if isinstance(v, Path) else v for k, v in options.items() if k != "sample_batch_size"}
     found |= {"resolution": resolution, "output_dir": found["reference_cache_dir"]}
     assert check_eval(EvalConfig(**found), lambda _: ModelConfig()).sampling.batch_size == together
-
-
-def test_prompt_files(tmp_path: Path) -> None:
-    from lpl.errors import UserError
-    from lpl.evaluation.prompts import read_prompts
-
-    file = tmp_path / "metadata.jsonl"
-    file.write_text('{"file_name": "a.png", "text": "a cat"}\n\n{"text": ["first", "second"]}\n')
-    assert read_prompts(file) == ["a cat", "first"]
-    for text, message in {
-        '{"text": "a"}\nno json': "line 2: not JSON",
-        '{"caption": "a"}': 'line 1: no "text" in it',
-        "\n": "no prompt in it",
-    }.items():
-        file.write_text(text)
-        with pytest.raises(UserError, match=message):
-            read_prompts(file)
-    (tmp_path / "p.csv").write_text("a")
-    with pytest.raises(UserError, match=r"expected \.txt"):
-        read_prompts(tmp_path / "p.csv")

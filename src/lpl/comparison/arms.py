@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from lpl.base.text import read_text
 from lpl.comparison.options import FILE, CompareConfig, check_logs
 from lpl.comparison.yardsticks import other_yardsticks
 from lpl.config import TrainConfig, free_options
@@ -112,13 +113,7 @@ def read_arms(options: CompareConfig, parse: Callable[[list[str]], TrainConfig])
 
 
 def _read(file: Path) -> dict[str, dict[str, str]]:
-    try:
-        text = file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--arms {file}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"--arms {file}: not YAML: {error}") from error
-    content = read_strings(text, f"--arms {file}")
+    content = read_strings(read_text(file, f"--arms {file}"), f"--arms {file}")
     if not isinstance(content, dict) or len(content) < 2:
         raise UserError(f"--arms {file}: expected two arms or more, `name: {{option: value}}`, the baseline first")
     arms = {}

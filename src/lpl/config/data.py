@@ -29,7 +29,8 @@ class DataConfig:
     max_train_samples: int | None = None
     """Use only the first N samples."""
     max_bad_fraction: float = free(0.01)
-    """Stop if more than this share of the images cannot be used; those are listed in bad_files.jsonl."""
+    """Stop if more than this share of the images, and more than 3 (unless this is 0), cannot be used; those are listed
+    in bad_files.jsonl."""
     background_color: str = "white"
     """What shows through transparent pixels: a name or #rrggbb."""
     resolution: int | None = None
@@ -92,6 +93,8 @@ class DataConfig:
     """Column with the masks of --dataset_name."""
     unmasked_weight: float = 0.0
     """Weight of what the mask leaves out, 0 to 1: a mask's value m counts as m + (1 - m) times this."""
+    instance_prompt: str | None = None
+    """Caption of every image that has none of its own (not of --reg_data_dir's)."""
 
     def __post_init__(self) -> None:
         require(
@@ -136,6 +139,10 @@ class DataConfig:
             not self.validation_samples or self.validation_data_dir is None,
             f"--validation_samples {self.validation_samples} and --validation_data_dir {self.validation_data_dir} are "
             "both given: choose one",
+        )
+        require(
+            self.instance_prompt is None or self.instance_prompt.strip() != "",
+            "--instance_prompt is empty: give the caption of the images that have none",
         )
         require(self.keep_tokens >= 0, f"--keep_tokens must be 0 or more, not {self.keep_tokens}")
         require(self.caption_separator != "", "--caption_separator must not be empty")

@@ -10,6 +10,8 @@ from lpl.keywords import parse_keywords
 
 OPTIMI = "optimi."
 """How the classes of the package optimi begin, which step parameter by parameter and sum with compensation."""
+WARMUP_STEPS = 500
+"""Optimizer steps of warm-up where none are given, of schedules that have one."""
 ONE_BY_ONE = ("adamw", "adamw8bit", "adafactor")
 """Optimizers in which a parameter's step depends on nothing but that parameter."""
 OPTIMIZERS = ("adamw", "adamw8bit", "adafactor", "prodigy", "schedulefree_adamw")
@@ -40,7 +42,7 @@ class OptimConfig:
     lr_step_rules: str | None = None
     """Rules of piecewise_constant: `1:10,0.1:20,0.01` is 1 x to step 10, 0.1 x to step 20, then 0.01 x."""
     lr_warmup_steps: int | None = None
-    """Optimizer steps of warm-up; unset: 500, or 0 for the constant schedule, which has none."""
+    """Optimizer steps of warm-up; unset: 500, or 0 for the constant schedules, which have none."""
     use_8bit_adam: bool = False
     """AdamW of bitsandbytes with 8-bit state; the same as --optimizer adamw8bit."""
     adam_beta1: float = 0.9
@@ -176,9 +178,19 @@ class OptimConfig:
         return self.weights_dtype == "bfloat16" and not self.is_optimi
 
     @property
+    def _is_scheduled(self) -> bool:
+        return self.lr_scheduler not in ("constant", "piecewise_constant")
+
+    @property
     def warms_up(self) -> bool:
         """Whether warm-up steps can act."""
-        return self.lr_scheduler != "constant" or self.optimizer_name == "schedulefree_adamw"
+        return self._is_scheduled or self.optimizer_name == "schedulefree_adamw"
+
+    @property
+    def warmup_steps(self) -> int:
+        """Optimizer steps of warm-up; 0 where none can act."""
+        usual = WARMUP_STEPS if self._is_scheduled else 0
+        return 0 if not self.warms_up else usual if self.lr_warmup_steps is None else self.lr_warmup_steps
 
     def _check_optimizer(self) -> None:
         name = self.optimizer

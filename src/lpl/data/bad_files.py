@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from decimal import ROUND_CEILING, Context, Decimal
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,8 +12,10 @@ from lpl.data.files import write_atomically
 from lpl.errors import UserError
 
 FILE = "bad_files.jsonl"
+ALWAYS_ALLOWED = 3
+"""So many bad images of a source stop no run, whatever their share, unless --max_bad_fraction is 0."""
 SEEN_FIRST = 1000
-"""Images of a stream, whose size is not known, that are seen before their share of bad ones counts."""
+"""Images that are seen before their share of bad ones counts; smaller sources are seen whole, and then judged."""
 
 
 class Bad(NamedTuple):
@@ -27,7 +30,7 @@ class BadFiles:
     """Counts the bad images of a run.
 
     Args:
-        limit: share of all images that may be bad (--max_bad_fraction).
+        limit: share of all images that may be bad (--max_bad_fraction), ALWAYS_ALLOWED in any case.
         path: the list that is written.
     """
 
@@ -51,9 +54,8 @@ class BadFiles:
         if reason is None:
             return
         self._bad.append(Bad(sample, name, reason))
-        total = self._size or (self._seen if self._seen >= SEEN_FIRST else None)
-        if total is not None:
-            self._check(total)
+        if self._seen >= SEEN_FIRST:
+            self._check(self._size or self._seen, self._seen)
 
     def settle(self, bad: Sequence[Bad], total: int) -> None:
         """Takes the bad images of a whole source instead of those counted.
@@ -62,7 +64,7 @@ class BadFiles:
             UserError: too many are bad.
         """
         self._bad = list(bad)
-        self._check(total)
+        self._check(total, total)
         self.found += self._bad
 
     def write(self) -> None:
@@ -74,13 +76,26 @@ class BadFiles:
         else:
             self.path.unlink(missing_ok=True)
 
-    def _check(self, total: int) -> None:
-        if len(self._bad) > self.limit * total:
-            self.found += self._bad
-            self.write()
-            first = self._bad[0]
-            raise UserError(
-                f"{self._name}: {len(self._bad)} of {total} images cannot be used, first {first.name} "
-                f"({first.reason}); {self.path} lists them: mend or remove them, or allow more with --max_bad_fraction "
-                f"{self.limit}"
-            )
+    def _check(self, total: int, seen: int) -> None:
+        bad = len(self._bad)
+        if not bad or bad / total <= self.limit or (bad <= ALWAYS_ALLOWED and self.limit > 0):
+            return
+        self.found += self._bad
+        self.write()
+        first = self._bad[0]
+        if bad == seen:
+            remedy = "mend them"
+        elif seen < total:
+            share = _rounded_up(bad, seen)
+            remedy = f"mend or remove them, or, if the others are alike, allow them with --max_bad_fraction {share}"
+        else:
+            remedy = f"mend or remove them, or allow them with --max_bad_fraction {_rounded_up(bad, total)}"
+        raise UserError(
+            f"{self._name}: {bad} of {'the first ' * (seen < total)}{seen} images cannot be used, first {first.name} "
+            f"({first.reason}); {self.path} lists them: {remedy}"
+        )
+
+
+def _rounded_up(part: int, whole: int) -> str:
+    """A share with two digits, no less than it is."""
+    return f"{float(Context(prec=2, rounding=ROUND_CEILING).divide(Decimal(part), Decimal(whole))):g}"

@@ -160,8 +160,19 @@ def _fill(filler: Filler, processes: Processes, show: bool) -> list[pa.Table]:
             )  # fmt: skip
             if caches.masks is not None:
                 _tell_masks(filler, tables, share)
+            _tell_prompt(filler, tables)
         processes.barrier()
     return tables
+
+
+def _tell_prompt(filler: Filler, tables: Sequence[pa.Table]) -> None:
+    prompt = filler.config.instance_prompt
+    if prompt is not None and filler.prefix != REGULARISATION:
+        served = sum(captions == [prompt] for table in tables for captions in table.column("captions").to_pylist())
+        logger.info(
+            "%s: --instance_prompt is the caption of %d of %d images",
+            *(filler.source.name, served, sum(map(len, tables))),
+        )
 
 
 def _tell_masks(filler: Filler, tables: Sequence[pa.Table], share: str) -> None:

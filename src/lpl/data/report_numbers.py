@@ -120,6 +120,7 @@ def _groups(survey: Survey, part: Part) -> list[dict[str, Any]]:
 
 def _captions(survey: Survey, captions: list[list[str]], names: list[str]) -> dict[str, Any]:
     several = sum(len(own) > 1 for own in captions)
+    served = sum(own == [survey.config.data.instance_prompt] for own in captions)
     if survey.config.data.caption_choice == "first":
         captions = [own[:1] for own in captions]
     lengths = [max(map(len, own)) for own in captions]
@@ -128,6 +129,7 @@ def _captions(survey: Survey, captions: list[list[str]], names: list[str]) -> di
     every = [caption for own in captions for caption in own]
     return {
         "captions": len(every),
+        **({"instance_prompt": served} if served else {}),
         "different": len(set(every)),
         "several": several,
         "empty": sum(any(not caption.strip() for caption in own) for own in captions),

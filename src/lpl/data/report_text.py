@@ -52,6 +52,8 @@ def _part(part: dict[str, Any]) -> list[str]:
     facts = [f"{captions['captions']:,}, {captions['different']:,} different"]
     if captions["several"]:
         facts.append(f"{captions['several']:,} images with several")
+    if "instance_prompt" in captions:
+        facts.append(f"{captions['instance_prompt']:,} by --instance_prompt")
     if captions["empty"]:
         facts.append(f"{captions['empty']:,} empty")
     lines += _labelled("captions", [", ".join(facts)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -12,17 +13,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lpl.base.text import read_rows
 from lpl.config import require
 from lpl.data.bad_image import BadImageError
 from lpl.data.crops import plan_crop, render
 from lpl.data.decode import decode_image
+from lpl.data.prompts import text_of
 from lpl.data.sources.base import IMAGE_SUFFIXES
-from lpl.data.sources.folder import list_images
+from lpl.data.sources.left_out import tell_left_out
+from lpl.data.sources.listing import list_images
 from lpl.errors import UserError
-from lpl.evaluation.prompts import read_rows, text_of
 
 CAPTIONS = "metadata.jsonl"
 INTERPOLATION = "lanczos"
+
+logger = logging.getLogger("lpl")
 
 
 def list_pictures(folder: Path, flag: str) -> list[Path]:
@@ -34,7 +39,11 @@ def list_pictures(folder: Path, flag: str) -> list[Path]:
         UserError: no such folder, no images in it, or a name that is not UTF-8.
     """
     require(folder.is_dir(), f"{flag} {folder}: no such folder")
-    found = sorted(folder / name for name in list_images(str(folder))[0])
+    listing = list_images(str(folder))._replace(orphans=[], doubled=[], tables=[])
+    told = tell_left_out(listing)
+    if told:
+        logger.warning("%s %s: %s", flag, folder, told)
+    found = sorted(folder / name for name in listing.images)
     require(bool(found), f"{flag} {folder}: no images in it (looked for {' '.join(IMAGE_SUFFIXES)})")
     return found
 
@@ -100,7 +109,7 @@ def read_captions(folder: Path, files: list[Path], flag: str) -> list[str] | Non
     file = folder / CAPTIONS
     if not file.is_file():
         return None
-    by_name = {str(row.get("file_name")): text_of(row, where) for where, row in read_rows(file, flag)}
+    by_name = {str(row.get("file_name")): text_of(row, where) for where, row in read_rows(file, f"{flag} {file}")}
     found = [by_name.get(path.relative_to(folder).as_posix()) for path in files]
     return [text for text in found if text is not None] if None not in found else None
 

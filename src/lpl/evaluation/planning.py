@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lpl.config import ModelConfig, require
+from lpl.data.prompts import read_prompts
 from lpl.errors import UserError
 from lpl.evaluation.evaluate import FEWEST
 from lpl.evaluation.features import check_efficientnet, find_inception
 from lpl.evaluation.generate import Sampling, check_settings, image_name, settings_of
 from lpl.evaluation.options import DEFAULT_SAMPLES, EvalConfig
 from lpl.evaluation.pictures import CAPTIONS, list_pictures, pictures_digest, read_captions, shortest_side
-from lpl.evaluation.prompts import read_prompts
 from lpl.exporting.options import ExportConfig, Request, resolve
+
+logger = logging.getLogger("lpl")
 
 RESULT, IMAGES = "eval.json", "images"
 MOST_TOGETHER, PIXELS_TOGETHER = 64, 4 * 2**20
@@ -187,7 +190,14 @@ def with_flag(request: Request, act: Callable[[], Any]) -> Any:
 
 def _prompts(options: EvalConfig, folder: Path, references: list[Path]) -> list[str]:
     if options.prompts is not None:
-        return read_prompts(Path(options.prompts))
+        read = read_prompts(Path(options.prompts))
+        more = sum(bool(prompt.negative) or prompt.seed is not None for prompt in read)
+        if more:
+            logger.warning(
+                "--prompts %s: negative_prompt and seed of %d rows are for validation images: lpl eval has --seed",
+                *(options.prompts, more),
+            )
+        return [prompt.text for prompt in read]
     found = read_captions(folder, references, "--reference_dir")
     if found is None:
         raise UserError(f"--prompts is missing: --reference_dir {folder} has no {CAPTIONS} with a text for every image")

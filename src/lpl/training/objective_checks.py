@@ -40,14 +40,6 @@ def mask_rules(config: TrainConfig) -> list[tuple[str, bool, str]]:
 
 def warn_of_objective(config: TrainConfig) -> None:
     """Says once, by name, what a run does that its options do not show."""
-    lpl, steps = config.lpl, config.run.max_train_steps
-    if steps is not None and lpl.use_lpl and lpl.lpl_warmup_steps > 0 and lpl.lpl_start < steps:
-        end = lpl.lpl_start + lpl.lpl_warmup_steps
-        if end >= steps:
-            logger.warning(
-                "--lpl_warmup_steps %d: LPL's weight rises to step %d, and the run of %d steps never has it in full",
-                lpl.lpl_warmup_steps, end, steps,
-            )  # fmt: skip
     if not config.model.rescale_betas_zero_snr:
         return
     weighting = config.diffusion.loss_weighting

@@ -15,8 +15,6 @@ from lpl.errors import UserError
 from lpl.training.one_by_one import of_optimi, suited
 from lpl.training.optimizers import optimizer_class, optimizer_keywords, parameter_groups
 
-WARMUP_STEPS = 500
-
 
 def build_optimizer(
     parameters: list[torch.nn.Parameter],
@@ -55,15 +53,12 @@ def build_schedule(optimizer: Any, config: OptimConfig, num_steps: int) -> Any:
     Raises:
         UserError: malformed --lr_step_rules.
     """
-    warmup = config.lr_warmup_steps
-    if warmup is None:
-        warmup = 0 if config.lr_scheduler in ("constant", "piecewise_constant") else WARMUP_STEPS
     try:
         return get_scheduler(
             config.lr_scheduler,
             optimizer,
             step_rules=config.lr_step_rules,
-            num_warmup_steps=warmup,
+            num_warmup_steps=config.warmup_steps,
             num_training_steps=num_steps,
             num_cycles=config.lr_num_cycles,
             power=config.lr_power,

@@ -102,7 +102,7 @@ def optimizer_keywords(config: OptimConfig, cls: Any) -> dict[str, Any]:
     }
     of_flags = {name: values[name] for name in known.flags}
     if config.optimizer_name == "schedulefree_adamw":
-        of_flags["warmup_steps"] = config.lr_warmup_steps or 0
+        of_flags["warmup_steps"] = config.warmup_steps
     given, parameters = config.optimizer_keywords, inspect.signature(cls).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for name in given:

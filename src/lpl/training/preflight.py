@@ -20,6 +20,7 @@ from lpl.families import model_configs, native_resolution, plan_configs
 from lpl.training.launch import check_launch, processes
 from lpl.training.objective_checks import objective_rules, warn_of_objective
 from lpl.training.small_cards import check_small_cards
+from lpl.training.step_checks import warn_of_steps
 from lpl.training.validation_checks import check_validation, validation_rules
 
 logger = logging.getLogger("lpl")
@@ -83,6 +84,8 @@ def preflight(config: TrainConfig) -> Checked:
     even = source.size is not None and config.data.repeats is regularisation is validation is None
     known = config.run.max_train_steps is not None or even
     num_steps = config.num_steps((source.size or 1) - config.data.validation_samples, processes()) if known else None
+    if num_steps is not None:
+        warn_of_steps(config, num_steps)
     return Checked(config, source, regularisation, configs, finished_step, num_steps, validation)
 
 
@@ -125,6 +128,8 @@ def check_data(config: TrainConfig, report: Path, weights: bool = False) -> Chec
     source = open_source(config.data, config.model.cache_dir)
     regularisation = open_regularisation(config.data)
     _warn_idle(config)
+    if config.run.max_train_steps is not None:
+        warn_of_steps(config, config.run.max_train_steps)
     return Checked(config, source, regularisation, configs, None, None)
 
 
@@ -260,13 +265,6 @@ def _warn_idle(config: TrainConfig) -> None:
         idle = [k for k, v in vars(config.lpl).items() if k != "use_lpl" and v != getattr(default.lpl, k)]
         if idle:
             logger.warning("without LPL these have no effect: --%s", ", --".join(idle))
-    steps, warmup = config.run.max_train_steps, config.optim.lr_warmup_steps
-    if steps is not None and config.lpl.use_lpl and config.lpl.lpl_start >= steps:
-        logger.warning(
-            "--lpl_start %d is not reached in --max_train_steps %d: LPL never acts", config.lpl.lpl_start, steps
-        )
-    if steps is not None and warmup is not None and warmup >= steps and config.optim.warms_up:
-        logger.warning("--lr_warmup_steps %d: the run of %d steps never leaves the warm-up", warmup, steps)
     warn_of_objective(config)
     given, usual = config.flat(), default.flat()
     for option, can_act, needs in _rules(config):

@@ -29,15 +29,16 @@ from lpl.training.nonfinite import FiniteGuard, spoil
 from lpl.training.optim import component_rates, scaled_learning_rate
 from lpl.training.optimizers import adapted_rate
 from lpl.training.preflight import Checked
-from lpl.training.prompts import read_prompts
 from lpl.training.run_state import RunState
 from lpl.training.saving import save_result, save_weights
 from lpl.training.sharded import autocast_dtype, whole
 from lpl.training.step import TrainingStep
+from lpl.training.step_checks import warn_of_steps
 from lpl.training.stopping import Stop, stoppable
 from lpl.training.tracking import Tracker
 from lpl.training.trained import build_trained
 from lpl.training.validation import Validation
+from lpl.training.validation_checks import validation_prompts
 from lpl.training.validation_images import ImageDrawer
 from lpl.training.zero import ZeroBackward
 
@@ -84,7 +85,7 @@ class Trainer:
             accelerator.is_local_main_process,
             checked.validation,
         )
-        self.prompts = read_prompts(config.logging)
+        self.prompts = validation_prompts(config.logging)
         for prompt in self.prompts:
             family.prepare_prompt(prompt.text, prompt.negative)
         family.free_encoders()
@@ -92,6 +93,8 @@ class Trainer:
             family.vae.to("cpu")  # only validation images need it from now on
         self.batches = Batches(config, self.data, accelerator)
         self.num_steps = self.batches.num_steps
+        if checked.num_steps is None:
+            warn_of_steps(config, self.num_steps)
         self.trained = build_trained(config, family, accelerator, weight_dtype, self.num_steps)
         self.objective = build_objective(config, family) if config.lpl.use_lpl else None
         self.step_loss = TrainingStep(family, config.diffusion, self.objective, run.seed, autocast_dtype(accelerator))

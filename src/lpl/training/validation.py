@@ -22,9 +22,9 @@ from PIL import Image
 from lpl.config import TrainConfig
 from lpl.data.files import write_atomically
 from lpl.data.picture_cells import KEY, cells_note
+from lpl.data.prompts import Prompt
 from lpl.errors import StopRequestedError, UserError
 from lpl.training.held_out_loss import HeldOutLoss
-from lpl.training.prompts import Prompt
 from lpl.training.sharded import forget_gathered
 from lpl.training.stopping import Stop
 from lpl.training.validation_images import ImageDrawer, label_grid

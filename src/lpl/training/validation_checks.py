@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from lpl.config import TrainConfig
+from pathlib import Path
+
+from lpl.config import LoggingConfig, TrainConfig
+from lpl.data.prompts import Prompt, read_prompts
 from lpl.data.sources import Source
 from lpl.errors import UserError
-from lpl.training.prompts import read_prompts
 
 
 def check_validation(config: TrainConfig, source: Source) -> None:
@@ -20,7 +22,18 @@ def check_validation(config: TrainConfig, source: Source) -> None:
             f"--validation_samples {held}: {source.name} has {source.size} images, which leaves none to train on: hold "
             "out fewer"
         )
-    read_prompts(config.logging)
+    validation_prompts(config.logging)
+
+
+def validation_prompts(config: LoggingConfig) -> list[Prompt]:
+    """The prompts of validation images in order; none if no images are asked for.
+
+    Raises:
+        UserError: a file that is none of prompts.
+    """
+    if config.validation_prompts is None:
+        return [] if config.validation_prompt is None else [Prompt(config.validation_prompt)]
+    return read_prompts(Path(config.validation_prompts), "--validation_prompts")
 
 
 def validation_rules(config: TrainConfig) -> list[tuple[str, bool, str]]:

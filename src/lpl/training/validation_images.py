@@ -14,10 +14,10 @@ from PIL import Image, ImageDraw
 
 from lpl.data.lettering import font_for, wrap
 from lpl.data.picture_cells import KEY, Cell
+from lpl.data.prompts import Prompt
 from lpl.diffusion.draws import keyed_seed
 from lpl.families.base import Family
 from lpl.progress import progress
-from lpl.training.prompts import Prompt
 
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 MOST_PIXELS = 2**26

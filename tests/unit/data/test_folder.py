@@ -12,8 +12,9 @@ import pytest
 from lpl.config import DataConfig
 from lpl.data.bad_image import BadImageError
 from lpl.data.sources import Sample, Source, open_source
-from lpl.data.sources import folder as module
-from lpl.data.sources.folder import FolderSource, list_images
+from lpl.data.sources import listing as module
+from lpl.data.sources.folder import FolderSource
+from lpl.data.sources.listing import list_images
 from lpl.errors import UserError
 
 
@@ -104,13 +105,13 @@ def test_listing_opens_no_image_and_no_caption(folder: Path, monkeypatch: pytest
 
 def test_each_file_is_looked_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
-    status = module._status
+    status = module.status_of
 
     def note(file: Any) -> Any:
         seen.append(file if isinstance(file, str) else file.name)
         return status(file)
 
-    monkeypatch.setattr(module, "_status", note)
+    monkeypatch.setattr(module, "status_of", note)
     FolderSource(str(folder))
     assert sorted(seen) == sorted(path.name for path in folder.rglob("*.*"))
 
@@ -289,10 +290,10 @@ def test_missing_metadata_key_names_the_flag(folder: Path) -> None:
 
 def test_captions_that_are_not_utf8(folder: Path) -> None:
     (folder / "1.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(UserError, match=r"1\.txt: not UTF-8 text \(byte 3\)"):
+    with pytest.raises(UserError, match=r"1\.txt, line 1: not UTF-8 text \(byte 3 of the file\): save it as UTF-8"):
         captions(FolderSource(str(folder)))
     (folder / "metadata.jsonl").write_bytes(b'\n{"\xe9')
-    assert "metadata.jsonl, line 2: not UTF-8 text (byte 2)" in message(folder)
+    assert "metadata.jsonl, line 2: not UTF-8 text (byte 3 of the file)" in message(folder)
 
 
 def test_image_and_caption_that_vanish(folder: Path) -> None:

@@ -188,7 +188,7 @@ def test_regularisation_images_are_a_part_of_their_own(
 
 
 def test_too_many_bad_files_are_reported_and_then_the_fault(counted: Path, report: Any) -> None:
-    result = report(num_shown=3)
+    result = report(num_shown=3, max_bad_fraction=0)
     assert result.fault is not None
     assert "1 of 7 images cannot be used" in str(result.fault)
     assert result.found["fault"] == str(result.fault)

@@ -46,9 +46,7 @@ def test_captions_are_a_string_or_a_list(value: Any, expected: tuple[str, ...]) 
 
 @pytest.mark.parametrize("value", [None, 3, [], ["a", None], [["a"]], {"a": 1}])
 def test_anything_else_is_no_caption(value: Any) -> None:
-    with pytest.raises(
-        UserError, match=r"^x: a caption must be a string or a list of strings, not .*--caption_column$"
-    ):
+    with pytest.raises(UserError, match=r"^x: a caption must be a string or a list of strings, not .*--caption_column"):
         captions_of(value, "x")
 
 

@@ -104,7 +104,9 @@ def test_keys_and_extensions_as_webdataset_defines_them(tmp_path: Path, caplog: 
         "x/1": (("one",), b"1"),
     }
     assert [record.getMessage() for record in caplog.records] == [
-        f"--webdataset {path}: 2 keys have no image and are left out; further shards with such keys go unmentioned"
+        f"--webdataset {path}: 2 keys have no image and are left out (first: 9); 1 images are left out, as their names "
+        "have further dots, and a key ends at the first: rename those that are to be trained on (first: a/0.seg.png); "
+        "further shards go unmentioned"
     ]
 
 
@@ -113,6 +115,17 @@ def test_keys_without_image_are_mentioned_once(tmp_path: Path, caplog: pytest.Lo
     with caplog.at_level(logging.WARNING, "lpl"):
         assert len(samples_of(source_of(*tars))) == 3
     assert len(caplog.records) == 1
+
+
+def test_images_are_counted_and_not_their_keys(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    members: dict[str, bytes | str] = {"ok.png": b"", "ok.txt": "", "ok.mask.png": b"", "x.HEIC": b"", "x.txt": ""}
+    for n in range(4):
+        members |= {f"img.{n}.png": b"", f"img.{n}.txt": ""}
+    assert len(samples_of(source_of(write_tar(tmp_path / "x.tar", members)))) == 1
+    (record,) = caplog.records
+    for expected in ("1 pictures are left out", "(first: x.HEIC)", "4 images are left out", "(first: img.0.png)"):
+        assert expected in record.getMessage()
+    assert "keys" not in record.getMessage()
 
 
 @pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -212,6 +225,18 @@ def test_max_train_samples_opens_no_further_shard(shards: tuple[Path, Path]) -> 
     assert "photos-001.tar: damaged" in message(*shards, max_train_samples=3)
 
 
+def test_an_instance_prompt_serves_images_without_a_caption(tmp_path: Path) -> None:
+    members = {"0.jpg": b"", "1.jpg": b"", "1.json": "{}", "2.jpg": b"", "2.json": '{"text": null}', "2.txt": "own"}
+    path = write_tar(tmp_path / "x.tar", {**members, "3.jpg": b"", "3.json": '{"text": []}'})
+    assert "--instance_prompt" in message(path)
+    sources = [source_of(path, instance_prompt=prompt) for prompt in ("sks", "sks", "other")]
+    assert [s.captions for s in samples_of(sources[0])] == [("sks",), ("sks",), ("own",), ("sks",)]
+    first, again, other = (source.pieces()[0] for source in sources)
+    assert first.stamp == again.stamp != other.stamp
+    # no image is opened again for another prompt
+    assert [s.stamp for s in first.samples()] == [s.stamp for s in other.samples()]
+
+
 def test_captions_of_json_win_where_it_has_the_key(tmp_path: Path) -> None:
     fields = json.dumps({"caption": "of json", "text": "other"})
     path = write_tar(tmp_path / "x.tar", {"0.jpg": b"", "0.json": fields, "0.txt": "of txt"})
@@ -228,7 +253,7 @@ def test_captions_of_json_win_where_it_has_the_key(tmp_path: Path) -> None:
         ({"a/0.json": '{"text": []}'}, "key a/0.json: a caption must be a string"),
         ({"a/0.json": "{"}, "key a/0.json: not JSON ("),
         ({"a/0.json": "[1]"}, "key a/0.json: not a JSON object"),
-        ({"a/0.txt": b"caf\xe9"}, "key a/0.txt: not UTF-8 text (byte 3)"),
+        ({"a/0.txt": b"caf\xe9"}, "key a/0.txt, line 1: not UTF-8 text (byte 3 of the file)"),
         ({"a/0.txt": "x", "a/0.png": b""}, "two images of the key a/0"),
         ({"a/0.txt": "x", "a/0.Txt": "y"}, "two .txt files of the key a/0"),
     ],

@@ -15,7 +15,6 @@ from lpl.errors import UserError
 from lpl.evaluation.options import EvalConfig
 from lpl.evaluation.pictures import list_pictures, read_captions
 from lpl.evaluation.planning import Plan, check_eval, read_inputs
-from lpl.evaluation.prompts import read_prompts
 from lpl.families.sampling import vae_stride
 from lpl.testing import tiny_images
 
@@ -112,9 +111,6 @@ def test_captions_are_read_whole(tmp_path: Path) -> None:
     text = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     (folder / "metadata.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())
     assert read_captions(folder, files, "--images") == [SEPARATED, "first", "é"]
-    assert read_prompts(folder / "metadata.jsonl") == [SEPARATED, "first", "é"]
-    (tmp_path / "p.txt").write_text(f"{SEPARATED}\nlast", encoding="utf-8")
-    assert read_prompts(tmp_path / "p.txt") == [SEPARATED, "last"]
     (folder / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "a"}\n{"file_name": "1.png", "text": []}')
     assert read_captions(folder, files, "--images") is None
     assert read_captions(folder, files[:1], "--images") == ["a"]
@@ -126,7 +122,7 @@ def test_captions_are_read_whole(tmp_path: Path) -> None:
         (b'{"file_name": "0.png", "text": "a"}\nno json', "line 2: not JSON"),
         (b'"text"', "line 1: not a JSON object"),
         (b'{"file_name": "0.png", "text": 3}', 'line 1: "text" is neither a text nor a list of texts'),
-        (b'{}\n{"text": "\xe9"}', "line 2: not UTF-8 \\(byte 13 of the file\\)"),
+        (b'{}\n{"text": "\xe9"}', "line 2: not UTF-8 text \\(byte 13 of the file\\)"),
     ],
 )
 def test_captions_that_cannot_be_read_name_file_and_line(content: bytes, message: str, tmp_path: Path) -> None:

@@ -29,10 +29,15 @@ def open_source(config: DataConfig, cache_dir: str | None) -> Source:
             config.max_train_samples,
             masks=masks,
             mask_dir=config.mask_dir,
+            instance_prompt=config.instance_prompt,
         )
     if config.webdataset is not None:
         return WebDatasetSource(
-            config.webdataset, config.caption_column, config.max_train_samples, config.masked_loss == "files"
+            config.webdataset,
+            config.caption_column,
+            config.max_train_samples,
+            config.masked_loss == "files",
+            config.instance_prompt,
         )
     if config.dataset_name is None:
         raise UserError(
@@ -50,6 +55,8 @@ def open_source(config: DataConfig, cache_dir: str | None) -> Source:
 
 def open_regularisation(config: DataConfig) -> Source | None:
     """The folder that --reg_data_dir names, whole whatever --max_train_samples says; None where it is not given.
+
+    Its images have captions of their own, whatever --instance_prompt says.
 
     Raises:
         UserError: not found, or without the images and captions that are needed.
@@ -70,4 +77,5 @@ def _open_folder(config: DataConfig, option: str) -> Source | None:
     folder = getattr(config, option)
     if folder is None:
         return None
-    return FolderSource(folder, config.caption_column, flag=f"--{option}", masks=config.masked_loss == "files")
+    masks, prompt = config.masked_loss == "files", None if option == "reg_data_dir" else config.instance_prompt
+    return FolderSource(folder, config.caption_column, flag=f"--{option}", masks=masks, instance_prompt=prompt)

@@ -11,7 +11,9 @@ from typing import Any, NamedTuple, Protocol
 from lpl.config import require
 from lpl.data.bad_image import BadImageError
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".gif")
+IMAGE_SUFFIXES = (
+    ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".gif", ".jfif", ".jpe", ".jif", ".jfi", ".apng"
+)  # fmt: skip
 PIECE_SIZE = 256
 """Samples in a piece of a source that has no shards of its own."""
 
@@ -86,28 +88,36 @@ class Source(Protocol):
         ...
 
 
-def captions_of(value: Any, where: str) -> tuple[str, ...]:
+def captions_of(value: Any, where: str, instance_prompt: str | None = None) -> tuple[str, ...]:
     """The captions in a field that holds a string, or a list of at least one string.
 
     Args:
         value: what the field holds.
         where: what to call the field in a message.
+        instance_prompt: what nothing, or an empty list, stands for.
 
     Raises:
         UserError: anything else.
     """
+    absent = value is None or (isinstance(value, list | tuple) and not value)
+    if absent and instance_prompt is not None:
+        return (instance_prompt,)
     captions = tuple(value) if isinstance(value, list | tuple) else (value,)
+    remedy = "write one" if absent else "correct it"
     require(
         bool(captions) and all(isinstance(caption, str) for caption in captions),
-        f"{where}: a caption must be a string or a list of strings, not {str(value)[:60]!r}: correct it, or name "
-        "another field with --caption_column",
+        f"{where}: a caption must be a string or a list of strings, not {str(value)[:60]!r}: {remedy}, or name another "
+        f"field with --caption_column{', or give all images without one the same with --instance_prompt' * absent}",
     )
     return captions
 
 
 def one_line(text: str) -> str:
-    """A caption file's text: lines stripped, empty ones left out, joined by spaces."""
-    return " ".join(filter(None, map(str.strip, text.splitlines())))
+    """A caption file's text, which is one caption: lines stripped, empty ones left out, joined by spaces.
+
+    Differs from kohya's, which takes the first line, and OneTrainer's, which takes one at random: nothing is left out.
+    """
+    return " ".join(filter(None, map(str.strip, text.split("\n"))))
 
 
 def read_file(path: str | Path) -> bytes:

@@ -18,6 +18,7 @@ from datasets.exceptions import DatasetsError
 from lpl.config import DataConfig, require
 from lpl.data.bad_image import BadImageError
 from lpl.data.sources.base import PIECE_SIZE, Piece, Sample, captions_of, digest, in_hand
+from lpl.data.sources.prompted import with_prompt
 from lpl.errors import UserError
 
 FAULTS = (DatasetsError, pyarrow.ArrowException, OSError, ValueError, RuntimeError, NotImplementedError)
@@ -47,15 +48,18 @@ class HubSource:
         # Apart, so that reading a caption leaves the images alone, and the other way round.
         images = dataset.select_columns([config.image_column])
         images = images.cast_column(config.image_column, Image(decode=False))
-        captions = dataset.select_columns([config.caption_column])
+        captions = (
+            dataset.select_columns([config.caption_column]) if config.caption_column in dataset.features else None
+        )
         column = mask_column(config)
         masks = None
         if column is not None:
             masks = dataset.select_columns([column]).cast_column(column, Image(decode=False))
-        self._pieces = [
+        pieces = [
             RowsPiece(images, captions, masks, config, range(start, min(start + PIECE_SIZE, self.size)), stamp)
             for start in range(0, self.size, PIECE_SIZE)
         ]
+        self._pieces = with_prompt(pieces, config.instance_prompt)
 
     def pieces(self) -> Sequence[Piece]:
         """Slices of the rows."""
@@ -66,7 +70,13 @@ class RowsPiece:
     """Some rows of a data set."""
 
     def __init__(
-        self, images: Dataset, captions: Dataset, masks: Dataset | None, config: DataConfig, rows: range, stamp: str
+        self,
+        images: Dataset,
+        captions: Dataset | None,
+        masks: Dataset | None,
+        config: DataConfig,
+        rows: range,
+        stamp: str,
     ) -> None:
         self._images, self._captions, self._masks = images, captions, masks
         self._config, self._rows, self._stamp = config, rows, stamp
@@ -76,11 +86,13 @@ class RowsPiece:
 
     def samples(self) -> Generator[Sample, None, None]:
         """The rows; images are read from the data set when they are asked for."""
-        column = self._config.caption_column
-        values = self._captions[self._rows.start : self._rows.stop][column]
+        column, prompt = self._config.caption_column, self._config.instance_prompt
+        values: Sequence[Any] = [None] * len(self._rows)
+        if self._captions is not None:
+            values = self._captions[self._rows.start : self._rows.stop][column]
         for row, value in zip(self._rows, values, strict=True):
             name = f"row {row} of {self._config.dataset_name}"
-            captions = captions_of(value, f"--caption_column {column}, {name}")
+            captions = captions_of(value, f"--caption_column {column}, {name}", prompt)
             read_mask = None if self._masks is None else partial(self._read_mask, row)
             yield Sample(str(row), captions, "", self._stamp, name, partial(self._read, row), read_mask)
 
@@ -212,14 +224,23 @@ def _open_saved(folder: str, config_name: str | None, flag: str) -> Dataset:
 def check_columns(features: Features, flag: str, config: DataConfig) -> None:
     """Refuses columns that are missing, or that hold no images or captions.
 
+    With --instance_prompt there need be no column of captions, unless another than the default is asked for.
+
     Raises:
         UserError: such a column.
     """
     caption_column, masks = config.caption_column, mask_column(config)
     there = ", ".join(features)
     pictures = {"--image_column": config.image_column} | ({} if masks is None else {"--mask_column": masks})
-    for option, column in (pictures | {"--caption_column": caption_column}).items():
+    captioned = caption_column in features
+    may_lack = config.instance_prompt is not None and caption_column == DataConfig.caption_column
+    for option, column in pictures.items():
         require(column in features, f"{option} {column}: {flag} has no such column; it has: {there}")
+    require(
+        captioned or may_lack,
+        f"--caption_column {caption_column}: {flag} has no such column; it has: {there}; name another, or give all "
+        "images one caption with --instance_prompt",
+    )
     for option, column in pictures.items():
         kind = features[column]
         stored = isinstance(kind, Value) and kind.dtype in _STRINGS + _BINARIES
@@ -228,6 +249,8 @@ def check_columns(features: Features, flag: str, config: DataConfig) -> None:
             isinstance(kind, Image) or stored or encoded,
             f"{option} {column}: {flag} holds {kind} there, not images; it has: {there}",
         )
+    if not captioned:
+        return
     kind = features[caption_column]
     inner = kind.feature if isinstance(kind, List | LargeList) else kind
     require(

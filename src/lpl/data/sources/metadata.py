@@ -2,41 +2,86 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+import stat
+from typing import Any
 
+from lpl.base.text import read_rows
 from lpl.config import require
 from lpl.data.sources.base import captions_of
-from lpl.errors import UserError
+from lpl.data.sources.listing import Listing, stamp_of, status_of
 
 
-def read_metadata(
-    root: str, names: Sequence[str], caption_column: str, exists: Callable[[str], bool]
-) -> dict[str, tuple[str, ...]]:
+class Names:
+    """One name for each file that metadata can name, however it is written: relative, absolute, or through links.
+
+    Args:
+        root: the folder.
+        listing: its files; those that are named but not in it (of other endings, or elsewhere) are added.
+    """
+
+    def __init__(self, root: str, listing: Listing) -> None:
+        self._root, self.listing = root, listing
+        self._real: dict[str, str] = {}
+        self._places: dict[str, str] | None = None
+
+    def find(self, path: str) -> str | None:
+        """The name of a file, relative to the root and with / where it is below; None: it is not there."""
+        files = self.listing.images
+        path = os.path.normpath(path)
+        name = path.replace(os.sep, "/")
+        if name in files:
+            return name
+        whole = os.path.join(self._root, path)
+        if "\0" in whole:
+            return None
+        folder, base = os.path.split(whole)
+        if folder not in self._real:
+            self._real[folder] = os.path.realpath(folder)
+        prefix = self.listing.folders.get(self._real[folder])
+        if prefix is not None and prefix + base in files:
+            return prefix + base
+        status = status_of(whole)
+        if status is None or not stat.S_ISREG(status.st_mode):
+            return None
+        if self._places is None:
+            self._places = {os.path.realpath(os.path.join(self._root, known)): known for known in sorted(files)[::-1]}
+        name = self._places.setdefault(os.path.realpath(whole), name if prefix is None else prefix + base)
+        files.setdefault(name, stamp_of(status))
+        return name
+
+
+def read_metadata(root: str, names: Names, caption_column: str, may_lack: bool = False) -> dict[str, tuple[str, ...]]:
     """Captions by image, relative to the root and with /.
 
     Args:
         root: the folder.
-        names: its metadata.jsonl files, relative to the root; `file_name` in them is relative to their own folder.
+        names: its files; `file_name` in a metadata.jsonl is relative to that one's own folder.
         caption_column: key of a caption or a list of captions.
-        exists: whether an image (relative to the root) is there.
+        may_lack: a row may have no caption; there is none of its image then.
 
     Raises:
         UserError: a line that is faulty, that names a missing file, or an image that is listed twice.
     """
     captions: dict[str, tuple[str, ...]] = {}
+    listed: set[str] = set()
     missing: list[str] = []
     repeated: list[str] = []
-    for name in names:
-        for where, line in _lines(os.path.join(root, name)):
-            file_name, value = _parse(line, where, caption_column)
-            image = os.path.normpath(os.path.join(os.path.dirname(name), file_name)).replace(os.sep, "/")
-            if image in captions:
+    for metadata in names.listing.metadata:
+        folder = os.path.dirname(metadata)
+        for where, row in read_rows(os.path.join(root, metadata)):
+            file_name, value = _parse(row, where, caption_column, may_lack)
+            image = names.find(os.path.join(folder, file_name))
+            if image is None:
+                slashed = file_name.replace("\\", "/")
+                there = slashed != file_name and names.find(os.path.join(folder, slashed)) is not None
+                missing.append(f"{where}: {file_name}" + there * f" (write {slashed}: folders are parted by /)")
+            elif image in listed:
                 repeated.append(f"{where}: {file_name}")
-            elif not exists(image):
-                missing.append(f"{where}: {file_name}")
-            captions[image] = value
+            else:
+                listed.add(image)
+                if value is not None:
+                    captions[image] = value
     require(
         not missing,
         f"{missing[0] if missing else ''} does not exist ({len(missing)} such in all): correct the line or remove it",
@@ -49,33 +94,16 @@ def read_metadata(
     return captions
 
 
-def _lines(path: str) -> Iterator[tuple[str, str]]:
-    """What to call each line that is not empty, and its text."""
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                where = f"{path}, line {number}"
-                try:
-                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError as error:
-                    raise UserError(f"{where}: not UTF-8 text (byte {error.start}): save it as UTF-8") from None
-                if text.strip():
-                    yield where, text
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}): correct its permissions or remove it") from None
-
-
-def _parse(line: str, where: str, caption_column: str) -> tuple[str, tuple[str, ...]]:
-    try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON ({error.msg}): write one JSON object a line") from None
-    require(isinstance(entry, dict), f"{where}: not a JSON object: write one JSON object a line")
-    keys = ", ".join(entry) or "none"
-    file_name = entry.get("file_name")
-    require(isinstance(file_name, str), f"{where}: no key file_name; its keys: {keys}")
+def _parse(row: dict[str, Any], where: str, caption_column: str, may_lack: bool) -> tuple[str, tuple[str, ...] | None]:
+    keys = ", ".join(row) or "none"
+    file_name = row.get("file_name")
+    require(isinstance(file_name, str) and file_name != "", f"{where}: no key file_name; its keys: {keys}")
+    assert isinstance(file_name, str)
+    if may_lack and row.get(caption_column) in (None, []):
+        return file_name, None
     require(
-        caption_column in entry,
-        f"{where}: no key {caption_column}; its keys: {keys}; name the captions' key with --caption_column",
+        caption_column in row,
+        f"{where}: no key {caption_column}; its keys: {keys}; name the captions' key with --caption_column, or give "
+        "all images without one the same caption with --instance_prompt",
     )
-    return file_name, captions_of(entry[caption_column], where)
+    return file_name, captions_of(row[caption_column], where)

@@ -22,6 +22,7 @@ from lpl.data.sources.hub import (
     reader,
     was_saved,
 )
+from lpl.data.sources.prompted import with_prompt
 from lpl.errors import UserError
 
 
@@ -58,12 +59,13 @@ class StreamSource:
         check_columns(dataset.features, self.name, config)
         masks = mask_column(config)
         pictures = [config.image_column, *([] if masks is None else [masks])]
-        dataset = dataset.select_columns([*pictures, config.caption_column])
+        captioned = [config.caption_column] if config.caption_column in dataset.features else []
+        dataset = dataset.select_columns([*pictures, *captioned])
         for column in pictures:
             dataset = dataset.cast_column(column, Image(decode=False))
         stamp = digest(self.identity, *_files_of(builder))
         pieces = [ShardPiece(dataset, number, config, stamp) for number in range(dataset.num_shards)]
-        self._pieces = cut(pieces, config.max_train_samples)
+        self._pieces = cut(with_prompt(pieces, config.instance_prompt), config.max_train_samples)
 
     def pieces(self) -> Sequence[Piece]:
         """The data set's shards; with --max_train_samples, one piece."""
@@ -85,7 +87,8 @@ class ShardPiece:
         config = self._config
         for row, fields in enumerate(self._rows()):
             name = f"row {row} of shard {self._number} of {config.dataset_name}"
-            captions = captions_of(fields[config.caption_column], f"--caption_column {config.caption_column}, {name}")
+            value = fields.get(config.caption_column)
+            captions = captions_of(value, f"--caption_column {config.caption_column}, {name}", config.instance_prompt)
             read = reader(fields[config.image_column], config.image_column)
             masks = mask_column(config)
             read_mask = None if masks is None else mask_reader(fields[masks], masks)

@@ -5,13 +5,14 @@ Only headers are read, never the data of a member; members of other kinds (.npy,
 
 from __future__ import annotations
 
-import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import BinaryIO, NamedTuple
 
+from lpl.base.text import decode, parse_json
 from lpl.config import require
 from lpl.data.sources.base import IMAGE_SUFFIXES, captions_of, one_line
+from lpl.data.sources.listing import PICTURE_SUFFIXES
 from lpl.errors import UserError
 
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -37,8 +38,32 @@ class Indexed(NamedTuple):
     mask: Span | None
 
 
-def index_tar(file: BinaryIO, shard: str) -> tuple[list[Indexed], int]:
-    """The keys with an image, in the order of their first members, and how many keys have none.
+class LeftOut(NamedTuple):
+    """What of a tar is no sample."""
+
+    keys: Sequence[str]
+    """Keys without an image or a picture."""
+    pictures: Sequence[str]
+    """Members that are pictures of endings that are not read."""
+    dotted: Sequence[str]
+    """Members that are images by what follows their last dot, but not by what follows the first."""
+
+    def tell(self) -> str:
+        """All that in one line; "" if there is nothing."""
+        groups = (
+            (self.keys, "keys have no image and are left out"),
+            (self.pictures, "pictures are left out, as their endings are not read: convert them to PNG or JPEG"),
+            (
+                self.dotted,
+                "images are left out, as their names have further dots, and a key ends at the first: rename those that "
+                "are to be trained on",
+            ),
+        )
+        return "; ".join(f"{len(names)} {what} (first: {names[0]})" for names, what in groups if names)
+
+
+def index_tar(file: BinaryIO, shard: str) -> tuple[list[Indexed], LeftOut]:
+    """The keys with an image, in the order of their first members, and what is left out.
 
     A key is a member's path up to the first dot of its file name, as WebDataset defines it; what follows that dot, in
     any case, says what it is. Members of one key need not be neighbours.
@@ -51,6 +76,9 @@ def index_tar(file: BinaryIO, shard: str) -> tuple[list[Indexed], int]:
         UserError: compressed, damaged or cut short, or two images of one key.
     """
     keys: dict[str, dict[str, Span]] = {}
+    pictures: list[str] = []
+    dotted: list[str] = []
+    pictured: set[str] = set()
     for name, span in _members(file, shard):
         folder, slash, base = name.rpartition("/")
         stem, dot, extension = base.partition(".")
@@ -65,15 +93,22 @@ def index_tar(file: BinaryIO, shard: str) -> tuple[list[Indexed], int]:
                 "give each image a key of its own",
             )
             parts[kind] = span
+        last = f".{kind.rpartition('.')[2]}"
+        if last in PICTURE_SUFFIXES or (last in IMAGE_SUFFIXES and kind != MASK):
+            (pictures if last in PICTURE_SUFFIXES else dotted).append(name)
+            pictured.add(folder + slash + stem)
     found = [
         Indexed(key, parts["image"], parts.get("txt"), parts.get("json"), parts.get(MASK))
         for key, parts in keys.items()
         if "image" in parts
     ]
-    return found, len(keys) - len(found)
+    without = [key for key, parts in keys.items() if "image" not in parts and key not in pictured]
+    return found, LeftOut(without, pictures, dotted)
 
 
-def captions_in(file: BinaryIO, entry: Indexed, caption_column: str, where: str) -> tuple[str, ...]:
+def captions_in(
+    file: BinaryIO, entry: Indexed, caption_column: str, where: str, instance_prompt: str | None = None
+) -> tuple[str, ...]:
     """Captions of an image: of its .json, where that has the key, else of its .txt, which holds one.
 
     Args:
@@ -81,24 +116,24 @@ def captions_in(file: BinaryIO, entry: Indexed, caption_column: str, where: str)
         entry: the image.
         caption_column: key of a caption or a list of captions in the .json.
         where: what to call the image in a message.
+        instance_prompt: the caption of an image that has none.
 
     Raises:
         UserError: no captions, or ones that cannot be read.
     """
     keys = ""
     if entry.json is not None:
-        try:
-            fields = json.loads(_text(file, entry.json, f"{where}.json"))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}.json: not JSON ({error.msg}): make the shard anew") from None
+        fields = parse_json(_text(file, entry.json, f"{where}.json"), f"{where}.json", "make the shard anew")
         require(isinstance(fields, dict), f"{where}.json: not a JSON object: make the shard anew")
-        if caption_column in fields:
-            return captions_of(fields[caption_column], f"{where}.json")
+        if fields.get(caption_column) is not None or (caption_column in fields and entry.text is None):
+            return captions_of(fields[caption_column], f"{where}.json", instance_prompt)
         keys = f" (keys of its .json: {', '.join(fields) or 'none'})"
+    if entry.text is None and instance_prompt is not None:
+        return (instance_prompt,)
     if entry.text is None:
         raise UserError(
-            f"{where} has no caption{keys}: put a .txt beside it, or name the captions' key in its .json with "
-            "--caption_column"
+            f"{where} has no caption{keys}: put a .txt beside it, name the captions' key in its .json with "
+            "--caption_column, or give all images without one the same with --instance_prompt"
         )
     return (one_line(_text(file, entry.text, f"{where}.txt")),)
 
@@ -117,10 +152,7 @@ def read_span(file: BinaryIO, span: Span) -> bytes:
 
 
 def _text(file: BinaryIO, span: Span, where: str) -> str:
-    try:
-        return read_span(file, span).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8 text (byte {error.start}): make the shard anew") from None
+    return decode(read_span(file, span), where)
 
 
 def _members(file: BinaryIO, shard: str) -> Iterator[tuple[str, Span]]:

@@ -9,14 +9,15 @@ import threading
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import BinaryIO, cast
+from typing import BinaryIO, NamedTuple, cast
 
 from lpl.data.bad_image import BadImageError
 from lpl.data.sources.base import Piece, Sample, in_hand
 from lpl.data.sources.download import download
 from lpl.data.sources.first import cut
+from lpl.data.sources.prompted import with_prompt
 from lpl.data.sources.shards import absolute, is_url, labels, list_shards, without_secrets
-from lpl.data.sources.tar import Span, captions_in, index_tar, read_span
+from lpl.data.sources.tar import LeftOut, Span, captions_in, index_tar, read_span
 from lpl.errors import UserError
 
 logger = logging.getLogger("lpl")
@@ -33,6 +34,7 @@ class WebDatasetSource:
         caption_column: key of the captions in the .json of a sample.
         max_samples: use only the first so many samples.
         masks: samples have the masks in their .mask.png.
+        instance_prompt: caption of the images that have none; None: there must be no such image.
 
     Raises:
         UserError: a shard on this machine that is not there.
@@ -41,17 +43,23 @@ class WebDatasetSource:
     size = None
 
     def __init__(
-        self, spec: str, caption_column: str = "text", max_samples: int | None = None, masks: bool = False
+        self,
+        spec: str,
+        caption_column: str = "text",
+        max_samples: int | None = None,
+        masks: bool = False,
+        instance_prompt: str | None = None,
     ) -> None:
         self.name = "--webdataset " + "::".join(map(without_secrets, spec.split("::")))
         self.identity = f"webdataset {'::'.join(map(absolute, spec.split('::')))} {caption_column}"
         shards = list_shards(spec)
         warning = OnceWarning()
+        rules = Rules(caption_column, masks, instance_prompt)
         pieces = [
-            (RemoteShard if is_url(shard) else LocalShard)(shard, label, caption_column, warning, masks)
+            (RemoteShard if is_url(shard) else LocalShard)(shard, label, rules, warning)
             for shard, label in zip(shards, labels(shards), strict=True)
         ]
-        self._pieces = cut(pieces, max_samples)
+        self._pieces = cut(with_prompt(pieces, instance_prompt), max_samples)
 
     def pieces(self) -> Sequence[Piece]:
         """The shards; with max_samples, one piece."""
@@ -59,21 +67,25 @@ class WebDatasetSource:
 
 
 class OnceWarning:
-    """Says once in a run that keys have no image."""
+    """Says once in a run what of a shard is no sample."""
 
     def __init__(self) -> None:
         self._lock, self._said = threading.Lock(), False
 
-    def keys_without_image(self, shard: str, count: int) -> None:
-        """Logs the count of a shard, unless another one has been logged."""
+    def left_out(self, shard: str, found: LeftOut) -> None:
+        """Logs what a shard leaves out, unless that of another one has been logged."""
         with self._lock:
-            if count and not self._said:
+            if any(found) and not self._said:
                 self._said = True
-                logger.warning(
-                    "%s: %d keys have no image and are left out; further shards with such keys go unmentioned",
-                    shard,
-                    count,
-                )
+                logger.warning("%s: %s; further shards go unmentioned", shard, found.tell())
+
+
+class Rules(NamedTuple):
+    """What of a shard's members is used."""
+
+    caption_column: str
+    masks: bool
+    instance_prompt: str | None
 
 
 class _Shard:
@@ -82,27 +94,28 @@ class _Shard:
     size = None
     stamp: str
 
-    def __init__(self, shard: str, label: str, caption_column: str, warning: OnceWarning, masks: bool) -> None:
-        self._shard, self._column, self._warning, self._masks = shard, caption_column, warning, masks
+    def __init__(self, shard: str, label: str, rules: Rules, warning: OnceWarning) -> None:
+        self._shard, self._rules, self._warning = shard, rules, warning
         self._where = f"--webdataset {without_secrets(shard)}"
         self.key = label
 
     def _samples(self, file: BinaryIO) -> Iterator[tuple[Sample, Span, Span | None]]:
         """Samples that cannot be read yet, and where their images and masks are."""
-        entries, without_image = index_tar(file, self._where)
-        self._warning.keys_without_image(self._where, without_image)
+        entries, left_out = index_tar(file, self._where)
+        self._warning.left_out(self._where, left_out)
+        column, masks, prompt = self._rules
         name = os.path.basename(without_secrets(self._shard))
         for entry in entries:
-            captions = captions_in(file, entry, self._column, f"{self._where}: {entry.key}")
+            captions = captions_in(file, entry, column, f"{self._where}: {entry.key}", prompt)
             sample = Sample(f"{self.key}/{entry.key}", captions, self.key, self.stamp, f"{name}: {entry.key}", bytes)
-            yield sample, entry.image, entry.mask if self._masks else None
+            yield sample, entry.image, entry.mask if masks else None
 
 
 class LocalShard(_Shard):
     """A tar on this machine: images are read from their place in it, at any time and in any order."""
 
-    def __init__(self, shard: str, label: str, caption_column: str, warning: OnceWarning, masks: bool) -> None:
-        super().__init__(shard, label, caption_column, warning, masks)
+    def __init__(self, shard: str, label: str, rules: Rules, warning: OnceWarning) -> None:
+        super().__init__(shard, label, rules, warning)
         try:
             status = os.stat(shard)
         except OSError as error:
@@ -126,8 +139,8 @@ class RemoteShard(_Shard):
     Samples hold their image's bytes. The stamp is the URL without its query, which for signed URLs is new each time.
     """
 
-    def __init__(self, shard: str, label: str, caption_column: str, warning: OnceWarning, masks: bool) -> None:
-        super().__init__(shard, label, caption_column, warning, masks)
+    def __init__(self, shard: str, label: str, rules: Rules, warning: OnceWarning) -> None:
+        super().__init__(shard, label, rules, warning)
         self.stamp = without_secrets(shard)
 
     def samples(self) -> Generator[Sample, None, None]:
