@@ -112,3 +112,13 @@ def test_environment_names_versions() -> None:
 def test_file_that_is_not_there() -> None:
     with pytest.raises(UserError, match="--config nothing: neither a file nor a preset"):
         read_options("nothing")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-8-sig"])
+def test_a_config_in_another_encoding_is_read_or_refused(tmp_path: Path, encoding: str) -> None:
+    file, text = tmp_path / "x.yaml", "output_dir: café\r\nseed: 3\r\n"
+    file.write_bytes(text.encode(encoding))
+    assert read_options(str(file)) == {"output_dir": "café", "seed": "3"}
+    file.write_bytes(text.encode("cp1252"))
+    with pytest.raises(UserError, match=r"^--config .*x\.yaml, line 1: not UTF-8 text \(byte 15 .*save it as UTF-8$"):
+        read_options(str(file))

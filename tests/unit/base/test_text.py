@@ -56,7 +56,8 @@ def test_every_short_file_is_a_text_or_one_line(tmp_path: Path) -> None:
                     text.encode()
                     texts += 1
                 except UserError as error:
-                    assert str(error).startswith("x, line ") and "\n" not in str(error)  # noqa: PT017
+                    assert str(error).startswith("x, line ")  # noqa: PT017
+                    assert "\n" not in str(error)  # noqa: PT017
     assert 50 < texts < 500
 
 

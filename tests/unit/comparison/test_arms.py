@@ -143,3 +143,10 @@ def test_no_such_file() -> None:
     options: Any = parse_compare(["--arms=/nowhere.yaml", "--validation_samples=2"])
     with pytest.raises(UserError, match=r"--arms /nowhere\.yaml: cannot be read"):
         read_arms(options, parse_train)
+
+
+def test_a_file_that_is_not_utf8(tmp_path: Path) -> None:
+    (tmp_path / "arms.yaml").write_bytes(b"base: {}\n# caf\xe9\nlpl: {lpl_weight: 1}\n")
+    options: Any = parse_compare([f"--arms={tmp_path / 'arms.yaml'}", "--validation_samples=2"])
+    with pytest.raises(UserError, match=r"^--arms .*arms\.yaml, line 2: not UTF-8 text \(byte 14 of the file\)"):
+        read_arms(options, parse_train)

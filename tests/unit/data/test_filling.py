@@ -448,3 +448,17 @@ def test_default_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_cache_dir() == Path.home() / ".cache" / "lpl"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert default_cache_dir() == Path.home() / ".cache" / "lpl"
+
+
+def test_another_instance_prompt_encodes_captions_and_no_image(
+    encode: Encode, encoder: Any, folder: Path, opened: list[str], lines: Callable[[], list[str]]
+) -> None:
+    (folder / "1.txt").unlink()
+    (folder / "3.txt").unlink()
+    first = encode(instance_prompt="sks")
+    assert [first.samples[n].captions for n in (0, 1, 3)] == [["caption 0"], ["sks"], ["sks"]]
+    assert any("--instance_prompt is the caption of 2 of 5 images" in line for line in lines())
+    encoder.captions.clear()
+    opened.clear()
+    assert encode(instance_prompt="a sks").samples[1].captions == ["a sks"]
+    assert encoder.captions == ["a sks"]

@@ -225,3 +225,26 @@ def test_data_set_not_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert "--dataset_name nobody/nothing: cannot be opened" in text
     (tmp_path / "empty").mkdir()
     assert "--dataset_name" in message(DataConfig(dataset_name=str(tmp_path / "empty")))
+
+
+def test_an_instance_prompt_serves_rows_and_tables_without_captions(tmp_path: Path) -> None:
+    def parquet(**columns: Any) -> Path:
+        images = {"image": [{"bytes": png(n), "path": None} for n in range(3)]}
+        datasets.Dataset.from_dict(images | columns).to_parquet(tmp_path / f"{len(columns)}.parquet")
+        return tmp_path / f"{len(columns)}.parquet"
+
+    captioned, bare = parquet(text=["own", None, ""]), parquet()
+    assert "--instance_prompt" in message(DataConfig(dataset_name=str(captioned)), tmp_path / "hf")
+    assert "--instance_prompt" in message(DataConfig(dataset_name=str(bare)), tmp_path / "hf")
+    for streaming in (False, True):
+        stamps = []
+        for prompt in ("sks", "other"):
+            for path, expected in ((captioned, ["own", prompt, ""]), (bare, [prompt] * 3)):
+                config = DataConfig(dataset_name=str(path), streaming=streaming, instance_prompt=prompt)
+                source = open_source(config, str(tmp_path / "hf"))
+                assert [sample.captions for sample in samples_of(source)] == [(text,) for text in expected]
+            stamps.append((source.pieces()[0].stamp, samples_of(source)[0].stamp))
+        assert stamps[0][0] != stamps[1][0]  # the captions are read anew
+        assert stamps[0][1] == stamps[1][1]  # and no image
+    misspelt = DataConfig(dataset_name=str(captioned), caption_column="txet", instance_prompt="sks")
+    assert message(misspelt, tmp_path / "hf").startswith("--caption_column txet: ")
