@@ -179,9 +179,7 @@ def test_an_instance_prompt_serves_images_without_a_caption(folder: Path) -> Non
 
 def test_regularisation_images_have_captions_of_their_own(folder: Path) -> None:
     (folder / "1.txt").unlink()
-    with pytest.raises(
-        UserError, match=r"1 of 5 images have no caption.*the same with --instance_prompt"
-    ):
+    with pytest.raises(UserError, match=r"1 of 5 images have no caption.*the same with --instance_prompt"):
         open_source(DataConfig(train_data_dir=str(folder)), None)
     with pytest.raises(UserError, match=r"1 of 5 images have no caption.*beside each$"):
         open_regularisation(DataConfig(reg_data_dir=str(folder), instance_prompt="sks"))
