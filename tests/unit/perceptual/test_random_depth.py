@@ -2,6 +2,7 @@ import itertools
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 
 from lpl import LatentPerceptualLoss, PerceptualObjective
 from lpl.perceptual.random_depth import (
