@@ -4,13 +4,16 @@ What the host knows (shapes, dtypes, devices, graphs, timesteps and sigmas) is c
 device is read at the first calls alone (FirstCalls): each reading waits for the device.
 """
 
+import logging
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lpl.diffusion.prediction import expand
+from lpl.diffusion.prediction import FLOW_TYPES, expand, target_of
+
+logger = logging.getLogger(__name__)
 
 CLEAR_SIGMA = (0.05, 0.3)
 """Noise fractions at which the noise that noisy and clean latents imply tells right from wrong. Below, rounding counts;
@@ -42,7 +45,7 @@ def check_options(
     """
     if not callable(loss_fn) or hasattr(loss_fn, "decode"):
         raise ValueError(f"loss_fn is {given(loss_fn)}: pass LatentPerceptualLoss(vae)")
-    if isinstance(lpl_weight, str) and lpl_weight != "auto":
+    if lpl_weight is None or (isinstance(lpl_weight, str) and lpl_weight != "auto"):
         raise ValueError(f"lpl_weight {lpl_weight!r} is neither a number nor 'auto'")
     if lpl_weight != "auto" and not 0 <= float(lpl_weight) < math.inf:
         raise ValueError(f"lpl_weight must be 0 or more and finite, not {lpl_weight}")
@@ -202,7 +205,7 @@ class FirstCalls:
     """
 
     def __init__(self, calls: int) -> None:
-        self._left = dict.fromkeys(("noise", "weight", "gradient"), calls)
+        self._left = dict.fromkeys(("noise", "weight", "direction", "gradient"), calls)
 
     def is_open(self, check: str) -> bool:
         """Whether a check is still to be made."""
@@ -258,3 +261,38 @@ class FirstCalls:
                 f"of {spreads[worst]:.3g} where sigma is {float(sigma[worst]):.3g}, not about 1: is time reversed "
                 f"({hint}), or are noisy_latents and latents swapped, of another space, or not finite?"
             )
+
+    @torch.no_grad()
+    def direction(
+        self,
+        diffusion_gradient: Tensor,
+        model_output: Tensor,
+        noisy_latents: Tensor,
+        latents: Tensor,
+        sigma: Tensor,
+        prediction_type: str,
+    ) -> None:
+        """Warns where the diffusion loss draws a flow's output away from what prediction_type says it should be.
+
+        A loss that grows with |output - target| has a gradient along output - target; with the other sign of the target
+        that is reversed, at least while the output is small. A warning alone: a loss may be meant to repel.
+
+        Args:
+            diffusion_gradient, model_output, noisy_latents, latents: (B, C, ...).
+            sigma: (B,), on the CPU.
+            prediction_type: one of prediction.PREDICTION_TYPES.
+        """
+        rows = (sigma >= CLEAR_SIGMA[0]).nonzero().flatten()
+        if prediction_type not in FLOW_TYPES or not len(rows) or not self.due("direction"):
+            return
+        index, sigma = rows.to(latents.device), sigma[rows].to(noisy_latents.dtype)
+        x0 = latents[index].to(noisy_latents.dtype)
+        noise = x0 + (noisy_latents[index] - x0) / expand(sigma, x0)
+        error = model_output[index].to(x0.dtype) - target_of(x0, noise, 1 - sigma, sigma, prediction_type)
+        along = torch.cosine_similarity(diffusion_gradient[index].to(x0.dtype).flatten(1), error.flatten(1))
+        if float(along.mean()) < -0.5:
+            self._left["direction"] = 0
+            logger.warning(
+                "diffusion_loss draws model_output away from what prediction_type %r says it estimates: 'flow' is for "
+                "noise - latents, 'flow_to_data' for latents - noise", prediction_type,
+            )  # fmt: skip

@@ -209,6 +209,7 @@ class PerceptualObjective:
         elif diffusion_loss is not None and (g := diffusion_gradient(diffusion_loss, model_output)) is not None:
             # Of each sample's own loss, whatever the size of the micro-batch that its mean is taken over.
             diffusion_square = g.float().square().sum() * size**2
+            self._first.direction(g, model_output, noisy_latents, latents, sigma, self.prediction_type)
         if diffusion_square is not None:
             # LPL's is 0 unless samples pass: the share is one of means over all samples.
             metrics |= {"diffusion/gradient_square": diffusion_square / max(size, 1), "lpl/gradient_square": 0.0}

@@ -41,7 +41,7 @@ def gradient_of(out: Any, pred: Tensor, needed: bool) -> Tensor | None:
 
 def count_zero_gradients(
     per_sample: Tensor, gradient: Tensor, coefficient: Tensor, mask: Tensor | None
-) -> dict[str, Tensor]:
+) -> dict[str, Tensor | float]:
     """How many samples have a value that counts, and how many of these a gradient of exactly 0, as metrics.
 
     Args:

@@ -155,6 +155,7 @@ def test_an_empty_batch_is_an_exact_0(latent_distance, lpl_weight):
 
 WRONG_OPTIONS = [
     ({"lpl_weight": "Auto"}, "'Auto' is neither a number nor 'auto'"),
+    ({"lpl_weight": None}, "None is neither"),
     ({"lpl_weight": "1.0"}, "'1.0' is neither"),
     ({"lpl_weight": float("nan")}, "lpl_weight must be 0 or more and finite, not nan"),
     ({"lpl_weight": -1.0}, "not -1"),
@@ -264,6 +265,19 @@ def test_reversed_time_is_found_at_every_clear_noise_level():
             with pytest.raises(ValueError, match="is time reversed"):
                 FirstCalls(1).noise(noisy, latents, sigma, 1 - sigma, "sigmas")
     assert seen > 40
+
+
+@pytest.mark.parametrize("loss", [torch.nn.functional.mse_loss, torch.nn.functional.l1_loss])
+def test_velocity_of_the_other_sign_is_said_once(latent_distance, caplog, loss):
+    """From the diffusion loss, for a model that knows nothing yet; the right sign says nothing."""
+    velocity = randn(3, 4, 4, 8, 8)[1] - randn(3, 4, 4, 8, 8)[0]
+    for sign, kind, records in ((1, "flow", 0), (-1, "flow_to_data", 0), (1, "flow_to_data", 1), (-1, "flow", 1)):
+        caplog.clear()
+        objective, output = flow(latent_distance, prediction_type=kind), (0.1 * randn(4, 4, 8, 8)).requires_grad_()
+        for _ in range(3):
+            call(objective, model_output=output, diffusion_loss=loss(output, sign * velocity))
+        assert len(caplog.records) == records, (sign, kind)
+        assert not records or f"what prediction_type {kind!r} says" in caplog.text
 
 
 KINDS_OF_NOISE = {
