@@ -66,7 +66,10 @@ def main(model: str, data: str) -> None:
         optimizer.zero_grad()
         objective.end_step()
         if step % 10 == 0:
-            print(f"step {step}: diffusion {diffusion_loss.item():.4f}, weighted LPL {lpl.loss.item():.4f}")
+            metrics = lpl.read()  # an error where LPL's gradient is exactly 0
+            print(
+                f"step {step}: diffusion {diffusion_loss.item():.4f}, weighted LPL {metrics['lpl/weighted_loss']:.4f}"
+            )
 
     pipeline.save_pretrained("minimal-loop-output")
     print("saved to minimal-loop-output")

@@ -5,6 +5,7 @@ import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from lpl import LatentPerceptualLoss, PerceptualObjective
+from lpl.diffusion.prediction import add_noise, alpha_sigma_table
 from lpl.perceptual.distance import NORM_TYPES
 from lpl.testing import tiny_vae
 
@@ -91,11 +92,10 @@ def step(request, vaes):
     objective = PerceptualObjective(LatentPerceptualLoss(vaes[1]), scheduler, "auto", lpl_max_samples=2)
     sigmas = TIMESTEPS / 1000 if flow else None
     model_output, latents = random_latents(DEVICE, batch=4)
-    noisy_latents, mask, weight = (
-        model_output.detach() + latents,
-        torch.ones(4, 1, 8, 8).to(DEVICE),
-        torch.ones(4).to(DEVICE),
-    )
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    alpha, sigma = (1 - sigmas, sigmas) if flow else (c[TIMESTEPS].float() for c in alpha_sigma_table(scheduler))
+    noisy_latents = add_noise(latents, noise, alpha, sigma)
+    mask, weight = torch.ones(4, 1, 8, 8).to(DEVICE), torch.ones(4).to(DEVICE)
 
     def run():
         diffusion_loss = model_output.square().mean()
@@ -109,8 +109,9 @@ def step(request, vaes):
 
 
 def test_a_step_never_waits_for_the_device(step):
-    """Fails at an .item() a layer or step, and at a blocking copy."""
-    step()
+    """Fails at an .item() a layer or step, and at a blocking copy; the first three calls look at what they are fed."""
+    for _ in range(3):
+        step()
     torch.cuda.synchronize()
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
@@ -129,8 +130,10 @@ def test_objective_agrees_with_the_cpu(vaes, reduction):
     for vae, device in zip(vaes, ("cpu", DEVICE), strict=True):
         objective = PerceptualObjective(LatentPerceptualLoss(vae), DDPMScheduler(), lpl_reduction=reduction)
         model_output, latents = random_latents(device, batch=4)
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1)).to(device)
+        noisy_latents = DDPMScheduler().add_noise(latents, noise, TIMESTEPS.to(device))
         for timesteps in (TIMESTEPS, TIMESTEPS.to(device)):
-            term = objective(model_output, model_output.detach() + latents, latents, timesteps)
+            term = objective(model_output, noisy_latents, latents, timesteps)
             losses.append(term.loss.item())
             gradients.append(torch.autograd.grad(term.loss, model_output)[0])
     assert losses == pytest.approx([losses[0]] * 4, rel=1e-3)

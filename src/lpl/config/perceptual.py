@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -62,7 +63,10 @@ class LPLConfig:
 
     def __post_init__(self) -> None:
         weight = self.lpl_weight
-        require(weight == "auto" or float(weight) >= 0, f"--lpl_weight must be 0 or more, not {weight}")
+        require(
+            weight == "auto" or 0 <= float(weight) < math.inf,
+            f"--lpl_weight must be 0 or more and finite, not {weight}",
+        )
         require(
             0 < self.lpl_target_share < 1, f"--lpl_target_share must lie between 0 and 1, not {self.lpl_target_share}"
         )

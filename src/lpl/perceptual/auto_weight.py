@@ -1,10 +1,14 @@
 """The weight of LPL, set from measured gradients instead of guessed."""
 
+import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 MEASURED_SAMPLES = 256
 """Gated samples after which the weight is fixed."""
@@ -31,11 +35,18 @@ class AutoWeight:
     Measured over the first 256 gated samples of the run. Until then the weight of an optimizer step is the estimate
     from the steps before it (0 before the first gated sample); after that it is fixed and belongs in the checkpoint.
 
+    A weight of 0 is never fixed: LPL would be off for the whole run. The measurement begins anew, with a warning.
+
     Args:
         target_share: in (0, 1).
+
+    Raises:
+        ValueError: another target_share.
     """
 
     def __init__(self, target_share: float) -> None:
+        if not 0 < target_share < 1:
+            raise ValueError(f"lpl_target_share must lie between 0 and 1, not {target_share}")
         self.target_share = target_share
         self.weight: Tensor | float = 0.0
         self.fixed = False
@@ -43,25 +54,41 @@ class AutoWeight:
         self._squares: Tensor | None = None
         self._step_squares: Tensor | None = None
         self._step_samples = 0
+        self._step: int | None = None
+        self._warned = False
 
-    def measure(self, lpl_square: Tensor, diffusion_square: Tensor, gated: int) -> None:
+    def measure(self, lpl_square: Tensor, diffusion_square: Tensor, gated: int, step: int | None = None) -> None:
         """Adds one micro-batch.
 
         Args:
             lpl_square, diffusion_square: squared gradients at the model's output of LPL at weight 1 and of the
                 diffusion loss, each sample's of its own loss, summed over the micro-batch.
             gated: its gated samples.
+            step: the optimizer step, if the caller knows it.
 
         Raises:
             RuntimeError: end_step() was never called.
         """
         if self.fixed:
             return
+        if self._step_samples >= MEASURED_SAMPLES:
+            self._expect_end_step(step)
+        self._step = step if self._step_squares is None else self._step
         pair = torch.stack([lpl_square, diffusion_square]).float().detach()
         self._step_squares = pair if self._step_squares is None else self._step_squares + pair
         self._step_samples += gated
-        if self._step_samples > 64 * MEASURED_SAMPLES:
-            raise RuntimeError("lpl_weight 'auto' needs objective.end_step() after each optimizer step")
+
+    def _expect_end_step(self, step: int | None) -> None:
+        """Says that a step has measured all that is needed and does not end; many micro-batches may be one step."""
+        needed = "lpl_weight 'auto' needs objective.end_step() after each optimizer step"
+        if step != self._step or self._step_samples >= 64 * MEASURED_SAMPLES:
+            raise RuntimeError(f"{needed}: it has measured {self._step_samples} gated samples since the last")
+        if step is None and not self._warned:
+            self._warned = True
+            logger.warning(
+                "%s: it has measured %d gated samples since the last, and until then the weight stays %g (one step of "
+                "more samples than these is fine)", needed, self._step_samples, float(self.weight),
+            )  # fmt: skip
 
     def end_step(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
         """Takes over what the finished optimizer step measured.
@@ -80,8 +107,17 @@ class AutoWeight:
         self._step_squares, self._step_samples = None, 0
         lpl, diffusion = self._squares.unbind()
         self.weight = weight_of_share(self.target_share, lpl, diffusion).float()
-        if self.measured >= MEASURED_SAMPLES:
-            self.weight, self.fixed = float(self.weight), True
+        if self.measured < MEASURED_SAMPLES:
+            return
+        self.weight = float(self.weight)
+        self.fixed = 0 < self.weight < math.inf
+        if not self.fixed:
+            logger.warning(
+                "lpl_weight 'auto' measured %d gated samples and found a weight of %g: the gradient of LPL (%g) or of "
+                "the diffusion loss (%g) is 0 or not finite, as where every sample_weight or mask is 0; it measures on",
+                self.measured, self.weight, float(lpl.sqrt()), float(diffusion.sqrt()),
+            )  # fmt: skip
+            self.weight, self.measured, self._squares = 0.0, 0, None
 
     def discard_step(self) -> None:
         """Forgets what the optimizer step under way has measured; instead of end_step() where the step is left out."""

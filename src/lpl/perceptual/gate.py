@@ -11,6 +11,8 @@ DEFAULT_T_THRESHOLD = 200
 DEFAULT_SNR_GAMMA = 5.0
 GRID = 10**5
 """Values of sigma, uniform in (0, 1), on which a flow schedule's gate is tabulated."""
+FLOW_TIMESTEPS = 1000
+"""What t_threshold counts in where there is no scheduler."""
 
 
 class Gate:
@@ -22,11 +24,13 @@ class Gate:
     Source: Berrada et al., ICLR 2025, section 3.2, where it is sigma <= tau; t < 200 is the diffusers project's.
 
     Args:
-        noise_scheduler: a diffusers scheduler with alphas_cumprod, or a flow-matching one without.
+        noise_scheduler: a diffusers scheduler with alphas_cumprod, or a flow-matching one without; None: flow matching,
+            with sigma * 1000 as t.
         t_threshold, snr_threshold, sigma_threshold: at most one of them.
 
     Raises:
-        ValueError: more than one statement, one outside the schedule, or one that no timestep passes.
+        ValueError: more than one statement, one outside the schedule, or one that no timestep passes; a scheduler that
+            is neither.
     """
 
     def __init__(
@@ -39,10 +43,14 @@ class Gate:
         given = [v for v in (t_threshold, snr_threshold, sigma_threshold) if v is not None]
         if len(given) > 1:
             raise ValueError("contradictory gates: give one of lpl_t_threshold, lpl_snr_threshold, lpl_sigma_threshold")
-        self.num_timesteps = int(noise_scheduler.config.num_train_timesteps)
+        self.num_timesteps = FLOW_TIMESTEPS if noise_scheduler is None else _num_timesteps(noise_scheduler)
         self.is_flow = getattr(noise_scheduler, "alphas_cumprod", None) is None
+        if self.is_flow and noise_scheduler is not None:
+            _check_flow(noise_scheduler)
         if not given:
             t_threshold = min(DEFAULT_T_THRESHOLD, self.num_timesteps)
+        if t_threshold is not None and t_threshold != int(t_threshold):
+            raise ValueError(f"lpl_t_threshold counts timesteps of 0..{self.num_timesteps - 1}, so not {t_threshold}")
         if t_threshold is not None and not 0 < t_threshold <= self.num_timesteps:
             raise ValueError(
                 f"lpl_t_threshold {t_threshold} lies outside the schedule's 1..{self.num_timesteps} timesteps"
@@ -57,9 +65,9 @@ class Gate:
         if not self.table.any():
             raise ValueError(f"no timestep of the schedule passes the gate {self}")
 
-    def passes(self, timesteps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """Which samples pass, (B,) bool, on timesteps' device; alpha and sigma (B,) as in prediction.py."""
-        if self.is_flow:
+    def passes(self, timesteps: Tensor | None, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """Which samples pass, (B,) bool; alpha and sigma (B,) as in prediction.py, timesteps not used for flow."""
+        if self.is_flow or timesteps is None:
             return self._open(sigma * self.num_timesteps, alpha, sigma)
         return self.table.to(timesteps.device)[timesteps]
 
@@ -100,6 +108,27 @@ class Gate:
         if self.snr_threshold is not None:
             return f"SNR >= {self.snr_threshold}"
         return f"sigma <= {self.sigma_threshold}"
+
+
+def _num_timesteps(noise_scheduler: Any) -> int:
+    count = getattr(getattr(noise_scheduler, "config", None), "num_train_timesteps", None)
+    if count is None:
+        hint = "pass its .scheduler" if hasattr(noise_scheduler, "scheduler") else "pass a diffusers scheduler"
+        raise ValueError(f"noise_scheduler is a {type(noise_scheduler).__name__}: {hint}, or None for flow matching")
+    return int(count)
+
+
+def _check_flow(noise_scheduler: Any) -> None:
+    """Refuses what has no alphas_cumprod and is not x = (1 - sigma) * x0 + sigma * eps either."""
+    name, stated = type(noise_scheduler).__name__, getattr(noise_scheduler.config, "prediction_type", None)
+    sigmas = getattr(noise_scheduler, "sigmas", None)
+    most = 1.0 if sigmas is None or not len(sigmas) else float(max(sigmas))
+    if most > 1 or (stated is not None and not str(stated).startswith("flow")):
+        found = f"sigmas of up to {most:.4g}" if most > 1 else f"prediction_type {stated!r}"
+        raise ValueError(
+            f"{name} has no alphas_cumprod, and {found}: it is neither a discrete nor a flow-matching schedule; where "
+            "your latents are (1 - sigma) * x0 + sigma * noise pass noise_scheduler=None and prediction_type='flow'"
+        )
 
 
 def snr_scale(snr: Tensor, gamma: float | None) -> Tensor:

@@ -21,6 +21,7 @@ from lpl.perceptual.crop import Crop
 from lpl.perceptual.decoders import decoder_taps
 from lpl.perceptual.distance import NORM_TYPES, FeatureDistance, batch_scale
 from lpl.perceptual.forward_gradient import WithGradient
+from lpl.perceptual.input_checks import check_mask, check_mask_values, given
 from lpl.perceptual.random_depth import reach_probabilities
 from lpl.perceptual.segment import Segment
 from lpl.perceptual.sweep import compare, see_target
@@ -29,6 +30,9 @@ logger = logging.getLogger(__name__)
 
 CHUNK_PIXELS = 256 * 256
 """Pixels that `chunk=None` sends through the decoder at once, where one sample has fewer."""
+
+READ_MASKS = 3
+"""Calls with a mask whose values are checked; reading them waits for the device."""
 
 
 class LPLOutput(NamedTuple):
@@ -105,6 +109,8 @@ class LatentPerceptualLoss:
             raise ValueError(f"num_blocks must be 0 or more, not {num_blocks}")
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk must be at least 1, not {chunk}")
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ValueError(f"dtype {dtype!r} is no floating-point torch.dtype, such as torch.float32")
         decoder = decoder_taps(vae)
         if num_blocks > decoder.num_up_blocks:
             logger.warning(
@@ -125,6 +131,7 @@ class LatentPerceptualLoss:
         self.distances = [FeatureDistance(norm_type, loss_type, t.stride, remove_outliers, fuse) for t in self.taps]
         self.crop = None if crop is None else max(1, crop // self.taps[0].stride)
         self.reach = reach_probabilities(len(self.taps), random_depth)
+        self._unread_masks = READ_MASKS
 
     @torch.compiler.disable
     def __call__(
@@ -141,14 +148,16 @@ class LatentPerceptualLoss:
         Args:
             pred_latents: (B, C, h, w), model space, any float dtype.
             target_latents: (B, C, h, w), model space; no gradient flows into it.
-            mask: (B, 1, h, w) in [0, 1]: how much each location counts. None: everywhere alike.
+            mask: (B, 1, h, w), 0 or more: how much each location counts, in a mean of that weight. None: everywhere
+                alike.
             depth: with random_depth, how many taps are compared. None: all, each with its full weight.
             windows: with crop, (B, 2) numbers in [0, 1), on the CPU: where each sample's window lies, from top left
                 to bottom right.
 
         Raises:
-            ValueError: shapes that do not fit each other or the VAE, a depth or windows without the option or the
-                option without windows, or a decoder in training mode or changed dtype.
+            ValueError: shapes or devices that do not fit each other or the VAE, a depth or windows without the option
+                or the option without windows, a decoder in training mode or changed dtype, or, in the first calls, a
+                mask with negative values.
         """
         self._check(pred_latents, target_latents, mask, depth, windows)
         with_gradient = torch.is_grad_enabled() and pred_latents.requires_grad
@@ -237,12 +246,17 @@ class LatentPerceptualLoss:
     def _check(
         self, pred: Tensor, target: Tensor, mask: Tensor | None, depth: int | None, windows: Tensor | None
     ) -> None:
-        if pred.shape != target.shape or pred.dim() != 4 or not len(pred):
-            raise ValueError(f"latents must be two (B, C, h, w) of one shape, not {pred.shape} and {target.shape}")
+        if pred.shape != target.shape or pred.device != target.device or pred.dim() != 4 or not pred.numel():
+            raise ValueError(
+                f"latents: {given(pred)} and {given(target)}; pass two (B, C, h, w) of one shape, on one device"
+            )
         if pred.shape[1] != self.decoder.latent_channels:
             raise ValueError(f"latents have {pred.shape[1]} channels, the VAE's have {self.decoder.latent_channels}")
-        if mask is not None and mask.shape != (len(pred), 1, *pred.shape[2:]):
-            raise ValueError(f"the mask of latents {tuple(pred.shape)} must be (B, 1, h, w), not {tuple(mask.shape)}")
+        if mask is not None:
+            check_mask(mask, pred)
+            if self._unread_masks:
+                self._unread_masks -= 1
+                check_mask_values(mask)
         if depth is not None and (self.reach is None or not 1 <= depth <= len(self.taps)):
             raise ValueError(f"depth {depth} needs random_depth and must lie in 1..{len(self.taps)}")
         if (windows is None) != (self.crop is None) or (windows is not None and windows.shape != (len(pred), 2)):
@@ -253,6 +267,8 @@ class LatentPerceptualLoss:
             weight = next(module.parameters())
             if self.copied and weight.device != pred.device:
                 module.to(pred.device)
+            elif weight.device != pred.device:
+                raise ValueError(f"the VAE is on {weight.device}, the latents on {pred.device}: move one of them")
             if weight.dtype != self.dtype:
                 raise ValueError(f"the VAE was cast to {weight.dtype} after the loss was built for {self.dtype}")
 

@@ -7,8 +7,9 @@ is lpl_weight / p_gate. Differs from the diffusers project: that divides by the 
 (lpl_reduction="gated"), which makes the weight depend on the batch size.
 """
 
+import logging
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,19 +26,26 @@ from lpl.diffusion.prediction import (
 )
 from lpl.perceptual.auto_weight import AutoWeight
 from lpl.perceptual.gate import Gate, snr_scale
-from lpl.perceptual.loss import LatentPerceptualLoss, LPLOutput
+from lpl.perceptual.input_checks import (
+    FirstCalls,
+    check_latents,
+    check_mask,
+    check_options,
+    check_sigmas,
+    check_timesteps,
+    check_windows,
+    diffusion_gradient,
+    per_sample,
+)
+from lpl.perceptual.loss import LatentPerceptualLoss
 from lpl.perceptual.random_depth import depth_of
+from lpl.perceptual.term import PerceptualTerm, describe
+from lpl.perceptual.zero_gradient import count_zero_gradients, gradient_of
 
+logger = logging.getLogger(__name__)
 
-class PerceptualTerm(NamedTuple):
-    """LPL of one micro-batch."""
-
-    loss: Tensor
-    """Scalar, weighted: add it to the diffusion loss. An exact 0 without graph where no sample passed the gate."""
-    metrics: dict[str, Tensor | float]
-    """Scalars on the device, detached: reading one synchronises, keeping it does not."""
-    num_samples: int
-    """Samples that went through the decoder."""
+IDLE_SAMPLES = 100
+"""Samples that should have passed the gate by its probability, before none having passed is a warning."""
 
 
 class PerceptualObjective:
@@ -45,9 +53,14 @@ class PerceptualObjective:
 
     Pass timesteps and sigmas on the CPU where they were drawn there: the gate then costs no synchronisation.
 
+    What is handed over is checked: shapes, devices, graphs, timesteps and sigmas at every call; what lies on the device
+    (whether sigma is the noise fraction of noisy_latents, finite weights, a gradient of exactly 0) at the first
+    `checked_calls` calls and where PerceptualTerm.read() is called.
+
     Args:
-        loss_fn: the loss.
-        noise_scheduler: a diffusers scheduler: one with alphas_cumprod, or a flow-matching one (then pass sigmas).
+        loss_fn: the loss, or another callable of its signature that returns an LPLOutput.
+        noise_scheduler: a diffusers scheduler: one with alphas_cumprod, or a flow-matching one (then pass sigmas); None
+            for flow matching, with prediction_type.
         lpl_weight: against the diffusion loss; "auto" sets it from measured gradients (AutoWeight): pass
             diffusion_loss with every call and call end_step() after every optimizer step.
         lpl_t_threshold, lpl_snr_threshold, lpl_sigma_threshold: the gate, one of them; t < 200 where none is given.
@@ -61,9 +74,11 @@ class PerceptualObjective:
         prediction_type: one of diffusion.prediction.PREDICTION_TYPES; None: the scheduler's ("flow" without
             alphas_cumprod).
         seed: of the depths that a loss with random_depth stops at.
-        lpl_start, lpl_warmup_steps: with n = lpl_warmup_steps above 0 the weight of optimizer step s (pass step with
-            every call) is multiplied by min(1, (s - lpl_start + 1) / (n + 1)): n steps of a linear ramp. "auto"
-            measures without the ramp, so its weight is that of the whole run, and what acts is the product of both.
+        lpl_start, lpl_warmup_steps: where one of them is above 0 the weight of optimizer step s (pass step with every
+            call) is multiplied by min(1, (s - lpl_start + 1) / (n + 1)), n = lpl_warmup_steps, and is 0 before
+            lpl_start: n steps of a linear ramp. "auto" measures without the ramp, so its weight is that of the whole
+            run, and what acts is the product of both.
+        checked_calls: calls whose values on the device are checked, a synchronisation or a few each; 0: none.
 
     Raises:
         ValueError: options that contradict each other or the schedule.
@@ -88,15 +103,14 @@ class PerceptualObjective:
         seed: int = 0,
         lpl_start: int = 0,
         lpl_warmup_steps: int = 0,
+        checked_calls: int = 3,
     ) -> None:
-        if lpl_warmup_steps < 0:
-            raise ValueError(f"lpl_warmup_steps must be 0 or more, not {lpl_warmup_steps}")
-        if lpl_reduction not in ("expected", "gated"):
-            raise ValueError(f"lpl_reduction {lpl_reduction!r} is neither expected nor gated")
-        if lpl_max_samples is not None and lpl_max_samples < 1:
-            raise ValueError(f"lpl_max_samples must be at least 1, not {lpl_max_samples}")
-        if snr_gamma is not None and snr_gamma <= 0:
-            raise ValueError(f"snr_gamma must be positive, not {snr_gamma}")
+        check_options(loss_fn, lpl_weight, lpl_reduction, lpl_max_samples, snr_gamma, lpl_start, lpl_warmup_steps)
+        if noise_scheduler is None and prediction_type not in FLOW_TYPES:
+            raise ValueError(
+                f"noise_scheduler is None and prediction_type {prediction_type!r}: without a scheduler say what the "
+                "flow-matching model predicts: 'flow' (noise - latents) or 'flow_to_data' (latents - noise)"
+            )
         self.loss_fn = loss_fn
         self.gate = Gate(noise_scheduler, lpl_t_threshold, lpl_snr_threshold, lpl_sigma_threshold)
         self.p_gate = self.gate.probability(p_gate)
@@ -110,7 +124,11 @@ class PerceptualObjective:
         self.prediction_type = prediction_type or own
         if self.prediction_type not in (FLOW_TYPES if self.gate.is_flow else DISCRETE_TYPES):
             kind = "a flow-matching" if self.gate.is_flow else "a discrete"
-            raise ValueError(f"prediction type {self.prediction_type!r} does not go with {kind} schedule")
+            fits = ", ".join(FLOW_TYPES if self.gate.is_flow else DISCRETE_TYPES)
+            raise ValueError(
+                f"prediction type {self.prediction_type!r} does not go with {kind} schedule, which has {fits}"
+                + "; for flow matching pass noise_scheduler=None" * (not self.gate.is_flow)
+            )
         if (
             self._table is not None
             and self.prediction_type == "epsilon"
@@ -119,6 +137,8 @@ class PerceptualObjective:
             raise ValueError(
                 "epsilon prediction says nothing where alpha is 0 (zero-terminal SNR): close the gate there"
             )
+        self._first = FirstCalls(checked_calls)
+        self._seen = self._passed = 0
 
     @property
     def weight(self) -> Tensor | float:
@@ -130,7 +150,7 @@ class PerceptualObjective:
         model_output: Tensor,
         noisy_latents: Tensor,
         latents: Tensor,
-        timesteps: Tensor,
+        timesteps: Tensor | None = None,
         sigmas: Tensor | None = None,
         sample_weight: Tensor | None = None,
         mask: Tensor | None = None,
@@ -141,47 +161,62 @@ class PerceptualObjective:
         """LPL of one micro-batch.
 
         Args:
-            model_output: (B, C, h, w), any float dtype; gradients flow into it alone.
+            model_output: (B, C, h, w), any float dtype; gradients flow into it alone. B = 0 gives an exact 0.
             noisy_latents: (B, C, h, w), float32, model space, exactly as they were made.
             latents: (B, C, h, w), the clean ones, model space.
             timesteps: (B,), integer timesteps of the schedule; not used for flow matching.
-            sigmas: (B,), float32, flow matching: the ones that made noisy_latents.
+            sigmas: (B,), float32, flow matching alone: the noise fractions in [0, 1] that made noisy_latents.
             sample_weight: (B,), multiplies each sample's LPL.
-            mask: (B, 1, h, w) in [0, 1]: where LPL counts.
+            mask: (B, 1, h, w), 0 or more: how much each location counts, in a mean of that weight.
             diffusion_loss: the scalar that LPL is added to, for the gradient meter; its graph is kept.
             step: the optimizer step, the same on every process: with the seed it decides how deep a loss with
                 random_depth goes. While "auto" measures, that is all the way. Needed for lpl_warmup_steps, too.
             windows: (B, 2) in [0, 1), for a loss with crop: where each sample's window lies.
 
+        Per-sample values may be (B, 1) or (B, 1, 1, 1), too.
+
         Raises:
-            ValueError: half-precision noisy_latents, missing sigmas, "auto" without diffusion_loss, random_depth
-                or lpl_warmup_steps without step, or crop without windows.
+            ValueError: what does not fit the above or one another, a scheduler's timesteps or sigmas outside of its
+                range, "auto" without diffusion_loss, random_depth, lpl_start or lpl_warmup_steps without step, or crop
+                without windows; in the first calls, values on the device that cannot be right.
+            RuntimeError: LPL's gradient is exactly 0 in the first calls, or "auto" without end_step().
         """
-        if noisy_latents.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"noisy_latents are {noisy_latents.dtype}: pass the float32 ones, not their cast")
+        check_latents(model_output, noisy_latents, latents)
         if self.auto is not None and diffusion_loss is None:
             raise ValueError("lpl_weight 'auto' measures gradients: pass diffusion_loss=")
+        size = len(model_output)
         depth, weight = self._depth(step), self.weight * self._ramp(step)
-        timesteps, sigmas = timesteps.cpu(), None if sigmas is None else sigmas.cpu()
-        alpha, sigma = self._coefficients(timesteps, sigmas)
+        timesteps, alpha, sigma = self._coefficients(timesteps, sigmas, size)
+        if sample_weight is not None:
+            sample_weight = per_sample(sample_weight, size, "sample_weight")
+            self._first.weights(sample_weight)
+        if mask is not None:
+            check_mask(mask, latents)
+        if windows is not None:
+            check_windows(windows, size)
+        self._first.noise(noisy_latents, latents, alpha, sigma, "sigmas" if self.gate.is_flow else "timesteps")
         passed = self.gate.passes(timesteps, alpha, sigma).nonzero().flatten()
-        size, gated = len(model_output), len(passed)
+        gated = len(passed)
+        self._expect_gated(size, gated)
         metrics: dict[str, Tensor | float] = {
             "lpl/num_samples": float(gated),
-            "lpl/application_ratio": gated / size,
+            "lpl/application_ratio": gated / max(size, 1),
             "lpl/weight": weight,
         }
         diffusion_square = None
-        if diffusion_loss is not None and diffusion_loss.requires_grad:
-            (g,) = torch.autograd.grad(diffusion_loss, model_output, retain_graph=True)
+        if diffusion_loss is not None and not size:  # a mean over nothing; "auto" takes part in its sum all the same
+            diffusion_square = torch.zeros((), device=model_output.device)
+        elif diffusion_loss is not None and (g := diffusion_gradient(diffusion_loss, model_output)) is not None:
             # Of each sample's own loss, whatever the size of the micro-batch that its mean is taken over.
             diffusion_square = g.float().square().sum() * size**2
+            self._first.direction(g, model_output, noisy_latents, latents, sigma, self.prediction_type)
+        if diffusion_square is not None:
             # LPL's is 0 unless samples pass: the share is one of means over all samples.
-            metrics |= {"diffusion/gradient_square": diffusion_square / size, "lpl/gradient_square": 0.0}
+            metrics |= {"diffusion/gradient_square": diffusion_square / max(size, 1), "lpl/gradient_square": 0.0}
         if not gated:
             metrics["lpl/weighted_loss"] = 0.0
             if self.auto is not None and diffusion_square is not None:
-                self.auto.measure(torch.zeros_like(diffusion_square), diffusion_square, 0)
+                self.auto.measure(torch.zeros_like(diffusion_square), diffusion_square, 0, step)
             return PerceptualTerm(torch.zeros((), device=model_output.device), metrics, 0)
 
         chosen = passed[: self.lpl_max_samples]
@@ -194,23 +229,31 @@ class PerceptualObjective:
         coefficient = coefficient.to(index.device, non_blocking=True)
         if sample_weight is not None:
             coefficient = coefficient * sample_weight.to(index.device, non_blocking=True)[index]
+        mask = None if mask is None else mask[index]
         pred = x0_from_output(model_output[index], noisy_latents[index], alpha, sigma, self.prediction_type)
         out = self.loss_fn(
             pred,
             latents[index],
-            None if mask is None else mask[index],
+            mask,
             depth=depth,
             windows=None if windows is None else windows[chosen],
         )
+        acts = self.auto is not None or bool(weight)
+        gradient = gradient_of(out, pred, acts and (self._measuring or self._first.is_open("gradient")))
         loss = weight * (coefficient * out.per_sample).sum()
-        metrics |= _describe(out, snr) | {"lpl/weighted_loss": loss.detach()}
-        if out.gradient is not None and diffusion_square is not None:
+        metrics |= describe(out, snr) | {"lpl/weighted_loss": loss.detach()}
+        if gradient is not None and acts:
+            counts = count_zero_gradients(out.per_sample, gradient, coefficient, mask)
+            metrics |= counts
+            if self._first.due("gradient"):
+                PerceptualTerm(loss, counts, len(chosen)).read()
+        if gradient is not None and diffusion_square is not None:
             sensitivity = output_sensitivity(alpha, sigma, self.prediction_type)
             factor = coefficient * sensitivity.to(index.device, non_blocking=True)
-            unit_square = (expand(factor, out.gradient) * out.gradient).float().square().sum() * size**2
+            unit_square = (expand(factor, gradient) * gradient).float().square().sum() * size**2
             metrics["lpl/gradient_square"] = unit_square * weight**2 / size
             if self.auto is not None:
-                self.auto.measure(unit_square, diffusion_square, gated)
+                self.auto.measure(unit_square, diffusion_square, gated, step)
         return PerceptualTerm(loss, metrics, len(chosen))
 
     def end_step(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
@@ -219,45 +262,50 @@ class PerceptualObjective:
             self.auto.end_step(reduce)
 
     def _depth(self, step: int | None) -> int | None:
-        reach = self.loss_fn.reach
-        if reach is None or (self.auto is not None and not self.auto.fixed):
+        reach = getattr(self.loss_fn, "reach", None)
+        if reach is None or self._measuring:
             return None
         if step is None:
             raise ValueError("the loss stops at a random depth: pass step=, the optimizer step")
         return depth_of(keyed_uniform(self.seed, "lpl_depth", step), reach)
 
     def _ramp(self, step: int | None) -> float:
-        if self.lpl_warmup_steps == 0:
+        if self.lpl_start == self.lpl_warmup_steps == 0:
             return 1.0
         if step is None:
-            raise ValueError("lpl_warmup_steps needs step=, the optimizer step")
+            raise ValueError(
+                f"{'lpl_warmup_steps' if self.lpl_warmup_steps else 'lpl_start'} needs step=, the optimizer step"
+            )
         return min(1.0, max(0, step - self.lpl_start + 1) / (self.lpl_warmup_steps + 1))
 
-    def _coefficients(self, timesteps: Tensor, sigmas: Tensor | None) -> tuple[Tensor, Tensor]:
-        if self._table is not None:
-            return self._table[0][timesteps], self._table[1][timesteps]
-        if sigmas is None:
-            raise ValueError("flow matching: pass sigmas, the float32 ones that made noisy_latents")
-        return 1 - sigmas.double(), sigmas.double()
+    def _coefficients(
+        self, timesteps: Tensor | None, sigmas: Tensor | None, size: int
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Timesteps (not for flow matching), alpha and sigma, (B,), on the CPU."""
+        if self._table is None:
+            sigma = check_sigmas(sigmas, size)
+            return None, 1 - sigma, sigma
+        if sigmas is not None:
+            raise ValueError("sigmas are for flow matching: this schedule has its own, so pass timesteps alone")
+        timesteps = check_timesteps(timesteps, size, self.gate.num_timesteps)
+        return timesteps, self._table[0][timesteps], self._table[1][timesteps]
+
+    def _expect_gated(self, size: int, gated: int) -> None:
+        """Warns once where the gate stays shut that should have passed IDLE_SAMPLES samples by now."""
+        before, self._seen, self._passed = self._seen, self._seen + size, self._passed + gated
+        if not self._passed and before * self.p_gate < IDLE_SAMPLES <= self._seen * self.p_gate:
+            logger.warning(
+                "LPL has applied to none of %d samples, though its gate %s should pass %.3g %% of them: are these the "
+                "%s that made noisy_latents, and is p_gate that of your draws?",
+                self._seen, self.gate, 100 * self.p_gate, "sigmas" if self.gate.is_flow else "timesteps",
+            )  # fmt: skip
+
+    @property
+    def _measuring(self) -> bool:
+        return self.auto is not None and not self.auto.fixed
 
 
 def gradient_share(lpl_square: float, diffusion_square: float) -> float:
     """r_lpl / (r_lpl + r_diffusion) from mean squared gradients; 0 where both are 0."""
     lpl, diffusion = lpl_square**0.5, diffusion_square**0.5
     return lpl / (lpl + diffusion) if lpl > 0 else 0.0
-
-
-def _describe(out: LPLOutput, snr: Tensor) -> dict[str, Tensor | float]:
-    metrics: dict[str, Tensor | float] = {
-        "lpl/loss": out.per_sample.detach().mean(),
-        "lpl/snr_mean": snr.mean(),
-        "lpl/snr_min": snr.min(),
-        "lpl/snr_max": snr.max(),
-    }
-    for i, tap in enumerate(out.per_layer):
-        prefix = f"lpl/features/layer_{i}"
-        metrics[f"{prefix}/distance"] = out.per_layer[tap].mean()
-        metrics[f"{prefix}/outlier_ratio"] = out.outlier_fraction[tap].mean()
-        metrics[f"{prefix}/mean"] = out.feature_mean[tap].mean()
-        metrics[f"{prefix}/std"] = out.feature_std[tap].mean()
-    return metrics

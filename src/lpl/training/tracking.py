@@ -12,7 +12,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from lpl.errors import TrainingStoppedError
 from lpl.perceptual.objective import gradient_share
+from lpl.perceptual.zero_gradient import zero_gradient
 
 logger = logging.getLogger("lpl")
 
@@ -124,8 +126,15 @@ class Tracker:
         self._time += seconds
 
     def log(self, step: int, extra: dict[str, float]) -> dict[str, float]:
-        """Logs everything since the last log under diffusers' names; returns it."""
+        """Logs everything since the last log under diffusers' names; returns it.
+
+        Raises:
+            TrainingStoppedError: LPL's gradient was exactly 0 in all of it, in every process.
+        """
         metrics = self.window.read()
+        fault = zero_gradient(metrics)
+        for name in ("lpl/samples_with_loss", "lpl/samples_without_gradient"):
+            metrics.pop(name, None)
         done = step - (self._step or 0)
         lpl_square, diffusion_square = (
             metrics.pop("lpl/gradient_square", 0.0),
@@ -146,6 +155,8 @@ class Tracker:
             metrics["lpl/memory/reserved"] = torch.cuda.memory_reserved() / 2**20
         metrics |= extra
         self.accelerator.log(metrics, step=step)
+        if fault is not None:
+            raise TrainingStoppedError(f"step {step}: {fault} ({self.weight_option})")
         return metrics
 
     def _judge(self, lpl_square: float, diffusion_square: float, steps: int, metrics: dict[str, float]) -> None:

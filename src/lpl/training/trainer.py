@@ -188,7 +188,10 @@ class Trainer:
                         extra["gradient_norm"] = float(gradient_norm)
                     if (rate := adapted_rate(self.trained.optimizer)) is not None:
                         extra["adapted_learning_rate"] = float(rate)
-                    metrics = self.tracker.log(self.step, extra)
+                    try:
+                        metrics = self.tracker.log(self.step, extra)
+                    except TrainingStoppedError as error:
+                        raise self._stopped(error) from error
                     shown = {"loss": "train_loss", "lpl": "lpl/weighted_loss", "share": "lpl/gradient_share"}
                     bar.set_postfix({k: f"{metrics[name]:.3g}" for k, name in shown.items() if name in metrics})
                 started = time.perf_counter()
@@ -256,8 +259,7 @@ class Trainer:
         try:
             norm = fused(self.accelerator.backward, loss, self.step + 1)
         except TrainingStoppedError as error:
-            self.accelerator.end_training()
-            raise TrainingStoppedError(f"{error}; {last_checkpoint(self.folder)}") from error
+            raise self._stopped(error) from error
         self.trained.optimizer.step()  # finds no gradient; says to accelerate and to the schedule that a step was made
         return norm
 
@@ -269,8 +271,11 @@ class Trainer:
         if why is not None:
             if self.step != self.state.saved_at:
                 self.state.save(self.step, prune=False)
-            self.accelerator.end_training()
-            raise TrainingStoppedError(f"{why}; {last_checkpoint(self.folder)}")
+            raise self._stopped(why)
+
+    def _stopped(self, why: str | Exception) -> TrainingStoppedError:
+        self.accelerator.end_training()
+        return TrainingStoppedError(f"{why}; {last_checkpoint(self.folder)}")
 
     def _writer(self, whole_pipeline: bool) -> Callable[[Path], None]:
         """What writes the trained weights as they are into a folder; every process must call it, one writes."""

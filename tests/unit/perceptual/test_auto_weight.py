@@ -1,4 +1,5 @@
 import json
+import logging
 
 import pytest
 import torch
@@ -209,3 +210,41 @@ def test_a_number_is_taken_as_it_is(sdxl_scheduler, latent_distance):
     run_step(objective, make_batch(sdxl_scheduler, 16, 0), [16])
     assert objective.weight == 1.5
     assert objective.auto is None
+
+
+def test_end_step_that_is_missing_is_said_once_enough_is_measured(sdxl_scheduler, latent_distance, caplog):
+    """A warning where the steps are not known, an error where they are; one step of many samples is neither."""
+    batch = make_batch(sdxl_scheduler, 600, 0)
+    output, noisy, latents, timesteps, noise = batch
+
+    def measure(objective, **options):
+        objective(output, noisy, latents, timesteps, diffusion_loss=(output - noise).square().mean(), **options)
+
+    objective = PerceptualObjective(latent_distance, sdxl_scheduler, "auto")
+    with caplog.at_level(logging.WARNING):
+        measure(objective)
+        assert not caplog.records
+        measure(objective)
+        measure(objective)
+        assert len(caplog.records) == 1
+    assert "needs objective.end_step()" in caplog.text
+    caplog.clear()
+    objective = PerceptualObjective(latent_distance, sdxl_scheduler, "auto")
+    for _ in range(3):
+        measure(objective, step=7)
+    assert not caplog.records
+    with pytest.raises(RuntimeError, match=r"needs objective\.end_step\(\) .* measured \d+ gated samples"):
+        measure(objective, step=8)
+
+
+def test_a_weight_of_0_is_never_fixed(caplog):
+    """Every sample weight was 0, say: it is said, and measured anew."""
+    auto = AutoWeight(0.5)
+    with caplog.at_level(logging.WARNING):
+        auto.measure(*squares(0.0, 9.0), 256)
+        auto.end_step()
+    assert "found a weight of 0: the gradient of LPL (0) or of the diffusion loss (3)" in caplog.text
+    assert (auto.fixed, auto.measured) == (False, 0)
+    auto.measure(*squares(1.0, 4.0), 256)
+    auto.end_step()
+    assert (auto.fixed, auto.weight) == (True, 2)

@@ -100,7 +100,10 @@ def test_objective_weighs_and_masks_the_gated_samples(vae, random_latents):
     mask, timesteps = make_mask(4).flip(0), torch.tensor([10, 900, 20, 30])
     weights = torch.tensor([1.0, 1.0, 0.5, 2.0])
     objective = PerceptualObjective(LatentPerceptualLoss(vae), scheduler, 0.7, lpl_t_threshold=200, lpl_scale=False)
-    term = objective(pred, torch.zeros_like(target), target, timesteps, sample_weight=weights, mask=mask)
+    noisy = scheduler.add_noise(
+        target, torch.randn(target.shape, generator=torch.Generator().manual_seed(1)), timesteps
+    )
+    term = objective(pred, noisy, target, timesteps, sample_weight=weights, mask=mask)
     per_sample = textbook_lpl(vae, pred, target, inside=mask)
     gated = torch.tensor([True, False, True, True])
     expected = 0.7 * (weights * gated * per_sample).sum() / (4 * 0.2)

@@ -2,6 +2,7 @@ import itertools
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 
 from lpl import LatentPerceptualLoss, PerceptualObjective
 from lpl.perceptual.random_depth import (
@@ -119,10 +120,11 @@ class Recorder:
 
 def call(objective, step):
     generator = torch.Generator().manual_seed(0)
-    output, noisy, latents = (torch.randn(2, 4, 4, 4, generator=generator) for _ in range(3))
+    output, noise, latents = (torch.randn(2, 4, 4, 4, generator=generator) for _ in range(3))
     output.requires_grad_()
-    loss = (output - latents).square().mean()
-    return objective(output, noisy, latents, torch.tensor([10, 20]), diffusion_loss=loss, step=step)
+    loss, timesteps = (output - latents).square().mean(), torch.tensor([10, 20])
+    noisy = DDPMScheduler().add_noise(latents, noise, timesteps)
+    return objective(output, noisy, latents, timesteps, diffusion_loss=loss, step=step)
 
 
 def test_objective_draws_the_depth_from_seed_and_step(latent_distance, sdxl_scheduler):

@@ -10,10 +10,11 @@ from lpl.perceptual.objective import PerceptualObjective
 
 def term_at(objective, step, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    latents, noisy, output = (torch.randn(4, 4, 4, 4, generator=generator) for _ in range(3))
+    latents, noise, output = (torch.randn(4, 4, 4, 4, generator=generator) for _ in range(3))
     output.requires_grad_()
     diffusion_loss = output.square().mean()
     t = torch.tensor([10, 50, 100, 900])
+    noisy = DDPMScheduler().add_noise(latents, noise, t)
     return objective(output, noisy, latents, t, diffusion_loss=diffusion_loss, step=step)
 
 
@@ -44,6 +45,15 @@ def test_auto_measures_as_without_the_ramp(vae):
         ramped.end_step()
         assert plain.auto.state_dict() == ramped.auto.state_dict()
     assert float(plain.auto.weight) > 0
+
+
+def test_start_alone_acts_as_well(vae):
+    """Without a ramp the weight is 0 before lpl_start and whole from it on."""
+    plain = term_at(build(vae, lpl_weight=2.0), 0)
+    late = build(vae, lpl_weight=2.0, lpl_start=5)
+    assert [term_at(late, step).loss.item() for step in (4, 5)] == [0, plain.loss.item()]
+    with pytest.raises(ValueError, match="lpl_start needs step"):
+        term_at(late, None)
 
 
 def test_ramp_needs_the_step(vae):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from lpl.errors import TrainingStoppedError
 from lpl.training.tracking import MetricWindow, Tracker
 
 
@@ -108,6 +109,33 @@ def test_share_is_judged_by_samples_however_seldom_it_is_logged(caplog: pytest.L
             tracker.window.add(metrics(1e-9, 1.0), 4)
         tracker.log(8, {})
     assert "idles" in caplog.text
+
+
+def test_gradient_of_exactly_0_stops_once_it_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all gated samples of all micro-batches and processes that should have one; it is no metric of its own."""
+
+    def counts(with_loss: float, without: float) -> dict[str, Any]:
+        pair = {"lpl/samples_with_loss": with_loss, "lpl/samples_without_gradient": without}
+        return metrics(0.0, 1.0) | {name: torch.tensor(value) for name, value in pair.items()}
+
+    def log(*parts: dict[str, Any], elsewhere: dict[str, Any] | None = None) -> dict[str, float]:
+        tracker = Tracker(Recorder(), 4, "--lpl_weight 2.0")  # type: ignore[arg-type]
+        for part in parts:
+            tracker.window.add(part, 3)
+        other = {name: (float(value), 1.0) for name, value in (elsewhere or {}).items()}
+        monkeypatch.setattr("lpl.training.tracking.gather_object", lambda mine: [*mine, other])
+        return tracker.log(5, {})
+
+    for right in (
+        [counts(3, 1), counts(2, 2)],  # some have one
+        [counts(0, 0)],  # none should
+        [metrics(0.0, 1.0)],  # none was gated
+    ):
+        assert not any("samples_with" in name for name in log(*right))
+    log(counts(3, 3), elsewhere=counts(3, 2))
+    for wrong in ([counts(3, 3), counts(0, 0)], [counts(1, 1), metrics(0.0, 1.0)]):
+        with pytest.raises(TrainingStoppedError, match=r"^step 5: .* exactly 0 .*\(--lpl_weight 2\.0\)$"):
+            log(*wrong, elsewhere=counts(2, 2))
 
 
 def test_weight_0_is_no_idling(caplog: pytest.LogCaptureFixture) -> None:

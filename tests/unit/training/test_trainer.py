@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lpl.families.sdxl as sdxl
+import lpl.perceptual.loss
+from lpl.perceptual.input_checks import FirstCalls
 from lpl.perceptual.loss import LatentPerceptualLoss
 from lpl.training.validation_images import NARROWEST
 
@@ -210,6 +212,33 @@ def test_decoder_of_lpl_runs_in_float32_outside_autocast(train: Any, monkeypatch
     monkeypatch.setattr(LatentPerceptualLoss, "__call__", spy)
     train(mixed_precision="bf16", lpl_t_threshold=1000, max_train_steps=1)
     assert set(seen) == {(torch.float32, torch.float32)}
+
+
+@pytest.mark.parametrize("weight", [1.0, "auto"])
+def test_gradient_of_exactly_0_stops_the_run_in_one_line(
+    train: Any, monkeypatch: pytest.MonkeyPatch, weight: Any
+) -> None:
+    """Found where metrics are logged: no call of the step looks at values on the device for it."""
+    compare, due, looked = lpl.perceptual.loss.compare, FirstCalls.due, []
+
+    def without_gradient(*args: Any) -> Any:
+        found = compare(*args)
+        return found._replace(gradient=torch.zeros_like(found.gradient))
+
+    def spy(self: FirstCalls, check: str) -> bool:
+        looked.append(due(self, check))
+        return looked[-1]
+
+    monkeypatch.setattr(lpl.perceptual.loss, "compare", without_gradient)
+    monkeypatch.setattr(FirstCalls, "due", spy)
+    run = train(lpl_weight=weight, lpl_t_threshold=1000, expect_error=True, max_train_steps=3)
+    assert run.code == 3
+    assert len(run.errors) == 1
+    assert "step 1: LPL's gradient at the model's output is exactly 0" in run.errors[0]
+    assert f"--lpl_weight {weight}" in run.errors[0]
+    assert run.errors[0].endswith("no checkpoint was written yet")
+    assert looked
+    assert not any(looked)
 
 
 def test_gradient_checkpointing_changes_no_number(train: Any) -> None:

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+from torch import nn
+
 from lpl.perceptual.decoders.autoencoder_kl import AutoencoderKLTaps
 from lpl.perceptual.decoders.base import DecoderTaps, Tap
 
@@ -13,8 +15,11 @@ def decoder_taps(vae: Any) -> DecoderTaps:
     """The walk through a VAE's decoder, chosen by the name of its class or of the classes it derives from.
 
     Raises:
-        ValueError: a class without a walk, or a VAE in training mode.
+        ValueError: no module, a class without a walk, or a VAE in training mode.
     """
+    if not isinstance(vae, nn.Module):
+        hint = "pass its .vae" if hasattr(vae, "vae") else "pass the loaded VAE"
+        raise ValueError(f"vae is a {type(vae).__name__}: {hint}")
     if vae.training:
         raise ValueError("the VAE is in training mode: call vae.eval() before building the loss")
     for cls in type(vae).__mro__:

@@ -23,9 +23,16 @@ class AutoencoderKLTaps(DecoderTaps):
 
     Args:
         vae: an AutoencoderKL, in eval mode.
+
+    Raises:
+        ValueError: another library's class of that name.
     """
 
     def __init__(self, vae: Any) -> None:
+        if not hasattr(vae, "config") or not hasattr(vae.decoder, "up_blocks"):
+            raise ValueError(
+                f"{type(vae).__module__}.{type(vae).__name__} is not diffusers' AutoencoderKL, which is walked"
+            )
         self._post_quant_conv = vae.post_quant_conv
         self._decoder = vae.decoder
         self._latent_channels = int(vae.config.latent_channels)

@@ -1,0 +1,298 @@
+"""Whether an objective is called with what it takes: a ValueError says what was given and what to do.
+
+What the host knows (shapes, dtypes, devices, graphs, timesteps and sigmas) is checked at every call. What lies on the
+device is read at the first calls alone (FirstCalls): each reading waits for the device.
+"""
+
+import logging
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lpl.diffusion.prediction import FLOW_TYPES, expand, target_of
+
+logger = logging.getLogger(__name__)
+
+CLEAR_SIGMA = (0.05, 0.3)
+"""Noise fractions at which the noise that noisy and clean latents imply tells right from wrong. Below, rounding counts;
+in between, reversed time implies a standard deviation over 2 whatever the latents, at least (1 - sigma) / sigma."""
+NOISE_STD = (0.1, 2.0)
+"""A standard deviation of implied noise outside of this is an error. Noise of any use has about 1; where it is added
+inside a mask alone, less."""
+MIN_PLACES = 16
+"""Places of a channel that a standard deviation needs to mean something."""
+ROUNDING = 1e-4
+"""Of sigmas beyond [0, 1]."""
+
+
+def given(value: Any) -> str:
+    """What was handed over, in words: dtype, shape and device of a tensor, else the type."""
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)} on {value.device}"
+
+
+def check_options(
+    loss_fn: Any, lpl_weight: Any, lpl_reduction: str, lpl_max_samples: int | None, snr_gamma: float | None,
+    lpl_start: int, lpl_warmup_steps: int,
+) -> None:  # fmt: skip
+    """What an objective's options can be.
+
+    Raises:
+        ValueError: something else.
+    """
+    if not callable(loss_fn) or hasattr(loss_fn, "decode"):
+        raise ValueError(f"loss_fn is {given(loss_fn)}: pass LatentPerceptualLoss(vae)")
+    if lpl_weight is None or (isinstance(lpl_weight, str) and lpl_weight != "auto"):
+        raise ValueError(f"lpl_weight {lpl_weight!r} is neither a number nor 'auto'")
+    if lpl_weight != "auto" and not 0 <= float(lpl_weight) < math.inf:
+        raise ValueError(f"lpl_weight must be 0 or more and finite, not {lpl_weight}")
+    if lpl_reduction not in ("expected", "gated"):
+        raise ValueError(f"lpl_reduction {lpl_reduction!r} is neither expected nor gated")
+    if lpl_max_samples is not None and (lpl_max_samples < 1 or lpl_max_samples != int(lpl_max_samples)):
+        raise ValueError(f"lpl_max_samples must be an integer of at least 1, not {lpl_max_samples}")
+    if snr_gamma is not None and not snr_gamma > 0:
+        raise ValueError(f"snr_gamma must be positive, not {snr_gamma}")
+    for name, steps in (("lpl_start", lpl_start), ("lpl_warmup_steps", lpl_warmup_steps)):
+        if steps < 0:
+            raise ValueError(f"{name} must be 0 or more, not {steps}")
+
+
+def check_latents(model_output: Tensor, noisy_latents: Tensor, latents: Tensor) -> None:
+    """Three floating-point tensors of one shape (B, C, h, w, ...) on one device, noisy_latents in full precision.
+
+    Raises:
+        ValueError: they are not, or gradients are on and model_output carries none.
+    """
+    every = {"model_output": model_output, "noisy_latents": noisy_latents, "latents": latents}
+    for name, value in every.items():
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            raise ValueError(f"{name}: {given(value)}; pass a floating-point tensor (B, C, h, w)")
+    if noisy_latents.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"noisy_latents are {noisy_latents.dtype}: pass the float32 ones, not their cast")
+    for name, value in every.items():
+        if value.dim() < 4:
+            raise ValueError(
+                f"{name}: {given(value)}; latents are (B, C, h, w): unpack packed ones, (B, N, C), and compute "
+                "diffusion_loss from the unpacked model_output"
+            )
+    if not model_output.shape == noisy_latents.shape == latents.shape:
+        shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in every.items())
+        variance = model_output.shape[1] == 2 * latents.shape[1]
+        hint = "; of a model that predicts a variance too pass model_output.chunk(2, dim=1)[0]" if variance else ""
+        raise ValueError(f"shapes differ: {shapes}{hint}")
+    if not model_output.device == noisy_latents.device == latents.device:
+        devices = ", ".join(f"{name} on {value.device}" for name, value in every.items())
+        raise ValueError(f"devices differ: {devices}; move them to model_output's")
+    if torch.is_grad_enabled() and not model_output.requires_grad:
+        raise ValueError(
+            "model_output carries no gradient, so LPL would train nothing: pass the model's own output, not a detached "
+            "one (to evaluate, call inside torch.no_grad())"
+        )
+
+
+def per_sample(value: Any, batch: int, name: str) -> Tensor:
+    """One value a sample as (B,); (B, 1), (B, 1, 1, 1) and the like mean the same and are flattened.
+
+    Raises:
+        ValueError: another shape, or no tensor.
+    """
+    if isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch == value.numel():
+        return value.reshape(batch)
+    raise ValueError(f"{name}: {given(value)}; pass one value a sample, a tensor of shape ({batch},)")
+
+
+def check_timesteps(timesteps: Any, batch: int, count: int) -> Tensor:
+    """Timesteps of a discrete schedule, (B,) int64, on the CPU.
+
+    Raises:
+        ValueError: none given, not integers (B,), or outside 0..count - 1.
+    """
+    hint = f"pass the integer timesteps of the schedule, 0..{count - 1}, that made noisy_latents"
+    timesteps = per_sample(timesteps, batch, "timesteps").detach().cpu()
+    if timesteps.is_floating_point() or timesteps.is_complex() or timesteps.dtype == torch.bool:
+        raise ValueError(f"timesteps: {given(timesteps)}; {hint}")
+    timesteps = timesteps.long()
+    if batch and not 0 <= int(timesteps.min()) <= int(timesteps.max()) < count:
+        raise ValueError(f"timesteps range from {int(timesteps.min())} to {int(timesteps.max())}: {hint}")
+    return timesteps
+
+
+def check_sigmas(sigmas: Any, batch: int) -> Tensor:
+    """Noise fractions of x = (1 - sigma) * x0 + sigma * eps, (B,) float64, on the CPU.
+
+    Raises:
+        ValueError: none given, not floating point (B,), or outside [0, 1].
+    """
+    hint = "sigma is the noise fraction of noisy_latents = (1 - sigma) * latents + sigma * noise, in [0, 1]"
+    if sigmas is None:
+        raise ValueError(f"flow matching: pass sigmas, the float32 ones that made noisy_latents; {hint}")
+    sigmas = per_sample(sigmas, batch, "sigmas").detach().cpu()
+    if not sigmas.is_floating_point():
+        raise ValueError(f"sigmas: {given(sigmas)}; {hint}")
+    sigmas = sigmas.double()
+    if not bool(((sigmas >= -ROUNDING) & (sigmas <= 1 + ROUNDING)).all()):
+        raise ValueError(
+            f"sigmas range from {float(sigmas.min()):.4g} to {float(sigmas.max()):.4g}: {hint} (timesteps of 0 to 1000 "
+            "are divided by 1000)"
+        )
+    return sigmas
+
+
+def check_mask(mask: Any, latents: Tensor) -> None:
+    """A mask (B, 1, h, w) for latents (B, C, h, w), on their device; its values are the loss's to check.
+
+    Raises:
+        ValueError: another shape or device.
+    """
+    wanted = (len(latents), 1, *latents.shape[2:])
+    if not isinstance(mask, Tensor) or mask.shape != wanted or mask.device != latents.device:
+        raise ValueError(f"mask: {given(mask)}; pass {wanted} on {latents.device}, how much each location counts")
+
+
+def check_mask_values(mask: Tensor) -> None:
+    """Finite values of 0 or more; over 1 too, since they are the weights of a mean. Synchronises.
+
+    Raises:
+        ValueError: others.
+    """
+    if not mask.numel():
+        return
+    low, high = torch.stack(mask.aminmax()).tolist()
+    if not 0 <= low <= high < float("inf"):
+        raise ValueError(f"mask has values from {low:.4g} to {high:.4g}: pass weights that are finite and 0 or more")
+
+
+def check_windows(windows: Any, batch: int) -> None:
+    """Places (B, 2) in [0, 1) on the CPU.
+
+    Raises:
+        ValueError: others.
+    """
+    on_cpu = isinstance(windows, Tensor) and windows.device.type == "cpu"
+    if not on_cpu or windows.shape != (batch, 2) or not bool(((windows >= 0) & (windows < 1)).all()):
+        raise ValueError(f"windows: {given(windows)}; pass ({batch}, 2) numbers in [0, 1) on the CPU")
+
+
+def diffusion_gradient(diffusion_loss: Any, model_output: Tensor) -> Tensor | None:
+    """d diffusion_loss / d model_output, the loss's graph kept; None where gradients are off and it has no graph.
+
+    Raises:
+        ValueError: no scalar, or one that does not depend on model_output.
+    """
+    if not isinstance(diffusion_loss, Tensor) or diffusion_loss.numel() != 1:
+        raise ValueError(f"diffusion_loss: {given(diffusion_loss)}; pass the scalar that LPL is added to")
+    if not diffusion_loss.requires_grad:
+        if torch.is_grad_enabled():
+            raise ValueError("diffusion_loss is detached: pass the scalar with its graph, before .detach() or .item()")
+        return None
+    (gradient,) = torch.autograd.grad(diffusion_loss, model_output, retain_graph=True, allow_unused=True)
+    if gradient is None:
+        raise ValueError(
+            "diffusion_loss does not depend on model_output: compute it from the very tensor that is passed as "
+            "model_output (the unpacked one, after any cast)"
+        )
+    return gradient
+
+
+class FirstCalls:
+    """Reads values on the device, at the first `calls` calls that have something to check; none after them.
+
+    Args:
+        calls: how many, for each check.
+    """
+
+    def __init__(self, calls: int) -> None:
+        self._left = dict.fromkeys(("noise", "weight", "direction", "gradient"), calls)
+
+    def is_open(self, check: str) -> bool:
+        """Whether a check is still to be made."""
+        return self._left[check] > 0
+
+    def due(self, check: str) -> bool:
+        """Whether a check is to be made in this call; counts it."""
+        is_open = self.is_open(check)
+        self._left[check] -= is_open
+        return is_open
+
+    def weights(self, sample_weight: Tensor) -> None:
+        """Finite weights of samples.
+
+        Raises:
+            ValueError: others.
+        """
+        if self.due("weight") and not bool(sample_weight.isfinite().all()):
+            raise ValueError(f"sample_weight is not finite: {sample_weight.tolist()}")
+
+    @torch.no_grad()
+    def noise(self, noisy_latents: Tensor, latents: Tensor, alpha: Tensor, sigma: Tensor, source: str) -> None:
+        """Whether eps = (x - alpha * x0) / sigma looks like noise, by its standard deviation within channels.
+
+        Only where CLEAR_SIGMA holds, which the CPU knows, and maps are large enough. What means add (noise offset) is
+        left out.
+
+        Args:
+            noisy_latents, latents: (B, C, ...).
+            alpha, sigma: (B,), on the CPU.
+            source: the argument that they come from.
+
+        Raises:
+            ValueError: it does not: time is reversed, the latents are others, or of another space.
+        """
+        low, high = CLEAR_SIGMA
+        rows = ((sigma >= low) & (sigma <= high)).nonzero().flatten()
+        if not len(rows) or latents[0, 0].numel() < MIN_PLACES or not self.due("noise"):
+            return
+        x, x0 = noisy_latents[rows.to(latents.device)], latents[rows.to(latents.device)].to(noisy_latents.dtype)
+        alpha, sigma = alpha[rows].to(x.dtype), sigma[rows].to(x.dtype)
+        spread = ((x - expand(alpha, x) * x0) / expand(sigma, x)).flatten(2).var(2).mean(1).sqrt()
+        spreads, changes = torch.stack([spread, (x - x0).flatten(1).abs().amax(1)]).tolist()
+        if not max(changes):
+            raise ValueError("noisy_latents equal latents: pass the noisy ones that the model saw, and the clean ones")
+        least, most = NOISE_STD
+        # A sample apart (padding, a mask) may have little noise; none has too much.
+        worst = max(range(len(spreads)), key=lambda i: spreads[i] if math.isfinite(spreads[i]) else math.inf)
+        if not least <= spreads[worst] <= most:
+            hint = "pass sigmas=1 - t where t = 1 is data" if source == "sigmas" else "timestep 0 is the least noise"
+            raise ValueError(
+                f"the noise that {source} imply, (noisy_latents - alpha * latents) / sigma, has a standard deviation "
+                f"of {spreads[worst]:.3g} where sigma is {float(sigma[worst]):.3g}, not about 1: is time reversed "
+                f"({hint}), or are noisy_latents and latents swapped, of another space, or not finite?"
+            )
+
+    @torch.no_grad()
+    def direction(
+        self,
+        diffusion_gradient: Tensor,
+        model_output: Tensor,
+        noisy_latents: Tensor,
+        latents: Tensor,
+        sigma: Tensor,
+        prediction_type: str,
+    ) -> None:
+        """Warns where the diffusion loss draws a flow's output away from what prediction_type says it should be.
+
+        A loss that grows with |output - target| has a gradient along output - target; with the other sign of the target
+        that is reversed, at least while the output is small. A warning alone: a loss may be meant to repel.
+
+        Args:
+            diffusion_gradient, model_output, noisy_latents, latents: (B, C, ...).
+            sigma: (B,), on the CPU.
+            prediction_type: one of prediction.PREDICTION_TYPES.
+        """
+        rows = (sigma >= CLEAR_SIGMA[0]).nonzero().flatten()
+        if prediction_type not in FLOW_TYPES or not len(rows) or not self.due("direction"):
+            return
+        index, sigma = rows.to(latents.device), sigma[rows].to(noisy_latents.dtype)
+        x0 = latents[index].to(noisy_latents.dtype)
+        noise = x0 + (noisy_latents[index] - x0) / expand(sigma, x0)
+        error = model_output[index].to(x0.dtype) - target_of(x0, noise, 1 - sigma, sigma, prediction_type)
+        along = torch.cosine_similarity(diffusion_gradient[index].to(x0.dtype).flatten(1), error.flatten(1))
+        if float(along.mean()) < -0.5:
+            self._left["direction"] = 0
+            logger.warning(
+                "diffusion_loss draws model_output away from what prediction_type %r says it estimates: 'flow' is for "
+                "noise - latents, 'flow_to_data' for latents - noise", prediction_type,
+            )  # fmt: skip
