@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 from lpl.config import ModelConfig, require
 from lpl.config_io import CONFIG_FILE
 from lpl.errors import UserError
+from lpl.families import as_trained
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 INDEX_FILE = "model_index.json"
@@ -81,13 +82,15 @@ def resolve(options: ExportConfig, read_run: Callable[[Path], ModelConfig]) -> R
             f"{'--to kohya' if options.to == 'kohya' else '--lora_scale'} needs a LoRA: give --lora, or the folder of "
             "a run that trained one",
         )
-        return Request(_with(ModelConfig(options.source), options), lora, "")
+        model = _with(ModelConfig(options.source), options)
+        return Request(model if lora is None else as_trained(model, lora), lora, "")
     require(lora is None, f"--lora {options.lora}: {folder} is a LoRA already; merge one after the other")
     if not (folder / CONFIG_FILE).is_file():
         require(options.base is not None, f"{folder}: no {CONFIG_FILE} that names the LoRA's model; give --base")
-    config = read_run(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else ModelConfig()
+    config = read_run(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else as_trained(ModelConfig(), own)
     if options.base is not None:
-        config = ModelConfig(options.base, prediction_type=config.prediction_type)
+        schedule = {name: getattr(config, name) for name in ("prediction_type", "rescale_betas_zero_snr")}
+        config = ModelConfig(options.base, **schedule)
     flag = f"--base (by {folder / CONFIG_FILE})" if options.base is None else "--base"
     return Request(_with(config, options), own, flag)
 

@@ -19,6 +19,7 @@ from lpl.data.prepare import Processes, prepare_data
 from lpl.diffusion.draws import keyed_seed
 from lpl.errors import StopRequestedError, TrainingStoppedError
 from lpl.families import load_family
+from lpl.families.base import TrainedOn
 from lpl.training import hub
 from lpl.training.batches import Batches
 from lpl.training.checkpoint import full_disk, last_checkpoint
@@ -31,7 +32,7 @@ from lpl.training.optimizers import adapted_rate
 from lpl.training.preflight import Checked
 from lpl.training.prompts import read_prompts
 from lpl.training.run_state import RunState
-from lpl.training.saving import save_result, save_weights
+from lpl.training.saving import FULL, lora_name, save_result, save_weights, write_beside
 from lpl.training.sharded import autocast_dtype, whole
 from lpl.training.step import TrainingStep
 from lpl.training.stopping import Stop, stoppable
@@ -65,6 +66,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, checked: Checked, stop: Stop) -> None:
         self.config, self.folder, self.stop = config, Path(config.run.output_dir), stop
+        self.for_whom = FULL
         run = config.run
         self.accelerator = accelerator = build_accelerator(config)
         set_seed(run.seed)
@@ -271,13 +273,21 @@ class Trainer:
 
     def _writer(self, whole_pipeline: bool) -> Callable[[Path], None]:
         """What writes the trained weights as they are into a folder; every process must call it, one writes."""
-        full, family = self.config.model.rank is None, self.family
-        write = (family.export if whole_pipeline else family.save_denoiser) if full else family.export_lora
+        family = self.family
+        write = family.export if whole_pipeline else family.save_denoiser
+        data = self.config.data
 
         def call(folder: Path) -> None:
             denoiser = self.trained.whole_model.get()
-            if self.accelerator.is_main_process:
+            if not self.accelerator.is_main_process:
+                return
+            if self.config.model.rank is None:
                 write(denoiser, folder)
+                return
+            trained_on = TrainedOn(data.crop_size, len(self.data), self.step)
+            lora = family.export_lora(denoiser, folder, trained_on)
+            name = lora_name(self.folder, None if whole_pipeline else f"{self.step}-{folder.name}")
+            self.for_whom = write_beside(lora, name, family.kohya_lora)
 
         return call
 
@@ -297,5 +307,7 @@ class Trainer:
         if main:
             if self.repository is not None:
                 hub.push(self.config, self.repository)
-            logger.info("done: the result is in %s (%s weights)", self.folder, self.trained.weights.final)
+            logger.info(
+                "done: the result is in %s (%s weights): %s", self.folder, self.trained.weights.final, self.for_whom
+            )
         accelerator.end_training()
