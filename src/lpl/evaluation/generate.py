@@ -21,7 +21,7 @@ from lpl.progress import progress
 PER_FOLDER = 1000
 SETTINGS = "samples.json"
 Draw = Callable[[Sequence[str], Sequence[torch.Generator], int, float | None, int], Tensor]
-"""A sampler: prompts, generators, steps, guidance scale (None: its own) and resolution to images (B, 3, H, H), uint8."""
+"""A sampler: prompts, generators, steps, guidance (None: its own) and resolution to images (B, 3, H, H), uint8."""
 
 
 @dataclass(frozen=True)

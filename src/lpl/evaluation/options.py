@@ -55,8 +55,8 @@ class EvalConfig:
     num_inference_steps: int = 25
     """Sampling steps."""
     guidance_scale: float | None = None
-    """Of classifier-free guidance; 1: none, which is twice as fast. Unset: 5; for a pipeline of a family whose guidance is
-    not known here, which takes no such option, its own default."""
+    """Of classifier-free guidance; 1: none, which is twice as fast. Unset: 5; a pipeline of a family whose guidance is
+    not known here takes no such option: its own default acts."""
     scheduler: Literal["model", "dpmsolver++"] = "model"
     """Sampler: the model's own, or DPM-Solver++(2M), for which 12 steps often do."""
     sample_batch_size: int | None = None

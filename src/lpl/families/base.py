@@ -43,6 +43,8 @@ class Family(Protocol):
     """Pixels per latent, in height and in width."""
     text_key: str
     """Hash of the text encoders' weights and settings."""
+    trained_on: TrainedOn | None
+    """What files of LoRAs are to say; None: nothing."""
 
     @property
     def text_encoders(self) -> Sequence[Any]:
@@ -102,8 +104,8 @@ class Family(Protocol):
     def save_denoiser(self, denoiser: nn.Module, folder: Path) -> None:
         """Writes what is trained alone, in the subfolders that `from_pretrained` takes it from in a pipeline."""
 
-    def export_lora(self, denoiser: nn.Module, folder: Path, trained_on: TrainedOn) -> Path:
-        """Writes the denoiser's adapter as `load_lora_weights` expects it, with what it was trained on; the file."""
+    def export_lora(self, denoiser: nn.Module, folder: Path) -> None:
+        """Writes the denoiser's adapter as `load_lora_weights` expects it, with what it was trained on."""
 
     def kohya_lora(self, lora: Path, title: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Tensors and metadata of a file of export_lora, as ComfyUI, A1111, Forge and kohya's programs read them.

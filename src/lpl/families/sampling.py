@@ -225,8 +225,8 @@ def check_guidance(config: ModelConfig, guidance_scale: float | None) -> float |
         return GUIDANCE if guidance_scale is None else guidance_scale
     require(
         guidance_scale is None,
-        f"--guidance_scale {guidance_scale}: what that is to a {kind} is not known here (some ignore it, or mean none by "
-        "0, or have learned it); drop it, and the pipeline's own default acts",
+        f"--guidance_scale {guidance_scale}: what that is to a {kind} is not known here (some pipelines ignore it, or "
+        "mean none by 0, or have learned it); drop it, and the pipeline's own default acts",
     )
     return None
 

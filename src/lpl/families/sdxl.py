@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import transformers
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline
-from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from diffusers.training_utils import _collate_lora_metadata
 from PIL import Image
@@ -63,6 +62,7 @@ class SDXL:
         self, config: ModelConfig, device: torch.device, weight_dtype: torch.dtype, encoders_only: bool = False
     ) -> None:
         self.device, self.weight_dtype, self._config = device, weight_dtype, config
+        self.trained_on: TrainedOn | None = None
         self.pipeline = load_pipeline(config, encoders_only)
         self.vae = self.pipeline.vae.float().eval().requires_grad_(False)
         self.text_encoders = (self.pipeline.text_encoder, self.pipeline.text_encoder_2)
@@ -227,7 +227,7 @@ class SDXL:
         for name, part in parts_of(denoiser).items():
             part.save_pretrained(folder / name, safe_serialization=True)
 
-    def export_lora(self, denoiser: nn.Module, folder: Path, trained_on: TrainedOn) -> Path:
+    def export_lora(self, denoiser: nn.Module, folder: Path) -> None:
         parts = parts_of(denoiser)
         tensors = {f"{name}_lora_layers": adapter_of(name, part) for name, part in parts.items()}
         adapters = _collate_lora_metadata(parts)
@@ -236,14 +236,13 @@ class SDXL:
             for name in parts
             for key, value in adapters[f"{name}_lora_adapter_metadata"].items()
         }
-        facts = lora_metadata(self._config, self.pipeline.scheduler.config, trained_on)
+        facts = lora_metadata(self._config, self.pipeline.scheduler.config, self.trained_on)
 
         def write(weights: dict[str, Tensor], file: str) -> None:
             adapter = json.dumps(packed, indent=2, sort_keys=True)
             save_file(weights, file, {"format": "pt", METADATA: adapter} | facts)
 
         StableDiffusionXLPipeline.save_lora_weights(folder, **tensors, save_function=write)
-        return folder / LORA_WEIGHT_NAME_SAFE
 
     def kohya_lora(self, lora: Path, title: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         return to_kohya(lora, {"unet": self.pipeline.unet.config}, title)

@@ -98,8 +98,7 @@ def check_single_file(path: Path, config: ModelConfig) -> None:
     if header is None:
         raise UserError(f"{where}: not a safetensors file, or cut short")
     check_weights(header, where)
-    lacks = [part for part in (UNET, FIRST_TEXT, SECOND_TEXT) if not any(key.startswith(part) for key in header)]
-    if f"{SECOND_TEXT}ln_final.weight" not in header or lacks:
+    if not _has_second(header) or not all(any(key.startswith(part) for key in header) for part in (UNET, FIRST_TEXT)):
         raise UserError(f"{where}: {_what_else(header)}")
     if not any(key.startswith(VAE) for key in header) and config.pretrained_vae_model_name_or_path is None:
         raise UserError(f"{where}: no VAE in it ({VAE}...); give one with {VAE_FLAG}")
@@ -129,10 +128,12 @@ def _what_else(header: Mapping[str, Any]) -> str:
         )
     if not unet and any(key.startswith((VAE, "decoder.")) for key in keys):
         return f"a VAE alone; give it with {VAE_FLAG}, beside a model"
-    lacking = (
-        "no UNet" if not unet else "no second text encoder" if f"{SECOND_TEXT}ln_final.weight" not in header else ""
-    )
-    return f"not an SDXL checkpoint ({lacking or 'no first text encoder'})"
+    lacking = "UNet" if not unet else "first text encoder" if _has_second(header) else "second text encoder"
+    return f"not an SDXL checkpoint (no {lacking})"
+
+
+def _has_second(header: Mapping[str, Any]) -> bool:
+    return f"{SECOND_TEXT}ln_final.weight" in header
 
 
 def file_schedule(path: Path, config: ModelConfig | None = None) -> dict[str, Any]:
@@ -194,6 +195,4 @@ def compare_lora(file: Path, scheduler: Mapping[str, Any]) -> None:
     word = WORDS.get((read_header(file) or {}).get("__metadata__", {}).get("modelspec.prediction_type"))
     kind = scheduler.get("prediction_type", "epsilon")
     if word not in (None, kind):
-        _warn(
-            f"{file}: was trained on {word}; the model that it is merged into predicts {kind}, and so does the result"
-        )
+        _warn(f"{file}: was trained on {word}; the model it is merged into predicts {kind}, and so will the result")

@@ -90,7 +90,7 @@ def _layer(part: str, module: str, configs: Mapping[str, Any]) -> str:
     return f"{prefix}_text_model_{module.removeprefix('text_model.').replace('.', '_')}"
 
 
-def lora_metadata(config: ModelConfig, scheduler: Mapping[str, Any], trained_on: TrainedOn) -> dict[str, str]:
+def lora_metadata(config: ModelConfig, scheduler: Mapping[str, Any], trained_on: TrainedOn | None) -> dict[str, str]:
     """What a run says in its LoRA's files, under the keys of modelspec and of kohya's programs, which others show.
 
     Beside that the options that decide the schedule, as they were given: what a run only took from its model is the
@@ -99,17 +99,21 @@ def lora_metadata(config: ModelConfig, scheduler: Mapping[str, Any], trained_on:
     Args:
         config: of the run.
         scheduler: config of the schedule that it was trained with.
-        trained_on: the rest.
+        trained_on: the rest; None: it is not known.
     """
-    model, side = str(config.pretrained_model_name_or_path), trained_on.resolution
+    model = str(config.pretrained_model_name_or_path)
     found = {
-        "modelspec.resolution": f"{side}x{side}",
-        "ss_resolution": f"({side}, {side})",
         "ss_sd_model_name": Path(model).resolve().name if Path(model).exists() else model,
-        "ss_num_train_images": str(trained_on.images),
-        "ss_steps": str(trained_on.steps),
         "ss_zero_terminal_snr": str(bool(scheduler.get("rescale_betas_zero_snr"))),
     }
+    if trained_on is not None:
+        side = trained_on.resolution
+        found |= {
+            "modelspec.resolution": f"{side}x{side}",
+            "ss_resolution": f"({side}, {side})",
+            "ss_num_train_images": str(trained_on.images),
+            "ss_steps": str(trained_on.steps),
+        }
     if (kind := scheduler.get("prediction_type", "epsilon")) in PREDICTIONS:
         found["modelspec.prediction_type"] = PREDICTIONS[kind]
     if config.prediction_type is not None:

@@ -19,7 +19,7 @@ KOHYA = "_kohya.safetensors"
 """How the file's name ends that has a LoRA under the names that kohya's programs gave them."""
 LONGEST = 200
 """Bytes of a folder's name that go into a file's, which may have 255."""
-FULL = "a folder for diffusers; `lpl export` makes the file for ComfyUI, A1111 and Forge"
+ALL_WEIGHTS = "a folder for diffusers; `lpl export` makes the file for ComfyUI, A1111 and Forge"
 """Which result is for which programs, where all weights were trained."""
 SAVED = "saved"
 CONTENTS = "weights.json"
@@ -87,7 +87,7 @@ def save_result(
 
 
 def lora_name(folder: Path, which: str | None = None) -> str:
-    """The name of a LoRA's file for ComfyUI and others, which show it: that of the run's folder, and which one it is."""
+    """The name of a LoRA's file for ComfyUI and others, which show it: that of the run's folder, and which it is."""
     name = folder.resolve().name.encode()[:LONGEST].decode(errors="ignore")
     return (name if which is None else f"{name}-{which}") + KOHYA
 

@@ -18,6 +18,7 @@ from lpl.data.bad_files import FILE as BAD_FILES
 from lpl.data.prepare import Processes, prepare_data
 from lpl.diffusion.draws import keyed_seed
 from lpl.errors import StopRequestedError, TrainingStoppedError
+from lpl.exporting.options import LORA_FILE
 from lpl.families import load_family
 from lpl.families.base import TrainedOn
 from lpl.training import hub
@@ -32,7 +33,7 @@ from lpl.training.optimizers import adapted_rate
 from lpl.training.preflight import Checked
 from lpl.training.prompts import read_prompts
 from lpl.training.run_state import RunState
-from lpl.training.saving import FULL, lora_name, save_result, save_weights, write_beside
+from lpl.training.saving import ALL_WEIGHTS, lora_name, save_result, save_weights, write_beside
 from lpl.training.sharded import autocast_dtype, whole
 from lpl.training.step import TrainingStep
 from lpl.training.stopping import Stop, stoppable
@@ -66,7 +67,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, checked: Checked, stop: Stop) -> None:
         self.config, self.folder, self.stop = config, Path(config.run.output_dir), stop
-        self.for_whom = FULL
+        self.for_whom = ALL_WEIGHTS  # which file of the result is for which programs
         run = config.run
         self.accelerator = accelerator = build_accelerator(config)
         set_seed(run.seed)
@@ -275,7 +276,6 @@ class Trainer:
         """What writes the trained weights as they are into a folder; every process must call it, one writes."""
         family = self.family
         write = family.export if whole_pipeline else family.save_denoiser
-        data = self.config.data
 
         def call(folder: Path) -> None:
             denoiser = self.trained.whole_model.get()
@@ -284,10 +284,10 @@ class Trainer:
             if self.config.model.rank is None:
                 write(denoiser, folder)
                 return
-            trained_on = TrainedOn(data.crop_size, len(self.data), self.step)
-            lora = family.export_lora(denoiser, folder, trained_on)
+            family.trained_on = TrainedOn(self.config.data.crop_size, len(self.data), self.step)
+            family.export_lora(denoiser, folder)
             name = lora_name(self.folder, None if whole_pipeline else f"{self.step}-{folder.name}")
-            self.for_whom = write_beside(lora, name, family.kohya_lora)
+            self.for_whom = write_beside(folder / LORA_FILE, name, family.kohya_lora)
 
         return call
 
