@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -162,21 +162,19 @@ def _check_network(flag: str, name: str | None) -> None:
 
 
 def _request(options: EvalConfig, read_run: Callable[[Path], ModelConfig]) -> Request:
-    request = resolve(
+    return resolve(
         ExportConfig(
             str(options.pretrained_model_name_or_path),
             output="-",
             base=options.base,
             lora=options.lora,
             lora_scale=options.lora_scale,
+            pretrained_vae_model_name_or_path=options.pretrained_vae_model_name_or_path,
             variant=options.variant,
             single_file_config=options.single_file_config,
         ),
         read_run,
     )
-    vae = options.pretrained_vae_model_name_or_path
-    model = request.model if vae is None else replace(request.model, pretrained_vae_model_name_or_path=vae)
-    return request._replace(model=model)
 
 
 def with_flag(request: Request, act: Callable[[], Any]) -> Any:

@@ -38,6 +38,8 @@ class ExportConfig:
     """Strength of the LoRA in the merge."""
     dtype: Literal["float16", "bfloat16", "float32"] | None = None
     """Precision of the result; unset: as the files of the model have it (one on the Hub: float32)."""
+    pretrained_vae_model_name_or_path: str | None = None
+    """Another VAE than the model's own: a diffusers folder or a Hub id."""
     variant: str | None = None
     """Variant of the model's weight files, such as fp16."""
     single_file_config: str | None = None
@@ -46,7 +48,7 @@ class ExportConfig:
     def __post_init__(self) -> None:
         require(self.output is not None, "--output is missing: name the file (for --to diffusers the folder) to write")
         if self.to == "kohya":
-            for name in ("dtype", "lora_scale"):
+            for name in ("dtype", "lora_scale", "pretrained_vae_model_name_or_path"):
                 idle = getattr(self, name) == ExportConfig.__dataclass_fields__[name].default
                 require(idle, f"--{name} acts on a merged model: --to kohya writes the LoRA as it is")
 
@@ -96,8 +98,10 @@ def resolve(options: ExportConfig, read_run: Callable[[Path], ModelConfig]) -> R
 
 
 def _with(config: ModelConfig, options: ExportConfig) -> ModelConfig:
+    vae = options.pretrained_vae_model_name_or_path
     return replace(
         config,
+        pretrained_vae_model_name_or_path=vae or config.pretrained_vae_model_name_or_path,
         variant=options.variant or config.variant,
         single_file_config=options.single_file_config or config.single_file_config,
     )

@@ -38,6 +38,7 @@ def check_model(config: ModelConfig) -> dict[str, Any]:
         check_single_file(path, config)
         if config.single_file_config is None:
             _check_clip_skip(sdxl_configs.PUBLISHED, config)
+            _check_vae(config, sdxl_configs.PUBLISHED)
             _with_options(sdxl_configs.PUBLISHED, config)
             return {}
         path, name = Path(config.single_file_config), config.single_file_config

@@ -126,7 +126,7 @@ def _what_else(header: Mapping[str, Any]) -> str:
             "a UNet or transformer alone, without text encoders; give a whole checkpoint, or a diffusers folder that "
             "has it as its unet"
         )
-    if not unet and any(key.startswith((VAE, "decoder.")) for key in keys):
+    if not unet and not text and any(key.startswith((VAE, "decoder.")) for key in keys):
         return f"a VAE alone; give it with {VAE_FLAG}, beside a model"
     lacking = "UNet" if not unet else "first text encoder" if _has_second(header) else "second text encoder"
     return f"not an SDXL checkpoint (no {lacking})"
@@ -157,18 +157,18 @@ def file_schedule(path: Path, config: ModelConfig | None = None) -> dict[str, An
     if "v_pred" in header:
         found["prediction_type"] = "v_prediction"
         if WORDS.get(word, "v_prediction") != "v_prediction" and asked is None:
-            _warn(f"{path}: its key v_pred says v_prediction, its modelspec.prediction_type {word}: the key counts")
+            warn(f"{path}: its key v_pred says v_prediction, its modelspec.prediction_type {word}: the key counts")
     elif word in WORDS:
         found["prediction_type"] = WORDS[word]
     elif word is not None and asked is None:
         raise UserError(f"{FLAG} {path}: its modelspec.prediction_type is {word}: say what it is by --prediction_type")
     if asked not in (None, found.get("prediction_type", asked)):
-        _warn(f"--prediction_type {asked}: {path} says {found['prediction_type']}; the option counts")
+        warn(f"--prediction_type {asked}: {path} says {found['prediction_type']}; the option counts")
     return found | (ZERO_SNR if "ztsnr" in header else {})
 
 
 @functools.cache
-def _warn(message: str) -> None:
+def warn(message: str) -> None:
     """Once, though a file is looked at before and at loading."""
     logger.warning("%s", message)
 
@@ -195,4 +195,4 @@ def compare_lora(file: Path, scheduler: Mapping[str, Any]) -> None:
     word = WORDS.get((read_header(file) or {}).get("__metadata__", {}).get("modelspec.prediction_type"))
     kind = scheduler.get("prediction_type", "epsilon")
     if word not in (None, kind):
-        _warn(f"{file}: was trained on {word}; the model it is merged into predicts {kind}, and so will the result")
+        warn(f"{file}: was trained on {word}; the model it is merged into predicts {kind}, and so will the result")

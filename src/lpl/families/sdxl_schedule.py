@@ -9,7 +9,7 @@ from typing import Any
 
 from lpl.config import ModelConfig
 from lpl.errors import UserError
-from lpl.families.sdxl_file import FLAG, ZERO_SNR, file_schedule
+from lpl.families.sdxl_file import FLAG, ZERO_SNR, file_schedule, warn
 
 NOISE = (
     "num_train_timesteps",
@@ -42,6 +42,10 @@ def chosen_schedule(scheduler: Mapping[str, Any], config: ModelConfig) -> dict[s
     """
     path = Path(str(config.pretrained_model_name_or_path))
     said = file_schedule(path, config) if path.suffix == ".safetensors" else {}
+    own = scheduler.get("prediction_type", "epsilon")
+    kind = said.get("prediction_type", own)
+    if config.single_file_config is not None and config.prediction_type is None and kind != own:
+        warn(f"{path} says {kind}, the scheduler of --single_file_config {own}: the file counts")
     chosen = {**scheduler, **said}
     if config.prediction_type is not None:
         chosen["prediction_type"] = config.prediction_type
