@@ -97,18 +97,20 @@ def check_single_file(path: Path, config: ModelConfig) -> None:
     header = read_header(path)
     if header is None:
         raise UserError(f"{where}: not a safetensors file, or cut short")
+    if not _has_second(header):
+        raise UserError(f"{where}: {_what_else(header)}")
+    if header.get(f"{UNET}input_blocks.0.0.weight", {}).get("shape", [])[1:2] == [9]:
+        raise UserError(f"{where}: an inpainting model (9 input channels); this trainer needs a text-to-image one")
+    if config.single_file_config is not None and not (Path(config.single_file_config) / "model_index.json").is_file():
+        raise UserError(f"--single_file_config {config.single_file_config}: no model_index.json in it")
     check_weights(header, where)
-    if not _has_second(header) or not all(any(key.startswith(part) for key in header) for part in (UNET, FIRST_TEXT)):
+    if not all(any(key.startswith(part) for key in header) for part in (UNET, FIRST_TEXT)):
         raise UserError(f"{where}: {_what_else(header)}")
     if not any(key.startswith(VAE) for key in header) and config.pretrained_vae_model_name_or_path is None:
         raise UserError(f"{where}: no VAE in it ({VAE}...); give one with {VAE_FLAG}")
-    if header.get(f"{UNET}input_blocks.0.0.weight", {}).get("shape", [])[1:2] == [9]:
-        raise UserError(f"{where}: an inpainting model (9 input channels); this trainer needs a text-to-image one")
     edm = [key for key in EDM if key in header]
     if edm:
         raise UserError(f"{where}: an EDM model ({', '.join(edm)}), whose schedule is not trained right here yet")
-    if config.single_file_config is not None and not (Path(config.single_file_config) / "model_index.json").is_file():
-        raise UserError(f"--single_file_config {config.single_file_config}: no model_index.json in it")
     file_schedule(path, config)
 
 
@@ -123,8 +125,8 @@ def _what_else(header: Mapping[str, Any]) -> str:
     unet = any(key.startswith((UNET, "input_blocks.", "down_blocks.", "double_blocks.")) for key in keys)
     if unet and not text:
         return (
-            "a UNet or transformer alone, without text encoders; give a whole checkpoint, or a diffusers folder that "
-            "has it as its unet"
+            "not an SDXL checkpoint but a UNet or transformer alone, without text encoders; give a whole one, or a "
+            "diffusers folder that has it as its unet"
         )
     if not unet and not text and any(key.startswith((VAE, "decoder.")) for key in keys):
         return f"a VAE alone; give it with {VAE_FLAG}, beside a model"
