@@ -370,7 +370,9 @@ def test_safetensors_that_is_no_sdxl(refused: Refused, tmp_path: Path) -> None:
 
 def test_single_file_config_that_is_no_model(refused: Refused, tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
-    save_file({"conditioner.embedders.1.model.ln_final.weight": torch.zeros(4)}, file)
+    parts = ("model.diffusion_model.", "first_stage_model.", "conditioner.embedders.0.transformer.")
+    tensors = {f"{part}weight": torch.zeros(4) for part in (*parts, "conditioner.embedders.1.model.ln_final.")}
+    save_file(tensors, file)
     text = refused(pretrained_model_name_or_path=file, single_file_config=tmp_path / "none")
     assert f"--single_file_config {tmp_path / 'none'}: no model_index.json" in text
     (tmp_path / "half").mkdir()

@@ -126,6 +126,17 @@ def test_kohya_file_is_the_same_adapter(export: Any, runs: dict[str, Any], model
     ours = load_file(folder / LORA)
     assert export(folder, "--to", "kohya", "--output", file).startswith(f"{file}: {3 * len(ours) // 2} tensors")
     theirs = load_file(file)
+    # The run has left the same beside diffusers' file, but for its name and the time.
+    own = folder / "export-lora_kohya.safetensors"
+    for name, value in load_file(own).items():
+        assert torch.equal(value, theirs[name])
+    said = []
+    for each in (own, file):
+        with safe_open(each, "pt") as content:
+            assert len(content.keys()) == len(theirs)
+            said.append({k: v for k, v in content.metadata().items() if not k.endswith(("title", "date", "_name"))})
+    assert said[0] == said[1]
+    assert list(runs["dora"].folder.glob("*kohya*")) == []
     assert {float(v) for k, v in theirs.items() if k.endswith(".alpha")} == {3.0}
     assert "lora_unet_input_blocks_3_1_transformer_blocks_0_attn1_to_out_0.lora_down.weight" in theirs
     assert "lora_unet_output_blocks_1_2_conv.lora_up.weight" in theirs

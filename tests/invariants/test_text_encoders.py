@@ -37,7 +37,8 @@ class Killed(BaseException):
 
 def results(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of the result, by file and name."""
-    files = [p for p in folder.rglob("*.safetensors") if "checkpoint-" not in str(p)]
+    others = ("checkpoint-", "_kohya")
+    files = [p for p in folder.rglob("*.safetensors") if not any(other in str(p) for other in others)]
     return {f"{p.relative_to(folder)} {name}": value for p in files for name, value in load_file(p).items()}
 
 

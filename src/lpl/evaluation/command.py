@@ -177,6 +177,7 @@ def _result(plan: Plan, found: Measured) -> dict[str, Any]:
         "reference_digest": found.reference_digest,
         "prompts_digest": plan.prompts_digest,
         "resolution": plan.resolution,
+        "guidance_scale": plan.guidance_scale,
         "features": found.features,
         "metrics": found.metrics,
         "spectrum": found.spectrum,

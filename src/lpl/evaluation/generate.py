@@ -20,8 +20,8 @@ from lpl.progress import progress
 
 PER_FOLDER = 1000
 SETTINGS = "samples.json"
-Draw = Callable[[Sequence[str], Sequence[torch.Generator], int, float, int], Tensor]
-"""A sampler: prompts, generators, steps, guidance scale and resolution to images (B, 3, H, H), uint8."""
+Draw = Callable[[Sequence[str], Sequence[torch.Generator], int, float | None, int], Tensor]
+"""A sampler: prompts, generators, steps, guidance (None: its own) and resolution to images (B, 3, H, H), uint8."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Sampling:
 
     resolution: int
     num_inference_steps: int = 25
-    guidance_scale: float = 5.0
+    guidance_scale: float | None = 5.0
     seed: int = 0
     batch_size: int = 16
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,13 +42,15 @@ class Plan:
     """Weights of the FID's network; None: not at hand."""
     distinct_prompts: tuple[str, ...]
     """What samples are drawn of, before it is repeated; empty where none are."""
+    guidance_scale: float | None
+    """That samples are drawn with; None: the pipeline's own default, or none are drawn."""
 
     @property
     def sampling(self) -> Sampling:
         """How samples are drawn."""
         o = self.options
         together = o.sample_batch_size or min(MOST_TOGETHER, max(1, PIXELS_TOGETHER // self.resolution**2))
-        return Sampling(self.resolution, o.num_inference_steps, o.guidance_scale, o.seed, together)
+        return Sampling(self.resolution, o.num_inference_steps, self.guidance_scale, o.seed, together)
 
     def settings(self, **further: Any) -> dict[str, Any]:
         """What decides the samples."""
@@ -80,7 +82,7 @@ def check_eval(options: EvalConfig, read_run: Callable[[Path], ModelConfig], mod
     Raises:
         UserError: bad input.
     """
-    from lpl.families.sampling import check_sampling, vae_stride
+    from lpl.families.sampling import check_guidance, check_sampling, vae_stride
 
     if options.metrics:
         check_efficientnet()
@@ -92,10 +94,12 @@ def check_eval(options: EvalConfig, read_run: Callable[[Path], ModelConfig], mod
     request = None
     if options.pretrained_model_name_or_path is not None:
         request = _request(options, read_run) if model is None else Request(model, None, "")
-    native = None
+    native = guidance = None
     if request is not None:
         asked = request
         native = with_flag(request, lambda: check_sampling(asked.model, asked.lora))
+        if options.images is None:
+            guidance = with_flag(request, lambda: check_guidance(asked.model, options.guidance_scale))
     prompts: list[str] | None
     distinct: tuple[str, ...] = ()
     if options.images is not None:
@@ -124,7 +128,7 @@ def check_eval(options: EvalConfig, read_run: Callable[[Path], ModelConfig], mod
         "--against reconstructions needs a VAE: give the model, or --pretrained_vae_model_name_or_path",
     )
     require(vae or options.images is None or not can, "the model or VAE given with --images has no use with --no_floor")
-    plan = Plan(options, request, files, prompts, resolution, inception, distinct)
+    plan = Plan(options, request, files, prompts, resolution, inception, distinct, guidance)
     _check_output(Path(options.output_dir), options.images)
     if options.images is None and model is None:
         check_settings(Path(options.output_dir), plan.settings())
@@ -161,21 +165,19 @@ def _check_network(flag: str, name: str | None) -> None:
 
 
 def _request(options: EvalConfig, read_run: Callable[[Path], ModelConfig]) -> Request:
-    request = resolve(
+    return resolve(
         ExportConfig(
             str(options.pretrained_model_name_or_path),
             output="-",
             base=options.base,
             lora=options.lora,
             lora_scale=options.lora_scale,
+            pretrained_vae_model_name_or_path=options.pretrained_vae_model_name_or_path,
             variant=options.variant,
             single_file_config=options.single_file_config,
         ),
         read_run,
     )
-    vae = options.pretrained_vae_model_name_or_path
-    model = request.model if vae is None else replace(request.model, pretrained_vae_model_name_or_path=vae)
-    return request._replace(model=model)
 
 
 def with_flag(request: Request, act: Callable[[], Any]) -> Any:

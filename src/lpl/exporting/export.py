@@ -42,10 +42,8 @@ def export(options: ExportConfig, read_run: Callable[[Path], ModelConfig]) -> st
     if options.to == "diffusers":
         _write_folder(model, output)
         return f"{output}: a diffusers folder"
-    from lpl.exporting.tensor_file import write_tensors
-
     tensors, metadata = model.single_file(output.stem)
-    count = write_tensors(tensors, output, metadata)
+    count = _write(tensors, output, metadata)
     return f"{output}: {count} tensors, {output.stat().st_size / 2**20:,.1f} MiB"
 
 
@@ -74,14 +72,24 @@ def _dtype(name: str | None) -> Any:
 
 
 def _write_kohya(request: Request, output: Path) -> str:
-    from lpl.exporting.tensor_file import write_tensors
     from lpl.families import kohya_lora
 
     assert request.lora is not None
     lora = request.lora
     tensors, metadata = with_flag(request, lambda: kohya_lora(lora, request.model, output.stem))
-    count = write_tensors(tensors.items(), output, metadata)
+    count = _write(tensors.items(), output, metadata)
     return f"{output}: {count} tensors of kohya's naming"
+
+
+def _write(tensors: Any, output: Path, metadata: dict[str, str]) -> int:
+    from safetensors import SafetensorError
+
+    from lpl.exporting.tensor_file import write_tensors
+
+    try:
+        return write_tensors(tensors, output, metadata)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--output {output}: cannot be written ({error})") from error
 
 
 def _write_folder(model: Any, output: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 from lpl.config import ModelConfig, require
 from lpl.config_io import CONFIG_FILE
 from lpl.errors import UserError
+from lpl.families import as_trained
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 INDEX_FILE = "model_index.json"
@@ -37,6 +38,8 @@ class ExportConfig:
     """Strength of the LoRA in the merge."""
     dtype: Literal["float16", "bfloat16", "float32"] | None = None
     """Precision of the result; unset: as the files of the model have it (one on the Hub: float32)."""
+    pretrained_vae_model_name_or_path: str | None = None
+    """Another VAE than the model's own: a diffusers folder or a Hub id."""
     variant: str | None = None
     """Variant of the model's weight files, such as fp16."""
     single_file_config: str | None = None
@@ -45,7 +48,7 @@ class ExportConfig:
     def __post_init__(self) -> None:
         require(self.output is not None, "--output is missing: name the file (for --to diffusers the folder) to write")
         if self.to == "kohya":
-            for name in ("dtype", "lora_scale"):
+            for name in ("dtype", "lora_scale", "pretrained_vae_model_name_or_path"):
                 idle = getattr(self, name) == ExportConfig.__dataclass_fields__[name].default
                 require(idle, f"--{name} acts on a merged model: --to kohya writes the LoRA as it is")
 
@@ -81,20 +84,24 @@ def resolve(options: ExportConfig, read_run: Callable[[Path], ModelConfig]) -> R
             f"{'--to kohya' if options.to == 'kohya' else '--lora_scale'} needs a LoRA: give --lora, or the folder of "
             "a run that trained one",
         )
-        return Request(_with(ModelConfig(options.source), options), lora, "")
+        model = _with(ModelConfig(options.source), options)
+        return Request(model if lora is None else as_trained(model, lora), lora, "")
     require(lora is None, f"--lora {options.lora}: {folder} is a LoRA already; merge one after the other")
     if not (folder / CONFIG_FILE).is_file():
         require(options.base is not None, f"{folder}: no {CONFIG_FILE} that names the LoRA's model; give --base")
-    config = read_run(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else ModelConfig()
+    config = read_run(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else as_trained(ModelConfig(), own)
     if options.base is not None:
-        config = ModelConfig(options.base, prediction_type=config.prediction_type)
+        schedule = {name: getattr(config, name) for name in ("prediction_type", "rescale_betas_zero_snr")}
+        config = ModelConfig(options.base, **schedule)
     flag = f"--base (by {folder / CONFIG_FILE})" if options.base is None else "--base"
     return Request(_with(config, options), own, flag)
 
 
 def _with(config: ModelConfig, options: ExportConfig) -> ModelConfig:
+    vae = options.pretrained_vae_model_name_or_path
     return replace(
         config,
+        pretrained_vae_model_name_or_path=vae or config.pretrained_vae_model_name_or_path,
         variant=options.variant or config.variant,
         single_file_config=options.single_file_config or config.single_file_config,
     )

@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -34,7 +33,8 @@ def write_tensors(tensors: Iterable[tuple[str, Tensor]], file: Path, metadata: d
         How many tensors were written.
 
     Raises:
-        UserError: a name given twice, a value that float16 cannot hold, or a file that cannot be written.
+        UserError: a name given twice, or a value that float16 cannot hold.
+        OSError, SafetensorError: a file that cannot be written.
     """
     content: dict[str, Tensor] = {}
     for name, tensor in tensors:
@@ -52,8 +52,6 @@ def write_tensors(tensors: Iterable[tuple[str, Tensor]], file: Path, metadata: d
         temporary.chmod(readable)
         _seal(temporary)
         temporary.replace(file)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"--output {file}: cannot be written ({error})") from error
     finally:
         temporary.unlink(missing_ok=True)
     return len(content)

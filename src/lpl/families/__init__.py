@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lpl.config import ModelConfig
@@ -43,13 +44,20 @@ def load_for_export(config: ModelConfig, dtype: torch.dtype | None, lora: Path |
 
 def check_export(config: ModelConfig, single_file: bool, lora: Path | None) -> None:
     """Refuses a model or a LoRA that cannot be written as asked, before anything heavy loads."""
-    from lpl.families.sdxl_export import check_single_file, lora_parts
+    from lpl.families.sdxl_export import check_lora, check_single_file
 
     model_configs(config)
     if single_file:
         check_single_file(config)
     if lora is not None:
-        lora_parts(lora)
+        check_lora(config, lora)
+
+
+def as_trained(config: ModelConfig, lora: Path) -> ModelConfig:
+    """The options of a model with those of its schedule that a run was given that trained this LoRA, if it says any."""
+    from lpl.families.sdxl_file import lora_options
+
+    return replace(config, **lora_options(lora))
 
 
 def kohya_lora(lora: Path, config: ModelConfig, title: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -77,6 +85,7 @@ def plan_configs(config: ModelConfig) -> dict[str, Any]:
 
 
 __all__ = [
+    "as_trained",
     "blueprint",
     "check_export",
     "kohya_lora",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from PIL import Image
@@ -12,6 +12,14 @@ from torch import Tensor, nn
 
 DECODED_PIXELS = 1024
 """Side of the largest image that is decoded in one piece: for SDXL 3 GiB in float32, less than its UNet takes."""
+
+
+class TrainedOn(NamedTuple):
+    """What a LoRA's file says of its training beside the options of the model."""
+
+    resolution: int
+    images: int
+    steps: int
 
 
 class Family(Protocol):
@@ -35,6 +43,8 @@ class Family(Protocol):
     """Pixels per latent, in height and in width."""
     text_key: str
     """Hash of the text encoders' weights and settings."""
+    trained_on: TrainedOn | None
+    """What files of LoRAs are to say; None: nothing."""
 
     @property
     def text_encoders(self) -> Sequence[Any]:
@@ -95,7 +105,14 @@ class Family(Protocol):
         """Writes what is trained alone, in the subfolders that `from_pretrained` takes it from in a pipeline."""
 
     def export_lora(self, denoiser: nn.Module, folder: Path) -> None:
-        """Writes the denoiser's adapter as `load_lora_weights` expects it."""
+        """Writes the denoiser's adapter as `load_lora_weights` expects it, with what it was trained on."""
+
+    def kohya_lora(self, lora: Path, title: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Tensors and metadata of a file of export_lora, as ComfyUI, A1111, Forge and kohya's programs read them.
+
+        Raises:
+            UserError: an adapter that cannot be said so that all of them read it right.
+        """
 
 
 class Blueprint(Protocol):

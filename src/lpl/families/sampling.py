@@ -15,14 +15,31 @@ from torch import Tensor
 from lpl.config import ModelConfig, require
 from lpl.diffusion.latent_space import LatentSpace
 from lpl.errors import UserError
-from lpl.families.sdxl_check import FLAG, check_model, native_resolution
+from lpl.families.sdxl_check import check_model, native_resolution
 from lpl.families.sdxl_configs import PUBLISHED
+from lpl.families.sdxl_file import FLAG, check_weights, file_schedule, read_header
 
 logger = logging.getLogger("lpl")
 
 SchedulerName = Literal["model", "dpmsolver++"]
 IDLE = {"transformers_version", "architectures", "dtype", "torch_dtype", "name_or_path"}
 """Keys of configs that say where a part came from: weights are hashed as they are."""
+GUIDANCE = 5.0
+CLASSIFIER_FREE = (
+    "AuraFlowPipeline",
+    "ChromaPipeline",
+    "CogView4Pipeline",
+    "HunyuanDiTPipeline",
+    "KolorsPipeline",
+    "Lumina2Pipeline",
+    "PixArtAlphaPipeline",
+    "PixArtSigmaPipeline",
+    "SanaPipeline",
+    "StableDiffusionPipeline",
+    "StableDiffusion3Pipeline",
+)
+"""Pipelines beside SDXL's that take guidance_scale g as none + g (text - none), g up to 1 being no guidance, without a
+negative prompt too (read in diffusers 0.42.1)."""
 DECODED_PIXELS = 16 * 64 * 64
 """Pixels that are decoded together, or one image: more leave a CPU's caches, and a GPU's memory at 1024 pixels."""
 
@@ -44,13 +61,15 @@ class PipelineSampler:
         if scheduler != "model":
             from diffusers import DPMSolverMultistepScheduler
 
+            from lpl.families.sdxl_schedule import build_scheduler
+
             kind = type(pipeline.scheduler).__name__
             require(
                 "FlowMatch" not in kind and hasattr(pipeline.scheduler, "alphas_cumprod"),
                 f"--scheduler {scheduler}: the model's scheduler is {kind}, whose schedule it does not know; drop it",
             )
-            pipeline.scheduler = DPMSolverMultistepScheduler.from_config(
-                pipeline.scheduler.config, algorithm_type="dpmsolver++", solver_order=2
+            pipeline.scheduler = build_scheduler(
+                DPMSolverMultistepScheduler, pipeline.scheduler.config, algorithm_type="dpmsolver++", solver_order=2
             )
         pipeline.set_progress_bar_config(disable=True)
 
@@ -86,7 +105,7 @@ class PipelineSampler:
         prompts: Sequence[str],
         generators: Sequence[torch.Generator],
         num_inference_steps: int,
-        guidance_scale: float,
+        guidance_scale: float | None,
         resolution: int,
     ) -> Tensor:
         """Images (B, 3, resolution, resolution), uint8 on the CPU.
@@ -95,19 +114,20 @@ class PipelineSampler:
             prompts: B of them.
             generators: one a sample, on the CPU; all noise of the sample comes from it.
             num_inference_steps: of the scheduler.
-            guidance_scale: of classifier-free guidance; 1: none.
+            guidance_scale: of classifier-free guidance; 1: none. None: what the pipeline takes by itself.
             resolution: pixels.
 
         Raises:
             UserError: images that are not finite.
         """
+        guidance = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
         images = self._draw(
             prompt=list(prompts),
             generator=list(generators),
             num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
             height=resolution,
             width=resolution,
+            **guidance,
         ).float()
         if not bool(torch.isfinite(images).all()):
             raise UserError("samples are not finite: use --dtype float32 or bfloat16, or another VAE")
@@ -162,11 +182,19 @@ def check_sampling(config: ModelConfig, lora: Path | None) -> int | None:
     if kind is None:
         configs = check_model(config)
         if lora is not None:
-            from lpl.families.sdxl_export import lora_parts
+            from lpl.families.sdxl_export import check_lora
 
-            lora_parts(lora)
+            check_lora(config, lora)
         return native_resolution(configs)
     name, folder = config.pretrained_model_name_or_path, _folder(config)
+    require(
+        config.prediction_type is None and not config.rescale_betas_zero_snr,
+        f"--lora {lora}: was trained on an SDXL model; {name} is a {kind}",
+    )
+    if str(name).endswith(".safetensors"):
+        header = read_header(Path(str(name)))
+        require(header is not None, f"{FLAG} {name}: not a safetensors file, or cut short")
+        check_weights(header or {}, f"{FLAG} {name}")
     require(
         config.pretrained_vae_model_name_or_path is None,
         f"--pretrained_vae_model_name_or_path: another VAE can be put into an SDXL model only; {name} is a {kind}",
@@ -180,6 +208,27 @@ def check_sampling(config: ModelConfig, lora: Path | None) -> int | None:
     size = configs.get("unet", configs.get("transformer", {})).get("sample_size")
     stride = _stride_of(configs.get("vae", {}))
     return size * stride if isinstance(size, int) and stride else None
+
+
+def check_guidance(config: ModelConfig, guidance_scale: float | None) -> float | None:
+    """The guidance to sample a model with; of a pipeline of which it is not known what a scale means, its own default.
+
+    Args:
+        config: which model.
+        guidance_scale: as given; None: not given.
+
+    Raises:
+        UserError: a scale for such a pipeline.
+    """
+    kind = _foreign(config)
+    if kind is None or kind in CLASSIFIER_FREE:
+        return GUIDANCE if guidance_scale is None else guidance_scale
+    require(
+        guidance_scale is None,
+        f"--guidance_scale {guidance_scale}: what that is to a {kind} is not known here (some pipelines ignore it, or "
+        "mean none by 0, or have learned it); drop it, and the pipeline's own default acts",
+    )
+    return None
 
 
 def vae_stride(config: ModelConfig) -> int | None:
@@ -256,6 +305,14 @@ def _foreign(config: ModelConfig) -> str | None:
     return None if not isinstance(kind, str) or kind.startswith("StableDiffusionXL") else kind
 
 
+def _obey(pipeline: Any, said: Mapping[str, Any]) -> None:
+    """Gives a pipeline the schedule that its single file says, where it is one of those that have prediction types."""
+    from lpl.families.sdxl_schedule import build_scheduler
+
+    if said and "prediction_type" in pipeline.scheduler.config:
+        pipeline.scheduler = build_scheduler(type(pipeline.scheduler), pipeline.scheduler.config, **said)
+
+
 def _load_foreign(config: ModelConfig, dtype: torch.dtype, lora: Path | None, scale: float) -> Any:
     import inspect
 
@@ -275,6 +332,7 @@ def _load_foreign(config: ModelConfig, dtype: torch.dtype, lora: Path | None, sc
         if name.endswith(".safetensors"):
             options = {"config": config.single_file_config, "local_files_only": True, "dtype": dtype}
             pipeline = cls.from_single_file(name, **options, **extra)
+            _obey(pipeline, file_schedule(Path(name)))
         else:
             options = {"dtype": dtype, "variant": config.variant, "use_safetensors": True, "local_files_only": True}
             pipeline = cls.from_pretrained(name, **options, **extra)

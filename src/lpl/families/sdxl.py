@@ -13,24 +13,28 @@ from typing import Any
 import torch
 import transformers
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline
+from diffusers.loaders.single_file_utils import SingleFileComponentError
 from diffusers.training_utils import _collate_lora_metadata
 from PIL import Image
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from lpl.config import ModelConfig
 from lpl.diffusion.latent_space import LatentSpace
 from lpl.errors import UserError
-from lpl.families.base import DECODED_PIXELS, weights_hash
+from lpl.families.base import DECODED_PIXELS, TrainedOn, weights_hash
+from lpl.families.sdxl_kohya import METADATA, lora_metadata, to_kohya
 from lpl.families.sdxl_lora import LORA_TARGETS, WITH_TEXT, adapter_of
-from lpl.families.sdxl_schedule import chosen_schedule
+from lpl.families.sdxl_schedule import build_scheduler, set_schedule
 from lpl.families.sdxl_text import PromptEncoder, guided
 from lpl.families.sdxl_trainee import SDXLTrainee, denoise, parts_of, token_fields
 
 logger = logging.getLogger("lpl")
 
 COMPONENTS = ("vae", "text_encoder", "text_encoder_2")
+LOADING = (SafetensorError, SingleFileComponentError)
 SAMPLING_STEPS = 25
 GUIDANCE_SCALE = 5.0
 
@@ -57,18 +61,15 @@ class SDXL:
     def __init__(
         self, config: ModelConfig, device: torch.device, weight_dtype: torch.dtype, encoders_only: bool = False
     ) -> None:
-        self.device, self.weight_dtype = device, weight_dtype
+        self.device, self.weight_dtype, self._config = device, weight_dtype, config
+        self.trained_on: TrainedOn | None = None
         self.pipeline = load_pipeline(config, encoders_only)
         self.vae = self.pipeline.vae.float().eval().requires_grad_(False)
         self.text_encoders = (self.pipeline.text_encoder, self.pipeline.text_encoder_2)
         for encoder in self.text_encoders:
             # Float32 whatever the run's precision: they encode once, and the result is saved in float32.
             encoder.float().eval().requires_grad_(False)
-        own = dict(self.pipeline.scheduler.config)
-        schedule = chosen_schedule({"_class_name": type(self.pipeline.scheduler).__name__} | own, config)
-        if config.prediction_type is not None or config.rescale_betas_zero_snr:
-            self.pipeline.scheduler = type(self.pipeline.scheduler).from_config(schedule)
-        self.noise_scheduler = training_schedule(schedule)
+        self.noise_scheduler = training_schedule(self.pipeline.scheduler.config)
         self.force_zeros = bool(self.pipeline.config.force_zeros_for_empty_prompt)
         self.latent_key = weights_hash(
             *[m for m in (self.vae.encoder, self.vae.quant_conv) if m is not None], settings=type(self.vae).__name__
@@ -229,21 +230,36 @@ class SDXL:
     def export_lora(self, denoiser: nn.Module, folder: Path) -> None:
         parts = parts_of(denoiser)
         tensors = {f"{name}_lora_layers": adapter_of(name, part) for name, part in parts.items()}
-        StableDiffusionXLPipeline.save_lora_weights(folder, **tensors, **_collate_lora_metadata(parts))
+        adapters = _collate_lora_metadata(parts)
+        packed = {
+            f"{name}.{key}": sorted(value) if isinstance(value, set) else value
+            for name in parts
+            for key, value in adapters[f"{name}_lora_adapter_metadata"].items()
+        }
+        facts = lora_metadata(self._config, self.pipeline.scheduler.config, self.trained_on)
+
+        def write(weights: dict[str, Tensor], file: str) -> None:
+            adapter = json.dumps(packed, indent=2, sort_keys=True)
+            save_file(weights, file, {"format": "pt", METADATA: adapter} | facts)
+
+        StableDiffusionXLPipeline.save_lora_weights(folder, **tensors, save_function=write)
+
+    def kohya_lora(self, lora: Path, title: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+        return to_kohya(lora, {"unet": self.pipeline.unet.config}, title)
 
 
 def training_schedule(scheduler: Mapping[str, Any]) -> DDPMScheduler:
     """The training schedule of a pipeline whose scheduler has this config."""
-    return DDPMScheduler.from_config(dict(scheduler))
+    return build_scheduler(DDPMScheduler, scheduler)
 
 
 def load_pipeline(
     config: ModelConfig, encoders_only: bool = False, dtypes: Mapping[str, torch.dtype] | None = None
 ) -> StableDiffusionXLPipeline:
-    """Loads a model's pipeline, with or without its denoiser.
+    """Loads a model's pipeline, with or without its denoiser, and gives it the schedule that model and options say.
 
     Args:
-        config: which model.
+        config: which model, and its schedule.
         encoders_only: leave the denoiser out, where its files are apart from the others.
         dtypes: precision by component, unset: float32; a single file has one, the UNet's.
 
@@ -263,7 +279,7 @@ def load_pipeline(
     with named("--pretrained_model_name_or_path", name):
         if name.endswith(".safetensors"):
             local = config.single_file_config
-            return StableDiffusionXLPipeline.from_single_file(
+            pipeline = StableDiffusionXLPipeline.from_single_file(
                 name,
                 config=local,
                 local_files_only=local is not None,
@@ -271,6 +287,8 @@ def load_pipeline(
                 dtype=dtypes["unet"],
                 **common,
             )
+            set_schedule(pipeline, config)
+            return pipeline
         common |= {"revision": config.revision, "variant": config.variant, "use_safetensors": True}
         for part, cls in (("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)):
             # On its own: a pipeline would fill weights that are missing with random numbers, and say nothing.
@@ -290,6 +308,7 @@ def load_pipeline(
             absent = [key for key, weight in getattr(pipeline, part).named_parameters() if weight.is_meta]
             if absent:
                 raise ValueError(f"{part} lacks the weights {absent[:3]}")
+        set_schedule(pipeline, config)
         return pipeline
 
 
@@ -298,5 +317,5 @@ def named(flag: str, name: str) -> Iterator[None]:
     """Turns what loading raises into one line that names the flag."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, *LOADING) as error:
         raise UserError(f"{flag} {name}: {' '.join(str(error).split())[:400]}") from error

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import struct
 from pathlib import Path
 from typing import Any
 
 from lpl.config import ModelConfig
 from lpl.errors import UserError
 from lpl.families import sdxl_configs
+from lpl.families.sdxl_file import FLAG, check_single_file, check_weights, read_header
 from lpl.families.sdxl_schedule import chosen_schedule
 
-FLAG = "--pretrained_model_name_or_path"
 PIPELINE = "StableDiffusionXLPipeline"
 VAE = "AutoencoderKL"
 FULL_SIZE = 1024
@@ -36,17 +35,19 @@ def check_model(config: ModelConfig) -> dict[str, Any]:
         raise UserError(f"{FLAG} is missing: give a diffusers folder, a Hub id or a .safetensors file")
     path = Path(name)
     if path.suffix in (".safetensors", ".ckpt", ".pt", ".bin", ".pth"):
-        _check_single_file(path, config)
+        check_single_file(path, config)
         if config.single_file_config is None:
             _check_clip_skip(sdxl_configs.PUBLISHED, config)
+            _check_vae(config, sdxl_configs.PUBLISHED)
+            _with_options(sdxl_configs.PUBLISHED, config)
             return {}
         path, name = Path(config.single_file_config), config.single_file_config
     if config.single_file_config is None and path.is_dir():
         _check_complete(path, config.variant)
-    configs = _read(_reader(path, name, config), name)
+    configs = _with_options(_read(_reader(path, name, config), name), config)
     _check_configs(configs, config)
     _check_vae(config, configs)
-    return _with_options(configs, config)
+    return configs
 
 
 def configs_for_plan(config: ModelConfig) -> dict[str, Any]:
@@ -63,23 +64,23 @@ def configs_for_plan(config: ModelConfig) -> dict[str, Any]:
         return _with_options(sdxl_configs.PUBLISHED, config)
     path = Path(name)
     if path.suffix == ".safetensors":
-        _check_single_file(path, config)
+        check_single_file(path, config)
         if config.single_file_config is None:
             _check_clip_skip(sdxl_configs.PUBLISHED, config)
             return _with_options(_configs_of_file(path), config)
         path, name = Path(config.single_file_config), config.single_file_config
-    configs = _read(_reader(path, name, config), name)
+    configs = _with_options(_read(_reader(path, name, config), name), config)
     _check_configs(configs, config)
-    return _with_options(configs, config)
+    return configs
 
 
 def _with_options(configs: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
-    """The configs with the schedule that the options ask for."""
+    """The configs with the schedule that a single file and the options ask for."""
     return configs | {"scheduler": chosen_schedule(configs["scheduler"], config)}
 
 
 def _configs_of_file(path: Path) -> dict[str, Any]:
-    header = _header(path) or {}
+    header = read_header(path) or {}
     shapes = [entry["shape"] for key, entry in header.items() if key.startswith("model.diffusion_model.")]
     found = sum(math.prod(shape) for shape in shapes)
     if found != sdxl_configs.UNET_PARAMETERS:
@@ -165,7 +166,11 @@ def _check_complete(folder: Path, variant: str | None) -> None:
             missing.append(f"{name}/config.json")
         found = list((folder / name).glob("*.safetensors"))
         weights = [f for f in found if (f".{variant}" in f.name if variant else f.name.count(".") == 1)]
-        missing += [f"the end of {name}/{file.name}" for file in weights if _header(file) is None]
+        for file in weights:
+            if (header := read_header(file)) is None:
+                missing.append(f"the end of {name}/{file.name}")
+            else:
+                check_weights(header, f"{FLAG} {folder}: {name}/{file.name}")
         if not weights:
             others = list((folder / name).glob("*.bin"))
             hint = " (only .bin, which is not read: convert it to safetensors)" if others else ""
@@ -178,18 +183,6 @@ def _check_complete(folder: Path, variant: str | None) -> None:
         missing.append("scheduler/scheduler_config.json")
     if missing:
         raise UserError(f"{FLAG} {folder}: missing in it: {', '.join(missing)}")
-
-
-def _header(path: Path) -> dict[str, Any] | None:
-    """The header of a safetensors file; None where it is none, or cut short."""
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(min(length, 100_000_000)))
-        end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
-        return header if path.stat().st_size >= 8 + length + end else None
-    except (struct.error, ValueError, AttributeError, TypeError, LookupError):
-        return None
 
 
 def _check_configs(configs: dict[str, Any], config: ModelConfig) -> None:
@@ -212,7 +205,7 @@ def _check_configs(configs: dict[str, Any], config: ModelConfig) -> None:
         raise UserError(
             f"{FLAG} {name}: its scheduler is {kind}; EDM and flow schedules are not trained right here yet"
         )
-    prediction_type = config.prediction_type or scheduler.get("prediction_type", "epsilon")
+    prediction_type = scheduler.get("prediction_type", "epsilon")
     if prediction_type not in ("epsilon", "v_prediction", "sample"):
         raise UserError(f"{FLAG} {name}: prediction type {prediction_type} is not trained here; see --prediction_type")
     if scheduler.get("rescale_betas_zero_snr") and prediction_type == "epsilon":
@@ -250,35 +243,15 @@ def _check_vae(config: ModelConfig, configs: dict[str, Any]) -> None:
     if vae.get("_class_name", VAE) != VAE:
         raise UserError(f"--pretrained_vae_model_name_or_path {name}: {vae['_class_name']}; this trainer needs {VAE}")
     weights = list(Path(name).glob("*.safetensors"))
-    if not weights or any(_header(file) is None for file in weights):
+    headers = [read_header(file) for file in weights]
+    if not weights or None in headers:
         found = f"{weights[0].name} is cut short" if weights else "no .safetensors in it"
         raise UserError(f"--pretrained_vae_model_name_or_path {name}: {found}")
+    for header in headers:
+        check_weights(header or {}, f"--pretrained_vae_model_name_or_path {name}")
     channels = vae.get("latent_channels", 4)
     if channels != configs["unet"].get("in_channels", 4):
         raise UserError(
             f"--pretrained_vae_model_name_or_path {name}: {channels} latent channels, "
             f"the UNet takes {configs['unet'].get('in_channels', 4)}"
         )
-
-
-def _check_single_file(path: Path, config: ModelConfig) -> None:
-    if path.suffix != ".safetensors":
-        raise UserError(f"{FLAG} {path}: {path.suffix} files are pickles and are not read; convert it to .safetensors")
-    if not path.is_file():
-        raise UserError(f"{FLAG} {path}: no such file")
-    header = _header(path)
-    if header is None:
-        raise UserError(f"{FLAG} {path}: not a safetensors file, or cut short")
-    if "conditioner.embedders.1.model.ln_final.weight" not in header:
-        refiner = "conditioner.embedders.0.model.ln_final.weight" in header
-        found = (
-            "an SDXL refiner; train the base model" if refiner else "not an SDXL checkpoint (no second text encoder)"
-        )
-        raise UserError(f"{FLAG} {path}: {found}")
-    channels = header.get("model.diffusion_model.input_blocks.0.0.weight", {}).get("shape", [0, 4])[1]
-    if channels == 9:
-        raise UserError(
-            f"{FLAG} {path}: an inpainting model (9 input channels); this trainer needs a text-to-image one"
-        )
-    if config.single_file_config is not None and not (Path(config.single_file_config) / "model_index.json").is_file():
-        raise UserError(f"--single_file_config {config.single_file_config}: no model_index.json in it")

@@ -16,6 +16,8 @@ from lpl.errors import UserError
 from lpl.families.sdxl import load_pipeline, named
 from lpl.families.sdxl_check import WITH_WEIGHTS, check_model, native_resolution
 from lpl.families.sdxl_configs import PUBLISHED
+from lpl.families.sdxl_file import compare_lora
+from lpl.families.sdxl_schedule import chosen_schedule
 from lpl.families.sdxl_single_file import modelspec, original_tensors, prediction_of
 
 logger = logging.getLogger("lpl")
@@ -36,7 +38,7 @@ class SDXLExport:
     its rows; only then is the result rounded to the precision it is written in.
 
     Args:
-        config: which model; its prediction_type, if any, is what the result says.
+        config: which model; its prediction_type and rescale_betas_zero_snr, if given, are what the result says.
         dtype: precision of the result; None: as each component's files have it, a model on the Hub float32.
         lora: a LoRA file of diffusers' or kohya's, or None.
         scale: of the LoRA.
@@ -50,11 +52,6 @@ class SDXLExport:
         found = {part: dtype or stored_dtype(config, part) for part in WITH_WEIGHTS}
         merged = [] if lora is None else lora_parts(lora)
         self.pipeline = load_pipeline(config, dtypes=found | dict.fromkeys(merged, torch.float32))
-        if config.prediction_type is not None:
-            scheduler = self.pipeline.scheduler
-            self.pipeline.scheduler = type(scheduler).from_config(
-                scheduler.config, prediction_type=config.prediction_type
-            )
         if lora is not None:
             _merge(self.pipeline, lora, scale, merged)
         for part in WITH_WEIGHTS:
@@ -82,9 +79,13 @@ def check_single_file(config: ModelConfig) -> None:
     Raises:
         UserError: no such model, or a prediction type that programs for single files do not know.
     """
-    scheduler = check_model(config).get("scheduler", {})
-    kind = config.prediction_type
-    prediction_of(scheduler if kind is None else {**scheduler, "prediction_type": kind})
+    prediction_of(schedule_of(config))
+
+
+def schedule_of(config: ModelConfig) -> dict[str, Any]:
+    """The scheduler's config of a model that is checked, by its files and the options; nothing loads."""
+    known: dict[str, Any] = check_model(config).get("scheduler") or chosen_schedule(PUBLISHED["scheduler"], config)
+    return known
 
 
 def stored_dtype(config: ModelConfig, part: str) -> torch.dtype:
@@ -104,6 +105,16 @@ def stored_dtype(config: ModelConfig, part: str) -> torch.dtype:
                 entry = content.get_slice(key)
                 sizes[entry.get_dtype()] += torch.Size(entry.get_shape()).numel()
     return STORED.get(max(sizes, key=lambda kind: sizes[kind]) if sizes else "F32", torch.float32)
+
+
+def check_lora(config: ModelConfig, lora: Path) -> None:
+    """Refuses a LoRA that is none of SDXL's, and says so where it was trained to predict another thing than the model.
+
+    Raises:
+        UserError: see lora_parts.
+    """
+    lora_parts(lora)
+    compare_lora(lora, schedule_of(config))
 
 
 def lora_parts(file: Path) -> list[str]:

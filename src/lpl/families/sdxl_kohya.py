@@ -12,14 +12,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lpl.config import ModelConfig
 from lpl.errors import UserError
+from lpl.families.base import TrainedOn
+from lpl.families.sdxl_file import PREDICTION, RESCALED
 from lpl.families.sdxl_names import unet_module
-from lpl.families.sdxl_single_file import ARCHITECTURE
+from lpl.families.sdxl_single_file import ARCHITECTURE, PREDICTIONS
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 ENDS = {".lora_A.weight": ".lora_down.weight", ".lora_B.weight": ".lora_up.weight"}
 METADATA = "lora_adapter_metadata"
 """diffusers' key of the adapter's peft configuration."""
+KEPT = ("modelspec.", "ss_", "lpl.")
+"""How the metadata begin that both files of a LoRA have."""
 
 
 def to_kohya(lora: Path, configs: Mapping[str, Any], title: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -35,12 +40,15 @@ def to_kohya(lora: Path, configs: Mapping[str, Any], title: str) -> tuple[dict[s
         title: for the metadata.
 
     Raises:
-        UserError: a file that holds something else; DoRA, which diffusers drops from such files without an error.
+        UserError: a file that holds something else; DoRA, whose magnitudes m (.dora_scale) mean m (W + BA) / |W + BA|
+            by the norms of rows: ComfyUI (0.3.77) and Forge divide by |W|, A1111 by the norms of columns, and kohya's
+            programs and diffusers drop them without an error.
     """
     try:
         with safe_open(lora, "pt") as content:
             tensors = {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118 (it is no dict)
-            adapter = json.loads((content.metadata() or {}).get(METADATA, "{}"))
+            said = content.metadata() or {}
+            adapter = json.loads(said.get(METADATA, "{}"))
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{lora}: cannot be read as safetensors ({' '.join(str(error).split())})") from error
     for option in ("alpha_pattern", "use_rslora"):
@@ -50,7 +58,10 @@ def to_kohya(lora: Path, configs: Mapping[str, Any], title: str) -> tuple[dict[s
     ranks: dict[str, int] = {}
     for name, tensor in tensors.items():
         if "lora_magnitude" in name:
-            raise UserError(f"{lora}: a DoRA, which not all of those programs read right: merge it (--to safetensors)")
+            raise UserError(
+                f"{lora}: a DoRA, which ComfyUI, Forge and A1111 read otherwise than it was trained: merge it (--to "
+                "safetensors)"
+            )
         end = next((end for end in ENDS if name.endswith(end)), None)
         part, _, module = name.removesuffix(end or "").partition(".")
         if end is None or part not in PARTS:
@@ -67,7 +78,8 @@ def to_kohya(lora: Path, configs: Mapping[str, Any], title: str) -> tuple[dict[s
     if missing or 3 * len(ranks) != len(found) or not ranks:
         raise UserError(f"{lora}: not a whole LoRA (a down or an up part is missing, or all of it)")
     rank = max(ranks.values())
-    return found, _metadata(rank, float(found[f"{next(iter(ranks))}.alpha"]), title)
+    kept = {key: text for key, text in said.items() if key.startswith(KEPT)}
+    return found, kept | _metadata(rank, float(found[f"{next(iter(ranks))}.alpha"]), title)
 
 
 def _layer(part: str, module: str, configs: Mapping[str, Any]) -> str:
@@ -78,8 +90,40 @@ def _layer(part: str, module: str, configs: Mapping[str, Any]) -> str:
     return f"{prefix}_text_model_{module.removeprefix('text_model.').replace('.', '_')}"
 
 
+def lora_metadata(config: ModelConfig, scheduler: Mapping[str, Any], trained_on: TrainedOn | None) -> dict[str, str]:
+    """What a run says in its LoRA's files, under the keys of modelspec and of kohya's programs, which others show.
+
+    Beside that the options that decide the schedule, as they were given: what a run only took from its model is the
+    business of the model that the LoRA is merged into.
+
+    Args:
+        config: of the run.
+        scheduler: config of the schedule that it was trained with.
+        trained_on: the rest; None: it is not known.
+    """
+    model = str(config.pretrained_model_name_or_path)
+    found = {
+        "ss_sd_model_name": Path(model).resolve().name if Path(model).exists() else model,
+        "ss_zero_terminal_snr": str(bool(scheduler.get("rescale_betas_zero_snr"))),
+    }
+    if trained_on is not None:
+        side = trained_on.resolution
+        found |= {
+            "modelspec.resolution": f"{side}x{side}",
+            "ss_resolution": f"({side}, {side})",
+            "ss_num_train_images": str(trained_on.images),
+            "ss_steps": str(trained_on.steps),
+        }
+    if (kind := scheduler.get("prediction_type", "epsilon")) in PREDICTIONS:
+        found["modelspec.prediction_type"] = PREDICTIONS[kind]
+    if config.prediction_type is not None:
+        found[PREDICTION] = config.prediction_type
+    return found | ({RESCALED: "True"} if config.rescale_betas_zero_snr else {})
+
+
 def _metadata(rank: int, alpha: float, title: str) -> dict[str, str]:
     return {
+        "ss_output_name": title,
         "ss_base_model_version": "sdxl_base_v1-0",  # by this A1111 knows whose LoRA it is
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(rank),

@@ -155,7 +155,7 @@ def _check_output(config: TrainConfig) -> int | None:
     if choice not in (None, "latest"):
         from lpl.training.checkpoint import find_checkpoint
 
-        find_checkpoint(folder, choice, read=False)
+        _check_same_schedule(config, find_checkpoint(folder, choice, read=False))
     if not (folder / CONFIG_FILE).is_file():
         if choice == "latest":
             logger.warning("--resume_from_checkpoint latest: %s holds no run yet, starting one", folder)
@@ -172,6 +172,20 @@ def _check_output(config: TrainConfig) -> int | None:
     if changed:
         logger.warning("--allow_changes: %s continues with %s", folder, ", ".join(changed))
     return finished_at(folder)
+
+
+def _check_same_schedule(config: TrainConfig, checkpoint: Path | None) -> None:
+    """Refuses to go on from another run's checkpoint, which learned to predict something else, as if it had not."""
+    other = None if checkpoint is None else checkpoint.resolve().parent
+    if other is None or other == Path(config.run.output_dir).resolve() or not (other / CONFIG_FILE).is_file():
+        return
+    options = ("--prediction_type ", "--rescale_betas_zero_snr ")
+    changed = [told for told in differences(config, other, processes()) if told.startswith(options)]
+    if changed and not config.run.allow_changes:
+        raise UserError(
+            f"--resume_from_checkpoint {checkpoint}: its run was of another schedule: {', '.join(changed)}; give the "
+            "same options, or continue it all the same with --allow_changes"
+        )
 
 
 def finished_at(folder: Path) -> int | None:

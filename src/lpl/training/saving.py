@@ -7,10 +7,20 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from torch import Tensor
+
+from lpl.errors import UserError
+from lpl.exporting.tensor_file import write_tensors
 from lpl.training.checkpoint import RESULT
 from lpl.training.preflight import FINISHED
 from lpl.training.weights import Weights
 
+KOHYA = "_kohya.safetensors"
+"""How the file's name ends that has a LoRA under the names that kohya's programs gave them."""
+LONGEST = 200
+"""Bytes of a folder's name that go into a file's, which may have 255."""
+ALL_WEIGHTS = "a folder for diffusers; `lpl export` makes the file for ComfyUI, A1111 and Forge"
+"""Which result is for which programs, where all weights were trained."""
 SAVED = "saved"
 CONTENTS = "weights.json"
 
@@ -74,3 +84,31 @@ def save_result(
     marker = folder / f".tmp-{FINISHED}"
     marker.write_text(json.dumps({"step": step, "weights": weights.final, "data": data}))
     marker.replace(folder / FINISHED)
+
+
+def lora_name(folder: Path, which: str | None = None) -> str:
+    """The name of a LoRA's file for ComfyUI and others, which show it: that of the run's folder, and which it is."""
+    name = folder.resolve().name.encode()[:LONGEST].decode(errors="ignore")
+    return (name if which is None else f"{name}-{which}") + KOHYA
+
+
+def write_beside(
+    lora: Path, name: str, renamed: Callable[[Path, str], tuple[dict[str, Tensor], dict[str, str]]]
+) -> str:
+    """Writes a LoRA a second time beside diffusers' file: that one does nothing in ComfyUI, A1111 or kohya's programs.
+
+    Args:
+        lora: the file.
+        name: of the second.
+        renamed: makes its tensors and metadata of the first and of a title.
+
+    Returns:
+        Which file is for which programs, or why there is one only.
+    """
+    try:
+        tensors, metadata = renamed(lora, Path(name).stem)
+    except UserError as error:
+        fault = str(error).removeprefix(f"{lora}: ")
+        return f"{lora.name} for diffusers; none for ComfyUI, A1111, Forge and kohya's programs: {fault}"
+    write_tensors(tensors.items(), lora.with_name(name), metadata)
+    return f"{lora.name} for diffusers; {name} for ComfyUI, A1111, Forge and kohya's programs"

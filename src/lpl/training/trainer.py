@@ -18,7 +18,9 @@ from lpl.data.bad_files import FILE as BAD_FILES
 from lpl.data.prepare import Processes, prepare_data
 from lpl.diffusion.draws import keyed_seed
 from lpl.errors import StopRequestedError, TrainingStoppedError
+from lpl.exporting.options import LORA_FILE
 from lpl.families import load_family
+from lpl.families.base import TrainedOn
 from lpl.training import hub
 from lpl.training.batches import Batches
 from lpl.training.checkpoint import full_disk, last_checkpoint
@@ -30,7 +32,7 @@ from lpl.training.optim import component_rates, scaled_learning_rate
 from lpl.training.optimizers import adapted_rate
 from lpl.training.preflight import Checked
 from lpl.training.run_state import RunState
-from lpl.training.saving import save_result, save_weights
+from lpl.training.saving import ALL_WEIGHTS, lora_name, save_result, save_weights, write_beside
 from lpl.training.sharded import autocast_dtype, whole
 from lpl.training.step import TrainingStep
 from lpl.training.step_checks import warn_of_steps
@@ -66,6 +68,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, checked: Checked, stop: Stop) -> None:
         self.config, self.folder, self.stop = config, Path(config.run.output_dir), stop
+        self.for_whom = ALL_WEIGHTS  # which file of the result is for which programs
         run = config.run
         self.accelerator = accelerator = build_accelerator(config)
         set_seed(run.seed)
@@ -279,13 +282,20 @@ class Trainer:
 
     def _writer(self, whole_pipeline: bool) -> Callable[[Path], None]:
         """What writes the trained weights as they are into a folder; every process must call it, one writes."""
-        full, family = self.config.model.rank is None, self.family
-        write = (family.export if whole_pipeline else family.save_denoiser) if full else family.export_lora
+        family = self.family
+        write = family.export if whole_pipeline else family.save_denoiser
 
         def call(folder: Path) -> None:
             denoiser = self.trained.whole_model.get()
-            if self.accelerator.is_main_process:
+            if not self.accelerator.is_main_process:
+                return
+            if self.config.model.rank is None:
                 write(denoiser, folder)
+                return
+            family.trained_on = TrainedOn(self.config.data.crop_size, len(self.data), self.step)
+            family.export_lora(denoiser, folder)
+            name = lora_name(self.folder, None if whole_pipeline else f"{self.step}-{folder.name}")
+            self.for_whom = write_beside(folder / LORA_FILE, name, family.kohya_lora)
 
         return call
 
@@ -305,5 +315,7 @@ class Trainer:
         if main:
             if self.repository is not None:
                 hub.push(self.config, self.repository)
-            logger.info("done: the result is in %s (%s weights)", self.folder, self.trained.weights.final)
+            logger.info(
+                "done: the result is in %s (%s weights): %s", self.folder, self.trained.weights.final, self.for_whom
+            )
         accelerator.end_training()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from lpl.errors import UserError
 from lpl.evaluation.options import EvalConfig
 from lpl.evaluation.pictures import list_pictures, read_captions
 from lpl.evaluation.planning import Plan, check_eval, read_inputs
-from lpl.families.sampling import vae_stride
+from lpl.families.sampling import CLASSIFIER_FREE, PipelineSampler, vae_stride
 from lpl.testing import tiny_images
 
 
@@ -94,6 +95,57 @@ def test_pixels_per_latent(model: Path, tmp_path: Path) -> None:
     assert vae_stride(ModelConfig("x.safetensors")) == 8
     assert vae_stride(ModelConfig(str(model), pretrained_vae_model_name_or_path=str(tmp_path / "dc"))) == 32
     assert vae_stride(ModelConfig(pretrained_vae_model_name_or_path="some/vae")) is None
+
+
+def pipeline_of(kind: str, folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": kind}))
+    return folder
+
+
+def test_guidance_is_refused_where_its_meaning_is_not_known(model: Path, reference: Path, tmp_path: Path) -> None:
+    """By the class alone, before anything loads: 1 is no guidance to these, 0 to Z-Image, and Flux has learned it."""
+    options: dict[str, Any] = {"resolution": 16, "num_samples": 10, "floor": False}
+    for kind in ("QwenImagePipeline", "ZImagePipeline", "FluxPipeline", "Flux2KleinPipeline", "NewPipeline"):
+        options["pretrained_model_name_or_path"] = folder = pipeline_of(kind, tmp_path / kind)
+        with pytest.raises(UserError, match=rf"^--guidance_scale 1: what that is to a {kind} is not known") as caught:
+            plan(reference, tmp_path / "out", **options, guidance_scale=1)
+        assert "\n" not in str(caught.value)
+        assert plan(reference, tmp_path / "out", **options).sampling.guidance_scale is None
+    for folder in (model, pipeline_of("SanaPipeline", tmp_path / "known")):
+        options["pretrained_model_name_or_path"] = folder
+        assert plan(reference, tmp_path / "out", **options).sampling.guidance_scale == 5
+        assert plan(reference, tmp_path / "out", **options, guidance_scale=1).sampling.guidance_scale == 1
+
+
+def test_a_pipeline_with_a_guidance_of_its_own_is_not_given_one() -> None:
+    import torch
+
+    given: list[dict[str, Any]] = []
+
+    class Pipeline:
+        def set_progress_bar_config(self, **_: Any) -> None: ...
+
+        def __call__(self, **options: Any) -> Any:
+            given.append(options)
+            return type("Output", (), {"images": torch.zeros(1, 3, 8, 8)})
+
+    sampler = PipelineSampler(Pipeline())
+    for scale in (None, 1.0):
+        sampler(["x"], [torch.Generator()], 2, scale, 8)
+    assert [options.get("guidance_scale", "its own") for options in given] == ["its own", 1.0]
+
+
+def test_pipelines_of_which_guidance_is_known_do_what_is_known() -> None:
+    """Read in diffusers itself: none up to 1, else none + g (text - none)."""
+    import diffusers
+
+    folder = Path(diffusers.__file__).parent / "pipelines"
+    texts = [file.read_text() for file in folder.glob("*/pipeline_*.py") if "deprecated" not in str(file)]
+    for kind in CLASSIFIER_FREE:
+        (text,) = [text for text in texts if f"\nclass {kind}(" in text]
+        assert re.search(r"guidance_scale > 1(\.0)?\b", text), kind
+        assert re.search(r"\+ (self\.)?guidance_scale \* \(", text), kind
 
 
 SEPARATED = "one\u2028two\x85three"

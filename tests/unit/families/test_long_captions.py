@@ -251,7 +251,9 @@ def test_clip_skip_leaves_no_encoder_without_a_layer(deep: Path, model: Path, tm
         plan_configs(ModelConfig(name, clip_skip=11))
         with pytest.raises(UserError, match=r"^--clip_skip 12: .*text_encoder has 12 layers"):
             plan_configs(ModelConfig(name, clip_skip=12))
-    header = {"conditioner.embedders.1.model.ln_final.weight": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
+    parts = ("conditioner.embedders.0.transformer.x", "conditioner.embedders.1.model.ln_final.weight")
+    parts += ("model.diffusion_model.x", "first_stage_model.x")
+    header = {key: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for key in parts}
     text = json.dumps(header).encode()
     file = tmp_path / "one.safetensors"
     file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))

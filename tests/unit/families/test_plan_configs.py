@@ -36,9 +36,13 @@ def test_a_folder_needs_no_weights(model: Path, tmp_path: Path) -> None:
 def test_a_file_of_sdxls_size_is_sdxl(tmp_path: Path, parameters: int) -> None:
     """Only the header is written, and the file's length: no disk is used."""
     unet = "model.diffusion_model.input_blocks.0.0.weight"
+    text, vae = "conditioner.embedders.0.transformer.text_model.", "first_stage_model."
     size = 4 * parameters
+    small = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
     entries = {
-        "conditioner.embedders.1.model.ln_final.weight": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
+        "conditioner.embedders.1.model.ln_final.weight": small,
+        f"{text}final_layer_norm.weight": small,
+        f"{vae}decoder.conv_out.weight": small,
         unet: {"dtype": "F32", "shape": [parameters // 4, 4], "data_offsets": [4, 4 + size]},
     }
     header = json.dumps(entries).encode()

@@ -1,0 +1,200 @@
+"""What a weights file says of itself, read from its header alone: whether it can be trained, and by which schedule."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lpl.config import ModelConfig
+from lpl.errors import UserError
+
+logger = logging.getLogger("lpl")
+
+FLAG = "--pretrained_model_name_or_path"
+VAE_FLAG = "--pretrained_vae_model_name_or_path"
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+WEIGHTS = ("weight", "bias", "embedding", "projection")
+"""Endings of weights; positions and counters beside them are integers in every model."""
+SCALED = (".scale_weight", ".weight_scale", ".scale_input", ".input_scale")
+"""Endings of the factors that weights of scaled fp8 are to be multiplied by."""
+EDM = ("edm_vpred.sigma_max", "edm_vpred.sigma_min", "edm_mean", "edm_std")
+UNET, VAE = "model.diffusion_model.", "first_stage_model."
+FIRST_TEXT, SECOND_TEXT = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
+ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+WORDS = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
+"""What modelspec.prediction_type says, and diffusers' word for it."""
+PREDICTION, RESCALED = "lpl.prediction_type", "lpl.rescale_betas_zero_snr"
+"""Metadata of a LoRA file: the options of these names that the run was given, whatever its model said."""
+
+
+def read_header(path: Path) -> dict[str, Any] | None:
+    """The header of a safetensors file; None where it is none, or cut short.
+
+    Every tensor in it has a dtype, a shape and its place; __metadata__, if there, are texts.
+
+    Raises:
+        UserError: a file that cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(min(length, 100_000_000)))
+        tensors = [entry for name, entry in header.items() if name != "__metadata__"]
+        whole = path.stat().st_size >= 8 + length + max(entry["data_offsets"][1] for entry in tensors)
+        sound = all(isinstance(entry["dtype"], str) and isinstance(entry["shape"], list) for entry in tensors)
+        texts = all(isinstance(text, str) for text in header.get("__metadata__", {}).values())
+        return header if whole and sound and texts else None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except (struct.error, ValueError, AttributeError, TypeError, LookupError, RecursionError):
+        return None
+
+
+def check_weights(header: Mapping[str, Any], where: str) -> None:
+    """Refuses weights that would be loaded as other numbers than they stand for.
+
+    Args:
+        header: of a safetensors file.
+        where: the flag and the file, for errors.
+
+    Raises:
+        UserError: scaled fp8, or weights of integers.
+    """
+    scaled = [key for key in header if key == "scaled_fp8" or key.endswith((*SCALED, ".comfy_quant"))]
+    if scaled:
+        raise UserError(
+            f"{where}: scaled fp8 ({scaled[0]}), whose weights are to be multiplied by factors beside them, which is "
+            "not done here; give the model in float16, bfloat16 or float32"
+        )
+    odd = [
+        key
+        for key, entry in header.items()
+        if key != "__metadata__" and entry["dtype"] not in FLOATS and key.endswith(WEIGHTS)
+    ]
+    if odd:
+        raise UserError(
+            f"{where}: quantised: {len(odd)} weights are no floating-point numbers ({odd[0]} is "
+            f"{header[odd[0]]['dtype']}); give the model in float16, bfloat16 or float32"
+        )
+
+
+def check_single_file(path: Path, config: ModelConfig) -> None:
+    """Refuses a single file that is no whole SDXL checkpoint, or one that is not trained right here.
+
+    Raises:
+        UserError: what it is, in one line.
+    """
+    where = f"{FLAG} {path}"
+    if path.suffix != ".safetensors":
+        raise UserError(f"{where}: {path.suffix} files are pickles and are not read; convert it to .safetensors")
+    if not path.is_file():
+        raise UserError(f"{where}: no such file")
+    header = read_header(path)
+    if header is None:
+        raise UserError(f"{where}: not a safetensors file, or cut short")
+    if not _has_second(header):
+        raise UserError(f"{where}: {_what_else(header)}")
+    if header.get(f"{UNET}input_blocks.0.0.weight", {}).get("shape", [])[1:2] == [9]:
+        raise UserError(f"{where}: an inpainting model (9 input channels); this trainer needs a text-to-image one")
+    if config.single_file_config is not None and not (Path(config.single_file_config) / "model_index.json").is_file():
+        raise UserError(f"--single_file_config {config.single_file_config}: no model_index.json in it")
+    check_weights(header, where)
+    if not all(any(key.startswith(part) for key in header) for part in (UNET, FIRST_TEXT)):
+        raise UserError(f"{where}: {_what_else(header)}")
+    if not any(key.startswith(VAE) for key in header) and config.pretrained_vae_model_name_or_path is None:
+        raise UserError(f"{where}: no VAE in it ({VAE}...); give one with {VAE_FLAG}")
+    edm = [key for key in EDM if key in header]
+    if edm:
+        raise UserError(f"{where}: an EDM model ({', '.join(edm)}), whose schedule is not trained right here yet")
+    file_schedule(path, config)
+
+
+def _what_else(header: Mapping[str, Any]) -> str:
+    """What a file is that is no SDXL checkpoint."""
+    keys = list(header)
+    if "conditioner.embedders.0.model.ln_final.weight" in header:
+        return "an SDXL refiner; train the base model"
+    if any("lora_" in key for key in keys):
+        return "a LoRA, not a model; give the model that it belongs to"
+    text = any(key.startswith(("conditioner.", "cond_stage_model.")) for key in keys)
+    unet = any(key.startswith((UNET, "input_blocks.", "down_blocks.", "double_blocks.")) for key in keys)
+    if unet and not text:
+        return (
+            "not an SDXL checkpoint but a UNet or transformer alone, without text encoders; give a whole one, or a "
+            "diffusers folder that has it as its unet"
+        )
+    if not unet and not text and any(key.startswith((VAE, "decoder.")) for key in keys):
+        return f"a VAE alone; give it with {VAE_FLAG}, beside a model"
+    lacking = "UNet" if not unet else "first text encoder" if _has_second(header) else "second text encoder"
+    return f"not an SDXL checkpoint (no {lacking})"
+
+
+def _has_second(header: Mapping[str, Any]) -> bool:
+    return f"{SECOND_TEXT}ln_final.weight" in header
+
+
+def file_schedule(path: Path, config: ModelConfig | None = None) -> dict[str, Any]:
+    """What a single file says of its schedule, as keys of a scheduler's config; of what it does not say, nothing.
+
+    The empty tensors v_pred and ztsnr, by which ComfyUI goes (supported_models.SDXL), count more than the text
+    modelspec.prediction_type.
+
+    Args:
+        path: a safetensors file.
+        config: whose --prediction_type, if any, goes before what the file says; a difference is said once. None: the
+            file alone is asked.
+
+    Raises:
+        UserError: a prediction type by modelspec that is not known, where the options name none.
+    """
+    header = read_header(path) or {}
+    word = header.get("__metadata__", {}).get("modelspec.prediction_type")
+    asked = None if config is None else config.prediction_type
+    found: dict[str, Any] = {}
+    if "v_pred" in header:
+        found["prediction_type"] = "v_prediction"
+        if WORDS.get(word, "v_prediction") != "v_prediction" and asked is None:
+            warn(f"{path}: its key v_pred says v_prediction, its modelspec.prediction_type {word}: the key counts")
+    elif word in WORDS:
+        found["prediction_type"] = WORDS[word]
+    elif word is not None and asked is None:
+        raise UserError(f"{FLAG} {path}: its modelspec.prediction_type is {word}: say what it is by --prediction_type")
+    if asked not in (None, found.get("prediction_type", asked)):
+        warn(f"--prediction_type {asked}: {path} says {found['prediction_type']}; the option counts")
+    return found | (ZERO_SNR if "ztsnr" in header else {})
+
+
+@functools.cache
+def warn(message: str) -> None:
+    """Once, though a file is looked at before and at loading."""
+    logger.warning("%s", message)
+
+
+def lora_options(file: Path) -> dict[str, Any]:
+    """The options that decide a schedule as the run was given them that made a LoRA file; of other files nothing.
+
+    Raises:
+        UserError: metadata that no run has written.
+    """
+    metadata = (read_header(file) or {}).get("__metadata__", {})
+    found: dict[str, Any] = {}
+    if PREDICTION in metadata:
+        found["prediction_type"] = metadata[PREDICTION]
+        if found["prediction_type"] not in ("epsilon", "v_prediction", "sample"):
+            raise UserError(f"--lora {file}: its metadata say {PREDICTION} {metadata[PREDICTION]}, which is unknown")
+    if metadata.get(RESCALED) == "True":
+        found["rescale_betas_zero_snr"] = True
+    return found
+
+
+def compare_lora(file: Path, scheduler: Mapping[str, Any]) -> None:
+    """Says so where a LoRA was trained to predict another thing than the model that it is merged into."""
+    word = WORDS.get((read_header(file) or {}).get("__metadata__", {}).get("modelspec.prediction_type"))
+    kind = scheduler.get("prediction_type", "epsilon")
+    if word not in (None, kind):
+        warn(f"{file}: was trained on {word}; the model it is merged into predicts {kind}, and so will the result")
