@@ -417,7 +417,7 @@ def test_cache_that_others_do_not_share_is_refused(encode: Encode, monkeypatch: 
 
 def test_damaged_shard_stops_the_run(encode: Encode, tmp_path: Path, encoder: Any) -> None:
     data = encode()
-    shard = tmp_path / "c" / "latents" / "aa-2" / data.caches.latents.shards[0]
+    shard = tmp_path / "c" / "latents" / "aa-3" / data.caches.latents.shards[0]
     shard.write_bytes(shard.read_bytes()[:-5])
     with pytest.raises(UserError, match="lpl cache verify --delete"):
         encode(rehash=True).batch([(0, 0)])
@@ -436,7 +436,7 @@ def test_another_users_cache_is_used_and_said(
     def refused(path: Path, *_: Any) -> None:
         raise PermissionError(1, "Operation not permitted", str(path))
 
-    monkeypatch.setattr("lpl.data.prepare.os.utime", refused)
+    monkeypatch.setattr("lpl.data.mark.os.utime", refused)
     assert len(encode()) == 5
     assert len([line for line in lines() if "is another user's" in line and "lpl cache prune" in line]) == 1
 

@@ -26,17 +26,17 @@ def test_damage_is_said_removed_and_made_again(
 ) -> None:
     data, cache = encode(), tmp_path / "c"
     verify_cache(str(cache), delete=False)
-    assert capsys.readouterr().out == f"{cache}: 2 shards, 0 damaged\n"
+    assert capsys.readouterr().out == f"{cache}: 5 files, 0 damaged\n"
     (name,) = data.caches.latents.shards
-    shard = cache / "latents" / "aa-2" / name
+    shard = cache / "latents" / "aa-3" / name
     content = bytearray(shard.read_bytes())
     content[-100] ^= 255
     shard.write_bytes(content)
-    with pytest.raises(UserError, match="1 of 2 shards are damaged: remove them with --delete"):
+    with pytest.raises(UserError, match="1 of 5 files are damaged: remove them with --delete"):
         verify_cache(str(cache), delete=False)
     assert str(shard) in capsys.readouterr().out
     verify_cache(str(cache), delete=True)
-    assert "2 shards, 1 damaged and removed" in capsys.readouterr().out
+    assert "5 files, 1 damaged and removed" in capsys.readouterr().out
     encoder.images = 0
     encode().batch([(0, 0)])
     assert (encoder.images, len(encoder.captions)) == (5, 5)

@@ -16,6 +16,7 @@ from lpl.config import require
 from lpl.data.sources.base import IMAGE_SUFFIXES, PIECE_SIZE, Piece, Sample, digest, one_line, read_file
 from lpl.data.sources.mask_files import ENDING, beside, masks_beside, masks_in
 from lpl.data.sources.metadata import read_metadata
+from lpl.data.sources.versions import Versions
 from lpl.errors import UserError
 from lpl.progress import progress
 
@@ -57,7 +58,7 @@ class FolderSource:
     ) -> None:
         root = os.path.expanduser(folder)
         self.name = f"{flag} {root}"
-        self.identity = f"folder {os.path.abspath(root)} {caption_column}"
+        self.identity, self.versions = f"folder {os.path.abspath(root)} {caption_column}", Versions()
         instead = ", or name a data set with --dataset_name" if flag == "--train_data_dir" else ""
         require(
             os.path.isdir(root),
