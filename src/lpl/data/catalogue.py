@@ -89,6 +89,8 @@ class Catalogue:
         self.folder, self.schema = own, MASKED if masks else SCHEMA
         self.replaces = plain if masks else None
         """With masks, the folder for the same source without them."""
+        self._tables: list[pa.Table] = []
+        self._unsettled: list[np.ndarray] = []
         self.forget_known()
 
     def path(self, piece: Piece) -> Path:
@@ -156,8 +158,7 @@ class Catalogue:
 
     def forget_known(self) -> None:
         """Frees what load_known has gathered."""
-        self._tables: list[pa.Table] = []
-        self._unsettled: list[np.ndarray] = []
+        self._tables, self._unsettled = [], []
         self._hashes, self._places = np.empty(0, np.int64), np.empty((0, 2), np.int32)
 
 
@@ -264,6 +265,8 @@ def _flat(column: pa.Array) -> Iterator[Any]:
 def unsettled(table: pa.Table) -> np.ndarray:
     """Which rows say nothing that lasts, (N,): the file could not be read, or not decoded by another Pillow."""
     bad = table.column("reason").is_valid()
+    if table.column("reason").null_count == len(table):
+        return np.zeros(len(table), bool)
     if table.schema.metadata[PILLOW] == PIL.__version__.encode():
         bad = pc.and_(bad, pc.equal(pc.binary_length(table.column("digest")), 0))
     return np.asarray(bad.to_numpy())

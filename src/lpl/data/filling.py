@@ -180,11 +180,10 @@ class Filler:
 
     def changed(self, tables: Sequence[pa.Table]) -> bool:
         """Whether a file that a sample names, rather than its source, is no longer what it was."""
-        names, noted = (
-            [entry for table in tables for entry in pc.list_flatten(table.column(column)).to_pylist()]
-            for column in ("files", "versions")
-        )
-        return self.source.versions.differ(names, noted)
+        columns = ["files", "versions"]
+        named = [pa.table([pc.list_flatten(table.column(name)) for name in columns], columns) for table in tables]
+        distinct = pa.concat_tables(named).group_by(columns).aggregate([])
+        return self.source.versions.differ(*(distinct.column(name).to_pylist() for name in columns))
 
     def fill(self, pieces: Sequence[Piece], show: bool) -> None:
         """Reads, encodes and stores what is missing of some pieces.
@@ -208,9 +207,18 @@ class Filler:
         known = None if self.config.rehash else self.catalogue
         store = self.caches.masks
         masks = None if store is None else MaskStaging(store, folder / "masks")
-        in_use = {} if masks is None else {"mask_cached": masks.__contains__, "stride": self.encoder.latent_stride}
-        versions = self.source.versions
-        reader = Reader(self.crops, self.config, latents.__contains__, known, versions=versions, **in_use)
+        mask_cached, stride = (
+            ((lambda _: True), 1) if masks is None else (masks.__contains__, self.encoder.latent_stride)
+        )
+        reader = Reader(
+            self.crops,
+            self.config,
+            latents.__contains__,
+            known,
+            mask_cached,
+            stride,
+            self.source.versions,
+        )
         rows: list[Row] = []
         waiting: dict[tuple[int, ...], list[tuple[bytes, Tensor, str]]] = {}
         with closing(piece.samples()) as samples:

@@ -179,5 +179,5 @@ def _proof(key: str, *tensors: Tensor) -> Tensor:
     found = xxhash.xxh3_128(key.encode())
     for tensor in tensors:
         found.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        found.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return torch.tensor(list(found.digest()), dtype=torch.uint8)

@@ -23,6 +23,8 @@ from lpl.data.folders import default_cache_dir
 from lpl.data.prepare import Mark, Processes, prepare_data
 from lpl.data.sources import folder as folder_module
 from lpl.data.sources import open_source
+from lpl.data.staging import Staging
+from lpl.data.store import TensorStore
 from lpl.data.upkeep import verify_cache
 from lpl.errors import UserError
 
@@ -341,6 +343,58 @@ def test_what_another_run_has_found_anew_holds_for_all(encode: Encode, encoder: 
     encoder.images = 0
     data = encode(resolution=24)
     data.batch([(index, 0) for index in range(5)])
+
+
+def reversed_copy(folder: Path, to: Path) -> Path:
+    """The same images and captions under names in the opposite order."""
+    to.mkdir()
+    for number, image in enumerate(sorted(folder.rglob("*.png"), reverse=True)):
+        (to / f"{number}.png").write_bytes(image.read_bytes())
+        (to / f"{number}.txt").write_text(image.with_suffix(".txt").read_text())
+    return to
+
+
+def assert_same_entries(data: TrainingData, alone: TrainingData) -> None:
+    for row in (alone.samples[index] for index in range(len(alone))):
+        (crop,) = alone.views.crops(row.id, row.digest, row.width, row.height)
+        found, expected = data.caches.latents.gather([crop]), alone.caches.latents.gather([crop])
+        assert torch.equal(found["mean"], expected["mean"])
+
+
+def test_two_orders_of_the_same_images_share_a_cache(
+    encode: Encode, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Filled at the same time, and again after a kill before the index: rows lie in the order of either source."""
+    other = str(reversed_copy(folder, tmp_path / "reversed"))
+    alone = encode(train_data_dir=other, latent_cache_dir=str(tmp_path / "alone"), center_crop=True)
+    together = threading.Barrier(2, timeout=60)
+    claim = Staging.commit
+
+    def commit(staging: Staging) -> None:
+        together.wait()  # both have looked, and neither has what the other one encodes
+        claim(staging)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Staging, "commit", commit)
+        threads = [
+            threading.Thread(target=encode, kwargs={"train_data_dir": source, "center_crop": True})
+            for source in (str(folder), other)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(list((tmp_path / "c" / "latents").rglob("*.safetensors"))) == 2
+    for source in (str(folder), other):
+        assert_same_entries(encode(train_data_dir=source, center_crop=True), alone)
+    for shard in (tmp_path / "c" / "latents").rglob("*.safetensors"):
+        shard.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(TensorStore, "save_index", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            encode(train_data_dir=str(folder), center_crop=True)
+    assert_same_entries(encode(train_data_dir=other, center_crop=True), alone)
+    verify_cache(str(tmp_path / "c"), delete=False)
 
 
 def test_a_cache_that_cannot_be_written_serves_what_it_has(
