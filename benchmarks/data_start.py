@@ -33,6 +33,7 @@ from lpl.data.prepare import prepare_data
 from lpl.data.sampler import BatchOrder
 from lpl.data.sources import Sample, open_source
 from lpl.data.sources.base import PIECE_SIZE
+from lpl.data.sources.versions import Versions
 from lpl.data.views import Views
 
 BATCH = 16
@@ -64,7 +65,7 @@ class Stream:
     name = identity = "made up"
 
     def __init__(self, size: int) -> None:
-        self.size = size
+        self.size, self.versions = size, Versions()
 
     def pieces(self) -> list["StreamPiece"]:
         return [StreamPiece(start, min(start + PIECE_SIZE, self.size)) for start in range(0, self.size, PIECE_SIZE)]
@@ -96,14 +97,14 @@ def png(n: int, side: int = 8) -> bytes:
 def start(photos: str, cache: str, resolution: str) -> None:
     """One start; photos is a folder, or how many images to make up."""
     decoded = 0
-    decode_image = reading.decode_image
+    decode = reading.decode_with_alpha
 
     def counted(*args):
         nonlocal decoded
         decoded += 1
-        return decode_image(*args)
+        return decode(*args)
 
-    reading.decode_image = counted
+    reading.decode_with_alpha = counted
     torch.randn(4) + 1
     config = DataConfig(train_data_dir=photos, latent_cache_dir=cache, resolution=int(resolution))
     began = time.perf_counter()
@@ -177,7 +178,7 @@ def pretend(photos: str, cache: str) -> None:
     caches, catalogue = Caches.open(Path(cache), Pooling(8)), Catalogue(Path(cache), source)
     for piece in source.pieces():
         rows, keys = [], []
-        for id_, captions, group, stamp, name, _ in piece.samples():
+        for id_, captions, group, stamp, name, *_ in piece.samples():
             rows.append(Row(id_, list(captions), group, name, stamp, hashlib.sha256(id_.encode()).digest(), 8, 8, None))
             keys += views.crops(id_, rows[-1].digest, 8, 8)
         catalogue.write(piece, rows)

@@ -5,6 +5,10 @@ class UserError(Exception):
     """A fault in what the user handed over; the command line prints its message alone and exits with 2."""
 
 
+class DamagedCacheError(UserError):
+    """A file of the cache that is not what was written, or lacks what it should hold."""
+
+
 class TrainingStoppedError(Exception):
     """A run that cannot go on (a loss that is not finite, a full disk); prints its message and exits with 3."""
 

@@ -39,7 +39,7 @@ def test_verify_and_prune(run_cli: Any, arguments: list[str], tmp_path: Path) ->
     assert run_cli(["cache", *arguments])[0] == 0
     folder = f"--latent_cache_dir={tmp_path / 'cache'}"
     code, out, _ = run_cli(["cache", "verify", folder])
-    assert (code, out) == (0, f"{tmp_path / 'cache'}: 2 shards, 0 damaged\n")
+    assert (code, out) == (0, f"{tmp_path / 'cache'}: 5 files, 0 damaged\n")
     shard = next((tmp_path / "cache" / "latents").rglob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-1])
     code, _, err = run_cli(["cache", "verify", folder])

@@ -1,4 +1,4 @@
-"""The error of an image file that gives no pixels."""
+"""The errors of an image file that gives no pixels."""
 
 
 class BadImageError(Exception):
@@ -11,3 +11,7 @@ class BadImageError(Exception):
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
+
+
+class UnreadImageError(BadImageError):
+    """A file that could not be read, or not here: no property of it, so the next run tries again."""

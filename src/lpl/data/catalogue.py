@@ -9,13 +9,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import PIL
 import pyarrow as pa
+import pyarrow.compute as pc
+import xxhash
 
-from lpl.data.files import write_atomically
+from lpl.data.files import write_cached
+from lpl.data.shard import damaged_file
 from lpl.data.sources import Piece, Source
-from lpl.errors import UserError
 
 SUFFIX = ".arrow"
+FORMAT = "-3"
+"""Part of what the folders of catalogues and stores are named for: another layout of files, or another way from an
+image file or caption to what is cached, gets another."""
+PROOF, PILLOW = b"proof", b"pillow"
+"""Metadata of a table: the checksum of its file, and the version of the library that decoded the images."""
+PROOF_BYTES = 16
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -27,6 +36,8 @@ SCHEMA = pa.schema(
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("reason", pa.string()),
+        ("files", pa.list_(pa.string())),
+        ("versions", pa.list_(pa.string())),
     ]
 )
 KNOWN = ("digest", "width", "height", "reason")
@@ -49,6 +60,10 @@ class Row(NamedTuple):
     """Size once upright, in pixels; 0 if the image is bad."""
     reason: str | None
     """Why the image cannot be used; None if it can."""
+    files: Sequence[str] = ()
+    """See Sample."""
+    versions: Sequence[str | None] = ()
+    """Of each of them, as they were before it was read; None: unknown."""
     mask: bytes = b""
     """sha256 of the file that holds its mask; empty: none, or masks are not in use."""
 
@@ -57,7 +72,8 @@ class Catalogue:
     """The files of one source, in a folder of the cache named for it.
 
     A file is named for its piece and the piece's stamp, so a changed piece has another file, and the old one still
-    tells what was known of the samples that have not changed.
+    tells what was known of the samples that have not changed. Behind the table it holds a checksum of itself and its
+    name.
 
     Args:
         cache: the cache folder.
@@ -67,12 +83,14 @@ class Catalogue:
 
     def __init__(self, cache: Path, source: Source, masks: str = "") -> None:
         plain, own = (
-            cache / "catalogues" / hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
+            cache / "catalogues" / hashlib.blake2b(f"{name}{FORMAT}".encode(), digest_size=16).hexdigest()
             for name in (source.identity, source.identity + masks)
         )
         self.folder, self.schema = own, MASKED if masks else SCHEMA
         self.replaces = plain if masks else None
         """With masks, the folder for the same source without them."""
+        self._tables: list[pa.Table] = []
+        self._unsettled: list[np.ndarray] = []
         self.forget_known()
 
     def path(self, piece: Piece) -> Path:
@@ -83,11 +101,13 @@ class Catalogue:
     def find(self, piece: Piece) -> pa.Table | None:
         """The rows of a piece, mapped into memory; None if the piece is new or has changed.
 
+        Files that samples name may have changed, see Versions.differ.
+
         Raises:
-            UserError: the file is damaged.
+            DamagedCacheError: the file is damaged.
         """
         path = self.path(piece)
-        return _read(path, self.schema) if path.is_file() else None
+        return read_table(path, self.schema) if path.is_file() else None
 
     def write(self, piece: Piece, rows: Sequence[Row], scratch: Path | None = None) -> None:
         """Stores the rows of a piece, and returns when they are safely on disk; scratch as in write_atomically.
@@ -95,16 +115,12 @@ class Catalogue:
         Raises:
             UserError: the folder cannot be written.
         """
-        buffer = io.BytesIO()
-        with pa.ipc.new_file(buffer, self.schema) as file:
-            file.write_table(table_of(rows, self.schema))
-        try:
-            write_atomically(self.path(piece), buffer.getvalue(), scratch)
-        except OSError as error:
-            raise UserError(
-                f"cache {self.folder} cannot be written ({error.strerror}): make room there, or name another folder "
-                "with --latent_cache_dir"
-            ) from error
+        buffer, path = io.BytesIO(), self.path(piece)
+        schema = self.schema.with_metadata({PILLOW: PIL.__version__.encode()})
+        with pa.ipc.new_file(buffer, schema) as file:
+            file.write_table(table_of(rows, schema))
+        content = buffer.getvalue()
+        write_cached(path, content + _proof(path, content), scratch)
 
     def load_known(self) -> None:
         """Gathers what any file of the source says of its samples, for `known`; of several, the one last used.
@@ -112,7 +128,8 @@ class Catalogue:
         Takes 16 bytes a sample; the rest stays in the mapped files.
         """
         paths = sorted(self.folder.glob(f"[!.]*{SUFFIX}"), key=lambda path: (-path.stat().st_mtime_ns, path.name))
-        self._tables = [_read(path, self.schema) for path in paths]
+        self._tables = [read_table(path, self.schema) for path in paths]
+        self._unsettled = [unsettled(table) for table in self._tables]
         hashes, places = [np.empty(0, np.int64)], [np.empty((0, 2), np.int32)]
         for number, table in enumerate(self._tables):
             pairs = zip(table.column("id").to_pylist(), table.column("stamp").to_pylist(), strict=True)
@@ -122,20 +139,27 @@ class Catalogue:
         order = np.argsort(found, kind="stable")
         self._hashes, self._places = found[order], np.concatenate(places)[order]
 
-    def known(self, sample: str, stamp: str) -> tuple[bytes, int, int, str | None, bytes] | None:
-        """(digest, width, height, reason, mask) of a sample that any piece had with this stamp; after load_known."""
+    def known(
+        self, sample: str, stamp: str, versions: Sequence[str | None] = ()
+    ) -> tuple[bytes, int, int, str | None, bytes] | None:
+        """(digest, width, height, reason, mask) of a sample that any piece had with this stamp and these versions.
+
+        None also where `unsettled` says so. Only after load_known.
+        """
         wanted = hash((sample, stamp))
         first, end = (int(np.searchsorted(self._hashes, wanted, side)) for side in ("left", "right"))
         for number, row in self._places[first:end].tolist():
-            names = [name for name in self.schema.names if name in ("id", "stamp", *KNOWN, "mask")]
+            names = [name for name in self.schema.names if name in ("id", "stamp", "versions", *KNOWN, "mask")]
             found = {"mask": b""} | {name: self._tables[number].column(name)[row].as_py() for name in names}
-            if (found["id"], found["stamp"]) == (sample, stamp):
+            same = (found["id"], found["stamp"], found["versions"]) == (sample, stamp, list(versions))
+            if same and not self._unsettled[number][row]:
                 return tuple(found[name] for name in (*KNOWN, "mask"))
         return None
 
     def forget_known(self) -> None:
         """Frees what load_known has gathered."""
-        self._tables, self._hashes, self._places = [], np.empty(0, np.int64), np.empty((0, 2), np.int32)
+        self._tables, self._unsettled = [], []
+        self._hashes, self._places = np.empty(0, np.int64), np.empty((0, 2), np.int32)
 
 
 class Samples:
@@ -238,14 +262,39 @@ def _flat(column: pa.Array) -> Iterator[Any]:
             yield memoryview(buffer)
 
 
-def _read(path: Path, schema: pa.Schema) -> pa.Table:
+def unsettled(table: pa.Table) -> np.ndarray:
+    """Which rows say nothing that lasts, (N,): the file could not be read, or not decoded by another Pillow."""
+    bad = table.column("reason").is_valid()
+    if table.column("reason").null_count == len(table):
+        return np.zeros(len(table), bool)
+    if table.schema.metadata[PILLOW] == PIL.__version__.encode():
+        bad = pc.and_(bad, pc.equal(pc.binary_length(table.column("digest")), 0))
+    return np.asarray(bad.to_numpy())
+
+
+def read_table(path: Path, schema: pa.Schema | None = None) -> pa.Table:
+    """The table of a file, mapped into memory, with its checksum among the schema's metadata.
+
+    Raises:
+        DamagedCacheError: it is not what was written under this name.
+    """
     try:
         with pa.memory_map(str(path)) as file:
-            table = pa.ipc.open_file(file).read_all()
+            whole = file.read_buffer()
+        if whole.size < PROOF_BYTES:
+            raise OSError("cut short")
+        content, proof = whole.slice(0, whole.size - PROOF_BYTES), whole.slice(whole.size - PROOF_BYTES).to_pybytes()
+        if _proof(path, content) != proof:
+            raise OSError("it does not match its checksum")
+        table = pa.ipc.open_file(pa.BufferReader(content)).read_all()
     except (pa.ArrowException, OSError) as error:
-        raise UserError(
-            f"cache file {path} is damaged ({' '.join(str(error).split())}): delete it and run again"
-        ) from error
-    if table.schema != schema:
-        raise UserError(f"cache file {path} is not of this version: delete it and run again")
-    return table
+        raise damaged_file(path, " ".join(str(error).split())) from error
+    if schema is not None and table.schema != schema:
+        raise damaged_file(path, "its columns are not those of its source")
+    return table.replace_schema_metadata({**(table.schema.metadata or {}), PROOF: proof})
+
+
+def _proof(path: Path, content: Any) -> bytes:
+    found = xxhash.xxh3_128(path.stem.encode())
+    found.update(content)
+    return bytes(found.digest())

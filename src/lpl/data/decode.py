@@ -24,7 +24,7 @@ from PIL import (
 )
 from PIL.ImageFile import ImageFile
 
-from lpl.data.bad_image import BadImageError
+from lpl.data.bad_image import BadImageError, UnreadImageError
 from lpl.data.color import on_background, split_alpha, to_srgb
 from lpl.data.deep import is_deep, read_deep
 from lpl.data.png import check_png
@@ -158,7 +158,7 @@ def _kind(data: bytes) -> str:
         return "WebP"
     if data[4:12] in (b"ftypavif", b"ftypavis", b"ftypmif1", b"ftypmsf1"):
         if not AvifImagePlugin.SUPPORTED:
-            raise BadImageError("AVIF, which this Pillow was built without")
+            raise UnreadImageError("AVIF, which this Pillow was built without")
         return "AVIF"
     if data[:2] == b"BM":
         return "BMP"

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from lpl.errors import UserError
 
 TEMPORARY = ".tmp"
 
@@ -34,6 +38,32 @@ def write_atomically(path: Path, data: bytes, scratch: Path | None = None) -> No
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def write_cached(path: Path, data: bytes, scratch: Path | None = None) -> None:
+    """write_atomically for a file of the cache.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    with cache_writing(path.parent):
+        write_atomically(path, data, scratch)
+
+
+@contextmanager
+def cache_writing(folder: Path) -> Iterator[None]:
+    """Turns what goes wrong while writing a folder of the cache into one line.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cache {folder} cannot be written ({error.strerror}): make room there, or name another folder with "
+            "--latent_cache_dir"
+        ) from error
 
 
 def sync_folder(folder: Path) -> None:

@@ -9,14 +9,17 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
 from lpl.config import DataConfig
 from lpl.data.bad_files import BadFiles
 from lpl.data.captions import CaptionRules
-from lpl.data.catalogue import Catalogue, Row
+from lpl.data.catalogue import FORMAT, Catalogue, Row, unsettled
 from lpl.data.crops import Crop, to_float
+from lpl.data.files import cache_writing
 from lpl.data.masks import mask_keys
 from lpl.data.reading import Reader, in_order, threads_of
 from lpl.data.shard import KEY_BYTES
@@ -31,8 +34,6 @@ ENCODE_PIXELS = 2**20
 """Pixels that go through the image encoder at once (whatever the batch size of training), at least one image."""
 ENCODE_IMAGES = 16
 CAPTION_BATCH = 32
-FORMAT = "-2"
-"""Part of the names of the stores' folders: another layout of shards gets another."""
 
 
 class Encoder(Protocol):
@@ -156,13 +157,16 @@ class Filler:
         return self.rules.variants(self.prefix + sample, captions)
 
     def missing(self, piece: Piece) -> int:
-        """Crops of a piece that are not cached; -1 if the piece itself is not known, or its captions are not cached."""
+        """Crops of a piece that are not cached or not known.
+
+        -1 if the piece itself is not known, has changed, or its captions are not cached.
+        """
         table = None if self.config.rehash else self.catalogue.find(piece)
-        if table is None:
+        if table is None or self.changed([table]):
             return -1
         if any(caption_key(text) not in self.caches.text for text in self.always):
             return -1
-        absent = 0
+        absent = int(unsettled(table).sum()) * self.views.per_image
         for row in table.to_pylist():
             if row["reason"] is None:
                 crops = self.crops(row["id"], row["digest"], row["width"], row["height"])
@@ -173,6 +177,13 @@ class Filler:
                 if any(caption_key(text) not in self.caches.text for text in texts):
                     return -1
         return absent
+
+    def changed(self, tables: Sequence[pa.Table]) -> bool:
+        """Whether a file that a sample names, rather than its source, is no longer what it was."""
+        columns = ["files", "versions"]
+        named = [pa.table([pc.list_flatten(table.column(name)) for name in columns], columns) for table in tables]
+        distinct = pa.concat_tables(named).group_by(columns).aggregate([])
+        return self.source.versions.differ(*(distinct.column(name).to_pylist() for name in columns))
 
     def fill(self, pieces: Sequence[Piece], show: bool) -> None:
         """Reads, encodes and stores what is missing of some pieces.
@@ -196,8 +207,18 @@ class Filler:
         known = None if self.config.rehash else self.catalogue
         store = self.caches.masks
         masks = None if store is None else MaskStaging(store, folder / "masks")
-        in_use = () if masks is None else (masks.__contains__, self.encoder.latent_stride)
-        reader = Reader(self.crops, self.config, latents.__contains__, known, *in_use)
+        mask_cached, stride = (
+            ((lambda _: True), 1) if masks is None else (masks.__contains__, self.encoder.latent_stride)
+        )
+        reader = Reader(
+            self.crops,
+            self.config,
+            latents.__contains__,
+            known,
+            mask_cached,
+            stride,
+            self.source.versions,
+        )
         rows: list[Row] = []
         waiting: dict[tuple[int, ...], list[tuple[bytes, Tensor, str]]] = {}
         with closing(piece.samples()) as samples:
@@ -230,7 +251,8 @@ class Filler:
         for staging in stagings:
             staging.clear()
         self.catalogue.write(piece, rows, scratch=folder)
-        shutil.rmtree(folder)
+        with cache_writing(folder):
+            shutil.rmtree(folder)
 
     def _encode_images(self, batch: Sequence[tuple[bytes, Tensor, str]], staging: Staging) -> None:
         if not batch:

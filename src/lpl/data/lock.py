@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -34,14 +34,14 @@ def locked(folder: Path, doing: str, proceed: Callable[[], None] = lambda: None)
     Raises:
         UserError: the folder cannot be written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / LOCK).touch()
-    except OSError as error:
-        raise UserError(
-            f"cache {folder} cannot be written ({error.strerror}): name another folder with --latent_cache_dir"
-        ) from error
-    with open(folder / LOCK, "w") as file:
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(folder / LOCK, "w"))
+        except OSError as error:
+            raise UserError(
+                f"cache {folder} cannot be written ({error.strerror}): name another folder with --latent_cache_dir"
+            ) from error
         if fcntl is not None:
             waits = False
             while not _take(file):

@@ -64,7 +64,7 @@ def mask_of(config: DataConfig, sample: Sample, image: Mask, alpha: Image.Image 
     try:
         data = None if sample.read_mask is None else sample.read_mask()
     except BadImageError as error:
-        raise BadImageError(f"its mask: {error.reason}") from None
+        raise type(error)(f"its mask: {error.reason}") from None
     if data is None:
         return None
     return Mask(hashlib.sha256(data).digest(), decode_mask(data, image.image.size))
@@ -79,7 +79,7 @@ def decode_mask(data: bytes, size: tuple[int, int]) -> Image.Image:
     try:
         mask = decode_image(data, BLACK).convert("L")
     except BadImageError as error:
-        raise BadImageError(f"its mask: {error.reason}") from None
+        raise type(error)(f"its mask: {error.reason}") from None
     (width, height), (own_width, own_height) = size, mask.size
     # One pixel of rounding either way.
     if abs(own_width * height - width * own_height) > max(width, height, own_width, own_height):

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -21,11 +18,12 @@ from lpl.data.bad_files import Bad, BadFiles
 from lpl.data.captions import CaptionRules
 from lpl.data.catalogue import Catalogue, Samples
 from lpl.data.dataset import TrainingData
-from lpl.data.files import write_atomically
-from lpl.data.filling import Caches, Encoder, Filler, caption_key
+from lpl.data.files import cache_writing
+from lpl.data.filling import Caches, Encoder, Filler
 from lpl.data.folders import cache_dir
 from lpl.data.held_out import VALIDATION, option, split_repeats, split_samples
 from lpl.data.lock import LOCK, locked
+from lpl.data.mark import Mark, unseen
 from lpl.data.masks import identity as mask_identity
 from lpl.data.sources import Source
 from lpl.data.views import Views
@@ -117,41 +115,54 @@ def prepare_data(
 def _fill(filler: Filler, processes: Processes, show: bool) -> list[pa.Table]:
     """Fills the caches from one source; returns the rows of its pieces."""
     source, catalogue, caches, bad = filler.source, filler.catalogue, filler.caches, filler.bad
-    pieces, staging = source.pieces(), caches.staging(source)
-    mark = Mark([catalogue.path(piece).name for piece in pieces], filler)
+    pieces, staging = list(source.pieces()), caches.staging(source)
+    mark, own = Mark(pieces, filler), pieces[processes.rank :: processes.size]
+    first = processes.rank == 0
+    unwritable: UserError | None = None
+    # The first process decides and the others follow: of a server, two need not see the same.
+    whole = first and mark.holds()
     with ExitStack() as stack:
-        if processes.rank == 0:
-            stack.enter_context(locked(staging, f"caching {source.name}", processes.proceed))
+        if first and not whole:
+            try:
+                stack.enter_context(locked(staging, f"caching {source.name}", processes.proceed))
+            except UserError as error:  # no matter, if everything is there
+                unwritable, own = error, pieces
+            _refresh(caches)  # what the run that was waited for has written
+            whole = mark.holds()
+            if not whole and unwritable is None:
+                mark.remove()
         processes.barrier()
-        for store in caches.stores:
-            store.refresh()  # what the run that was waited for has written
-        whole = mark.holds() and not filler.config.rehash
+        if not first:
+            _refresh(caches)
+            whole = mark.is_there()
         processes.barrier()  # nobody writes before all have looked
         if not whole:
-            own = list(pieces)[processes.rank :: processes.size]
             checking = progress(own, desc="checking the cache", unit="piece", show=show)
             lacking = [(piece, absent) for piece in checking if (absent := filler.missing(piece))]
-            if processes.rank == 0:
+            if unwritable is not None and lacking:
+                raise UserError(f"{source.name}: not all of it is cached, and {unwritable}") from unwritable
+            if first:
                 _check_room(filler, lacking, processes.size)
             bad.begin(source.name, source.size)
             filler.fill([piece for piece, _ in lacking], show)
-            processes.barrier()
-            for store in caches.stores:
-                store.refresh()
+        processes.barrier()
+        if not whole:
+            _refresh(caches)
         tables = []
         for piece in pieces:
             table = catalogue.find(piece)
             if table is None:
-                raise UserError(_unseen(caches.folder))
+                raise UserError(unseen(caches.folder))
             tables.append(table)
-        if processes.rank == 0:
+        if first:
             _settle(source, bad, tables)
-            for store in caches.stores:
-                store.save_index(scratch=staging)
-            if not whole:
+            source.versions.tell(source.name)
+            if not whole and unwritable is None:
+                for store in caches.stores:
+                    store.save_index(scratch=staging)
+                _clear(staging)
                 mark.make(tables, show)  # last: with it, nothing else is looked at again
             mark.touch()
-            _clear(staging)
             share = " by the first process" if processes.size > 1 else ""
             logger.info(
                 "%s: %d samples; %d crops and %d captions encoded%s, all else was in %s",
@@ -175,6 +186,11 @@ def _tell_prompt(filler: Filler, tables: Sequence[pa.Table]) -> None:
         )
 
 
+def _refresh(caches: Caches) -> None:
+    for store in caches.stores:
+        store.refresh()
+
+
 def _tell_masks(filler: Filler, tables: Sequence[pa.Table], share: str) -> None:
     usable = [table.column("mask").filter(pc.is_null(table.column("reason"))) for table in tables]
     masked = sum(pc.sum(pc.greater(pc.binary_length(masks), 0)).as_py() or 0 for masks in usable)
@@ -191,75 +207,14 @@ def _tell_masks(filler: Filler, tables: Sequence[pa.Table], share: str) -> None:
         )
 
 
-class Mark:
-    """A note beside a catalogue that everything a run needs of a source is cached, and in which shards."""
-
-    def __init__(self, pieces: Sequence[str], filler: Filler) -> None:
-        self._pieces, self._filler = list(pieces), filler
-        caches = filler.caches
-        key = [filler.views.settings, filler.rules.settings, filler.always, filler.prefix]
-        key += [*(store.folder.name for store in caches.stores), self._pieces]
-        name = hashlib.blake2b(json.dumps(key).encode(), digest_size=16).hexdigest()
-        self._folder = filler.catalogue.folder
-        self._path = self._folder / f"complete-{name}.json"
-        self._shards: list[list[str]] | None = None
-
-    def holds(self) -> bool:
-        """Whether the note is there, and all files that it names."""
-        try:
-            self._shards = json.loads(self._path.read_text())
-        except (OSError, ValueError):
-            return False
-        assert self._shards is not None
-        files = {entry.name for entry in os.scandir(self._folder)}
-        stores = self._filler.caches.stores
-        there = all(set(named) <= set(store.shards) for named, store in zip(self._shards, stores, strict=True))
-        return there and set(self._pieces) <= files
-
-    def make(self, tables: Sequence[pa.Table], show: bool) -> None:
-        """Looks every entry up and makes the note.
-
-        Raises:
-            UserError: an entry that another process has encoded is not there.
-        """
-        filler = self._filler
-        shards: list[set[str]] = [set() for _ in filler.caches.stores]
-        try:
-            shards[1].update(filler.caches.text.shard_of(caption_key(text)) for text in filler.always)
-            for table in progress(tables, desc="checking the cache", unit="piece", show=show):
-                for row in table.to_pylist():
-                    if row["reason"] is None:
-                        crops = filler.crops(row["id"], row["digest"], row["width"], row["height"])
-                        texts = filler.texts(row["id"], row["captions"])
-                        shards[0].update(map(filler.caches.latents.shard_of, crops))
-                        shards[1].update(filler.caches.text.shard_of(caption_key(text)) for text in texts)
-                        if filler.caches.masks is not None:
-                            shards[2].update(map(filler.caches.masks.shard_of, filler.masks(row, crops)))
-        except KeyError as error:
-            raise UserError(_unseen(filler.caches.folder)) from error
-        self._shards = [sorted(names) for names in shards]
-        write_atomically(self._path, json.dumps(self._shards).encode(), filler.caches.staging(filler.source))
-
-    def touch(self) -> None:
-        """Marks all files as used now: `lpl cache prune` goes by that."""
-        caches = self._filler.caches
-        paths = [self._folder / name for name in self._pieces] + [self._path]
-        for store, names in zip(caches.stores, self._shards or [], strict=False):
-            paths += [store.folder / name for name in names]
-        try:
-            for path in paths:
-                os.utime(path)
-        except PermissionError as error:
-            logger.warning("cache file %s is another user's: `lpl cache prune` may take it for unused", error.filename)
-
-
 def _clear(staging: Path) -> None:
     """Removes all but the lock: what killed runs have left, unfinished files included."""
-    for left in staging.iterdir():
-        if left.is_dir():
-            shutil.rmtree(left)
-        elif left.name != LOCK:
-            left.unlink()
+    with cache_writing(staging):
+        for left in staging.iterdir():
+            if left.is_dir():
+                shutil.rmtree(left)
+            elif left.name != LOCK:
+                left.unlink()
 
 
 def _settle(source: Source, bad: BadFiles, tables: Sequence[pa.Table]) -> None:
@@ -284,7 +239,8 @@ def _check_room(filler: Filler, todo: Sequence[tuple[Any, int]], processes: int)
     latents, text = filler.encoder.entry_bytes(*filler.views.buckets.sizes[0])
     variants = filler.config.caption_variants if filler.config.shuffle_caption else 1
     needed = (images * latents + captions * variants * text) * filler.caches.dtype.itemsize // 4
-    filler.caches.folder.mkdir(parents=True, exist_ok=True)
+    with cache_writing(filler.caches.folder):
+        filler.caches.folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(filler.caches.folder).free
     if needed > free:
         raise UserError(
@@ -301,10 +257,3 @@ def _warn_upscaled(samples: Samples, views: Views, buckets: Any) -> None:
             "%d of %d images are smaller than --resolution %d and are scaled up: they will train blur",
             *(upscaled, len(samples), views.config.crop_size),
         )
-
-
-def _unseen(folder: Path) -> str:
-    return (
-        f"cache {folder} lacks entries that other processes have encoded: name a folder that all of them see with "
-        "--latent_cache_dir"
-    )

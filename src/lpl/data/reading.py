@@ -5,21 +5,23 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 
 from lpl.config import DataConfig
-from lpl.data.bad_image import BadImageError
+from lpl.data.bad_image import BadImageError, UnreadImageError
 from lpl.data.catalogue import Catalogue, Row
 from lpl.data.crops import Crop, render
 from lpl.data.decode import decode_with_alpha, parse_color
 from lpl.data.masks import Mask, crop_mask, mask_keys, mask_of
 from lpl.data.sources import Sample
+from lpl.data.sources.versions import Versions
 
 MAX_THREADS = 8
+NOTHING = hashlib.sha256(b"").digest()
 AHEAD = 2
 """Samples that are read ahead, beyond one a thread."""
 
@@ -51,6 +53,7 @@ class Reader:
         catalogue: what is known of samples; None: read them all again.
         mask_cached: whether the mask of a crop need not be made.
         stride: pixels per latent, for masks.
+        versions: of the files that samples name; None: they are not noted.
     """
 
     def __init__(
@@ -61,7 +64,9 @@ class Reader:
         catalogue: Catalogue | None,
         mask_cached: Callable[[bytes], bool] = lambda _: True,
         stride: int = 1,
+        versions: Versions | None = None,
     ) -> None:
+        self._versions = versions
         self._config, self._mask_cached, self._stride = config, mask_cached, stride
         self._crops, self._cached, self._catalogue = crops, cached, catalogue
         self._background = parse_color(config.background_color)
@@ -69,25 +74,27 @@ class Reader:
 
     def __call__(self, sample: Sample) -> Read:
         """Reads one sample; a bad image comes back as a row with the reason."""
-        known = self._catalogue.known(sample.id, sample.stamp) if self._catalogue is not None else None
+        versions = [] if self._versions is None else list(map(self._versions, sample.files))
+        known = None if self._catalogue is None else self._catalogue.known(sample.id, sample.stamp, versions)
         if known is not None:
             digest, width, height, reason, mask_digest = known
             crops = {} if reason else self._crops(sample.id, digest, width, height)
             masks = mask_keys(self._config, mask_digest, crops)
             if all(map(self._cached, crops)) and all(map(self._mask_cached, masks)):
-                row = _row(sample, digest, width, height, reason, mask_digest)
+                row = _row(sample, versions, digest, width, height, reason, mask_digest)
                 return Read(row, list(crops), {}, list(masks), {})
-        digest = b""
+        digest = NOTHING  # of a sample that says itself that it holds no image
         try:
             data = sample.read()
             digest = hashlib.sha256(data).digest()
             image, alpha = decode_with_alpha(data, self._background)
             mask = mask_of(self._config, sample, Mask(digest, image), alpha)
         except BadImageError as error:
-            return Read(_row(sample, digest, 0, 0, error.reason), [], {}, [], {})
+            digest = b"" if isinstance(error, UnreadImageError) else digest
+            return Read(_row(sample, versions, digest, 0, 0, error.reason), [], {}, [], {})
         crops = self._crops(sample.id, digest, image.width, image.height)
         pixels = {key: render(image, crop, self._interpolation) for key, crop in crops.items() if not self._cached(key)}
-        row = _row(sample, digest, image.width, image.height, None)
+        row = _row(sample, versions, digest, image.width, image.height, None)
         if mask is None:
             return Read(row, list(crops), pixels, [], {})
         masks = mask_keys(self._config, mask.digest, crops)
@@ -120,6 +127,15 @@ def in_order(function: Callable[[A], B], items: Iterable[A], threads: int) -> It
                 future.cancel()
 
 
-def _row(sample: Sample, digest: bytes, width: int, height: int, reason: str | None, mask: bytes = b"") -> Row:
-    captions = list(sample.captions)
-    return Row(sample.id, captions, sample.group, sample.name, sample.stamp, digest, width, height, reason, mask)
+def _row(
+    sample: Sample,
+    versions: Sequence[str | None],
+    digest: bytes,
+    width: int,
+    height: int,
+    reason: str | None,
+    mask: bytes = b"",
+) -> Row:
+    captions, files = list(sample.captions), list(sample.files) if versions else []
+    known = digest, width, height, reason
+    return Row(sample.id, captions, sample.group, sample.name, sample.stamp, *known, files, versions, mask)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import mmap
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from safetensors.torch import save
 from torch import Tensor
 
-from lpl.errors import UserError
+from lpl.errors import DamagedCacheError
 
 SUFFIX = ".safetensors"
 KEY_BYTES = 20
@@ -45,35 +46,33 @@ class Field:
 class Shard:
     """One file, mapped into memory: `keys` (N, 20), `checksums` (N,) and every field stacked, (N, ...).
 
+    Its name is a hash of its keys in the order of its rows and of its layout, so an opened shard has proved which rows
+    it holds, and of what shape; `check` proves the bytes of a row.
+
     Raises:
-        UserError: the file is cut short or is no such shard.
+        DamagedCacheError: the file is cut short, is no shard, or is not the one of this name.
     """
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         try:
             with open(path, "rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            length = int.from_bytes(self._map[:8], "little")
-            header = json.loads(self._map[8 : 8 + length])
-            base = 8 + length
-            self.fields = {
-                name: Field(DTYPES[entry["dtype"]], tuple(entry["shape"]), base + entry["data_offsets"][0])
-                for name, entry in header.items()
-                if name != "__metadata__"
-            }
-            end = base + max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
-            whole = end == len(self._map) and set(RESERVED) <= self.fields.keys()
-        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-            raise UserError(damaged_shard(path, str(error) or type(error).__name__)) from error
-        if not whole:
-            raise UserError(damaged_shard(path, f"{len(self._map)} bytes, not {end}"))
-        names = sorted(self.fields.keys() - set(RESERVED))
-        self.layout: Layout = {name: (self.fields[name].dtype, self.fields[name].shape[1:]) for name in names}
+            self.fields = _fields(self._map)
+            self.rows = self.fields["keys"].shape[0]
+            names = sorted(self.fields.keys() - set(RESERVED))
+            self.layout: Layout = {name: (self.fields[name].dtype, self.fields[name].shape[1:]) for name in names}
+            self._keys = self._block("keys")
+            self._checksums = np.frombuffer(self._block("checksums"), np.uint64)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+            raise damaged_file(path, " ".join(str(error).split())[:80] or type(error).__name__) from error
+        if path.name != name_of(self._keys, self.layout):
+            raise damaged_file(path, "its header or its keys are not those that its name stands for")
         self.touched = 0
 
     def keys(self) -> np.ndarray:
         """(N, 20), uint8."""
-        return np.frombuffer(self.row_block("keys"), np.uint8).reshape(-1, KEY_BYTES)
+        return np.frombuffer(self._keys, np.uint8).reshape(-1, KEY_BYTES)
 
     def row(self, name: str, row: int) -> np.ndarray:
         """The bytes of an entry's field, uint8, in the mapped file."""
@@ -81,22 +80,77 @@ class Shard:
         self.touched += field.row_bytes
         return np.frombuffer(self._map, np.uint8, field.row_bytes, field.offset + row * field.row_bytes)
 
+    def key(self, row: int) -> bytes:
+        """The key of a row; empty if there is no such row."""
+        return self._keys[row * KEY_BYTES : (row + 1) * KEY_BYTES]
+
+    def check(self, row: int, parts: Sequence[Any]) -> None:
+        """Compares an entry that was read with its checksum.
+
+        Args:
+            row: which one.
+            parts: its bytes by field, in the order of the layout.
+
+        Raises:
+            DamagedCacheError: they differ; counts the entries of the file that are damaged.
+        """
+        if checksum([self.key(row), *parts]) != self._checksums[row]:
+            raise self._damaged(len(self.damaged_rows()))
+
+    def verify(self) -> None:
+        """Reads all entries.
+
+        Raises:
+            DamagedCacheError: some do not match their checksums.
+        """
+        if found := len(self.damaged_rows()):
+            raise self._damaged(found)
+
     def damaged_rows(self) -> list[int]:
         """Rows whose bytes do not give their checksum."""
-        wanted = torch.frombuffer(bytearray(self.row_block("checksums")), dtype=torch.int64)
-        return [row for row, value in enumerate(wanted.tolist()) if value != self._checksum(row)]
+        return [
+            row
+            for row, wanted in enumerate(self._checksums.tolist())
+            if checksum([self.key(row), *(self.row(name, row) for name in self.layout)]) != wanted
+        ]
 
-    def row_block(self, name: str) -> bytes:
-        """All bytes of a field."""
+    def _damaged(self, count: int) -> DamagedCacheError:
+        return damaged_file(self.path, f"{count} of its {self.rows} entries do not match their checksums")
+
+    def _block(self, name: str) -> bytes:
         field = self.fields[name]
-        return self._map[field.offset : field.offset + field.shape[0] * field.row_bytes]
-
-    def _checksum(self, row: int) -> int:
-        return checksum([self.row(name, row).data for name in ("keys", *self.layout)])
+        return self._map[field.offset : field.offset + self.rows * field.row_bytes]
 
 
-def pack(keys: Sequence[bytes], fields: Mapping[str, Tensor]) -> bytes:
-    """The content of a shard.
+def _fields(data: mmap.mmap) -> dict[str, Field]:
+    """The tensors that a file's header names.
+
+    Raises:
+        ValueError: they are not those of a shard, or do not fill the file.
+    """
+    base = 8 + int.from_bytes(data[:8], "little")
+    header = {name: entry for name, entry in json.loads(data[8:base]).items() if name != "__metadata__"}
+    fields, end = {}, base
+    for name, entry in header.items():
+        begin, stop = entry["data_offsets"]
+        field = fields[name] = Field(DTYPES[entry["dtype"]], tuple(entry["shape"]), base + begin)
+        sound = all(isinstance(size, int) and size >= 0 for size in (begin, *field.shape)) and field.shape
+        if not sound or stop - begin != field.shape[0] * field.row_bytes:
+            raise ValueError(f"the shape of {name!r} is not that of its bytes")
+        end = max(end, base + stop)
+    keys, checksums = (fields[name] for name in RESERVED)
+    wanted = ((torch.uint8, (KEY_BYTES,)), (torch.int64, ()))
+    if ((keys.dtype, keys.shape[1:]), (checksums.dtype, checksums.shape[1:])) != wanted:
+        raise ValueError("no keys and checksums")
+    if len({field.shape[0] for field in fields.values()}) != 1:
+        raise ValueError("its tensors differ in length")
+    if end != len(data):
+        raise ValueError(f"{len(data)} bytes, not {end}")
+    return fields
+
+
+def pack(keys: Sequence[bytes], fields: Mapping[str, Tensor]) -> tuple[str, bytes]:
+    """The name and the content of a shard.
 
     Args:
         keys: N of 20 bytes.
@@ -109,32 +163,31 @@ def pack(keys: Sequence[bytes], fields: Mapping[str, Tensor]) -> bytes:
     if lengths != {len(keys)} or any(len(key) != KEY_BYTES for key in keys) or set(RESERVED) & fields.keys():
         raise ValueError(f"cannot store {len(keys)} keys with fields {list(fields)} of lengths {lengths}")
     tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in fields.items()}
-    blocks = [tensors[name].view(len(keys), -1).view(torch.uint8).numpy() for name in sorted(tensors)]
-    sums = [checksum([key, *(block[row].data for block in blocks)]) for row, key in enumerate(keys)]
-    tensors["keys"] = torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(-1, KEY_BYTES)
-    tensors["checksums"] = torch.tensor(sums, dtype=torch.int64)
-    return save(tensors)
+    layout: Layout = {name: (tensors[name].dtype, tuple(tensors[name].shape[1:])) for name in sorted(tensors)}
+    blocks = [tensors[name].view(len(keys), -1).view(torch.uint8).numpy() for name in layout]
+    sums = np.array([checksum([key, *(block[row] for block in blocks)]) for row, key in enumerate(keys)], np.uint64)
+    joined = b"".join(keys)
+    tensors["keys"] = torch.frombuffer(bytearray(joined), dtype=torch.uint8).view(-1, KEY_BYTES)
+    tensors["checksums"] = torch.from_numpy(sums.view(np.int64))
+    return name_of(joined, layout), save(tensors)
+
+
+def name_of(keys: bytes, layout: Layout) -> str:
+    """The name of the shard that holds these entries, by their keys in the order of its rows, in this layout."""
+    fields = [(name, str(dtype), shape) for name, (dtype, shape) in layout.items()]
+    return hashlib.blake2b(json.dumps(fields).encode() + keys, digest_size=16).hexdigest() + SUFFIX
 
 
 def checksum(parts: Sequence[Any]) -> int:
-    """CRC-32 of an entry: its key, then its fields in the order of their names."""
-    value = 0
+    """XXH3 of an entry: its key, then its fields in the order of their names."""
+    found = xxhash.xxh3_64()
     for part in parts:
-        value = zlib.crc32(part, value)
-    return value
+        found.update(part)
+    return int(found.intdigest())
 
 
-def damage(path: Path) -> str | None:
-    """What is wrong with a shard, after reading every byte of it; None: nothing."""
-    try:
-        rows = Shard(path).damaged_rows()
-    except UserError as error:
-        return str(error)
-    return damaged_shard(path, f"{len(rows)} of its entries do not match their checksums") if rows else None
-
-
-def damaged_shard(path: Path, what: str) -> str:
-    """The message of a shard that cannot be used."""
-    return (
-        f"cache shard {path} is damaged ({what}): `lpl cache verify --delete` removes it, the next run makes it again"
+def damaged_file(path: Path, what: str) -> DamagedCacheError:
+    """The error of a file of the cache that cannot be used."""
+    return DamagedCacheError(
+        f"cache file {path} is damaged ({what}): `lpl cache verify --delete` removes it, the next run makes it again"
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import struct
@@ -17,16 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lpl.data.files import write_atomically
-from lpl.data.shard import KEY_BYTES, SUFFIX, Layout, Shard, pack
-from lpl.errors import UserError
+from lpl.data.files import write_cached
+from lpl.data.shard import KEY_BYTES, SUFFIX, Layout, Shard, damaged_file, pack
+from lpl.errors import DamagedCacheError
 
 INDEX = "index.npz"
 MAPPED_BYTES = 2**28
 """Shards are unmapped, oldest first, once this much of them has been read: memory stays flat."""
 OPEN_SHARDS = 256
 """At most so many are mapped at a time: each takes a file handle."""
-UNZIP_ERRORS = (OSError, ValueError, LookupError, EOFError, RuntimeError, struct.error, zlib.error, zipfile.BadZipFile)
+UNZIP_ERRORS: tuple[type[Exception], ...] = (OSError, ValueError, LookupError, TypeError, EOFError, RuntimeError)
+UNZIP_ERRORS += (MemoryError, struct.error, zlib.error, zipfile.BadZipFile)
 """What numpy raises on an .npz file that is damaged."""
 
 
@@ -44,13 +44,13 @@ class TensorStore:
 
     The entries of a shard have one shape. Opening reads an index of keys, shards and rows (28 bytes an entry), and of
     shards that are newer than it their keys; tensors are mapped into memory and read on demand. A shard appears whole
-    or not at all.
+    or not at all. Whatever the index says, an entry is handed out only if the shard's own key and checksum are its.
 
     Args:
         folder: where the shards are; made when something is first written.
 
     Raises:
-        UserError: a shard that is cut short.
+        DamagedCacheError: a shard that is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -90,14 +90,23 @@ class TensorStore:
         """The tensors of entries of one shape, stacked in the order of the keys, by field: copies on the CPU.
 
         Raises:
-            KeyError: no such entry.
+            DamagedCacheError: an entry that is not there, is another's, or does not match its checksum.
             ValueError: entries of several shapes.
         """
         stacked: dict[str, Tensor] = {}
         rows: dict[str, np.ndarray] = {}
         layout: Layout = {}
-        for position, (number, row) in enumerate(self._places(keys)):
+        try:
+            places = self._places(keys)
+        except KeyError:
+            raise DamagedCacheError(
+                f"cache {self.folder} is damaged (an entry that was there is not): run `lpl cache verify --delete`, "
+                "then run once with --rehash"
+            ) from None
+        for position, (number, row) in enumerate(places):
             shard = self._shard(number)
+            if shard.key(row) != keys[position]:
+                raise damaged_file(self.folder / INDEX, f"row {row} of {shard.path.name} is not the entry it says")
             if position == 0:
                 layout = shard.layout
                 for name, (dtype, shape) in layout.items():
@@ -107,6 +116,7 @@ class TensorStore:
                 raise ValueError(f"entries of several shapes: {layout} and {shard.layout}")
             for name, target in rows.items():
                 target[position] = shard.row(name, row)
+            shard.check(row, [target[position] for target in rows.values()])  # at every read: less than copying takes
         return stacked
 
     def write(self, keys: Sequence[bytes], fields: Mapping[str, Tensor], scratch: Path | None = None) -> None:
@@ -123,22 +133,16 @@ class TensorStore:
         """
         if not keys:
             return
-        content = pack(keys, fields)
-        name = hashlib.blake2b(b"".join(sorted(keys)), digest_size=16).hexdigest() + SUFFIX
-        try:
-            write_atomically(self.folder / name, content, scratch)
-        except OSError as error:
-            raise UserError(
-                f"cache {self.folder} cannot be written ({error.strerror}): make room there, or name another folder "
-                "with --latent_cache_dir"
-            ) from error
-        self._add([name])
+        name, content = pack(keys, fields)
+        write_cached(self.folder / name, content, scratch)
+        if name not in self.shards:
+            self._add([name])
 
     def refresh(self) -> None:
         """Takes up shards that other processes have written since.
 
         Raises:
-            UserError: a shard that is cut short.
+            DamagedCacheError: a shard that is damaged.
         """
         there = sorted(_shards_in(self.folder))
         if not self.shards and there:
@@ -147,7 +151,11 @@ class TensorStore:
         self._add([name for name in there if name not in have])
 
     def save_index(self, scratch: Path | None = None) -> None:
-        """Writes the index beside the shards, so that the next opening need not look into each."""
+        """Writes the index beside the shards, so that the next opening need not look into each.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
         if not self.shards or self.shards == self._indexed:
             return
         by_name = np.argsort(np.asarray(self.shards))
@@ -157,19 +165,13 @@ class TensorStore:
         order = np.lexsort((places[:, 1], places[:, 0]))
         buffer = io.BytesIO()
         np.savez(buffer, shards=np.asarray(self.shards)[by_name], keys=self._index.keys[order], places=places[order])
-        write_atomically(self.folder / INDEX, buffer.getvalue(), scratch)
+        write_cached(self.folder / INDEX, buffer.getvalue(), scratch)
         self._indexed = list(self.shards)
 
     def _read_index(self, there: set[str]) -> None:
-        path = self.folder / INDEX
-        if not path.is_file():
-            return
-        try:
-            with np.load(path, allow_pickle=False) as index:
-                shards, keys, places = index["shards"].tolist(), index["keys"], index["places"]
-        except UNZIP_ERRORS:
-            return  # an index says nothing that the shards do not: they are read instead
-        if set(shards) <= there:
+        found = read_index(self.folder)
+        if found is not None and set(found[0]) <= there:
+            shards, keys, places = found
             self.shards, self._indexed = shards, list(shards)
             self._index = _sorted_index(keys, places)
 
@@ -222,6 +224,48 @@ class TensorStore:
             ):
                 self._open.popitem(last=False)
         return shard
+
+
+def read_index(folder: Path) -> tuple[list[str], np.ndarray, np.ndarray] | None:
+    """The index of a folder: names of shards, keys (N, 20) and places (N, 2), not compared with the shards themselves.
+
+    None where there is none, or one that is damaged: it says nothing that the shards do not, so they are read instead.
+    """
+    try:
+        with np.load(folder / INDEX, allow_pickle=False) as index:
+            shards, keys, places = index["shards"], index["keys"], index["places"]
+        sound = (
+            shards.dtype.kind == "U"
+            and (keys.dtype, keys.shape) == (np.uint8, (len(places), KEY_BYTES))
+            and (places.dtype, places.shape) == (np.int32, (len(keys), 2))
+            and (places >= 0).all()
+            and (places[:, 0] < len(shards)).all()
+        )
+    except UNZIP_ERRORS:
+        return None
+    return (shards.tolist(), keys, places) if sound else None
+
+
+def verify_index(folder: Path) -> None:
+    """Compares a folder's index with the shards that it names, which must be sound.
+
+    An index that names shards which are gone is used by nobody, and is no fault.
+
+    Raises:
+        DamagedCacheError: it cannot be read, or says something else than they.
+    """
+    found = read_index(folder)
+    if found is None:
+        raise damaged_file(folder / INDEX, "it cannot be read")
+    names, keys, places = found
+    if not set(names) <= set(_shards_in(folder)):
+        return
+    held = [Shard(folder / name).keys() for name in names]
+    rows = [(number, row) for number, own in enumerate(held) for row in range(len(own))]
+    order = np.lexsort((places[:, 1], places[:, 0]))
+    true = np.array_equal(places[order], np.array(rows, np.int32).reshape(-1, 2))
+    if not true or not np.array_equal(keys[order], np.concatenate([keys[:0], *held])):
+        raise damaged_file(folder / INDEX, "it gives entries other places than the shards do")
 
 
 def _sorted_index(keys: np.ndarray, places: np.ndarray) -> Index:

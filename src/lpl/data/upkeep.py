@@ -8,10 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from lpl.data.catalogue import FORMAT, read_table
+from lpl.data.catalogue import SUFFIX as TABLE
+from lpl.data.files import cache_writing
 from lpl.data.folders import default_cache_dir
-from lpl.data.shard import SUFFIX, damage
-from lpl.data.store import INDEX
-from lpl.errors import UserError
+from lpl.data.shard import SUFFIX, Shard
+from lpl.data.store import INDEX, verify_index
+from lpl.errors import DamagedCacheError, UserError
 from lpl.progress import progress
 
 DAY = 24 * 3600
@@ -26,7 +29,7 @@ class Unused(NamedTuple):
 
 
 def verify_cache(folder: str | None, delete: bool) -> None:
-    """Says of every damaged shard what is wrong, and removes it if asked.
+    """Says of every damaged file what is wrong, and removes it if asked.
 
     Raises:
         UserError: no such folder, or damage that is still there.
@@ -37,9 +40,11 @@ def verify_cache(folder: str | None, delete: bool) -> None:
         print(wrong)
     if delete:
         remove([path for path, _ in found])
-    print(f"{cache}: {count} shards, {len(found)} damaged{' and removed' if delete and found else ''}")
+    print(f"{cache}: {count} files, {len(found)} damaged{' and removed' if delete and found else ''}")
+    if old := [path for path in stores(cache) if not of_this_format(path)]:
+        print(f"{cache}: {len(old)} folders are of another version, which is not read: `lpl cache prune` removes them")
     if found and not delete:
-        raise UserError(f"cache {cache}: {len(found)} of {count} shards are damaged: remove them with --delete")
+        raise UserError(f"cache {cache}: {len(found)} of {count} files are damaged: remove them with --delete")
 
 
 def prune_cache(folder: str | None, days: float, dry_run: bool) -> None:
@@ -69,19 +74,35 @@ def stores(cache: Path) -> Iterator[Path]:
             yield from sorted(path for path in (cache / kind).iterdir() if path.is_dir())
 
 
+def of_this_format(store: Path) -> bool:
+    """Whether a folder of shards is named as runs name theirs now: a hash, the format, perhaps a precision."""
+    return f"{store.name}-".rpartition(f"{FORMAT}-")[1] != ""
+
+
 def damaged(cache: Path) -> tuple[int, list[tuple[Path, str]]]:
-    """Reads every shard of a cache and compares checksums.
+    """Reads every file of a cache and compares it with its checksums, and indices with the shards.
 
     Returns:
-        How many shards there are, and of those that are damaged the path and what is wrong.
+        How many files there are, and of those that are damaged the path and what is wrong.
     """
-    shards = [path for folder in stores(cache) for path in sorted(folder.glob(f"[!.]*{SUFFIX}"))]
-    found = []
-    for path in progress(shards, desc="verifying", unit="shard"):
-        wrong = damage(path)
-        if wrong is not None:
-            found.append((path, wrong))
-    return len(shards), found
+    found: dict[Path, str] = {}
+    folders = [folder for folder in stores(cache) if of_this_format(folder)]
+    staged = [folder for folder in (cache / "staged").glob("*/*/*") if folder.is_dir()]
+    shards = [path for folder in (*folders, *staged) for path in sorted(folder.glob(f"[!.]*{SUFFIX}"))]
+    tables = sorted((cache / "catalogues").glob(f"*/[!.]*{TABLE}"))
+    indices = [path for folder in folders if (path := folder / INDEX).exists()]
+    for path in progress([*shards, *tables, *indices], desc="verifying", unit="file"):
+        try:
+            if path.suffix == TABLE:
+                read_table(path)
+            elif path.name != INDEX:
+                Shard(path).verify()
+            elif not any(shard.parent == path.parent for shard in found):
+                verify_index(path.parent)
+        except DamagedCacheError as error:
+            if path.exists():  # else a run that goes on has done with it
+                found[path] = str(error)
+    return len(shards) + len(tables) + len(indices), list(found.items())
 
 
 def unused(cache: Path, days: float) -> Unused:
@@ -98,16 +119,20 @@ def unused(cache: Path, days: float) -> Unused:
 
 
 def remove(paths: list[Path]) -> None:
-    """Removes files and folders, and folders that are empty then."""
+    """Removes files and folders, and folders that are empty then.
+
+    Raises:
+        UserError: the cache cannot be written.
+    """
     for path in paths:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
         parent = path.parent
-        left = list(parent.iterdir())
-        if all(entry.name == INDEX for entry in left):
-            shutil.rmtree(parent)
+        with cache_writing(parent):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+            if all(entry.name == INDEX for entry in parent.iterdir()):
+                shutil.rmtree(parent)
 
 
 def _last_change(path: Path) -> float:

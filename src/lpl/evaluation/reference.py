@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -21,14 +22,14 @@ from lpl.errors import UserError
 from lpl.evaluation.features import Extractor
 from lpl.evaluation.pictures import batches, list_pictures, pictures_digest, read_picture
 from lpl.evaluation.statistics import BATCH, ImageSet, measure
-from lpl.families.base import weights_hash
+from lpl.families.base import config_settings, weights_hash
 
 logger = logging.getLogger("lpl")
 
 LARGE = 256
 """Images of more pixels across go through the VAE one by one, for its memory."""
 
-VERSION = "1"
+VERSION = "2"
 """Of the statistics; another one leaves cached files behind."""
 
 
@@ -151,7 +152,7 @@ def _reconstructed(images: Iterator[Tensor], vae: Any) -> Iterator[Tensor]:
 
 
 def _settings(vae: Any) -> str:
-    return f"{type(vae).__name__} {next(vae.parameters()).dtype}"
+    return f"{type(vae).__name__} {next(vae.parameters()).dtype} {config_settings(vae.config)}"
 
 
 def _cached(base: Path, key: str, compute: Any) -> ImageSet:
@@ -159,12 +160,24 @@ def _cached(base: Path, key: str, compute: Any) -> ImageSet:
     if file.is_file():
         try:
             found = load(file.read_bytes())
+            if not torch.equal(found["proof"], _proof(key, found["features"], found["power"])):
+                raise OSError("it does not match its checksum")
             return ImageSet(found["features"], found["power"])
         except (SafetensorError, KeyError, OSError) as error:
             logger.warning("%s cannot be read (%s) and is made again", file, " ".join(str(error).split()))
     made = compute()
     try:
-        write_atomically(file, save({"features": made.features, "power": made.power}))
+        proof = _proof(key, made.features, made.power)
+        write_atomically(file, save({"features": made.features, "power": made.power, "proof": proof}))
     except OSError as error:
         raise UserError(f"--reference_cache_dir {base}: cannot be written ({error.strerror})") from error
     return made
+
+
+def _proof(key: str, *tensors: Tensor) -> Tensor:
+    """A checksum of what is kept under a key, (16,), uint8."""
+    found = xxhash.xxh3_128(key.encode())
+    for tensor in tensors:
+        found.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return torch.tensor(list(found.digest()), dtype=torch.uint8)

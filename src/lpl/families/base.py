@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -12,6 +13,13 @@ from torch import Tensor, nn
 
 DECODED_PIXELS = 1024
 """Side of the largest image that is decoded in one piece: for SDXL 3 GiB in float32, less than its UNet takes."""
+
+
+IDLE = {
+    *("scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast", "sample_size"),
+    *("architectures", "dtype", "torch_dtype", "transformers_version", "name_or_path"),
+}
+"""Keys of configs that do not act on raw latents in float32, nor on embeddings."""
 
 
 class TrainedOn(NamedTuple):
@@ -142,6 +150,12 @@ class Blueprint(Protocol):
 
     def text(self, batch: int) -> dict[str, Tensor]:
         """What encode_text gives for so many captions: values do not matter, shapes do."""
+
+
+def config_settings(config: Mapping[str, Any]) -> str:
+    """What of a module's config may act on what it makes of its input, beside its weights."""
+    acting = {name: value for name, value in config.items() if not name.startswith("_") and name not in IDLE}
+    return json.dumps(acting, sort_keys=True, default=str)
 
 
 def weights_hash(*modules: nn.Module, settings: str = "") -> str:

@@ -24,7 +24,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from lpl.config import ModelConfig
 from lpl.diffusion.latent_space import LatentSpace
 from lpl.errors import UserError
-from lpl.families.base import DECODED_PIXELS, TrainedOn, weights_hash
+from lpl.families.base import DECODED_PIXELS, TrainedOn, config_settings, weights_hash
 from lpl.families.sdxl_kohya import METADATA, lora_metadata, to_kohya
 from lpl.families.sdxl_lora import LORA_TARGETS, WITH_TEXT, adapter_of
 from lpl.families.sdxl_schedule import build_scheduler, set_schedule
@@ -72,18 +72,21 @@ class SDXL:
         self.noise_scheduler = training_schedule(self.pipeline.scheduler.config)
         self.force_zeros = bool(self.pipeline.config.force_zeros_for_empty_prompt)
         self.latent_key = weights_hash(
-            *[m for m in (self.vae.encoder, self.vae.quant_conv) if m is not None], settings=type(self.vae).__name__
+            *[m for m in (self.vae.encoder, self.vae.quant_conv) if m is not None],
+            settings=f"{type(self.vae).__name__} {config_settings(self.vae.config)}",
         )
         self._encode_prompts = PromptEncoder(self.pipeline, config.clip_skip, config.max_token_length)
-        tokenizers = [json.dumps(t.get_vocab(), sort_keys=True) for t in self._tokenizers()]
         self.denoiser, self.trains_text = self.pipeline.unet, config.train_text_encoder
         self.lora_targets: Mapping[str, tuple[str, ...]] = WITH_TEXT if self.trains_text else LORA_TARGETS
         if self.trains_text:
-            layer, self.text_key = self._encode_prompts.layer, self._encode_prompts.token_key
+            layer, self.text_key = (
+                self._encode_prompts.layer,
+                weights_hash(settings=self._encode_prompts.token_settings),
+            )
             if self.denoiser is not None:  # lpl cache leaves it out
                 self.denoiser = SDXLTrainee(self.denoiser, *self.text_encoders, layer, self.force_zeros)
         else:
-            settings = f"{self.force_zeros}{tokenizers}{self._encode_prompts.settings}"
+            settings = f"{self.force_zeros} {self._encode_prompts.settings}"
             self.text_key = weights_hash(*self.text_encoders, settings=settings)
         self.latent_stride = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self._prompts: dict[tuple[str, str], tuple[Tensor, ...]] = {}
@@ -91,9 +94,6 @@ class SDXL:
         # Hashed first: on the CPU that costs no copy. What is trained goes with the denoiser.
         for module in (self.vae, *(() if self.trains_text else self.text_encoders)):
             module.to(device)
-
-    def _tokenizers(self) -> tuple[Any, Any]:
-        return self.pipeline.tokenizer, self.pipeline.tokenizer_2
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lpl.families.base import weights_hash
+from lpl.families.base import config_settings
 
 TOKENS_PER_CHUNK = 75
 """Tokens of a chunk, less its start and end: what --max_token_length counts in."""
@@ -43,9 +43,10 @@ class PromptEncoder:
 
     @property
     def settings(self) -> str:
-        """Names the layer and the chunks; empty for the usual ones, so that caches of such runs stay valid."""
-        usual = self.layer == -2 and self.chunks == 1
-        return "" if usual else f"layer {self.layer}, {self.chunks} chunks"
+        """All that embeddings depend on beside weights: configs, tokenizers, layer and chunks."""
+        encoders = self._pipeline.text_encoder, self._pipeline.text_encoder_2
+        configs = [config_settings(encoder.config.to_dict()) for encoder in encoders]
+        return json.dumps([configs, self.layer, self.token_settings])
 
     @property
     def limit(self) -> int:
@@ -53,15 +54,16 @@ class PromptEncoder:
         return self.chunks * _chunk_size(self._pipeline.tokenizer)
 
     @property
-    def token_key(self) -> str:
-        """Hash of what token ids depend on: the tokenizers, and how many chunks there are."""
-        settings: list[Any] = [self.chunks]
+    def token_settings(self) -> str:
+        """All that token ids depend on: the tokenizers, whole, and how many chunks there are."""
+        settings: list[Any] = ["tokens", self.chunks]
         for tokenizer in (self._pipeline.tokenizer, self._pipeline.tokenizer_2):
             rules = json.loads(tokenizer.backend_tokenizer.to_str())
             rules |= {"truncation": None, "padding": None}  # of its latest call
+            sides = (tokenizer.model_max_length, tokenizer.padding_side, tokenizer.pad_token_type_id)
             ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-            settings.append([rules, ids, tokenizer.model_max_length])
-        return weights_hash(settings=f"tokens {json.dumps(settings, sort_keys=True)}")
+            settings.append([type(tokenizer).__name__, rules, sides, ids, tokenizer.split_special_tokens])
+        return json.dumps(settings, sort_keys=True)
 
     def entry_bytes(self, of_tokens: bool = False) -> int:
         """Bytes of what __call__ gives for one caption, in float32, or of its tokens and whether it is empty."""

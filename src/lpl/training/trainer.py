@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from accelerate.utils import set_seed
@@ -17,7 +18,7 @@ from lpl.config_io import write_config
 from lpl.data.bad_files import FILE as BAD_FILES
 from lpl.data.prepare import Processes, prepare_data
 from lpl.diffusion.draws import keyed_seed
-from lpl.errors import StopRequestedError, TrainingStoppedError
+from lpl.errors import DamagedCacheError, StopRequestedError, TrainingStoppedError
 from lpl.exporting.options import LORA_FILE
 from lpl.families import load_family
 from lpl.families.base import TrainedOn
@@ -180,7 +181,10 @@ class Trainer:
         with tqdm(total=self.num_steps, initial=self.step, desc="training", disable=silent) as bar:
             self._stop_if_asked()
             while self.step < self.num_steps:
-                gradient_norm = self._optimizer_step()
+                try:
+                    gradient_norm = self._optimizer_step()
+                except DamagedCacheError as error:
+                    self._stop_before_damage(error)
                 self.step += 1
                 bar.update()
                 logs = self.step % log.log_every == 0 or self.step in (1, self.num_steps)
@@ -215,6 +219,17 @@ class Trainer:
         choice = self.config.run.resume_from_checkpoint
         same = "the same command" if choice in (None, "latest") else f"without --resume_from_checkpoint {choice} it"
         raise StopRequestedError(f"stopped at step {self.step}: {same} continues")
+
+    def _stop_before_damage(self, error: DamagedCacheError) -> NoReturn:
+        """Stops where an entry of the cache cannot be used, and saves the steps before; not if others wait for it."""
+        if self.step == self.state.saved_at:
+            raise error
+        if self.objective is not None and self.objective.auto is not None:
+            self.objective.auto.discard_step()
+        if self.accelerator.num_processes == 1:
+            self.state.save(self.step)
+        self.accelerator.end_training()
+        raise TrainingStoppedError(f"{error}; {last_checkpoint(self.folder)}") from error
 
     def _optimizer_step(self) -> torch.Tensor | None:
         """Does one; returns the gradient's norm, or None if the step was left out because it was not finite."""

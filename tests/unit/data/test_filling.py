@@ -23,6 +23,9 @@ from lpl.data.folders import default_cache_dir
 from lpl.data.prepare import Mark, Processes, prepare_data
 from lpl.data.sources import folder as folder_module
 from lpl.data.sources import open_source
+from lpl.data.staging import Staging
+from lpl.data.store import TensorStore
+from lpl.data.upkeep import verify_cache
 from lpl.errors import UserError
 
 Encode = Callable[..., TrainingData]
@@ -289,6 +292,171 @@ def test_a_mended_image_comes_back(encode: Encode, folder: Path, tmp_path: Path,
     assert not (tmp_path / "bad_files.jsonl").exists()
 
 
+def test_a_file_that_could_not_be_read_is_tried_again(
+    encode: Encode, encoder: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opened: list[str]
+) -> None:
+    """Its stamp stays the same: that it could not be read is no property of it. Bad content is one."""
+    (folder / "1.png").write_text("not an image")
+    read_file = Path.read_bytes
+
+    def refused(path: Path) -> bytes:
+        if path.name == "2.png":
+            raise PermissionError(13, "Permission denied")
+        return read_file(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", refused)
+        for _ in range(2):
+            opened.clear()
+            assert len(encode(max_bad_fraction=0.4)) == 3
+        assert opened == ["2.png"]
+        listed = (tmp_path / "bad_files.jsonl").read_text()
+        assert "cannot be read (Permission denied)" in listed
+        assert len(listed.splitlines()) == 2
+    opened.clear()
+    assert len(encode(max_bad_fraction=0.4)) == 4
+    assert (encoder.images, opened) == (4, ["2.png"])
+    assert len(encode(max_bad_fraction=0.4)) == 4
+    assert opened == ["2.png"]
+
+
+def test_another_decoder_looks_at_bad_images_again(
+    encode: Encode, folder: Path, monkeypatch: pytest.MonkeyPatch, opened: list[str]
+) -> None:
+    (folder / "1.png").write_text("not an image")
+    encode(max_bad_fraction=0.4)
+    monkeypatch.setattr("lpl.data.catalogue.PIL.__version__", "99")
+    opened.clear()
+    for _ in range(2):
+        encode(max_bad_fraction=0.4)
+    assert opened == ["1.png"]
+
+
+def test_what_another_run_has_found_anew_holds_for_all(encode: Encode, encoder: Any, folder: Path) -> None:
+    """Two runs share a catalogue, not their marks: of one that rewrites it the other must notice."""
+    encode()
+    encode(resolution=24)
+    content, status = (folder / "0.png").read_bytes(), (folder / "0.png").stat()
+    (folder / "0.png").write_bytes((folder / "1.png").read_bytes().ljust(len(content), b"\0")[: len(content)])
+    os.utime(folder / "0.png", ns=(status.st_atime_ns, status.st_mtime_ns))
+    encode(rehash=True)
+    encoder.images = 0
+    data = encode(resolution=24)
+    data.batch([(index, 0) for index in range(5)])
+
+
+def reversed_copy(folder: Path, to: Path) -> Path:
+    """The same images and captions under names in the opposite order."""
+    to.mkdir()
+    for number, image in enumerate(sorted(folder.rglob("*.png"), reverse=True)):
+        (to / f"{number}.png").write_bytes(image.read_bytes())
+        (to / f"{number}.txt").write_text(image.with_suffix(".txt").read_text())
+    return to
+
+
+def assert_same_entries(data: TrainingData, alone: TrainingData) -> None:
+    for row in (alone.samples[index] for index in range(len(alone))):
+        (crop,) = alone.views.crops(row.id, row.digest, row.width, row.height)
+        found, expected = data.caches.latents.gather([crop]), alone.caches.latents.gather([crop])
+        assert torch.equal(found["mean"], expected["mean"])
+
+
+def test_two_orders_of_the_same_images_share_a_cache(
+    encode: Encode, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Filled at the same time, and again after a kill before the index: rows lie in the order of either source."""
+    other = str(reversed_copy(folder, tmp_path / "reversed"))
+    alone = encode(train_data_dir=other, latent_cache_dir=str(tmp_path / "alone"), center_crop=True)
+    together = threading.Barrier(2, timeout=60)
+    claim = Staging.commit
+
+    def commit(staging: Staging) -> None:
+        together.wait()  # both have looked, and neither has what the other one encodes
+        claim(staging)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Staging, "commit", commit)
+        threads = [
+            threading.Thread(target=encode, kwargs={"train_data_dir": source, "center_crop": True})
+            for source in (str(folder), other)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(list((tmp_path / "c" / "latents").rglob("*.safetensors"))) == 2
+    for source in (str(folder), other):
+        assert_same_entries(encode(train_data_dir=source, center_crop=True), alone)
+    for shard in (tmp_path / "c" / "latents").rglob("*.safetensors"):
+        shard.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(TensorStore, "save_index", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            encode(train_data_dir=str(folder), center_crop=True)
+    assert_same_entries(encode(train_data_dir=other, center_crop=True), alone)
+    verify_cache(str(tmp_path / "c"), delete=False)
+
+
+def test_a_cache_that_cannot_be_written_serves_what_it_has(
+    encode: Encode, encoder: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: Any
+) -> None:
+    """By another run's mark, or without one: what is missing is one line."""
+    full = encode(random_flip=True)
+    lines()
+
+    def read_only(function: Callable[..., Any], writes: Callable[..., bool]) -> Callable[..., Any]:
+        def call(path: Any, *rest: Any, **options: Any) -> Any:
+            if str(path).startswith(str(tmp_path / "c")) and writes(*rest):
+                raise OSError(30, "Read-only file system", str(path))
+            return function(path, *rest, **options)
+
+        return call
+
+    for name in ("utime", "replace", "mkdir", "unlink", "rmdir"):
+        monkeypatch.setattr(os, name, read_only(getattr(os, name), lambda *_: True))
+    monkeypatch.setattr("builtins.open", read_only(open, lambda mode="r", *_: "w" in mode))
+    before = contents(tmp_path / "c")
+    encoder.images = 0
+    draws = [(index, 0) for index in range(5)]
+    assert torch.equal(encode(random_flip=True).batch(draws).raw_latents, full.batch(draws).raw_latents)
+    assert len(encode()) == 5
+    assert len([line for line in lines() if "lpl cache prune" in line]) == 2
+    with pytest.raises(
+        UserError, match=r"not all of it is cached, and cache .* cannot be written \(Read-only"
+    ) as caught:
+        encode(resolution=24)
+    assert "\n" not in str(caught.value)
+    assert contents(tmp_path / "c") == before
+    assert encoder.images == 0
+
+
+def test_a_damaged_catalogue_is_refused_by_name(encode: Encode, folder: Path, tmp_path: Path) -> None:
+    """Flipped bytes of it would give images other captions, or the latents of others."""
+    encode()
+    (path,) = (tmp_path / "c" / "catalogues").rglob("*.arrow")
+    content = path.read_bytes()
+    at = content.index(b"caption 2")
+    path.write_bytes(content[:at] + b"caption 3" + content[at + 9 :])
+    with pytest.raises(UserError, match=r"does not match its checksum.*lpl cache verify --delete") as caught:
+        encode()
+    assert str(path) in str(caught.value)
+    with pytest.raises(UserError, match="1 of 5 files are damaged"):
+        verify_cache(str(tmp_path / "c"), delete=False)
+    verify_cache(str(tmp_path / "c"), delete=True)
+    assert encode().samples[2].captions == ["caption 2"]
+
+
+@pytest.mark.parametrize("note", ["[]", "7", '{"shards": 3}', '{"shards": [[1], [2]], "catalogue": []}', "[" * 10**5])
+def test_a_mark_that_is_none_is_made_anew(encode: Encode, encoder: Any, tmp_path: Path, note: str) -> None:
+    encode()
+    (path,) = (tmp_path / "c" / "catalogues").rglob("complete-*.json")
+    whole = path.read_text()
+    path.write_text(note)
+    encode()
+    assert path.read_text() == whole
+    assert encoder.images == 5
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("field", [0, 1])
 def test_latents_that_are_not_finite_are_refused_by_name(
@@ -417,7 +585,7 @@ def test_cache_that_others_do_not_share_is_refused(encode: Encode, monkeypatch: 
 
 def test_damaged_shard_stops_the_run(encode: Encode, tmp_path: Path, encoder: Any) -> None:
     data = encode()
-    shard = tmp_path / "c" / "latents" / "aa-2" / data.caches.latents.shards[0]
+    shard = tmp_path / "c" / "latents" / "aa-3" / data.caches.latents.shards[0]
     shard.write_bytes(shard.read_bytes()[:-5])
     with pytest.raises(UserError, match="lpl cache verify --delete"):
         encode(rehash=True).batch([(0, 0)])
@@ -436,7 +604,7 @@ def test_another_users_cache_is_used_and_said(
     def refused(path: Path, *_: Any) -> None:
         raise PermissionError(1, "Operation not permitted", str(path))
 
-    monkeypatch.setattr("lpl.data.prepare.os.utime", refused)
+    monkeypatch.setattr("lpl.data.mark.os.utime", refused)
     assert len(encode()) == 5
     assert len([line for line in lines() if "is another user's" in line and "lpl cache prune" in line]) == 1
 

@@ -58,7 +58,7 @@ def test_caches_of_runs_without_masks_stay_and_are_used(
     assert data.samples.digest() != digest
     after = contents(tmp_path / "c")
     assert after.items() >= before.items()
-    assert len(list((tmp_path / "c" / "masks").glob("stride-8-2/*.safetensors"))) == 1
+    assert len(list((tmp_path / "c" / "masks").glob("stride-8-3/*.safetensors"))) == 1
     assert encode(random_flip=True).samples.digest() == digest
     assert encode(random_flip=True).batch([(0, 0)]).mask is None
 
@@ -151,13 +151,13 @@ def test_masks_are_verified_and_pruned(
     cache = tmp_path / "c"
     encode(masked_loss="files")
     verify_cache(str(cache), delete=False)
-    assert capsys.readouterr().out == f"{cache}: 3 shards, 0 damaged\n"
+    assert capsys.readouterr().out == f"{cache}: 7 files, 0 damaged\n"
     (shard,) = cache.glob("masks/*/*.safetensors")
     content = bytearray(shard.read_bytes())
     content[-1] ^= 255
     shard.write_bytes(content)
     verify_cache(str(cache), delete=True)
-    assert "3 shards, 1 damaged and removed" in capsys.readouterr().out
+    assert "7 files, 1 damaged and removed" in capsys.readouterr().out
     assert encode(masked_loss="files").batch([(0, 0)]).mask is not None
     assert encoder.images == 5
     then = time.time() - 40 * 86400

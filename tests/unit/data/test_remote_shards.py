@@ -7,23 +7,26 @@ import tarfile
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
+from PIL import Image
 
 from lpl.config import DataConfig
+from lpl.data.prepare import prepare_data
 from lpl.data.sources import Source, download, open_source
 from lpl.errors import UserError
 
 
-def tar_of(*keys: str) -> bytes:
+def tar_of(*keys: str, image: Callable[[str], bytes] = lambda key: b"image " + key.encode()) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         for key in keys:
-            for name, data in ((f"{key}.jpg", b"image " + key.encode()), (f"{key}.txt", b"caption " + key.encode())):
+            for name, data in ((f"{key}.jpg", image(key)), (f"{key}.txt", b"caption " + key.encode())):
                 member = tarfile.TarInfo(name)
                 member.size = len(data)
                 archive.addfile(member, io.BytesIO(data))
@@ -39,6 +42,9 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files = {f"/{n}.tar": tar_of(f"{n}a", f"{n}b") for n in range(3)}
         self.requests: list[str] = []
+        self.ranges: list[str] = []
+        self.etags: dict[str, str] = {}
+        self.dates: dict[str, str] = {}
         self.failures: dict[str, list[str]] = {}
 
     @property
@@ -51,14 +57,22 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
-        self.server.requests.append(self.path)
+        part = self.headers.get("Range")
+        (self.server.requests if part is None else self.server.ranges).append(self.path)
         failure = (self.server.failures.get(path) or [""]).pop(0)
         if failure == "busy":
             return self.send_error(503)
         if path not in self.server.files:
             return self.send_error(404)
         data = self.server.files[path]
-        self.send_response(200)
+        self.send_response(200 if part is None else 206)
+        for name, values in (("ETag", self.server.etags), ("Last-Modified", self.server.dates)):
+            if path in values:
+                self.send_header(name, values[path])
+        if part is not None:
+            total = "*" if failure == "no length" else len(data)
+            self.send_header("Content-Range", f"bytes 0-0/{total}")
+            data = data[:1]
         if failure != "no length":
             self.send_header("Content-Length", str(len(data)))
         self.end_headers()
@@ -175,6 +189,111 @@ def test_max_train_samples_fetches_no_further_shard(server: Server) -> None:
     (piece,) = source_of(f"{server.url}/{{0..2}}.tar", max_train_samples=3).pieces()
     assert [sample.id for sample in piece.samples()] == ["0/0a", "0/0b", "1/1a"]
     assert server.requests == ["/0.tar", "/1.tar"]
+
+
+def picture_tar(*colors: str) -> bytes:
+    """A shard of plain images, of which no two kinds of 16 x 16 BMP differ in length."""
+    return tar_of(*colors, image=bmp)
+
+
+def bmp(color: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16), color).save(buffer, "BMP")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def fill(tmp_path: Path, encoder: Any, caplog: pytest.LogCaptureFixture) -> Callable[..., int]:
+    """One run on some data; returns how many crops it has encoded."""
+
+    def run(**options: Any) -> int:
+        caplog.clear()
+        config = DataConfig(resolution=16, latent_cache_dir=str(tmp_path / "c"), **options)
+        before = encoder.images
+        prepare_data(open_source(config, str(tmp_path / "hf")), None, config, encoder, 0, tmp_path / "bad.jsonl")
+        return int(encoder.images - before)
+
+    return run
+
+
+@pytest.mark.parametrize("told", ["length", "etags", "dates"])
+def test_a_shard_that_was_replaced_is_fetched_again(server: Server, fill: Callable[..., int], told: str) -> None:
+    server.files |= {"/0.tar": picture_tar("red", "blue"), "/1.tar": picture_tar("gold")}
+    spec = f"{server.url}/{{0..1}}.tar"
+    if told != "length":
+        getattr(server, told).update({"/0.tar": "one", "/1.tar": "one"})
+    assert fill(webdataset=spec) == 3
+    assert fill(webdataset=spec) == 0
+    assert server.requests == ["/0.tar", "/1.tar"]
+    if told == "length":
+        server.files["/0.tar"] = picture_tar("red", *("navy", "pink", "cyan", "lime", "teal"))
+    else:
+        server.files["/0.tar"] = picture_tar("red", "pink")
+        getattr(server, told)["/0.tar"] = "two"
+    assert fill(webdataset=spec) == (5 if told == "length" else 1)
+    assert server.requests == ["/0.tar", "/1.tar", "/0.tar"]
+    assert fill(webdataset=spec) == 0
+
+
+def test_without_its_server_a_cached_shard_serves(
+    server: Server, fill: Callable[..., int], caplog: pytest.LogCaptureFixture
+) -> None:
+    server.files["/0.tar"] = picture_tar("red", "blue")
+    assert fill(webdataset=f"{server.url}/0.tar?signature=one") == 2
+    server.failures["/0.tar"] = ["busy"]
+    assert fill(webdataset=f"{server.url}/0.tar?signature=two") == 0
+    (said,) = [r.getMessage() for r in caplog.records if "do not say whether they have changed" in r.getMessage()]
+    assert "1 of its files" in said
+    assert "HTTP 503" in said
+    assert "signature" not in said
+    assert server.ranges == ["/0.tar?signature=two"]
+
+
+def test_a_server_that_tells_no_version_is_named(
+    server: Server, fill: Callable[..., int], caplog: pytest.LogCaptureFixture
+) -> None:
+    server.files["/0.tar"] = picture_tar("red")
+    server.failures["/0.tar"] = ["no length"] * 9
+    for encoded in (1, 0):
+        assert fill(webdataset=f"{server.url}/0.tar") == encoded
+        assert "no length, ETag or date is told, first" in caplog.text
+        assert "--rehash" in caplog.text
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["path", "url"])
+def test_files_that_rows_name_are_followed(
+    server: Server, fill: Callable[..., int], tmp_path: Path, kind: str, streaming: bool
+) -> None:
+    """The parquet stays as it is: what its rows name is replaced, goes away, and comes back."""
+
+    def put(name: str, content: bytes | None) -> None:
+        if kind == "path":
+            (tmp_path / name).unlink() if content is None else (tmp_path / name).write_bytes(content)
+        elif content is None:
+            del server.files[f"/{name}"]
+        else:
+            server.files[f"/{name}"], server.etags[f"/{name}"] = content, content[54:57].hex()
+
+    colors = ["red", "blue", "gold"]
+    for color in colors:
+        put(f"{color}.bmp", bmp(color))
+    root = str(tmp_path) if kind == "path" else server.url
+    rows = {"image": [f"{root}/{color}.bmp" for color in colors], "text": colors}
+    features = datasets.Features({"image": datasets.Value("string"), "text": datasets.Value("string")})
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "rows.parquet"))
+    options = {"dataset_name": str(tmp_path / "rows.parquet"), "streaming": streaming, "max_bad_fraction": 0.4}
+    assert fill(**options) == 3
+    assert fill(**options) == 0
+    put("blue.bmp", bmp("navy"))
+    assert fill(**options) == 1
+    assert fill(**options) == 0
+    put("gold.bmp", None)
+    assert fill(**options) == 0
+    assert (tmp_path / "bad.jsonl").exists() is (kind == "path")  # of a URL that fails, what is cached is used
+    put("gold.bmp", bmp("lime"))
+    assert fill(**options) == 1
+    assert not (tmp_path / "bad.jsonl").exists()
 
 
 def test_no_room_for_a_shard(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

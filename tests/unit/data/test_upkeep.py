@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lpl.data.dataset import TrainingData
@@ -26,17 +27,17 @@ def test_damage_is_said_removed_and_made_again(
 ) -> None:
     data, cache = encode(), tmp_path / "c"
     verify_cache(str(cache), delete=False)
-    assert capsys.readouterr().out == f"{cache}: 2 shards, 0 damaged\n"
+    assert capsys.readouterr().out == f"{cache}: 5 files, 0 damaged\n"
     (name,) = data.caches.latents.shards
-    shard = cache / "latents" / "aa-2" / name
+    shard = cache / "latents" / "aa-3" / name
     content = bytearray(shard.read_bytes())
     content[-100] ^= 255
     shard.write_bytes(content)
-    with pytest.raises(UserError, match="1 of 2 shards are damaged: remove them with --delete"):
+    with pytest.raises(UserError, match="1 of 5 files are damaged: remove them with --delete"):
         verify_cache(str(cache), delete=False)
     assert str(shard) in capsys.readouterr().out
     verify_cache(str(cache), delete=True)
-    assert "2 shards, 1 damaged and removed" in capsys.readouterr().out
+    assert "5 files, 1 damaged and removed" in capsys.readouterr().out
     encoder.images = 0
     encode().batch([(0, 0)])
     assert (encoder.images, len(encoder.captions)) == (5, 5)
@@ -73,6 +74,35 @@ def test_leftovers_of_killed_runs_go(encode: Encode, tmp_path: Path) -> None:
     assert found.size == 4
     prune_cache(str(cache), 0, dry_run=False)
     assert [path for path in cache.rglob("*") if path.is_file()] == []
+
+
+def test_an_index_that_lies_is_found_and_removed(encode: Encode, tmp_path: Path, encoder: Any) -> None:
+    cache = tmp_path / "c"
+    encode()
+    (path,) = cache.glob("latents/*/index.npz")
+    with np.load(path) as file:
+        index = dict(file)
+    np.savez(path, **index | {"places": index["places"][::-1]})
+    with pytest.raises(UserError, match=r"index\.npz is damaged \(row .* is not the entry it says"):
+        encode().batch([(0, 0), (1, 0)])
+    with pytest.raises(UserError, match="1 of 5 files are damaged"):
+        verify_cache(str(cache), delete=False)
+    verify_cache(str(cache), delete=True)
+    encode().batch([(0, 0), (1, 0)])
+    assert encoder.images == 5
+
+
+def test_caches_of_another_version_are_not_read_but_said(
+    encode: Encode, encoder: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encode()
+    cache = tmp_path / "c"
+    (cache / "latents" / "aa-3").rename(cache / "latents" / "aa-2-float16")
+    verify_cache(str(cache), delete=False)
+    assert "1 folders are of another version" in capsys.readouterr().out
+    encoder.images = 0
+    encode()
+    assert encoder.images == 5
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:

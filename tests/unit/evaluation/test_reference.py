@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -93,11 +94,14 @@ def test_statistics_are_cached_by_content(real: Path, vae: Any, tmp_path: Path) 
         assert torch.equal(a.power, b.power)
 
 
-def test_damaged_cache_is_made_again(real: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("damage", [lambda b: b[:100], lambda b: b[:-40] + bytes([b[-40] ^ 1]) + b[-39:]])
+def test_damaged_cache_is_made_again(
+    real: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[bytes], bytes]
+) -> None:
     extractor = Grid()
     Reference.from_folder(real, 16, extractor, cache_dir=tmp_path)
     (file,) = tmp_path.iterdir()
-    file.write_bytes(file.read_bytes()[:100])
+    file.write_bytes(damage(file.read_bytes()))
     with caplog.at_level("WARNING", logger="lpl"):
         Reference.from_folder(real, 16, extractor, cache_dir=tmp_path)
     assert extractor.seen == 240

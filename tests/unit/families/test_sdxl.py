@@ -117,6 +117,39 @@ def test_cache_keys_change_with_what_encodes(
     assert (other.text_key != family.text_key) is text
 
 
+def fewer_merges(tokenizer: dict[str, Any]) -> None:
+    tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:20]
+
+
+@pytest.mark.parametrize(
+    ("file", "edit", "changes"),
+    [
+        ("tokenizer/tokenizer.json", fewer_merges, "text_key"),
+        ("tokenizer_2/tokenizer_config.json", {"model_max_length": 30}, "text_key"),
+        ("tokenizer/tokenizer_config.json", {"padding_side": "left"}, "text_key"),
+        ("tokenizer_2/tokenizer_config.json", {"pad_token": "<|startoftext|>"}, "text_key"),
+        ("text_encoder/config.json", {"hidden_act": "relu"}, "text_key"),
+        ("text_encoder_2/config.json", {"layer_norm_eps": 1e-3}, "text_key"),
+        ("vae/config.json", {"act_fn": "relu"}, "latent_key"),
+        ("vae/config.json", {"scaling_factor": 0.5, "force_upcast": False}, None),
+        ("text_encoder/config.json", {"transformers_version": "5.0.0"}, None),
+    ],
+)
+def test_cache_keys_change_with_configs_and_tokenizers_that_act(
+    family: SDXL, model: Path, tmp_path: Path, file: str, edit: Any, changes: str | None
+) -> None:
+    path = Path(shutil.copytree(model, tmp_path / "m")) / file
+    content = json.loads(path.read_text())
+    if callable(edit):
+        edit(content)
+    else:
+        content |= edit
+    path.write_text(json.dumps(content))
+    other = load(tmp_path / "m")
+    changed = [name for name in ("text_key", "latent_key") if getattr(other, name) != getattr(family, name)]
+    assert changed == ([] if changes is None else [changes])
+
+
 def test_cache_keys_do_not_change_with_the_files_name(family: SDXL, model: Path, tmp_path: Path) -> None:
     other = load(Path(shutil.copytree(model, tmp_path / "renamed")))
     assert (other.latent_key, other.text_key) == (family.latent_key, family.text_key)

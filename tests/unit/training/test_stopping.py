@@ -13,8 +13,9 @@ import torch
 
 import lpl.families.sdxl as sdxl
 from lpl.data.filling import Filler
-from lpl.errors import StopRequestedError
+from lpl.errors import DamagedCacheError, StopRequestedError
 from lpl.training import stopping
+from lpl.training.batches import Batches
 from lpl.training.trainer import Trainer
 
 STEPS = 6
@@ -67,6 +68,28 @@ def test_stopped_at_the_last_step_only_the_result_is_left_to_write(train: Any, m
     assert (stopped.code, (stopped.folder / "unet").exists()) == (4, False)
     monkeypatch.setattr(Trainer, "_optimizer_step", None)
     assert same(train(**OPTIONS).unet(), whole.unet())
+
+
+def test_a_damaged_cache_saves_the_steps_before_it(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found in the middle of an accumulated step: exit 3; at the first step there is nothing to save, and it is 2."""
+    options = OPTIONS | {"train_batch_size": 1, "gradient_accumulation_steps": 2}
+    whole = train(**options, output="whole")
+    original = Batches.batch
+    for damaged, code in ((0, 2), (3, 3)):
+
+        def batch(self: Batches, step: int, micro_batch: int, damaged: int = damaged) -> Any:
+            if (step, micro_batch) == (damaged, 1):
+                raise DamagedCacheError("cache file x is damaged")
+            return original(self, step, micro_batch)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Batches, "batch", batch)
+            stopped = train(**options, expect_error=True)
+        assert stopped.code == code
+        assert "cache file x is damaged" in stopped.stderr.splitlines()[-1]
+        assert [p.name for p in stopped.folder.glob("*checkpoint-*")] == (["checkpoint-3"] if damaged else [])
+    assert "checkpoint-3 is the last checkpoint" in stopped.stderr
+    assert same(train(**options).unet(), whole.unet())
 
 
 def test_minutes_run_out(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from lpl.config import require
-from lpl.data.bad_image import BadImageError
+from lpl.data.bad_image import UnreadImageError
+from lpl.data.sources.versions import Versions
 
 IMAGE_SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".gif", ".jfif", ".jpe", ".jif", ".jfi", ".apng"
@@ -33,9 +34,11 @@ class Sample(NamedTuple):
     """What to call it in a message."""
     read: Callable[[], bytes]
     """The encoded image, from any thread, at least until the iterator that gave the sample moves to another shard or
-    is closed; raises BadImageError."""
+    is closed; raises BadImageError, UnreadImageError where another attempt may succeed."""
     read_mask: Callable[[], bytes | None] | None = None
     """Its encoded mask likewise; None, or what gives None: it has none."""
+    files: tuple[str, ...] = ()
+    """Files and URLs that it is read from and that its stamp does not cover; Source.versions has their versions."""
 
 
 class Piece(Protocol):
@@ -67,6 +70,9 @@ class Piece(Protocol):
 
 class Source(Protocol):
     """Samples in a fixed order, in pieces."""
+
+    versions: Versions
+    """Of the files that samples name."""
 
     @property
     def name(self) -> str:
@@ -124,12 +130,12 @@ def read_file(path: str | Path) -> bytes:
     """An image file.
 
     Raises:
-        BadImageError: it cannot be read.
+        UnreadImageError: it cannot be read.
     """
     try:
         return Path(path).read_bytes()
     except OSError as error:
-        raise BadImageError(f"cannot be read ({error.strerror})") from None
+        raise UnreadImageError(f"cannot be read ({error.strerror})") from None
 
 
 def in_hand(data: bytes) -> Callable[[], bytes]:

@@ -1,4 +1,4 @@
-"""Fetches a shard: http and https by urllib, all else by fsspec."""
+"""Fetches a file: http and https by urllib, all else by fsspec."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
+from lpl.data.sources.versions import is_http, request_of, version_in, version_of
 from lpl.errors import UserError
 
 ATTEMPTS = 3
@@ -20,13 +21,16 @@ _CHUNK = 1 << 20
 _BUSY = (408, 425, 429)
 
 
-def download(url: str, file: BinaryIO, shard: str) -> None:
+def download(url: str, file: BinaryIO, shard: str) -> str:
     """Writes what is at a URL to a file, and checks its length against what the server said.
 
     Args:
         url: any URL that urllib or fsspec opens.
         file: an empty file, opened for reading and writing; at its start afterwards.
         shard: what to call the URL in a message.
+
+    Returns:
+        The version of what was written, see Versions.
 
     Raises:
         UserError: it cannot be fetched, in several attempts where trying again may help, or there is no room for it.
@@ -38,7 +42,7 @@ def download(url: str, file: BinaryIO, shard: str) -> None:
         file.seek(0)
         file.truncate()
         try:
-            _fetch(url, file, shard)
+            version = _fetch(url, file, shard)
         except urllib.error.HTTPError as error:
             error.close()
             reason = f"HTTP {error.code} {error.reason}"
@@ -50,12 +54,12 @@ def download(url: str, file: BinaryIO, shard: str) -> None:
             reason = (str(error) or type(error).__name__).splitlines()[0]
         else:
             file.seek(0)
-            return
+            return version
     raise UserError(f"{shard}: cannot be fetched ({reason}): check the URL and the network, then run again")
 
 
-def _fetch(url: str, file: BinaryIO, shard: str) -> None:
-    with _opened(url, shard) as (stream, length):
+def _fetch(url: str, file: BinaryIO, shard: str) -> str:
+    with _opened(url, shard) as (stream, length, version):
         done = 0
         while chunk := stream.read(_CHUNK):
             done += len(chunk)
@@ -69,15 +73,15 @@ def _fetch(url: str, file: BinaryIO, shard: str) -> None:
                 ) from None
     if length is not None and done != length:
         raise OSError(f"the connection ended after {done} of {length} bytes")
+    return version
 
 
 @contextmanager
-def _opened(url: str, shard: str) -> Iterator[tuple[Any, int | None]]:
-    """A stream to read from, and its length if that is known."""
-    if url.lower().startswith(("http://", "https://")):
-        request = urllib.request.Request(url, headers={"User-Agent": "lpl"})
-        with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
-            yield response, response.length
+def _opened(url: str, shard: str) -> Iterator[tuple[Any, int | None, str]]:
+    """A stream to read from, its length if that is known, and its version."""
+    if is_http(url):
+        with urllib.request.urlopen(request_of(url), timeout=_TIMEOUT) as response:
+            yield response, response.length, version_in(response.headers)
         return
     import fsspec
 
@@ -85,5 +89,6 @@ def _opened(url: str, shard: str) -> Iterator[tuple[Any, int | None]]:
         filesystem, path = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
         raise UserError(f"{shard}: cannot be opened ({error}): install what it needs, or correct the URL") from None
+    version = version_of(filesystem, path)
     with filesystem.open(path, "rb") as stream:
-        yield stream, filesystem.size(path)
+        yield stream, filesystem.size(path), version

@@ -17,6 +17,7 @@ from lpl.data.sources.left_out import tell_left_out
 from lpl.data.sources.listing import Listing, list_images
 from lpl.data.sources.mask_files import ENDING, beside, masks_beside, masks_in
 from lpl.data.sources.metadata import Names, read_metadata
+from lpl.data.sources.versions import Versions
 
 logger = logging.getLogger("lpl")
 
@@ -56,7 +57,7 @@ class FolderSource:
     ) -> None:
         root = os.path.expanduser(folder)
         self.name = f"{flag} {root}"
-        self.identity = f"folder {os.path.abspath(root)} {caption_column}"
+        self.identity, self.versions = f"folder {os.path.abspath(root)} {caption_column}", Versions()
         instead = ", or name a data set with --dataset_name" if flag == "--train_data_dir" else ""
         require(
             os.path.isdir(root),

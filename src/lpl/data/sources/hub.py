@@ -6,19 +6,23 @@ No code of a data set is run: `datasets` is never told to trust it.
 from __future__ import annotations
 
 import glob
+import io
 import os
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from typing import Any
 
 import pyarrow
+import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, Features, Image, LargeList, List, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 
 from lpl.config import DataConfig, require
-from lpl.data.bad_image import BadImageError
-from lpl.data.sources.base import PIECE_SIZE, Piece, Sample, captions_of, digest, in_hand
+from lpl.data.bad_image import BadImageError, UnreadImageError
+from lpl.data.sources.base import PIECE_SIZE, Piece, Sample, captions_of, digest, in_hand, read_file
+from lpl.data.sources.download import download
 from lpl.data.sources.prompted import with_prompt
+from lpl.data.sources.versions import Versions, stamp_of
 from lpl.errors import UserError
 
 FAULTS = (DatasetsError, pyarrow.ArrowException, OSError, ValueError, RuntimeError, NotImplementedError)
@@ -31,7 +35,7 @@ class HubSource:
     """The train split of a data set; all rows of parquet files or of a saved data set without splits.
 
     A sample's id is the number of its row, its stamp the data set's fingerprint, which stays the same from run to run
-    for unchanged files.
+    for unchanged files of the data set; those that its rows name have versions of their own.
 
     Raises:
         UserError: no such data set, split or column, or a column of another kind.
@@ -40,7 +44,7 @@ class HubSource:
     def __init__(self, config: DataConfig, cache_dir: str | None) -> None:
         assert config.dataset_name is not None
         self.name = f"--dataset_name {config.dataset_name}"
-        self.identity = identity_of("dataset", config)
+        self.identity, self.versions = identity_of("dataset", config), Versions()
         dataset, stamp = _load_train_split(config.dataset_name, config.dataset_config_name, cache_dir, self.name)
         check_columns(dataset.features, self.name, config)
         require(len(dataset) > 0, f"{self.name}: its train split is empty")
@@ -90,11 +94,21 @@ class RowsPiece:
         values: Sequence[Any] = [None] * len(self._rows)
         if self._captions is not None:
             values = self._captions[self._rows.start : self._rows.stop][column]
-        for row, value in zip(self._rows, values, strict=True):
+        named = [self._named(self._images, self._config.image_column)]
+        if self._masks is not None:
+            named.append(self._named(self._masks, str(self._config.mask_column)))
+        for row, value, *paths in zip(self._rows, values, *named, strict=True):
             name = f"row {row} of {self._config.dataset_name}"
             captions = captions_of(value, f"--caption_column {column}, {name}", prompt)
             read_mask = None if self._masks is None else partial(self._read_mask, row)
-            yield Sample(str(row), captions, "", self._stamp, name, partial(self._read, row), read_mask)
+            files = tuple(filter(None, paths))
+            yield Sample(str(row), captions, "", self._stamp, name, partial(self._read, row), read_mask, files)
+
+    def _named(self, pictures: Dataset, column: str) -> list[str | None]:
+        """The file or URL that each row names, None if it holds its picture; pictures themselves are not read."""
+        stored = pictures.with_format("arrow")[self._rows.start : self._rows.stop].column(column)
+        held = pc.is_valid(pc.struct_field(stored, "bytes"))
+        return pc.if_else(held, None, pc.struct_field(stored, "path")).to_pylist()
 
     def _read(self, row: int) -> bytes:
         column = self._config.image_column
@@ -134,16 +148,18 @@ def reader(value: Any, column: str, option: str = "image_column") -> Callable[[]
 
 
 def _read_path(path: str, column: str) -> bytes:
-    import fsspec
-
     if not path:
         raise BadImageError(f"holds no image in {column}")
+    buffer = io.BytesIO()
     try:
-        with open(path, "rb") if "://" not in path else fsspec.open(path, "rb") as file:
-            return bytes(file.read())
-    except (OSError, ImportError, ValueError) as error:
-        reason = (str(getattr(error, "strerror", None) or error).splitlines() or [type(error).__name__])[0]
-        raise BadImageError(f"names the file {path}, which cannot be read ({reason})") from None
+        if "://" not in path:
+            return read_file(path)
+        download(path, buffer, "it")
+    except UnreadImageError as error:
+        raise UnreadImageError(f"names the file {path}, which {error}") from None
+    except (UserError, ValueError) as error:
+        raise UnreadImageError(f"names the file {path}, which cannot be read ({error})") from None
+    return buffer.getvalue()
 
 
 def identity_of(kind: str, config: DataConfig) -> str:
@@ -203,10 +219,9 @@ def _load_train_split(name: str, config_name: str | None, cache_dir: str | None,
             dataset = load_dataset(**arguments, split="train", cache_dir=cache_dir)
             return dataset, str(dataset._fingerprint)
         dataset = _open_saved(local, config_name, flag)
-        files = [os.stat(file["filename"]) for file in dataset.cache_files]
     except FAULTS as error:
         raise cannot_open(flag, error) from error
-    return dataset, digest(dataset._fingerprint, *(f"{status.st_size:x}.{status.st_mtime_ns:x}" for status in files))
+    return dataset, digest(dataset._fingerprint, *(stamp_of(file["filename"]) for file in dataset.cache_files))
 
 
 def _open_saved(folder: str, config_name: str | None, flag: str) -> Dataset:

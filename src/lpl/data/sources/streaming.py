@@ -23,6 +23,7 @@ from lpl.data.sources.hub import (
     was_saved,
 )
 from lpl.data.sources.prompted import with_prompt
+from lpl.data.sources.versions import Versions
 from lpl.errors import UserError
 
 
@@ -41,7 +42,7 @@ class StreamSource:
     def __init__(self, config: DataConfig, cache_dir: str | None) -> None:
         assert config.dataset_name is not None
         self.name = f"--dataset_name {config.dataset_name}"
-        self.identity = identity_of("stream", config)
+        self.identity, self.versions = identity_of("stream", config), Versions()
         require(
             not was_saved(os.path.expanduser(config.dataset_name)),
             f"--streaming: {self.name} was saved by save_to_disk, so it is on this disk as it is: drop --streaming",
@@ -92,7 +93,9 @@ class ShardPiece:
             read = reader(fields[config.image_column], config.image_column)
             masks = mask_column(config)
             read_mask = None if masks is None else mask_reader(fields[masks], masks)
-            yield Sample(f"{self._number}/{row}", captions, "", self.stamp, name, read, read_mask)
+            pictures = (fields[column] or {} for column in filter(None, (config.image_column, masks)))
+            files = tuple(str(p["path"]) for p in pictures if p.get("bytes") is None and p.get("path"))
+            yield Sample(f"{self._number}/{row}", captions, "", self.stamp, name, read, read_mask, files)
 
     def _rows(self) -> Iterator[dict[str, Any]]:
         try:

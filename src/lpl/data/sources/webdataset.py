@@ -11,13 +11,14 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import BinaryIO, NamedTuple, cast
 
-from lpl.data.bad_image import BadImageError
+from lpl.data.bad_image import UnreadImageError
 from lpl.data.sources.base import Piece, Sample, in_hand
 from lpl.data.sources.download import download
 from lpl.data.sources.first import cut
 from lpl.data.sources.prompted import with_prompt
 from lpl.data.sources.shards import absolute, is_url, labels, list_shards, without_secrets
 from lpl.data.sources.tar import LeftOut, Span, captions_in, index_tar, read_span
+from lpl.data.sources.versions import Versions
 from lpl.errors import UserError
 
 logger = logging.getLogger("lpl")
@@ -53,12 +54,13 @@ class WebDatasetSource:
         self.name = "--webdataset " + "::".join(map(without_secrets, spec.split("::")))
         self.identity = f"webdataset {'::'.join(map(absolute, spec.split('::')))} {caption_column}"
         shards = list_shards(spec)
+        self.versions = Versions({without_secrets(shard): shard for shard in shards if is_url(shard)})
         warning = OnceWarning()
         rules = Rules(caption_column, masks, instance_prompt)
-        pieces = [
-            (RemoteShard if is_url(shard) else LocalShard)(shard, label, rules, warning)
-            for shard, label in zip(shards, labels(shards), strict=True)
-        ]
+        pieces: list[Piece] = []
+        for shard, label in zip(shards, labels(shards), strict=True):
+            options = shard, label, rules, warning
+            pieces.append(RemoteShard(*options, self.versions) if is_url(shard) else LocalShard(*options))
         self._pieces = cut(with_prompt(pieces, instance_prompt), max_samples)
 
     def pieces(self) -> Sequence[Piece]:
@@ -136,20 +138,22 @@ class LocalShard(_Shard):
 class RemoteShard(_Shard):
     """A tar at a URL: fetched whole to a nameless temporary file, which is gone when samples() ends or is closed.
 
-    Samples hold their image's bytes. The stamp is the URL without its query, which for signed URLs is new each time.
+    Samples hold their image's bytes. The stamp is the URL without its query, which for signed URLs is new each time; as
+    a file that each sample names, it has a version besides.
     """
 
-    def __init__(self, shard: str, label: str, rules: Rules, warning: OnceWarning) -> None:
+    def __init__(self, shard: str, label: str, rules: Rules, warning: OnceWarning, versions: Versions) -> None:
         super().__init__(shard, label, rules, warning)
-        self.stamp = without_secrets(shard)
+        self.stamp, self._versions = without_secrets(shard), versions
 
     def samples(self) -> Generator[Sample, None, None]:
         """See Piece; the shard is fetched first."""
         with _temporary_file(self._where) as file:
-            download(self._shard, file, self._where)
+            self._versions.note(self.stamp, download(self._shard, file, self._where))
             for sample, image, mask in self._samples(file):
                 read_mask = None if mask is None else in_hand(read_span(file, mask))
-                yield sample._replace(read=in_hand(read_span(file, image)), read_mask=read_mask)
+                image_bytes = in_hand(read_span(file, image))
+                yield sample._replace(read=image_bytes, read_mask=read_mask, files=(self.stamp,))
 
 
 @contextmanager
@@ -170,4 +174,4 @@ def _read_image(path: str, span: Span) -> bytes:
         with open(path, "rb") as file:
             return read_span(file, span)
     except OSError as error:
-        raise BadImageError(f"cannot be read ({error.strerror})") from None
+        raise UnreadImageError(f"cannot be read ({error.strerror})") from None
