@@ -15,7 +15,7 @@ from lpl.perceptual.objective import PerceptualObjective
 from lpl.training.checkpoint import find_checkpoint, load_checkpoint, prune_checkpoints, recover, save_checkpoint
 from lpl.training.nonfinite import FiniteGuard
 from lpl.training.optimizers import bare, coefficients
-from lpl.training.preflight import finished_at
+from lpl.training.output import finished_at
 from lpl.training.tracking import Tracker
 from lpl.training.trained import Trained
 

@@ -28,6 +28,7 @@ from lpl.training.held_out_loss import HeldOutLoss
 from lpl.training.nonfinite import FiniteGuard, spoil
 from lpl.training.optim import component_rates, scaled_learning_rate
 from lpl.training.optimizers import adapted_rate
+from lpl.training.output import claim_output, output_of
 from lpl.training.preflight import Checked
 from lpl.training.prompts import read_prompts
 from lpl.training.run_state import RunState
@@ -115,6 +116,7 @@ class Trainer:
         )
         self.step = self.state.resume()
         if accelerator.is_main_process:  # only now: a run that could not begin lays no claim to the folder
+            claim_output(config)
             write_config(config, self.folder, accelerator.num_processes)
         if self.batches.samples_per_step > len(self.data):
             logger.warning(
@@ -284,7 +286,7 @@ class Trainer:
     def save_weights(self) -> None:
         """Writes the weights of this step for inference, raw and averaged."""
         main = self.accelerator.is_main_process
-        save_weights(self.folder, self.step, self.trained.weights, self._writer(whole_pipeline=False), main)
+        save_weights(output_of(self.config), self.step, self.trained.weights, self._writer(whole_pipeline=False), main)
         self.accelerator.wait_for_everyone()
 
     def finish(self) -> None:
@@ -292,7 +294,7 @@ class Trainer:
         accelerator = self.accelerator
         accelerator.wait_for_everyone()
         main, write = accelerator.is_main_process, self._writer(whole_pipeline=True)
-        save_result(self.folder, self.step, self.trained.weights, write, main, self.state.data)
+        save_result(output_of(self.config), self.step, self.trained.weights, write, main, self.state.data)
         accelerator.wait_for_everyone()  # what reads the result next finds it, in whichever process
         if main:
             if self.repository is not None:
