@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -26,7 +27,7 @@ def alone_in(folder: Path, flag: str = "--output_dir") -> Iterator[None]:
     if os.environ.get("RANK", "0") != "0":
         yield
         return
-    was_there = folder.is_dir()
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / LOCK, timeout=0)
@@ -40,9 +41,10 @@ def alone_in(folder: Path, flag: str = "--output_dir") -> Iterator[None]:
     try:
         yield
     finally:
-        if not was_there and os.listdir(folder) == [LOCK]:
+        if made and os.listdir(folder) == [LOCK]:
             (folder / LOCK).unlink()
-            folder.rmdir()
+            for path in takewhile(lambda path: not os.listdir(path), made):
+                path.rmdir()
         lock.release()
 
 

@@ -192,7 +192,11 @@ class OutputFolder:
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
             for part in found.values():
-                texts = [*part["names"], *part["result"], *(value for known in part["files"].values() for value in known)]
+                texts = [
+                    *part["names"],
+                    *part["result"],
+                    *(value for known in part["files"].values() for value in known),
+                ]
                 if not all(isinstance(text, str) for text in texts):
                     raise ValueError
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -223,7 +227,13 @@ def check_real(given: Path, path: Path, flag: str) -> None:
             )
 
 
-def check_apart(given: Path, names: Iterable[str], inputs: Mapping[str, str | None], flag: str = "--output_dir") -> None:
+def check_apart(
+    given: Path,
+    names: Iterable[str],
+    inputs: Mapping[str, str | None],
+    flag: str = "--output_dir",
+    same: bool = True,
+) -> None:
     """Refuses an output that would land on what the command reads, by whatever path either is named.
 
     Args:
@@ -231,6 +241,7 @@ def check_apart(given: Path, names: Iterable[str], inputs: Mapping[str, str | No
         names: of Names.
         inputs: by flag what is read: files, folders, or what is neither (a Hub id).
         flag: of the folder.
+        same: whether the folder itself may not be an input.
 
     Raises:
         UserError: an input is the folder, or lies where one of the names goes.
@@ -240,7 +251,7 @@ def check_apart(given: Path, names: Iterable[str], inputs: Mapping[str, str | No
         if path is None or not path.exists():
             continue
         remedy = f"--{option} {value} would be overwritten: name another folder"
-        if _same(path, given):
+        if same and _same(path, given):
             raise UserError(f"{flag} {given}: is the same folder, so {remedy}")
         above = [path.resolve(), *path.resolve().parents]
         for name in names:

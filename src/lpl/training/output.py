@@ -164,11 +164,11 @@ def finished_at(folder: Path) -> int | None:
 
 
 def _adopts(output: OutputFolder) -> Proof:
-    """What a run of a version without records has written: a result only where it says that it has ended or was at it."""
+    """What a run of a version without records has written; a result only where it had come to its end."""
     folder = output.folder
-    is_old = not output.has_record and is_config_of_run(folder / CONFIG_FILE)
+    is_run = is_config_of_run(folder / CONFIG_FILE)
     had_result = finished_at(folder) is not None or (folder / RESULT).is_dir()
-    return lambda path: is_old and (had_result or not any(matches(name, path.name) for name in RESULT_NAMES))
+    return lambda path: is_run and (had_result or not any(matches(name, path.name) for name in RESULT_NAMES))
 
 
 def _missing(output: OutputFolder) -> str | None:
