@@ -26,6 +26,10 @@ COMPONENT = re.compile(r".*\.(json|safetensors|model)|merges\.txt|vocab\.txt")
 Proof = Callable[[Path], bool]
 
 
+def _nothing(_path: Path) -> bool:
+    return False
+
+
 class Names(NamedTuple):
     """What a command writes: a name that ends in / is a folder's, # stands for a number."""
 
@@ -49,25 +53,27 @@ class OutputFolder:
         self.given, self.command, self.flag = Path(given), command, flag
         self.folder = self.given / within
 
-    def check(self, names: Names, adopt: Proof = lambda _: False) -> None:
+    def check(self, names: Names, adopt: Proof = _nothing) -> None:
         """Refuses what is in the way; changes nothing.
 
         Args:
             names: that the command is going to write.
-            adopt: whether something in the folder is known to be of a version of this command that kept no record.
+            adopt: whether something in the folder is this command's, of a version without records; asked only where
+                there is none.
 
         Raises:
             UserError: a link, a file for a folder or the reverse, or what this command did not write.
         """
         check_real(self.given, self.folder, self.flag)
         own = set(self._read()["names"])
+        adopt = _nothing if own else adopt
         for path, name in self._found(names.kept):
             self._check_kind(path, name)
             if not (name in own or _is_proved(path, names.kept[name], adopt)):
                 raise self._foreign(path)
         self._check_results(names.results, adopt)
 
-    def claim(self, names: Names, adopt: Proof = lambda _: False) -> None:
+    def claim(self, names: Names, adopt: Proof = _nothing) -> None:
         """Notes that these names are the command's from now on, but for those that something else has.
 
         Raises:
@@ -75,6 +81,7 @@ class OutputFolder:
         """
         record = self._read()
         own = set(record["names"])
+        adopt = _nothing if own else adopt
         found = self._found(names.kept)
         taken = {name for path, name in found if not _is_proved(path, names.kept[name], adopt)}
         record["names"] = sorted(own | names.kept.keys() - taken)
@@ -137,7 +144,7 @@ class OutputFolder:
         return bool(self._read()["names"])
 
     def _check_results(
-        self, names: Iterable[str], adopt: Proof = lambda _: False, also: Mapping[str, str] | None = None
+        self, names: Iterable[str], adopt: Proof = _nothing, also: Mapping[str, str] | None = None
     ) -> None:
         known = self._read()["files"]
         for path, name in self._found(names):

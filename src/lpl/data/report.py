@@ -48,7 +48,7 @@ def make_report(
     """
     output = OutputFolder(config.run.output_dir, "lpl data", folder.name)
     names = Names({**dict.fromkeys((NUMBERS, DRAWS, CROPPED)), BAD_FILES: is_list})
-    is_old = lambda _: not output.has_record and _is_report(folder / NUMBERS)  # noqa: E731
+    is_old = lambda _: _is_report(folder / NUMBERS)  # noqa: E731
     output.check(names, is_old)
     with alone_in(folder):
         output.check(names, is_old)

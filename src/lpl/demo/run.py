@@ -41,7 +41,7 @@ def run_demo(output_dir: str, export_model: str | None, export_data: str | None,
     for part in ("model", "data", "run"):
         check_real(folder, folder / part, "--output_dir")
     output, names = OutputFolder(folder, "lpl demo"), Names({PICTURE: None})
-    is_old = lambda _: not output.has_record and is_config_of_run(folder / "run" / CONFIG_FILE)  # noqa: E731
+    is_old = lambda _: is_config_of_run(folder / "run" / CONFIG_FILE)  # noqa: E731
     output.check(names, is_old)
     with alone_in(folder):
         output.claim(names, is_old)

@@ -74,8 +74,6 @@ def save_result(
     try:
         output.put({part.name: part for part in sorted(temporary.iterdir())}, (FINISHED, content))
     except UserError as error:
-        aside = next(
-            path for n in count() if not (path := output.folder / f"result-{step}{f'-{n}' * (n > 0)}").exists()
-        )
+        aside = next(path for n in count(1) if not (path := output.folder / f"result-{step}-{n}").exists())
         temporary.rename(aside)
         raise TrainingStoppedError(f"{error}; the result of this run is in {aside}") from error

@@ -57,7 +57,7 @@ def run_check(options: CheckConfig) -> None:
     checked = check_data(options.train, folder, weights=True)
     output = OutputFolder(options.train.run.output_dir, "lpl check", CHECK_REPORT)
     names = Names(dict.fromkeys((NUMBERS, f"{MAPS}/", LOSSES, ESTIMATES, PAGE)))
-    is_old = lambda _: not output.has_record and kind_of(folder / NUMBERS) == "check"  # noqa: E731
+    is_old = lambda _: kind_of(folder / NUMBERS) == "check"  # noqa: E731
     output.check(names, is_old)
     with alone_in(folder):
         output.check(names, is_old)
