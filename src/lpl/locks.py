@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 
 from lpl.errors import UserError
 
@@ -41,11 +41,9 @@ def alone_in(folder: Path, flag: str = "--output_dir") -> Iterator[None]:
     try:
         yield
     finally:
-        if made and os.listdir(folder) == [LOCK]:
-            (folder / LOCK).unlink()
-            for path in takewhile(lambda path: not os.listdir(path), made):
-                path.rmdir()
-        lock.release()
+        _end(lock)
+        for path in takewhile(lambda path: not os.listdir(path), made):
+            path.rmdir()
 
 
 @contextmanager
@@ -66,5 +64,11 @@ def alone_at(file: Path, flag: str) -> Iterator[None]:
     try:
         yield
     finally:
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
+        _end(lock)
+
+
+def _end(lock: BaseFileLock) -> None:
+    """Releases a lock and leaves no file; who has opened that file already sees that it is gone, and tries anew."""
+    if os.name == "posix":  # elsewhere an open file cannot be removed
+        Path(lock.lock_file).unlink()
+    lock.release()
