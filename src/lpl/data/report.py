@@ -46,7 +46,7 @@ def make_report(
     Raises:
         UserError: a folder that cannot be written, a source that cannot be read, options that do not go with it.
     """
-    output = OutputFolder(config.run.output_dir, "lpl data", folder.name)
+    output = OutputFolder(folder.parent, "lpl data", folder.name)
     names = Names({**dict.fromkeys((NUMBERS, DRAWS, CROPPED)), BAD_FILES: is_list})
     is_old = lambda _: _is_report(folder / NUMBERS)  # noqa: E731
     output.check(names, is_old)

@@ -50,7 +50,8 @@ def run_eval(
         main, device = accelerator.is_main_process, accelerator.device
         plan = together(lambda: check_eval(options, read_run))
         # Samples of another command, or of other settings, may have come since the checks.
-        together(lambda: (stack.enter_context(alone_in(Path(options.output_dir))), check_output(plan)))
+        together(lambda: stack.enter_context(alone_in(Path(options.output_dir))))
+        together(lambda: check_output(plan))
         together(lambda: claim_output(options) if main else None)
         require(
             options.dtype != "float16" or device.type != "cpu",

@@ -180,7 +180,7 @@ def remove_samples(folder: Path) -> None:
 def are_settings(path: Path) -> bool:
     """Whether a file is one that write_settings wrote."""
     try:
-        return {"resolution", "num_inference_steps", "seed"} <= set(json.loads(path.read_text(encoding="utf-8")))
+        return {"resolution", "prompts"} <= set(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError):
         return False
 
