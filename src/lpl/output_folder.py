@@ -157,7 +157,7 @@ class OutputFolder:
                 if not expected and COMPONENT.fullmatch(file.name) and adopt(path):
                     continue
                 if not expected or checksum(file) not in expected:
-                    raise self._foreign(file, "has been changed since it" if own in known else "")
+                    raise self._foreign(file, changed=own in known)
 
     def _found(self, names: Iterable[str]) -> Iterator[tuple[Path, str]]:
         """What has one of these names, and which."""
@@ -178,10 +178,13 @@ class OutputFolder:
                 "that name: move it away, or name another folder"
             )
 
-    def _foreign(self, path: Path, what: str = "") -> UserError:
+    def _foreign(self, path: Path, changed: bool = False) -> UserError:
+        what = (
+            f"has been changed since {self.command} wrote it" if changed else f"is not what {self.command} wrote there"
+        )
         return UserError(
-            f"{self.flag} {self.folder}: {self._name(path)} in it {what or 'is not what'} {self.command} wrote"
-            f"{'' if what else ' there'}, and would be replaced: move it away, or name another folder"
+            f"{self.flag} {self.folder}: {self._name(path)} in it {what}, and would be replaced: move it away, or name "
+            "another folder"
         )
 
     def _name(self, path: Path) -> str:

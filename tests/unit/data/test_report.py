@@ -42,7 +42,8 @@ def report(tmp_path: Path) -> Callable[..., Report]:
         sources = open_source(config.data, None), open_regularisation(config.data)
         folder = tmp_path / "report"
         text, fault = make_report(config, *sources, folder, num_shown)
-        return Report(text, fault, json.loads((folder / "data.json").read_text()), {p.name for p in folder.glob("[!.]*")})
+        files = {p.name for p in folder.glob("[!.]*")}
+        return Report(text, fault, json.loads((folder / "data.json").read_text()), files)
 
     return run
 
