@@ -11,10 +11,12 @@ demo: .venv/installed
 test: .venv/installed lint
 	OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/python -m pytest -n 2 --dist loadfile tests
 
-# What `make test` leaves out. Kills caching at 500 random moments and at 500 system calls, and training at 100 of each: half an hour.
+# What `make test` leaves out. Kills caching at 500 random moments and at 500 system calls, training at 100 of each, every
+# other command at 30: about an hour.
 soak: .venv/installed
 	OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/python -m pytest -m slow tests
 	LPL_KILLS=100 OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/python -m pytest tests/invariants/test_killed_training.py
+	LPL_KILLS=30 OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/python -m pytest -m "slow or not slow" tests/invariants/test_killed_commands.py
 	LPL_KILLS=500 OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/python -m pytest tests/invariants/test_killed_caching.py
 
 lint: .venv/installed

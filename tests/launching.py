@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import accelerate
+import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.fsdp import FSDPModule
@@ -39,10 +41,11 @@ class ShardingAccelerator(accelerate.Accelerator):
 
 
 def process(argv: list[str], fsdp: bool) -> None:
-    """One process of a launch."""
+    """One process of a launch; real launchers name its number in the environment."""
     from lpl.cli import main
     from lpl.training import engine
 
+    os.environ["RANK"] = str(torch.distributed.get_rank())
     if fsdp:
         engine.Accelerator = ShardingAccelerator  # type: ignore[misc]
     main(argv)

@@ -150,7 +150,7 @@ def _dispatch(argv: list[str]) -> None:
 
 def run_train(config: TrainConfig) -> None:
     """Checks everything that is cheap to check, then trains, or prints the plan under --dry_run."""
-    from lpl.training.preflight import preflight
+    from lpl.training.preflight import alone, preflight
 
     checked = preflight(config)
     config = checked.config
@@ -161,9 +161,10 @@ def run_train(config: TrainConfig) -> None:
     elif checked.has_ended:
         print(f"nothing to do: {config.run.output_dir} holds this run, finished at step {checked.finished_step}")
     else:
-        from lpl.training.trainer import train
+        with alone(checked):
+            from lpl.training.trainer import train
 
-        train(config, checked)
+            train(config, checked)
 
 
 def run_cache(argv: list[str]) -> None:

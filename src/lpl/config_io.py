@@ -13,6 +13,7 @@ import yaml
 
 from lpl.base.text import read_text
 from lpl.config import TrainConfig, free_options
+from lpl.data.files import write_atomically
 from lpl.errors import UserError
 from lpl.presets import preset_text, presets
 
@@ -28,6 +29,9 @@ DATA_REPORT = "data-report"
 
 CHECK_REPORT = "check-report"
 """The same of `lpl check`."""
+
+EMPTY = ("null", "~", "")
+"""How YAML says None."""
 
 PATHS = (
     "train_data_dir",
@@ -119,8 +123,10 @@ def as_flags(options: dict[str, str]) -> list[str]:
             if value.lower() not in ("true", "false"):
                 raise UserError(f"{key}: expected true or false, not {value!r}")
             flags.append(f"--{key}" if value.lower() == "true" else f"--no_{key}")
+        elif value.lower() in EMPTY and isinstance(defaults[key], str):
+            raise UserError(f"{key} is given empty: give a value, or leave it out")
         else:
-            flags.append(f"--{key}={'None' if value.lower() in ('null', '~', '') else value}")
+            flags.append(f"--{key}={'None' if value.lower() in EMPTY else value}")
     return flags
 
 
@@ -128,13 +134,18 @@ def write_config(config: TrainConfig, folder: Path, processes: int = 1) -> None:
     """Makes the folder and writes its config.yaml: every option but the token, with versions; `--config` reads it."""
     options = {k: v for k, v in config.flat().items() if k not in ("hub_token", "dry_run", "resume_from_checkpoint")}
     text = yaml.safe_dump(options | {RECORD: environment() | {"processes": processes}}, sort_keys=False)
-    temporary = folder / f".{CONFIG_FILE}.tmp"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text)
-        temporary.replace(folder / CONFIG_FILE)
+        write_atomically(folder / CONFIG_FILE, text.encode())
     except OSError as error:
         raise UserError(f"--output_dir {folder}: cannot be written ({error.strerror})") from error
+
+
+def is_config_of_run(path: Path) -> bool:
+    """Whether a file is a config.yaml that write_config has written, by its last part."""
+    try:
+        return f"\n{RECORD}:" in path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def differences(config: TrainConfig, folder: Path, processes: int = 1) -> list[str]:

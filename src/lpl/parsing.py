@@ -16,6 +16,9 @@ from lpl.config_io import REFUSED, as_flags, nearest, read_options
 from lpl.errors import UserError
 from lpl.presets import presets
 
+MAY_BE_EMPTY = ("validation_prompt", "caption_prefix")
+"""Options whose value is a text; everywhere else an empty value is a variable that was not set, or a slip."""
+
 
 def parse_train(argv: list[str]) -> TrainConfig:
     """Options of `lpl train`: --config (a file or preset) first, flags after it win.
@@ -113,7 +116,12 @@ def parse(cls: Any, argv: list[str], prog: str, known: list[str], description: s
 
 
 def _check_flags(argv: list[str], known: list[str]) -> None:
+    option = "an argument"
     for i, token in enumerate(argv):
+        option = token.split("=", 1)[0] if token.startswith("--") else option
+        is_empty = not (token.partition("=")[2] if token.startswith("--") and "=" in token else token).strip()
+        if is_empty and option[2:].replace("-", "_") not in MAY_BE_EMPTY:
+            raise UserError(f"{option} is given empty: give a value, or leave it out")
         if not token.startswith("--") or token == "--help":
             continue
         name = token[2:].split("=", 1)[0].replace("-", "_")

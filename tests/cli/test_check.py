@@ -62,7 +62,7 @@ def test_report_table_and_pictures(check: Any, tmp_path: Path) -> None:
     for name in files:
         with Image.open(folder / name) as picture:
             assert picture.width > 700
-    assert {str(p.relative_to(folder)) for p in folder.rglob("*.*")} == {"check.json", "report.html", *files}
+    assert {str(p.relative_to(folder)) for p in folder.rglob("[!.]*.*")} == {"check.json", "report.html", *files}
     page = (folder / "report.html").read_text()
     assert page.count("<img src=") == len(files)
     assert f"<code>--lpl_weight {found['suggestion']['lpl_weight']:.3g}</code>" in page
@@ -85,10 +85,11 @@ def test_report_table_and_pictures(check: Any, tmp_path: Path) -> None:
 
 def test_a_second_check_replaces_the_first(check: Any, tmp_path: Path) -> None:
     check()
-    left = tmp_path / "out" / "check-report" / "maps" / "old.png"
-    left.write_bytes(b"")
+    left, mine = (tmp_path / "out" / "check-report" / "maps" / name for name in ("up_9-t0999.png", "mine.png"))
+    for file in (left, mine):
+        file.write_bytes(b"")
     first, _, _ = check(lpl_num_blocks=0)
-    assert not left.exists()
+    assert (left.exists(), mine.exists()) == (False, True)
     assert [layer["tap"] for layer in first["layers"]] == ["mid"]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
@@ -152,20 +151,19 @@ def inputs_of(options: CompareConfig, config: TrainConfig) -> Inputs:
 
 
 def drop_stale_samples(run: Path) -> None:
-    """Removes the run's own folder of `lpl eval` where its samples are older than the run's result.
+    """Removes what `lpl eval` drew of a run where it is older than the run's result.
 
-    They are of other weights, so `lpl eval` would refuse to go on with them. It is renamed first: other processes see
-    it whole or not at all.
+    It is of other weights, so `lpl eval` would refuse to go on with it.
 
     Args:
         run: folder of a finished run.
     """
-    folder, aside = run / EVAL, run / f".{EVAL}.old"
-    shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed here
+    from lpl.evaluation.generate import remove_samples
+
+    folder = run / EVAL
     if _are_stale(run):
         logger.info("%s: its samples are of the run before it was trained on; they are drawn anew", folder)
-        folder.rename(aside)
-        shutil.rmtree(aside)
+        remove_samples(folder)
 
 
 def _are_stale(run: Path) -> bool:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from lpl import __version__
 from lpl.comparison import measures
 from lpl.comparison.arms import Arm, read_arms
-from lpl.comparison.measures import NO_FIGURES, Measured, Parse, measure_run
+from lpl.comparison.measures import EVAL, NO_FIGURES, Measured, Parse, measure_run
 from lpl.comparison.options import FILE, CompareConfig
 from lpl.comparison.same_data import check_same_data
 from lpl.comparison.table import result_table
@@ -26,6 +26,8 @@ from lpl.config import TrainConfig
 from lpl.config_io import CONFIG_FILE, environment
 from lpl.data.files import write_atomically
 from lpl.errors import StopRequestedError, TrainingStoppedError, UserError
+from lpl.locks import alone_in
+from lpl.output_folder import Names, OutputFolder, check_real, kind_of
 from lpl.report.options import PAGE, ReportConfig
 
 logger = logging.getLogger("lpl")
@@ -49,9 +51,35 @@ def run_compare(options: CompareConfig, parse: Parse, train: Callable[[TrainConf
         UserError: bad options, or runs that were trained on other data than the baseline's.
         StopRequestedError: asked to stop.
     """
+    arms = read_arms(options, parse)
+    home = Path(options.train.run.output_dir)
+    for arm in arms:
+        for seed in options.seeds:
+            check_real(home, home / arm.folder(seed) / EVAL, "--output_dir")
+    from lpl.report.page import is_page, write_report
+
+    output, names = (
+        OutputFolder(home, "lpl compare"),
+        Names({FILE: lambda path: kind_of(path) == "compare", PAGE: is_page}),
+    )
+    output.check(names)
+    with alone_in(home):
+        content = _compare(options, arms, parse, train)
+        if content is None:
+            return
+        output.check(names)
+        output.claim(names)
+        write_atomically(home / FILE, _json(content))
+        print(result_table(content))
+        write_report(ReportConfig((str(home),), str(home / PAGE)))
+
+
+def _compare(
+    options: CompareConfig, arms: Sequence[Arm], parse: Parse, train: Callable[[TrainConfig], None]
+) -> dict[str, Any] | None:
+    """Trains and measures; the content of compare.json, in the first process."""
     from lpl.training.preflight import preflight
 
-    arms = read_arms(options, parse)
     started, limit = time.monotonic(), options.train.run.max_minutes
     ended = []
     for arm in arms:
@@ -77,13 +105,8 @@ def run_compare(options: CompareConfig, parse: Parse, train: Callable[[TrainConf
     is_late = lambda: limit is not None and time.monotonic() - started >= 60 * limit  # noqa: E731
     measured, unmeasured = _measure_all(options, arms, home, failed, parse, is_late)
     if os.environ.get("RANK", "0") != "0":
-        return
-    content = result(options, arms, measured, [*refused, *failed.values(), *unmeasured])
-    write_atomically(home / FILE, _json(content))
-    print(result_table(content))
-    from lpl.report.page import write_report
-
-    write_report(ReportConfig((str(home),), str(home / PAGE)))
+        return None
+    return result(options, arms, measured, [*refused, *failed.values(), *unmeasured])
 
 
 def train_all(

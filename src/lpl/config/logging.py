@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from lpl.config.checks import free, require
@@ -23,7 +24,7 @@ class LoggingConfig:
     report_to: Literal["tensorboard", "wandb", "comet_ml", "all", "none"] = free("tensorboard")
     """Where metrics go."""
     logging_dir: str = free("logs")
-    """TensorBoard folder, within --output_dir."""
+    """TensorBoard folder, a name within --output_dir."""
     log_every: int = free(10)
     """Optimizer steps between logged metrics; the device is not synchronised in between."""
     push_to_hub: bool = free(False)
@@ -37,6 +38,11 @@ class LoggingConfig:
     negative_prompt and seed."""
 
     def __post_init__(self) -> None:
+        parts = Path(self.logging_dir).parts
+        require(
+            bool(parts) and not Path(self.logging_dir).is_absolute() and ".." not in parts,
+            f"--logging_dir {self.logging_dir}: is not a folder within --output_dir: give a name such as logs",
+        )
         for name in ("num_validation_images", "validation_epochs", "log_every"):
             require(getattr(self, name) >= 1, f"--{name} must be at least 1, not {getattr(self, name)}")
         require(

@@ -18,6 +18,15 @@ SEEN_FIRST = 1000
 """Images that are seen before their share of bad ones counts; smaller sources are seen whole, and then judged."""
 
 
+def is_list(path: Path) -> bool:
+    """Whether a file is what `BadFiles.write` writes."""
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            return set(json.loads(file.readline())) == set(Bad._fields)
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
+
+
 class Bad(NamedTuple):
     """One of them."""
 

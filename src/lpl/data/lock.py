@@ -1,23 +1,26 @@
-"""One writer at a time: a lock on a folder that a killed process cannot leave behind."""
+"""Who may change a cache: one filler of a source at a time, and no maintenance while a run uses it.
+
+All locks are the operating system's, so a killed process leaves none behind.
+"""
 
 from __future__ import annotations
 
 import logging
+import os
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO
+
+from filelock import FileLock, Timeout
 
 from lpl.errors import UserError
 
-try:
-    import fcntl
-except ImportError:  # not a POSIX system: two runs at the same time do work twice
-    fcntl = None  # type: ignore[assignment]
-
 LOCK = "lock"
-POLL_S = 0.2
+IN_USE, RUN = "in-use", ".run"
+"""Folder of a cache in which every run that uses it holds a lock of its own, with this ending."""
+POLL_S, MAINTENANCE_S = 0.2, 5.0
 
 logger = logging.getLogger("lpl")
 
@@ -34,28 +37,65 @@ def locked(folder: Path, doing: str, proceed: Callable[[], None] = lambda: None)
     Raises:
         UserError: the folder cannot be written.
     """
-    with ExitStack() as stack:
+    lock = FileLock(folder / LOCK, timeout=0)
+    waits = False
+    while not lock.is_locked:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(open(folder / LOCK, "w"))
+            lock.acquire()
+        except Timeout:
+            if not waits:
+                logger.warning("another run is %s: waiting for it", doing)
+            waits = True
+            proceed()
+            time.sleep(POLL_S)
         except OSError as error:
             raise UserError(
                 f"cache {folder} cannot be written ({error.strerror}): name another folder with --latent_cache_dir"
             ) from error
-        if fcntl is not None:
-            waits = False
-            while not _take(file):
-                if not waits:
-                    logger.warning("another run is %s: waiting for it", doing)
-                waits = True
-                proceed()
-                time.sleep(POLL_S)
-        yield
-
-
-def _take(file: IO[str]) -> bool:
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def in_use(cache: Path) -> Iterator[None]:
+    """Keeps maintenance away from a cache while a run uses it; of a launch the first process does for all.
+
+    A cache that this user cannot write is used all the same: it is left to those who can.
+    """
+    folder = cache / IN_USE
+    own = FileLock(folder / f"{uuid.uuid4().hex}{RUN}", timeout=0)
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if os.environ.get("RANK", "0") == "0" and os.access(parent, os.W_OK):
+        with locked(folder, "removing files from the cache"):
+            own.acquire()
+    try:
+        yield
+    finally:
+        if own.is_locked:
+            Path(own.lock_file).unlink()
+            own.release()
+
+
+@contextmanager
+def maintenance(cache: Path) -> Iterator[None]:
+    """Keeps runs from beginning to use a cache.
+
+    Raises:
+        UserError: one is using it, or other maintenance goes on.
+    """
+    folder, flag = cache / IN_USE, f"--latent_cache_dir {cache}"
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(exist_ok=True)
+            stack.enter_context(FileLock(folder / LOCK, timeout=MAINTENANCE_S))
+            for file in folder.glob(f"*{RUN}"):
+                with FileLock(file, timeout=0):
+                    file.unlink()  # of a run that was killed
+        except Timeout as error:
+            raise UserError(f"{flag}: another lpl command is using it: wait for its end") from error
+        except OSError as error:
+            raise UserError(f"{flag}: cannot be written ({error.strerror})") from error
+        yield

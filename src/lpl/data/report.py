@@ -11,6 +11,7 @@ from PIL import Image
 
 from lpl.config import TrainConfig
 from lpl.data.bad_files import FILE as BAD_FILES
+from lpl.data.bad_files import is_list
 from lpl.data.contact_sheet import crop_sheet, draw_sheet
 from lpl.data.files import write_atomically
 from lpl.data.report_numbers import draw_numbers, most_cropped, numbers
@@ -18,6 +19,8 @@ from lpl.data.report_text import text
 from lpl.data.sources import Source
 from lpl.data.survey import first_draws, read_through
 from lpl.errors import UserError
+from lpl.locks import alone_in
+from lpl.output_folder import Names, OutputFolder
 
 NUMBERS, DRAWS, CROPPED = "data.json", "draws.png", "cropped.png"
 CROPPED_SHOWN = 6
@@ -43,8 +46,28 @@ def make_report(
     Raises:
         UserError: a folder that cannot be written, a source that cannot be read, options that do not go with it.
     """
+    output = OutputFolder(folder.parent, "lpl data", folder.name)
+    names = Names({**dict.fromkeys((NUMBERS, DRAWS, CROPPED)), BAD_FILES: is_list})
+    is_old = lambda _: _is_report(folder / NUMBERS)  # noqa: E731
+    output.check(names, is_old)
+    with alone_in(folder):
+        output.check(names, is_old)
+        output.claim(names, is_old)
+        return _write_report(config, source, regularisation, folder, num_shown)
+
+
+def _is_report(path: Path) -> bool:
+    """Whether a file is a data.json."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        return {"resolution", "bad_files", "parts", "warnings"} <= set(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
+
+
+def _write_report(
+    config: TrainConfig, source: Source, regularisation: Source | None, folder: Path, num_shown: int
+) -> tuple[str, UserError | None]:
+    try:
         for name in (NUMBERS, DRAWS, CROPPED):
             (folder / name).unlink(missing_ok=True)
         processes = int(os.environ.get("WORLD_SIZE", "1"))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,12 +14,15 @@ from lpl.data.catalogue import FORMAT, read_table
 from lpl.data.catalogue import SUFFIX as TABLE
 from lpl.data.files import cache_writing
 from lpl.data.folders import default_cache_dir
+from lpl.data.lock import maintenance
 from lpl.data.shard import SUFFIX, Shard
 from lpl.data.store import INDEX, verify_index
 from lpl.errors import DamagedCacheError, UserError
 from lpl.progress import progress
 
 DAY = 24 * 3600
+HASHED = re.compile(r"[0-9a-f]{32}(-\w+)?")
+"""Names of the folders that caching makes; others are somebody else's."""
 
 
 class Unused(NamedTuple):
@@ -32,14 +37,15 @@ def verify_cache(folder: str | None, delete: bool) -> None:
     """Says of every damaged file what is wrong, and removes it if asked.
 
     Raises:
-        UserError: no such folder, or damage that is still there.
+        UserError: no such folder, one that is in use and not only to be read, or damage that is still there.
     """
     cache = _existing(folder)
-    count, found = damaged(cache)
-    for _, wrong in found:
-        print(wrong)
-    if delete:
-        remove([path for path, _ in found])
+    with maintenance(cache) if delete else nullcontext():
+        count, found = damaged(cache)
+        for _, wrong in found:
+            print(wrong)
+        if delete:
+            remove([path for path, _ in found])
     print(f"{cache}: {count} files, {len(found)} damaged{' and removed' if delete and found else ''}")
     if old := [path for path in stores(cache) if not of_this_format(path)]:
         print(f"{cache}: {len(old)} folders are of another version, which is not read: `lpl cache prune` removes them")
@@ -51,12 +57,13 @@ def prune_cache(folder: str | None, days: float, dry_run: bool) -> None:
     """Removes what no run has used for so many days, or says what it would remove.
 
     Raises:
-        UserError: no such folder.
+        UserError: no such folder, or one that is in use.
     """
     cache = _existing(folder)
-    paths, size = unused(cache, days)
-    if not dry_run:
-        remove(paths)
+    with nullcontext() if dry_run else maintenance(cache):
+        paths, size = unused(cache, days)
+        if not dry_run:
+            remove(paths)
     print(f"{cache}: {len(paths)} files, {size / 2**30:.2f} GiB, {'would be removed' if dry_run else 'removed'}")
 
 
@@ -70,8 +77,12 @@ def _existing(folder: str | None) -> Path:
 def stores(cache: Path) -> Iterator[Path]:
     """Folders of shards within a cache folder."""
     for kind in ("latents", "text", "masks"):
-        if (cache / kind).is_dir():
-            yield from sorted(path for path in (cache / kind).iterdir() if path.is_dir())
+        yield from _hashed(cache / kind)
+
+
+def _hashed(folder: Path) -> list[Path]:
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in found if HASHED.fullmatch(path.name) and path.is_dir() and not path.is_symlink())
 
 
 def of_this_format(store: Path) -> bool:
@@ -112,8 +123,8 @@ def unused(cache: Path, days: float) -> Unused:
     """
     limit = time.time() - days * DAY
     paths = [path for folder in stores(cache) for path in folder.iterdir() if path.name != INDEX]
-    paths += (cache / "catalogues").glob("*/*")
-    paths += (cache / "staged").glob("*")
+    paths += [path for folder in _hashed(cache / "catalogues") for path in folder.iterdir()]
+    paths += _hashed(cache / "staged")
     old = [path for path in sorted(paths) if _last_change(path) < limit]
     return Unused(old, sum(_size(path) for path in old))
 

@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from lpl.demo.exports import replacing
+
 IMAGE_SIZE = 64
 WORKING_SIZE = 640  # longest side a photograph is shrunk to before it is cut
 HELD_OUT_FRACTION = 0.2
@@ -202,24 +204,22 @@ def export_data(folder: str | Path) -> Path:
     """Write the training crops as an image folder: PNG files and metadata.jsonl (file_name, text).
 
     Args:
-        folder: where to write; made if missing, files of the same names are replaced.
+        folder: where to write; made if missing.
 
     Returns:
         The folder.
 
     Raises:
         RuntimeError: if scikit-image or scikit-learn is not installed.
+        UserError: it holds something else under these names.
     """
-    folder = Path(folder)
     crops = training_crops()
-    folder.mkdir(parents=True, exist_ok=True)
     rows, counts = [], dict.fromkeys((photograph.name for photograph in PHOTOGRAPHS), 0)
-    for crop in crops:
-        name = f"{crop.photograph}_{counts[crop.photograph]:02d}.png"
-        counts[crop.photograph] += 1
-        crop.image.save(folder / name)
-        rows.append(json.dumps({"file_name": name, "text": crop.caption}))
-    partial = folder / "metadata.jsonl.partial"  # the listing appears last and whole
-    partial.write_text("\n".join(rows) + "\n", encoding="utf-8")
-    partial.replace(folder / "metadata.jsonl")
-    return folder
+    with replacing(folder, "--export_data") as staged:
+        for crop in crops:
+            name = f"{crop.photograph}_{counts[crop.photograph]:02d}.png"
+            counts[crop.photograph] += 1
+            crop.image.save(staged / name)
+            rows.append(json.dumps({"file_name": name, "text": crop.caption}))
+        (staged / "metadata.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return Path(folder)

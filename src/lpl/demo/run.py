@@ -6,12 +6,16 @@ import shutil
 import time
 from pathlib import Path
 
+from lpl.config_io import CONFIG_FILE, is_config_of_run
 from lpl.data.picture_cells import Cell, cells_note
 from lpl.errors import UserError
+from lpl.locks import alone_in
+from lpl.output_folder import Names, OutputFolder, check_real
 
 SEED = 7
 SAMPLING_STEPS = 25
 GUIDANCE_SCALE = 4.0
+PICTURE = "samples.png"
 ENLARGED, GAP = 2, 2
 """Of the grid of samples: pixels a pixel, and pixels between pictures before that."""
 
@@ -31,9 +35,21 @@ def run_demo(output_dir: str, export_model: str | None, export_data: str | None,
     if export_model is not None or export_data is not None:
         _export(export_model, export_data)
         return
-    started, folder = time.perf_counter(), Path(output_dir)
+    folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {folder}: a file is in the way")
+    for part in ("model", "data", "run"):
+        check_real(folder, folder / part, "--output_dir")
+    output, names = OutputFolder(folder, "lpl demo"), Names({PICTURE: None})
+    is_old = lambda _: is_config_of_run(folder / "run" / CONFIG_FILE)  # noqa: E731
+    output.check(names, is_old)
+    with alone_in(folder):
+        output.claim(names, is_old)
+        _train_and_show(folder, max_train_steps)
+
+
+def _train_and_show(folder: Path, max_train_steps: int | None) -> None:
+    started = time.perf_counter()
     model, data, run = folder / "model", folder / "data", folder / "run"
     _export(str(model), str(data))
 
@@ -55,7 +71,7 @@ def run_demo(output_dir: str, export_model: str | None, export_data: str | None,
             ]
         )
     )
-    picture = show_samples(model, run, folder / "samples.png")
+    picture = show_samples(model, run, folder / PICTURE)
     (run / "samples").mkdir(exist_ok=True)
     shutil.copy(picture, run / "samples" / "before-after.png")  # where the report looks
     page = write_report(ReportConfig((str(run),), str(folder / "report.html")), announce=False)
@@ -77,6 +93,8 @@ def _export(model: str | None, data: str | None) -> None:
             print(f"its photographs are in {export_data(data)}")
     except RuntimeError as error:
         raise UserError(str(error)) from error
+    except OSError as error:
+        raise UserError(f"{model or data}: cannot be written ({error.strerror})") from error
 
 
 def show_samples(before: Path, after: Path, picture: Path) -> Path:

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lpl.demo.architecture import build_pipeline
+from lpl.demo.exports import replacing
 
 WEIGHTS_FOLDER = Path(__file__).parent / "weights"
 COMPONENTS = ("vae", "unet", "text_encoder", "text_encoder_2")
@@ -85,6 +86,10 @@ def export_model(folder: str | Path) -> Path:
 
     Returns:
         The folder.
+
+    Raises:
+        UserError: it holds something else under these names.
     """
-    load_pipeline().save_pretrained(folder, safe_serialization=True)
+    with replacing(folder, "--export_model") as staged:
+        load_pipeline().save_pretrained(staged, safe_serialization=True)
     return Path(folder)

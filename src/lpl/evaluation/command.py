@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -24,9 +24,10 @@ from lpl.evaluation.generate import check_settings, generate_into, image_name, w
 from lpl.evaluation.measuring import Measured, measure_all, read_references
 from lpl.evaluation.options import EvalConfig
 from lpl.evaluation.pictures import CAPTIONS
-from lpl.evaluation.planning import IMAGES, RESULT, Plan, check_eval, with_flag
+from lpl.evaluation.planning import IMAGES, RESULT, Plan, check_eval, check_output, claim_output, with_flag
 from lpl.evaluation.table import format_table
 from lpl.evaluation.together import stop_together, together
+from lpl.locks import alone_in
 
 logger = logging.getLogger("lpl")
 
@@ -45,9 +46,13 @@ def run_eval(
         UserError: bad input, in one line, before anything heavy loads where that can be known.
         StopRequestedError: no time is left.
     """
-    with _processes() as accelerator:
+    with _processes() as accelerator, ExitStack() as stack:
         main, device = accelerator.is_main_process, accelerator.device
         plan = together(lambda: check_eval(options, read_run))
+        # Samples of another command, or of other settings, may have come since the checks.
+        together(lambda: stack.enter_context(alone_in(Path(options.output_dir))))
+        together(lambda: check_output(plan))
+        together(lambda: claim_output(options) if main else None)
         require(
             options.dtype != "float16" or device.type != "cpu",
             "--dtype float16 needs a GPU; on a CPU use bfloat16 or float32",

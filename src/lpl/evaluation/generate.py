@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,11 +16,13 @@ from lpl.config import require
 from lpl.data.files import write_atomically
 from lpl.diffusion.draws import keyed_generator
 from lpl.errors import UserError
-from lpl.evaluation.pictures import as_png
+from lpl.evaluation.pictures import CAPTIONS, as_png
 from lpl.progress import progress
 
 PER_FOLDER = 1000
 SETTINGS = "samples.json"
+OWN = re.compile(rf"\d{{5}}/\d{{8}}\.png|{re.escape(CAPTIONS)}")
+"""What is below the folder of images: see image_name."""
 Draw = Callable[[Sequence[str], Sequence[torch.Generator], int, float | None, int], Tensor]
 """A sampler: prompts, generators, steps, guidance (None: its own) and resolution to images (B, 3, H, H), uint8."""
 
@@ -161,6 +164,25 @@ def check_settings(folder: Path, settings: dict[str, Any], remedy: str = "choose
         not differing,
         f"--output_dir {folder}: has samples that were drawn otherwise ({', '.join(differing)}); {remedy}",
     )
+
+
+def remove_samples(folder: Path) -> None:
+    """Removes the samples of a folder, and last what says how they were drawn; nothing else."""
+    images = folder / "images"
+    for file in [path for path in images.rglob("*") if OWN.fullmatch(path.relative_to(images).as_posix())]:
+        file.unlink()
+    for below in (*images.glob("*"), images):
+        if below.is_dir() and not any(below.iterdir()):
+            below.rmdir()
+    (folder / SETTINGS).unlink(missing_ok=True)
+
+
+def are_settings(path: Path) -> bool:
+    """Whether a file is one that write_settings wrote."""
+    try:
+        return {"resolution", "prompts"} <= set(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
 
 
 def write_settings(folder: Path, settings: dict[str, Any]) -> None:

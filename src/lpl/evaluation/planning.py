@@ -15,14 +15,15 @@ from lpl.data.prompts import read_prompts
 from lpl.errors import UserError
 from lpl.evaluation.evaluate import FEWEST
 from lpl.evaluation.features import check_efficientnet, find_inception
-from lpl.evaluation.generate import Sampling, check_settings, image_name, settings_of
+from lpl.evaluation.generate import SETTINGS, Sampling, are_settings, check_settings, image_name, settings_of
 from lpl.evaluation.options import DEFAULT_SAMPLES, EvalConfig
 from lpl.evaluation.pictures import CAPTIONS, list_pictures, pictures_digest, read_captions, shortest_side
 from lpl.exporting.options import ExportConfig, Request, resolve
+from lpl.output_folder import Names, OutputFolder, check_apart, kind_of
 
 logger = logging.getLogger("lpl")
 
-RESULT, IMAGES = "eval.json", "images"
+RESULT, IMAGES, COMMAND = "eval.json", "images", "lpl eval"
 MOST_TOGETHER, PIXELS_TOGETHER = 64, 4 * 2**20
 
 
@@ -129,9 +130,7 @@ def check_eval(options: EvalConfig, read_run: Callable[[Path], ModelConfig], mod
     )
     require(vae or options.images is None or not can, "the model or VAE given with --images has no use with --no_floor")
     plan = Plan(options, request, files, prompts, resolution, inception, distinct, guidance)
-    _check_output(Path(options.output_dir), options.images)
-    if options.images is None and model is None:
-        check_settings(Path(options.output_dir), plan.settings())
+    check_output(plan, drawn=model is None)
     return plan
 
 
@@ -266,26 +265,47 @@ def _check_counts(options: EvalConfig, samples: int, references: int) -> None:
     )
 
 
-def _check_output(folder: Path, images: str | None) -> None:
-    """Makes the folder, unless it has figures of other images, which would be overwritten.
+def check_output(plan: Plan, drawn: bool = True) -> None:
+    """Refuses a folder with files that this command did not write, or with samples or figures of something else.
 
     Args:
-        folder: --output_dir.
-        images: --images; None: samples are drawn.
+        plan: of check_eval.
+        drawn: compare samples that are there with those of the plan.
+
+    Raises:
+        UserError: it has.
     """
+    options, folder = plan.options, Path(plan.options.output_dir)
+    names = _names(options)
+    inputs = ("pretrained_model_name_or_path", "images", "reference_dir", "prompts", "lora", "base")
+    check_apart(folder, names.kept, {flag: getattr(options, flag) for flag in inputs}, same=False)
+    require(not folder.exists() or folder.is_dir(), f"--output_dir {folder}: a file is in the way")
+    OutputFolder(folder, COMMAND).check(names)
+    if options.images is None and drawn:
+        check_settings(folder, plan.settings())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output_dir {folder}: cannot be made ({error.strerror})") from error
-    file = folder / RESULT
-    if not file.is_file():
-        return
-    try:
-        old = json.loads(file.read_text(encoding="utf-8"))["options"]["images"]
+        old = json.loads((folder / RESULT).read_text(encoding="utf-8"))["options"]["images"]
     except (OSError, ValueError, KeyError, TypeError):
         return  # nothing that could be read is lost
-    before, now = (None if path is None else Path(path).resolve() for path in (old, images))
+    before, now = (None if path is None else Path(path).resolve() for path in (old, options.images))
     told = "samples that were drawn" if old is None else f"the images in {old}"
     require(
         before == now, f"--output_dir {folder}: its {RESULT} is of {told}, which would be overwritten; name another"
     )
+
+
+def claim_output(options: EvalConfig) -> None:
+    """Notes in the folder what is this command's from now on.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    OutputFolder(options.output_dir, COMMAND).claim(_names(options))
+
+
+def _names(options: EvalConfig) -> Names:
+    drawn: dict[str, Any] = {
+        SETTINGS: lambda path: are_settings(path),
+        f"{IMAGES}/": lambda path: are_settings(path.parent / SETTINGS),
+    }
+    return Names({RESULT: lambda path: kind_of(path) == "eval"} | (drawn if options.images is None else {}))

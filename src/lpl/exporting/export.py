@@ -12,6 +12,7 @@ from lpl.config import ModelConfig
 from lpl.errors import UserError
 from lpl.exporting.options import ExportConfig, Request, resolve
 from lpl.families import check_export
+from lpl.locks import alone_at
 
 MODEL_FLAG = "--pretrained_model_name_or_path"
 
@@ -32,6 +33,12 @@ def export(options: ExportConfig, read_run: Callable[[Path], ModelConfig]) -> st
     output = Path(str(options.output))
     _check_output(output, options.to)
     request = resolve(options, read_run)
+    with alone_at(output, "--output"):
+        _check_output(output, options.to)  # another command may have written it since
+        return _write(options, request, output)
+
+
+def _write(options: ExportConfig, request: Request, output: Path) -> str:
     if options.to == "kohya":
         return _write_kohya(request, output)
     with_flag(request, lambda: check_export(request.model, options.to == "safetensors", request.lora))
@@ -93,7 +100,7 @@ def _write(tensors: Any, output: Path, metadata: dict[str, str]) -> int:
 
 
 def _write_folder(model: Any, output: Path) -> None:
-    temporary = output.with_name(f".tmp-{output.name}")
+    temporary = output.with_name(f".{output.name}.lpl-tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         model.save_folder(temporary)

@@ -43,7 +43,7 @@ def write_tensors(tensors: Iterable[tuple[str, Tensor]], file: Path, metadata: d
         if tensor.dtype == torch.float16 and not bool(torch.isfinite(tensor).all()):
             raise UserError(f"{name}: holds a value that float16 cannot: use --dtype bfloat16 or float32")
         content[name] = tensor.detach().contiguous()
-    temporary = file.with_name(f".{file.name}.tmp")
+    temporary = file.with_name(f".{file.name}.lpl-tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()

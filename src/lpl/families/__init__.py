@@ -18,6 +18,13 @@ if TYPE_CHECKING:
     from lpl.families.sdxl_export import SDXLExport
 
 
+RESULT_NAMES = (
+    "model_index.json", "unet/", "transformer/", "vae/", "scheduler/", "text_encoder/", "text_encoder_#/", "tokenizer/",
+    "tokenizer_#/", "image_encoder/", "feature_extractor/", "pytorch_lora_weights.safetensors",
+)  # fmt: skip
+"""What a pipeline or an adapter is written to: names of a run's result; # stands for a number, / ends a folder's."""
+
+
 def load_family(
     config: ModelConfig, device: torch.device, weight_dtype: torch.dtype, encoders_only: bool = False
 ) -> SDXL:
@@ -85,6 +92,7 @@ def plan_configs(config: ModelConfig) -> dict[str, Any]:
 
 
 __all__ = [
+    "RESULT_NAMES",
     "as_trained",
     "blueprint",
     "check_export",

@@ -22,6 +22,8 @@ from lpl.report.options import ReportConfig
 from lpl.report.sources import Group, Inputs, Result, read_inputs
 from lpl.report.words import checks, configuration, overview, tiles, title, versions
 
+GENERATOR, HEAD = b'<meta name="generator" content="lpl ', 4096
+"""How a page says what it is, and within how many bytes."""
 TEXT_SHARE = 0.2
 """Part of the page's size that is kept for text and plots."""
 
@@ -34,8 +36,9 @@ def write_report(options: ReportConfig, announce: bool = True) -> Path:
         announce: print where it is.
 
     Raises:
-        UserError: a folder without anything to report on, or a page that cannot be written.
+        UserError: a folder without anything to report on, a file in the way, or a page that cannot be written.
     """
+    check_page(options.page)
     inputs = read_inputs(options.runs)
     page = render(inputs, int(options.max_megabytes * 10**6)).encode()
     try:
@@ -45,6 +48,25 @@ def write_report(options: ReportConfig, announce: bool = True) -> Path:
     if announce:
         print(f"the report is in {options.page} ({len(page) / 1e6:.1f} MB): open it in a browser")
     return options.page
+
+
+def check_page(path: Path) -> None:
+    """Refuses to write a page over something else.
+
+    Raises:
+        UserError: what is there is no page of lpl report.
+    """
+    if path.is_symlink() or (path.exists() and not is_page(path)):
+        raise UserError(f"--output {path}: what is there was not written by lpl report: move it away, or name another")
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file is a page of lpl report."""
+    try:
+        with open(path, "rb") as file:
+            return GENERATOR in file.read(HEAD)
+    except OSError:
+        return False
 
 
 def render(inputs: Inputs, most_bytes: int = 7_500_000) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from lpl.config_io import CONFIG_FILE, RECORD
+from lpl.config_io import CONFIG_FILE, RECORD, is_config_of_run
 from lpl.errors import UserError
 
 FINISHED, VALIDATION = "finished.json", "validation.jsonl"
@@ -46,10 +46,7 @@ class RunFolder:
 
 def is_run(path: Path) -> bool:
     """Whether a folder holds a run of `lpl train`."""
-    try:
-        return f"\n{RECORD}:" in (path / CONFIG_FILE).read_text()
-    except (OSError, UnicodeDecodeError):
-        return False
+    return is_config_of_run(path / CONFIG_FILE)
 
 
 def read_run(path: Path) -> RunFolder:

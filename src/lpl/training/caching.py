@@ -8,10 +8,13 @@ from pathlib import Path
 import torch
 
 from lpl.config import TrainConfig
-from lpl.data.bad_files import FILE
+from lpl.data.bad_files import FILE, is_list
+from lpl.data.folders import cache_dir
+from lpl.data.lock import in_use
 from lpl.data.prepare import Processes, prepare_data
 from lpl.data.sources import open_regularisation, open_source, open_validation
 from lpl.families import load_family
+from lpl.output_folder import Names, OutputFolder
 from lpl.training.engine import build_accelerator
 from lpl.training.preflight import check_model, check_sizes
 from lpl.training.stopping import stoppable
@@ -31,8 +34,10 @@ def fill_cache(config: TrainConfig) -> None:
         check_sizes(config, configs)
     source = open_source(config.data, config.model.cache_dir)
     regularisation, validation = open_regularisation(config.data), open_validation(config.data)
+    output = OutputFolder(config.run.output_dir, "lpl train")
+    output.check(Names({FILE: is_list}))
     accelerator = build_accelerator(config)
-    with stoppable(config.run.max_minutes) as stop:
+    with in_use(cache_dir(config.data)), stoppable(config.run.max_minutes) as stop:
         family = load_family(config.model, accelerator.device, torch.float32, encoders_only=True)
         rank, size = accelerator.process_index, accelerator.num_processes
         data = prepare_data(

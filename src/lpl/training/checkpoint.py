@@ -25,9 +25,10 @@ from torch import Tensor
 from lpl.errors import TrainingStoppedError, UserError
 from lpl.training.ema import Average
 from lpl.training.manifest import FILE as MANIFEST
-from lpl.training.manifest import damage, sync, write_manifest
+from lpl.training.manifest import damage, sync, unlisted, write_manifest
 from lpl.training.optimizer_state import join_optimizer, load_optimizer, split_optimizer
 from lpl.training.optimizers import bare, label
+from lpl.training.output import RESULT
 from lpl.training.sharded import gathered, joined, local, put, split
 
 logger = logging.getLogger("lpl")
@@ -36,7 +37,6 @@ PATTERN = re.compile(r"checkpoint-(\d+)")
 STATE = "state.json"
 TEMPORARY = ".tmp-"
 DISCARDED = ".tmp-old-"
-RESULT = ".tmp-result"
 Tensors = Iterator[tuple[str, Iterable[tuple[str, Tensor]]]]
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -145,11 +145,17 @@ def save_checkpoint(
 
 
 def prune_checkpoints(folder: Path, newest: Path, total_limit: int | None) -> None:
-    """Removes the oldest checkpoints of a run beyond total_limit, never the newest good one; None: keeps all."""
+    """Removes the oldest checkpoints of a run beyond total_limit, never the newest good one; None: keeps all.
+
+    One with a file in it that no run wrote stays.
+    """
     if total_limit is not None:
         older = [path for path in list_checkpoints(folder) if path.name != newest.name]
         for old in older[: max(0, len(older) + 1 - total_limit)]:
-            _discard(old)
+            if (extra := unlisted(old)) is None:
+                _discard(old)
+            else:
+                logger.warning("%s stays: no run wrote %s in it", old, extra)
 
 
 def _write(temporary: Path, files: Tensors, state: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from lpl.config import TrainConfig
 from lpl.config_io import CHECK_REPORT, CONFIG_FILE, DATA_REPORT
 from lpl.data.bad_files import FILE as BAD_FILES
 from lpl.errors import UserError
-from lpl.training.saving import SAVED
+from lpl.training.output import SAVED
 
 
 def create_repository(config: TrainConfig) -> str:
@@ -42,6 +42,7 @@ def push(config: TrainConfig, repository: str) -> None:
             "checkpoint-*",
             f"{SAVED}-*",
             ".tmp-*",
+            ".lpl*",
             f"{config.logging.logging_dir}/*",
             f"{DATA_REPORT}/*",
             f"{CHECK_REPORT}/*",

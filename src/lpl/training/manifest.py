@@ -6,13 +6,13 @@ A folder without it was never finished; one whose files differ from it was cut s
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
-import xxhash
+from lpl.data.files import checksum
+from lpl.data.files import sync_file as sync
+from lpl.output_folder import JUNK
 
 FILE = "manifest.json"
-BLOCK = 2**24
 
 
 def write_manifest(folder: Path) -> None:
@@ -23,7 +23,7 @@ def write_manifest(folder: Path) -> None:
     """
     for path in folder.iterdir():
         sync(path)
-    files = {p.name: {"bytes": p.stat().st_size, "xxh3_128": _checksum(p)} for p in sorted(folder.iterdir())}
+    files = {p.name: {"bytes": p.stat().st_size, "xxh3_128": checksum(p)} for p in sorted(folder.iterdir())}
     (folder / FILE).write_text(json.dumps(files, indent=1))
     sync(folder / FILE)
     sync(folder)
@@ -42,7 +42,7 @@ def damage(folder: Path, read: bool = True) -> str | None:
             size = (folder / name).stat().st_size
             if size != expected["bytes"]:
                 return f"{name} has {size} of {expected['bytes']} bytes"
-            if read and _checksum(folder / name) != expected["xxh3_128"]:
+            if read and checksum(folder / name) != expected["xxh3_128"]:
                 return f"{name} does not match its checksum"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
@@ -53,18 +53,10 @@ def damage(folder: Path, read: bool = True) -> str | None:
     return None
 
 
-def _checksum(path: Path) -> str:
-    found = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while block := file.read(BLOCK):
-            found.update(block)
-    return found.hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Waits until a file, or a folder's list of files, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
+def unlisted(folder: Path) -> str | None:
+    """Something in a folder that write_manifest has described which it did not find there; None: nothing is."""
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        files = json.loads((folder / FILE).read_text())
+        return next((p.name for p in sorted(folder.iterdir()) if p.name not in {FILE, *JUNK, *files}), None)
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lpl.config import OPTIMIZERS, ModelConfig, TrainConfig
-from lpl.config_io import CONFIG_FILE, differences
 from lpl.data.buckets import image_sizes
 from lpl.data.decode import parse_color
+from lpl.data.folders import cache_dir
+from lpl.data.lock import in_use
 from lpl.data.sources import Source, open_regularisation, open_source, open_validation
 from lpl.errors import UserError
 from lpl.families import model_configs, native_resolution, plan_configs
+from lpl.locks import alone_in
 from lpl.training.launch import check_launch, processes
 from lpl.training.objective_checks import objective_rules, warn_of_objective
+from lpl.training.output import check_inputs_apart, check_output, check_writable
 from lpl.training.small_cards import check_small_cards
 from lpl.training.step_checks import warn_of_steps
 from lpl.training.validation_checks import check_validation, validation_rules
@@ -30,7 +33,6 @@ EMA = ("ema_decay", "ema_warmup", "ema_min_decay", "ema_update_after_step", "ema
 SHUFFLING = ("keep_tokens", "caption_separator", "caption_variants")
 LORA = ("lora_alpha", "lora_dropout", "lora_targets", "use_dora")
 TEXT_RATES = ("text_encoder_lr", "text_encoder_2_lr")
-FINISHED = "finished.json"
 TRACKERS = {"tensorboard": ("tensorboard",), "wandb": ("wandb",), "comet_ml": ("comet_ml",), "none": (), "all": ()}
 
 
@@ -74,7 +76,7 @@ def preflight(config: TrainConfig) -> Checked:
     check_small_cards(config)
     check_launch(config)
     config, configs = check_model(config)
-    finished_step = _check_output(config)
+    finished_step = check_output(config)
     if configs:
         check_options(config, configs)
     source = open_source(config.data, config.model.cache_dir)
@@ -86,7 +88,25 @@ def preflight(config: TrainConfig) -> Checked:
     num_steps = config.num_steps((source.size or 1) - config.data.validation_samples, processes()) if known else None
     if num_steps is not None:
         warn_of_steps(config, num_steps)
-    return Checked(config, source, regularisation, configs, finished_step, num_steps, validation)
+    checked = Checked(config, source, regularisation, configs, finished_step, num_steps, validation)
+    if not checked.has_ended:
+        check_writable(config)
+    return checked
+
+
+@contextmanager
+def alone(checked: Checked) -> Iterator[None]:
+    """Holds the run's folder and its cache for as long as it trains.
+
+    Raises:
+        UserError: another run is at work there, or was since the checks.
+    """
+    config = checked.config
+    with alone_in(Path(config.run.output_dir)), in_use(cache_dir(config.data)):
+        if check_output(config, tell=False) != checked.finished_step:
+            raise UserError(f"--output_dir {config.run.output_dir}: a run has ended in it meanwhile: start again")
+        check_writable(config)
+        yield
 
 
 def check_model(
@@ -122,7 +142,7 @@ def check_data(config: TrainConfig, report: Path, weights: bool = False) -> Chec
     config, configs = check_model(config, model_configs if weights else plan_configs)
     if configs and config.model.pretrained_model_name_or_path is not None:
         check_options(config, configs)
-    _check_outside(config)
+    check_inputs_apart(config)
     if (report.exists() and not report.is_dir()) or (report.parent.exists() and not report.parent.is_dir()):
         raise UserError(f"--output_dir {config.run.output_dir}: a file is in the way of {report}")
     source = open_source(config.data, config.model.cache_dir)
@@ -131,69 +151,6 @@ def check_data(config: TrainConfig, report: Path, weights: bool = False) -> Chec
     if config.run.max_train_steps is not None:
         warn_of_steps(config, config.run.max_train_steps)
     return Checked(config, source, regularisation, configs, None, None)
-
-
-def _check_outside(config: TrainConfig) -> None:
-    """Pictures that are written must not be taken for training images the next time."""
-    for flag in ("train_data_dir", "reg_data_dir", "validation_data_dir"):
-        images = getattr(config.data, flag)
-        if images is not None and Path(config.run.output_dir).resolve().is_relative_to(
-            Path(images).expanduser().resolve()
-        ):
-            raise UserError(
-                f"--output_dir {config.run.output_dir} lies in --{flag} {images}: its pictures would be taken for "
-                "training images; name a folder outside"
-            )
-
-
-def _check_output(config: TrainConfig) -> int | None:
-    folder = Path(config.run.output_dir)
-    _check_outside(config)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output_dir {folder}: a file is in the way")
-    choice = config.run.resume_from_checkpoint
-    if choice not in (None, "latest"):
-        from lpl.training.checkpoint import find_checkpoint
-
-        _check_same_schedule(config, find_checkpoint(folder, choice, read=False))
-    if not (folder / CONFIG_FILE).is_file():
-        if choice == "latest":
-            logger.warning("--resume_from_checkpoint latest: %s holds no run yet, starting one", folder)
-        return None
-    changed = differences(config, folder, processes())
-    if config.optim.lr_scheduler in ("constant", "constant_with_warmup", "piecewise_constant"):
-        # The length does not enter these schedules: a run may be prolonged.
-        changed = [c for c in changed if not c.startswith(("--max_train_steps ", "--num_train_epochs "))]
-    if changed and not config.run.allow_changes:
-        raise UserError(
-            f"--output_dir {folder} holds a run of another configuration: {', '.join(changed)}; "
-            "choose another folder or the same options, or continue it all the same with --allow_changes"
-        )
-    if changed:
-        logger.warning("--allow_changes: %s continues with %s", folder, ", ".join(changed))
-    return finished_at(folder)
-
-
-def _check_same_schedule(config: TrainConfig, checkpoint: Path | None) -> None:
-    """Refuses to go on from another run's checkpoint, which learned to predict something else, as if it had not."""
-    other = None if checkpoint is None else checkpoint.resolve().parent
-    if other is None or other == Path(config.run.output_dir).resolve() or not (other / CONFIG_FILE).is_file():
-        return
-    options = ("--prediction_type ", "--rescale_betas_zero_snr ")
-    changed = [told for told in differences(config, other, processes()) if told.startswith(options)]
-    if changed and not config.run.allow_changes:
-        raise UserError(
-            f"--resume_from_checkpoint {checkpoint}: its run was of another schedule: {', '.join(changed)}; give the "
-            "same options, or continue it all the same with --allow_changes"
-        )
-
-
-def finished_at(folder: Path) -> int | None:
-    """The step at which the run in a folder ended, or None."""
-    try:
-        return int(json.loads((folder / FINISHED).read_text())["step"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def check_options(config: TrainConfig, configs: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 
 from lpl.config import TrainConfig
@@ -15,7 +16,7 @@ from lpl.perceptual.objective import PerceptualObjective
 from lpl.training.checkpoint import find_checkpoint, load_checkpoint, prune_checkpoints, recover, save_checkpoint
 from lpl.training.nonfinite import FiniteGuard
 from lpl.training.optimizers import bare, coefficients
-from lpl.training.preflight import finished_at
+from lpl.training.output import finished_at
 from lpl.training.tracking import Tracker
 from lpl.training.trained import Trained
 
@@ -53,6 +54,7 @@ class RunState:
         scaler = self.accelerator.scaler
         numbers: dict[str, Any] = {
             "data": self.data,
+            "threads": torch.get_num_threads(),
             "division": self._division(),
             "skips": self.guard.skips,
             "tracker": self.tracker.state_dict(),
@@ -105,6 +107,7 @@ class RunState:
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         if self._is_own(path):
+            self._tell_threads(path, state.get("threads"))
             self.saved_at, self.guard.skips = step, state["skips"]
             self.tracker.load_state_dict(state["tracker"])
         if self.accelerator.is_main_process and choice in (None, "latest"):
@@ -112,6 +115,15 @@ class RunState:
             prune_checkpoints(self.folder, path, self.config.run.checkpoints_total_limit)
         logger.info("continuing from %s at step %d of %d", path, step, self.num_steps)
         return step
+
+    def _tell_threads(self, path: Path, before: int | None) -> None:
+        """Sums on a CPU are taken in as many parts as there are threads."""
+        now = torch.get_num_threads()
+        if self.accelerator.device.type == "cpu" and before not in (None, now):
+            logger.warning(
+                "%s: was written with %d threads, now there are %d: what follows equals the run so far only up to the "
+                "rounding of floats (OMP_NUM_THREADS=%d makes it bit for bit the same)", path, before, now, before,
+            )  # fmt: skip
 
     def _division(self) -> dict[str, int]:
         """How a step's samples are divided."""

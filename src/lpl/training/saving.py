@@ -5,41 +5,39 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 from torch import Tensor
 
-from lpl.errors import UserError
+from lpl.errors import TrainingStoppedError, UserError
 from lpl.exporting.tensor_file import write_tensors
-from lpl.training.checkpoint import RESULT
-from lpl.training.preflight import FINISHED
+from lpl.output_folder import OutputFolder
+from lpl.training.output import FINISHED, RESULT, SAVED
 from lpl.training.weights import Weights
 
-KOHYA = "_kohya.safetensors"
-"""How the file's name ends that has a LoRA under the names that kohya's programs gave them."""
-LONGEST = 200
-"""Bytes of a folder's name that go into a file's, which may have 255."""
 ALL_WEIGHTS = "a folder for diffusers; `lpl export` makes the file for ComfyUI, A1111 and Forge"
 """Which result is for which programs, where all weights were trained."""
-SAVED = "saved"
 CONTENTS = "weights.json"
 
 
-def save_weights(folder: Path, step: int, weights: Weights, write: Callable[[Path], None], writes: bool = True) -> Path:
-    """Writes folder/saved-<step>/raw and, with an average, /ema, each as inference loads it; training is undisturbed.
+def save_weights(
+    output: OutputFolder, step: int, weights: Weights, write: Callable[[Path], None], writes: bool = True
+) -> Path:
+    """Writes saved-<step>/raw and, with an average, /ema, each as inference loads it; training is undisturbed.
 
     weights.json beside them has the step, the kinds that are there, and which of them the run's result is made of.
     The folder appears whole, or not at all.
 
     Args:
-        folder: the run's output folder.
+        output: the run's output folder.
         step: optimizer steps done.
         weights: of the run.
         write: writes the denoiser, or its adapter, as it is then, into a folder; every process calls it.
         writes: whether this is the process that writes.
     """
-    final = folder / f"{SAVED}-{step}"
-    temporary = folder / f".tmp-{final.name}"
+    final = output.folder / f"{SAVED}-{step}"
+    temporary = output.folder / f".tmp-{final.name}"
     if writes:
         shutil.rmtree(temporary, ignore_errors=True)
     for kind in weights.kinds:
@@ -50,46 +48,40 @@ def save_weights(folder: Path, step: int, weights: Weights, write: Callable[[Pat
     if writes:
         contents = {"step": step, "kinds": list(weights.kinds), "final": weights.final}
         (temporary / CONTENTS).write_text(json.dumps(contents))
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
+        output.put({final.name: temporary})
     return final
 
 
 def save_result(
-    folder: Path, step: int, weights: Weights, write: Callable[[Path], None], writes: bool, data: str
+    output: OutputFolder, step: int, weights: Weights, write: Callable[[Path], None], writes: bool, data: str
 ) -> None:
     """Writes the result, of the weights that --final_weights names, into the output folder, and says that it is there.
 
     Args:
-        folder: the run's output folder.
+        output: the run's output folder.
         step: optimizer steps done.
         weights: of the run; those of the result stay in place.
         write: writes the pipeline or the adapter into a folder; every process calls it.
         writes: whether this is the process that writes.
         data: digest of the samples that the run was trained on.
+
+    Raises:
+        TrainingStoppedError: something has come into the way since the run began; the result is beside it.
     """
     weights.put(weights.final)
-    temporary = folder / RESULT
+    temporary = output.folder / RESULT
     if writes:
         shutil.rmtree(temporary, ignore_errors=True)
     write(temporary)
     if not writes:
         return
-    for part in temporary.iterdir():
-        target = folder / part.name
-        if target.is_dir():
-            shutil.rmtree(target)
-        part.replace(target)
-    temporary.rmdir()
-    marker = folder / f".tmp-{FINISHED}"
-    marker.write_text(json.dumps({"step": step, "weights": weights.final, "data": data}))
-    marker.replace(folder / FINISHED)
-
-
-def lora_name(folder: Path, which: str | None = None) -> str:
-    """The name of a LoRA's file for ComfyUI and others, which show it: that of the run's folder, and which it is."""
-    name = folder.resolve().name.encode()[:LONGEST].decode(errors="ignore")
-    return (name if which is None else f"{name}-{which}") + KOHYA
+    content = json.dumps({"step": step, "weights": weights.final, "data": data}).encode()
+    try:
+        output.put({part.name: part for part in sorted(temporary.iterdir())}, (FINISHED, content))
+    except UserError as error:
+        aside = next(path for n in count(1) if not (path := output.folder / f"result-{step}-{n}").exists())
+        temporary.rename(aside)
+        raise TrainingStoppedError(f"{error}; the result of this run is in {aside}") from error
 
 
 def write_beside(

@@ -31,9 +31,10 @@ from lpl.training.held_out_loss import HeldOutLoss
 from lpl.training.nonfinite import FiniteGuard, spoil
 from lpl.training.optim import component_rates, scaled_learning_rate
 from lpl.training.optimizers import adapted_rate
+from lpl.training.output import claim_output, lora_name, output_of
 from lpl.training.preflight import Checked
 from lpl.training.run_state import RunState
-from lpl.training.saving import ALL_WEIGHTS, lora_name, save_result, save_weights, write_beside
+from lpl.training.saving import ALL_WEIGHTS, save_result, save_weights, write_beside
 from lpl.training.sharded import autocast_dtype, whole
 from lpl.training.step import TrainingStep
 from lpl.training.step_checks import warn_of_steps
@@ -122,6 +123,7 @@ class Trainer:
         )
         self.step = self.state.resume()
         if accelerator.is_main_process:  # only now: a run that could not begin lays no claim to the folder
+            claim_output(config)
             write_config(config, self.folder, accelerator.num_processes)
         if self.batches.samples_per_step > len(self.data):
             logger.warning(
@@ -317,7 +319,7 @@ class Trainer:
     def save_weights(self) -> None:
         """Writes the weights of this step for inference, raw and averaged."""
         main = self.accelerator.is_main_process
-        save_weights(self.folder, self.step, self.trained.weights, self._writer(whole_pipeline=False), main)
+        save_weights(output_of(self.config), self.step, self.trained.weights, self._writer(whole_pipeline=False), main)
         self.accelerator.wait_for_everyone()
 
     def finish(self) -> None:
@@ -325,7 +327,7 @@ class Trainer:
         accelerator = self.accelerator
         accelerator.wait_for_everyone()
         main, write = accelerator.is_main_process, self._writer(whole_pipeline=True)
-        save_result(self.folder, self.step, self.trained.weights, write, main, self.state.data)
+        save_result(output_of(self.config), self.step, self.trained.weights, write, main, self.state.data)
         accelerator.wait_for_everyone()  # what reads the result next finds it, in whichever process
         if main:
             if self.repository is not None:

@@ -34,19 +34,24 @@ def check(options: Any, *ended: Any) -> None:
 
 @pytest.mark.parametrize("older", [True, False])
 def test_samples_of_the_run_before_it_was_trained_on_make_way(tmp_path: Path, older: bool) -> None:
-    folder, aside = tmp_path / "eval", tmp_path / ".eval.old"
-    for place in (folder / "images", aside / "images"):
-        place.mkdir(parents=True)
-    (folder / "images" / "0.png").write_bytes(b"x")
+    folder = tmp_path / "eval"
+    drawn, mine = folder / "images" / "00000" / "00000003.png", folder / "images" / "mine.png"
+    for file in (drawn, mine):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"x")
     for number, file in enumerate((folder / "samples.json", tmp_path / "finished.json")):
         file.write_text("{}")
         time = 1e9 + (10 * number if older else -10 * number)
         os.utime(file, (time, time))
+    for _ in range(2):
+        measures.drop_stale_samples(tmp_path)
+        assert [path.exists() for path in (drawn, folder / "samples.json")] == [not older] * 2
+        assert mine.is_file()
+    mine.unlink()
+    (folder / "samples.json").touch()
+    os.utime(folder / "samples.json", (1, 1))
     measures.drop_stale_samples(tmp_path)
-    assert folder.exists() == (not older)
-    assert not aside.exists()
-    measures.drop_stale_samples(tmp_path)
-    assert (folder / "images" / "0.png").is_file() == (not older)
+    assert list(folder.iterdir()) == []
 
 
 def test_the_reference_is_checked_with_all_options_of_the_model(

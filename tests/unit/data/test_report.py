@@ -42,7 +42,8 @@ def report(tmp_path: Path) -> Callable[..., Report]:
         sources = open_source(config.data, None), open_regularisation(config.data)
         folder = tmp_path / "report"
         text, fault = make_report(config, *sources, folder, num_shown)
-        return Report(text, fault, json.loads((folder / "data.json").read_text()), {p.name for p in folder.iterdir()})
+        files = {p.name for p in folder.glob("[!.]*")}
+        return Report(text, fault, json.loads((folder / "data.json").read_text()), files)
 
     return run
 
@@ -379,5 +380,5 @@ def test_every_source_can_be_shown(kind: str, tmp_path: Path, report: Any, pictu
 def test_a_folder_that_cannot_be_written(counted: Path, tmp_path: Path) -> None:
     config = config_of(counted)
     (tmp_path / "report").write_text("a file")
-    with pytest.raises(UserError, match=r"^--output_dir lpl-output: .*report cannot be written \(File exists\)"):
+    with pytest.raises(UserError, match=r"^--output_dir .*report: cannot be written \(File exists\)"):
         make_report(config, open_source(config.data, None), None, tmp_path / "report", 0)

@@ -105,7 +105,7 @@ def test_export_data_reads_back(tmp_path) -> None:
     crops = training_crops()
     assert [row["text"] for row in rows] == [crop.caption for crop in crops]
     assert sorted(path.name for path in folder.iterdir()) == sorted(
-        [*(row["file_name"] for row in rows), "metadata.jsonl"]
+        [".lpl.json", *(row["file_name"] for row in rows), "metadata.jsonl"]
     )
     for row, crop in zip(rows, crops, strict=True):
         with Image.open(folder / row["file_name"]) as image:

@@ -78,13 +78,14 @@ def test_figures_of_another_source_are_not_overwritten(model: Path, reference: P
         (None, drawn, [there]),
         (str(reference), there, [drawn, {"images": other}]),
     ):
-        file.write_text(json.dumps({"kind": "eval", "options": {"images": old}}))
+        file.write_text(json.dumps({"lpl": "0.1", "kind": "eval", "options": {"images": old}}))
         plan(reference, file.parent, **fine)
         for options in refused:
             with pytest.raises(UserError, match=r"^--output_dir .*out: its eval.json is of .* would be overwritten"):
                 plan(reference, file.parent, **options)
     file.write_text("{")
-    plan(reference, file.parent, **there)
+    with pytest.raises(UserError, match=r"^--output_dir .*out: eval.json in it is not what lpl eval wrote there"):
+        plan(reference, file.parent, **there)
 
 
 def test_pixels_per_latent(model: Path, tmp_path: Path) -> None:

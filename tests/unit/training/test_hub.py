@@ -83,7 +83,7 @@ def test_push_uploads_the_result_only(train: Any, tmp_path: Path, monkeypatch: p
         "check-report/maps/mid.png",
         "bad_files.jsonl",
     ):  # these show or name training images
-        (tmp_path / "out" / name).write_text("mine")
+        (tmp_path / "out" / name).write_text('{"id": "1", "name": "1.png", "reason": "cut"}')
     monkeypatch.setattr("lpl.data.bad_files.BadFiles.write", lambda _: None)
     run = train(push_to_hub=True, hub_token="hf_secret", checkpointing_steps=1, save_steps=1)
     created, uploaded = calls

@@ -6,7 +6,6 @@ import io
 import json
 import logging
 import math
-import shutil
 import sys
 import time
 from dataclasses import replace
@@ -31,6 +30,8 @@ from lpl.data.files import write_atomically
 from lpl.data.lettering import printable
 from lpl.errors import UserError
 from lpl.families import load_family, plan_configs
+from lpl.locks import alone_in
+from lpl.output_folder import Names, OutputFolder, kind_of
 from lpl.report.options import PAGE, ReportConfig
 from lpl.training.engine import build_accelerator, build_objective
 from lpl.training.preflight import Checked, check_data, processes
@@ -54,23 +55,29 @@ def run_check(options: CheckConfig) -> None:
         raise UserError("lpl check runs in one process: start it without a launcher")
     folder = Path(options.train.run.output_dir) / CHECK_REPORT
     checked = check_data(options.train, folder, weights=True)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / NUMBERS).unlink(missing_ok=True)
-        shutil.rmtree(folder / MAPS, ignore_errors=True)
-        for name in (LOSSES, ESTIMATES, PAGE):
-            (folder / name).unlink(missing_ok=True)
-        found = Check(checked, options.num_images, folder).run()
-        written = json.dumps(_plain(found), ensure_ascii=False, indent=1, allow_nan=False)
-        write_atomically(folder / NUMBERS, written.encode("utf-8", "backslashreplace") + b"\n")
-    except OSError as error:
-        raise UserError(
-            f"--output_dir {options.train.run.output_dir}: {folder} cannot be written ({error.strerror}): make room "
-            "there, or name another folder"
-        ) from error
-    from lpl.report.page import write_report
+    output = OutputFolder(options.train.run.output_dir, "lpl check", CHECK_REPORT)
+    names = Names(dict.fromkeys((NUMBERS, f"{MAPS}/", LOSSES, ESTIMATES, PAGE)))
+    is_old = lambda _: kind_of(folder / NUMBERS) == "check"  # noqa: E731
+    output.check(names, is_old)
+    with alone_in(folder):
+        output.check(names, is_old)
+        try:
+            output.claim(names, is_old)
+            for old in (folder / NUMBERS, *(folder / MAPS).glob("*-t????.png")):
+                old.unlink(missing_ok=True)
+            for name in (LOSSES, ESTIMATES, PAGE):
+                (folder / name).unlink(missing_ok=True)
+            found = Check(checked, options.num_images, folder).run()
+            written = json.dumps(_plain(found), ensure_ascii=False, indent=1, allow_nan=False)
+            write_atomically(folder / NUMBERS, written.encode("utf-8", "backslashreplace") + b"\n")
+        except OSError as error:
+            raise UserError(
+                f"--output_dir {options.train.run.output_dir}: {folder} cannot be written ({error.strerror}): make "
+                "room there, or name another folder"
+            ) from error
+        from lpl.report.page import write_report
 
-    page = write_report(ReportConfig((str(folder),)), announce=False)
+        page = write_report(ReportConfig((str(folder),)), announce=False)
     encoding = sys.stdout.encoding or "utf-8"
     printed = (
         f"{table(found)}\nwritten      {folder / NUMBERS} and its pictures\npage         {page}: open it in a browser"

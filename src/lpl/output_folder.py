@@ -1,0 +1,310 @@
+"""The folders that commands write into: a command replaces only what the same command wrote there.
+
+`.lpl.json` in such a folder keeps for each command the names that were free, or its own, when it first began, and the
+checksums of results, which are replaced as a whole. Whatever else has one of those names is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lpl.data.files import checksum, sync_file, write_atomically
+from lpl.errors import UserError
+
+RECORD = ".lpl.json"
+JUNK = {".DS_Store", "Thumbs.db", "desktop.ini"}
+"""What file managers leave; nobody's."""
+COMPONENT = re.compile(r".*\.(json|safetensors|model)|merges\.txt|vocab\.txt")
+"""Files of a model in diffusers' format."""
+Proof = Callable[[Path], bool]
+
+
+def _nothing(_path: Path) -> bool:
+    return False
+
+
+class Names(NamedTuple):
+    """What a command writes: a name that ends in / is a folder's, # stands for a number."""
+
+    kept: Mapping[str, Proof | None]
+    """What is added to or rewritten, and how else than by the record it is known as lpl's own; None: not at all."""
+    results: tuple[str, ...] = ()
+    """What `OutputFolder.put` replaces as a whole."""
+
+
+class OutputFolder:
+    """A folder as one command sees it.
+
+    Args:
+        given: the folder that the user named.
+        command: whose names these are.
+        within: folder within the given one.
+        flag: how the user named it.
+    """
+
+    def __init__(self, given: str | Path, command: str, within: str = "", flag: str = "--output_dir") -> None:
+        self.given, self.command, self.flag = Path(given), command, flag
+        self.folder = self.given / within
+
+    def check(self, names: Names, adopt: Proof = _nothing) -> None:
+        """Refuses what is in the way; changes nothing.
+
+        Args:
+            names: that the command is going to write.
+            adopt: whether something in the folder is this command's, of a version without records; asked only where
+                there is none.
+
+        Raises:
+            UserError: a link, a file for a folder or the reverse, or what this command did not write.
+        """
+        check_real(self.given, self.folder, self.flag)
+        own = set(self._read()["names"])
+        adopt = _nothing if own else adopt
+        for path, name in self._found(names.kept):
+            self._check_kind(path, name)
+            if not (name in own or _is_proved(path, names.kept[name], adopt)):
+                raise self._foreign(path)
+        self._check_results(names.results, adopt)
+
+    def claim(self, names: Names, adopt: Proof = _nothing) -> None:
+        """Notes that these names are the command's from now on, but for those that something else has.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        record = self._read()
+        own = set(record["names"])
+        adopt = _nothing if own else adopt
+        found = self._found(names.kept)
+        taken = {name for path, name in found if not _is_proved(path, names.kept[name], adopt)}
+        record["names"] = sorted(own | names.kept.keys() - taken)
+        for path, _ in self._found(names.results):
+            if adopt(path):
+                record["files"] |= {self._name(file): [checksum(file)] for file in _files(path)}
+        self._write(record)
+
+    def put(self, staged: Mapping[str, Path], done: tuple[str, bytes] | None = None) -> None:
+        """Moves files and folders to their names, in the place of those that this command put there before.
+
+        Args:
+            staged: what to move, by its name in the folder: all that is in a temporary folder there, which goes, or
+                what lies beside its name.
+            done: name and content of a file that says that they are there; removed first and written last.
+
+        Raises:
+            UserError: something else has one of the names, and nothing was moved.
+        """
+        new = {
+            str(Path(name) / file.relative_to(path)): checksum(file)
+            for name, path in staged.items()
+            for file in _files(path)
+        }
+        self._check_results([f"{name}/" if path.is_dir() else name for name, path in staged.items()], also=new)
+        for path in staged.values():
+            for file in _files(path):
+                sync_file(file)
+        record, tops = self._read(), set(staged)
+        old = {name: known for name, known in record["files"].items() if name.split("/")[0] in tops}
+        rest = {name: known for name, known in record["files"].items() if name not in old}
+        # Both are known while one takes the place of the other.
+        record["files"] = rest | old | {name: [*old.get(name, []), value] for name, value in new.items()}
+        self._write(record)
+        if done is not None:
+            (self.folder / done[0]).unlink(missing_ok=True)
+        for name, path in staged.items():
+            target = self.folder / name
+            if target.is_dir():
+                shutil.rmtree(target)
+            path.replace(target)
+        for parent in {path.parent for path in staged.values()} - {self.folder}:
+            parent.rmdir()
+        record["files"] = rest | {name: [value] for name, value in new.items()}
+        if done is not None:
+            record["result"] = sorted(tops)
+        self._write(record)
+        if done is not None:
+            write_atomically(self.folder / done[0], done[1])
+
+    def missing(self) -> str | None:
+        """The first file of the last result that is not there; None: all are, or nothing is known of any."""
+        record = self._read()
+        of_result = (name for name in record["files"] if name.split("/")[0] in record["result"])
+        return next((name for name in of_result if not (self.folder / name).is_file()), None)
+
+    @property
+    def has_record(self) -> bool:
+        """Whether this command has been here, in a version that keeps a record."""
+        return bool(self._read()["names"])
+
+    def _check_results(
+        self, names: Iterable[str], adopt: Proof = _nothing, also: Mapping[str, str] | None = None
+    ) -> None:
+        known = self._read()["files"]
+        for path, name in self._found(names):
+            self._check_kind(path, name)
+            for file in _files(path):
+                own = self._name(file)
+                if file.is_symlink() or not file.is_file():
+                    raise self._foreign(file)
+                expected = {*known.get(own, []), (also or {}).get(own)} - {None}
+                if not expected and COMPONENT.fullmatch(file.name) and adopt(path):
+                    continue
+                if not expected or checksum(file) not in expected:
+                    raise self._foreign(file, changed=own in known)
+
+    def _found(self, names: Iterable[str]) -> Iterator[tuple[Path, str]]:
+        """What has one of these names, and which."""
+        there = sorted(os.listdir(self.folder)) if self.folder.is_dir() else []
+        for name in names:
+            bare = name.removesuffix("/")
+            if "#" in bare:
+                yield from ((self.folder / entry, name) for entry in there if matches(name, entry))
+            elif os.path.lexists(self.folder / bare):
+                yield self.folder / bare, name
+
+    def _check_kind(self, path: Path, name: str) -> None:
+        check_real(self.folder, path, self.flag)
+        if path.is_dir() != name.endswith("/"):
+            found, wanted = ("folder", "file") if path.is_dir() else ("file", "folder")
+            raise UserError(
+                f"{self.flag} {self.folder}: {path.name} in it is a {found}, where {self.command} writes a {wanted} of "
+                "that name: move it away, or name another folder"
+            )
+
+    def _foreign(self, path: Path, changed: bool = False) -> UserError:
+        what = (
+            f"has been changed since {self.command} wrote it" if changed else f"is not what {self.command} wrote there"
+        )
+        return UserError(
+            f"{self.flag} {self.folder}: {self._name(path)} in it {what}, and would be replaced: move it away, or name "
+            "another folder"
+        )
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self.folder).as_posix()
+
+    def _read(self) -> dict[str, Any]:
+        """This command's part of the record."""
+        part = self._all().get(self.command, {})
+        return {"names": [], "files": {}, "result": []} | part
+
+    def _all(self) -> dict[str, Any]:
+        file = self.folder / RECORD
+        if not file.is_file():
+            return {}
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+            for part in found.values():
+                texts = [
+                    *part["names"],
+                    *part["result"],
+                    *(value for known in part["files"].values() for value in known),
+                ]
+                if not all(isinstance(text, str) for text in texts):
+                    raise ValueError
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f"{file}: is not what lpl wrote: move it away, or name another folder") from error
+        return dict(found)
+
+    def _write(self, part: dict[str, Any]) -> None:
+        try:
+            content = json.dumps(self._all() | {self.command: part}, indent=1)
+            write_atomically(self.folder / RECORD, content.encode())
+        except OSError as error:
+            raise UserError(f"{self.flag} {self.folder}: cannot be written ({error.strerror})") from error
+
+
+def check_real(given: Path, path: Path, flag: str) -> None:
+    """Refuses a path below the folder that the user named that is not really below it.
+
+    Raises:
+        UserError: a part of it is a symbolic link.
+    """
+    part = given
+    for name in path.relative_to(given).parts:
+        part /= name
+        if part.is_symlink():
+            raise UserError(
+                f"{flag} {given}: {part.relative_to(given).as_posix()} in it is a symbolic link (to "
+                f"{os.readlink(part)}): move it away, or name another folder"
+            )
+
+
+def check_apart(
+    given: Path,
+    names: Iterable[str],
+    inputs: Mapping[str, str | None],
+    flag: str = "--output_dir",
+    same: bool = True,
+) -> None:
+    """Refuses an output that would land on what the command reads, by whatever path either is named.
+
+    Args:
+        given: the folder that is written to.
+        names: of Names.
+        inputs: by flag what is read: files, folders, or what is neither (a Hub id).
+        flag: of the folder.
+        same: whether the folder itself may not be an input.
+
+    Raises:
+        UserError: an input is the folder, or lies where one of the names goes.
+    """
+    for option, value in inputs.items():
+        path = Path(value).expanduser() if value else None
+        if path is None or not path.exists():
+            continue
+        remedy = f"--{option} {value} would be overwritten: name another folder"
+        if same and _same(path, given):
+            raise UserError(f"{flag} {given}: is the same folder, so {remedy}")
+        above = [path.resolve(), *path.resolve().parents]
+        for name in names:
+            for part, parent in pairwise(above):
+                if (matches(name, part.name) and _same(parent, given)) or _same(given / name, part):
+                    raise UserError(f"{flag} {given}: {part.name} in it is written to, so {remedy}")
+
+
+def matches(name: str, entry: str) -> bool:
+    """Whether an entry of a folder has one of the names that Names describes."""
+    return re.fullmatch(re.escape(name.removesuffix("/")).replace(r"\#", r"\d+"), entry) is not None
+
+
+def kind_of(path: Path) -> str | None:
+    """What a JSON file of lpl says that it is, such as "eval"; None: it is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return str(content["kind"]) if "lpl" in content else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _same(a: Path, b: Path) -> bool:
+    try:
+        return a.samefile(b)
+    except OSError:
+        return False
+
+
+def _files(path: Path) -> Iterator[Path]:
+    """A file itself, or all that is in a folder, but for folders and junk; links are not followed."""
+    if not path.is_dir() or path.is_symlink():
+        yield path
+        return
+    for entry in sorted(path.iterdir()):
+        if entry.name not in JUNK:
+            yield from _files(entry)
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and next(_files(path), None) is None
+
+
+def _is_proved(path: Path, proof: Proof | None, adopt: Proof) -> bool:
+    """Whether something that the record does not name may be replaced all the same."""
+    return _is_empty(path) or adopt(path) or (proof is not None and proof(path))
