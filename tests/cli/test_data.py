@@ -34,7 +34,7 @@ def read_data(run_cli: Any, data: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def written(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    return {str(path.relative_to(folder)) for path in folder.rglob("[!.]*") if path.is_file()}
 
 
 def test_report_needs_no_model_and_leaves_the_caches_alone(read_data: Any, tmp_path: Path) -> None:
