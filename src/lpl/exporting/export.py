@@ -50,7 +50,7 @@ def _write(options: ExportConfig, request: Request, output: Path) -> str:
         _write_folder(model, output)
         return f"{output}: a diffusers folder"
     tensors, metadata = model.single_file(output.stem)
-    count = _write(tensors, output, metadata)
+    count = _write_file(tensors, output, metadata)
     return f"{output}: {count} tensors, {output.stat().st_size / 2**20:,.1f} MiB"
 
 
@@ -84,11 +84,11 @@ def _write_kohya(request: Request, output: Path) -> str:
     assert request.lora is not None
     lora = request.lora
     tensors, metadata = with_flag(request, lambda: kohya_lora(lora, request.model, output.stem))
-    count = _write(tensors.items(), output, metadata)
+    count = _write_file(tensors.items(), output, metadata)
     return f"{output}: {count} tensors of kohya's naming"
 
 
-def _write(tensors: Any, output: Path, metadata: dict[str, str]) -> int:
+def _write_file(tensors: Any, output: Path, metadata: dict[str, str]) -> int:
     from safetensors import SafetensorError
 
     from lpl.exporting.tensor_file import write_tensors
