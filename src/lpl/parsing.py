@@ -15,6 +15,7 @@ from lpl.config import TrainConfig
 from lpl.config_io import REFUSED, as_flags, nearest, read_options
 from lpl.errors import UserError
 from lpl.presets import presets
+from lpl.terminal import as_it_is
 
 
 def parse_train(argv: list[str]) -> TrainConfig:
@@ -93,7 +94,7 @@ def parse(cls: Any, argv: list[str], prog: str, known: list[str], description: s
     _check_flags(argv, known)
     errors = io.StringIO()
     try:
-        with contextlib.redirect_stderr(errors):
+        with contextlib.redirect_stderr(errors), as_it_is():
             return tyro.cli(
                 cls,
                 args=argv,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lpl.config.checks import free, require
+from lpl.config.checks import check_declared, free, option, require
 from lpl.keywords import parse_keywords
 
 OPTIMI = "optimi."
@@ -33,7 +33,7 @@ class OptimConfig:
         "piecewise_constant",
     ] = "constant"
     """Learning-rate schedule, stepped once per optimizer step."""
-    lr_num_cycles: int = 1
+    lr_num_cycles: int = option(1, most=10**6)
     """Restarts of cosine_with_restarts."""
     lr_power: float = 1.0
     """Power of polynomial."""
@@ -94,6 +94,7 @@ class OptimConfig:
     """Another one for the second text encoder (CLIP-G); unset: --text_encoder_lr's."""
 
     def __post_init__(self) -> None:
+        check_declared(self)
         self._check_optimizer()
         rate = self.learning_rate
         require(rate is None or 0 < rate < float("inf"), f"--learning_rate must be positive, not {rate}")

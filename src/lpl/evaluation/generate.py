@@ -16,6 +16,7 @@ from lpl.data.files import write_atomically
 from lpl.diffusion.draws import keyed_generator
 from lpl.errors import UserError
 from lpl.evaluation.pictures import as_png
+from lpl.json_files import read_object
 from lpl.progress import progress
 
 PER_FOLDER = 1000
@@ -153,10 +154,10 @@ def check_settings(folder: Path, settings: dict[str, Any], remedy: str = "choose
         )
         return
     try:
-        old = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        old = read_object(file)
+    except UserError as error:
         raise UserError(f"--output_dir {folder}: {file} is damaged; {remedy}") from error
-    differing = [f"{k} {old[k]} -> {v}" for k, v in settings.items() if k in old and old[k] != v]
+    differing = [f"{k} {str(old[k])[:60]} -> {v}" for k, v in settings.items() if k in old and old[k] != v]
     require(
         not differing,
         f"--output_dir {folder}: has samples that were drawn otherwise ({', '.join(differing)}); {remedy}",

@@ -18,6 +18,7 @@ from lpl.evaluation.options import DEFAULT_SAMPLES, EvalConfig
 from lpl.evaluation.pictures import CAPTIONS, list_pictures, pictures_digest, read_captions, shortest_side
 from lpl.evaluation.prompts import read_prompts
 from lpl.exporting.options import ExportConfig, Request, resolve
+from lpl.json_files import read_object
 
 RESULT, IMAGES = "eval.json", "images"
 MOST_TOGETHER, PIXELS_TOGETHER = 64, 4 * 2**20
@@ -269,9 +270,11 @@ def _check_output(folder: Path, images: str | None) -> None:
     if not file.is_file():
         return
     try:
-        old = json.loads(file.read_text(encoding="utf-8"))["options"]["images"]
-    except (OSError, ValueError, KeyError, TypeError):
+        old = read_object(file).get("options")
+    except UserError:
         return  # nothing that could be read is lost
+    if not isinstance(old, dict) or not isinstance(old := old.get("images"), str | None):
+        return
     before, now = (None if path is None else Path(path).resolve() for path in (old, images))
     told = "samples that were drawn" if old is None else f"the images in {old}"
     require(

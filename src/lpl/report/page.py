@@ -21,6 +21,7 @@ from lpl.report.gallery import build_gallery
 from lpl.report.options import ReportConfig
 from lpl.report.sources import Group, Inputs, Result, read_inputs
 from lpl.report.words import checks, configuration, overview, tiles, title, versions
+from lpl.terminal import printable
 
 TEXT_SHARE = 0.2
 """Part of the page's size that is kept for text and plots."""
@@ -37,7 +38,7 @@ def write_report(options: ReportConfig, announce: bool = True) -> Path:
         UserError: a folder without anything to report on, or a page that cannot be written.
     """
     inputs = read_inputs(options.runs)
-    page = render(inputs, int(options.max_megabytes * 10**6)).encode()
+    page = render(inputs, int(options.max_megabytes * 10**6)).encode("utf-8", "backslashreplace")
     try:
         write_atomically(options.page, page)
     except OSError as error:
@@ -95,6 +96,11 @@ def _comparison(result: Result, arms: dict[str, Group], final: str | None) -> di
     }
 
 
+def _shown(value: Any) -> Any:
+    """Text of users without characters that turn the direction of what stands around it; markup as it is."""
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
 def _environment() -> Environment:
     from lpl.analysis.check.options import WALK_TOLERANCE
     from lpl.report.findings import ABSCISSAE, metric_name, signed
@@ -104,6 +110,7 @@ def _environment() -> Environment:
         loader=PackageLoader("lpl.report", "template"),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=_shown,
         trim_blocks=True,
         lstrip_blocks=True,
     )

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import xxhash
 
+from lpl.shapes import REST, TEXT, difference, whole
+
+MANIFEST = {REST: {"bytes": whole(0), "xxh3_128": TEXT}}
 FILE = "manifest.json"
 BLOCK = 2**24
 
@@ -37,7 +40,10 @@ def damage(folder: Path, read: bool = True) -> str | None:
         read: read every byte; else only sizes are compared.
     """
     try:
-        files = json.loads((folder / FILE).read_text())
+        files = json.loads((folder / FILE).read_bytes())
+        fault = difference(files, MANIFEST)
+        if fault is not None:
+            return f"{FILE} is not what was written"
         for name, expected in files.items():
             size = (folder / name).stat().st_size
             if size != expected["bytes"]:
@@ -48,7 +54,7 @@ def damage(folder: Path, read: bool = True) -> str | None:
         return f"{Path(error.filename).name} is missing"
     except OSError as error:
         return f"{Path(error.filename or folder).name} cannot be read: {error.strerror}"
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, RecursionError, MemoryError):
         return f"{FILE} is not what was written"
     return None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +20,7 @@ from lpl.training.launch import check_launch, processes
 from lpl.training.objective_checks import objective_rules, warn_of_objective
 from lpl.training.small_cards import check_small_cards
 from lpl.training.validation_checks import check_validation, validation_rules
+from lpl.written_files import read_finished
 
 logger = logging.getLogger("lpl")
 
@@ -29,7 +29,6 @@ EMA = ("ema_decay", "ema_warmup", "ema_min_decay", "ema_update_after_step", "ema
 SHUFFLING = ("keep_tokens", "caption_separator", "caption_variants")
 LORA = ("lora_alpha", "lora_dropout", "lora_targets", "use_dora")
 TEXT_RATES = ("text_encoder_lr", "text_encoder_2_lr")
-FINISHED = "finished.json"
 TRACKERS = {"tensorboard": ("tensorboard",), "wandb": ("wandb",), "comet_ml": ("comet_ml",), "none": (), "all": ()}
 
 
@@ -171,10 +170,8 @@ def _check_output(config: TrainConfig) -> int | None:
 
 def finished_at(folder: Path) -> int | None:
     """The step at which the run in a folder ended, or None."""
-    try:
-        return int(json.loads((folder / FINISHED).read_text())["step"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    found = read_finished(folder)
+    return None if found is None else int(found["step"])
 
 
 def check_options(config: TrainConfig, configs: dict[str, Any]) -> None:

@@ -12,7 +12,16 @@ from accelerate import Accelerator
 from lpl.config import TrainConfig
 from lpl.errors import UserError
 from lpl.perceptual.objective import PerceptualObjective
-from lpl.training.checkpoint import find_checkpoint, load_checkpoint, prune_checkpoints, recover, save_checkpoint
+from lpl.shapes import FLAG, NULL, NUMBER, REST, TEXT, WHOLE, Shape, require_shape, whole
+from lpl.training.checkpoint import (
+    STATE,
+    find_checkpoint,
+    load_checkpoint,
+    prune_checkpoints,
+    reason,
+    recover,
+    save_checkpoint,
+)
 from lpl.training.nonfinite import FiniteGuard
 from lpl.training.optimizers import bare, coefficients
 from lpl.training.preflight import finished_at
@@ -20,6 +29,24 @@ from lpl.training.tracking import Tracker
 from lpl.training.trained import Trained
 
 logger = logging.getLogger("lpl")
+
+COUNT = whole(0, 2**53)
+KEPT: Shape = {
+    "data": TEXT,
+    "division": {name: whole(1, 2**31) for name in ("samples", "micro-batches", "processes")},
+    "skips": COUNT,
+    "tracker": {
+        "windows": [{REST: [(NUMBER, WHOLE, TEXT, NULL)]}],
+        "logged_at": COUNT,
+        "squares": [NUMBER],
+        "gated": NUMBER,
+        "warned": FLAG,
+    },
+    "schedule": {"last_epoch": COUNT},
+    "auto_weight": ({"fixed": FLAG, "measured": COUNT, "weight": NUMBER, "squares": ([NUMBER], NULL)}, NULL),
+    "scaler": ({}, NULL),
+}
+"""What a run keeps in state.json."""
 
 
 @dataclass
@@ -88,18 +115,40 @@ class RunState:
             if finished_at(self.folder) is not None:
                 logger.warning("%s: the finished run left no checkpoint, so training starts over", self.folder)
             return 0
-        schedule, optimizer = self.trained.schedule, self.trained.optimizer
-        rates, options = list(schedule.base_lrs), coefficients(bare(optimizer))
+        optimizer = self.trained.optimizer
+        options = coefficients(bare(optimizer))
         state = load_checkpoint(path, self.trained.parameters, optimizer, self.trained.ema)
+        require_shape(state, KEPT, str(path / STATE), "resume from another checkpoint")
         step = int(state["step"])
         self._check(path, state)
-        schedule.load_state_dict(state["schedule"])
+        try:
+            self._put(path, state, step, options)
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+            raise UserError(f"{path / STATE}: is not what was written ({reason(error)})") from error
+        if self.accelerator.is_main_process and choice in (None, "latest"):
+            # A kill may have come between a checkpoint and the removal of the one before it.
+            prune_checkpoints(self.folder, path, self.config.run.checkpoints_total_limit)
+        logger.info("continuing from %s at step %d of %d", path, step, self.num_steps)
+        return step
+
+    def _put(self, path: Path, state: dict[str, Any], step: int, options: list[dict[str, Any]]) -> None:
+        """Puts in place what a checkpoint has beside parameters, moments and average.
+
+        Args:
+            path: of the checkpoint.
+            state: its numbers.
+            step: at which it is.
+            options: the optimizer's coefficients before its state was loaded, which are this run's.
+        """
+        schedule, optimizer = self.trained.schedule, self.trained.optimizer
+        rates, own = list(schedule.base_lrs), schedule.state_dict()
+        schedule.load_state_dict({key: value for key, value in state["schedule"].items() if key in own})
         # Rates and coefficients are this run's; the checkpoint may be another's.
         schedule.base_lrs = rates
         current = [rate * f(schedule.last_epoch) for rate, f in zip(rates, schedule.lr_lambdas, strict=True)]
         schedule._last_lr = current
-        for group, own, rate in zip(optimizer.param_groups, options, current, strict=True):
-            group |= own | {"lr": rate}
+        for group, kept, rate in zip(optimizer.param_groups, options, current, strict=True):
+            group |= kept | {"lr": rate}
         if self.objective is not None and self.objective.auto is not None and state["auto_weight"] is not None:
             self.objective.auto.load_state_dict(state["auto_weight"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
@@ -107,11 +156,6 @@ class RunState:
         if self._is_own(path):
             self.saved_at, self.guard.skips = step, state["skips"]
             self.tracker.load_state_dict(state["tracker"])
-        if self.accelerator.is_main_process and choice in (None, "latest"):
-            # A kill may have come between a checkpoint and the removal of the one before it.
-            prune_checkpoints(self.folder, path, self.config.run.checkpoints_total_limit)
-        logger.info("continuing from %s at step %d of %d", path, step, self.num_steps)
-        return step
 
     def _division(self) -> dict[str, int]:
         """How a step's samples are divided."""

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lpl.training.checkpoint import RESULT
-from lpl.training.preflight import FINISHED
 from lpl.training.weights import Weights
+from lpl.written_files import FINISHED
 
 SAVED = "saved"
 CONTENTS = "weights.json"

@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import shutil
-import sys
 import time
 from dataclasses import replace
 from itertools import pairwise
@@ -71,11 +70,8 @@ def run_check(options: CheckConfig) -> None:
     from lpl.report.page import write_report
 
     page = write_report(ReportConfig((str(folder),)), announce=False)
-    encoding = sys.stdout.encoding or "utf-8"
-    printed = (
-        f"{table(found)}\nwritten      {folder / NUMBERS} and its pictures\npage         {page}: open it in a browser"
-    )
-    print(printed.encode(encoding, "backslashreplace").decode(encoding))
+    print(table(found))
+    print(f"written      {folder / NUMBERS} and its pictures\npage         {page}: open it in a browser")
     if found["faults"]:
         raise UserError(found["faults"][0])
 
