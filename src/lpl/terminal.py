@@ -11,6 +11,8 @@ from typing import Any
 
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 """Control characters but tab and newline, separators of lines, what turns the direction of writing, half pairs."""
+LONGEST = 4000
+"""Letters of a line."""
 BARS = re.compile("(\r|\x1b\\[A)")
 """What a progress bar needs to draw over itself."""
 
@@ -21,7 +23,9 @@ def printable(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """The same on a single line."""
+    """The same on a single line, of which the middle is left out where nobody would read it."""
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
     return printable(text.replace("\n", "\\n").replace("\t", " "))
 
 

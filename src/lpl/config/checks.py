@@ -54,7 +54,6 @@ def check_declared(group: Any) -> None:
 def _check_value(flag: str, value: Any, declared: Any) -> None:
     if isinstance(value, int | float):
         most = declared.get("most")
-        require(value == value, f"{flag} must be a number, not {value}")
         if isinstance(value, int) or most is not None:
             most = MOST if most is None else most
             require(value <= most, f"{flag} must be at most {most}, not {str(value)[:40]}")

@@ -120,6 +120,7 @@ class OptimConfig:
             self.lr_step_rules is None or _are_step_rules(self.lr_step_rules),
             f"--lr_step_rules {self.lr_step_rules}: expected rules such as 1:10,0.1:20,0.01",
         )
+        require(abs(self.lr_power) < float("inf"), f"--lr_power must be a number, not {self.lr_power}")
         require(self.max_grad_norm >= 0, f"--max_grad_norm must be 0 or more, not {self.max_grad_norm}")
         require(self.adam_weight_decay >= 0, f"--adam_weight_decay must be 0 or more, not {self.adam_weight_decay}")
         require(self.adam_epsilon > 0, f"--adam_epsilon must be positive, not {self.adam_epsilon}")

@@ -126,7 +126,10 @@ class EvalConfig:
             f"--num_bootstrap {self.num_bootstrap}: the ends of a 95 % interval need {FEWEST_RESAMPLES} resamples or "
             "more; 0 leaves intervals out",
         )
-        require(self.guidance_scale >= 0, f"--guidance_scale must be 0 or more, not {self.guidance_scale}")
+        require(abs(self.lora_scale) < float("inf"), f"--lora_scale must be a number, not {self.lora_scale}")
+        require(
+            0 <= self.guidance_scale < float("inf"), f"--guidance_scale must be 0 or more, not {self.guidance_scale}"
+        )
         require(
             self.kernel_subsets > 0 or self._is_default("kernel_subset_size"),
             "--kernel_subset_size acts with --kernel_subsets above 0",

@@ -45,6 +45,7 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         check_declared(self)
+        require(abs(self.lora_scale) < float("inf"), f"--lora_scale must be a number, not {self.lora_scale}")
         require(self.output is not None, "--output is missing: name the file (for --to diffusers the folder) to write")
         if self.to == "kohya":
             for name in ("dtype", "lora_scale"):

@@ -32,6 +32,11 @@ logger = logging.getLogger("lpl")
 
 COMPONENTS = ("vae", "text_encoder", "text_encoder_2")
 SAMPLING_STEPS = 25
+LOADING_ERRORS = (
+    OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, ArithmeticError, AssertionError,
+    ImportError, SafetensorError,
+)  # fmt: skip
+"""What the libraries raise of configs and weights that do not go together."""
 GUIDANCE_SCALE = 5.0
 
 
@@ -263,7 +268,7 @@ def load_pipeline(
     with named("--pretrained_model_name_or_path", name):
         if name.endswith(".safetensors"):
             local = config.single_file_config
-            return StableDiffusionXLPipeline.from_single_file(
+            pipeline = StableDiffusionXLPipeline.from_single_file(
                 name,
                 config=local,
                 local_files_only=local is not None,
@@ -271,6 +276,8 @@ def load_pipeline(
                 dtype=dtypes["unet"],
                 **common,
             )
+            _check_tokenizers(pipeline)
+            return pipeline
         common |= {"revision": config.revision, "variant": config.variant, "use_safetensors": True}
         for part, cls in (("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)):
             # On its own: a pipeline would fill weights that are missing with random numbers, and say nothing.
@@ -286,6 +293,7 @@ def load_pipeline(
         pipeline = StableDiffusionXLPipeline.from_pretrained(
             name, add_watermarker=False, dtype=parts, **left_out, **common
         )
+        _check_tokenizers(pipeline)
         for part in ("vae",) if encoders_only else ("unet", "vae"):
             absent = [key for key, weight in getattr(pipeline, part).named_parameters() if weight.is_meta]
             if absent:
@@ -293,10 +301,24 @@ def load_pipeline(
         return pipeline
 
 
+def _check_tokenizers(pipeline: Any) -> None:
+    """Refuses tokenizers that make more or other tokens than their text encoders know."""
+    for name in ("", "_2"):
+        tokenizer, known = getattr(pipeline, f"tokenizer{name}"), getattr(pipeline, f"text_encoder{name}").config
+        if not 3 <= tokenizer.model_max_length <= known.max_position_embeddings:
+            raise ValueError(
+                f"tokenizer{name} makes {tokenizer.model_max_length:.6g} tokens of a text (model_max_length), its text "
+                f"encoder takes {known.max_position_embeddings}"
+            )
+        special = [getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")]
+        if None in special or max([*special, *tokenizer.get_vocab().values()]) >= known.vocab_size:
+            raise ValueError(f"tokenizer{name} has tokens that its text encoder, of {known.vocab_size}, does not know")
+
+
 @contextmanager
 def named(flag: str, name: str) -> Iterator[None]:
     """Turns what loading raises into one line that names the flag."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
+    except LOADING_ERRORS as error:
         raise UserError(f"{flag} {name}: {' '.join(str(error).split())[:400]}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 from pathlib import Path
@@ -12,12 +11,26 @@ from lpl.config import ModelConfig
 from lpl.errors import UserError
 from lpl.families import sdxl_configs
 from lpl.families.sdxl_schedule import chosen_schedule
+from lpl.families.sdxl_shapes import check_shape
+from lpl.json_files import parse_json, read_object
+from lpl.shapes import NULL, REST, TEXT, Kind, Shape, difference, whole
 
 FLAG = "--pretrained_model_name_or_path"
 PIPELINE = "StableDiffusionXLPipeline"
 VAE = "AutoencoderKL"
 FULL_SIZE = 1024
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+METADATA, LONGEST_HEADER = "__metadata__", 100_000_000
+PLACE = whole(0, 2**62)
+HEADER: Shape = {
+    f"{METADATA}?": ({REST: TEXT}, NULL),
+    REST: {
+        "dtype": TEXT,
+        "shape": [PLACE],
+        "data_offsets": Kind("two places", lambda v: isinstance(v, list) and len(v) == 2 and all(map(PLACE.fits, v))),
+    },
+}
+"""Of a safetensors file."""
 WITH_WEIGHTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 
 
@@ -111,15 +124,22 @@ def native_resolution(configs: dict[str, Any]) -> int:
 
 
 def _read(read: Any, name: str) -> dict[str, Any]:
+    files = {part: f"{part}/config.json" for part in ("unet", "vae", "text_encoder", "text_encoder_2")}
+    files["scheduler"] = "scheduler/scheduler_config.json"
     index = read("model_index.json")
-    configs = {"unet": read("unet/config.json"), "vae": read("vae/config.json")}
-    configs["scheduler"] = read("scheduler/scheduler_config.json")
+    check_shape("model_index.json", index, f"{FLAG} {name}: model_index.json")
+    configs = {part: read(files[part]) for part in ("unet", "vae", "scheduler")}
     cls = index.get("_class_name")
     if index.get("requires_aesthetics_score") or (index.get("text_encoder") or [None])[0] is None:
         raise UserError(f"{FLAG} {name}: an SDXL refiner (no first text encoder); train the base model")
     if cls != PIPELINE and not (isinstance(cls, str) and cls.startswith("StableDiffusionXL")):
         raise UserError(f"{FLAG} {name}: model_index.json says {cls}; this trainer needs {PIPELINE}")
-    return configs | {part: read(f"{part}/config.json") for part in ("text_encoder", "text_encoder_2")}
+    if configs["unet"].get("addition_embed_type") != "text_time":
+        raise UserError(f"{FLAG} {name}: the UNet lacks SDXL's size conditioning (addition_embed_type text_time)")
+    configs |= {part: read(files[part]) for part in ("text_encoder", "text_encoder_2")}
+    for part, found in configs.items():
+        check_shape(files[part], found, f"{FLAG} {name}: {files[part]}")
+    return configs
 
 
 def _hub_reader(config: ModelConfig) -> Any:
@@ -142,15 +162,7 @@ def _hub_reader(config: ModelConfig) -> Any:
 
 
 def _read_json(file: Path, flag: str) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text())
-    except OSError as error:
-        raise UserError(f"{flag}: {file} cannot be read ({error.strerror})") from None
-    except ValueError:
-        raise UserError(f"{flag}: {file} is not JSON, or cut short") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{flag}: {file} is no JSON object")
-    return found
+    return read_object(file, f"{flag}:")
 
 
 def _check_complete(folder: Path, variant: str | None) -> None:
@@ -185,10 +197,13 @@ def _header(path: Path) -> dict[str, Any] | None:
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(min(length, 100_000_000)))
-        end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
-        return header if path.stat().st_size >= 8 + length + end else None
-    except (struct.error, ValueError, AttributeError, TypeError, LookupError):
+            size = path.stat().st_size
+            header = parse_json(file.read(length), str(path)) if length <= min(size, LONGEST_HEADER) else None
+        if header is None or difference(header, HEADER) is not None:
+            return None
+        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != METADATA), default=0)
+        return dict(header) if size >= 8 + length + end else None
+    except (OSError, struct.error, UserError):
         return None
 
 
@@ -205,8 +220,6 @@ def _check_configs(configs: dict[str, Any], config: ModelConfig) -> None:
         )
     if channels != latent_channels:
         raise UserError(f"{FLAG} {name}: the UNet takes {channels} channels, the VAE's latents have {latent_channels}")
-    if unet.get("addition_embed_type") != "text_time":
-        raise UserError(f"{FLAG} {name}: the UNet lacks SDXL's size conditioning (addition_embed_type text_time)")
     kind = str(scheduler.get("_class_name"))
     if kind.startswith("EDM") or "FlowMatch" in kind:
         raise UserError(
@@ -247,6 +260,7 @@ def _check_vae(config: ModelConfig, configs: dict[str, Any]) -> None:
     if not file.is_file():
         raise UserError(f"--pretrained_vae_model_name_or_path {name}: no config.json in it")
     vae = _read_json(file, "--pretrained_vae_model_name_or_path")
+    check_shape("vae/config.json", vae, f"--pretrained_vae_model_name_or_path {name}: config.json")
     if vae.get("_class_name", VAE) != VAE:
         raise UserError(f"--pretrained_vae_model_name_or_path {name}: {vae['_class_name']}; this trainer needs {VAE}")
     weights = list(Path(name).glob("*.safetensors"))
@@ -275,8 +289,8 @@ def _check_single_file(path: Path, config: ModelConfig) -> None:
             "an SDXL refiner; train the base model" if refiner else "not an SDXL checkpoint (no second text encoder)"
         )
         raise UserError(f"{FLAG} {path}: {found}")
-    channels = header.get("model.diffusion_model.input_blocks.0.0.weight", {}).get("shape", [0, 4])[1]
-    if channels == 9:
+    channels = header.get("model.diffusion_model.input_blocks.0.0.weight", {}).get("shape", [0, 4])[1:2]
+    if channels == [9]:
         raise UserError(
             f"{FLAG} {path}: an inpainting model (9 input channels); this trainer needs a text-to-image one"
         )

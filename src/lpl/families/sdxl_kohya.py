@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ from torch import Tensor
 from lpl.errors import UserError
 from lpl.families.sdxl_names import unet_module
 from lpl.families.sdxl_single_file import ARCHITECTURE
+from lpl.json_files import parse_json
+from lpl.shapes import number, require_shape
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 ENDS = {".lora_A.weight": ".lora_down.weight", ".lora_B.weight": ".lora_up.weight"}
@@ -40,9 +41,11 @@ def to_kohya(lora: Path, configs: Mapping[str, Any], title: str) -> tuple[dict[s
     try:
         with safe_open(lora, "pt") as content:
             tensors = {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118 (it is no dict)
-            adapter = json.loads((content.metadata() or {}).get(METADATA, "{}"))
+            adapter = parse_json((content.metadata() or {}).get(METADATA, "{}"), f"{lora}: {METADATA}")
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{lora}: cannot be read as safetensors ({' '.join(str(error).split())})") from error
+    alphas = {f"{part}.lora_alpha?": number(0, 1e6) for part in PARTS}
+    require_shape(adapter, alphas, f"{lora}: {METADATA}", "train it anew, or merge it (--to safetensors)")
     for option in ("alpha_pattern", "use_rslora"):
         if any(adapter.get(f"{part}.{option}") for part in PARTS):
             raise UserError(f"{lora}: has peft's {option}, which is not renamed: merge it (--to safetensors)")
@@ -53,7 +56,7 @@ def to_kohya(lora: Path, configs: Mapping[str, Any], title: str) -> tuple[dict[s
             raise UserError(f"{lora}: a DoRA, which not all of those programs read right: merge it (--to safetensors)")
         end = next((end for end in ENDS if name.endswith(end)), None)
         part, _, module = name.removesuffix(end or "").partition(".")
-        if end is None or part not in PARTS:
+        if end is None or part not in PARTS or tensor.dim() < 2:
             raise UserError(
                 f"{lora}: holds {name}; only peft's naming (unet. or text_encoder. ... lora_A.weight) is renamed"
             )

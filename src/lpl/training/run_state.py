@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from lpl.config import TrainConfig
 from lpl.errors import UserError
 from lpl.perceptual.objective import PerceptualObjective
-from lpl.shapes import FLAG, NULL, NUMBER, REST, TEXT, WHOLE, Shape, require_shape, whole
+from lpl.shapes import FLAG, NULL, REST, TEXT, Kind, Shape, require_shape, whole
 from lpl.training.checkpoint import (
     STATE,
     find_checkpoint,
@@ -27,23 +27,25 @@ from lpl.training.optimizers import bare, coefficients
 from lpl.training.preflight import finished_at
 from lpl.training.tracking import Tracker
 from lpl.training.trained import Trained
+from lpl.written_files import MEASURED
 
 logger = logging.getLogger("lpl")
 
 COUNT = whole(0, 2**53)
+TWO = Kind("two numbers", lambda v: isinstance(v, list) and len(v) == 2 and all(map(MEASURED.fits, v)))
 KEPT: Shape = {
     "data": TEXT,
     "division": {name: whole(1, 2**31) for name in ("samples", "micro-batches", "processes")},
     "skips": COUNT,
     "tracker": {
-        "windows": [{REST: [(NUMBER, WHOLE, TEXT, NULL)]}],
+        "windows": [{REST: [(MEASURED, TEXT, NULL)]}],
         "logged_at": COUNT,
-        "squares": [NUMBER],
-        "gated": NUMBER,
+        "squares": TWO,
+        "gated": MEASURED,
         "warned": FLAG,
     },
     "schedule": {"last_epoch": COUNT},
-    "auto_weight": ({"fixed": FLAG, "measured": COUNT, "weight": NUMBER, "squares": ([NUMBER], NULL)}, NULL),
+    "auto_weight": ({"fixed": FLAG, "measured": COUNT, "weight": MEASURED, "squares": (TWO, NULL)}, NULL),
     "scaler": ({}, NULL),
 }
 """What a run keeps in state.json."""
@@ -179,7 +181,8 @@ class RunState:
                 "was trained on other images or captions than --train_data_dir or --dataset_name now holds, or others "
                 "were held out"
             )
-        before, now = state["division"], self._division()
+        now = self._division()
+        before = {name: state["division"][name] for name in now}
         told = [" x ".join(f"{count} {name}" for name, count in each.items()) for each in (before, now)]
         if _product(before) != _product(now):
             changed.append(f"was trained with {_product(before)} samples a step ({told[0]}), not {_product(now)}")
