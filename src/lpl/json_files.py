@@ -26,7 +26,7 @@ def parse_json(text: str | bytes, where: str, then: str = "") -> Any:
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not UTF-8 text (byte {error.start}){then}") from error
     except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON, or cut short ({error.msg}){then}") from error
+        raise UserError(f"{where}: not JSON ({error.msg}){then}") from error
     except RecursionError as error:
         raise UserError(f"{where}: lists or objects within each other, too deep to be read{then}") from error
     except ValueError as error:  # a number of thousands of digits

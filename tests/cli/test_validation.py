@@ -329,7 +329,7 @@ def test_one_image_is_decoded_at_a_time_without_the_denoiser(train: Any, monkeyp
         ("p.txt", b"\n  \n", "holds no prompt: write one a line"),
         ("p.txt", b"caf\xe9\n", "is not UTF-8 text (byte 3)"),
         ("p.csv", b"a fox\n", "give a .txt file with a prompt a line, or a .jsonl file"),
-        ("p.jsonl", b'{"prompt": "a"}\na fox\n', "line 2: is no JSON"),
+        ("p.jsonl", b'{"prompt": "a"}\na fox\n', "line 2: not JSON"),
         ("p.jsonl", b'{"text": "a"}\n', 'line 1: give an object such as {"prompt": "a red fox"}'),
         (
             "p.jsonl",

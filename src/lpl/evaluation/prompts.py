@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lpl.config import require
 from lpl.errors import UserError
+from lpl.json_files import parse_row
 
 
 def read_prompts(file: Path, flag: str = "--prompts") -> list[str]:
@@ -41,13 +41,7 @@ def read_rows(file: Path, flag: str) -> Iterator[tuple[str, dict[str, Any]]]:
         UserError: a file that cannot be read, or a line that is no JSON object.
     """
     for where, line in _lines(file, flag):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{where}: not JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: not a JSON object")
-        yield where, row
+        yield where, parse_row(line, where)
 
 
 def text_of(row: dict[str, Any], where: str) -> str | None:

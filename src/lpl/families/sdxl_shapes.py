@@ -6,7 +6,7 @@ from typing import Any
 
 from lpl.shapes import ANY, FLAG, NULL, TEXT, Kind, Shape, number, require_shape, whole
 
-SIZE, LAYERS, TOKEN = whole(1, 2**16), whole(1, 256), (whole(0, 2**31), NULL)
+SIZE, LAYERS = whole(1, 2**16), whole(1, 256)
 SIZES = Kind("a list of 1 to 16 sizes", lambda v: isinstance(v, list) and 1 <= len(v) <= 16 and all(map(SIZE.fits, v)))
 ABOVE_0 = number(1e-6, 1e6)
 BETA = number(1e-9, 0.9999)
@@ -63,7 +63,8 @@ TEXT_ENCODER: Shape = {
     "layer_norm_eps?": number(0, 1),
     "attention_dropout?": number(0, 0.999),
     "hidden_act?": TEXT,
-    **{f"{name}?": TOKEN for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
+    "eos_token_id?": whole(0, 2**31),
+    **{f"{name}?": (whole(0, 2**31), NULL) for name in ("bos_token_id", "pad_token_id")},
 }
 INDEX: Shape = {
     "_class_name?": (TEXT, NULL),

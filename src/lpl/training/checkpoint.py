@@ -275,6 +275,8 @@ def _check_same_optimizer(path: Path, kept: dict[str, Any], optimizer: Any) -> N
     if kept.get("class", own) != own:
         raise UserError(f"{path}: holds the state of {kept['class']}, not of this run's {own}: see --optimizer")
     sizes = [len(group["params"]) for group in kept["param_groups"]]
+    if [place for group in kept["param_groups"] for place in group["params"]] != list(range(sum(sizes))):
+        raise UserError(f"{path / STATE}: its parameters are not numbered one by one: resume from another checkpoint")
     own_sizes = getattr(optimizer, "group_sizes", None) or [len(group["params"]) for group in optimizer.param_groups]
     if sizes != own_sizes:
         raise UserError(f"{path}: groups parameters as {sizes}, this run as {own_sizes}: see --decay_all")

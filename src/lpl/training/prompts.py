@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
 from lpl.config import LoggingConfig, require
 from lpl.errors import UserError
+from lpl.json_files import parse_row
 
 KEYS = ("prompt", "negative_prompt", "seed")
 
@@ -50,11 +50,8 @@ def read_prompts(config: LoggingConfig) -> list[Prompt]:
 
 
 def _parsed(line: str, where: str) -> Prompt:
-    try:
-        entry = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where}: is no JSON ({error})") from error
-    require(isinstance(entry, dict) and "prompt" in entry, f'{where}: give an object such as {{"prompt": "a red fox"}}')
+    entry = parse_row(line, where, 'give an object such as {"prompt": "a red fox"}')
+    require("prompt" in entry, f'{where}: give an object such as {{"prompt": "a red fox"}}')
     unknown = sorted(entry.keys() - set(KEYS))
     require(not unknown, f"{where}: unknown key {', '.join(unknown)}; known: {', '.join(KEYS)}")
     text, negative, seed = (entry.get(key, default) for key, default in zip(KEYS, (None, "", None), strict=True))

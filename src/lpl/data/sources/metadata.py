@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 
 from lpl.config import require
 from lpl.data.sources.base import captions_of
 from lpl.errors import UserError
+from lpl.json_files import parse_row
 
 
 def read_metadata(
@@ -66,14 +66,11 @@ def _lines(path: str) -> Iterator[tuple[str, str]]:
 
 
 def _parse(line: str, where: str, caption_column: str) -> tuple[str, tuple[str, ...]]:
-    try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON ({error.msg}): write one JSON object a line") from None
-    require(isinstance(entry, dict), f"{where}: not a JSON object: write one JSON object a line")
+    entry = parse_row(line, where, "write one JSON object a line")
     keys = ", ".join(entry) or "none"
     file_name = entry.get("file_name")
-    require(isinstance(file_name, str), f"{where}: no key file_name; its keys: {keys}")
+    if not isinstance(file_name, str):
+        raise UserError(f"{where}: no key file_name; its keys: {keys}")
     require(
         caption_column in entry,
         f"{where}: no key {caption_column}; its keys: {keys}; name the captions' key with --caption_column",

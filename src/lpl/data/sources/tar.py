@@ -5,7 +5,6 @@ Only headers are read, never the data of a member; members of other kinds (.npy,
 
 from __future__ import annotations
 
-import json
 import tarfile
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
@@ -13,6 +12,7 @@ from typing import BinaryIO, NamedTuple
 from lpl.config import require
 from lpl.data.sources.base import IMAGE_SUFFIXES, captions_of, one_line
 from lpl.errors import UserError
+from lpl.json_files import parse_row
 
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _BLOCK = 512
@@ -87,11 +87,7 @@ def captions_in(file: BinaryIO, entry: Indexed, caption_column: str, where: str)
     """
     keys = ""
     if entry.json is not None:
-        try:
-            fields = json.loads(_text(file, entry.json, f"{where}.json"))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}.json: not JSON ({error.msg}): make the shard anew") from None
-        require(isinstance(fields, dict), f"{where}.json: not a JSON object: make the shard anew")
+        fields = parse_row(_text(file, entry.json, f"{where}.json"), f"{where}.json", "make the shard anew")
         if caption_column in fields:
             return captions_of(fields[caption_column], f"{where}.json")
         keys = f" (keys of its .json: {', '.join(fields) or 'none'})"
