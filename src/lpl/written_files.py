@@ -151,7 +151,11 @@ def read_result(file: Path, kind: str) -> dict[str, Any]:
         UserError: it cannot be read, is of another kind, or has been changed to something that it cannot be.
     """
     then = f"run lpl {kind} again"
-    found = read_object(file, then=then)
+    try:
+        found = read_object(file)
+    except UserError as error:
+        fault = str(error).removeprefix(f"{file}: ").removeprefix("cannot be read ")
+        raise UserError(f"{file}: cannot be read ({fault.strip('()')}): {then}") from error
     if found.get("kind") != kind:
         raise UserError(f"{file}: was not written by lpl {kind}")
     require_shape(found, RESULTS[kind], str(file), then)

@@ -30,7 +30,9 @@ from lpl.data.masks import identity as mask_identity
 from lpl.data.sources import Source
 from lpl.data.views import Views
 from lpl.errors import UserError
+from lpl.json_files import read_json
 from lpl.progress import progress
+from lpl.shapes import TEXT, difference
 
 logger = logging.getLogger("lpl")
 
@@ -196,13 +198,15 @@ class Mark:
     def holds(self) -> bool:
         """Whether the note is there, and all files that it names."""
         try:
-            self._shards = json.loads(self._path.read_text())
-        except (OSError, ValueError):
+            named = read_json(self._path)
+        except UserError:
             return False
-        assert self._shards is not None
+        if difference(named, [[TEXT]]) is not None or len(named) != len(self._filler.caches.stores):
+            return False  # what is cached is looked up again, and the note is made anew
+        self._shards = named
         files = {entry.name for entry in os.scandir(self._folder)}
         stores = self._filler.caches.stores
-        there = all(set(named) <= set(store.shards) for named, store in zip(self._shards, stores, strict=True))
+        there = all(set(names) <= set(store.shards) for names, store in zip(named, stores, strict=True))
         return there and set(self._pieces) <= files
 
     def make(self, tables: Sequence[pa.Table], show: bool) -> None:

@@ -320,5 +320,7 @@ def named(flag: str, name: str) -> Iterator[None]:
     """Turns what loading raises into one line that names the flag."""
     try:
         yield
-    except LOADING_ERRORS as error:
+    except Exception as error:
+        if type(error) is not Exception and not isinstance(error, LOADING_ERRORS):  # tokenizers raises no other class
+            raise
         raise UserError(f"{flag} {name}: {' '.join(str(error).split())[:400]}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lpl.errors import UserError
 from lpl.shapes import ANY, FLAG, NULL, TEXT, Kind, Shape, number, require_shape, whole
 
 SIZE, LAYERS = whole(1, 2**16), whole(1, 256)
@@ -92,4 +93,10 @@ def check_shape(file: str, found: dict[str, Any], where: str) -> None:
     Raises:
         UserError: the key, what it is, and what it must be.
     """
-    require_shape(found, SHAPES[file], where, "fetch or write the file anew")
+    then = "fetch or write the file anew"
+    require_shape(found, SHAPES[file], where, then)
+    lists = ("block_out_channels", "down_block_types", "up_block_types")
+    lengths = {name: len(found[name]) for name in lists if name in found}
+    if len(set(lengths.values())) > 1:
+        told = ", ".join(f"{count} {name}" for name, count in lengths.items())
+        raise UserError(f"{where}: {told}, which must be as many of each: {then}")
