@@ -68,7 +68,7 @@ def printable_streams() -> Iterator[None]:
     if _as_one_line not in logger.filters:
         logger.addFilter(_as_one_line)
     out, err = Screen(sys.stdout, bars=False), Screen(sys.stderr, bars=True)
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):  # type: ignore[type-var]
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         yield
 
 

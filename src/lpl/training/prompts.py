@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lpl.config import LoggingConfig, require
 from lpl.errors import UserError
@@ -50,7 +50,7 @@ def read_prompts(config: LoggingConfig) -> list[Prompt]:
 
 
 def _parsed(line: str, where: str) -> Prompt:
-    entry = parse_row(line, where, 'give an object such as {"prompt": "a red fox"}')
+    entry: Any = parse_row(line, where, 'give an object such as {"prompt": "a red fox"}')
     require("prompt" in entry, f'{where}: give an object such as {{"prompt": "a red fox"}}')
     unknown = sorted(entry.keys() - set(KEYS))
     require(not unknown, f"{where}: unknown key {', '.join(unknown)}; known: {', '.join(KEYS)}")
