@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +11,14 @@ from lpl.errors import UserError
 from lpl.families import sdxl_configs
 from lpl.families.sdxl_schedule import chosen_schedule
 from lpl.families.sdxl_shapes import check_shape
-from lpl.json_files import parse_json, read_object
-from lpl.shapes import NULL, REST, TEXT, Kind, Shape, difference, whole
+from lpl.json_files import read_object
+from lpl.tensor_header import read_header
 
 FLAG = "--pretrained_model_name_or_path"
 PIPELINE = "StableDiffusionXLPipeline"
 VAE = "AutoencoderKL"
 FULL_SIZE = 1024
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
-METADATA, LONGEST_HEADER = "__metadata__", 100_000_000
-PLACE = whole(0, 2**62)
-HEADER: Shape = {
-    f"{METADATA}?": ({REST: TEXT}, NULL),
-    REST: {
-        "dtype": TEXT,
-        "shape": [PLACE],
-        "data_offsets": Kind("two places", lambda v: isinstance(v, list) and len(v) == 2 and all(map(PLACE.fits, v))),
-    },
-}
-"""Of a safetensors file."""
 WITH_WEIGHTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 
 
@@ -195,15 +183,8 @@ def _check_complete(folder: Path, variant: str | None) -> None:
 def _header(path: Path) -> dict[str, Any] | None:
     """The header of a safetensors file; None where it is none, or cut short."""
     try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            size = path.stat().st_size
-            header = parse_json(file.read(length), str(path)) if length <= min(size, LONGEST_HEADER) else None
-        if header is None or difference(header, HEADER) is not None:
-            return None
-        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != METADATA), default=0)
-        return dict(header) if size >= 8 + length + end else None
-    except (OSError, struct.error, UserError):
+        return read_header(path)
+    except UserError:
         return None
 
 
