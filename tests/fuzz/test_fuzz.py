@@ -72,8 +72,9 @@ def fault_of(act: Any) -> str | None:
         told = [line for line in err.splitlines() if line.startswith("error: ")]
         if code not in (0, 2, 3, 4) or "Traceback" in err or (code != 0 and len(told) != 1):
             return f"exit code {code}\n{err[-2000:]}"
-        if any(letter < " " and letter not in "\n\t\r" for letter in out + err):
-            return f"raw control characters: {(out + err)!r:.500}"
+        shown = (out + err).replace("\x1b[A", "")  # bars below each other
+        if any(letter < " " and letter not in "\n\t\r" for letter in shown):
+            return f"raw control characters: {shown!r:.500}"
     return None
 
 

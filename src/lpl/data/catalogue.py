@@ -242,10 +242,16 @@ def _read(path: Path, schema: pa.Schema) -> pa.Table:
     try:
         with pa.memory_map(str(path)) as file:
             table = pa.ipc.open_file(file).read_all()
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(
-            f"cache file {path} is damaged ({' '.join(str(error).split())}): delete it and run again"
-        ) from error
-    if table.schema != schema:
-        raise UserError(f"cache file {path} is not of this version: delete it and run again")
+        if table.schema != schema:
+            raise UserError(f"cache file {path} is not of this version: delete it and run again")
+        table.validate(full=True)  # arrow believes what it reads: a wrong offset would end the process
+        missing = [name for name in schema.names if name != "reason" and table.column(name).null_count]
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise UserError(_damaged(path, " ".join(str(error).split()))) from error
+    if missing:
+        raise UserError(_damaged(path, f"{missing[0]} is missing"))
     return table
+
+
+def _damaged(path: Path, what: str) -> str:
+    return f"cache file {path} is damaged ({what}): delete it and run again"
