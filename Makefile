@@ -12,12 +12,13 @@ test: .venv/installed lint
 	OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/python -m pytest -n 2 --dist loadfile tests
 
 # What `make test` leaves out. Kills caching at 500 random moments and at 500 system calls, training at 100 of each, every
-# other command at 30: about an hour.
+# other command at 30; tries 150 changes of every kind of file: two hours.
 soak: .venv/installed
 	OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/python -m pytest -m slow tests
 	LPL_KILLS=100 OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/python -m pytest tests/invariants/test_killed_training.py
 	LPL_KILLS=30 OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/python -m pytest -m "slow or not slow" tests/invariants/test_killed_commands.py
 	LPL_KILLS=500 OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/python -m pytest tests/invariants/test_killed_caching.py
+	LPL_FUZZ=150 OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/python -m pytest tests/fuzz
 
 lint: .venv/installed
 	$(BIN)/ruff check .

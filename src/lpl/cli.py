@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from lpl import __version__
 from lpl.analysis.check.options import CheckConfig
+from lpl.base.terminal import one_line, printable_streams
 from lpl.command_options import DataReportConfig, DemoConfig, PruneConfig, VerifyConfig
 from lpl.config import TrainConfig
 from lpl.config_io import DATA_REPORT, environment, nearest
@@ -38,6 +39,12 @@ AFTER_INTERRUPTION = {
     **dict.fromkeys(("train", "compare", "demo"), "; the same command continues from the last checkpoint"),
     **dict.fromkeys(("cache", "eval"), "; the same command continues"),
 }
+ALLOCATOR = "DefaultCPUAllocator"
+"""By this name torch says that the computer's own memory is full."""
+OUT_OF_MEMORY = (
+    "out of memory: the computer has too little for what the options or files ask for; make them smaller, or see `lpl "
+    "plan` with the same options"
+)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -51,8 +58,13 @@ def main(argv: list[str] | None = None) -> None:
     # Where torchao is installed diffusers imports all of it, which complains about kernels that nothing here needs.
     for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    with printable_streams():
+        _run(sys.argv[1:] if argv is None else argv)
+
+
+def _run(argv: list[str]) -> None:
     try:
-        _dispatch(sys.argv[1:] if argv is None else argv)
+        _dispatch(argv)
     except UserError as error:
         _fail(error, 2)
     except TrainingStoppedError as error:
@@ -62,12 +74,16 @@ def main(argv: list[str] | None = None) -> None:
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except MemoryError:
+        _fail(TrainingStoppedError(OUT_OF_MEMORY), 3)
     except RuntimeError as error:
+        if ALLOCATOR in str(error):
+            _fail(TrainingStoppedError(OUT_OF_MEMORY), 3)
         if type(error).__name__ != "OutOfMemoryError":  # torch's; without importing it here
             raise
         _out_of_memory(error)
     except KeyboardInterrupt:
-        command = next(iter(sys.argv[1:] if argv is None else argv), "")
+        command = next(iter(argv), "")
         print("interrupted" + AFTER_INTERRUPTION.get(command, ""), file=sys.stderr)
         sys.exit(130)
 
@@ -75,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
 def _fail(error: Exception, code: int, kind: str = "error: ") -> None:
     # One process of a launch speaks for all.
     if os.environ.get("RANK", "0") == "0":
-        print(f"{kind}{error}", file=sys.stderr)
+        print(f"{kind}{one_line(str(error))}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -85,8 +101,8 @@ def _out_of_memory(error: Exception) -> NoReturn:
     where = "" if rank is None else f" in process {rank}"
     said = ". ".join(str(error).split(". ")[:3]).rstrip(".")
     print(
-        f"error: out of GPU memory{where} ({said}): `lpl plan` with the same options says what takes how much, and "
-        "what would fit",
+        f"error: out of GPU memory{where} ({one_line(said)}): `lpl plan` with the same options says what takes "
+        "how much, and what would fit",
         file=sys.stderr,
     )
     sys.exit(3)
@@ -209,7 +225,6 @@ def run_data(options: DataReportConfig) -> None:
     from lpl.data.report import make_report
 
     printed, fault = make_report(checked.config, checked.source, checked.regularisation, folder, options.num_shown)
-    encoding = sys.stdout.encoding or "utf-8"
-    print(printed.encode(encoding, "backslashreplace").decode(encoding))
+    print(printed)
     if fault is not None:
         raise fault

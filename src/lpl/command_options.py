@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from lpl.config import TrainConfig, require
+from lpl.config import TrainConfig
+from lpl.config.checks import check_declared, option, require
 from lpl.errors import UserError
 
 MOST_SHOWN = 300
@@ -23,12 +24,13 @@ class PlanConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     memory: str = "24GiB"
     """Memory of the GPU: 24GiB or 24 (2^30 bytes each), 24GB (10^9)."""
-    num_processes: int | None = None
+    num_processes: int | None = option(None, most=100_000)
     """GPUs; unset: as launched, or one."""
     sharding: Literal["none", "fsdp2"] = "none"
     """How they share the model: each has it whole, or it is split over them."""
 
     def __post_init__(self) -> None:
+        check_declared(self)
         require(self.memory_bytes > 0, f"--memory must be above 0, not {self.memory}")
         number = self.num_processes
         require(number is None or number >= 1, f"--num_processes must be at least 1, not {number}")
@@ -40,7 +42,7 @@ class PlanConfig:
         Raises:
             UserError: no size.
         """
-        found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(GiB|GB|MiB|MB)?", self.memory, re.IGNORECASE)
+        found = re.fullmatch(r"(\d{1,12}(?:\.\d{1,12})?) ?(GiB|GB|MiB|MB)?", self.memory, re.IGNORECASE)
         if found is None:
             raise UserError(f"--memory {self.memory}: expected a size such as 24GiB, 24GB or 24 (GiB)")
         number, unit = found.groups()
@@ -51,17 +53,20 @@ class PlanConfig:
 class VerifyConfig:
     """Read every file of a cache and compare checksums; damage exits with 2."""
 
-    latent_cache_dir: str | None = None
+    latent_cache_dir: str | None = option(None, path=True)
     """The cache; unset: the user's."""
     delete: bool = False
     """Remove what is damaged; the next run encodes it again."""
+
+    def __post_init__(self) -> None:
+        check_declared(self)
 
 
 @dataclass(frozen=True)
 class PruneConfig:
     """Remove from a cache what no run has used for a while."""
 
-    latent_cache_dir: str | None = None
+    latent_cache_dir: str | None = option(None, path=True)
     """The cache; unset: the user's."""
     days: float = 30.0
     """For how long it must not have been used; 0: everything goes."""
@@ -69,6 +74,7 @@ class PruneConfig:
     """Only say what would go."""
 
     def __post_init__(self) -> None:
+        check_declared(self)
         require(self.days >= 0, f"--days must be 0 or more, not {self.days}")
 
 
@@ -84,6 +90,7 @@ class DataReportConfig:
     """Draws on the contact sheet, the first of the run; 0: no pictures."""
 
     def __post_init__(self) -> None:
+        check_declared(self)
         require(0 <= self.num_shown <= MOST_SHOWN, f"--num_shown must lie in 0..{MOST_SHOWN}, not {self.num_shown}")
 
 
@@ -91,11 +98,14 @@ class DataReportConfig:
 class DemoConfig:
     """Fine-tune a small but real SDXL on photographs with LPL, or export its parts."""
 
-    output_dir: str = "lpl-demo"
+    output_dir: str = option("lpl-demo", path=True)
     """Where model, data and result go."""
-    export_model: str | None = None
+    export_model: str | None = option(None, path=True)
     """Only write the small SDXL to this folder, in diffusers' format."""
-    export_data: str | None = None
+    export_data: str | None = option(None, path=True)
     """Only write its photographs to this folder, with metadata.jsonl."""
     max_train_steps: int | None = None
     """Optimizer steps; unset: the preset's."""
+
+    def __post_init__(self) -> None:
+        check_declared(self)

@@ -11,11 +11,14 @@ from typing import Any
 
 import yaml
 
+from lpl.base.shapes import REST, Shape, require_shape, whole
 from lpl.base.text import read_text
 from lpl.config import TrainConfig, free_options
+from lpl.config.checks import check_path, check_text
 from lpl.data.files import write_atomically
 from lpl.errors import UserError
 from lpl.presets import preset_text, presets
+from lpl.written_files import PLAIN
 
 RECORD = "environment"
 """Key of config.yaml that holds versions and git state; it is read over."""
@@ -62,6 +65,8 @@ def read_options(name: str) -> dict[str, str]:
     Raises:
         UserError: neither a preset nor a file, not a mapping, or a key that is no option or is there twice.
     """
+    check_text("--config", name, path=True)
+    check_path("--config", name)
     path = Path(name)
     if name in presets():
         text = preset_text(name)
@@ -84,7 +89,21 @@ def read_options(name: str) -> dict[str, str]:
     return options
 
 
-class _OnceLoader(yaml.BaseLoader):
+class _WithoutAliases:
+    """Refuses what repeats a part of the file: nothing here needs it, and a few lines of it grow without bound."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):  # type: ignore[attr-defined]
+            mark = self.peek_event().start_mark  # type: ignore[attr-defined]
+            raise UserError(f"line {mark.line + 1}: an alias (*): write the value itself")
+        return super().compose_node(parent, index)  # type: ignore[misc]
+
+
+class _PlainLoader(_WithoutAliases, yaml.SafeLoader):
+    """Values as YAML means them."""
+
+
+class _OnceLoader(_WithoutAliases, yaml.BaseLoader):
     """Every value a string; a key that is given twice is refused, where YAML's own loaders keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -106,12 +125,44 @@ def read_strings(text: str, where: str) -> Any:
     Raises:
         UserError: not YAML, or a key that is given twice.
     """
+    return _load(text, _OnceLoader, where)
+
+
+def _load(text: str, loader: Any, where: str) -> Any:
     try:
-        return yaml.load(text, _OnceLoader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{where}: not YAML: {' '.join(str(error).split())}") from error
+        return yaml.load(text, loader)
+    except RecursionError as error:
+        raise UserError(f"{where}: lists or mappings within each other, too deep to be read") from error
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # the last two: of a date or character that is none
+        raise UserError(f"{where}: not YAML: {' '.join(str(error).split())[:300]}") from error
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
+
+
+RECORDED: Shape = {
+    RECORD: {"processes?": whole(1, 10**6), REST: PLAIN},
+    "train_batch_size?": whole(1, 10**9),
+    "gradient_accumulation_steps?": whole(1, 10**9),
+    REST: PLAIN,
+}
+"""config.yaml of a run."""
+
+
+def read_record(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options and the versions that a run's config.yaml holds.
+
+    Raises:
+        UserError: it cannot be read, or was not written by lpl train.
+    """
+    try:
+        found = _load(file.read_text(encoding="utf-8"), _PlainLoader, str(file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read ({' '.join(str(error).split())})") from error
+    if not isinstance(found, dict) or RECORD not in found:
+        raise UserError(f"{file}: was not written by lpl train")
+    found = {str(key): value for key, value in found.items()}
+    require_shape(found, RECORDED, f"{file}: was not written by lpl train")
+    return found, found.pop(RECORD)
 
 
 def as_flags(options: dict[str, str]) -> list[str]:
@@ -157,13 +208,10 @@ def differences(config: TrainConfig, folder: Path, processes: int = 1) -> list[s
     Raises:
         UserError: a config.yaml of something else, which a run would overwrite.
     """
-    file = folder / CONFIG_FILE
     try:
-        old = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError):
-        old = None
-    if not isinstance(old, dict) or RECORD not in old:
-        raise UserError(f"--output_dir {folder}: {file} was not written by lpl train; choose another folder")
+        old, versions = read_record(folder / CONFIG_FILE)
+    except UserError as error:
+        raise UserError(f"--output_dir {folder}: {error}; choose another folder") from error
     ignored = free_options() | DIVISION
     before = TrainConfig().flat() | old
     told = [
@@ -171,7 +219,7 @@ def differences(config: TrainConfig, folder: Path, processes: int = 1) -> list[s
         for key, value in config.flat().items()
         if key not in ignored and before[key] != value and not _same_path(key, before[key], value)
     ]
-    samples = [_samples(before, old[RECORD].get("processes", processes)), _samples(config.flat(), processes)]
+    samples = [_samples(before, versions.get("processes", processes)), _samples(config.flat(), processes)]
     return told if samples[0] == samples[1] else [*told, f"samples a step {samples[0]} -> {samples[1]}"]
 
 

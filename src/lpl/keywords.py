@@ -26,7 +26,7 @@ def parse_keywords(flag: str, text: str | None) -> dict[str, Any]:
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
             raise UserError(expected)
         found = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords if keyword.arg}
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, RecursionError, MemoryError, TypeError) as error:
         raise UserError(expected) from error
     if len(found) != len(call.keywords):
         raise UserError(f"{expected}, each once")

@@ -9,6 +9,7 @@ from typing import Any
 
 import tyro
 
+from lpl.base.terminal import as_it_is
 from lpl.command_options import DataReportConfig, PlanConfig
 from lpl.comparison.options import CompareConfig
 from lpl.config import TrainConfig
@@ -96,7 +97,7 @@ def parse(cls: Any, argv: list[str], prog: str, known: list[str], description: s
     _check_flags(argv, known)
     errors = io.StringIO()
     try:
-        with contextlib.redirect_stderr(errors):
+        with contextlib.redirect_stderr(errors), as_it_is():
             return tyro.cli(
                 cls,
                 args=argv,

@@ -8,6 +8,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from lpl.base.terminal import one_line
+
 QUIET = 2.0
 """Seconds before a bar shows."""
 
@@ -16,4 +18,6 @@ def progress(
     items: Iterable[Any] | None = None, *, desc: str, unit: str = "it", total: int | None = None, show: bool = True
 ) -> Any:
     """A tqdm bar over items, or of so many in all, on stderr."""
-    return tqdm(items, desc=desc, unit=unit, total=total, delay=QUIET, leave=False, disable=not show, file=sys.stderr)
+    return tqdm(
+        items, desc=one_line(desc), unit=unit, total=total, delay=QUIET, leave=False, disable=not show, file=sys.stderr
+    )

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lpl.locks import alone_at, alone_in
+from lpl.base.locks import alone_at, alone_in
 from lpl.testing import tiny_images
 
 

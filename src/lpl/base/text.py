@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import codecs
 import io
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from lpl.base.json_files import parse_row
 from lpl.errors import UserError
 
 _MARKS = (
@@ -26,7 +26,6 @@ _MARKS = (
 )
 # No text has these; other encodings, read as UTF-8, do.
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1f]")
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def decode(data: bytes, where: str) -> str:
@@ -82,34 +81,7 @@ def read_rows(path: str | Path, where: str | None = None) -> Iterator[tuple[str,
         UserError: as read_text, or a line that is no JSON object.
     """
     for place, line in read_lines(path, where):
-        row = parse_json(line, place, "write one JSON object a line")
-        if not isinstance(row, dict):
-            raise UserError(f"{place}: not a JSON object: write one JSON object a line")
-        yield place, row
-
-
-def parse_json(text: str, where: str, remedy: str) -> Any:
-    """What a JSON text holds.
-
-    Args:
-        text: JSON.
-        where: what to call it in a message.
-        remedy: what to do about a fault.
-
-    Raises:
-        UserError: not JSON, or JSON with half a character (a lone surrogate), which no file can hold.
-    """
-    try:
-        value = json.loads(text)
-        if _SURROGATE.search(text):
-            json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{where}: holds half of a surrogate pair (\\ud800 to \\udfff): {remedy}") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON ({error.msg}): {remedy}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON that can be read ({error}): {remedy}") from None
-    return value
+        yield place, parse_row(line, place, "write one JSON object a line")
 
 
 def _encoding(start: bytes) -> str:

@@ -11,9 +11,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lpl.base.json_files import read_object
 from lpl.comparison.options import CompareConfig
 from lpl.config import TrainConfig
-from lpl.report.run_folder import FINISHED, RunFolder, read_run, training_clock
+from lpl.errors import UserError
+from lpl.report.run_folder import RunFolder, read_run, training_clock
+from lpl.written_files import FINISHED, read_result
 
 if TYPE_CHECKING:
     from lpl.evaluation.planning import Inputs
@@ -136,8 +139,8 @@ def metrics_of(
         run_eval(wanted, lambda path: parse(["--config", str(path)]).model, is_late)
     if not first:
         return NO_FIGURES
-    content = json.loads(file.read_text(encoding="utf-8"))
-    known = {name: metric for name, metric in content["metrics"].items() if metric["value"] is not None}
+    content = read_result(file, "eval")
+    known = {name: m for name, m in content.get("metrics", {}).items() if m.get("value") is not None}
     values = {name: float(metric["value"]) for name, metric in known.items()}
     notes = {name: str(metric["note"]) for name, metric in known.items() if metric.get("note")}
     return Figures(values, notes, tuple(content.get("refused", ())))
@@ -215,9 +218,9 @@ def eval_options(source: str, output: Path, options: CompareConfig, config: Trai
 def _holds(file: Path, wanted: dict[str, Any], run: Path) -> bool:
     """Whether an eval.json has these fields and is of the run's result as it is."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_object(file)
         older = file.stat().st_mtime < (run / FINISHED).stat().st_mtime
-    except (OSError, ValueError):
+    except (OSError, UserError):
         return False
     return not older and {key: content.get(key) for key in wanted} == json.loads(json.dumps(wanted))
 

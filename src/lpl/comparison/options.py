@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lpl.config import TrainConfig, require
+from lpl.config import TrainConfig
+from lpl.config.checks import check_declared, option, require
 
 DEFAULT_SAMPLES = 1000
 FILE = "compare.json"
@@ -20,19 +21,20 @@ class CompareConfig:
     """
 
     train: TrainConfig = field(default_factory=TrainConfig)
-    arms: str | None = None
+    arms: str | None = option(None, path=True)
     """YAML file of the arms: a line `name: {option: value, ...}` each, the baseline first."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Every arm is run with each of these as --seed."""
-    reference_dir: str | None = None
+    reference_dir: str | None = option(None, path=True)
     """Folder of real images: also measure every run as lpl eval does. Unset: validation losses alone."""
-    num_samples: int = DEFAULT_SAMPLES
+    num_samples: int = option(DEFAULT_SAMPLES, most=10**6)
     """Samples of every run for --reference_dir."""
-    prompts: str | None = None
+    prompts: str | None = option(None, path=True)
     """What they are of: a .txt file of a prompt a line, or a metadata.jsonl with "text"; unset: the captions of
     --reference_dir."""
 
     def __post_init__(self) -> None:
+        check_declared(self)
         require(self.arms is not None, "--arms is missing: a YAML file of `name: {option: value}`, the baseline first")
         require(bool(self.seeds), "--seeds is empty: give at least one, better three")
         require(len(set(self.seeds)) == len(self.seeds), f"--seeds: {self.seeds} has a seed twice")

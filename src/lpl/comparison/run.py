@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lpl import __version__
+from lpl.base.locks import alone_in
+from lpl.base.output_folder import Names, OutputFolder, check_real, kind_of
 from lpl.comparison import measures
 from lpl.comparison.arms import Arm, read_arms
 from lpl.comparison.measures import EVAL, NO_FIGURES, Measured, Parse, measure_run
@@ -26,8 +28,6 @@ from lpl.config import TrainConfig
 from lpl.config_io import CONFIG_FILE, environment
 from lpl.data.files import write_atomically
 from lpl.errors import StopRequestedError, TrainingStoppedError, UserError
-from lpl.locks import alone_in
-from lpl.output_folder import Names, OutputFolder, check_real, kind_of
 from lpl.report.options import PAGE, ReportConfig
 
 logger = logging.getLogger("lpl")

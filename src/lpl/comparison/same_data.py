@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 
 from lpl.errors import UserError
-from lpl.report.run_folder import FINISHED
+from lpl.written_files import FINISHED, read_finished
 
 logger = logging.getLogger("lpl")
 
@@ -36,8 +35,4 @@ def check_same_data(run: Path, baseline: Path) -> None:
 
 
 def _digest(folder: Path) -> str | None:
-    try:
-        found = json.loads((folder / FINISHED).read_text(encoding="utf-8")).get("data")
-    except (OSError, ValueError, AttributeError):
-        return None
-    return found if isinstance(found, str) else None
+    return (read_finished(folder) or {}).get("data")

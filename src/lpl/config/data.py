@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lpl.config.checks import free, require
+from lpl.config.checks import MOST_PIXELS, check_declared, free, option, require
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Data: images and captions, and how they are cropped and cached."""
 
-    train_data_dir: str | None = None
+    train_data_dir: str | None = option(None, path=True)
     """An image folder, nested as deep as you like, with metadata.jsonl, or with a .txt caption beside each image."""
-    dataset_name: str | None = None
+    dataset_name: str | None = option(None, path=True)
     """A data set on the Hub, a local folder that `datasets` reads, or parquet files (a path, * allowed)."""
     dataset_config_name: str | None = None
     """Configuration of that data set."""
@@ -33,19 +33,19 @@ class DataConfig:
     in bad_files.jsonl."""
     background_color: str = "white"
     """What shows through transparent pixels: a name or #rrggbb."""
-    resolution: int | None = None
+    resolution: int | None = option(None, most=MOST_PIXELS)
     """Height and width of the training crops, in pixels; unset: what the model was made for (1024 for full size)."""
     buckets: bool = False
     """Crop to the nearest of a set of aspect ratios with the area of --resolution squared, instead of to a square."""
-    bucket_area: int | None = None
+    bucket_area: int | None = option(None, most=MOST_PIXELS**2)
     """Area of every bucket in pixels; unset: --resolution squared."""
-    bucket_step: int = 64
+    bucket_step: int = option(64, most=MOST_PIXELS)
     """Sides of buckets are multiples of this many pixels."""
-    bucket_max_aspect: float = 2.0
+    bucket_max_aspect: float = option(2.0, most=100.0)
     """No bucket is longer than this many times its short side."""
     center_crop: bool = False
     """Crop the centre; off: a random crop."""
-    crop_variants: int = 1
+    crop_variants: int = option(1, most=10_000)
     """How many different random crops of each image to cache; each draw takes one of them."""
     random_flip: bool = False
     """Mirror images at random, freshly at each draw (both are cached)."""
@@ -59,7 +59,7 @@ class DataConfig:
     """The first so many tags stay in their places."""
     caption_separator: str = ","
     """What separates tags."""
-    caption_variants: int = 8
+    caption_variants: int = option(8, most=10_000)
     """How many orders of its tags a caption is cached in; draw n takes order n modulo this."""
     caption_prefix: str | None = None
     """Trigger words: put before every caption that is not dropped."""
@@ -68,26 +68,26 @@ class DataConfig:
     repeats: str | None = None
     """How often an epoch draws the images of a folder: `dogs=10,cats=2.5`, `balanced` (every folder equally often), or
     `names` (a folder named 10_dogs: ten times)."""
-    reg_data_dir: str | None = None
+    reg_data_dir: str | None = option(None, path=True)
     """An image folder of regularisation images, drawn along with the others."""
     prior_loss_weight: float = 1.0
     """Weight of the regularisation images' loss, LPL included."""
-    latent_cache_dir: str | None = free(None)
+    latent_cache_dir: str | None = option(None, path=True, free=True)
     """Where latents and text embeddings are cached; unset: a folder of the user's cache, shared by all runs."""
     cache_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Precision in which latents and text embeddings are cached; the 16-bit ones halve the space."""
     rehash: bool = free(False)
     """Read every image again, also where path, size and time of change are those that were seen before."""
-    dataloader_num_workers: int | Literal["auto"] = free("auto")
+    dataloader_num_workers: int | Literal["auto"] = option("auto", most=1024, free=True)
     """Threads that read, decode and crop images while the cache is filled; auto: one a core, eight at most."""
     validation_samples: int = 0
     """Hold so many of the images out of training, chosen by their content, and measure both losses on them."""
-    validation_data_dir: str | None = free(None)
+    validation_data_dir: str | None = option(None, path=True, free=True)
     """An image folder to measure both losses on instead; what it shares with the training images is not trained on."""
     masked_loss: Literal["none", "alpha", "files"] = "none"
     """Train, LPL included, on what a mask marks in white: the image's opacity (alpha), or files: x-masklabel.png beside
     x.jpg, a file in --mask_dir, a row's --mask_column, x.mask.png in a shard. Images without a mask count whole."""
-    mask_dir: str | None = None
+    mask_dir: str | None = option(None, path=True)
     """Where the masks of --train_data_dir are, under the same relative path as the image (any image format)."""
     mask_column: str | None = None
     """Column with the masks of --dataset_name."""
@@ -97,6 +97,7 @@ class DataConfig:
     """Caption of every image that has none of its own (not of --reg_data_dir's)."""
 
     def __post_init__(self) -> None:
+        check_declared(self)
         require(
             self.resolution is None or self.resolution >= 8,
             f"--resolution must be at least 8 pixels, not {self.resolution}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lpl.config.checks import require
+from lpl.config.checks import check_declared, option, require
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class DiffusionConfig:
     """Differences far above this count linearly, far below it squared; with a schedule, at the noisy end."""
     huber_schedule: Literal["constant", "exponential", "snr"] = "snr"
     """How the threshold falls from 1 at the first timestep to --huber_c at the last."""
-    pyramid_noise_iterations: int = 0
+    pyramid_noise_iterations: int = option(0, most=100)
     """Levels of ever coarser noise that are added to the noise (6 to 10 are usual); 0: none."""
     pyramid_noise_discount: float = 0.3
     """Factor from one level to the next, coarser one."""
@@ -53,6 +53,7 @@ class DiffusionConfig:
     the same number of samples that pass LPL's gate."""
 
     def __post_init__(self) -> None:
+        check_declared(self)
         require(self.snr_gamma is None or self.snr_gamma > 0, f"--snr_gamma must be positive, not {self.snr_gamma}")
         require(0 <= self.noise_offset < float("inf"), f"--noise_offset must be 0 or more, not {self.noise_offset}")
         require(self.timestep_bias_multiplier >= 0, "--timestep_bias_multiplier must be 0 or more")

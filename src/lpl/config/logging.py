@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lpl.config.checks import free, require
+from lpl.config.checks import check_declared, free, option, require
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class LoggingConfig:
 
     validation_prompt: str | None = free(None)
     """Prompt of the validation images; unset: none are made."""
-    num_validation_images: int = free(4)
+    num_validation_images: int = option(4, most=10_000, free=True)
     """Validation images of each prompt, each time."""
     validation_epochs: int = free(1)
     """Epochs between validations."""
@@ -23,7 +23,7 @@ class LoggingConfig:
     """Optimizer steps between validations, instead of epochs."""
     report_to: Literal["tensorboard", "wandb", "comet_ml", "all", "none"] = free("tensorboard")
     """Where metrics go."""
-    logging_dir: str = free("logs")
+    logging_dir: str = option("logs", path=True, free=True)
     """TensorBoard folder, a name within --output_dir."""
     log_every: int = free(10)
     """Optimizer steps between logged metrics; the device is not synchronised in between."""
@@ -33,11 +33,12 @@ class LoggingConfig:
     """Repository to push to; unset: the name of --output_dir."""
     hub_token: str | None = free(None)
     """Token for the push; never written to config.yaml. `hf auth login` is safer."""
-    validation_prompts: str | None = free(None)
+    validation_prompts: str | None = option(None, path=True, free=True)
     """Instead of --validation_prompt a file: .txt with a prompt a line, or .jsonl with prompt and, if you like,
     negative_prompt and seed."""
 
     def __post_init__(self) -> None:
+        check_declared(self)
         parts = Path(self.logging_dir).parts
         require(
             bool(parts) and not Path(self.logging_dir).is_absolute() and ".." not in parts,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lpl.config.checks import free, require
+from lpl.config.checks import check_declared, free, option, require
 from lpl.keywords import parse_keywords
 
 OPTIMI = "optimi."
@@ -35,7 +35,7 @@ class OptimConfig:
         "piecewise_constant",
     ] = "constant"
     """Learning-rate schedule, stepped once per optimizer step."""
-    lr_num_cycles: int = 1
+    lr_num_cycles: int = option(1, most=10**6)
     """Restarts of cosine_with_restarts."""
     lr_power: float = 1.0
     """Power of polynomial."""
@@ -96,6 +96,7 @@ class OptimConfig:
     """Another one for the second text encoder (CLIP-G); unset: --text_encoder_lr's."""
 
     def __post_init__(self) -> None:
+        check_declared(self)
         self._check_optimizer()
         rate = self.learning_rate
         require(rate is None or 0 < rate < float("inf"), f"--learning_rate must be positive, not {rate}")
@@ -121,6 +122,7 @@ class OptimConfig:
             self.lr_step_rules is None or _are_step_rules(self.lr_step_rules),
             f"--lr_step_rules {self.lr_step_rules}: expected rules such as 1:10,0.1:20,0.01",
         )
+        require(abs(self.lr_power) < float("inf"), f"--lr_power must be a number, not {self.lr_power}")
         require(self.max_grad_norm >= 0, f"--max_grad_norm must be 0 or more, not {self.max_grad_norm}")
         require(self.adam_weight_decay >= 0, f"--adam_weight_decay must be 0 or more, not {self.adam_weight_decay}")
         require(self.adam_epsilon > 0, f"--adam_epsilon must be positive, not {self.adam_epsilon}")

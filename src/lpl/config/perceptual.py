@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from lpl.config.checks import free, require
+from lpl.config.checks import MOST_PIXELS, check_declared, free, option, require
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class LPLConfig:
     """How features are normalised; weights do not carry over between norms."""
     lpl_pow_law: bool = True
     """Halve a layer's weight each time its resolution doubles."""
-    lpl_num_blocks: int = 4
+    lpl_num_blocks: int = option(4, most=100)
     """Up blocks compared after the middle block; the decoder is never run past the last one."""
     lpl_remove_outliers: bool = True
     """Leave decoder outliers (of the target's features, at strides 1 and 2) out of the distance."""
@@ -53,7 +53,7 @@ class LPLConfig:
     """Memory layout of LPL's decoder; auto: channels last on a CPU, where it is faster."""
     lpl_compile: bool = free(False)
     """Fuse LPL's pointwise arithmetic with torch.compile; costs a minute at the start."""
-    lpl_crop: int | None = None
+    lpl_crop: int | None = option(None, most=MOST_PIXELS)
     """Compare a random window of this many pixels, cut after the middle block: an approximation, for large images."""
     lpl_random_depth: bool = False
     """Stop each step at a random depth of the decoder, terms divided by the chance of reaching them: unbiased, cheaper,
@@ -62,6 +62,7 @@ class LPLConfig:
     """Optimizer steps over which LPL's weight rises linearly, from --lpl_start on; auto measures without this ramp."""
 
     def __post_init__(self) -> None:
+        check_declared(self)
         weight = self.lpl_weight
         require(
             weight == "auto" or 0 <= float(weight) < math.inf,

@@ -5,24 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lpl.config.checks import free, require
+from lpl.config.checks import check_declared, free, option, require
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """Run: length, batches, precision, checkpoints."""
 
-    output_dir: str = free("lpl-output")
+    output_dir: str = option("lpl-output", path=True, free=True)
     """Where the result, checkpoints, samples and config.yaml go."""
     seed: int = 0
     """Seed of every draw: order, crops, flips, noise, timesteps."""
-    train_batch_size: int = 1
+    train_batch_size: int = option(1, most=2**16)
     """Samples per process and micro-batch."""
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: int = option(1, most=10**6)
     """Micro-batches per optimizer step."""
-    num_train_epochs: int = 100
+    num_train_epochs: int = option(100, most=10**9)
     """Passes over the data, unless --max_train_steps is given."""
-    max_train_steps: int | None = None
+    max_train_steps: int | None = option(None, most=10**9)
     """Optimizer steps in all."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     """Precision of the denoiser's arithmetic; unset: what `accelerate config` says, else no."""
@@ -34,7 +34,7 @@ class RunConfig:
     """Optimizer steps between checkpoints."""
     checkpoints_total_limit: int | None = free(None)
     """Keep only this many of the newest checkpoints."""
-    resume_from_checkpoint: str | None = free(None)
+    resume_from_checkpoint: str | None = option(None, path=True, free=True)
     """`latest` or a checkpoint folder; without it an unfinished run in --output_dir is continued all the same."""
     dry_run: bool = free(False)
     """Print the plan (parameters, taps, steps, memory) and stop."""
@@ -52,6 +52,7 @@ class RunConfig:
     """Continue a run though options or data that change its trajectory have changed."""
 
     def __post_init__(self) -> None:
+        check_declared(self)
         require(0 <= self.seed < 2**32, f"--seed must lie in 0..{2**32 - 1}, not {self.seed}")
         for name in (
             "train_batch_size",

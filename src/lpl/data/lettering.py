@@ -13,6 +13,8 @@ FONTS = (
     "msyh.ttc", "PingFang.ttc", "meiryo.ttc", "segoeui.ttf", "arial.ttf",
 )  # fmt: skip
 """Tried in turn where Pillow's own font, which has Latin letters only, lacks a letter."""
+LETTERS_OF_A_LINE = 2000
+"""No line that is drawn holds as many; longer texts are not measured, as that takes time with their length."""
 MISSING = "\U0010ffff"
 """A character of no font: it shows what a font draws instead."""
 
@@ -61,13 +63,15 @@ def wrap(text: str, width: int, size: int, most: int) -> list[str]:
     line = ""
     for word in printable(text).split(" "):
         joined = f"{line} {word}" if line else word
-        if font.getlength(joined) <= width:
+        if _fits(font, joined, width):
             line = joined
             continue
+        if len(lines) > most:
+            break  # nothing of it is shown
         if line:
             lines.append(line)
         line = word
-        while font.getlength(line) > width:
+        while not _fits(font, line, width) and len(lines) <= most:
             fitting = _fitting(font, line, width)
             lines.append(line[:fitting])
             line = line[fitting:]
@@ -81,21 +85,27 @@ def wrap(text: str, width: int, size: int, most: int) -> list[str]:
 def shorten(text: str, width: int, size: int, end: float = 0.6) -> str:
     """Cuts out of a line what is too much for so many pixels, and keeps so large a share of the rest at its end."""
     text, font = printable(text), font_for(text, size)
-    if font.getlength(text) <= width:
+    if _fits(font, text, width):
         return text
-    kept = len(text) - 1
-    while kept > 2:
+
+    def cut(kept: int) -> str:
         tail = int(kept * end)
-        cut = f"{text[: kept - tail].rstrip()}...{text[len(text) - tail :]}"
-        if font.getlength(cut) <= width:
-            return cut
-        kept -= 1
-    return "..."
+        return f"{text[: kept - tail].rstrip()}...{text[len(text) - tail :]}" if kept > 2 else "..."
+
+    low, high = 2, min(len(text), LETTERS_OF_A_LINE) - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if _fits(font, cut(middle), width) else (low, middle - 1)
+    return cut(low)
+
+
+def _fits(font: ImageFont.FreeTypeFont, text: str, width: int) -> bool:
+    return len(text) <= LETTERS_OF_A_LINE and font.getlength(text) <= width
 
 
 def _fitting(font: ImageFont.FreeTypeFont, text: str, width: int) -> int:
     """How many letters of a text fit, at least one."""
-    low, high = 1, len(text)
+    low, high = 1, min(len(text), LETTERS_OF_A_LINE)
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if font.getlength(text[:middle]) <= width else (low, middle - 1)

@@ -13,8 +13,10 @@ from typing import NamedTuple
 
 from PIL import Image, PngImagePlugin
 
+from lpl.base.json_files import parse_json
 from lpl.data.bad_image import BadImageError
 from lpl.data.decode import DECODE_ERRORS
+from lpl.errors import UserError
 
 KEY = "lpl-cells"
 
@@ -51,8 +53,11 @@ def read_cells(path: Path) -> list[Cell]:
     if not isinstance(text, str):
         return []
     try:
-        cells = [Cell(str(c["kind"]), str(c["prompt"]), c["seed"], _box(c["box"])) for c in json.loads(text)]
-    except (ValueError, TypeError, KeyError):
+        cells = [
+            Cell(str(c["kind"]), str(c["prompt"]), None if c["seed"] is None else int(c["seed"]), _box(c["box"]))
+            for c in parse_json(text, KEY)
+        ]
+    except (UserError, ValueError, TypeError, KeyError, OverflowError):
         return []
     return cells if all(_inside(cell.box, width, height) for cell in cells) else []
 

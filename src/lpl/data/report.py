@@ -9,6 +9,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from lpl.base.locks import alone_in
+from lpl.base.output_folder import Names, OutputFolder
 from lpl.config import TrainConfig
 from lpl.data.bad_files import FILE as BAD_FILES
 from lpl.data.bad_files import is_list
@@ -19,8 +21,6 @@ from lpl.data.report_text import text
 from lpl.data.sources import Source
 from lpl.data.survey import first_draws, read_through
 from lpl.errors import UserError
-from lpl.locks import alone_in
-from lpl.output_folder import Names, OutputFolder
 
 NUMBERS, DRAWS, CROPPED = "data.json", "draws.png", "cropped.png"
 CROPPED_SHOWN = 6

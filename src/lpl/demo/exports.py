@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lpl.locks import alone_in
-from lpl.output_folder import OutputFolder
+from lpl.base.locks import alone_in
+from lpl.base.output_folder import OutputFolder
 
 STAGED = ".lpl-export"
 

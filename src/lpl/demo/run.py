@@ -6,11 +6,11 @@ import shutil
 import time
 from pathlib import Path
 
+from lpl.base.locks import alone_in
+from lpl.base.output_folder import Names, OutputFolder, check_real
 from lpl.config_io import CONFIG_FILE, is_config_of_run
 from lpl.data.picture_cells import Cell, cells_note
 from lpl.errors import UserError
-from lpl.locks import alone_in
-from lpl.output_folder import Names, OutputFolder, check_real
 
 SEED = 7
 SAMPLING_STEPS = 25

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from lpl import __version__
+from lpl.base.locks import alone_in
 from lpl.config import ModelConfig, require
 from lpl.config_io import environment
 from lpl.data.files import write_atomically
@@ -27,7 +28,6 @@ from lpl.evaluation.pictures import CAPTIONS
 from lpl.evaluation.planning import IMAGES, RESULT, Plan, check_eval, check_output, claim_output, with_flag
 from lpl.evaluation.table import format_table
 from lpl.evaluation.together import stop_together, together
-from lpl.locks import alone_in
 
 logger = logging.getLogger("lpl")
 

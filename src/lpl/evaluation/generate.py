@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lpl.base.json_files import read_object
 from lpl.config import require
 from lpl.data.files import write_atomically
 from lpl.diffusion.draws import keyed_generator
@@ -156,10 +157,10 @@ def check_settings(folder: Path, settings: dict[str, Any], remedy: str = "choose
         )
         return
     try:
-        old = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        old = read_object(file)
+    except UserError as error:
         raise UserError(f"--output_dir {folder}: {file} is damaged; {remedy}") from error
-    differing = [f"{k} {old[k]} -> {v}" for k, v in settings.items() if k in old and old[k] != v]
+    differing = [f"{k} {str(old[k])[:60]} -> {v}" for k, v in settings.items() if k in old and old[k] != v]
     require(
         not differing,
         f"--output_dir {folder}: has samples that were drawn otherwise ({', '.join(differing)}); {remedy}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lpl.config import require
+from lpl.config.checks import MOST_PIXELS, check_declared, option, require
 
 MetricName = Literal["frechet", "kernel", "precision_recall", "density_coverage", "spectrum"]
 DRAWING = (
@@ -34,46 +34,46 @@ class EvalConfig:
     eval ...` shares the drawing among processes.
     """
 
-    pretrained_model_name_or_path: str | None = None
+    pretrained_model_name_or_path: str | None = option(None, path=True)
     """The model: a run's folder, a diffusers folder of any family, or one .safetensors file; an SDXL also by Hub id."""
-    images: str | None = None
+    images: str | None = option(None, path=True)
     """Measure the images in this folder instead of drawing any."""
-    reference_dir: str | None = None
+    reference_dir: str | None = option(None, path=True)
     """Folder of real images, best not those of the training."""
-    prompts: str | None = None
+    prompts: str | None = option(None, path=True)
     """A .txt file of a prompt a line, or a metadata.jsonl with "text"; unset: the captions of --reference_dir. Sample i
     is of prompt i, beginning again at the end."""
-    num_samples: int | None = None
+    num_samples: int | None = option(None, most=10**6)
     """How many samples; unset: 1000, of --images all."""
-    seed: int = 0
+    seed: int = option(0, most=2**63 - 1)
     """Of the samples (each has noise of its own, whatever the batch) and of the resamples for the intervals."""
-    output_dir: str = "lpl-eval"
+    output_dir: str = option("lpl-eval", path=True)
     """Where images and eval.json go."""
-    resolution: int | None = None
+    resolution: int | None = option(None, most=MOST_PIXELS)
     """Pixels of the square images that are compared; unset: the model's, or of --images the first one's shorter side,
     less what is no whole latent of the VAE."""
-    num_inference_steps: int = 25
+    num_inference_steps: int = option(25, most=10_000)
     """Sampling steps."""
     guidance_scale: float | None = None
     """Of classifier-free guidance; 1: none, which is twice as fast. Unset: 5; a pipeline of a family whose guidance is
     not known here takes no such option: its own default acts."""
     scheduler: Literal["model", "dpmsolver++"] = "model"
     """Sampler: the model's own, or DPM-Solver++(2M), for which 12 steps often do."""
-    sample_batch_size: int | None = None
+    sample_batch_size: int | None = option(None, most=2**12)
     """Samples that are drawn together; unset: what makes 4 megapixels, at most 64 (so 4 of 1024 pixels)."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the model while it draws."""
-    pretrained_vae_model_name_or_path: str | None = None
+    pretrained_vae_model_name_or_path: str | None = option(None, path=True)
     """Another VAE than the model's; with --images alone, the one whose floor is measured."""
-    lora: str | None = None
+    lora: str | None = option(None, path=True)
     """A LoRA file, of diffusers' or kohya's naming, or the folder of a run that trained one."""
     lora_scale: float = 1.0
     """Strength of the LoRA."""
-    base: str | None = None
+    base: str | None = option(None, path=True)
     """For the folder of a run that trained a LoRA: the model it belongs to; unset: the one in the run's config.yaml."""
     variant: str | None = None
     """Variant of the model's weight files, such as fp16."""
-    single_file_config: str | None = None
+    single_file_config: str | None = option(None, path=True)
     """For a .safetensors file without network: a diffusers folder with that model's configs and tokenizers."""
     metrics: tuple[MetricName, ...] = ("frechet", "kernel", "precision_recall", "density_coverage", "spectrum")
     """What to measure, in features of an ImageNet EfficientNet-Lite0."""
@@ -81,23 +81,24 @@ class EvalConfig:
     """Compare with the real images, or with what the VAE makes of them, which takes its own blur out."""
     floor: bool = True
     """Measure beside every figure what the VAE alone costs: real images, encoded and decoded."""
-    num_bootstrap: int = 200
+    num_bootstrap: int = option(200, most=10**6)
     """Resamples of the samples for the 95 % intervals, at least 100; 0: no intervals."""
-    kernel_subsets: int = 0
+    kernel_subsets: int = option(0, most=10**6)
     """Kernel distance as the mean over so many random subsets; 0: over all pairs, once."""
     kernel_subset_size: int = 1000
     """Images of such a subset."""
-    inception_weights: str | None = None
+    inception_weights: str | None = option(None, path=True)
     """Also FID and KID: the weights of the FID's Inception network as torch-fidelity has them; unset: where
     torch-fidelity keeps them, if there."""
-    dinov2: str | None = None
+    dinov2: str | None = option(None, path=True)
     """Also FD-DINOv2: a folder or Hub id, such as facebook/dinov2-large."""
-    clip: str | None = None
+    clip: str | None = option(None, path=True)
     """Also the CLIP score of images and prompts: a folder or Hub id, such as openai/clip-vit-large-patch14."""
-    reference_cache_dir: str | None = None
+    reference_cache_dir: str | None = option(None, path=True)
     """Where statistics of references are kept, by content; unset: the user's cache."""
 
     def __post_init__(self) -> None:
+        check_declared(self)
         model = self.pretrained_model_name_or_path
         require(self.reference_dir is not None, "--reference_dir is missing: give a folder of real images")
         require(
@@ -128,6 +129,7 @@ class EvalConfig:
         )
         scale = self.guidance_scale
         require(scale is None or 0 <= scale < float("inf"), f"--guidance_scale must be 0 or more, not {scale}")
+        require(abs(self.lora_scale) < float("inf"), f"--lora_scale must be a number, not {self.lora_scale}")
         require(
             self.kernel_subsets > 0 or self._is_default("kernel_subset_size"),
             "--kernel_subset_size acts with --kernel_subsets above 0",

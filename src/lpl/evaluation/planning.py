@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lpl.base.json_files import read_object
+from lpl.base.output_folder import Names, OutputFolder, check_apart, kind_of
 from lpl.config import ModelConfig, require
 from lpl.data.prompts import read_prompts
 from lpl.errors import UserError
@@ -19,7 +21,6 @@ from lpl.evaluation.generate import SETTINGS, Sampling, are_settings, check_sett
 from lpl.evaluation.options import DEFAULT_SAMPLES, EvalConfig
 from lpl.evaluation.pictures import CAPTIONS, list_pictures, pictures_digest, read_captions, shortest_side
 from lpl.exporting.options import ExportConfig, Request, resolve
-from lpl.output_folder import Names, OutputFolder, check_apart, kind_of
 
 logger = logging.getLogger("lpl")
 
@@ -284,9 +285,11 @@ def check_output(plan: Plan, drawn: bool = True) -> None:
     if options.images is None and drawn:
         check_settings(folder, plan.settings())
     try:
-        old = json.loads((folder / RESULT).read_text(encoding="utf-8"))["options"]["images"]
-    except (OSError, ValueError, KeyError, TypeError):
+        old = read_object(folder / RESULT).get("options")
+    except UserError:
         return  # nothing that could be read is lost
+    if not isinstance(old, dict) or not isinstance(old := old.get("images"), str | None):
+        return
     before, now = (None if path is None else Path(path).resolve() for path in (old, options.images))
     told = "samples that were drawn" if old is None else f"the images in {old}"
     require(

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lpl.base.locks import alone_at
 from lpl.config import ModelConfig
 from lpl.errors import UserError
 from lpl.exporting.options import ExportConfig, Request, resolve
 from lpl.families import check_export
-from lpl.locks import alone_at
 
 MODEL_FLAG = "--pretrained_model_name_or_path"
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from lpl.config import ModelConfig, require
+from lpl.config import ModelConfig
+from lpl.config.checks import check_declared, option, require
 from lpl.config_io import CONFIG_FILE
 from lpl.errors import UserError
 from lpl.families import as_trained
@@ -24,15 +25,15 @@ class ExportConfig:
     merged into it. --to kohya: a run's LoRA, or that of --lora, as kohya's programs, ComfyUI and A1111 read it.
     """
 
-    source: str
+    source: str = option(MISSING, path=True)
     """A run's folder, a diffusers folder, a Hub id or one .safetensors file."""
     to: Literal["safetensors", "diffusers", "kohya"] = "safetensors"
     """Which form."""
-    output: str | None = None
+    output: str | None = option(None, path=True)
     """The file to write; for diffusers the folder."""
-    base: str | None = None
+    base: str | None = option(None, path=True)
     """For a run that trained a LoRA: the model it belongs to; unset: the one in the run's config.yaml."""
-    lora: str | None = None
+    lora: str | None = option(None, path=True)
     """A LoRA file, of diffusers' or kohya's naming, or the folder of a run that trained one."""
     lora_scale: float = 1.0
     """Strength of the LoRA in the merge."""
@@ -42,10 +43,12 @@ class ExportConfig:
     """Another VAE than the model's own: a diffusers folder or a Hub id."""
     variant: str | None = None
     """Variant of the model's weight files, such as fp16."""
-    single_file_config: str | None = None
+    single_file_config: str | None = option(None, path=True)
     """For a .safetensors file without network: a diffusers folder with that model's configs and tokenizers."""
 
     def __post_init__(self) -> None:
+        check_declared(self)
+        require(abs(self.lora_scale) < float("inf"), f"--lora_scale must be a number, not {self.lora_scale}")
         require(self.output is not None, "--output is missing: name the file (for --to diffusers the folder) to write")
         if self.to == "kohya":
             for name in ("dtype", "lora_scale", "pretrained_vae_model_name_or_path"):

@@ -12,6 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lpl.base.json_files import read_object
+from lpl.base.shapes import whole
 from lpl.config import ModelConfig, require
 from lpl.diffusion.latent_space import LatentSpace
 from lpl.errors import UserError
@@ -204,10 +206,10 @@ def check_sampling(config: ModelConfig, lora: Path | None) -> int | None:
     for part in ("unet", "transformer", "vae"):
         file = folder / part / "config.json"
         if file.is_file():
-            configs[part] = json.loads(file.read_text(encoding="utf-8"))
+            configs[part] = read_object(file, FLAG)
     size = configs.get("unet", configs.get("transformer", {})).get("sample_size")
     stride = _stride_of(configs.get("vae", {}))
-    return size * stride if isinstance(size, int) and stride else None
+    return size * stride if whole(1, 2**16).fits(size) and stride else None
 
 
 def check_guidance(config: ModelConfig, guidance_scale: float | None) -> float | None:
@@ -243,16 +245,15 @@ def vae_stride(config: ModelConfig) -> int | None:
     if not file.is_file():
         return None
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
+        return _stride_of(read_object(file))
+    except UserError:
         return None  # loading it will say more
-    return _stride_of(found) if isinstance(found, dict) else None
 
 
 def _stride_of(vae: Mapping[str, Any]) -> int | None:
     """By a VAE's config: every block but the last halves the size."""
     widths = vae.get("block_out_channels") or vae.get("encoder_block_out_channels")
-    return 2 ** (len(widths) - 1) if widths else None
+    return 2 ** (len(widths) - 1) if isinstance(widths, list) and 1 <= len(widths) <= 16 else None
 
 
 def load_for_sampling(
@@ -298,10 +299,9 @@ def _foreign(config: ModelConfig) -> str | None:
     if folder is None or not (folder / "model_index.json").is_file():
         return None
     try:
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    except ValueError:
+        kind = read_object(folder / "model_index.json").get("_class_name")
+    except UserError:
         return None
-    kind = index.get("_class_name") if isinstance(index, dict) else None
     return None if not isinstance(kind, str) or kind.startswith("StableDiffusionXL") else kind
 
 

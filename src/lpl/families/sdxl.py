@@ -36,6 +36,11 @@ logger = logging.getLogger("lpl")
 COMPONENTS = ("vae", "text_encoder", "text_encoder_2")
 LOADING = (SafetensorError, SingleFileComponentError)
 SAMPLING_STEPS = 25
+LOADING_ERRORS = (
+    OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, ArithmeticError, AssertionError,
+    ImportError, SafetensorError,
+)  # fmt: skip
+"""What the libraries raise of configs and weights that do not go together."""
 GUIDANCE_SCALE = 5.0
 
 
@@ -288,6 +293,7 @@ def load_pipeline(
                 **common,
             )
             set_schedule(pipeline, config)
+            _check_tokenizers(pipeline)
             return pipeline
         common |= {"revision": config.revision, "variant": config.variant, "use_safetensors": True}
         for part, cls in (("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)):
@@ -304,6 +310,7 @@ def load_pipeline(
         pipeline = StableDiffusionXLPipeline.from_pretrained(
             name, add_watermarker=False, dtype=parts, **left_out, **common
         )
+        _check_tokenizers(pipeline)
         for part in ("vae",) if encoders_only else ("unet", "vae"):
             absent = [key for key, weight in getattr(pipeline, part).named_parameters() if weight.is_meta]
             if absent:
@@ -312,10 +319,26 @@ def load_pipeline(
         return pipeline
 
 
+def _check_tokenizers(pipeline: Any) -> None:
+    """Refuses tokenizers that make more or other tokens than their text encoders know."""
+    for name in ("", "_2"):
+        tokenizer, known = getattr(pipeline, f"tokenizer{name}"), getattr(pipeline, f"text_encoder{name}").config
+        if not 3 <= tokenizer.model_max_length <= known.max_position_embeddings:
+            raise ValueError(
+                f"tokenizer{name} makes {tokenizer.model_max_length:.6g} tokens of a text (model_max_length), its text "
+                f"encoder takes {known.max_position_embeddings}"
+            )
+        special = [getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")]
+        if None in special or max([*special, *tokenizer.get_vocab().values()]) >= known.vocab_size:
+            raise ValueError(f"tokenizer{name} has tokens that its text encoder, of {known.vocab_size}, does not know")
+
+
 @contextmanager
 def named(flag: str, name: str) -> Iterator[None]:
     """Turns what loading raises into one line that names the flag."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, *LOADING) as error:
+    except Exception as error:
+        if type(error) is not Exception and not isinstance(error, LOADING_ERRORS):  # tokenizers raises no other class
+            raise
         raise UserError(f"{flag} {name}: {' '.join(str(error).split())[:400]}") from error

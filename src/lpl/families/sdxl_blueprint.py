@@ -10,7 +10,8 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from lpl.families.sdxl import SDXL, training_schedule
+from lpl.families.sdxl import SDXL, named, training_schedule
+from lpl.families.sdxl_check import FLAG
 from lpl.families.sdxl_lora import LORA_TARGETS, WITH_TEXT
 from lpl.families.sdxl_text import TOKENS_PER_CHUNK, usual_layer
 from lpl.families.sdxl_trainee import SDXLTrainee, token_fields
@@ -38,24 +39,31 @@ class SDXLBlueprint:
         self.lora_targets: Mapping[str, tuple[str, ...]] = WITH_TEXT if trains_text else LORA_TARGETS
         self._chunks = max_token_length // TOKENS_PER_CHUNK
         self.denoise = SDXL.denoise
-        self.noise_scheduler = training_schedule(configs["scheduler"])
+        with named(FLAG, "its scheduler"):
+            self.noise_scheduler = training_schedule(configs["scheduler"])
         self.latent_channels = int(configs["vae"].get("latent_channels", 4))
         self.stride = 2 ** (len(configs["vae"].get("block_out_channels", [64])) - 1)
-        self._text_configs = [CLIPTextConfig.from_dict(configs[part]) for part in ("text_encoder", "text_encoder_2")]
+        with named(FLAG, "its configs"):
+            self._text_configs = [
+                CLIPTextConfig.from_dict(configs[part]) for part in ("text_encoder", "text_encoder_2")
+            ]
 
     def denoiser(self) -> Any:
-        unet = UNet2DConditionModel.from_config(self._configs["unet"])
+        with named(FLAG, "the UNet of its configs"):
+            unet = UNet2DConditionModel.from_config(self._configs["unet"])
         if not self.trains_text:
             return unet
         first, second = self.text_encoders()
         return SDXLTrainee(unet, first, second, self._layer, force_zeros=False)
 
     def vae(self) -> Any:
-        return AutoencoderKL.from_config(self._configs["vae"]).eval().requires_grad_(False)
+        with named(FLAG, "the VAE of its configs"):
+            return AutoencoderKL.from_config(self._configs["vae"]).eval().requires_grad_(False)
 
     def text_encoders(self) -> list[nn.Module]:
         first, second = self._text_configs
-        return [CLIPTextModel(first).eval(), CLIPTextModelWithProjection(second).eval()]
+        with named(FLAG, "the text encoders of its configs"):
+            return [CLIPTextModel(first).eval(), CLIPTextModelWithProjection(second).eval()]
 
     def tokens(self, batch: int) -> Tensor:
         return torch.zeros(batch, self._text_configs[0].max_position_embeddings, dtype=torch.long)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
+from lpl.base.json_files import read_object
 from lpl.config import ModelConfig
 from lpl.errors import UserError
 from lpl.families import sdxl_configs
 from lpl.families.sdxl_file import FLAG, check_single_file, check_weights, read_header
 from lpl.families.sdxl_schedule import chosen_schedule
+from lpl.families.sdxl_shapes import check_shape
 
 PIPELINE = "StableDiffusionXLPipeline"
 VAE = "AutoencoderKL"
@@ -112,15 +113,22 @@ def native_resolution(configs: dict[str, Any]) -> int:
 
 
 def _read(read: Any, name: str) -> dict[str, Any]:
+    files = {part: f"{part}/config.json" for part in ("unet", "vae", "text_encoder", "text_encoder_2")}
+    files["scheduler"] = "scheduler/scheduler_config.json"
     index = read("model_index.json")
-    configs = {"unet": read("unet/config.json"), "vae": read("vae/config.json")}
-    configs["scheduler"] = read("scheduler/scheduler_config.json")
+    check_shape("model_index.json", index, f"{FLAG} {name}: model_index.json")
+    configs = {part: read(files[part]) for part in ("unet", "vae", "scheduler")}
     cls = index.get("_class_name")
     if index.get("requires_aesthetics_score") or (index.get("text_encoder") or [None])[0] is None:
         raise UserError(f"{FLAG} {name}: an SDXL refiner (no first text encoder); train the base model")
     if cls != PIPELINE and not (isinstance(cls, str) and cls.startswith("StableDiffusionXL")):
         raise UserError(f"{FLAG} {name}: model_index.json says {cls}; this trainer needs {PIPELINE}")
-    return configs | {part: read(f"{part}/config.json") for part in ("text_encoder", "text_encoder_2")}
+    if configs["unet"].get("addition_embed_type") != "text_time":
+        raise UserError(f"{FLAG} {name}: the UNet lacks SDXL's size conditioning (addition_embed_type text_time)")
+    configs |= {part: read(files[part]) for part in ("text_encoder", "text_encoder_2")}
+    for part, found in configs.items():
+        check_shape(files[part], found, f"{FLAG} {name}: {files[part]}")
+    return configs
 
 
 def _hub_reader(config: ModelConfig) -> Any:
@@ -143,15 +151,7 @@ def _hub_reader(config: ModelConfig) -> Any:
 
 
 def _read_json(file: Path, flag: str) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text())
-    except OSError as error:
-        raise UserError(f"{flag}: {file} cannot be read ({error.strerror})") from None
-    except ValueError:
-        raise UserError(f"{flag}: {file} is not JSON, or cut short") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{flag}: {file} is no JSON object")
-    return found
+    return read_object(file, f"{flag}:")
 
 
 def _check_complete(folder: Path, variant: str | None) -> None:
@@ -198,8 +198,6 @@ def _check_configs(configs: dict[str, Any], config: ModelConfig) -> None:
         )
     if channels != latent_channels:
         raise UserError(f"{FLAG} {name}: the UNet takes {channels} channels, the VAE's latents have {latent_channels}")
-    if unet.get("addition_embed_type") != "text_time":
-        raise UserError(f"{FLAG} {name}: the UNet lacks SDXL's size conditioning (addition_embed_type text_time)")
     kind = str(scheduler.get("_class_name"))
     if kind.startswith("EDM") or "FlowMatch" in kind:
         raise UserError(
@@ -240,6 +238,7 @@ def _check_vae(config: ModelConfig, configs: dict[str, Any]) -> None:
     if not file.is_file():
         raise UserError(f"--pretrained_vae_model_name_or_path {name}: no config.json in it")
     vae = _read_json(file, "--pretrained_vae_model_name_or_path")
+    check_shape("vae/config.json", vae, f"--pretrained_vae_model_name_or_path {name}: config.json")
     if vae.get("_class_name", VAE) != VAE:
         raise UserError(f"--pretrained_vae_model_name_or_path {name}: {vae['_class_name']}; this trainer needs {VAE}")
     weights = list(Path(name).glob("*.safetensors"))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lpl.base import tensor_header
 from lpl.config import ModelConfig
 from lpl.errors import UserError
 
@@ -33,25 +32,10 @@ PREDICTION, RESCALED = "lpl.prediction_type", "lpl.rescale_betas_zero_snr"
 
 
 def read_header(path: Path) -> dict[str, Any] | None:
-    """The header of a safetensors file; None where it is none, or cut short.
-
-    Every tensor in it has a dtype, a shape and its place; __metadata__, if there, are texts.
-
-    Raises:
-        UserError: a file that cannot be read.
-    """
+    """The header of a safetensors file; None where it is none, cannot be read, or is cut short."""
     try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(min(length, 100_000_000)))
-        tensors = [entry for name, entry in header.items() if name != "__metadata__"]
-        whole = path.stat().st_size >= 8 + length + max(entry["data_offsets"][1] for entry in tensors)
-        sound = all(isinstance(entry["dtype"], str) and isinstance(entry["shape"], list) for entry in tensors)
-        texts = all(isinstance(text, str) for text in header.get("__metadata__", {}).values())
-        return header if whole and sound and texts else None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except (struct.error, ValueError, AttributeError, TypeError, LookupError, RecursionError):
+        return tensor_header.read_header(path)
+    except UserError:
         return None
 
 

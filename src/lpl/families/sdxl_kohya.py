@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lpl.base.json_files import parse_json
+from lpl.base.shapes import number, require_shape
 from lpl.config import ModelConfig
 from lpl.errors import UserError
 from lpl.families.base import TrainedOn
@@ -48,9 +49,11 @@ def to_kohya(lora: Path, configs: Mapping[str, Any], title: str) -> tuple[dict[s
         with safe_open(lora, "pt") as content:
             tensors = {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118 (it is no dict)
             said = content.metadata() or {}
-            adapter = json.loads(said.get(METADATA, "{}"))
+            adapter = parse_json(said.get(METADATA, "{}"), f"{lora}: {METADATA}")
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{lora}: cannot be read as safetensors ({' '.join(str(error).split())})") from error
+    alphas = {f"{part}.lora_alpha?": number(0, 1e6) for part in PARTS}
+    require_shape(adapter, alphas, f"{lora}: {METADATA}", "train it anew, or merge it (--to safetensors)")
     for option in ("alpha_pattern", "use_rslora"):
         if any(adapter.get(f"{part}.{option}") for part in PARTS):
             raise UserError(f"{lora}: has peft's {option}, which is not renamed: merge it (--to safetensors)")
@@ -64,7 +67,7 @@ def to_kohya(lora: Path, configs: Mapping[str, Any], title: str) -> tuple[dict[s
             )
         end = next((end for end in ENDS if name.endswith(end)), None)
         part, _, module = name.removesuffix(end or "").partition(".")
-        if end is None or part not in PARTS:
+        if end is None or part not in PARTS or tensor.dim() < 2:
             raise UserError(
                 f"{lora}: holds {name}; only peft's naming (unet. or text_encoder. ... lora_A.weight) is renamed"
             )

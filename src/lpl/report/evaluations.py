@@ -118,6 +118,7 @@ def _spectra(setting: Setting, drawn: Drawn, told: str) -> list[Chart]:
         if not spectra:
             continue
         first = spectra[0]
+        spectra = [s for s in spectra if s["frequency"] == first["frequency"]]
         x = first["frequency"]
         power = [mean(values) for values in zip(*(s["samples"] for s in spectra), strict=True)]
         if not lines:

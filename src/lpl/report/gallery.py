@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from lpl.report.images import Embedded, embed_all
 from lpl.report.pictures import BEFORE, Key, Picture, gather_pictures
+from lpl.report.run_folder import inside
 from lpl.report.sources import Inputs
 
 LONG = 10**7
@@ -98,19 +99,22 @@ def _title(key: Key, keys: list[Key]) -> str:
 
 def _check_pictures(inputs: Inputs) -> tuple[list[tuple[str, Picture]], list[str]]:
     """Captions and pictures that the checks name, and lines on those that are gone."""
-    found = []
+    here, lost = [], []
     for check in inputs.checks:
         content, folder = check.content, check.file.parent
-        reconstruction = content.get("reconstruction") or {}
-        if reconstruction.get("file"):
-            caption = "What the VAE loses: real images, and decoded again"
-            found.append((caption, Picture(folder / reconstruction["file"])))
-        if (content.get("estimates") or {}).get("file"):
-            found.append(("The model's estimates, by noise level", Picture(folder / content["estimates"]["file"])))
-        for drawn in content.get("maps") or []:
-            found.append((f"{drawn['tap']}, timestep {drawn['t']}", Picture(folder / drawn["file"])))
-    here = [(caption, picture) for caption, picture in found if picture.file.is_file()]
-    return here, [f"{picture.file}: the picture is gone" for _, picture in found if not picture.file.is_file()]
+        named = [
+            ("What the VAE loses: real images, and decoded again", content.get("reconstruction") or {}),
+            ("The model's estimates, by noise level", content.get("estimates") or {}),
+            *((f"{drawn['tap']}, timestep {drawn['t']}", drawn) for drawn in content.get("maps") or []),
+        ]
+        for caption, drawn in named:
+            if name := drawn.get("file"):
+                file = inside(folder, name)
+                if file is not None and file.is_file():
+                    here.append((caption, Picture(file)))
+                else:
+                    lost.append(f"{folder / name}: the picture is gone")
+    return here, lost
 
 
 def _ends(gallery: Gallery, inputs: Inputs) -> tuple[int, int]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 
-from lpl.config import require
+from lpl.config.checks import check_declared, option, require
 
 PAGE = "report.html"
 
@@ -14,14 +14,15 @@ PAGE = "report.html"
 class ReportConfig:
     """Write one HTML page about runs, comparisons, evaluations and checks; it works from disk, without network."""
 
-    runs: tuple[str, ...]
+    runs: tuple[str, ...] = option(MISSING, path=True)
     """Folders that lpl train, compare, eval or check wrote; the first one named is what others are set against."""
-    output: str | None = None
+    output: str | None = option(None, path=True)
     """The HTML file; unset: report.html in the first folder."""
-    max_megabytes: float = 7.5
+    max_megabytes: float = option(7.5, most=10_000.0)
     """Largest size of the page; pictures are made smaller to keep below it."""
 
     def __post_init__(self) -> None:
+        check_declared(self)
         require(bool(self.runs), "name a folder to report on: lpl report RUN ...")
         require(self.max_megabytes >= 1, f"--max_megabytes must be at least 1, not {self.max_megabytes}")
 

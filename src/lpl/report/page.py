@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from lpl import __version__
+from lpl.base.terminal import printable
 from lpl.comparison.table import NOISE, chance_line
 from lpl.data.files import write_atomically
 from lpl.errors import UserError
@@ -40,7 +41,7 @@ def write_report(options: ReportConfig, announce: bool = True) -> Path:
     """
     check_page(options.page)
     inputs = read_inputs(options.runs)
-    page = render(inputs, int(options.max_megabytes * 10**6)).encode()
+    page = render(inputs, int(options.max_megabytes * 10**6)).encode("utf-8", "backslashreplace")
     try:
         write_atomically(options.page, page)
     except OSError as error:
@@ -117,6 +118,11 @@ def _comparison(result: Result, arms: dict[str, Group], final: str | None) -> di
     }
 
 
+def _shown(value: Any) -> Any:
+    """Text of users without characters that turn the direction of what stands around it; markup as it is."""
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
 def _environment() -> Environment:
     from lpl.analysis.check.options import WALK_TOLERANCE
     from lpl.report.findings import ABSCISSAE, metric_name, signed
@@ -126,6 +132,7 @@ def _environment() -> Environment:
         loader=PackageLoader("lpl.report", "template"),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=_shown,
         trim_blocks=True,
         lstrip_blocks=True,
     )

@@ -11,7 +11,7 @@ from PIL import Image
 from lpl.data.bad_image import BadImageError
 from lpl.data.decode import decode_image
 from lpl.data.picture_cells import Cell, read_cells
-from lpl.report.run_folder import RunFolder
+from lpl.report.run_folder import RunFolder, inside
 from lpl.report.sources import Group, Inputs, Result
 
 SHEETS = "samples"
@@ -23,6 +23,7 @@ class Picture(NamedTuple):
     """One picture: a file, or a part of one."""
 
     file: Path
+    """In the folder of what names it: see inside."""
     box: tuple[int, int, int, int] | None = None
     """None: all of it."""
 
@@ -97,8 +98,10 @@ def gather_pictures(inputs: Inputs) -> Pictures:
 def _add_run(table: Pictures, group: Group, alone: bool) -> None:
     run = group.runs[0]
     folder = run.path / SHEETS
-    steps = sorted((int(file.stem[5:]), file) for file in folder.glob("step-*.png") if file.stem[5:].isdigit())
-    for file in sorted(set(folder.glob("*.png")) - {file for _, file in steps}):
+    sheets = {file for file in folder.glob("*.png") if _is_inside(table, run.path, file)}
+    numbers = {file: file.stem[5:] for file in sheets if file.stem.startswith("step-")}
+    steps = sorted((int(n), file) for file, n in numbers.items() if n.isascii() and n.isdigit() and len(n) <= 18)
+    for file in sorted(sheets - {file for _, file in steps}):
         for cell in _cells(table, file) or []:
             column = cell.kind if alone or cell.kind == "real" else f"{group.name}: {cell.kind}"
             table.add(Key(cell.prompt, cell.seed), column, Picture(file, cell.box))
@@ -110,6 +113,14 @@ def _add_run(table: Pictures, group: Group, alone: bool) -> None:
     elif alone and last > first:
         _add_sheet(table, run, before, f"step {first}")
     _add_sheet(table, run, after, f"after (step {last})" if alone else group.name)
+
+
+def _is_inside(table: Pictures, folder: Path, file: Path) -> bool:
+    """Whether a picture is in the folder of its run; one that a link takes from elsewhere is noted."""
+    found = inside(folder, str(file.relative_to(folder))) is not None
+    if not found:
+        table.notes.append(f"{file}: leads out of {folder} and is not shown")
+    return found
 
 
 def _add_sheet(table: Pictures, run: RunFolder, file: Path, column: str) -> None:
@@ -137,11 +148,15 @@ def _cells(table: Pictures, file: Path) -> list[Cell] | None:
 
 def _add_eval(table: Pictures, group: Group, result: Result) -> None:
     """Its images, from beside eval.json where they were drawn, else from where --images was."""
-    images = result.content.get("images") or []
-    root, gone = Path(result.content.get("image_root") or result.file.parent), 0
+    images, home = result.content.get("images") or [], result.file.parent
+    root, gone = Path(result.content.get("image_root") or home), 0
+    if inside(home, str(root.absolute())) is None and root.exists():
+        told = "write eval.json to a folder above them to see them here"
+        table.notes.append(f"{result.file}: its images are not in its own folder but in {root}: {told}")
+        return
     for image in images:
-        file = root / str(image["file"])
-        if file.is_file():
+        file = inside(root, str(image["file"]))
+        if file is not None and file.is_file():
             key = Key(str(image.get("prompt") or ""), image.get("seed"), image.get("index"))
             table.add(key, group.name, Picture(file))
         else:

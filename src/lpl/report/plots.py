@@ -6,11 +6,12 @@ colour scheme, and its text is text.
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Sequence
-from html import escape
 from itertools import count
 
+from lpl.base.terminal import printable
 from lpl.report.marks import Chart, Line, Row
 from lpl.report.scales import Scale, scale_for, short
 
@@ -104,6 +105,11 @@ def interval_chart(
     key = [("swatch-noise", f"noise: {noises}")] if noises else []
     key += [("swatch-mark", f"{marks} (◂ ▸: beyond the axis)")] if used[4] else []
     return Chart(title, note, svg, [], [header[i] for i in keep], [[r[i] for i in keep] for r in table], key=key)
+
+
+def escape(text: str) -> str:
+    """A text as markup; what would turn the direction of the text around it is shown as an escape."""
+    return html.escape(printable(text))
 
 
 def _svg(title: str, description: str, height: float, content: str, kind: str = "lines") -> str:

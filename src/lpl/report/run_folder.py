@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from lpl.config_io import CONFIG_FILE, RECORD, is_config_of_run
+from lpl.config import TrainConfig
+from lpl.config_io import CONFIG_FILE, is_config_of_run, read_record
 from lpl.errors import UserError
+from lpl.written_files import VALIDATION, read_finished, read_validated
 
-FINISHED, VALIDATION = "finished.json", "validation.jsonl"
 RATE = "samples_per_second"
 
 
@@ -44,6 +42,15 @@ class RunFolder:
         return self.finished_step or max([*logged, *(row["step"] for row in self.validation), 0])
 
 
+def inside(folder: Path, name: str) -> Path | None:
+    """What a file in a folder calls by a name, where that is in the folder too: links followed, no way up or out."""
+    try:
+        found = (folder / name).resolve()
+        return folder / name if found.is_relative_to(folder.resolve()) and found.exists() else None
+    except (OSError, ValueError, RuntimeError):  # a name that no file can have, or links in a circle
+        return None
+
+
 def is_run(path: Path) -> bool:
     """Whether a folder holds a run of `lpl train`."""
     return is_config_of_run(path / CONFIG_FILE)
@@ -55,20 +62,13 @@ def read_run(path: Path) -> RunFolder:
     Raises:
         UserError: a config.yaml that is none of a run.
     """
-    file = path / CONFIG_FILE
-    try:
-        options = yaml.safe_load(file.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{file}: cannot be read ({' '.join(str(error).split())})") from error
-    if not isinstance(options, dict) or not isinstance(options.get(RECORD), dict):
-        raise UserError(f"{file}: was not written by lpl train")
-    environment = options.pop(RECORD)
+    options, environment = read_record(path / CONFIG_FILE)
     skipped: list[str] = []
-    scalars = _scalars(path / str(options.get("logging_dir", "logs")), path, skipped)
-    finished = _finished(path / FINISHED)
-    if finished is None:
+    scalars = _scalars(path, str(options.get("logging_dir", "logs")), skipped)
+    finished = read_finished(path) or {}
+    if not finished:
         skipped.append(f"{path}: the run has not ended; what it has so far is shown")
-    step, weights = finished or (None, None)
+    step, weights = finished.get("step"), finished.get("weights")
     return RunFolder(path, options, environment, step, weights, _validation(path, skipped), scalars, skipped)
 
 
@@ -84,7 +84,8 @@ def training_clock(run: RunFolder) -> list[tuple[int, float]]:
     if not rates:
         return clock
     processes = int(run.environment.get("processes", 1))
-    samples = int(run.options["train_batch_size"]) * int(run.options["gradient_accumulation_steps"]) * processes
+    options = TrainConfig().flat() | run.options
+    samples = options["train_batch_size"] * options["gradient_accumulation_steps"] * processes
     if len(rates) > 1:
         rates[0] = rates[0][0], rates[1][1]
     for here, rate in rates:
@@ -108,32 +109,26 @@ def seconds_at(clock: list[tuple[int, float]], step: int) -> float | None:
     return None
 
 
-def _finished(file: Path) -> tuple[int, str] | None:
-    try:
-        content = json.loads(file.read_text())
-        return int(content["step"]), str(content["weights"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
 def _validation(path: Path, skipped: list[str]) -> list[dict[str, Any]]:
     file, rows = path / VALIDATION, []
     if not file.is_file():
         skipped.append(f"{path}: no {VALIDATION}, as nothing was held out (--validation_samples)")
         return []
-    for number, line in enumerate(file.read_text().splitlines(), 1):
+    for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
+        if not line.strip():
+            continue
         try:
-            row = json.loads(line)
-            rows.append(row | {"step": int(row["step"]), "weights": str(row["weights"])})
-        except (ValueError, KeyError, TypeError):
-            skipped.append(f"{file}, line {number}: is no row of a validation")
+            rows.append(read_validated(line, f"{file}, line {number}"))
+        except UserError as error:
+            skipped.append(str(error))
     return sorted(rows, key=lambda row: int(row["step"]))
 
 
-def _scalars(logs: Path, path: Path, skipped: list[str]) -> dict[str, list[tuple[int, float]]]:
+def _scalars(path: Path, name: str, skipped: list[str]) -> dict[str, list[tuple[int, float]]]:
     """TensorBoard's scalars; of a step that was done twice, the later value."""
-    if not any(logs.glob("**/events.out.tfevents.*")):
-        skipped.append(f"{path}: no TensorBoard logs in {logs.name}/: curves of training are left out")
+    logs = inside(path, name)
+    if logs is None or not any(logs.glob("**/events.out.tfevents.*")):
+        skipped.append(f"{path}: no TensorBoard logs in {name}/: curves of training are left out")
         return {}
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

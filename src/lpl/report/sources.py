@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+from lpl import written_files
 from lpl.errors import UserError
-from lpl.report.run_folder import RunFolder, is_run, read_run
+from lpl.report.run_folder import RunFolder, inside, is_run, read_run
 
 KINDS = {"eval": "eval.json", "check": "check.json", "compare": "compare.json"}
 SLOTS = 8
@@ -141,9 +141,10 @@ def _read_comparison(inputs: Inputs, comparison: Result) -> None:
         inputs.groups.append(group)
         folders = []
         for run in arm.get("runs", []):
-            folder = home / run["folder"]
-            if not is_run(folder):
-                inputs.skipped.append(f"{folder}: the run's folder is gone; its figures are those of {comparison.file}")
+            folder = inside(home, run["folder"])
+            if folder is None or not is_run(folder):
+                told = f"{home / run['folder']}: the run's folder is gone"
+                inputs.skipped.append(f"{told}; its figures are those of {comparison.file}")
                 continue
             group.runs.append(read_run(folder))
             group.seeds.append(int(run["seed"]))
@@ -195,13 +196,7 @@ def read_result(file: Path, kind: str) -> Result:
     Raises:
         UserError: it cannot be read, or is of another kind.
     """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); run lpl {kind} again") from error
-    if not isinstance(content, dict) or content.get("kind") != kind:
-        raise UserError(f"{file}: was not written by lpl {kind}")
-    return Result(file, content)
+    return Result(file, written_files.read_result(file, kind))
 
 
 def _slot(inputs: Inputs) -> str:

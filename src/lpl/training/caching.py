@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from lpl.base.output_folder import Names, OutputFolder
 from lpl.config import TrainConfig
 from lpl.data.bad_files import FILE, is_list
 from lpl.data.folders import cache_dir
@@ -14,7 +15,6 @@ from lpl.data.lock import in_use
 from lpl.data.prepare import Processes, prepare_data
 from lpl.data.sources import open_regularisation, open_source, open_validation
 from lpl.families import load_family
-from lpl.output_folder import Names, OutputFolder
 from lpl.training.engine import build_accelerator
 from lpl.training.preflight import check_model, check_sizes
 from lpl.training.stopping import stoppable

@@ -22,6 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lpl.base.json_files import read_object
+from lpl.base.shapes import ANY, REST, TEXT, WHOLE, Shape, require_shape, whole
 from lpl.errors import TrainingStoppedError, UserError
 from lpl.training.ema import Average
 from lpl.training.manifest import FILE as MANIFEST
@@ -37,6 +39,12 @@ PATTERN = re.compile(r"checkpoint-(\d+)")
 STATE = "state.json"
 TEMPORARY = ".tmp-"
 DISCARDED = ".tmp-old-"
+KEPT: Shape = {
+    "step": whole(0, 2**53),
+    "optimizer": {"numbers": {REST: ANY}, "param_groups": [{"params": [WHOLE]}], "class?": TEXT},
+    "ema?": {"optimization_step": whole(0, 2**53)},
+}
+"""state.json, less what a run keeps there."""
 Tensors = Iterator[tuple[str, Iterable[tuple[str, Tensor]]]]
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -237,19 +245,23 @@ def load_checkpoint(
         UserError: a damaged checkpoint, one of another model or optimizer, or of a run with another EMA setting.
     """
     try:
-        state = json.loads((path / STATE).read_text())
+        state = read_object(path / STATE)
+        require_shape(state, KEPT, str(path / STATE), "resume from another checkpoint")
         saved = load_file(path / "model.safetensors")
         tensors = load_file(path / "optimizer.safetensors")
         shadow = load_file(path / "ema.safetensors") if "ema" in state else {}
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read ({reason(error)})") from error
-    if list(saved.keys() - parameters.keys()) or list(parameters.keys() - saved.keys()):
+    shapes = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
+    if {name: tuple(tensor.shape) for name, tensor in saved.items()} != shapes:
         raise UserError(
             f"{path}: holds other parameters than this run trains (another model, --rank, --lora_targets, --use_dora "
             "or --train_text_encoder)"
         )
     if (ema is None) != ("ema" not in state):
         raise UserError(f"{path}: was written {'with' if ema is None else 'without'} --use_ema")
+    if ema is not None and {name: tuple(tensor.shape) for name, tensor in shadow.items()} != shapes:
+        raise UserError(f"{path}: its average is of other parameters than this run trains")
     kept = state.pop("optimizer")
     _check_same_optimizer(path, kept, optimizer)
     with torch.no_grad():
@@ -257,7 +269,10 @@ def load_checkpoint(
             put(saved[name], parameter)
     if ema is not None:
         ema.load(state.pop("ema"), [local(split(shadow[name], p)) for name, p in parameters.items()])
-    load_optimizer(optimizer, join_optimizer(tensors, kept))
+    try:
+        load_optimizer(optimizer, join_optimizer(tensors, kept))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: its optimizer's state is not what was written ({reason(error)})") from error
     return state
 
 
@@ -266,6 +281,8 @@ def _check_same_optimizer(path: Path, kept: dict[str, Any], optimizer: Any) -> N
     if kept.get("class", own) != own:
         raise UserError(f"{path}: holds the state of {kept['class']}, not of this run's {own}: see --optimizer")
     sizes = [len(group["params"]) for group in kept["param_groups"]]
+    if [place for group in kept["param_groups"] for place in group["params"]] != list(range(sum(sizes))):
+        raise UserError(f"{path / STATE}: its parameters are not numbered one by one: resume from another checkpoint")
     own_sizes = getattr(optimizer, "group_sizes", None) or [len(group["params"]) for group in optimizer.param_groups]
     if sizes != own_sizes:
         raise UserError(f"{path}: groups parameters as {sizes}, this run as {own_sizes}: see --decay_all")

@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from lpl.base.output_folder import JUNK
+from lpl.base.shapes import REST, TEXT, difference, whole
 from lpl.data.files import checksum
 from lpl.data.files import sync_file as sync
-from lpl.output_folder import JUNK
 
+MANIFEST = {REST: {"bytes": whole(0), "xxh3_128": TEXT}}
 FILE = "manifest.json"
 
 
@@ -37,7 +39,10 @@ def damage(folder: Path, read: bool = True) -> str | None:
         read: read every byte; else only sizes are compared.
     """
     try:
-        files = json.loads((folder / FILE).read_text())
+        files = json.loads((folder / FILE).read_bytes())
+        fault = difference(files, MANIFEST)
+        if fault is not None:
+            return f"{FILE} is not what was written"
         for name, expected in files.items():
             size = (folder / name).stat().st_size
             if size != expected["bytes"]:
@@ -48,7 +53,7 @@ def damage(folder: Path, read: bool = True) -> str | None:
         return f"{Path(error.filename).name} is missing"
     except OSError as error:
         return f"{Path(error.filename or folder).name} cannot be read: {error.strerror}"
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, RecursionError, MemoryError):
         return f"{FILE} is not what was written"
     return None
 

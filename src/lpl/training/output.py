@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 
+from lpl.base.output_folder import Names, OutputFolder, Proof, check_apart, matches
 from lpl.config import TrainConfig
 from lpl.config_io import CONFIG_FILE, differences, is_config_of_run
 from lpl.data.bad_files import FILE as BAD_FILES
 from lpl.data.bad_files import is_list
 from lpl.errors import UserError
 from lpl.families import RESULT_NAMES
-from lpl.output_folder import Names, OutputFolder, Proof, check_apart, matches
 from lpl.training.launch import processes
 from lpl.training.manifest import FILE as MANIFEST
 from lpl.training.manifest import unlisted
+from lpl.written_files import FINISHED, VALIDATION, read_finished
 
 logger = logging.getLogger("lpl")
 
-FINISHED, VALIDATION, SAMPLES, SAVED, RESULT = "finished.json", "validation.jsonl", "samples", "saved", ".tmp-result"
+SAMPLES, SAVED, RESULT = "samples", "saved", ".tmp-result"
 CHECKPOINTS = "checkpoint-#/"
 KOHYA = "_kohya.safetensors"
 """How the file's name ends that has a LoRA under the names that kohya's programs gave them."""
@@ -181,10 +181,8 @@ def check_writable(config: TrainConfig) -> None:
 
 def finished_at(folder: Path) -> int | None:
     """The step at which the run in a folder ended, or None."""
-    try:
-        return int(json.loads((folder / FINISHED).read_text())["step"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    found = read_finished(folder)
+    return None if found is None else int(found["step"])
 
 
 def _adopts(output: OutputFolder) -> Proof:

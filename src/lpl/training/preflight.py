@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lpl.base.locks import alone_in
 from lpl.config import OPTIMIZERS, ModelConfig, TrainConfig
 from lpl.data.buckets import image_sizes
 from lpl.data.decode import parse_color
@@ -18,7 +19,6 @@ from lpl.data.lock import in_use
 from lpl.data.sources import Source, open_regularisation, open_source, open_validation
 from lpl.errors import UserError
 from lpl.families import model_configs, native_resolution, plan_configs
-from lpl.locks import alone_in
 from lpl.training.launch import check_launch, processes
 from lpl.training.objective_checks import objective_rules, warn_of_objective
 from lpl.training.output import check_inputs_apart, check_output, check_writable

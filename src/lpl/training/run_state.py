@@ -10,17 +10,46 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from lpl.base.shapes import FLAG, NULL, REST, TEXT, Kind, Shape, require_shape, whole
 from lpl.config import TrainConfig
 from lpl.errors import UserError
 from lpl.perceptual.objective import PerceptualObjective
-from lpl.training.checkpoint import find_checkpoint, load_checkpoint, prune_checkpoints, recover, save_checkpoint
+from lpl.training.checkpoint import (
+    STATE,
+    find_checkpoint,
+    load_checkpoint,
+    prune_checkpoints,
+    reason,
+    recover,
+    save_checkpoint,
+)
 from lpl.training.nonfinite import FiniteGuard
 from lpl.training.optimizers import bare, coefficients
 from lpl.training.output import finished_at
 from lpl.training.tracking import Tracker
 from lpl.training.trained import Trained
+from lpl.written_files import MEASURED
 
 logger = logging.getLogger("lpl")
+
+COUNT = whole(0, 2**53)
+TWO = Kind("two numbers", lambda v: isinstance(v, list) and len(v) == 2 and all(map(MEASURED.fits, v)))
+KEPT: Shape = {
+    "data": TEXT,
+    "division": {name: whole(1, 2**31) for name in ("samples", "micro-batches", "processes")},
+    "skips": COUNT,
+    "tracker": {
+        "windows": [{REST: [(MEASURED, TEXT, NULL)]}],
+        "logged_at": COUNT,
+        "squares": TWO,
+        "gated": MEASURED,
+        "warned": FLAG,
+    },
+    "schedule": {"last_epoch": COUNT},
+    "auto_weight": ({"fixed": FLAG, "measured": COUNT, "weight": MEASURED, "squares": (TWO, NULL)}, NULL),
+    "scaler": ({}, NULL),
+}
+"""What a run keeps in state.json."""
 
 
 @dataclass
@@ -90,18 +119,40 @@ class RunState:
             if finished_at(self.folder) is not None:
                 logger.warning("%s: the finished run left no checkpoint, so training starts over", self.folder)
             return 0
-        schedule, optimizer = self.trained.schedule, self.trained.optimizer
-        rates, options = list(schedule.base_lrs), coefficients(bare(optimizer))
+        optimizer = self.trained.optimizer
+        options = coefficients(bare(optimizer))
         state = load_checkpoint(path, self.trained.parameters, optimizer, self.trained.ema)
+        require_shape(state, KEPT, str(path / STATE), "resume from another checkpoint")
         step = int(state["step"])
         self._check(path, state)
-        schedule.load_state_dict(state["schedule"])
+        try:
+            self._put(path, state, step, options)
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+            raise UserError(f"{path / STATE}: is not what was written ({reason(error)})") from error
+        if self.accelerator.is_main_process and choice in (None, "latest"):
+            # A kill may have come between a checkpoint and the removal of the one before it.
+            prune_checkpoints(self.folder, path, self.config.run.checkpoints_total_limit)
+        logger.info("continuing from %s at step %d of %d", path, step, self.num_steps)
+        return step
+
+    def _put(self, path: Path, state: dict[str, Any], step: int, options: list[dict[str, Any]]) -> None:
+        """Puts in place what a checkpoint has beside parameters, moments and average.
+
+        Args:
+            path: of the checkpoint.
+            state: its numbers.
+            step: at which it is.
+            options: the optimizer's coefficients before its state was loaded, which are this run's.
+        """
+        schedule, optimizer = self.trained.schedule, self.trained.optimizer
+        rates, own = list(schedule.base_lrs), schedule.state_dict()
+        schedule.load_state_dict({key: value for key, value in state["schedule"].items() if key in own})
         # Rates and coefficients are this run's; the checkpoint may be another's.
         schedule.base_lrs = rates
         current = [rate * f(schedule.last_epoch) for rate, f in zip(rates, schedule.lr_lambdas, strict=True)]
         schedule._last_lr = current
-        for group, own, rate in zip(optimizer.param_groups, options, current, strict=True):
-            group |= own | {"lr": rate}
+        for group, kept, rate in zip(optimizer.param_groups, options, current, strict=True):
+            group |= kept | {"lr": rate}
         if self.objective is not None and self.objective.auto is not None and state["auto_weight"] is not None:
             self.objective.auto.load_state_dict(state["auto_weight"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
@@ -110,11 +161,6 @@ class RunState:
             self._tell_threads(path, state.get("threads"))
             self.saved_at, self.guard.skips = step, state["skips"]
             self.tracker.load_state_dict(state["tracker"])
-        if self.accelerator.is_main_process and choice in (None, "latest"):
-            # A kill may have come between a checkpoint and the removal of the one before it.
-            prune_checkpoints(self.folder, path, self.config.run.checkpoints_total_limit)
-        logger.info("continuing from %s at step %d of %d", path, step, self.num_steps)
-        return step
 
     def _tell_threads(self, path: Path, before: int | None) -> None:
         """Sums on a CPU are taken in as many parts as there are threads."""
@@ -147,7 +193,8 @@ class RunState:
                 "was trained on other images or captions than --train_data_dir or --dataset_name now holds, or others "
                 "were held out"
             )
-        before, now = state["division"], self._division()
+        now = self._division()
+        before = {name: state["division"][name] for name in now}
         told = [" x ".join(f"{count} {name}" for name, count in each.items()) for each in (before, now)]
         if _product(before) != _product(now):
             changed.append(f"was trained with {_product(before)} samples a step ({told[0]}), not {_product(now)}")

@@ -10,11 +10,12 @@ from pathlib import Path
 
 from torch import Tensor
 
+from lpl.base.output_folder import OutputFolder
 from lpl.errors import TrainingStoppedError, UserError
 from lpl.exporting.tensor_file import write_tensors
-from lpl.output_folder import OutputFolder
-from lpl.training.output import FINISHED, RESULT, SAVED
+from lpl.training.output import RESULT, SAVED
 from lpl.training.weights import Weights
+from lpl.written_files import FINISHED
 
 ALL_WEIGHTS = "a folder for diffusers; `lpl export` makes the file for ComfyUI, A1111 and Forge"
 """Which result is for which programs, where all weights were trained."""

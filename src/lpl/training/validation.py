@@ -23,12 +23,13 @@ from lpl.config import TrainConfig
 from lpl.data.files import write_atomically
 from lpl.data.picture_cells import KEY, cells_note
 from lpl.data.prompts import Prompt
-from lpl.errors import StopRequestedError, UserError
+from lpl.errors import StopRequestedError
 from lpl.training.held_out_loss import HeldOutLoss
 from lpl.training.sharded import forget_gathered
 from lpl.training.stopping import Stop
 from lpl.training.validation_images import ImageDrawer, label_grid
 from lpl.training.weights import Weights
+from lpl.written_files import read_validated
 
 logger = logging.getLogger("lpl")
 
@@ -192,13 +193,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            row = json.loads(line)
-            row["step"], row["weights"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}, line {number}: is no row of a validation: move the file away") from error
-        rows.append(row)
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if line.strip():
+            rows.append(read_validated(line, f"{path}, line {number}"))
     return rows
 
 

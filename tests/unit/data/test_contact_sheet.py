@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -226,6 +227,17 @@ def test_long_names_keep_both_ends() -> None:
     assert font_for(short, 13).getlength(short) <= 200
     assert shorten("short.png", 150, 13) == "short.png"
     assert shorten("x" * 500, 2, 13) == "..."
+
+
+def test_texts_of_any_length_are_cut_in_time() -> None:
+    """A word of 200,000 letters: what is not shown is not measured."""
+    started = time.monotonic()
+    for text in ("w" * 200_000, "w" * 50 + " " + "w" * 200_000, "\u0301" * 20_000, "w " * 100_000):
+        lines = wrap(text, 256, 13, 12)
+        assert len(lines) <= 12
+        assert shorten(text, 256, 13).count("...") == 1
+    assert wrap("w" * 200_000, 256, 13, 12)[-1].endswith("...")
+    assert time.monotonic() - started < 5
 
 
 @pytest.mark.parametrize(

@@ -152,14 +152,18 @@ def test_pictures_are_what_is_measured(tmp_path: Path) -> None:
     assert np.array_equal(Picture(tmp_path / "turned.png").read(), np.rot90(np.asarray(colour), -1))
 
 
-def test_images_on_disk_are_found_where_they_were(tmp_path: Path) -> None:
-    """An evaluation of --images keeps eval.json elsewhere; what is gone is said."""
-    for folder in ("drawn", "there"):
+def test_images_are_taken_from_below_what_names_them(tmp_path: Path) -> None:
+    """What is gone is said; a page shows nothing from beyond the folder of the eval.json, however it is named."""
+    for folder in ("drawn", "above/there", "elsewhere"):
         (tmp_path / folder / "a").mkdir(parents=True)
         noise(1).save(tmp_path / folder / "a" / "0.png")
-    images = [{"prompt": "x", "seed": None, "index": i, "file": f"a/{i}.png"} for i in range(3)]
-    roots = {"drawn": None, "there": str(tmp_path / "there")}
-    files = {"drawn": tmp_path / "drawn" / "eval.json", "there": tmp_path / "out" / "eval.json"}
+    (tmp_path / "drawn" / "a" / "out.png").symlink_to(tmp_path / "elsewhere" / "a" / "0.png")
+    outside = [str(tmp_path / "elsewhere" / "a" / "0.png"), "../elsewhere/a/0.png", "a/out.png", "x" * 300, "a\0"]
+    names = ["a/0.png", "a/1.png", *outside]
+    images = [{"prompt": "x", "seed": None, "index": i, "file": name} for i, name in enumerate(names)]
+    roots = {"drawn": None, "above": str(tmp_path / "above" / "there"), "elsewhere": str(tmp_path / "elsewhere")}
+    files = {name: tmp_path / name / "eval.json" for name in ("drawn", "above")}
+    files["elsewhere"] = tmp_path / "drawn" / "eval.json"
     groups = [
         Group(name, "1", evals=[Result(files[name], {"images": images, "image_root": root})])
         for name, root in roots.items()
@@ -167,8 +171,28 @@ def test_images_on_disk_are_found_where_they_were(tmp_path: Path) -> None:
     table = gather_pictures(Inputs(groups))
     picture = Path("a") / "0.png"
     assert table.rows == {
-        Key("x", None, 0): {name: Picture(tmp_path / name / picture) for name in roots},
+        Key("x", None, 0): {
+            "drawn": Picture(tmp_path / "drawn" / picture),
+            "above": Picture(tmp_path / "above" / "there" / picture),
+        },
     }
     assert table.notes == [
-        f"{files[name]}: 2 of its 3 images are gone from {tmp_path / name}" for name in ("drawn", "there")
+        f"{files['drawn']}: 6 of its 7 images are gone from {tmp_path / 'drawn'}",
+        f"{files['above']}: 6 of its 7 images are gone from {tmp_path / 'above' / 'there'}",
+        f"{files['elsewhere']}: its images are not in its own folder but in {tmp_path / 'elsewhere'}: write eval.json "
+        "to a folder above them to see them here",
     ]
+
+
+def test_sheets_and_checks_do_not_lead_out_of_their_folder(tmp_path: Path) -> None:
+    """A link among a run's samples, and a check.json that names a picture elsewhere: noted, not embedded."""
+    (tmp_path / "run" / "samples").mkdir(parents=True)
+    (tmp_path / "check").mkdir()
+    noise(1).save(tmp_path / "secret.png")
+    (tmp_path / "run" / "samples" / "step-0000001.png").symlink_to(tmp_path / "secret.png")
+    run = RunFolder(tmp_path / "run", {}, {}, None, None, [], {})
+    check = Result(tmp_path / "check" / "check.json", {"estimates": {"file": "../secret.png"}})
+    gallery = build_gallery(Inputs([Group("run", "1", [run])], checks=[check]), 10**6)
+    assert (gallery.rows, gallery.of_checks) == ([], [])
+    assert any("step-0000001.png: leads out of" in note for note in gallery.notes)
+    assert any("secret.png: the picture is gone" in note for note in gallery.notes)

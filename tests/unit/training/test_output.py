@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
+from lpl.base.locks import alone_in
+from lpl.base.output_folder import RECORD
 from lpl.errors import TrainingStoppedError, UserError
-from lpl.locks import alone_in
-from lpl.output_folder import RECORD
 from lpl.parsing import parse_train
 from lpl.training.output import output_of
 from lpl.training.run_state import RunState

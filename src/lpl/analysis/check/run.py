@@ -6,7 +6,6 @@ import io
 import json
 import logging
 import math
-import sys
 import time
 from dataclasses import replace
 from itertools import pairwise
@@ -24,14 +23,14 @@ from lpl.analysis.check.maps import draw_estimates, draw_maps, layer_maps
 from lpl.analysis.check.options import FEWEST, CheckConfig
 from lpl.analysis.check.suggest import suggestion
 from lpl.analysis.check.table import table
+from lpl.base.locks import alone_in
+from lpl.base.output_folder import Names, OutputFolder, kind_of
 from lpl.config import TrainConfig
 from lpl.config_io import CHECK_REPORT, environment
 from lpl.data.files import write_atomically
 from lpl.data.lettering import printable
 from lpl.errors import UserError
 from lpl.families import load_family, plan_configs
-from lpl.locks import alone_in
-from lpl.output_folder import Names, OutputFolder, kind_of
 from lpl.report.options import PAGE, ReportConfig
 from lpl.training.engine import build_accelerator, build_objective
 from lpl.training.preflight import Checked, check_data, processes
@@ -78,11 +77,8 @@ def run_check(options: CheckConfig) -> None:
         from lpl.report.page import write_report
 
         page = write_report(ReportConfig((str(folder),)), announce=False)
-    encoding = sys.stdout.encoding or "utf-8"
-    printed = (
-        f"{table(found)}\nwritten      {folder / NUMBERS} and its pictures\npage         {page}: open it in a browser"
-    )
-    print(printed.encode(encoding, "backslashreplace").decode(encoding))
+    print(table(found))
+    print(f"written      {folder / NUMBERS} and its pictures\npage         {page}: open it in a browser")
     if found["faults"]:
         raise UserError(found["faults"][0])
 

@@ -9,7 +9,8 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from typing import BinaryIO, NamedTuple
 
-from lpl.base.text import decode, parse_json
+from lpl.base.json_files import parse_row
+from lpl.base.text import decode
 from lpl.config import require
 from lpl.data.sources.base import IMAGE_SUFFIXES, captions_of, one_line
 from lpl.data.sources.listing import PICTURE_SUFFIXES
@@ -123,8 +124,7 @@ def captions_in(
     """
     keys = ""
     if entry.json is not None:
-        fields = parse_json(_text(file, entry.json, f"{where}.json"), f"{where}.json", "make the shard anew")
-        require(isinstance(fields, dict), f"{where}.json: not a JSON object: make the shard anew")
+        fields = parse_row(_text(file, entry.json, f"{where}.json"), f"{where}.json", "make the shard anew")
         if fields.get(caption_column) is not None or (caption_column in fields and entry.text is None):
             return captions_of(fields[caption_column], f"{where}.json", instance_prompt)
         keys = f" (keys of its .json: {', '.join(fields) or 'none'})"

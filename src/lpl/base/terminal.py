@@ -1,0 +1,82 @@
+"""What reaches the terminal: text that users hand over may hold control characters, which it would obey."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters but tab and newline, separators of lines, what turns the direction of writing, half pairs."""
+LONGEST = 4000
+"""Letters of a line."""
+BARS = re.compile("(\r|\x1b\\[A)")
+"""What a progress bar needs to draw over itself."""
+
+
+def printable(text: str) -> str:
+    r"""A text with escapes such as \x1b or \u202e in the place of what a terminal would obey; lines stay lines."""
+    return UNPRINTABLE.sub(lambda found: _escape(found[0]), text)
+
+
+def one_line(text: str) -> str:
+    """The same on a single line, of which the middle is left out where nobody would read it."""
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
+    return printable(text.replace("\n", "\\n").replace("\t", " "))
+
+
+def _escape(letter: str) -> str:
+    return f"\\x{ord(letter):02x}" if ord(letter) < 256 else f"\\u{ord(letter):04x}"
+
+
+class Screen:
+    """A text stream that writes what is printable, and nothing that its encoding lacks.
+
+    Args:
+        raw: the stream below it; all else goes there.
+        bars: whether progress bars are drawn on it.
+    """
+
+    def __init__(self, raw: Any, bars: bool) -> None:
+        self.raw, self._bars = raw, bars
+
+    def write(self, text: str) -> int:
+        """Writes a text; returns its length."""
+        parts = BARS.split(text) if self._bars else [text]
+        shown = "".join(part if number % 2 else printable(part) for number, part in enumerate(parts))
+        encoding = self.encoding or "utf-8"
+        self.raw.write(shown.encode(encoding, "backslashreplace").decode(encoding))
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        """Writes texts one after another."""
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.raw, name)
+
+
+@contextlib.contextmanager
+def printable_streams() -> Iterator[None]:
+    """Everything that is printed or logged meanwhile is made printable; a record of the logger "lpl" stays one line."""
+    logger = logging.getLogger("lpl")
+    if _as_one_line not in logger.filters:
+        logger.addFilter(_as_one_line)
+    out, err = Screen(sys.stdout, bars=False), Screen(sys.stderr, bars=True)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        yield
+
+
+def _as_one_line(record: logging.LogRecord) -> bool:
+    record.msg, record.args = one_line(record.getMessage()), None
+    return True
+
+
+def as_it_is() -> contextlib.AbstractContextManager[Any]:
+    """For text of the program's own that is drawn with a terminal's means, such as the colours of --help."""
+    return contextlib.redirect_stdout(getattr(sys.stdout, "raw", sys.stdout))
