@@ -34,11 +34,10 @@ from lpl.families.sdxl_trainee import SDXLTrainee, denoise, parts_of, token_fiel
 logger = logging.getLogger("lpl")
 
 COMPONENTS = ("vae", "text_encoder", "text_encoder_2")
-LOADING = (SafetensorError, SingleFileComponentError)
 SAMPLING_STEPS = 25
 LOADING_ERRORS = (
     OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, ArithmeticError, AssertionError,
-    ImportError, SafetensorError,
+    ImportError, SafetensorError, SingleFileComponentError,
 )  # fmt: skip
 """What the libraries raise of configs and weights that do not go together."""
 GUIDANCE_SCALE = 5.0
