@@ -18,7 +18,7 @@ from lpl.parsing import parse_train
 def test_a_resolution_of_a_hundred_million_is_refused_at_once(run_cli: Any) -> None:
     started = time.monotonic()
     code, _, err = run_cli(["train", "--resolution=100000000", "--dry_run"])
-    assert (code, err) == (2, "error: --resolution must be at most 16384, not 100000000\n")
+    assert (code, err) == (2, "error: --resolution must be at most 4096, not 100000000\n")
     assert time.monotonic() - started < 10
 
 

@@ -10,8 +10,8 @@ from lpl.errors import UserError
 
 MOST = 10**12
 """Of a whole number that declares no bound of its own."""
-MOST_PIXELS = 2**14
-"""Side of the largest images: one in float32 takes 3 GiB, and the arithmetic of a plan still ends."""
+MOST_PIXELS = 2**12
+"""Side of the largest images: a plan, whose time grows with the area, answers within a minute or two."""
 LONGEST_NAME, LONGEST_PATH = 255, 4095
 """Bytes that file systems take."""
 
