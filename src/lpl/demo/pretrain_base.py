@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from lpl.demo.architecture import build_scheduler, build_text_encoders, build_tokenizers, build_unet
 from lpl.demo.photographs import IMAGE_SIZE, all_captions, random_crops, to_tensor, training_crops
-from lpl.demo.timed_run import TimedRun
+from lpl.demo.training_run import TrainingRun
 
 BATCH_SIZE = 32
 NUM_RANDOM_CROPS = 3000
@@ -86,7 +86,7 @@ def tokenize(captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
     return first, second
 
 
-def train_base(vae: AutoencoderKL, checkpoint: Path, minutes: float) -> BaseModel:
+def train_base(vae: AutoencoderKL, checkpoint: Path, steps: int) -> BaseModel:
     """Train UNet and text encoders from scratch, or from their checkpoint on, and return the averaged weights.
 
     Mean squared error of the predicted noise, timesteps uniform; a tenth of the captions is dropped as SDXL's
@@ -95,13 +95,11 @@ def train_base(vae: AutoencoderKL, checkpoint: Path, minutes: float) -> BaseMode
     Args:
         vae: the frozen autoencoder.
         checkpoint: file to resume from and to save to.
-        minutes: budget of training time.
+        steps: how many.
     """
     torch.manual_seed(0)
     model = BaseModel()
-    run = TimedRun(model, checkpoint, minutes, learning_rate=1e-3, weight_decay=0.01)
-    if run.is_spent:
-        return run.average
+    run = TrainingRun(model, checkpoint, steps, learning_rate=1e-3, weight_decay=0.01)
     captions = all_captions()
     data = encode_crops(vae, captions)
     ids, ids_2 = tokenize(captions)
