@@ -35,25 +35,28 @@ LEFT_OUT = re.compile(
     r"|toys/dreidel|musical_notes|^symbols"
 )
 SIGNS = re.compile(
-    r"\b(ARROW|SYMBOL|SQUARE|LETTER|CLOCK FACE|MODIFIER|KEYCAP|TRIANGLE|CIRCLE|MARK|ARIES|TAURUS|GEMINI|CANCER|LEO|VIRGO"
-    r"|LIBRA|SCORPIUS|SAGITTARIUS|CAPRICORN|AQUARIUS|PISCES|ARROWS|IDEOGRAPH|INPUT|DIGIT|SUIT|BUTTON|SIGN|LOOP"
+    r"\b(ARROW|SYMBOL|SQUARE|LETTER|CLOCK FACE|MODIFIER|KEYCAP|TRIANGLE|CIRCLE|MARK|ARIES|TAURUS|GEMINI|CANCER|LEO"
+    r"|VIRGO|LIBRA|SCORPIUS|SAGITTARIUS|CAPRICORN|AQUARIUS|PISCES|ARROWS|IDEOGRAPH|INPUT|DIGIT|SUIT|BUTTON|SIGN|LOOP"
     r"|POINTING|DIAMOND|REGIONAL|DOUBLE|OPHIUCHUS|ALIEN MONSTER|NO|CJK|KATAKANA|SQUARED|CHECK|RECYCLING)\b"
 )
 EMOJI_FOLDERS = (
-    (0x1F300, 0x1F32C, "weather"), (0x1F32D, 0x1F32F, "food"), (0x1F330, 0x1F344, "plants"), (0x1F345, 0x1F37F, "food"),
-    (0x1F380, 0x1F3CF, "recreation"), (0x1F3D0, 0x1F3D3, "sports"), (0x1F3D4, 0x1F3F0, "buildings"),
-    (0x1F3F8, 0x1F3FA, "sports"), (0x1F400, 0x1F43F, "animals"), (0x1F440, 0x1F450, "body"), (0x1F451, 0x1F463, "clothing"),
-    (0x1F464, 0x1F487, "people"), (0x1F488, 0x1F4FF, "objects"), (0x1F500, 0x1F5FA, "objects"),
-    (0x1F600, 0x1F644, "faces"), (0x1F645, 0x1F64F, "people"), (0x1F680, 0x1F6A4, "vehicles"), (0x1F6A5, 0x1F6FF, "objects"),
-    (0x1F90C, 0x1F91F, "body"), (0x1F920, 0x1F92F, "faces"), (0x1F930, 0x1F939, "people"), (0x1F93A, 0x1F94F, "sports"),
-    (0x1F950, 0x1F96F, "food"), (0x1F970, 0x1F97A, "faces"), (0x1F97B, 0x1F97F, "clothing"), (0x1F980, 0x1F9AE, "animals"),
-    (0x1F9B4, 0x1F9C0, "body"), (0x1F9C1, 0x1F9CB, "food"), (0x1F9CC, 0x1F9DF, "people"), (0x1F9E0, 0x1F9FF, "objects"),
-    (0x1FA70, 0x1FA7C, "clothing"), (0x1FA80, 0x1FAAC, "objects"), (0x1FAB0, 0x1FAB3, "animals"), (0x1FAB4, 0x1FABB, "plants"),
-    (0x1FABD, 0x1FACF, "animals"), (0x1FAD0, 0x1FADF, "food"), (0x1FAE0, 0x1FAEF, "faces"), (0x1FAF0, 0x1FAFF, "body"),
+    (0x1F300, 0x1F32C, "weather"), (0x1F32D, 0x1F32F, "food"), (0x1F330, 0x1F344, "plants"),
+    (0x1F345, 0x1F37F, "food"), (0x1F380, 0x1F3CF, "recreation"), (0x1F3D0, 0x1F3D3, "sports"),
+    (0x1F3D4, 0x1F3F0, "buildings"), (0x1F3F8, 0x1F3FA, "sports"), (0x1F400, 0x1F43F, "animals"),
+    (0x1F440, 0x1F450, "body"), (0x1F451, 0x1F463, "clothing"), (0x1F464, 0x1F487, "people"),
+    (0x1F488, 0x1F4FF, "objects"), (0x1F500, 0x1F5FA, "objects"), (0x1F600, 0x1F644, "faces"),
+    (0x1F645, 0x1F64F, "people"), (0x1F680, 0x1F6A4, "vehicles"), (0x1F6A5, 0x1F6FF, "objects"),
+    (0x1F90C, 0x1F91F, "body"), (0x1F920, 0x1F92F, "faces"), (0x1F930, 0x1F939, "people"),
+    (0x1F93A, 0x1F94F, "sports"), (0x1F950, 0x1F96F, "food"), (0x1F970, 0x1F97A, "faces"),
+    (0x1F97B, 0x1F97F, "clothing"), (0x1F980, 0x1F9AE, "animals"), (0x1F9B4, 0x1F9C0, "body"),
+    (0x1F9C1, 0x1F9CB, "food"), (0x1F9CC, 0x1F9DF, "people"), (0x1F9E0, 0x1F9FF, "objects"),
+    (0x1FA70, 0x1FA7C, "clothing"), (0x1FA80, 0x1FAAC, "objects"), (0x1FAB0, 0x1FAB3, "animals"),
+    (0x1FAB4, 0x1FABB, "plants"), (0x1FABD, 0x1FACF, "animals"), (0x1FAD0, 0x1FADF, "food"),
+    (0x1FAE0, 0x1FAEF, "faces"), (0x1FAF0, 0x1FAFF, "body"),
 )  # fmt: skip
 """Of ranges of code points what they show: the names alone seldom say it."""
 PHOTOGRAPHED_COLORS, PHOTOGRAPHED_FLAT = 0.05, 0.6
-"""A photographed stamp has at least so many colours a pixel, and at most this share of pixels equal to their neighbour."""
+"""A photographed stamp has at least so many colours a pixel, and at most this share of pixels like their neighbour."""
 MIN_COVERED, MIN_COLORS = 0.12, 24
 """Of the square a picture is laid on: the least share that is not white, and the least number of (5-bit) colours."""
 ALIKE = 14.0

@@ -8,22 +8,28 @@ FOLDER has data/ and packages/ of the stage fetch. Each goes on from its checkpo
 
 from __future__ import annotations
 
+import json
+import os
 import random
 import sys
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from PIL import Image, ImageOps
 
 from benchmarks.quality.pictures import Picture, selected
-from lpl.demo.architecture import build_vae
+from lpl.demo.architecture import build_scheduler, build_tokenizers, build_vae
 from lpl.demo.photographs import to_tensor
+from lpl.demo.pretrain_base import BaseModel, encode_crops, fit_base
 from lpl.demo.pretrain_vae import fit_vae, reconstruct
 from lpl.demo.training_run import TrainingRun
 from lpl.demo.weights import load_component
 
 VAE_STEPS = 6_000
+DENOISER_STEPS, BATCH = 60_000, 64
+UNET_WIDTHS = (96, 144)
+LEARNING_RATE = 8e-4
 
 
 def draw_views(pictures: list[Picture], count: int, rng: random.Random) -> list[Image.Image]:
@@ -52,7 +58,8 @@ def train_vae(pictures: list[Picture], folder: Path, steps: int = VAE_STEPS) -> 
         std = torch.cat([trained.encode(batch).latent_dist.mode() for batch in views]).std().item()
     trained.register_to_config(scaling_factor=1.0 / std)
     trained.save_pretrained(folder / "vae")
-    print(f"scaling factor {1 / std:.4f}, held-out PSNR {psnr(trained, [p for p in pictures if p.held_out]).mean():.2f} dB")
+    held_out = psnr(trained, [p for p in pictures if p.held_out])
+    print(f"scaling factor {1 / std:.4f}, held-out PSNR {held_out.mean():.2f} dB")
     return trained
 
 
@@ -64,11 +71,61 @@ def psnr(vae: AutoencoderKL, pictures: list[Picture], count: int = 512) -> torch
     return -10.0 * ((made - images) / 2.0).square().mean((1, 2, 3)).log10()
 
 
+def train_denoiser(folder: Path, steps: int = DENOISER_STEPS) -> None:
+    """UNet and text encoders on the latents of the training views and their mirror images, at a constant rate.
+
+    Args:
+        folder: with vae/ and data/; gets the checkpoint and, in the end, pipeline/.
+        steps: of 64 views; more than there have been prolongs the run.
+    """
+    vae = AutoencoderKL.from_pretrained(folder / "vae").eval()
+    rows = read_rows(folder / "data" / "train")
+    captions = tuple(sorted({text for _, text in rows}))
+    number = {text: index for index, text in enumerate(captions)}
+    images = [Image.open(file).convert("RGB") for file, _ in rows]
+    views = [view for image in images for view in (image, ImageOps.mirror(image))]
+    data = encode_crops(vae, views, [number[text] for _, text in rows for _ in range(2)])
+    torch.manual_seed(0)
+    run = TrainingRun(
+        BaseModel(captions, UNET_WIDTHS), folder / "checkpoints" / "denoiser.pt", steps, LEARNING_RATE,
+        weight_decay=0.01, ema_decay=0.9995, warmup=1000, save_every=300.0, decay=False,
+    )  # fmt: skip
+    model = fit_base(run, captions, data, BATCH)
+    write_pipeline(folder / "pipeline", vae, model, captions)
+
+
+def write_pipeline(folder: Path, vae: AutoencoderKL, model: BaseModel, captions: tuple[str, ...]) -> None:
+    """Writes a StableDiffusionXLPipeline of the parts."""
+    tokenizer, tokenizer_2 = build_tokenizers(captions)
+    StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=model.text_encoder,
+        text_encoder_2=model.text_encoder_2,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer_2,
+        unet=model.unet,
+        scheduler=build_scheduler(),
+        force_zeros_for_empty_prompt=True,
+        add_watermarker=False,
+    ).save_pretrained(folder)
+
+
+def read_rows(folder: Path) -> list[tuple[Path, str]]:
+    """Files and captions of a folder of views."""
+    lines = (folder / "metadata.jsonl").read_text(encoding="utf-8").split("\n")
+    rows = [json.loads(line) for line in lines if line]
+    return [(folder / row["file_name"], row["text"]) for row in rows]
+
+
 def main() -> None:
     """Runs what the command line names."""
     part, folder = sys.argv[1], Path(sys.argv[2])
+    steps = [int(argument) for argument in sys.argv[3:4]]
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     if part == "vae":
-        train_vae(selected(folder / "packages"), folder)
+        train_vae(selected(folder / "packages"), folder, *steps)
+    else:
+        train_denoiser(folder, *steps)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ class TrainingRun(Generic[ModuleT]):
         checkpoint: file that holds weights, averages, optimizer and the step.
         steps: how many, over all resumed calls.
         learning_rate: its peak; it rises over `warmup` steps and falls to zero with a cosine.
+        decay: False keeps it at its peak after the warm-up, so that a run can be prolonged.
         ema_decay: of the averaged copy `self.average`.
         save_every: seconds between checkpoints.
     """
@@ -38,9 +39,11 @@ class TrainingRun(Generic[ModuleT]):
         ema_decay: float = 0.999,
         warmup: int = 200,
         save_every: float = 60.0,
+        decay: bool = True,
     ) -> None:
         self.module, self.checkpoint, self.steps = module, checkpoint, steps
         self.learning_rate, self.ema_decay, self.warmup, self.save_every = learning_rate, ema_decay, warmup, save_every
+        self.decay = decay
         self.average = copy.deepcopy(module).requires_grad_(False).eval()
         self.optimizer = torch.optim.AdamW(
             module.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay
@@ -78,7 +81,8 @@ class TrainingRun(Generic[ModuleT]):
         with tqdm(total=self.steps, initial=self.step, unit="step", mininterval=5.0) as bar:
             while self.step < self.steps:
                 rate = self.learning_rate * min(1.0, (self.step + 1) / self.warmup)
-                rate *= 0.5 * (1.0 + math.cos(math.pi * self.step / self.steps))
+                if self.decay:
+                    rate *= 0.5 * (1.0 + math.cos(math.pi * self.step / self.steps))
                 for group in self.optimizer.param_groups:
                     group["lr"] = rate
                 loss, figures = loss_of(self.step)
