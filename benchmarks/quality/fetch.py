@@ -37,13 +37,14 @@ def fetch(folder: Path, packages: Path | None = None, part: float = 1.0) -> None
     Raises:
         UserError: a package that cannot be had, or is another one.
     """
-    root = folder / "packages" if packages is None else packages
+    data, root = folder / "data", folder / "packages"
+    if (data / "data.json").is_file():
+        return
     if packages is None:
         for name in PACKAGES:
             unpack(name, root)
-    data = folder / "data"
-    if (data / "data.json").is_file():
-        return
+    elif not root.exists():
+        root.symlink_to(packages.resolve())
     shutil.rmtree(data, ignore_errors=True)
     pictures = selected(root)
     pictures = pictures[:: max(1, round(1 / part))]
@@ -53,6 +54,16 @@ def fetch(folder: Path, packages: Path | None = None, part: float = 1.0) -> None
     write_views(data / "held-out", [p for p in pictures if p.held_out], known, *VIEWS["held-out"])
     listed = [{"name": p.name, "kind": p.kind, "held_out": p.held_out, "caption": caption(p, known)} for p in pictures]
     write_atomically(data / "data.json", (json.dumps(listed, indent=0, ensure_ascii=False) + "\n").encode())
+
+
+def few_packages(packages: Path, folder: Path) -> Path:
+    """A folder for a toy run: of unpacked packages the stamps of animals and the emoji, as links."""
+    for part, of in (("tuxpaint/stamps", "tuxpaint/stamps/animals"), ("fonts", "fonts")):
+        link = folder / "usr" / "share" / part
+        if not link.is_symlink():
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to((packages / "usr" / "share" / of).resolve())
+    return folder
 
 
 def write_views(folder: Path, pictures: list[Picture], known: set[str], of_photograph: int, of_other: int) -> None:

@@ -1,9 +1,10 @@
 """Makes the pipeline that all arms begin with: the VAE, then the denoiser with its text encoders, then its weights.
 
-    python -m benchmarks.quality.pretrain vae FOLDER
-    python -m benchmarks.quality.pretrain denoiser FOLDER
+    python -m benchmarks.quality.pretrain vae FOLDER [STEPS]
+    python -m benchmarks.quality.pretrain denoiser FOLDER [STEPS [WEIGHTS]]
 
-FOLDER has data/ and packages/ of the stage fetch. Each goes on from its checkpoint.
+FOLDER has data/ and packages/ of the stage fetch. Each goes on from its checkpoint; without one, the denoiser from what
+is kept in WEIGHTS, with a new optimizer.
 """
 
 from __future__ import annotations
@@ -17,14 +18,18 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from PIL import Image, ImageOps
+from safetensors import safe_open
+from safetensors.torch import save_file
 
+from benchmarks.quality.kept import PARTS, kept_pipeline, read_kept
 from benchmarks.quality.pictures import Picture, selected
 from lpl.demo.architecture import build_scheduler, build_tokenizers, build_vae
 from lpl.demo.photographs import to_tensor
-from lpl.demo.pretrain_base import BaseModel, encode_crops, fit_base
+from lpl.demo.pretrain_base import BaseModel, EncodedCrops, encode_crops, fit_base
 from lpl.demo.pretrain_vae import fit_vae, reconstruct
 from lpl.demo.training_run import TrainingRun
 from lpl.demo.weights import load_component
+from lpl.families.base import weights_hash
 
 VAE_STEPS = 6_000
 DENOISER_STEPS, BATCH = 60_000, 64
@@ -71,27 +76,61 @@ def psnr(vae: AutoencoderKL, pictures: list[Picture], count: int = 512) -> torch
     return -10.0 * ((made - images) / 2.0).square().mean((1, 2, 3)).log10()
 
 
-def train_denoiser(folder: Path, steps: int = DENOISER_STEPS) -> None:
+def train_denoiser(folder: Path, steps: int = DENOISER_STEPS, weights: Path | None = None) -> None:
     """UNet and text encoders on the latents of the training views and their mirror images, at a constant rate.
 
     Args:
         folder: with vae/ and data/; gets the checkpoint and, in the end, pipeline/.
         steps: of 64 views; more than there have been prolongs the run.
+        weights: kept ones that it goes on from where there is no checkpoint.
     """
     vae = AutoencoderKL.from_pretrained(folder / "vae").eval()
-    rows = read_rows(folder / "data" / "train")
-    captions = tuple(sorted({text for _, text in rows}))
-    number = {text: index for index, text in enumerate(captions)}
-    images = [Image.open(file).convert("RGB") for file, _ in rows]
-    views = [view for image in images for view in (image, ImageOps.mirror(image))]
-    data = encode_crops(vae, views, [number[text] for _, text in rows for _ in range(2)])
+    captions = captions_of(folder / "data" / "train")
+    data = encoded_views(vae, folder, captions)
     torch.manual_seed(0)
     run = TrainingRun(
         BaseModel(captions, UNET_WIDTHS), folder / "checkpoints" / "denoiser.pt", steps, LEARNING_RATE,
         weight_decay=0.01, ema_decay=0.9995, warmup=1000, save_every=300.0, decay=False,
     )  # fmt: skip
+    if weights is not None and run.step == 0:
+        go_on_from_kept(run, weights)
     model = fit_base(run, captions, data, BATCH)
     write_pipeline(folder / "pipeline", vae, model, captions)
+
+
+def captions_of(folder: Path) -> tuple[str, ...]:
+    """The different captions of a folder of views, sorted: the tokenizers are made of them."""
+    return tuple(sorted({text for _, text in read_rows(folder)}))
+
+
+def encoded_views(vae: AutoencoderKL, folder: Path, captions: tuple[str, ...]) -> EncodedCrops:
+    """The posteriors of the training views and their mirror images; kept in cache/, of this VAE."""
+    rows, number = read_rows(folder / "data" / "train"), {text: index for index, text in enumerate(captions)}
+    file, key = folder / "cache" / "views.safetensors", weights_hash(vae, settings=str(len(rows)))
+    if file.is_file():
+        with safe_open(file, framework="pt") as opened:
+            if opened.metadata().get("key") == key:
+                return EncodedCrops(*(opened.get_tensor(name) for name in EncodedCrops._fields))
+    images = [Image.open(view).convert("RGB") for view, _ in rows]
+    views = [view for image in images for view in (image, ImageOps.mirror(image))]
+    data = encode_crops(vae, views, [number[text] for _, text in rows for _ in range(2)])
+    file.parent.mkdir(exist_ok=True)
+    partial = file.with_suffix(".partial")
+    save_file(data._asdict(), partial, metadata={"key": key})
+    partial.replace(file)
+    return data
+
+
+def go_on_from_kept(run: TrainingRun[BaseModel], weights: Path) -> None:
+    """Puts kept weights and their step into a run that has none."""
+    kept = read_kept(weights)
+    if kept is None or kept["steps"] > run.steps:
+        return
+    pipeline = kept_pipeline(weights)
+    for part in PARTS:
+        for model in (run.module, run.average):
+            getattr(model, part).load_state_dict(getattr(pipeline, part).state_dict())
+    run.step = kept["steps"]
 
 
 def write_pipeline(folder: Path, vae: AutoencoderKL, model: BaseModel, captions: tuple[str, ...]) -> None:
@@ -125,7 +164,7 @@ def main() -> None:
     if part == "vae":
         train_vae(selected(folder / "packages"), folder, *steps)
     else:
-        train_denoiser(folder, *steps)
+        train_denoiser(folder, *steps, *map(Path, sys.argv[4:5]))
 
 
 if __name__ == "__main__":
