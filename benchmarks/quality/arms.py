@@ -138,14 +138,14 @@ def read_arms(file: Path = ARMS) -> Benchmark:
 
 
 def as_toy(benchmark: Benchmark) -> Benchmark:
-    """The same stages in minutes: two seeds, few steps and samples, one round of one choice, two points."""
+    """The same stages in minutes: two seeds, few steps and samples, one round of one choice, two scales."""
 
     def shorter(arm: Arm) -> Arm:
         return Arm(arm.start, {name: choices[:1] for name, choices in list(arm.rounds.items())[:1]})
 
     steps = {"train_batch_size": 4, "lr_warmup_steps": 1, "log_every": 2, "checkpointing_steps": 4}
     few = {
-        name: replace(points, samples=64, sampling_steps=[2], guidance=[1.0, 3.0], to_best=False)
+        name: replace(points, samples=32, sampling_steps=points.sampling_steps[:2], guidance=[1.0, 3.0], to_best=False)
         for name, points in benchmark.points.items()
     }
     return replace(

@@ -44,6 +44,7 @@ def fetch(folder: Path, packages: Path | None = None, part: float = 1.0) -> None
         for name in PACKAGES:
             unpack(name, root)
     elif not root.exists():
+        root.parent.mkdir(parents=True, exist_ok=True)
         root.symlink_to(packages.resolve())
     shutil.rmtree(data, ignore_errors=True)
     pictures = selected(root)

@@ -1,4 +1,4 @@
-"""Draws results.json and the kept UNets' samples for docs/results.md: docs/results_{guidance,recall,search,samples}.png.
+"""Draws results.json and the kept UNets' samples: docs/results_{guidance,recall,search,samples}.png.
 
 python -m benchmarks.quality.figures
 """

@@ -1,6 +1,6 @@
 """What of the benchmark's networks is kept in half precision beside this file, and pipelines made of it.
 
-    python -m benchmarks.quality.kept FOLDER [ARM]    # the pretrained pipeline, or with an arm's UNet: for lpl, diffusers
+    python -m benchmarks.quality.kept FOLDER [ARM]    # the pretrained pipeline, or with an arm's UNet
 
 weights/ has the pretrained pipeline (vae, unet, both text encoders; pipeline.json: the captions that its tokenizers
 were made of, and its steps), the second feature space (features.py), and of arms the difference of their UNet from the

@@ -113,7 +113,8 @@ def encoded_views(vae: AutoencoderKL, folder: Path, captions: tuple[str, ...]) -
                 return EncodedCrops(*(opened.get_tensor(name) for name in EncodedCrops._fields))
     images = [Image.open(view).convert("RGB") for view, _ in rows]
     views = [view for image in images for view in (image, ImageOps.mirror(image))]
-    data = encode_crops(vae, views, [number[text] for _, text in rows for _ in range(2)])
+    found = encode_crops(vae, views, [number[text] for _, text in rows for _ in range(2)])
+    data = EncodedCrops(*(value.contiguous() for value in found))
     file.parent.mkdir(exist_ok=True)
     partial = file.with_suffix(".partial")
     save_file(data._asdict(), partial, metadata={"key": key})

@@ -175,7 +175,7 @@ class Stages:
         return search(arm, {} if name == "baseline" else self._best("baseline"), score)
 
     def _score(self, run: Run, points: Points) -> float:
-        """The least distance at the first number of sampling steps; infinite for a run that diverged, which is noted."""
+        """The least distance at the first number of sampling steps; infinite where the run diverged, which is noted."""
         failed = self.results.content.get("diverged", [])
         if self.results.key(run) in failed:
             return math.inf

@@ -25,6 +25,7 @@ from lpl.config import TrainConfig
 FILE = Path(__file__).parent / "results.json"
 Row = dict[str, Any]
 MANY, FEW = 20, 4
+SHOWN = ("frechet_second", "recall", "high_band_log_error")
 BARS = {MANY: 0.95, FEW: 0.90}
 RECALL_BAR, HEADROOM_BAR, CONVERGENCE_BAR, DEFAULT_BAR = -0.01, 2.0, 0.03, 0.02
 

@@ -244,7 +244,7 @@ class VariantObjective:
             factor = first + (last - first) * min(1.0, step / max(1, self.steps - 1))
         if self.share is not None:
             weight = self.share.weight
-            self.share.measure(float(term.loss), float(diffusion_loss), term.num_samples)
+            self.share.measure(float(term.loss.detach()), float(diffusion_loss.detach()), term.num_samples)
             factor *= weight
         return factor
 

@@ -40,8 +40,8 @@ class Workers:
 
     Attributes:
         number: at a time.
-        budget_minutes: until processes are asked to end: training with a checkpoint, a measurement loses the point it is
-            at; None: no limit.
+        budget_minutes: until processes are asked to end: training does with a checkpoint, a measurement loses the point
+            it is at; None: no limit.
         pause: the file; None: there is none.
         lock: file descriptor of a lock that processes hold on to, should they outlive this one; None: no lock.
     """

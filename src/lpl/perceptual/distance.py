@@ -9,13 +9,13 @@ x: the prediction's features, y: the target's, count: 1 or 0 where outliers are 
     batch              (x - y) / (std + 1e-6), the target's standard deviation per channel over batch and space
     channel            the same with the prediction's per sample and channel, gradient through it
     channel_detached   the same, detached
-    own                (x - mean) / (std + 1e-6) - (y - mean) / (std + 1e-6), each side's own mean and deviation per sample
-                       and channel, gradient through the prediction's: structure, whatever the contrast
+    own                (x - mean) / (std + 1e-6) - (y - mean) / (std + 1e-6), each side by its own mean and
+                       deviation per sample and channel, gradient through the prediction's: structure without contrast
 
 But for `own`, means cancel: both are standardised with one mean. Standard deviations divide by n - 1; masked values are
 zeros where lengths and deviations are taken: those of y, and with `own`, those of x at the same places, so that equal
-maps have distance 0. Where a length or deviation is 0 its gradient is 0. A channel without
-anything that counts has distance 0.
+maps have distance 0. Where a length or deviation is 0 its gradient is 0. A channel without anything that counts has
+distance 0.
 
 Source: Berrada et al., ICLR 2025. Differs from the paper: it standardises per channel with the prediction's statistics
 (`channel`); whether the gradient passes through them is not settled by its text, so both are options. `own` is ours.

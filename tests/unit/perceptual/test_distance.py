@@ -67,7 +67,7 @@ def test_channel_divides_by_the_predictions_deviation_per_sample_and_channel(nor
 
 
 def test_own_standardises_each_side_by_itself():
-    """(0, 0, 0, 4): mean 1, deviation 2, so (-1/2, -1/2, -1/2, 3/2); the target's other contrast and level do not count."""
+    """(0, 0, 0, 4): mean 1, deviation 2, so (-1/2, -1/2, -1/2, 3/2), whatever the target's contrast and level."""
     pred = torch.tensor([[[[0.0, 0.0], [0.0, 4.0]]]])
     target = torch.tensor([[[[0.0, 40.0], [0.0, 0.0]]]]) + 7
     value, _ = measure(pred, target, "own")
