@@ -68,7 +68,10 @@ def few_packages(packages: Path, folder: Path) -> Path:
 
 
 def write_views(folder: Path, pictures: list[Picture], known: set[str], of_photograph: int, of_other: int) -> None:
-    """Writes captioned views and their metadata.jsonl; a view of "same" is none of "train"."""
+    """Writes captioned views and their metadata.jsonl.
+
+    Views of "same" are others than those of "train"; of small pictures a few coincide.
+    """
     folder.mkdir(parents=True)
     rows = []
     for number, picture in enumerate(pictures):

@@ -76,7 +76,9 @@ def test_a_variant_is_trained_by_its_own_module() -> None:
 
 
 def picture(name: str, *words: str, kind: str = "photo", folder: str = "") -> pictures.Picture:
-    return pictures.Picture(name, kind, words, folder, Image.effect_noise((96, 96), 60).convert("RGB"), kind != "photo")
+    return pictures.Picture(
+        name, kind, words, folder, Image.effect_noise((300, 300), 60).convert("RGB"), kind != "photo"
+    )
 
 
 def test_views_are_split_by_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +107,7 @@ def test_views_are_split_by_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_picture_and_its_double_are_not_on_both_sides() -> None:
     first, other = picture("stamps/a.png"), picture("stamps/c.png")
     mirrored = replace(first, name="stamps/b.png", image=first.image.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
-    flat = replace(other, image=Image.new("RGB", (96, 96), "red"))
+    flat = replace(other, image=Image.new("RGB", (300, 300), "red"))
     assert [p.name for p in pictures.without_doubles([first, mirrored, flat])] == ["stamps/a.png", "stamps/c.png"]
 
 
