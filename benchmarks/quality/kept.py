@@ -4,7 +4,7 @@
 
 weights/ has the pretrained pipeline (vae, unet, both text encoders; pipeline.json: the captions that its tokenizers
 were made of, and its steps), the second feature space (features.py), and of arms the difference of their UNet from the
-pretrained one, 8 bits a weight. Every arm, on every machine, begins with these rounded weights.
+pretrained one, 6 bits a weight. Every arm, on every machine, begins with these rounded weights.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from lpl.errors import UserError
 
 FOLDER = Path(__file__).parent / "weights"
 PIPELINE = "pipeline.json"
+LEVELS = 31
+"""Of an arm's differences, either side of zero: 6 bits, which git packs."""
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 
 
@@ -129,11 +131,11 @@ def kept_pipeline(folder: Path = FOLDER, arm: str | None = None) -> StableDiffus
 
 
 def packed(change: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Differences of weights as 8-bit integers with a scale for each row (of the first dimension)."""
+    """Differences of weights as small integers with a scale for each row (of the first dimension)."""
     found = {}
     for name, value in change.items():
         rows = value.float().reshape(len(value), -1)
-        scale = rows.abs().amax(1) / 127
+        scale = rows.abs().amax(1) / LEVELS
         found[name] = (rows / scale.clamp(min=1e-30)[:, None]).round().to(torch.int8).reshape(value.shape)
         found[f"{name}:scale"] = scale
     return found

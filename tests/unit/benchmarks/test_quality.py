@@ -273,7 +273,7 @@ def test_kept_weights_make_the_pipeline_again(tmp_path: Path) -> None:
     arm = kept.kept_pipeline(weights, "lpl").unet.state_dict()
     for name, wanted in pipeline.unet.state_dict().items():
         change = (wanted - again.unet.state_dict()[name]).abs().max()
-        assert (arm[name] - wanted).abs().max() <= 0.01 * change + 1e-3 * wanted.abs().max()
+        assert (arm[name] - wanted).abs().max() <= 0.02 * change + 1e-3 * wanted.abs().max()
 
 
 def test_pretraining_goes_on_from_kept_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
