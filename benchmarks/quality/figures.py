@@ -1,12 +1,13 @@
-"""Draws results.json and the kept UNets' samples: docs/results_{guidance,recall,search,samples}.png.
+"""Draws results.json and what the kept networks make: docs/results_{guidance,recall,search,samples,vae}.png.
 
-python -m benchmarks.quality.figures
+python -m benchmarks.quality.figures [lpl-quality]    # with the data: held-out views and their reconstructions, too
 """
 
 from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,22 @@ def draw_samples() -> None:
     sheet.save(DOCS / "results_samples.png")
 
 
+def draw_vae(data: Path) -> None:
+    """Held-out views, and below each its reconstruction."""
+    from benchmarks.quality.kept import kept_vae
+    from benchmarks.quality.measure import spread_rows
+    from lpl.evaluation.pictures import read_picture
+    from lpl.evaluation.reference import reconstruct
+
+    rows = spread_rows(data / "held-out")[: 2 * COLUMNS]
+    images = torch.stack([read_picture(data / "held-out" / row["file_name"], 64, "data") for row in rows])
+    both = torch.stack([images, reconstruct(images, kept_vae(FOLDER))])
+    lines = [torch.cat(list(line), 2) for half in both.split(COLUMNS, 1) for line in half]
+    sheet = Image.fromarray(torch.cat(lines, 1).permute(1, 2, 0).contiguous().numpy())
+    size = (sheet.width * SCALE, sheet.height * SCALE)
+    sheet.resize(size, Image.Resampling.NEAREST).save(DOCS / "results_vae.png")
+
+
 def main() -> None:
     """Draws all that there are rows and weights for."""
     torch.set_num_threads(1)
@@ -136,6 +153,8 @@ def main() -> None:
     draw_search(content)
     if all((FOLDER / f"arm_{arm}.safetensors").is_file() for arm in ("baseline", "lpl")):
         draw_samples()
+    if len(sys.argv) > 1:
+        draw_vae(Path(sys.argv[1]) / "data")
 
 
 if __name__ == "__main__":

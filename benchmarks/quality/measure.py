@@ -190,6 +190,16 @@ class Judge:
             images = torch.stack([read_picture(file, SIDE, "data") for file in files[at : at + BATCH]])
             yield reconstruct(images, self.vae)
 
+    def psnr(self, count: int = 1024) -> float:
+        """Mean PSNR in dB of reconstructions of so many held-out views."""
+        files = [self.data / "held-out" / row["file_name"] for row in spread_rows(self.data / "held-out")[:count]]
+        found = []
+        for at, made in zip(range(0, len(files), BATCH), self._reconstructed(files), strict=True):
+            images = torch.stack([read_picture(file, SIDE, "data") for file in files[at : at + BATCH]])
+            error = ((made.float() - images.float()) / 255).square().mean((1, 2, 3))
+            found.append(-10 * error.clamp(min=1e-10).log10())
+        return float(torch.cat(found).mean())
+
     def floors(self, samples: int) -> Row:
         """Figures of real pictures in the place of samples: reconstructions of so many training views.
 
