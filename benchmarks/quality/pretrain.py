@@ -29,11 +29,13 @@ from lpl.demo.pretrain_base import BaseModel, EncodedCrops, encode_crops, fit_ba
 from lpl.demo.pretrain_vae import fit_vae, reconstruct
 from lpl.demo.training_run import TrainingRun
 from lpl.demo.weights import load_component
+from lpl.errors import UserError
 from lpl.families.base import weights_hash
 
 VAE_STEPS = 6_000
 DENOISER_STEPS, BATCH = 60_000, 64
 UNET_WIDTHS = (96, 144)
+DENOISER = Path("checkpoints", "denoiser.pt")
 LEARNING_RATE = 8e-4
 
 
@@ -88,14 +90,22 @@ def train_denoiser(folder: Path, steps: int = DENOISER_STEPS, weights: Path | No
     captions = captions_of(folder / "data" / "train")
     data = encoded_views(vae, folder, captions)
     torch.manual_seed(0)
+    if (step := trained_steps(folder)) > steps:
+        raise UserError(f"{folder / DENOISER}: has been trained for {step} steps, more than {steps}")
     run = TrainingRun(
-        BaseModel(captions, UNET_WIDTHS), folder / "checkpoints" / "denoiser.pt", steps, LEARNING_RATE,
+        BaseModel(captions, UNET_WIDTHS), folder / DENOISER, steps, LEARNING_RATE,
         weight_decay=0.01, ema_decay=0.9995, warmup=1000, save_every=300.0, decay=False,
     )  # fmt: skip
     if weights is not None and run.step == 0:
         go_on_from_kept(run, weights)
     model = fit_base(run, captions, data, BATCH)
     write_pipeline(folder / "pipeline", vae, model, captions)
+
+
+def trained_steps(folder: Path) -> int:
+    """Steps of the denoiser's checkpoint; 0 where there is none."""
+    file = folder / DENOISER
+    return int(torch.load(file, weights_only=True, mmap=True)["step"]) if file.is_file() else 0
 
 
 def captions_of(folder: Path) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from benchmarks.quality import features as second_space
 from benchmarks.quality.arms import Arm, Benchmark, Control, Options, Points, Run, merged, search
 from benchmarks.quality.kept import keep_arm, keep_pipeline, keep_vae, kept_pipeline, kept_vae, read_kept
 from benchmarks.quality.measure import Judge, Request, next_points, training_seconds
-from benchmarks.quality.pretrain import captions_of
+from benchmarks.quality.pretrain import captions_of, trained_steps
 from benchmarks.quality.results import Results, Row
 from benchmarks.quality.workers import DivergedError, Workers
 from lpl.errors import UserError
@@ -81,7 +81,8 @@ class Stages:
             kept = read_kept(self.weights)
             if not pipeline.is_dir() and kept is not None and kept["steps"] == steps:
                 kept_pipeline(self.weights).save_pretrained(pipeline)
-            if pipeline.is_dir() or (kept is not None and kept["steps"] > steps):
+            further = max(trained_steps(self.folder), 0 if kept is None else kept["steps"]) > steps
+            if pipeline.is_dir() or further:  # a pipeline of so few steps can no longer be had
                 self._both(waiting)
             else:
                 self._both([partial(self._train_denoiser, steps, pipeline), *waiting])

@@ -299,6 +299,27 @@ def test_pretraining_goes_on_from_kept_weights(tmp_path: Path, monkeypatch: pyte
     assert shorter.step == 0
 
 
+def test_a_longer_pretraining_is_not_taken_for_a_shorter_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    benchmark = replace(read_arms(), pretraining=arms.Pretraining(steps=60, every=20, seed=100))
+    stages, made = Stages(benchmark, tmp_path, Results(tmp_path / "results.json"), Workers()), []
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").touch()
+    (tmp_path / "checkpoints").mkdir()
+    torch.save({"step": 33}, tmp_path / "checkpoints" / "denoiser.pt")
+
+    def train(steps: int, pipeline: Path) -> None:
+        made.append(("train", steps))
+        pipeline.mkdir(parents=True)
+        torch.save({"step": steps}, tmp_path / "checkpoints" / "denoiser.pt")
+
+    monkeypatch.setattr(stages, "features", lambda: made.append(("features", 0)))
+    monkeypatch.setattr(stages, "_train_denoiser", train)
+    monkeypatch.setattr(stages, "_measure_pretrained", lambda run, pipeline: made.append(("measure", run.steps)))
+    stages.workers.number = 1
+    stages.denoiser()
+    assert made == [("features", 0), ("train", 40), ("train", 60), ("measure", 40), ("measure", 60)]
+
+
 # Rows.
 
 
