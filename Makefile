@@ -32,7 +32,8 @@ bench: .venv/installed
 	    step_profile plan_check plan_table data_reading data_start "data_start memory" "data_start million"; do \
 	    set -- $$what; echo "## $$what"; $(OFFLINE) $(BIN)/python benchmarks/$$1.py $$2 || exit 1; done
 
-# LPL against the plain objective, searched alike, over five seeds: hours on two CPU cores; the same command continues.
+# LPL against the plain objective at their best guidance, searched alike, five seeds: days of two CPU cores; the same command
+# continues, and begins with what is published of it.
 # See benchmarks/quality/README.md.
 quality: .venv/installed
 	$(OFFLINE) $(BIN)/python -m benchmarks.quality.run --stage all $(QUALITY)

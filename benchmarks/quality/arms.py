@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from benchmarks.quality.variants import OPTIONS as VARIANT_OPTIONS
 from lpl.errors import UserError
 
 ARMS = Path(__file__).parent / "arms.yaml"
@@ -16,23 +17,29 @@ Options = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Setting:
-    """Which data, at which resolution.
+class Points:
+    """Where something is measured.
 
     Attributes:
-        begins_with: the setting, one before this, whose baseline the pretraining starts from; None: the model.
-        pretraining: what differs in it.
-        steps: of its arms; None: as all.
-        sampling_steps: None: as all.
+        samples: how many.
+        sampling_steps: each of these, the first one first.
+        guidance: each of these scales.
+        to_best: whether further scales of the grid are measured until the best one is not at an end of them.
     """
 
-    name: str
-    data: str
-    resolution: int
-    begins_with: str | None = None
-    pretraining: Options = field(default_factory=dict)
-    steps: int | None = None
-    sampling_steps: int | None = None
+    samples: int
+    sampling_steps: list[int]
+    guidance: list[float]
+    to_best: bool = False
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """How far the denoiser is trained from scratch: `steps` in all, kept and measured `every` so many."""
+
+    steps: int
+    every: int
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -42,24 +49,10 @@ class Arm:
     start: Options
     rounds: dict[str, list[Options]]
 
-
-@dataclass(frozen=True)
-class Pretraining:
-    """How the baseline is made; see arms.yaml."""
-
-    decoder_minutes: float
-    ratio: float
-    flat: float
-    first: int
-    every: int
-    max_steps: int
-    seed: int
-    options: Options
-
-    def of(self, setting: Setting) -> Pretraining:
-        """The setting's own."""
-        options = merged(self.options, setting.pretraining.get("options", {}))
-        return replace(self, **setting.pretraining | {"options": options})
+    @property
+    def most_runs(self) -> int:
+        """Runs that the search takes at most: the start, and every choice."""
+        return 1 + sum(map(len, self.rounds.values()))
 
 
 @dataclass(frozen=True)
@@ -68,119 +61,103 @@ class Control:
 
     Attributes:
         of: that arm.
-        command: the module that trains it.
         without: options that do not act in it.
+        plus: options laid on top.
         as_long_as: the arm whose training time it gets; None: as many steps as the others.
+        everywhere: measured where the two arms are, and not where controls are.
     """
 
     of: str
-    command: str = "lpl"
     without: list[str] = field(default_factory=list)
+    plus: Options = field(default_factory=dict)
     as_long_as: str | None = None
+    everywhere: bool = False
 
 
 @dataclass(frozen=True)
 class Benchmark:
     """All of arms.yaml."""
 
-    settings: list[Setting]
-    samples: int
-    search_samples: int
-    guidance: float
-    guided_samples: int
+    pretraining: Pretraining
+    points: dict[str, Points]
+    """Of "pretraining", "search", "report" and "controls"."""
+    guidance: list[float]
+    """The grid."""
     steps: int
     seeds: list[int]
     search_seed: int
     common: Options
-    pretraining: Pretraining
     baseline: Arm
     lpl: Arm
     controls: dict[str, Control]
 
-    @property
-    def primary(self) -> Setting:
-        """The setting that is searched."""
-        return self.settings[0]
-
 
 @dataclass(frozen=True)
 class Run:
-    """One run of an arm: what decides it, and so its row's place in results.json."""
+    """One run of an arm: what decides it, and so its rows' place in results.json."""
 
-    setting: Setting
     arm: str
     seed: int
     reported: bool
     steps: int
-    samples: int
     options: Options
-    command: str = "lpl"
     base_steps: int | None = None
     """Of the arm whose time this run was given; None: its steps are its own."""
+
+    @property
+    def command(self) -> str:
+        """The module that trains it."""
+        return "benchmarks.quality.variants" if self.options.keys() & VARIANT_OPTIONS.keys() else "lpl"
 
 
 def read_arms(file: Path = ARMS) -> Benchmark:
     """Reads the file.
 
     Raises:
-        UserError: keys that are missing or unknown.
+        UserError: keys that are missing or unknown, or searches of unequal length.
     """
     found = yaml.safe_load(file.read_text(encoding="utf-8"))
     try:
-        found["settings"] = [Setting(name, **value) for name, value in found["settings"].items()]
         found["pretraining"] = Pretraining(**found["pretraining"])
+        found["points"] = {name: Points(**value) for name, value in found["points"].items()}
         for arm in ("baseline", "lpl"):
             found[arm] = Arm(**found[arm])
         found["controls"] = {name: Control(**value) for name, value in found["controls"].items()}
         benchmark = Benchmark(**found)
-        for setting in benchmark.settings:
-            benchmark.pretraining.of(setting)
     except (TypeError, KeyError) as error:
         raise UserError(f"{file}: {error}") from error
-    before: list[str | None] = [None]
-    for setting in benchmark.settings:
-        if setting.begins_with not in before:
-            raise UserError(f"{file}: {setting.name} begins with {setting.begins_with}, which is no setting before it")
-        before.append(setting.name)
     if benchmark.search_seed in benchmark.seeds:
         raise UserError(f"{file}: search_seed {benchmark.search_seed} is among the reported seeds")
+    counts = benchmark.baseline.most_runs, benchmark.lpl.most_runs
+    if counts[0] != counts[1]:
+        raise UserError(f"{file}: the baseline's search has {counts[0]} runs, LPL's {counts[1]}: they must be equal")
+    outside = {g for points in benchmark.points.values() for g in points.guidance} - set(benchmark.guidance)
+    if outside:
+        raise UserError(f"{file}: guidance {sorted(outside)} is not in the grid {benchmark.guidance}")
     return benchmark
 
 
 def as_toy(benchmark: Benchmark) -> Benchmark:
-    """The same stages in a minute: one setting, two seeds, few steps and samples, one round of one choice."""
+    """The same stages in minutes: two seeds, few steps and samples, one round of one choice, two scales."""
 
     def shorter(arm: Arm) -> Arm:
         return Arm(arm.start, {name: choices[:1] for name, choices in list(arm.rounds.items())[:1]})
 
     steps = {"train_batch_size": 4, "lr_warmup_steps": 1, "log_every": 2, "checkpointing_steps": 4}
+    few = {
+        name: replace(points, samples=32, sampling_steps=points.sampling_steps[:2], guidance=[1.0, 3.0], to_best=False)
+        for name, points in benchmark.points.items()
+    }
     return replace(
         benchmark,
-        settings=benchmark.settings[:1],
-        samples=64,
-        search_samples=64,
-        guided_samples=64,
+        pretraining=replace(benchmark.pretraining, steps=4, every=2),
+        points=few,
         steps=4,
         seeds=benchmark.seeds[:2],
         common=benchmark.common | steps,
-        pretraining=replace(benchmark.pretraining, decoder_minutes=0.05, first=4, every=4, max_steps=8),
         baseline=shorter(benchmark.baseline),
         lpl=shorter(benchmark.lpl),
     )
-
-
-def only_settings(benchmark: Benchmark, names: list[str]) -> Benchmark:
-    """The same with fewer settings.
-
-    Raises:
-        UserError: an unknown one, or the searched one is not among them.
-    """
-    known = {setting.name: setting for setting in benchmark.settings}
-    unknown = [name for name in names if name not in known]
-    if unknown or benchmark.primary.name not in names:
-        wrong = f"{unknown[0]} is unknown" if unknown else f"{benchmark.primary.name}, which is searched, is missing"
-        raise UserError(f"--settings {','.join(names)}: {wrong}; there are {', '.join(known)}")
-    return replace(benchmark, settings=[setting for name, setting in known.items() if name in names])
 
 
 def merged(*parts: Options) -> Options:

@@ -1,186 +1,111 @@
-"""Stage fetch: photographs to folders of captioned crops, split by photograph, the same bytes on every machine.
+"""Stage fetch: the packages, and captioned views of their pictures, the same bytes on every machine.
 
-Writes <output>/data/<resolution>/{all,quarter,held-out}, each with metadata.jsonl, and <output>/data/data.json.
+Writes <output>/packages, <output>/data/{train,same,held-out} with metadata.jsonl, and <output>/data/data.json.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
 import random
 import shutil
 import subprocess
-from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
 
-from PIL import Image
-
-from benchmarks.quality.photographs import SMALLEST, Photograph, listed_photographs, own_photographs, sha256
+from benchmarks.quality.pictures import CLIP_ART, EMOJI, STAMPS, Picture, caption, selected, vocabulary
 from lpl.data.files import write_atomically
-from lpl.data.sources.base import digest
-from lpl.diffusion.draws import keyed_uniform
 from lpl.errors import UserError
-from lpl.evaluation.evaluate import FEWEST
 
-PACKAGE = "tuxpaint-stamps-default"
-STAMPS = "usr/share/tuxpaint/stamps"
-HELD_OUT, QUARTER = 0.4, 0.25
-CLOSEST = 0.25
-"""Side of the smallest crop, of the photograph's shorter side."""
-MIN_OPAQUE = 0.35
-"""Share of a crop that shows the photograph; of 20 draws without, the best is taken."""
-
-
-class Counts(NamedTuple):
-    """Crops of each photograph."""
-
-    train: int = 20
-    held_out: int = 20
+PACKAGES = {
+    STAMPS: ("2022.06.04-1", "6db6c1bfc870a47f1499d6203b083522eacb57c5f9c87d468f2e92eb6d9d5f34"),
+    CLIP_ART: ("1:0.18+dfsg-19", "f07f1545a2970c2cf3fa339bc2405da1a95cf2b1827bfa05bf73eb1c20291c02"),
+    EMOJI: ("2.042-0+deb12u1", "a5ab0f69c7938423862320d9aca5dd187b3fd879d6a9a57dd52e17c3fa8d2751"),
+}
+"""Debian's packages with their version and SHA-256."""
+VIEWS = {"train": (16, 5), "same": (6, 2), "held-out": (16, 7)}
+"""Views of a photograph, of another picture. "same": further views of the training pictures, not trained on."""
 
 
-def fetch(
-    folder: Path, resolutions: list[int], *, images: Path | None = None, stamps: Path | None = None,
-    demo_only: bool = False, counts: Counts = Counts(),  # noqa: B008 (immutable)
-) -> None:  # fmt: skip
-    """Makes the data, once: what is there already is compared, and refused if it would be other data.
+def fetch(folder: Path, packages: Path | None = None, part: float = 1.0) -> None:
+    """Makes the data, once.
 
     Args:
-        folder: gets data/ and, where the stamps are downloaded, stamps/.
-        resolutions: of the crops, none above 96.
-        images: photographs of your own, used instead of the others.
-        stamps: the stamps' folder, where the package is unpacked already; None: apt-get downloads it.
-        demo_only: only the photographs of lpl.demo; nothing is downloaded.
-        counts: crops of each photograph.
+        folder: gets packages/ and data/.
+        packages: where the packages are unpacked already; None: apt-get downloads them.
+        part: share of the pictures that is used, for a toy run.
 
     Raises:
-        UserError: a file with another checksum, no apt-get, too few photographs, or other data in the folder.
+        UserError: a package that cannot be had, or is another one.
     """
-    if images is not None:
-        photographs = own_photographs(images)
-        check_enough(images, photographs, counts)
-    else:
-        photographs = listed_photographs(None if demo_only else stamps or download_stamps(folder / "stamps"))
-    plan = {
-        "resolutions": resolutions,
-        "counts": counts._asdict(),
-        "photographs": [
-            {"name": p.name, "sha256": sha256(p.file), "subject": p.subject, "parts": parts_of(p.name)}
-            for p in photographs
-        ],
-    }
-    data = folder / "data"
-    written = data / "data.json"
-    if written.is_file():
-        if json.loads(written.read_text(encoding="utf-8")) != plan:
-            raise UserError(f"{written}: describes other data; choose another --output_dir")
+    data, root = folder / "data", folder / "packages"
+    if (data / "data.json").is_file():
         return
-    if max(resolutions) > SMALLEST:
-        raise UserError(f"resolution {max(resolutions)}: no crop is enlarged, so at most {SMALLEST}")
+    if packages is None:
+        for name in PACKAGES:
+            unpack(name, root)
+    elif not root.exists():
+        root.parent.mkdir(parents=True, exist_ok=True)
+        root.symlink_to(packages.resolve())
     shutil.rmtree(data, ignore_errors=True)
-    rows: dict[Path, list[str]] = {}
-    stems = stems_of([p.name for p in photographs])
-    for photograph in photographs:
-        parts = parts_of(photograph.name)
-        number = counts.held_out if parts == ["held-out"] else counts.train
-        for index, (image, caption) in enumerate(crops(photograph, number)):
-            name = f"{stems[photograph.name]}_{index:02}.png"
-            for size in resolutions:
-                for part in parts:
-                    target = data / str(size) / part
-                    target.mkdir(parents=True, exist_ok=True)
-                    image.resize((size, size), Image.Resampling.LANCZOS).save(target / name)
-                    row = {"file_name": name, "text": caption, "photograph": photograph.name}
-                    rows.setdefault(target, []).append(json.dumps(row, ensure_ascii=False))
-    for target, lines in rows.items():
-        write_atomically(target / "metadata.jsonl", ("\n".join(lines) + "\n").encode())
-    write_atomically(written, (json.dumps(plan, indent=1, ensure_ascii=False) + "\n").encode())
+    pictures = selected(root)
+    pictures = pictures[:: max(1, round(1 / part))]
+    known = vocabulary(pictures)
+    write_views(data / "train", [p for p in pictures if not p.held_out], known, *VIEWS["train"])
+    write_views(data / "same", [p for p in pictures if not p.held_out], known, *VIEWS["same"])
+    write_views(data / "held-out", [p for p in pictures if p.held_out], known, *VIEWS["held-out"])
+    listed = [{"name": p.name, "kind": p.kind, "held_out": p.held_out, "caption": caption(p, known)} for p in pictures]
+    write_atomically(data / "data.json", (json.dumps(listed, indent=0, ensure_ascii=False) + "\n").encode())
 
 
-def check_enough(folder: Path, photographs: list[Photograph], counts: Counts) -> None:
-    """Checks that own photographs can be trained on and measured with.
+def few_packages(packages: Path, folder: Path) -> Path:
+    """A folder for a toy run: of unpacked packages the stamps of animals and the emoji, as links."""
+    for part, of in (("tuxpaint/stamps", "tuxpaint/stamps/animals"), ("fonts", "fonts")):
+        link = folder / "usr" / "share" / part
+        if not link.is_symlink():
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to((packages / "usr" / "share" / of).resolve())
+    return folder
 
-    Raises:
-        UserError: too few of them fall into one of the parts.
+
+def write_views(folder: Path, pictures: list[Picture], known: set[str], of_photograph: int, of_other: int) -> None:
+    """Writes captioned views and their metadata.jsonl.
+
+    Views of "same" are others than those of "train"; of small pictures a few coincide.
     """
-    found = Counter(part for p in photographs for part in parts_of(p.name))
-    # the floor halves the held-out ones by photograph
-    needed = {"held-out": max(2, math.ceil(FEWEST["frechet"] / counts.held_out)), "all": 1, "quarter": 1}
-    if any(found[part] < number for part, number in needed.items()):
-        raise UserError(
-            f"--images {folder}: {len(photographs)} photographs are too few: by a hash of their names "
-            f"{found['held-out']} are held out, {found['all']} trained on and {found['quarter']} of those in the "
-            f"smaller set; needed are {', '.join(map(str, needed.values()))}: add more"
-        )
-
-
-def stems_of(names: list[str]) -> dict[str, str]:
-    """What the crops' files of each photograph begin with; where several would be called the same, with a hash."""
-    stems = {name: name.replace("/", "_").rsplit(".", 1)[0] for name in names}
-    times = Counter(stems.values())
-    return {name: stem if times[stem] == 1 else f"{stem}-{digest(name)[:8]}" for name, stem in stems.items()}
-
-
-def parts_of(name: str) -> list[str]:
-    """The folders that crops of a photograph belong to, by a hash of its name."""
-    if keyed_uniform("quality held-out", name) < HELD_OUT:
-        return ["held-out"]
-    return ["all", "quarter"] if keyed_uniform("quality quarter", name) < QUARTER else ["all"]
-
-
-def crops(photograph: Photograph, number: int) -> list[tuple[Image.Image, str]]:
-    """Square crops of a photograph, not yet resized, and their captions in the words of lpl.demo."""
-    image, opaque = photograph.load()
-    rng = random.Random(f"quality {photograph.name}")
-    shorter = min(image.size)
-    found = []
-    for _ in range(number):
-        best: tuple[float, tuple[int, int, int, int]] | None = None
-        for _ in range(20):
-            side = min(shorter, max(SMALLEST, round(shorter * rng.uniform(CLOSEST, 1.0))))
-            left, upper = rng.randint(0, image.width - side), rng.randint(0, image.height - side)
-            box = (left, upper, left + side, upper + side)
-            shown = sum(v * n for v, n in enumerate(opaque.crop(box).histogram())) / (255 * side * side)
-            if best is None or shown > best[0]:
-                best = (shown, box)
-            if shown >= MIN_OPAQUE:
-                break
-        assert best is not None
-        box = best[1]
-        found.append((image.crop(box), caption_of(photograph.subject, box, image.size)))
-    return found
-
-
-def caption_of(subject: str, box: tuple[int, int, int, int], size: tuple[int, int]) -> str:
-    """For example "a close-up photo of a frog, upper left"."""
-    share = (box[2] - box[0]) / min(size)
-    kind = "wide photo" if share > 0.7 else "photo" if share > 0.45 else "close-up photo"
-    column = min(3 * (box[0] + box[2]) // (2 * size[0]), 2)
-    row = min(3 * (box[1] + box[3]) // (2 * size[1]), 2)
-    place = f"{('upper', '', 'lower')[row]} {('left', 'centre', 'right')[column]}".strip()
-    return f"a {kind} of {subject}, {place}"
-
-
-def download_stamps(folder: Path) -> Path:
-    """The stamps' folder, downloaded with apt-get and unpacked (not installed) where it is not there yet.
-
-    Raises:
-        UserError: it cannot be downloaded.
-    """
-    found = folder / STAMPS
-    if (folder / "unpacked").is_file():
-        return found
-    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    rows = []
+    for number, picture in enumerate(pictures):
+        rng = random.Random(f"quality {folder.name} {picture.name}")
+        for index in range(of_other if picture.whole else of_photograph):
+            view, share = picture.view(rng)
+            name = f"{number:04}_{index:02}.png"
+            view.save(folder / name)
+            rows.append({"file_name": name, "text": caption(picture, known, share), "picture": picture.name})
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_atomically(folder / "metadata.jsonl", text.encode())
+
+
+def unpack(name: str, root: Path) -> None:
+    """Downloads a package with apt-get and unpacks (does not install) it, where it is not there yet.
+
+    Raises:
+        UserError: it cannot be downloaded, or is another version.
+    """
+    version, digest = PACKAGES[name]
+    done = root / f"{name}.unpacked"
+    if done.is_file():
+        return
+    root.mkdir(parents=True, exist_ok=True)
     try:
-        subprocess.run(["apt-get", "download", PACKAGE], cwd=folder, check=True, capture_output=True)
-        (package,) = folder.glob("*.deb")
-        subprocess.run(["dpkg-deb", "-x", str(package), str(folder)], check=True, capture_output=True)
+        subprocess.run(["apt-get", "download", f"{name}={version}"], cwd=root, check=True, capture_output=True)
+        (package,) = root.glob(f"{name}_*.deb")
+        if hashlib.sha256(package.read_bytes()).hexdigest() != digest:
+            raise UserError(f"{package}: is another file than the package of this name that was used")
+        subprocess.run(["dpkg-deb", "-x", str(package), str(root)], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError) as error:
         raise UserError(
-            f"{PACKAGE} cannot be fetched with apt-get ({error}): unpack Debian's package elsewhere and give its "
-            f"{STAMPS} as --stamps, or give photographs of your own as --images"
+            f"{name} {version} cannot be fetched with apt-get ({error}): unpack Debian's packages {', '.join(PACKAGES)}"
+            " into a folder elsewhere and give it as --packages"
         ) from error
     package.unlink()
-    (folder / "unpacked").touch()
-    return found
+    done.touch()

@@ -7,21 +7,23 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import shutil
 import signal
 import sys
 from pathlib import Path
 from types import FrameType
 
-from benchmarks.quality.arms import ARMS, as_toy, only_settings, read_arms
-from benchmarks.quality.fetch import Counts, fetch
-from benchmarks.quality.measure import SAMPLER
+from benchmarks.quality.arms import ARMS, as_toy, read_arms
+from benchmarks.quality.fetch import PACKAGES, fetch, few_packages, unpack
+from benchmarks.quality.kept import FOLDER, take_published
 from benchmarks.quality.results import Results
 from benchmarks.quality.stages import Stages
-from benchmarks.quality.summary import summary
+from benchmarks.quality.summary import FILE, summary
 from benchmarks.quality.workers import ROOT, STOPPED, BudgetSpentError, Workers
 from lpl.errors import UserError
 
-STAGES = ("fetch", "baseline", "search", "report")
+STAGES = ("fetch", "vae", "denoiser", "features", "search", "report")
+"""In this order; the denoiser's first measurement trains the feature space, beside the denoiser."""
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -30,15 +32,24 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--stage", choices=[*STAGES, "all"], default="all")
     parser.add_argument("--budget_minutes", type=float, help="stop after so many; the same command continues")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "lpl-quality", help="data, runs and caches")
-    parser.add_argument("--results", type=Path, help="results.json; unset: in output_dir")
+    parser.add_argument("--results", type=Path, help="results.json, weights/ beside it; unset: in output_dir")
     parser.add_argument("--arms", type=Path, default=ARMS, help="what is run")
-    parser.add_argument("--settings", help="only these of its settings, such as all-64,quarter-64; unset: all")
-    parser.add_argument("--images", type=Path, help="photographs of your own, instead of the others")
-    parser.add_argument("--stamps", type=Path, help="usr/share/tuxpaint/stamps of the unpacked Debian package")
-    parser.add_argument("--model", type=Path, help="pipeline to begin with; unset: lpl.demo's")
-    parser.add_argument("--processes", type=int, default=2, help="runs at a time, a core each")
-    parser.add_argument("--toy", action="store_true", help="every stage in a minute, on lpl.demo's photographs alone")
+    parser.add_argument(
+        "--packages", type=Path, help="where Debian's packages are unpacked; unset: apt-get downloads them"
+    )
+    parser.add_argument("--processes", type=int, default=2, help="at a time, a core each")
+    parser.add_argument("--scratch", action="store_true", help="begin anew, not with the rows and weights kept here")
+    parser.add_argument("--toy", action="store_true", help="every stage in minutes, on a part of the pictures")
     return parser.parse_args(argv)
+
+
+def begin_with_published(results: Path) -> None:
+    """Puts the rows and weights kept beside this file where there are none, to go on from them."""
+    if not results.is_file() and FILE.is_file():
+        results.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(FILE, results)
+    if (results.parent / "weights").resolve() != FOLDER:
+        take_published(FOLDER, results.parent / "weights")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -48,12 +59,7 @@ def run(options: argparse.Namespace) -> None:
         UserError: bad input, or a run that failed.
         BudgetSpentError: stopped before the end.
     """
-    benchmark = read_arms(options.arms)
-    resolutions = sorted({setting.resolution for setting in benchmark.settings})  # the data are those of all
-    if options.toy:
-        benchmark, resolutions = as_toy(benchmark), resolutions[:1]
-    if options.settings is not None:
-        benchmark = only_settings(benchmark, options.settings.split(","))
+    benchmark = as_toy(read_arms(options.arms)) if options.toy else read_arms(options.arms)
     folder = options.output_dir.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
@@ -62,19 +68,14 @@ def run(options: argparse.Namespace) -> None:
         except BlockingIOError as error:
             raise UserError(f"--output_dir {folder}: another process is at work there") from error
         chosen = STAGES if options.stage == "all" else (options.stage,)
+        file = (options.results or folder / "results.json").resolve()
+        if not options.toy and not options.scratch:
+            begin_with_published(file)
         if "fetch" in chosen:
-            images = None if options.images is None else options.images.resolve()
-            stamps = None if options.stamps is None else options.stamps.resolve()
-            counts = Counts(4, 20) if options.toy else Counts()
-            fetch(folder, resolutions, images=images, stamps=stamps, demo_only=options.toy, counts=counts)
-        file = options.results or folder / "results.json"
-        model = folder / "model" if options.model is None else options.model.resolve()
-        if options.model is not None and not (model / "model_index.json").is_file():
-            raise UserError(f"--model {model}: no pipeline there")
-        workers = Workers(options.processes, options.budget_minutes, lock.fileno())
-        fixed = {"common": benchmark.common, "model": "lpl.demo" if options.model is None else str(model)} | SAMPLER
-        results = Results(file, benchmark.primary, fixed)
-        stages = Stages(benchmark, folder, results, workers, model, options.model is not None)
+            fetch_into(folder, options)
+        workers = Workers(options.processes, options.budget_minutes, lock.fileno(), folder / "pause")
+        results = Results(file)
+        stages = Stages(benchmark, folder, results, workers, (4,) if options.toy else ())
 
         def end(number: int, _frame: FrameType | None) -> None:
             workers.stop()
@@ -88,6 +89,19 @@ def run(options: argparse.Namespace) -> None:
             for number, handler in zip((signal.SIGTERM, signal.SIGINT), before, strict=True):
                 signal.signal(number, handler)
             print(summary(results.content))
+
+
+def fetch_into(folder: Path, options: argparse.Namespace) -> None:
+    """The stage fetch; a toy run takes few of the pictures."""
+    if not options.toy:
+        fetch(folder, options.packages)
+        return
+    whole = options.packages
+    if whole is None:
+        whole = folder / "all-packages"
+        for name in PACKAGES:
+            unpack(name, whole)
+    fetch(folder, few_packages(whole, folder / "few-packages"), 0.2)
 
 
 def main() -> int:

@@ -1,31 +1,32 @@
-"""The stages after fetch: the baseline's pretraining, the search, and what is reported."""
+"""The stages after fetch: VAE, denoiser and feature space, the search, and what is reported."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 from diffusers import AutoencoderKL
 
-from benchmarks.quality.arms import Arm, Benchmark, Control, Options, Run, Setting, merged, search
-from benchmarks.quality.kept import keep
-from benchmarks.quality.measure import STEPS, floors, open_reference, ordered_prompts
+from benchmarks.quality import features as second_space
+from benchmarks.quality.arms import Arm, Benchmark, Control, Options, Points, Run, merged, search
+from benchmarks.quality.kept import keep_arm, keep_pipeline, keep_vae, kept_pipeline, kept_vae, read_kept
+from benchmarks.quality.measure import Judge, Request, next_points, training_seconds
+from benchmarks.quality.pretrain import captions_of, trained_steps
 from benchmarks.quality.results import Results, Row
-from benchmarks.quality.workers import Workers
+from benchmarks.quality.workers import DivergedError, Workers
 from lpl.errors import UserError
+from lpl.training.preflight import FINISHED
 
-SHOWN = 16
-"""Prompts that results.json names, for pictures."""
-
-
-def is_past_steep_phase(distances: list[float], target: float, flat: float) -> bool:
-    """Whether a curve of distances is at its target, and its last step took at most the share `flat` off it."""
-    return len(distances) > 1 and distances[-1] <= target and distances[-1] >= (1 - flat) * distances[-2]
+ARMS = ("baseline", "lpl")
+FEW = "-few"
+"""Behind the name of an arm with the options that were best at the second number of sampling steps."""
 
 
 @dataclass
@@ -34,225 +35,269 @@ class Stages:
 
     Attributes:
         benchmark: arms.yaml.
-        folder: with data/ of the stage fetch; gets the runs.
-        results: the rows.
+        folder: with data/ of the stage fetch; gets checkpoints, pipelines and runs.
+        results: the rows; weights/ beside its file has what is kept.
         workers: run processes.
-        model: the pipeline to begin with; lpl.demo's is put there if nothing is.
-        own_model: whether that pipeline is the user's, whose decoder stays as it is.
+        short: steps of the VAE and of the feature space, for a toy run.
     """
 
     benchmark: Benchmark
     folder: Path
     results: Results
     workers: Workers
-    model: Path
-    own_model: bool = False
+    short: tuple[int, ...] = ()
     _preparing: threading.Lock = field(default_factory=threading.Lock)
-    _prepared: bool = False
+    _floored: set[int] = field(default_factory=set)
 
-    def data(self, setting: Setting) -> Path:
-        """The data's folder of a setting's resolution."""
-        found = self.folder / "data" / str(setting.resolution)
-        if not (found / "held-out" / "metadata.jsonl").is_file():
-            raise UserError(f"{found}: no data there: run --stage fetch first")
-        return found
+    @property
+    def weights(self) -> Path:
+        """Where networks are kept."""
+        return self.results.file.parent / "weights"
 
-    def baseline(self) -> None:
-        """Pretrains the denoiser of every setting until it is past its steep phase, or at max_steps."""
-        from lpl.demo.weights import export_model
+    def vae(self) -> None:
+        """Trains the VAE where it is not kept, and rounds it to what is kept: all figures are of that."""
+        self._data()
+        place = self.folder / "vae"
+        if not (self.weights / "vae.safetensors").is_file():
+            if not (place / "config.json").is_file():
+                self._call("pretrain", "vae", self.folder, *self.short)
+            keep_vae(AutoencoderKL.from_pretrained(place), self.weights)
+        kept_vae(self.weights).save_pretrained(place)
 
-        if not (self.model / "model_index.json").is_file():
-            export_model(self.model)
-        waiting = [setting for setting in self.benchmark.settings if not self._is_pretrained(setting)]
-        # The encoder stays as it is, so denoisers are trained on its latents while the decoder is trained.
-        while waiting:
-            names = [setting.name for setting in waiting]
-            ready = [setting for setting in waiting if setting.begins_with not in names]
-            tasks = [self._prepare, *(partial(self._pretrain, setting) for setting in ready)]
-            self.workers.map(lambda task: task(), tasks)
-            waiting = [setting for setting in waiting if setting not in ready]
+    def features(self) -> None:
+        """Trains the second feature space, where it is not kept."""
+        self._data()
+        if not (self.weights / second_space.FILE).is_file():
+            self._call("features", self.folder, self.weights, *self.short)
+
+    def denoiser(self) -> None:
+        """Trains the denoiser, keeps it every so many steps and measures what was kept."""
+        if not (self.folder / "vae" / "config.json").is_file():
+            raise UserError(f"{self.folder / 'vae'}: no VAE there: run --stage vae first")
+        how, waiting = self.benchmark.pretraining, [self.features]
+        for steps in range(how.every, how.steps + 1, how.every):
+            run = Run("pretrained", how.seed, False, steps, {})
+            pipeline = self.folder / "pipelines" / str(steps)
+            kept = read_kept(self.weights)
+            if not pipeline.is_dir() and kept is not None and kept["steps"] == steps:
+                kept_pipeline(self.weights).save_pretrained(pipeline)
+            further = max(trained_steps(self.folder), 0 if kept is None else kept["steps"]) > steps
+            if pipeline.is_dir() or further:  # a pipeline of so few steps can no longer be had
+                self._both(waiting)
+            else:
+                self._both([partial(self._train_denoiser, steps, pipeline), *waiting])
+            waiting = [partial(self._measure_pretrained, run, pipeline)] if pipeline.is_dir() else []
+        self._both(waiting)
 
     def search(self) -> None:
         """Finds the best options of both arms on the seed of the search."""
-        self._search("lpl", self._best("baseline"))
+        self._best("lpl")
 
     def report(self) -> None:
-        """All reported runs: the searched setting's arms and controls, then the other settings' two arms."""
-        best = {"baseline": self._best("baseline"), "lpl": self._best("lpl")}
+        """All reported runs: both arms with what was found, LPL's default, and the controls."""
+        best = {name: self._best(name) for name in ARMS}
+        few = {f"{name}{FEW}": self._best_at_few(name) for name in ARMS}
+        best |= {name: options for name, options in few.items() if options != best[name.removesuffix(FEW)]}
         self.results.note("best", best)
-        primary, seeds = self.benchmark.primary, self.benchmark.seeds
-        self.results.note("prompts", ordered_prompts(self.data(primary) / primary.data)[:SHOWN])
-        # Seed by seed, so that an unfinished report has whole pairs. The timed controls need the times of the others.
-        runs = [self._run(primary, arm, seed, best[arm]) for seed in seeds for arm in best]
-        for timed in (False, True):
-            for name, control in self.benchmark.controls.items():
-                if timed == (control.as_long_as is not None):
-                    runs += [self._control(name, control, seed, best[control.of]) for seed in seeds]
-            self.workers.map(self._complete, runs)
-            self._keep_unets(runs[:2])
-        self.workers.map(self._guided, [self._run(primary, arm, seed, best[arm]) for seed in seeds for arm in best])
-        others = [s for s in self.benchmark.settings if s != primary]
-        self.workers.map(
-            self._complete, [self._run(s, arm, seed, best[arm]) for s in others for seed in seeds for arm in best]
+        points, seeds, controls = self.benchmark.points["report"], self.benchmark.seeds, self.benchmark.controls
+        runs = [self._run(arm, seed, best[arm]) for seed in seeds for arm in ARMS]
+        # Seed by seed, so that an unfinished report has whole pairs.
+        for steps in points.sampling_steps[:2]:
+            self._map(runs, replace(points, sampling_steps=[steps]))
+        self._keep_unets(runs[: len(ARMS)])
+        others = [self._run(name, seed, best[name]) for seed in seeds for name in best if name not in ARMS]
+        for name, control in controls.items():
+            if control.everywhere:
+                others += [self._control(name, control, seed, best[control.of]) for seed in seeds]
+        self._map(others, replace(points, sampling_steps=points.sampling_steps[:2]))
+        for timed in (False, True):  # the timed controls need the times of the others
+            chosen = {n: c for n, c in controls.items() if not c.everywhere and timed == (c.as_long_as is not None)}
+            made = [self._control(n, c, seed, best[c.of]) for seed in seeds for n, c in chosen.items()]
+            self._map(made, self.benchmark.points["controls"])
+        self._map([*runs, *others], points)
+
+    def _data(self) -> Path:
+        found = self.folder / "data"
+        if not (found / "data.json").is_file():
+            raise UserError(f"{found}: no data there: run --stage fetch first")
+        digest = hashlib.sha256()
+        for name in ("train", "same", "held-out"):
+            digest.update((found / name / "metadata.jsonl").read_bytes())
+        self.results.fix("data", digest.hexdigest()[:16])
+        return found
+
+    def _call(self, module: str, *arguments: object) -> None:
+        log = self.folder / "logs" / f"{module}_{arguments[0]}.txt" if module == "pretrain" else None
+        self.workers.call(
+            [f"benchmarks.quality.{module}", *map(str, arguments)], log or self.folder / "logs" / f"{module}.txt"
         )
 
-    def _run(self, setting: Setting, arm: str, seed: int, options: Options, reported: bool = True) -> Run:
-        samples = self.benchmark.samples if reported else self.benchmark.search_samples
-        return Run(setting, arm, seed, reported, setting.steps or self.benchmark.steps, samples, options)
+    def _both(self, tasks: list[Callable[[], object]]) -> None:
+        self.workers.map(lambda task: task(), tasks)
+
+    def _map(self, runs: list[Run], points: Points) -> None:
+        self.workers.map(lambda run: self._complete(run, points), runs)
+
+    def _train_denoiser(self, steps: int, pipeline: Path) -> None:
+        self._call("pretrain", "denoiser", self.folder, steps, self.weights)
+        partial_ = pipeline.with_name(f"{steps}.partial")
+        shutil.rmtree(partial_, ignore_errors=True)
+        shutil.copytree(self.folder / "pipeline", partial_)
+        keep_pipeline(partial_, self.weights, captions_of(self.folder / "data" / "train"), steps)
+        partial_.rename(pipeline)
+
+    def _measure_pretrained(self, run: Run, pipeline: Path) -> None:
+        self.features()
+        self._measure(run, pipeline, self.benchmark.points["pretraining"], None)
+
+    def _run(self, arm: str, seed: int, options: Options, reported: bool = True) -> Run:
+        return Run(arm, seed, reported, self.benchmark.steps, options)
 
     def _control(self, name: str, control: Control, seed: int, options: Options) -> Run:
         steps, base_steps = self.benchmark.steps, None
-        options = {key: value for key, value in options.items() if key not in control.without}
+        options = merged({key: value for key, value in options.items() if key not in control.without}, control.plus)
         if control.as_long_as is not None:
             base_steps = steps
             given = {"arm": name, "reported": True, "base_steps": base_steps, "options": options}
             earlier = [r["steps"] for r in self.results.rows if all(r.get(n) == v for n, v in given.items())]
             ratio = self.results.seconds_per_step(control.as_long_as) / self.results.seconds_per_step(control.of)
             steps = earlier[0] if earlier else max(1, round(steps * ratio))
-        samples = self.benchmark.samples
-        return Run(self.benchmark.primary, name, seed, True, steps, samples, options, control.command, base_steps)
+        return Run(name, seed, True, steps, options, base_steps)
 
-    def _best(self, arm: str) -> Options:
+    def _best(self, name: str) -> Options:
         """The options that the search has found; it goes on where it is not complete."""
-        if arm == "baseline":
-            return self._search(arm, {})
-        return self._search(arm, self._best("baseline"))
-
-    def _search(self, name: str, start: Options) -> Options:
         arm: Arm = getattr(self.benchmark, name)
-        seed = self.benchmark.search_seed
+        points, seed = self.benchmark.points["search"], self.benchmark.search_seed
 
         def score(candidates: list[Options]) -> list[float]:
-            runs = [self._run(self.benchmark.primary, name, seed, options, False) for options in candidates]
-            return [row["frechet"] for row in self.workers.map(self._complete, runs)]
+            runs = [self._run(name, seed, options, False) for options in candidates]
+            return self.workers.map(lambda run: self._score(run, points), runs)
 
-        return search(arm, start, score)
+        return search(arm, {} if name == "baseline" else self._best("baseline"), score)
 
-    def _complete(self, run: Run) -> Row:
-        """The run's row, after training and measuring it where that is missing."""
-        found = self.results.find(run)
-        if found is not None:
-            return found
-        baseline = self._pretrained(run.setting.name)
-        name = self._name(run)
-        folder = self.folder / "runs" / name
-        options = merged(
-            self.benchmark.common,
-            run.options,
-            self._places(run.setting, baseline, folder),
-            {"seed": run.seed, "max_train_steps": run.steps},
-        )
-        log = self.folder / "logs" / f"{name}.txt"
-        self.workers.train(run.command, options, log)
-        measured = self._measure(run.setting, folder, run.samples, run.seed, log)
-        self.results.add(run, measured)
-        for checkpoint in folder.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
-        found = self.results.find(run)
-        assert found is not None
-        print(f"{name}: frechet {found['frechet']:.4g}, {found['seconds'] / run.steps:.3g} s a step", flush=True)
-        return found
+    def _score(self, run: Run, points: Points) -> float:
+        """The least distance at the first number of sampling steps; infinite where the run diverged, which is noted."""
+        failed = self.results.content.get("diverged", [])
+        if self.results.key(run) in failed:
+            return math.inf
+        try:
+            rows = self._complete(run, points)
+        except DivergedError as error:
+            print(f"{run.arm} {run.seed} {self._differences(run)}: {error}", flush=True)
+            self.results.note("diverged", [*failed, self.results.key(run)])
+            return math.inf
+        return min(float(row["frechet"]) for row in rows if row["sampling_steps"] == points.sampling_steps[0])
 
-    def _guided(self, run: Run) -> None:
-        """Measures a finished run once more, with guidance."""
-        guidance, samples = self.benchmark.guidance, self.benchmark.guided_samples
-        folder, guided = self.folder / "runs" / self._name(run), replace(run, samples=samples)
-        if self.results.find(guided, "guided") is None:
-            log = self.folder / "logs" / f"{folder.name}.txt"
-            measured = self._measure(run.setting, folder, samples, run.seed, log, guidance)
-            self.results.add(guided, {"guidance": guidance} | measured, "guided")
-            print(f"{folder.name}: frechet {measured['frechet']:.4g} with guidance {guidance}", flush=True)
+    def _best_at_few(self, name: str) -> Options:
+        """The options of the search's run that was best at the second number of sampling steps."""
+        points, benchmark = self.benchmark.points["search"], self.benchmark
+        few = points.sampling_steps[-1]
+        given = {"arm": name, "seed": benchmark.search_seed, "reported": False, "steps": benchmark.steps,
+                 "samples": points.samples, "sampling_steps": few}  # fmt: skip
+        rows = [row for row in self.results.rows if all(row[key] == value for key, value in given.items())]
+        best: Options = min(rows, key=lambda row: row["frechet"])["options"]
+        return best
 
     def _name(self, run: Run) -> str:
         """The name of a run's folder."""
         key = json.dumps(self.results.key(run), sort_keys=True)
-        return f"{run.setting.name}_{run.arm}_{run.seed}_{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+        return f"{run.arm}_{run.seed}_{hashlib.sha256(key.encode()).hexdigest()[:8]}"
 
-    def _places(self, setting: Setting, model: Path, output: Path) -> Options:
-        return {
-            "pretrained_model_name_or_path": str(model),
-            "train_data_dir": str(self.data(setting) / setting.data),
-            "resolution": setting.resolution,
-            "latent_cache_dir": str(self.folder / "cache"),
-            "output_dir": str(output),
-        }
+    def _base(self) -> Path:
+        """The pipeline that every arm begins with, of the kept weights; and what all rows have in common is stated."""
+        kept, steps = read_kept(self.weights), self.benchmark.pretraining.steps
+        if kept is None or kept["steps"] != steps:
+            found = "no denoiser" if kept is None else f"a denoiser of {kept['steps']} steps"
+            raise UserError(f"{self.weights}: has {found}, not one of {steps}: run --stage denoiser first")
+        files = sorted(f for f in self.weights.glob("*.safetensors") if not f.name.startswith("arm_"))
+        digest = hashlib.sha256()
+        for file in files:
+            digest.update(file.name.encode() + file.read_bytes())
+        self.results.fix("weights", digest.hexdigest()[:16])
+        self.results.fix("common", self.benchmark.common)
+        base = self.folder / f"base_{digest.hexdigest()[:16]}"
+        if not base.is_dir():
+            partial_ = base.with_suffix(".partial")
+            kept_pipeline(self.weights).save_pretrained(partial_)
+            partial_.rename(base)
+        return base
 
-    def _measure(self, setting: Setting, run: Path, samples: int, seed: int, log: Path, guidance: float = 1.0) -> Row:
-        cache = self.folder / "cache" / "evaluation"
-        steps = setting.sampling_steps or STEPS
-        return self.workers.measure(run, self.data(setting), cache, samples, seed, setting.data, guidance, steps, log)
-
-    def _prepare(self) -> None:
-        """Once, before anything is measured: the decoder, the references' statistics, and the floors."""
+    def _complete(self, run: Run, points: Points) -> list[Row]:
+        """The run's rows at these points, after training and measuring it where some are missing."""
+        found = self.results.find(run, points.samples)
+        if not next_points(self._request(run, points), found):
+            return found
         with self._preparing:
-            if self._prepared:
+            base = self._base()
+        name = self._name(run)
+        folder, log = self.folder / "runs" / name, self.folder / "logs" / f"{name}.txt"
+        if not (folder / FINISHED).is_file():
+            options = merged(self.benchmark.common, run.options, {
+                "pretrained_model_name_or_path": str(base),
+                "train_data_dir": str(self._data() / "train"),
+                "resolution": 64,
+                "latent_cache_dir": str(self.folder / "cache"),
+                "output_dir": str(folder),
+                "seed": run.seed,
+                "max_train_steps": run.steps,
+            })  # fmt: skip
+            self.workers.train(run.command, options, log)
+            for checkpoint in folder.glob("checkpoint-*"):
+                shutil.rmtree(checkpoint)
+        return self._measure(run, folder, points, training_seconds(folder))
+
+    @staticmethod
+    def _rows_in(file: Path) -> list[Row]:
+        rows: list[Row] = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.is_file() else []
+        return rows
+
+    def _request(self, run: Run, points: Points) -> Request:
+        pairs = [(guidance, steps) for steps in points.sampling_steps for guidance in points.guidance]
+        return Request(points.samples, run.seed, pairs, self.benchmark.guidance if points.to_best else [])
+
+    def _measure(self, run: Run, pipeline: Path, points: Points, seconds: float | None) -> list[Row]:
+        """Measures what is missing; what was done before an interruption becomes rows, too."""
+        request = self._request(run, points)
+        if not next_points(request, self.results.find(run, points.samples)):
+            return self.results.find(run, points.samples)
+        self._floors(points.samples)
+        try:
+            log = self.folder / "logs" / f"{self._name(run)}.txt"
+            self.workers.measure(pipeline, self.folder, self.weights, request, log)
+        finally:
+            self.results.add(run, points.samples, self._rows_in(pipeline / request.file), seconds)
+        rows = self.results.find(run, points.samples)
+        for steps in points.sampling_steps:
+            best = min((r for r in rows if r["sampling_steps"] == steps), key=lambda r: r["frechet"])
+            said = f"{run.arm} {run.seed} of {run.steps} steps {self._differences(run)}: {steps} sampling steps, least "
+            print(f"{said}{best['frechet']:.4g} at guidance {best['guidance']:g}", flush=True)
+        return rows
+
+    def _differences(self, run: Run) -> str:
+        start = self.benchmark.baseline.start
+        return ", ".join(f"{n} {v}" for n, v in run.options.items() if start.get(n) != v)
+
+    def _floors(self, samples: int) -> None:
+        """Once, before anything is measured with so many samples: the references' features, and the floors."""
+        with self._preparing:
+            if samples in self._floored:
                 return
-            vae = AutoencoderKL.from_pretrained(self._trained_vae()).eval()
-            cache = self.folder / "cache" / "evaluation"
-            for setting in self.benchmark.settings:
-                held_out = self.data(setting) / "held-out"
-                reference = open_reference(held_out, setting.resolution, vae, cache)
-                train = open_reference(self.data(setting) / setting.data, setting.resolution, vae, cache)
-                self.results.keep_baseline(setting, {"floor": floors(reference, held_out, train)})
-            self._prepared = True
-
-    def _trained_vae(self) -> Path:
-        """The folder of the VAE that all figures are of; its decoder is trained where that has not been done."""
-        if self.own_model:
-            return self.model / "vae"
-        found = self.folder / "vae"
-        if not (found / "config.json").is_file():
-            finest = max((self.folder / "data").glob("*/all"), key=lambda part: int(part.parent.name))
-            minutes = self.benchmark.pretraining.decoder_minutes
-            arguments = [self.model / "vae", finest, found, self.folder / "decoder.pt", minutes]
-            log = self.folder / "logs" / "decoder.txt"
-            self.workers.call(["benchmarks.quality.decoder", *map(str, arguments)], log)
-        return found
-
-    def _pretrained(self, setting: str) -> Path:
-        """The folder of a setting's baseline."""
-        found = self.folder / "baselines" / setting
-        if not (found / "finished.json").is_file():
-            raise UserError(f"{found}: no baseline there: run --stage baseline first")
-        return found
-
-    def _is_pretrained(self, setting: Setting) -> bool:
-        kept, how = self.results.baseline(setting), self.benchmark.pretraining.of(setting)
-        return bool(kept.get("reached") or (kept["curve"] and kept["curve"][-1]["steps"] >= how.max_steps))
-
-    def _pretrain(self, setting: Setting) -> None:
-        """Trains on and on, with a measurement every so many steps."""
-        how = self.benchmark.pretraining.of(setting)
-        folder, log = self.folder / "baselines" / setting.name, self.folder / "logs" / f"baseline_{setting.name}.txt"
-        start = self.model if setting.begins_with is None else self._pretrained(setting.begins_with)
-        while not self._is_pretrained(setting):
-            kept = self.results.baseline(setting)
-            steps = kept["curve"][-1]["steps"] + how.every if kept["curve"] else how.first
-            options = merged(
-                self.benchmark.common,
-                how.options,
-                self._places(setting, start, folder),
-                {"seed": how.seed, "max_train_steps": steps},
-            )
-            self.workers.train("lpl", options, log)
-            self._prepare()
-            shutil.copytree(self._trained_vae(), folder / "vae", dirs_exist_ok=True)
-            found = {"steps": steps} | self._measure(setting, folder, self.benchmark.samples, how.seed, log)
-            curve = [*kept["curve"], found]
-            target = how.ratio * self.results.baseline(setting)["floor"]["frechet_train_to_held_out"]
-            reached = is_past_steep_phase([row["frechet"] for row in curve], target, how.flat)
-            values = {"curve": curve, "reached": reached, "options": {"seed": how.seed} | how.options}
-            self.results.keep_baseline(setting, values | {"begins_with": setting.begins_with})
-            print(
-                f"baseline {setting.name}: step {steps}, frechet {found['frechet']:.4g}, target {target:.4g}",
-                flush=True,
-            )
+            key = Judge(self.folder, self.weights, kept_vae(self.weights)).key()
+            self.results.fix("figures", key)
+            floors = self.results.content["floors"]
+            if all(floor["samples"] != samples for floor in floors):
+                file = self.folder / "cache" / f"floors_{samples}.json"
+                if not file.is_file() or json.loads(file.read_text(encoding="utf-8"))["key"] != key:
+                    self.workers.floors(self.folder, self.weights, samples, self.folder / "logs" / "floors.txt")
+                self.results.note("floors", [*floors, json.loads(file.read_text(encoding="utf-8"))["floors"]])
+            self._floored.add(samples)
 
     def _keep_unets(self, runs: list[Run]) -> None:
         """Keeps both arms' UNets of the first reported seed."""
+        base = self._base()
         for run in runs:
             found = self.folder / "runs" / self._name(run)
             if found.is_dir():
-                keep(found, run.arm, self.results.file.parent / "weights")
+                keep_arm(found, base, run.arm, self.weights)
             else:
                 print(f"{run.arm}, seed {run.seed}: {found} is not there, so its UNet is not kept")

@@ -1,9 +1,10 @@
-"""results.json as tables in Markdown, for docs/results.md.
+"""results.json as tables in Markdown, for docs/results.md, and the verdict.
 
     python -m benchmarks.quality.summary [results.json]
 
-Ratios are paired by seed: of each seed the arm's distance over the other arm's, with Student's 95 % interval of their
-mean logarithm.
+An arm's figure of a seed is that at the guidance which has the least mean Fréchet distance over the arm's *other* seeds
+(leave one out), so that no seed chooses for itself. Ratios are paired by seed, with Student's 95 % interval of their
+mean logarithm; recall is compared by its difference.
 """
 
 from __future__ import annotations
@@ -18,16 +19,19 @@ from typing import Any, NamedTuple
 
 from scipy.stats import t as student
 
+from benchmarks.quality.measure import FIGURES
 from lpl.config import TrainConfig
 
 FILE = Path(__file__).parent / "results.json"
 Row = dict[str, Any]
-BAR = 0.94
-BANDS = ("low_band_log_error", "middle_band_log_error", "high_band_log_error")
+MANY, FEW = 20, 4
+SHOWN = ("frechet_second", "recall", "high_band_log_error")
+BARS = {MANY: 0.95, FEW: 0.90}
+RECALL_BAR, HEADROOM_BAR, CONVERGENCE_BAR, DEFAULT_BAR = -0.01, 2.0, 0.03, 0.02
 
 
-class Ratio(NamedTuple):
-    """A paired ratio; the ends are None with fewer than two seeds."""
+class Interval(NamedTuple):
+    """A mean with its interval; the ends are None with fewer than two values."""
 
     value: float
     low: float | None
@@ -39,20 +43,31 @@ class Ratio(NamedTuple):
         return f"{self.value:.3f}{ends}"
 
 
-def paired_ratio(values: Sequence[float], others: Sequence[float]) -> Ratio:
-    """Geometric mean of values / others and exp(mean ± t s / sqrt(n)) of their logarithms."""
-    logs = [math.log(a / b) for a, b in zip(values, others, strict=True)]
-    mean, count = fmean(logs), len(logs)
+def mean_interval(values: Sequence[float]) -> Interval:
+    """mean ± t s / sqrt(n)."""
+    mean, count = fmean(values), len(values)
     if count < 2:
-        return Ratio(math.exp(mean), None, None, count)
-    half = float(student.ppf(0.975, count - 1)) * stdev(logs) / math.sqrt(count)
-    return Ratio(math.exp(mean), math.exp(mean - half), math.exp(mean + half), count)
+        return Interval(mean, None, None, count)
+    half = float(student.ppf(0.975, count - 1)) * stdev(values) / math.sqrt(count)
+    return Interval(mean, mean - half, mean + half, count)
 
 
-def reported(rows: list[Row], arm: str) -> dict[int, Row]:
-    """The reported rows of an arm by seed; of several lengths or numbers of samples those of the last row."""
-    found = [row for row in rows if row["arm"] == arm and row["reported"]]
-    return {row["seed"]: row for row in found if _kind(row) == _kind(found[-1])}
+def paired_ratio(values: Sequence[float], others: Sequence[float]) -> Interval:
+    """Geometric mean of values / others and exp(mean ± t s / sqrt(n)) of their logarithms."""
+    logs = mean_interval([math.log(a / b) for a, b in zip(values, others, strict=True)])
+    ends = [None if end is None else math.exp(end) for end in (logs.low, logs.high)]
+    return Interval(math.exp(logs.value), ends[0], ends[1], logs.seeds)
+
+
+def reported(rows: list[Row], arm: str, steps: int) -> dict[float, dict[int, Row]]:
+    """The reported rows of an arm at so many sampling steps, by guidance and seed; of several lengths or numbers of
+    samples those of the last row."""
+    found = [r for r in rows if r["arm"] == arm and r["reported"] and r["sampling_steps"] == steps]
+    curve: dict[float, dict[int, Row]] = {}
+    for row in found:
+        if _kind(row) == _kind(found[-1]):
+            curve.setdefault(row["guidance"], {})[row["seed"]] = row
+    return dict(sorted(curve.items()))
 
 
 def _kind(row: Row) -> tuple[int, int]:
@@ -60,13 +75,55 @@ def _kind(row: Row) -> tuple[int, int]:
     return row.get("base_steps") or row["steps"], row["samples"]
 
 
-def ratio_of(rows: list[Row], arm: str, other: str, figure: str = "frechet") -> Ratio | None:
-    """Of the seeds that both arms have; None: there are none."""
-    first, second = reported(rows, arm), reported(rows, other)
-    seeds = sorted(seed for seed in first.keys() & second.keys() if _kind(first[seed]) == _kind(second[seed]))
-    if not seeds:
-        return None
-    return paired_ratio([first[s][figure] for s in seeds], [second[s][figure] for s in seeds])
+def chosen_guidance(curve: dict[float, dict[int, Row]]) -> dict[int, float]:
+    """For each seed the guidance that is best on the others; where there is one seed alone, on itself.
+
+    Only scales at which every seed was measured take part.
+    """
+    seeds = sorted({seed for of in curve.values() for seed in of})
+    whole = {guidance: of for guidance, of in curve.items() if len(of) == len(seeds)}
+    if not whole:
+        return {}
+    found = {}
+    for seed in seeds:
+        others = [other for other in seeds if other != seed] or [seed]
+        found[seed] = min(whole, key=lambda g: fmean(whole[g][other]["frechet"] for other in others))
+    return found
+
+
+def at_best(rows: list[Row], arm: str, steps: int) -> dict[int, Row]:
+    """An arm's rows at its best guidance, by seed."""
+    curve = reported(rows, arm, steps)
+    return {seed: curve[guidance][seed] for seed, guidance in chosen_guidance(curve).items()}
+
+
+def is_at_edge(rows: list[Row], arm: str, steps: int) -> bool:
+    """Whether the best guidance of any seed is an end of what was measured."""
+    curve = reported(rows, arm, steps)
+    return bool({min(curve), max(curve)} & set(chosen_guidance(curve).values())) if curve else False
+
+
+def _pairs(first: dict[int, Row], second: dict[int, Row]) -> list[tuple[Row, Row]]:
+    shared = sorted(first.keys() & second.keys())
+    return [(first[s], second[s]) for s in shared if _kind(first[s]) == _kind(second[s])]
+
+
+def ratio_of(rows: list[Row], arm: str, other: str, steps: int, figure: str = "frechet") -> Interval | None:
+    """Each at its own best guidance, of the seeds that both have; None: there are none."""
+    pairs = _pairs(at_best(rows, arm, steps), at_best(rows, other, steps))
+    return paired_ratio([a[figure] for a, _ in pairs], [b[figure] for _, b in pairs]) if pairs else None
+
+
+def difference_of(rows: list[Row], arm: str, other: str, steps: int, figure: str) -> Interval | None:
+    """The same of differences."""
+    pairs = _pairs(at_best(rows, arm, steps), at_best(rows, other, steps))
+    return mean_interval([a[figure] - b[figure] for a, b in pairs]) if pairs else None
+
+
+def name_at(rows: list[Row], arm: str, steps: int) -> str:
+    """The arm that stands for one at so many sampling steps: at few, the one that was best there in the search."""
+    few = f"{arm}-few"
+    return few if steps == FEW and reported(rows, few, steps) else arm
 
 
 def table(heads: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
@@ -75,56 +132,193 @@ def table(heads: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
 
 
-def arms_table(rows: list[Row]) -> str:
-    """Means of every reported arm."""
-    figures = ("frechet", "frechet_images", "frechet_train", "kernel", *BANDS)
-    names = dict.fromkeys(row["arm"] for row in rows if row["reported"])
+def floor_of(content: dict[str, Any], samples: int) -> Row | None:
+    """The floor of a number of samples."""
+    return next((floor for floor in content["floors"] if floor["samples"] == samples), None)
+
+
+def headroom(content: dict[str, Any]) -> float | None:
+    """The baseline's distance at its best guidance, in floors."""
+    found = list(at_best(content["rows"], "baseline", MANY).values())
+    floor = floor_of(content, found[0]["samples"]) if found else None
+    return None if floor is None else fmean(row["frechet"] for row in found) / floor["frechet"]
+
+
+def pretraining(rows: list[Row], steps: int) -> dict[int, Row]:
+    """The pretrained pipeline's rows at its best guidance, by steps of its training."""
+    found: dict[int, Row] = {}
+    for row in rows:
+        if row["arm"] == "pretrained" and row["sampling_steps"] == steps:
+            other = found.get(row["steps"])
+            if other is None or row["frechet"] < other["frechet"]:
+                found[row["steps"]] = row
+    return dict(sorted(found.items()))
+
+
+def convergence(rows: list[Row]) -> float | None:
+    """The share by which the last fifth of the pretraining changes the distance; None where it was not measured."""
+    found = pretraining(rows, MANY)
+    if not found:
+        return None
+    last = max(found)
+    begin = found.get(round(0.8 * last))
+    return None if begin is None else abs(1 - found[last]["frechet"] / begin["frechet"])
+
+
+def verdict(content: dict[str, Any]) -> str:
+    """Every bar, what was found, and whether it is met."""
+    rows, lines = content["rows"], []
+
+    def say(what: str, bar: str, found: object, met: bool | None) -> None:
+        lines.append([what, bar, "not yet" if found is None else found, {True: "yes", False: "no", None: "-"}[met]])
+
+    for steps, bar in BARS.items():
+        ours, base = name_at(rows, "lpl", steps), name_at(rows, "baseline", steps)
+        ratio = ratio_of(rows, ours, base, steps)
+        edge = " at the grid's edge" if any(is_at_edge(rows, arm, steps) for arm in (ours, base)) else ""
+        found = None if ratio is None else f"{ratio}, {ratio.seeds} seeds{edge}"
+        met = ratio is not None and ratio.value <= bar and ratio.high is not None and ratio.high < 1 and not edge
+        said = f"at most {bar}, upper end below 1"
+        say(f"Fréchet, {ours} / {base}, own best guidance, {steps} steps", said, found, met if ratio else None)
+        recall = difference_of(rows, ours, base, steps, "recall")
+        bar_ = f"not below {RECALL_BAR}"
+        say(f"recall, {ours} - {base}, {steps} steps", bar_, recall, recall.value >= RECALL_BAR if recall else None)
+        pairs = _pairs(at_best(rows, ours, steps), at_best(rows, base, steps))
+        smaller = sum(a["high_band_log_error"] < b["high_band_log_error"] for a, b in pairs)
+        said = f"{smaller} of {len(pairs)}" if pairs else None
+        say(f"high-band log error smaller, {steps} steps", "every seed", said, smaller == len(pairs) if pairs else None)
+    best, default = (ratio_of(rows, arm, "baseline", MANY) for arm in ("lpl", "lpl-default"))
+    met = bool(best and default and default.value < 1 and default.value - best.value <= DEFAULT_BAR)
+    said = f"below 1, within {DEFAULT_BAR} of the best"
+    say("Fréchet, default / baseline, 20 steps", said, default, met if default else None)
+    room, change = headroom(content), convergence(rows)
+    said = None if room is None else f"{room:.2f}"
+    say(
+        "baseline at its best guidance, in floors",
+        f"at least {HEADROOM_BAR:g}",
+        said,
+        room >= HEADROOM_BAR if room else None,
+    )
+    said = None if change is None else f"{100 * change:.1f} %"
+    bar_ = f"under {100 * CONVERGENCE_BAR:.0f} %"
+    say("last fifth of the pretraining", bar_, said, change < CONVERGENCE_BAR if change is not None else None)
+    return table(["figure", "bar", "found", "met"], lines)
+
+
+def arms_of(rows: list[Row]) -> list[str]:
+    """Names of the reported arms."""
+    return list(dict.fromkeys(row["arm"] for row in rows if row["reported"]))
+
+
+def arms_table(rows: list[Row], steps: int) -> str:
+    """Means of every reported arm at its own best guidance."""
     lines = []
-    for name in names:
-        found = list(reported(rows, name).values())
-        means = [f"{fmean(row[figure] for row in found):.4g}" for figure in figures]
-        seconds = fmean(row["seconds"] for row in found)
-        lines.append([name, len(found), found[0]["steps"], f"{seconds:.0f}", *means])
-    return table(["arm", "seeds", "steps", "seconds", *figures], lines)
+    for name in arms_of(rows):
+        found = list(at_best(rows, name, steps).values())
+        if found:
+            scales = "/".join(f"{g:g}" for g in sorted({row["guidance"] for row in found}))
+            edge = " (edge)" if is_at_edge(rows, name, steps) else ""
+            seconds = [row["seconds"] for row in found if "seconds" in row]
+            means = [f"{fmean(row[figure] for row in found):.4g}" for figure in FIGURES]
+            shown = f"{fmean(seconds):.0f}" if seconds else "-"
+            lines.append([name, len(found), found[0]["steps"], shown, scales + edge, *means])
+    return table(["arm", "seeds", "steps", "seconds", "guidance", *FIGURES], lines)
 
 
-def ratios_table(rows: list[Row]) -> str:
-    """LPL against every other arm of its setting."""
+def ratios_table(rows: list[Row], steps: int) -> str:
+    """Every LPL arm against every other one, each at its own best guidance."""
     lines = []
-    for name in dict.fromkeys(row["arm"] for row in rows if row["reported"]):
-        base, _, setting = name.partition("@")
-        ours = f"lpl@{setting}" if setting else "lpl"
-        if base == "lpl" or (found := ratio_of(rows, ours, name)) is None:
-            continue
-        others = [ratio_of(rows, ours, name, figure) for figure in ("frechet_images", *BANDS)]
-        lines.append([f"{ours} / {name}", found.seeds, found, *others])
-    return table(["arms", "seeds", "frechet", "frechet_images", *BANDS], lines)
+    ours = [name for name in arms_of(rows) if name.startswith("lpl")]
+    for name in ours:
+        for other in arms_of(rows):
+            if other not in ours and (found := ratio_of(rows, name, other, steps)) is not None:
+                more = [
+                    ratio_of(rows, name, other, steps, f)
+                    for f in ("frechet_same", "frechet_second", "high_band_log_error")
+                ]
+                shares = [difference_of(rows, name, other, steps, f) for f in ("precision", "recall")]
+                lines.append([f"{name} / {other}", found.seeds, found, *more, *shares])
+    heads = ["arms", "seeds", "frechet", "frechet_same", "frechet_second", "high_band_log_error"]
+    return table([*heads, "precision (difference)", "recall (difference)"], lines)
 
 
-def seeds_table(rows: list[Row]) -> str:
-    """The searched setting, seed by seed."""
-    ours, base = reported(rows, "lpl"), reported(rows, "baseline")
+def guidance_table(rows: list[Row], steps: int, arm: str = "lpl", other: str = "baseline") -> str:
+    """Both arms at the same guidance, scale by scale."""
+    ours, base = reported(rows, arm, steps), reported(rows, other, steps)
     lines = []
-    for seed in sorted(ours.keys() & base.keys()):
-        a, b = ours[seed], base[seed]
-        smaller = "yes" if a["high_band_log_error"] < b["high_band_log_error"] else "no"
-        pairs = [f"{b[name]:.4g} → {a[name]:.4g}" for name in ("frechet", "frechet_images", "high_band_log_error")]
-        lines.append([seed, *pairs, smaller])
-    heads = ["seed", "frechet", "frechet_images", "high_band_log_error", "high band smaller"]
-    return table(heads, lines)
+    for guidance in sorted(ours.keys() & base.keys()):
+        pairs = _pairs(ours[guidance], base[guidance])
+        if pairs:
+            both = [f"{fmean(b[f] for _, b in pairs):.4g} → {fmean(a[f] for a, _ in pairs):.4g}"
+                    for f in ("frechet", "frechet_second", "precision", "recall", "high_band_log_error")]  # fmt: skip
+            ratio = paired_ratio([a["frechet"] for a, _ in pairs], [b["frechet"] for _, b in pairs])
+            lines.append([f"{guidance:g}", len(pairs), ratio, *both])
+    heads = ["guidance", "seeds", f"frechet {arm} / {other}", "frechet", "frechet_second", "precision", "recall"]
+    return table([*heads, "high_band_log_error"], lines)
 
 
-def differences(rows: list[Row], arm: str, chosen: dict[str, Any] | None) -> list[tuple[str, Row]]:
-    """An arm's search, best first: what differs from the chosen options (None: the best row's), and the row."""
-    found = sorted((row for row in rows if row["arm"] == arm and not row["reported"]), key=lambda r: r["frechet"])
-    named, unset = [], TrainConfig().flat()
-    chosen = chosen or (found[0]["options"] if found else {})
-    for row in found:
+def seeds_table(rows: list[Row], steps: int) -> str:
+    """Both arms at their own best guidance, seed by seed."""
+    ours, base = (at_best(rows, name_at(rows, arm, steps), steps) for arm in ("lpl", "baseline"))
+    lines = []
+    for a, b in _pairs(ours, base):
+        pairs = [f"{b[name]:.4g} → {a[name]:.4g}" for name in ("frechet", "recall", "high_band_log_error")]
+        lines.append(
+            [a["seed"], f"{b['guidance']:g} → {a['guidance']:g}", *pairs, f"{a['frechet'] / b['frechet']:.3f}"]
+        )
+    return table(["seed", "guidance", "frechet", "recall", "high_band_log_error", "ratio"], lines)
+
+
+def pretraining_table(content: dict[str, Any]) -> str:
+    """The pretraining's curve at its best guidance, and the floors."""
+    lines = []
+    for steps in (MANY, FEW):
+        for trained, row in pretraining(content["rows"], steps).items():
+            floor = floor_of(content, row["samples"])
+            floors = "" if floor is None else f"{row['frechet'] / floor['frechet']:.2f}"
+            values = [f"{row[f]:.4g}" for f in ("frechet", "frechet_second", "recall", "high_band_log_error")]
+            lines.append([trained, steps, f"{row['guidance']:g}", *values, floors])
+    heads = ["steps", "sampling steps", "best guidance", "frechet", "frechet_second", "recall", "high_band_log_error"]
+    names = list(dict.fromkeys(name for floor in content["floors"] for name in floor))
+    floors = [[f"{floor[name]:.4g}" for name in names] for floor in content["floors"]]
+    return (
+        table([*heads, "floors"], lines)
+        + "\n\nReal pictures in the place of samples (floors):\n\n"
+        + table(names, floors)
+    )
+
+
+class Tried(NamedTuple):
+    """A run of the search at its best guidance."""
+
+    said: str
+    """What differs from the chosen options."""
+    many: Row
+    few: Row | None
+
+
+def tried(rows: list[Row], arm: str, chosen: dict[str, Any] | None) -> list[Tried]:
+    """An arm's search, best first; chosen None: what differs from the best run's options."""
+    runs: dict[str, dict[int, Row]] = {}
+    for row in rows:
+        if row["arm"] == arm and not row["reported"]:
+            of = runs.setdefault(
+                json.dumps([row["options"], row["seed"], row["steps"], row["samples"]], sort_keys=True), {}
+            )
+            best = of.get(row["sampling_steps"])
+            if best is None or row["frechet"] < best["frechet"]:
+                of[row["sampling_steps"]] = row
+    whole = sorted((of for of in runs.values() if MANY in of), key=lambda of: of[MANY]["frechet"])
+    unset = TrainConfig().flat()
+    chosen = chosen or (whole[0][MANY]["options"] if whole else {})
+    found = []
+    for of in whole:
+        row = of[MANY]
         best, options = (unset | entry for entry in (chosen, row["options"]))
         names = sorted(chosen.keys() | row["options"].keys())
         other = [f"{n} {options.get(n, 'unset')}" for n in names if options.get(n) != best.get(n)]
-        named.append((", ".join(other) or "chosen", row))
-    return named
+        found.append(Tried(", ".join(other) or "chosen", row, of.get(FEW)))
+    return found
 
 
 def search_table(content: dict[str, Any]) -> str:
@@ -132,46 +326,41 @@ def search_table(content: dict[str, Any]) -> str:
     parts = []
     for arm in ("baseline", "lpl"):
         options = content.get("best", {}).get(arm)
-        found = differences(content["rows"], arm, options)
+        found = tried(content["rows"], arm, options)
         if found:
-            lines = [[said, f"{row['frechet']:.4g}", f"{row['high_band_log_error']:.4g}"] for said, row in found]
-            chosen = ", ".join(f"{name} {value}" for name, value in (options or found[0][1]["options"]).items())
-            parts.append(f"{arm}, chosen: {chosen}\n\n{table(['differs in', 'frechet', 'high_band_log_error'], lines)}")
+            lines = []
+            for entry in found:
+                few = ["-", "-"] if entry.few is None else [f"{entry.few['frechet']:.4g}", f"{entry.few['guidance']:g}"]
+                row = entry.many
+                shown = [
+                    f"{row['frechet']:.4g}",
+                    f"{row['guidance']:g}",
+                    f"{row['frechet_second']:.4g}",
+                    f"{row['recall']:.3f}",
+                ]
+                lines.append([entry.said, *shown, f"{row['high_band_log_error']:.3g}", *few])
+            chosen = ", ".join(f"{name} {value}" for name, value in (options or found[0].many["options"]).items())
+            heads = [
+                "differs in",
+                f"frechet, {MANY} steps",
+                "guidance",
+                "frechet_second",
+                "recall",
+                "high_band_log_error",
+            ]
+            text = table([*heads, f"frechet, {FEW} steps", "guidance"], lines)
+            parts.append(f"{arm}, {len(found)} runs, chosen: {chosen}\n\n{text}")
     return "\n\n".join(parts)
-
-
-def verdict(rows: list[Row]) -> str:
-    """Both bars in words."""
-    ratio = ratio_of(rows, "lpl", "baseline")
-    if ratio is None:
-        return "no pairs yet"
-    met = ratio.value <= BAR and ratio.high is not None and ratio.high < 1
-    ours, base = reported(rows, "lpl"), reported(rows, "baseline")
-    seeds = ours.keys() & base.keys()
-    smaller = sum(ours[s]["high_band_log_error"] < base[s]["high_band_log_error"] for s in seeds)
-    return (
-        f"Fréchet distance LPL / baseline {ratio} over {ratio.seeds} seeds: the bar ({BAR}, upper end below 1) is "
-        f"{'met' if met else 'not met'}. High-band log error smaller with LPL in {smaller} of {len(seeds)} seeds."
-    )
 
 
 def summary(content: dict[str, Any]) -> str:
     """All of it."""
     rows: list[Row] = content["rows"]
-    floors = [
-        [name, *(f"{value:.4g}" for value in entry["floor"].values()), entry["curve"][-1]["steps"],
-         f"{entry['curve'][-1]['frechet']:.4g}", "yes" if entry.get("reached") else "no"]
-        for name, entry in content["baselines"].items() if entry["curve"]
-    ]  # fmt: skip
-    first = next(iter(content["baselines"].values()), {"floor": {}})["floor"]
-    names = [name.removeprefix("frechet_").replace("_", " ") for name in first]
-    heads = ["setting", *names, "steps", "baseline", "flat"]
-    parts = [verdict(rows), seeds_table(rows), ratios_table(rows), arms_table(rows), table(heads, floors)]
-    guided = content.get("guided", [])
-    if guided:
-        parts.append(f"With guidance {guided[0]['guidance']:g}, {guided[0]['samples']} samples:")
-        parts += [ratios_table(guided), arms_table(guided)]
-    return "\n\n".join([*parts, search_table(content)])
+    parts = ["## Verdict", verdict(content)]
+    for steps in sorted({row["sampling_steps"] for row in rows if row["reported"]}, reverse=True):
+        parts += [f"## {steps} sampling steps", ratios_table(rows, steps), seeds_table(rows, steps)]
+        parts += [guidance_table(rows, steps), arms_table(rows, steps)]
+    return "\n\n".join([*parts, "## Pretraining", pretraining_table(content), "## Search", search_table(content)])
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
-"""Runs of `lpl train` and their measurement, so many at a time, one core each; an interruption loses little."""
+"""Processes of the benchmark, so many at a time, one core each; an interruption loses little.
+
+While the file `pause` is in the output folder, all of them stand still.
+"""
 
 from __future__ import annotations
 
-import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -14,16 +17,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.measure import MEASURED
+from benchmarks.quality.measure import Request, as_json
+from benchmarks.quality.variants import OPTIONS as VARIANT_OPTIONS
 from lpl.config_io import as_flags
 from lpl.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-STOPPED = 4
+DIVERGED, STOPPED = 3, 4
 
 
 class BudgetSpentError(Exception):
     """The minutes are over; the same command goes on."""
+
+
+class DivergedError(UserError):
+    """A training run ended with a loss that is not finite."""
 
 
 @dataclass
@@ -32,14 +40,16 @@ class Workers:
 
     Attributes:
         number: at a time.
-        budget_minutes: until training runs are asked to end with a checkpoint; None: no limit. A measurement under way
-            is finished.
+        budget_minutes: until processes are asked to end: training does with a checkpoint, a measurement loses the point
+            it is at; None: no limit.
+        pause: the file; None: there is none.
         lock: file descriptor of a lock that processes hold on to, should they outlive this one; None: no lock.
     """
 
     number: int = 2
     budget_minutes: float | None = None
     lock: int | None = None
+    pause: Path | None = None
     _begun: float = field(default_factory=time.monotonic)
     _stop: threading.Event = field(default_factory=threading.Event)
     _running: set[subprocess.Popen[bytes]] = field(default_factory=set)
@@ -77,53 +87,35 @@ class Workers:
         """A run to its end, from where it was left.
 
         Args:
-            command: the module, "lpl" or a control's.
-            options: of `lpl train`, output_dir among them.
+            command: the module, "lpl" or that of the variants.
+            options: of `lpl train`, output_dir among them, and of variants.
             log: file that its output is appended to.
 
         Raises:
             BudgetSpentError: it was stopped, or the time was up before it began.
             UserError: it failed.
         """
-        self.check()
-        left = self.left()
-        if left is not None:
-            options = options | {"max_minutes": max(left, 0.05)}
         texts = {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in options.items()}
-        head = ["lpl", "train"] if command == "lpl" else [command]
+        own = [f"--{name}={texts.pop(name)}" for name in list(texts) if name in VARIANT_OPTIONS]
+        head = ["lpl", "train"] if command == "lpl" else [command, *own]
         self.call([*head, *as_flags(texts)], log)
 
-    def measure(
-        self,
-        run: Path,
-        data: Path,
-        cache: Path,
-        samples: int,
-        seed: int,
-        prompts: str,
-        guidance: float,
-        steps: int,
-        log: Path,
-    ) -> dict[str, Any]:
-        """The figures of a finished run.
+    def measure(self, run: Path, folder: Path, weights: Path, request: Request, log: Path) -> None:
+        """Figures of a finished run, into its folder; raises as train."""
+        self.call(["benchmarks.quality.measure", str(run), str(folder), str(weights), as_json(request)], log)
 
-        Raises:
-            BudgetSpentError: it was stopped, or the time was up before it began.
-            UserError: it failed.
-        """
-        self.check()
-        arguments = [str(run), str(data), str(cache), str(samples), str(seed), prompts, str(guidance), str(steps)]
-        self.call(["benchmarks.quality.measure", *arguments], log)
-        found: dict[str, Any] = json.loads((run / MEASURED).read_text(encoding="utf-8"))
-        return found
+    def floors(self, folder: Path, weights: Path, samples: int, log: Path) -> None:
+        """Figures of real pictures, into the cache; raises as train."""
+        self.call(["benchmarks.quality.measure", str(folder), str(weights), str(samples)], log)
 
     def call(self, arguments: list[str], log: Path) -> None:
-        """A Python module with its arguments, on one core, to its end; its output is appended to log.
+        """A Python module with its arguments, on one core, to its end or the budget's; its output is appended to log.
 
         Raises:
             BudgetSpentError: it was stopped.
             UserError: it failed.
         """
+        self.check()
         paths = [str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")]
         environment = os.environ | {
             "OMP_NUM_THREADS": "1",
@@ -144,11 +136,27 @@ class Workers:
             )
             self._running.add(process)
             try:
-                code = process.wait()
+                code = self._wait(process)
             finally:
                 self._running.discard(process)
         if code == STOPPED or (code and self._stop.is_set()):
             raise BudgetSpentError
         if code:
             lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-            raise UserError(f"{arguments[0]} ended with code {code} ({lines[-1] if lines else ''}); see {log}")
+            kind = DivergedError if code == DIVERGED else UserError
+            raise kind(f"{arguments[0]} ended with code {code} ({lines[-1] if lines else ''}); see {log}")
+
+    def _wait(self, process: subprocess.Popen[bytes]) -> int:
+        """Its exit code; it is stopped while there is the file `pause`, and asked to end when the budget is spent."""
+        paused = False
+        while True:
+            try:
+                return process.wait(timeout=1.0)
+            except subprocess.TimeoutExpired:
+                wanted = self.pause is not None and self.pause.exists()
+                left = self.left()
+                if left is not None and left <= 0 and not self._stop.is_set():
+                    self.stop()
+                if paused != (wanted and not self._stop.is_set()):
+                    paused = not paused
+                    process.send_signal(signal.SIGSTOP if paused else signal.SIGCONT)

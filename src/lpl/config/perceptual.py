@@ -29,7 +29,7 @@ class LPLConfig:
     """The gate as noise/signal: apply where it is at most this (the paper's tau; 3 to 6 did best there)."""
     lpl_loss_type: Literal["mse", "l1"] = "mse"
     """Distance of normalised features."""
-    lpl_norm_type: Literal["default", "shared", "batch", "channel", "channel_detached"] = "shared"
+    lpl_norm_type: Literal["default", "shared", "batch", "channel", "channel_detached", "own"] = "shared"
     """How features are normalised; weights do not carry over between norms."""
     lpl_pow_law: bool = True
     """Halve a layer's weight each time its resolution doubles."""

@@ -26,9 +26,9 @@ def byte_characters() -> list[str]:
 
 
 @functools.cache
-def learn_merges() -> tuple[tuple[str, str], ...]:
-    """Byte pair merges learned from the captions, most frequent pair first, until each word is one token."""
-    counts = Counter(word for caption in all_captions() for word in caption.lower().replace(",", " ,").split())
+def learn_merges(captions: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    """Byte pair merges learned from captions, most frequent pair first, until each of their words is one token."""
+    counts = Counter(word for caption in captions for word in caption.lower().replace(",", " ,").split())
     words = {word: [*word[:-1], word[-1] + "</w>"] for word in counts}
     merges: list[tuple[str, str]] = []
     while True:
@@ -48,18 +48,23 @@ def learn_merges() -> tuple[tuple[str, str], ...]:
                 index += 1
 
 
-def build_vocabulary() -> dict[str, int]:
-    """Token to id: bytes, bytes that end a word, merges, start and end."""
+def build_vocabulary(captions: tuple[str, ...]) -> dict[str, int]:
+    """Token to id: bytes, bytes that end a word, merges of these captions' words, start and end."""
     characters = byte_characters()
     tokens = [*characters, *(character + "</w>" for character in characters)]
-    tokens += ["".join(pair) for pair in learn_merges()]
+    tokens += ["".join(pair) for pair in learn_merges(captions)]
     return {token: index for index, token in enumerate([*tokens, START_TOKEN, END_TOKEN])}
 
 
-def build_tokenizers() -> tuple[CLIPTokenizer, CLIPTokenizer]:
-    """SDXL's pair: one vocabulary, the first pads with the end token, the second with "!" (id 0)."""
-    vocabulary = build_vocabulary()
-    merges: list = list(learn_merges())  # pairs, though the signature says strings
+def build_tokenizers(captions: tuple[str, ...] | None = None) -> tuple[CLIPTokenizer, CLIPTokenizer]:
+    """SDXL's pair: one vocabulary, the first pads with the end token, the second with "!" (id 0).
+
+    Args:
+        captions: whose words are tokens; None: the demo's.
+    """
+    captions = tuple(all_captions()) if captions is None else captions
+    vocabulary = build_vocabulary(captions)
+    merges: list = list(learn_merges(captions))  # pairs, though the signature says strings
     first, second = (
         CLIPTokenizer(
             vocab=vocabulary,
@@ -75,8 +80,7 @@ def build_tokenizers() -> tuple[CLIPTokenizer, CLIPTokenizer]:
     return first, second
 
 
-def _text_config(width: int, activation: str) -> CLIPTextConfig:
-    vocabulary = build_vocabulary()
+def _text_config(width: int, activation: str, vocabulary: dict[str, int]) -> CLIPTextConfig:
     return CLIPTextConfig(
         vocab_size=len(vocabulary),
         hidden_size=width,
@@ -92,11 +96,18 @@ def _text_config(width: int, activation: str) -> CLIPTextConfig:
     )
 
 
-def build_text_encoders() -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
-    """Two small CLIP text encoders with SDXL's activations; the second gives the pooled embedding too."""
+def build_text_encoders(
+    captions: tuple[str, ...] | None = None,
+) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
+    """Two small CLIP text encoders with SDXL's activations; the second gives the pooled embedding too.
+
+    Args:
+        captions: see build_tokenizers.
+    """
+    vocabulary = build_vocabulary(tuple(all_captions()) if captions is None else captions)
     return (
-        CLIPTextModel(_text_config(TEXT_WIDTHS[0], "quick_gelu")),
-        CLIPTextModelWithProjection(_text_config(TEXT_WIDTHS[1], "gelu")),
+        CLIPTextModel(_text_config(TEXT_WIDTHS[0], "quick_gelu", vocabulary)),
+        CLIPTextModelWithProjection(_text_config(TEXT_WIDTHS[1], "gelu", vocabulary)),
     )
 
 
@@ -121,10 +132,13 @@ def build_vae(scaling_factor: float = 1.0) -> AutoencoderKL:
     )
 
 
-def build_unet() -> UNet2DConditionModel:
+def build_unet(widths: tuple[int, int] = UNET_WIDTHS) -> UNet2DConditionModel:
     """A two-level UNet, attention at the lower one, with SDXL's conditioning.
 
     Cross attention sees both text encoders side by side; pooled embedding and six size numbers join the timestep.
+
+    Args:
+        widths: channels of the two levels.
     """
     return UNet2DConditionModel(
         sample_size=IMAGE_SIZE // 8,
@@ -132,10 +146,10 @@ def build_unet() -> UNet2DConditionModel:
         out_channels=LATENT_CHANNELS,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=UNET_WIDTHS,
+        block_out_channels=widths,
         layers_per_block=1,
         transformer_layers_per_block=1,
-        attention_head_dim=tuple(width // 16 for width in UNET_WIDTHS),
+        attention_head_dim=tuple(width // 16 for width in widths),
         norm_num_groups=16,
         cross_attention_dim=sum(TEXT_WIDTHS),
         use_linear_projection=True,

@@ -1,6 +1,6 @@
 """Make the shipped weights again: `python -m lpl.demo.pretrain vae`, then `decoder` and `base` in either order.
 
-Each part resumes from its checkpoint; with `--minutes 0` it only writes the weights of the checkpoint as it is.
+Each part resumes from its checkpoint; with `--steps 0` it only writes the weights of the checkpoint as it is.
 
 The shipped weights took two shared processor cores: vae 45 minutes (4,160 steps, the first 2,420 with batches of 16
 crops that were also turned and recoloured), decoder 36 minutes (5,040 steps) and base 57 minutes (7,680 steps, the
@@ -32,36 +32,36 @@ def _save_vae(vae: AutoencoderKL, scaling_factor: float) -> None:
     print(f"{path}: scaling factor {scaling_factor:.4f}, held-out PSNR {psnr.mean():.2f} dB (worst {psnr.min():.2f})")
 
 
-def make_vae(checkpoint: Path, minutes: float) -> None:
+def make_vae(checkpoint: Path, steps: int) -> None:
     """Train the autoencoder, write its weights and say its held-out PSNR."""
-    vae = train_vae(checkpoint, minutes)
+    vae = train_vae(checkpoint, steps)
     _save_vae(vae, 1.0 / latent_std(vae))
 
 
-def make_decoder(checkpoint: Path, minutes: float) -> None:
+def make_decoder(checkpoint: Path, steps: int) -> None:
     """Train the shipped autoencoder's decoder on and write it; the latents stay what they are."""
-    _save_vae(refine_decoder(_load_vae(), checkpoint, minutes), shipped_scaling_factor())
+    _save_vae(refine_decoder(_load_vae(), checkpoint, steps), shipped_scaling_factor())
 
 
-def make_base(checkpoint: Path, minutes: float) -> None:
+def make_base(checkpoint: Path, steps: int) -> None:
     """Train UNet and text encoders on the shipped autoencoder's latents and write their weights."""
-    model = train_base(_load_vae(), checkpoint, minutes)
+    model = train_base(_load_vae(), checkpoint, steps)
     for name in ("unet", "text_encoder", "text_encoder_2"):
         print(save_component(name, getattr(model, name)))
 
 
-PARTS = {"vae": (make_vae, 45.0), "decoder": (make_decoder, 36.0), "base": (make_base, 57.0)}
+PARTS = {"vae": (make_vae, 4160), "decoder": (make_decoder, 5040), "base": (make_base, 7680)}
 
 
 def main(argv: list[str] | None = None) -> None:
     """Read the command line and train."""
     parser = argparse.ArgumentParser(prog="python -m lpl.demo.pretrain", description=__doc__)
     parser.add_argument("part", choices=tuple(PARTS))
-    parser.add_argument("--minutes", type=float, help="budget of training time, over all resumed calls")
+    parser.add_argument("--steps", type=int, help="over all resumed calls")
     parser.add_argument("--checkpoints", type=Path, default=Path("demo_checkpoints"), help="folder of checkpoints")
     arguments = parser.parse_args(argv)
-    make, minutes = PARTS[arguments.part]
-    make(arguments.checkpoints / f"{arguments.part}.pt", minutes if arguments.minutes is None else arguments.minutes)
+    make, steps = PARTS[arguments.part]
+    make(arguments.checkpoints / f"{arguments.part}.pt", steps if arguments.steps is None else arguments.steps)
 
 
 if __name__ == "__main__":

@@ -9,14 +9,14 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
+from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from lpl.demo.architecture import build_scheduler, build_text_encoders, build_tokenizers, build_unet
+from lpl.demo.architecture import UNET_WIDTHS, build_scheduler, build_text_encoders, build_tokenizers, build_unet
 from lpl.demo.photographs import IMAGE_SIZE, all_captions, random_crops, to_tensor, training_crops
-from lpl.demo.timed_run import TimedRun
+from lpl.demo.training_run import TrainingRun
 
-BATCH_SIZE = 32
 NUM_RANDOM_CROPS = 3000
 CAPTION_DROPOUT = 0.1
 TIME_IDS = (IMAGE_SIZE, IMAGE_SIZE, 0, 0, IMAGE_SIZE, IMAGE_SIZE)  # original size, crop corner, target size
@@ -31,30 +31,34 @@ class EncodedCrops(NamedTuple):
 
 
 @torch.no_grad()
-def encode_crops(vae: AutoencoderKL, captions: list[str]) -> EncodedCrops:
-    """The fixed training crops and 3000 random ones, without mirroring.
+def encode_crops(vae: AutoencoderKL, images: list[Image.Image], numbers: list[int]) -> EncodedCrops:
+    """The posteriors of crops of 64 pixels.
 
     Args:
         vae: the autoencoder, with its scaling factor.
-        captions: every caption; the result points into it.
+        images: the crops.
+        numbers: which caption each has.
     """
-    crops = training_crops() + random_crops(NUM_RANDOM_CROPS, random.Random("base"))
     means, stds = [], []
-    for start in tqdm(range(0, len(crops), 50), desc="encoding crops", mininterval=5.0):
-        posterior = vae.encode(to_tensor([crop.image for crop in crops[start : start + 50]])).latent_dist
+    for start in tqdm(range(0, len(images), 50), desc="encoding crops", mininterval=5.0):
+        posterior = vae.encode(to_tensor(images[start : start + 50])).latent_dist
         means.append(posterior.mean * vae.config.scaling_factor)
         stds.append(posterior.std * vae.config.scaling_factor)
-    index = {caption: number for number, caption in enumerate(captions)}
-    return EncodedCrops(torch.cat(means), torch.cat(stds), torch.tensor([index[crop.caption] for crop in crops]))
+    return EncodedCrops(torch.cat(means), torch.cat(stds), torch.tensor(numbers))
 
 
 class BaseModel(nn.Module):
-    """UNet and both text encoders, as one module to train."""
+    """UNet and both text encoders, as one module to train.
 
-    def __init__(self) -> None:
+    Args:
+        captions: all that will be seen.
+        widths: of the UNet.
+    """
+
+    def __init__(self, captions: tuple[str, ...], widths: tuple[int, int] = UNET_WIDTHS) -> None:
         super().__init__()
-        self.unet = build_unet()
-        self.text_encoder, self.text_encoder_2 = build_text_encoders()
+        self.unet = build_unet(widths)
+        self.text_encoder, self.text_encoder_2 = build_text_encoders(captions)
 
     def encode_text(self, ids: torch.Tensor, ids_2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids (B, 32) of both tokenizers to hidden states (B, 32, 160) and pooled embedding (B, 96)."""
@@ -71,52 +75,63 @@ class BaseModel(nn.Module):
         return self.unet(noisy_latents, timesteps, hidden, added_cond_kwargs=conditions).sample
 
 
-def tokenize(captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+def tokenize(captions: tuple[str, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids (N, 32) of all captions by the first and the second tokenizer."""
     first, second = (
         tokenizer(
-            captions,
+            list(captions),
             padding="max_length",
             max_length=tokenizer.model_max_length,
             truncation=True,
             return_tensors="pt",
         ).input_ids
-        for tokenizer in build_tokenizers()
+        for tokenizer in build_tokenizers(captions)
     )
     return first, second
 
 
-def train_base(vae: AutoencoderKL, checkpoint: Path, minutes: float) -> BaseModel:
-    """Train UNet and text encoders from scratch, or from their checkpoint on, and return the averaged weights.
+def train_base(vae: AutoencoderKL, checkpoint: Path, steps: int) -> BaseModel:
+    """Train UNet and text encoders on the demo's fixed crops and 3000 random ones; see fit_base.
+
+    Args:
+        vae: the frozen autoencoder.
+        checkpoint: file to resume from and to save to.
+        steps: how many.
+    """
+    torch.manual_seed(0)
+    captions = tuple(all_captions())
+    run = TrainingRun(BaseModel(captions), checkpoint, steps, learning_rate=1e-3, weight_decay=0.01)
+    crops = training_crops() + random_crops(NUM_RANDOM_CROPS, random.Random("base"))
+    number = {caption: index for index, caption in enumerate(captions)}
+    data = encode_crops(vae, [crop.image for crop in crops], [number[crop.caption] for crop in crops])
+    return fit_base(run, captions, data)
+
+
+def fit_base(run: TrainingRun[BaseModel], captions: tuple[str, ...], data: EncodedCrops, batch: int = 32) -> BaseModel:
+    """Train UNet and text encoders to the run's last step and return the averaged weights.
 
     Mean squared error of the predicted noise, timesteps uniform; a tenth of the captions is dropped as SDXL's
     pipeline drops an empty prompt: hidden states and pooled embedding are zero.
 
     Args:
-        vae: the frozen autoencoder.
-        checkpoint: file to resume from and to save to.
-        minutes: budget of training time.
+        run: of the model.
+        captions: all of them.
+        data: the crops.
+        batch: crops a step.
     """
-    torch.manual_seed(0)
-    model = BaseModel()
-    run = TimedRun(model, checkpoint, minutes, learning_rate=1e-3, weight_decay=0.01)
-    if run.is_spent:
-        return run.average
-    captions = all_captions()
-    data = encode_crops(vae, captions)
+    model, alphas_cumprod = run.module, build_scheduler().alphas_cumprod
     ids, ids_2 = tokenize(captions)
-    alphas_cumprod = build_scheduler().alphas_cumprod
 
     def loss_of(step: int) -> tuple[torch.Tensor, dict[str, float]]:
         generator = torch.Generator().manual_seed(step)
-        chosen = torch.randint(len(data.caption), (BATCH_SIZE,), generator=generator)
+        chosen = torch.randint(len(data.caption), (batch,), generator=generator)
         mean, std = data.mean[chosen], data.std[chosen]
         latents = mean + std * torch.randn(mean.shape, generator=generator)
         unique, place = data.caption[chosen].unique(return_inverse=True)
         hidden, pooled = model.encode_text(ids[unique], ids_2[unique])
-        kept = (torch.rand(BATCH_SIZE, generator=generator) >= CAPTION_DROPOUT).float()
+        kept = (torch.rand(batch, generator=generator) >= CAPTION_DROPOUT).float()
         hidden, pooled = hidden[place] * kept[:, None, None], pooled[place] * kept[:, None]
-        timesteps = torch.randint(1000, (BATCH_SIZE,), generator=generator)
+        timesteps = torch.randint(1000, (batch,), generator=generator)
         noise = torch.randn(latents.shape, generator=generator)
         alpha_cumprod = alphas_cumprod[timesteps][:, None, None, None]
         noisy_latents = alpha_cumprod.sqrt() * latents + (1.0 - alpha_cumprod).sqrt() * noise

@@ -13,7 +13,7 @@ from torch import nn
 
 from lpl.demo.architecture import build_vae
 from lpl.demo.photographs import held_out_crops, random_patches, to_tensor
-from lpl.demo.timed_run import TimedRun
+from lpl.demo.training_run import TrainingRun
 
 BATCH_SIZE = 8
 FEATURE_BATCH = 4  # the feature distance looks at half of each batch
@@ -57,7 +57,17 @@ class EarlyFeatures(nn.Module):
         return torch.stack(terms).mean()
 
 
-def _fit(run: TimedRun[AutoencoderKL], train_encoder: bool, draw: Draw) -> AutoencoderKL:
+def fit_vae(run: TrainingRun[AutoencoderKL], train_encoder: bool, draw: Draw) -> AutoencoderKL:
+    """Train an autoencoder to the run's last step and return its averaged weights.
+
+    The loss is L1 + 4 MSE + 0.05 feature distance + 2e-4 KL, each a mean over its elements; convolutions run in
+    bfloat16.
+
+    Args:
+        run: of the autoencoder.
+        train_encoder: or only the decoder, on latents that stay what they are.
+        draw: gives so many training images of 64 pixels.
+    """
     vae, features = run.module, EarlyFeatures()
 
     def loss_of(step: int) -> tuple[torch.Tensor, dict[str, float]]:
@@ -78,33 +88,30 @@ def _fit(run: TimedRun[AutoencoderKL], train_encoder: bool, draw: Draw) -> Autoe
     return run.average
 
 
-def train_vae(checkpoint: Path, minutes: float) -> AutoencoderKL:
+def train_vae(checkpoint: Path, steps: int) -> AutoencoderKL:
     """Train the autoencoder from scratch, or from its checkpoint on, and return the averaged weights.
-
-    The loss is L1 + 4 MSE + 0.05 feature distance + 2e-4 KL, each a mean over its elements; convolutions run in
-    bfloat16.
 
     Args:
         checkpoint: file to resume from and to save to.
-        minutes: budget of training time.
+        steps: how many.
     """
     torch.manual_seed(0)
-    return _fit(TimedRun(build_vae(), checkpoint, minutes, learning_rate=1.5e-3), True, random_patches)
+    return fit_vae(TrainingRun(build_vae(), checkpoint, steps, learning_rate=1.5e-3), True, random_patches)
 
 
-def refine_decoder(vae: AutoencoderKL, checkpoint: Path, minutes: float, draw: Draw = random_patches) -> AutoencoderKL:
+def refine_decoder(vae: AutoencoderKL, checkpoint: Path, steps: int, draw: Draw = random_patches) -> AutoencoderKL:
     """Train the decoder on, with the same loss: the encoder stays, so a base model trained on its latents does too.
 
     Args:
         vae: the autoencoder to start from; changed in place.
         checkpoint: file to resume from and to save to.
-        minutes: budget of training time.
+        steps: how many.
         draw: gives so many training images of 64 pixels.
     """
     torch.manual_seed(0)
     vae.encoder.requires_grad_(False)
     vae.quant_conv.requires_grad_(False)
-    return _fit(TimedRun(vae, checkpoint, minutes, learning_rate=8e-4), False, draw)
+    return fit_vae(TrainingRun(vae, checkpoint, steps, learning_rate=8e-4), False, draw)
 
 
 @torch.no_grad()

@@ -9,14 +9,17 @@ x: the prediction's features, y: the target's, count: 1 or 0 where outliers are 
     batch              (x - y) / (std + 1e-6), the target's standard deviation per channel over batch and space
     channel            the same with the prediction's per sample and channel, gradient through it
     channel_detached   the same, detached
+    own                (x - mean) / (std + 1e-6) - (y - mean) / (std + 1e-6), each side by its own mean and
+                       deviation per sample and channel, gradient through the prediction's: structure without contrast
 
-Means cancel: both are standardised with one mean. Standard deviations divide by n - 1; masked values of y are zeros
-where lengths and the `batch` deviation are taken. Where a length or deviation is 0 its gradient is 0. A channel without
-anything that counts has distance 0.
+But for `own`, means cancel: both are standardised with one mean. Standard deviations divide by n - 1; masked values are
+zeros where lengths and deviations are taken: those of y, and with `own`, those of x at the same places, so that equal
+maps have distance 0. Where a length or deviation is 0 its gradient is 0. A channel without anything that counts has
+distance 0.
 
 Source: Berrada et al., ICLR 2025. Differs from the paper: it standardises per channel with the prediction's statistics
-(`channel`); whether the gradient passes through them is not settled by its text, so both are options. `default` and
-`shared` are the diffusers project's, and `batch` what it is meant to be there.
+(`channel`); whether the gradient passes through them is not settled by its text, so both are options. `own` is ours.
+`default` and `shared` are the diffusers project's, and `batch` what it is meant to be there.
 """
 
 from typing import NamedTuple
@@ -29,7 +32,7 @@ from lpl.perceptual.frozen import Fuse
 from lpl.perceptual.outliers import HALO, MAX_STRIDE, inlier_mask, inlier_range
 from lpl.perceptual.strips import arithmetic, channel_moments, spans
 
-NORM_TYPES = ("default", "shared", "batch", "channel", "channel_detached")
+NORM_TYPES = ("default", "shared", "batch", "channel", "channel_detached", "own")
 
 
 class TargetStatistics(NamedTuple):
@@ -39,7 +42,7 @@ class TargetStatistics(NamedTuple):
     counted: Tensor
     """Sum of the values that count."""
     moments: tuple[Tensor, Tensor] | None
-    """For `batch`: mean and sum of squared deviations of the masked map."""
+    """For `batch` and `own`: mean and sum of squared deviations of the masked map."""
     size: int
     """Values of a channel, H * W."""
     outlier_fraction: Tensor
@@ -88,7 +91,7 @@ class FeatureDistance:
                 inliers += mask.sum((2, 3), keepdim=True)
                 count += (mask if inside is None else mask * inside[:, :, first:last]).sum((2, 3), keepdim=True)
         moments = None
-        if self.norm_type == "batch":
+        if self.norm_type in ("batch", "own"):
             moments = channel_moments(y, lambda first, last: self._masked(rows_of(y), found, first, last, height)[1])
         outliers = 1 - inliers.sum((1, 2, 3)) / (channels * n)
         return TargetStatistics(found, count, moments, n, outliers, overall.flatten(), variance.sqrt())
@@ -114,6 +117,8 @@ class FeatureDistance:
             weight: of this distance in the gradient.
             grad: like x; weight * dd/dx is added to it. None: no gradient is computed.
         """
+        if self.norm_type == "own":
+            return self._own(x, y, statistics, inside, weight, grad)
         height, dtype = x.shape[2], arithmetic(x)
         scale, through = batch_scale, None
         if self.norm_type.startswith("channel"):
@@ -140,9 +145,61 @@ class FeatureDistance:
             slope = weight * distance * through
             for first, last in spans(x):
                 grad[:, :, first:last].add_(slope * (x[:, :, first:last] - mean))
-        # What is not finite may lie under the mask; it is to be seen all the same.
-        seen = torch.where(statistics.std.isfinite() & statistics.mean.isfinite(), 0.0, torch.nan)
-        return distance.sum((1, 2, 3)) + seen
+        return distance.sum((1, 2, 3)) + _seen(statistics)
+
+    def _own(
+        self,
+        x: Tensor,
+        y: Rows,
+        statistics: TargetStatistics,
+        inside: Tensor | None,
+        weight: float,
+        grad: Tensor | None,
+    ) -> Tensor:
+        """`own`: with z = mask * x, s = 1/(std + 1e-6), v = (z - mean) s and g = dd/dv,
+
+        dd/dz = s (g - sum(g)/n) - s sum(g v) (z - mean) / ((n - 1) std).
+        """
+        height, dtype = x.shape[2], arithmetic(x)
+        n = statistics.size
+
+        def masked(first: int, last: int) -> tuple[Tensor, Tensor, Tensor | None]:
+            """Rows of z and of the masked target, and the mask."""
+            mask, target = self._masked(y, statistics.inlier_range, first, last, height)
+            source = x[:, :, first:last].to(dtype)
+            return (source if mask is None else source * mask), target, mask
+
+        assert statistics.moments is not None
+        target_mean, squares = statistics.moments
+        target_scale = 1 / ((squares / (n - 1)).sqrt() + 1e-6)
+        mean, squares = channel_moments(x, lambda first, last: masked(first, last)[0])
+        std = (squares / (n - 1)).sqrt()
+        scale = 1 / (std + 1e-6)
+        share = torch.where(statistics.counted > 0, 1 / statistics.counted, 0) / x.shape[1]
+        distance, total, along = (torch.zeros_like(share) for _ in range(3))
+        for first, last in spans(x):
+            source, target, mask = masked(first, last)
+            v = (source - mean) * scale
+            counts = share if mask is None else share * mask
+            if inside is not None:
+                counts = counts * inside[:, :, first:last]
+            one = torch.ones_like(scale)
+            d, g = self.error(
+                v, (target - target_mean) * target_scale, counts, one, self.norm_type, self.loss_type, grad is not None
+            )
+            distance += d
+            if grad is not None and g is not None:
+                total += g.sum((2, 3), keepdim=True)
+                along += (g * v).sum((2, 3), keepdim=True)
+                grad[:, :, first:last].add_(g * scale, alpha=weight)
+        if grad is not None:
+            slope = torch.where(std > 0, weight * scale * along / ((n - 1) * std), 0)
+            level = weight * scale * total / n
+            for first, last in spans(x):
+                source, _, mask = masked(first, last)
+                through = level + slope * (source - mean)
+                grad[:, :, first:last].sub_(through if mask is None else through * mask)
+        return distance.sum((1, 2, 3)) + _seen(statistics)
 
     def _mask(self, y: Rows, found: tuple[Tensor, Tensor], first: int, last: int, height: int) -> tuple[Tensor, Tensor]:
         """The inliers in rows first to last, and these rows of y."""
@@ -160,6 +217,11 @@ class FeatureDistance:
             return None, rows.to(arithmetic(rows))
         mask, rows = self._mask(y, found, first, last, height)
         return mask, rows.to(arithmetic(rows)) * mask
+
+
+def _seen(statistics: TargetStatistics) -> Tensor:
+    """NaN where the target is not finite, else 0, (B,): it may lie under the mask, and is to be seen all the same."""
+    return torch.where(statistics.std.isfinite() & statistics.mean.isfinite(), 0.0, torch.nan)
 
 
 def batch_scale(targets: list[TargetStatistics]) -> Tensor:

@@ -70,7 +70,7 @@ def compare(
     """
     count = len(distances)
     boundaries, statistics = see_target(segments, distances, target, insides)
-    if scales is None and statistics[0].moments is not None:
+    if scales is None and distances[0].norm_type == "batch":
         scales = [batch_scale([s]) for s in statistics]
     found: list[Tensor] = [torch.empty(0)] * count
 

@@ -2,65 +2,55 @@
 
 from __future__ import annotations
 
+import json
 import math
-import random
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
-from benchmarks.quality import arms, kept, photographs, summary
+from benchmarks.quality import arms, features, fetch, kept, measure, pictures, summary
 from benchmarks.quality.arms import Arm, Run, read_arms
-from benchmarks.quality.control import LatentSquaredDistance
-from benchmarks.quality.decoder import Crops
-from benchmarks.quality.fetch import Counts, fetch
+from benchmarks.quality.control import LatentDistance
+from benchmarks.quality.measure import PictureSet, Request, next_points
 from benchmarks.quality.results import Results
-from benchmarks.quality.run import parse, run
-from benchmarks.quality.stages import Stages, is_past_steep_phase
-from benchmarks.quality.workers import BudgetSpentError, Workers
+from benchmarks.quality.stages import Stages
+from benchmarks.quality.workers import BudgetSpentError, DivergedError, Workers
 from lpl.cli import parse_train
 from lpl.config_io import as_flags
 from lpl.errors import UserError
 
-
-def test_control_gradient_is_autograds() -> None:
-    generator = torch.Generator().manual_seed(0)
-    x, y = (torch.randn(3, 4, 5, 6, generator=generator) for _ in range(2))
-    pred, plain = x.clone().requires_grad_(), x.clone().requires_grad_()
-    weights = torch.tensor([1.0, -2.0, 0.5])
-    out = LatentSquaredDistance()(pred, y)
-    wanted = (plain - y).square().mean((1, 2, 3))
-    assert torch.allclose(out.per_sample, wanted, rtol=1e-6)
-    (weights * out.per_sample).sum().backward()
-    (weights * wanted).sum().backward()
-    assert torch.allclose(pred.grad, plain.grad, rtol=1e-6, atol=1e-9)
-    (each,) = torch.autograd.grad((plain - y).square().mean((1, 2, 3)).sum(), plain)
-    assert torch.allclose(out.gradient, each, rtol=1e-6, atol=1e-9)
-    assert torch.equal(out.per_layer["latent"], out.per_sample.detach())
-    assert LatentSquaredDistance()(x, y).gradient is None
+# What is run.
 
 
-def test_control_refuses_what_it_does_not_take() -> None:
-    x = torch.zeros(1, 4, 2, 2)
-    with pytest.raises(ValueError, match="no mask"):
-        LatentSquaredDistance()(x, x, torch.ones(1, 1, 2, 2))
-    with pytest.raises(ValueError, match="one shape"):
-        LatentSquaredDistance()(x, x[:, :2])
+def test_every_option_of_arms_is_one_of_lpl_train_or_a_variant() -> None:
+    from benchmarks.quality.variants import OPTIONS, parse
 
-
-def test_every_option_of_arms_is_one_of_lpl_train() -> None:
     benchmark = read_arms()
-    assert [s.name for s in benchmark.settings] == ["all-64", "quarter-64", "all-96"]
     number, best = 0, {}
     for arm in (benchmark.baseline, benchmark.lpl):
         best = arms.merged(best, arm.start)
         for choices in arm.rounds.values():
             for options in arms.candidates_of(best, choices)[1:]:
                 texts = {name: str(value) for name, value in arms.merged(benchmark.common, options).items()}
+                own = [f"--{name}={texts.pop(name)}" for name in list(texts) if name in OPTIONS]
                 parse_train(as_flags(texts))
+                assert not own or parse(own)[1] == []
                 number += 1
-    assert number == 7 + 16
+    assert number == 2 * 31
+
+
+def test_both_searches_have_as_many_runs(tmp_path: Path) -> None:
+    text = arms.ARMS.read_text(encoding="utf-8")
+    file = tmp_path / "arms.yaml"
+    file.write_text(text.replace('over the run: [{variant_weight: "2,0"}, ', "over the run: ["), encoding="utf-8")
+    with pytest.raises(UserError, match="the baseline's search has 32 runs, LPL's 31: they must be equal"):
+        read_arms(file)
+    file.write_text(text.replace("search_seed: 101", "search_seed: 3"), encoding="utf-8")
+    with pytest.raises(UserError, match="search_seed 3 is among the reported seeds"):
+        read_arms(file)
 
 
 def test_search_goes_on_with_the_best_of_each_round() -> None:
@@ -76,231 +66,337 @@ def test_search_goes_on_with_the_best_of_each_round() -> None:
     assert tried[1] == [{"a": 2, "b": 1, "c": 0}, {"a": 2, "b": 3, "c": 0}]
 
 
-def test_results_know_a_run_again(tmp_path: Path) -> None:
-    primary, other = read_arms().settings[:2]
-    results = Results(tmp_path / "results.json", primary, {})
-    made = Run(primary, "lpl", 1, True, 10, 64, {"use_lpl": True})
-    results.add(made, {"frechet": 2.0, "seconds": 5.0})
-    results.add(Run(other, "lpl", 1, True, 10, 64, {"use_lpl": True}), {"frechet": 3.0, "seconds": 50.0})
-    again = Results(tmp_path / "results.json", primary, {})
-    assert [row["arm"] for row in again.rows] == ["lpl", "lpl@quarter-64"]
-    assert again.find(made)["frechet"] == 2.0
-    assert again.seconds_per_step("lpl") == 0.5
-    assert again.find(Run(primary, "lpl", 1, True, 10, 64, {"use_lpl": True, "lpl_scale": False})) is None
-    assert again.find(replace(made, samples=65)) is None
+def test_a_variant_is_trained_by_its_own_module() -> None:
+    run = Run("lpl", 1, True, 10, {"use_lpl": True})
+    assert run.command == "lpl"
+    assert replace(run, options={"variant_captions": "captioned"}).command == "benchmarks.quality.variants"
+
+
+# The data.
+
+
+def picture(name: str, *words: str, kind: str = "photo", folder: str = "") -> pictures.Picture:
+    return pictures.Picture(
+        name, kind, words, folder, Image.effect_noise((300, 300), 60).convert("RGB"), kind != "photo"
+    )
+
+
+def test_views_are_split_by_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [picture(f"stamps/{i}.png", "thing", kind="photo" if i % 2 else "emoji") for i in range(40)]
+    found += [picture(f"demo/{i}", "thing") for i in range(5)]
+    monkeypatch.setattr(fetch, "selected", lambda root: found)
+    names = {}
+    for place in ("a", "b"):
+        fetch.fetch(tmp_path / place, tmp_path)
+        for part in ("train", "same", "held-out"):
+            lines = (tmp_path / place / "data" / part / "metadata.jsonl").read_text().splitlines()
+            names[place, part] = {json.loads(line)["picture"] for line in lines}
+            views = [p.read_bytes() for p in sorted((tmp_path / place / "data" / part).glob("*.png"))]
+            assert len(views) == len(lines)
+            names[place, part, "bytes"] = views
+    assert names["a", "train"] == names["a", "same"]
+    assert not names["a", "train"] & names["a", "held-out"]
+    assert names["a", "train"] | names["a", "held-out"] == {p.name for p in found}
+    assert 4 <= len(names["a", "held-out"]) <= 20
+    assert not any(name.startswith("demo/") for name in names["a", "held-out"])
+    assert not set(names["a", "train", "bytes"]) & set(names["a", "same", "bytes"])
+    for part in ("train", "same", "held-out"):
+        assert names["a", part, "bytes"] == names["b", part, "bytes"]
+
+
+def test_a_picture_and_its_double_are_not_on_both_sides() -> None:
+    first, other = picture("stamps/a.png"), picture("stamps/c.png")
+    mirrored = replace(first, name="stamps/b.png", image=first.image.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
+    flat = replace(other, image=Image.new("RGB", (300, 300), "red"))
+    assert [p.name for p in pictures.without_doubles([first, mirrored, flat])] == ["stamps/a.png", "stamps/c.png"]
+
+
+def test_captions_have_words_of_training_pictures_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures.Picture, "held_out", property(lambda p: p.name.startswith("held")))
+    found = [picture("a", "red", "apple"), picture("b", "red", "fox"), picture("held/c", "red", "yak"),
+             picture("held/d", "yak")]  # fmt: skip
+    known = pictures.vocabulary(found)
+    assert known == {"red"}
+    assert pictures.caption(found[2], known) == "photo of red"
+    assert pictures.caption(found[3], known, 0.4) == "close-up photo"
+
+
+# What is measured.
+
+
+def test_search_goes_on_along_the_grid_until_the_best_is_inside() -> None:
+    request = Request(10, 1, [(2.0, 20), (3.0, 20), (2.0, 4), (3.0, 4)], [1.0, 1.5, 2.0, 3.0, 5.0, 7.0])
+    distance = {1.0: 9.0, 1.5: 8.0, 2.0: 5.0, 3.0: 3.0, 5.0: 4.0, 7.0: 6.0}
+    rows: list[dict] = []
+    while points := next_points(request, rows):
+        guidance, steps = points[0]
+        rows.append(
+            {"guidance": guidance, "sampling_steps": steps, "frechet": distance[guidance if steps == 20 else 1.0]}
+        )
+    made = [(row["guidance"], row["sampling_steps"]) for row in rows]
+    assert made[:4] == request.points
+    assert {g for g, steps in made if steps == 20} == {2.0, 3.0, 5.0}
+    assert len(made) == len(set(made))
+    assert next_points(replace(request, grid=[]), rows[:3]) == [(3.0, 4)]
+
+
+def features_of(count: int, seed: int, shift: float = 0.0) -> PictureSet:
+    generator = torch.Generator().manual_seed(seed)
+    first, second = (torch.randn(count, d, generator=generator) + shift for d in (6, 3))
+    return PictureSet(first, second, torch.rand(count, 32, generator=generator).double() + 1)
+
+
+def test_figures_are_those_of_the_evaluation() -> None:
+    from lpl.evaluation.distances import Moments, frechet_distance
+    from lpl.evaluation.manifold import precision_recall
+    from lpl.evaluation.spectrum import log_error
+
+    samples, held_out, same = features_of(30, 1), features_of(50, 2, 0.5), features_of(40, 3)
+    found = measure.figures(samples, measure.Target(held_out), measure.Target(same))
+    assert tuple(found) == measure.FIGURES
+    pairs = {"frechet": (samples.features, held_out.features), "frechet_same": (samples.features, same.features),
+             "frechet_second": (samples.second, held_out.second)}  # fmt: skip
+    for name, (x, y) in pairs.items():
+        assert found[name] == pytest.approx(float(frechet_distance(Moments(x), Moments(y))))
+    shares = precision_recall(samples.features, held_out.features[:30])
+    assert (found["precision"], found["recall"]) == (shares[0].value, shares[1].value)
+    wanted = float(log_error(samples.power.mean(0), held_out.power.mean(0), "high"))
+    assert found["high_band_log_error"] == pytest.approx(wanted)
+
+
+@pytest.fixture
+def toy_measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, int]]:
+    """measure_run without a model: what is drawn is listed, and the third drawing is interrupted once."""
+    drawn: list[tuple[float, int]] = []
+
+    class Judge:
+        data = tmp_path / "data"
+
+        def __init__(self, *_: object) -> None: ...
+
+        def key(self) -> str:
+            return (tmp_path / "key").read_text()
+
+        def real(self, name: str) -> PictureSet:
+            return features_of(30, 1)
+
+        def look_at(self, images: object) -> PictureSet:
+            return features_of(20, 2)
+
+    def draw(_: object, captions: list[str], samples: int, seed: int, guidance: float, steps: int) -> torch.Tensor:
+        assert (sorted(captions), samples, seed) == (["a", "b"], 20, 7)
+        drawn.append((guidance, steps))
+        if len(drawn) == 3:
+            raise KeyboardInterrupt
+        return torch.zeros(20, 3, 2, 2, dtype=torch.uint8)
+
+    (tmp_path / "data" / "held-out").mkdir(parents=True)
+    rows = [json.dumps({"file_name": f"{text}.png", "text": text, "picture": text}) for text in "ab"]
+    (tmp_path / "data" / "held-out" / "metadata.jsonl").write_text("\n".join(rows) + "\n")
+    (tmp_path / "key").write_text("one")
+    monkeypatch.setattr(measure, "Judge", Judge)
+    monkeypatch.setattr(measure, "draw", draw)
+    monkeypatch.setattr(measure, "open_sampler", lambda run: type("Sampler", (), {"vae": None}))
+    return drawn
+
+
+def test_a_killed_measurement_loses_one_point(tmp_path: Path, toy_measuring: list[tuple[float, int]]) -> None:
+    request = Request(20, 7, [(1.0, 20), (2.0, 20), (3.0, 20), (3.0, 4)])
+    with pytest.raises(KeyboardInterrupt):
+        measure.measure_run(tmp_path, tmp_path, tmp_path, request)
+    rows = measure.measure_run(tmp_path, tmp_path, tmp_path, request)
+    assert toy_measuring == [(1.0, 20), (2.0, 20), (3.0, 20), (3.0, 20), (3.0, 4)]
+    assert [(row["guidance"], row["sampling_steps"]) for row in rows] == request.points
+    (tmp_path / "key").write_text("two")
+    with pytest.raises(UserError, match="was measured with other data, features or VAE"):
+        measure.measure_run(tmp_path, tmp_path, tmp_path, request)
+
+
+def test_few_steps_begin_at_the_noisy_end() -> None:
+    from lpl.demo.architecture import build_pipeline
+
+    sampler = measure.open_sampler_of(build_pipeline())
+    sampler.pipeline.scheduler.set_timesteps(4)
+    assert sampler.pipeline.scheduler.timesteps.tolist() == [999, 749, 499, 249]
+    assert float(sampler.pipeline.scheduler.sigmas[-1]) == 0
+
+
+def test_second_feature_space_is_kept_in_half_precision(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = features.Network(5).eval()
+    features.save_features(network, tmp_path / features.FILE)
+    again = features.FeatureNetwork(tmp_path / features.FILE)
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    with torch.no_grad():
+        wanted = network(images.float() / 127.5 - 1)
+    torch.testing.assert_close(again(images), wanted, rtol=0.01, atol=0.01)
+    other = features.Network(5)
+    features.save_features(other, tmp_path / "other.safetensors")
+    assert features.FeatureNetwork(tmp_path / "other.safetensors").key != again.key
+
+
+def test_contrast_is_cross_entropy_over_the_other_views() -> None:
+    """Two pairs at right angles: of the three others one has similarity 1, two have 0."""
+    z = torch.eye(2)
+    t = features.TEMPERATURE
+    wanted = -math.log(math.exp(1 / t) / (math.exp(1 / t) + 2))
+    assert float(features.contrast(3 * z, z)) == pytest.approx(wanted, rel=1e-5)
+
+
+# What is kept.
 
 
 def test_kept_weights_make_the_pipeline_again(tmp_path: Path) -> None:
+    from lpl.demo.photographs import all_captions
     from lpl.demo.weights import load_pipeline
 
-    pipeline = load_pipeline()
-    with torch.no_grad():
-        for part in (pipeline.unet.conv_out, pipeline.vae.decoder.conv_out):
-            part.bias += 0.25
-        pipeline.vae.encoder.conv_in.bias += 1.0  # the encoder is not the benchmark's to keep
-    pipeline.save_pretrained(tmp_path / "run")
-    kept.keep(tmp_path / "run", "lpl", tmp_path / "weights")
-    again, shipped = kept.kept_pipeline("lpl", tmp_path / "weights"), load_pipeline()
-    for part, wanted in ((again.unet, pipeline.unet), (again.vae.decoder, pipeline.vae.decoder)):
-        pairs = zip(part.state_dict().values(), wanted.state_dict().values(), strict=True)
+    pipeline, weights = load_pipeline(), tmp_path / "weights"
+    pipeline.save_pretrained(tmp_path / "base")
+    kept.keep_vae(pipeline.vae, weights)
+    kept.keep_pipeline(tmp_path / "base", weights, tuple(all_captions()), 7)
+    again = kept.kept_pipeline(weights)
+    for part in ("vae", "unet", "text_encoder", "text_encoder_2"):
+        pairs = zip(
+            getattr(again, part).state_dict().values(), getattr(pipeline, part).state_dict().values(), strict=True
+        )
         assert all(torch.equal(x, y.half().float()) for x, y in pairs)
-    assert torch.equal(again.vae.encoder.conv_in.bias, shipped.vae.encoder.conv_in.bias)
+    assert kept.read_kept(weights)["steps"] == 7
+    assert again.tokenizer("a rose").input_ids == pipeline.tokenizer("a rose").input_ids
+    with pytest.raises(UserError, match="the UNet of this arm is not kept"):
+        kept.kept_pipeline(weights, "lpl")
+    with torch.no_grad():
+        for number, parameter in enumerate(pipeline.unet.parameters()):
+            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+            parameter += 1e-2 * parameter.abs().mean() * noise
+    pipeline.save_pretrained(tmp_path / "run")
+    kept.keep_arm(tmp_path / "run", tmp_path / "base", "lpl", weights)
+    arm = kept.kept_pipeline(weights, "lpl").unet.state_dict()
+    for name, wanted in pipeline.unet.state_dict().items():
+        change = (wanted - again.unet.state_dict()[name]).abs().max()
+        assert (arm[name] - wanted).abs().max() <= 0.02 * change + 1e-3 * wanted.abs().max()
 
 
-def test_the_decoders_crops_are_parts_of_the_images(tmp_path: Path) -> None:
-    from PIL import Image
+def test_pretraining_goes_on_from_kept_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.quality import pretrain
+    from lpl.demo.pretrain_base import BaseModel
+    from lpl.demo.training_run import TrainingRun
+    from lpl.demo.weights import load_pipeline
 
-    Image.linear_gradient("L").resize((80, 80)).convert("RGB").save(tmp_path / "a.png")
-    draw = Crops(tmp_path)
-    first, again = (draw(6, random.Random(1)) for _ in range(2))
-    assert [image.size for image in first] == [(64, 64)] * 6
-    assert [image.tobytes() for image in first] == [image.tobytes() for image in again]
-    darkest = {image.getpixel((0, 0))[0] for image in first}
-    assert len(darkest) > 1, "every crop is the whole image"
-
-
-def test_search_is_named_by_what_differs() -> None:
-    rows = [
-        {"arm": "lpl", "seed": 101, "reported": False, "frechet": value, "options": options}
-        for value, options in ((5.0, {"a": 1}), (3.0, {"a": 2, "b": True, "lpl_norm_type": "batch"}))
-    ]
-    found = [said for said, _ in summary.differences(rows, "lpl", None)]
-    assert found == ["chosen", "a 1, b unset, lpl_norm_type shared"]
-    found = [said for said, _ in summary.differences(rows, "lpl", {"a": 1})]
-    assert found == ["a 2, b True, lpl_norm_type batch", "chosen"]
-
-
-def test_paired_ratio_against_hand() -> None:
-    ratio = summary.paired_ratio([0.9, 0.8], [1.0, 1.0])
-    logs = math.log(0.9), math.log(0.8)
-    half = 12.706205 * abs(logs[0] - logs[1]) / 2  # Student's t with one degree of freedom; s / sqrt(2) = |d| / 2
-    assert ratio.value == pytest.approx(math.sqrt(0.72))
-    assert ratio.low == pytest.approx(math.exp(sum(logs) / 2 - half), rel=1e-6)
-    assert ratio.high == pytest.approx(math.exp(sum(logs) / 2 + half), rel=1e-6)
+    captions = ("a red apple",)
+    model = BaseModel(captions, (80, 96))
+    pipeline = load_pipeline()
+    pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2 = model.unet, model.text_encoder, model.text_encoder_2
+    monkeypatch.setattr(pretrain, "read_kept", lambda folder: {"steps": 40})
+    monkeypatch.setattr(pretrain, "kept_pipeline", lambda folder: pipeline)
+    run = TrainingRun(BaseModel(captions, (80, 96)), tmp_path / "none.pt", 50, 1e-3)
+    pretrain.go_on_from_kept(run, tmp_path)
+    assert run.step == 40
+    for trained in (run.module, run.average):
+        pairs = zip(trained.state_dict().values(), model.state_dict().values(), strict=True)
+        assert all(torch.equal(x, y) for x, y in pairs)
+    shorter = TrainingRun(BaseModel(captions, (80, 96)), tmp_path / "none.pt", 30, 1e-3)
+    pretrain.go_on_from_kept(shorter, tmp_path)
+    assert shorter.step == 0
 
 
-def row(arm: str, seed: int, value: float, steps: int = 5, samples: int = 10) -> dict:
-    figures = {"frechet": value, "high_band_log_error": value}
-    return {"arm": arm, "seed": seed, "reported": True, "steps": steps, "samples": samples} | figures
+def test_a_longer_pretraining_is_not_taken_for_a_shorter_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    benchmark = replace(read_arms(), pretraining=arms.Pretraining(steps=60, every=20, seed=100))
+    stages, made = Stages(benchmark, tmp_path, Results(tmp_path / "results.json"), Workers()), []
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").touch()
+    (tmp_path / "checkpoints").mkdir()
+    torch.save({"step": 33}, tmp_path / "checkpoints" / "denoiser.pt")
+
+    def train(steps: int, pipeline: Path) -> None:
+        made.append(("train", steps))
+        pipeline.mkdir(parents=True)
+        torch.save({"step": steps}, tmp_path / "checkpoints" / "denoiser.pt")
+
+    monkeypatch.setattr(stages, "features", lambda: made.append(("features", 0)))
+    monkeypatch.setattr(stages, "_train_denoiser", train)
+    monkeypatch.setattr(stages, "_measure_pretrained", lambda run, pipeline: made.append(("measure", run.steps)))
+    stages.workers.number = 1
+    stages.denoiser()
+    assert made == [("features", 0), ("train", 40), ("train", 60), ("measure", 40), ("measure", 60)]
 
 
-def test_only_runs_of_one_length_and_number_of_samples_are_paired() -> None:
-    rows = [row("baseline", 1, 1.0), row("baseline", 2, 1.0), row("lpl", 1, 0.9), row("lpl", 2, 0.9)]
-    rows.append(row("wall", 1, 0.95, steps=15) | {"base_steps": 5})
-    assert summary.ratio_of(rows, "lpl", "baseline").seeds == 2
-    assert summary.ratio_of(rows, "lpl", "wall").value == pytest.approx(0.9 / 0.95)
-    longer = [*rows, row("lpl", 1, 0.5, steps=10)]
-    assert summary.ratio_of(longer, "lpl", "baseline") is None
-    longer.append(row("baseline", 1, 0.8, steps=10))
-    assert summary.ratio_of(longer, "lpl", "baseline").value == pytest.approx(0.5 / 0.8)
-    assert summary.ratio_of([*rows, row("lpl", 1, 0.9, samples=20)], "lpl", "baseline") is None
+# Rows.
 
 
-def test_rows_of_other_fixed_options_are_not_taken_up(tmp_path: Path) -> None:
-    primary = read_arms().primary
+def point(guidance: float, frechet: float, steps: int = 20, **more: object) -> dict:
+    return {"guidance": guidance, "sampling_steps": steps, "frechet": frechet, "recall": 0.5, "precision": 0.5,
+            "high_band_log_error": frechet, "frechet_second": frechet, "frechet_same": frechet} | more  # fmt: skip
+
+
+def test_results_know_a_point_again(tmp_path: Path) -> None:
+    results = Results(tmp_path / "results.json")
+    made = Run("lpl", 1, True, 10, {"use_lpl": True})
+    results.add(made, 64, [point(2.0, 5.0)], 7.0)
+    results.add(made, 64, [point(2.0, 5.0), point(3.0, 4.0)], 7.0)
+    again = Results(tmp_path / "results.json")
+    assert [(row["guidance"], row["frechet"]) for row in again.find(made, 64)] == [(2.0, 5.0), (3.0, 4.0)]
+    assert {"commit", "seconds", "samples", "options", "arm", "seed", "steps"} <= again.rows[0].keys()
+    assert again.seconds_per_step("lpl") == 0.7
+    assert again.find(made, 65) == []
+    for other in (replace(made, options={"use_lpl": True, "lpl_scale": False}), replace(made, seed=2),
+                  replace(made, reported=False), replace(made, steps=11)):  # fmt: skip
+        assert again.find(other, 64) == []
+
+
+def test_rows_made_with_something_else_in_common_are_not_taken_up(tmp_path: Path) -> None:
     file = tmp_path / "results.json"
-    results = Results(file, primary, {"common": {"train_batch_size": 16}})
-    results.note("best", {})
-    Results(file, primary, {"common": {"train_batch_size": 16}})
+    Results(file).fix("common", {"train_batch_size": 16})
+    Results(file).fix("common", {"train_batch_size": 16})
     with pytest.raises(UserError, match=r"its rows were made with common .'train_batch_size': 16., not"):
-        Results(file, primary, {"common": {"train_batch_size": 32}})
+        Results(file).fix("common", {"train_batch_size": 32})
+    file.write_text("[]")
+    with pytest.raises(UserError, match=r"is no results\.json"):
+        Results(file)
+    with pytest.raises(UserError, match=r"is no results\.json"):
+        Results(Path(summary.__file__).parent / "results_2026-11.json")
 
 
 def test_equal_wall_time_is_counted_anew_for_other_steps_or_options(tmp_path: Path) -> None:
-    benchmark = read_arms()
-    results = Results(tmp_path / "results.json", benchmark.primary, {})
-    stages = Stages(benchmark, tmp_path, results, Workers(), tmp_path)
+    benchmark = replace(read_arms(), steps=500)
+    results = Results(tmp_path / "results.json")
+    stages = Stages(benchmark, tmp_path, results, Workers())
     for arm, seconds in (("baseline", 50.0), ("lpl", 150.0)):
-        results.add(Run(benchmark.primary, arm, 1, True, 500, 10, {}), {"seconds": seconds})
+        results.add(Run(arm, 1, True, 500, {}), 10, [point(2.0, 1.0)], seconds)
     control = benchmark.controls["baseline-wall-time"]
     made = stages._control("baseline-wall-time", control, 1, {"learning_rate": 1e-4})
     assert (made.steps, made.base_steps) == (1500, 500)
-    results.add(made, {"seconds": 1.0})
+    results.add(made, 10, [point(2.0, 1.0)], 1.0)
     results.rows[0]["seconds"] = 100.0
     assert stages._control("baseline-wall-time", control, 2, {"learning_rate": 1e-4}).steps == 1500
     assert stages._control("baseline-wall-time", control, 2, {"learning_rate": 2e-4}).steps == 750
-    longer = replace(stages, benchmark=replace(benchmark, steps=1000))
-    assert longer._control("baseline-wall-time", control, 2, {"learning_rate": 1e-4}).steps == 1500
 
 
-def test_guided_samples_are_rows_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_diverged_is_noted_and_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     benchmark = read_arms()
-    results = Results(tmp_path / "results.json", benchmark.primary, {})
-    stages, asked = Stages(benchmark, tmp_path, results, Workers(), tmp_path), []
-    (tmp_path / "data" / "64" / "held-out").mkdir(parents=True)
-    (tmp_path / "data" / "64" / "held-out" / "metadata.jsonl").touch()
+    stages, tried = Stages(benchmark, tmp_path, Results(tmp_path / "results.json"), Workers()), []
 
-    def measure(*arguments: object) -> dict:
-        asked.append(arguments)
-        return {"frechet": 2.0}
+    def complete(run: Run, _: object) -> list[dict]:
+        tried.append(run.options["a"])
+        if run.options["a"] == 2:
+            raise DivergedError("not finite")
+        return [point(2.0, 5.0 - run.options["a"]), point(3.0, 9.0), point(2.0, 0.1, steps=4)]
 
-    monkeypatch.setattr(stages.workers, "measure", measure)
-    run_ = stages._run(benchmark.primary, "lpl", 1, {})
+    monkeypatch.setattr(stages, "_complete", complete)
+    points = benchmark.points["search"]
     for _ in range(2):
-        stages._guided(run_)
-    ((folder, _, _, samples, seed, prompts, guidance, steps, _),) = asked
-    assert (folder.name, samples, seed, prompts, guidance, steps) == (stages._name(run_), 2000, 1, "all", 2.0, 12)
-    assert results.rows == []
-    assert [(r["guidance"], r["frechet"]) for r in results.content["guided"]] == [(2.0, 2.0)]
+        scores = [stages._score(Run("lpl", 101, False, 5, {"a": a}), points) for a in (1, 2)]
+        assert scores == [4.0, math.inf]
+    assert tried == [1, 2, 1]
 
 
-def test_a_setting_has_its_own_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    benchmark, asked = read_arms(), []
-    setting = replace(benchmark.primary, steps=7, sampling_steps=3)
-    results = Results(tmp_path / "results.json", setting, {})
-    stages = Stages(benchmark, tmp_path, results, Workers(), tmp_path)
-    (tmp_path / "data" / "64" / "held-out").mkdir(parents=True)
-    (tmp_path / "data" / "64" / "held-out" / "metadata.jsonl").touch()
-    monkeypatch.setattr(stages.workers, "measure", lambda *arguments: asked.append(arguments))
-    made = stages._run(setting, "lpl", 1, {})
-    stages._measure(setting, tmp_path, 5, 1, tmp_path / "log")
-    assert (made.steps, results.key(made)["sampling_steps"], asked[0][-2]) == (7, 3, 3)
-    assert "sampling_steps" not in results.key(stages._run(benchmark.primary, "lpl", 1, {}))
-
-
-def test_verdict_needs_the_interval_below_one() -> None:
-    def rows(ours: tuple[float, ...]) -> list[dict]:
-        return [
-            row(arm, seed, value)
-            for arm, values in (("baseline", (1.0, 1.0, 1.0)), ("lpl", ours))
-            for seed, value in enumerate(values)
-        ]
-
-    assert "is met" in summary.verdict(rows((0.9, 0.91, 0.89)))
-    assert "is not met" in summary.verdict(rows((0.6, 0.7, 1.3)))
-    assert "in 2 of 3 seeds" in summary.verdict(rows((0.6, 0.7, 1.3)))
-
-
-def test_settings_can_be_left_out_but_the_searched_one() -> None:
-    found = arms.only_settings(read_arms(), ["all-96", "all-64"])
-    assert [s.name for s in found.settings] == ["all-64", "all-96"]
-    with pytest.raises(UserError, match="all-64, which is searched, is missing"):
-        arms.only_settings(read_arms(), ["all-96"])
-    with pytest.raises(UserError, match="all-65 is unknown"):
-        arms.only_settings(read_arms(), ["all-64", "all-65"])
-
-
-def test_published_rows_are_not_taken_for_ones_own(tmp_path: Path) -> None:
-    published = summary.FILE.read_bytes()
-    with pytest.raises(UserError, match="no baseline there: run --stage baseline first"):
-        run(parse(["--stage", "search", "--output_dir", str(tmp_path)]))
-    assert summary.FILE.read_bytes() == published
-
-
-def test_baselines_are_made_after_those_they_begin_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shorter = {"pretraining": {"first": 20, "every": 10, "options": {"train_batch_size": 8}}}
-    first, second, third = read_arms().settings
-    settings = [first, replace(second, begins_with=None), replace(third, begins_with=second.name, **shorter)]
-    benchmark = replace(read_arms(), settings=settings)
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "model_index.json").touch()
-    results, trained = Results(tmp_path / "results.json", first, {}), []
-    results.keep_baseline(first, {"curve": [{"steps": 1, "frechet": 1.0}], "reached": True})
-    for setting in settings[1:]:
-        results.keep_baseline(setting, {"floor": {"frechet_train_to_held_out": 1.0}})
-        (tmp_path / "data" / str(setting.resolution) / "held-out").mkdir(parents=True)
-        (tmp_path / "data" / str(setting.resolution) / "held-out" / "metadata.jsonl").touch()
-    stages = Stages(benchmark, tmp_path, results, Workers(), tmp_path / "model", own_model=True)
-
-    def train(command: str, options: dict, log: Path) -> None:
-        trained.append(options)
-        Path(options["output_dir"]).mkdir(parents=True, exist_ok=True)
-        (Path(options["output_dir"]) / "finished.json").touch()
-
-    monkeypatch.setattr(stages, "_prepare", lambda: None)
-    monkeypatch.setattr(stages, "_trained_vae", lambda: tmp_path / "data")
-    monkeypatch.setattr(stages.workers, "train", train)
-    monkeypatch.setattr(stages.workers, "measure", lambda *_: {"frechet": 2.0})
-    stages.baseline()
-    found = [
-        (Path(o["output_dir"]).name, Path(o["pretrained_model_name_or_path"]).name, o["max_train_steps"],
-         o["train_batch_size"], o["learning_rate"]) for o in trained
-    ]  # fmt: skip
-    assert found == [
-        ("quarter-64", "model", 2500, 64, 8e-4),
-        ("quarter-64", "model", 3000, 64, 8e-4),
-        ("all-96", "quarter-64", 20, 8, 8e-4),
-        ("all-96", "quarter-64", 30, 8, 8e-4),
-    ]
-    assert results.baseline(settings[2])["begins_with"] == "quarter-64"
-    trained.clear()
-    stages.baseline()
-    assert trained == []
-    (tmp_path / "baselines" / "quarter-64" / "finished.json").unlink()
-    results.keep_baseline(third, {"curve": [], "reached": False})
-    with pytest.raises(UserError, match="quarter-64: no baseline there: run --stage baseline first"):
-        stages.baseline()
-
-
-def test_a_setting_begins_with_one_before_it(tmp_path: Path) -> None:
-    text = arms.ARMS.read_text(encoding="utf-8")
-    file = tmp_path / "arms.yaml"
-    file.write_text(text.replace("begins_with: all-64", "begins_with: all-96"), encoding="utf-8")
-    with pytest.raises(UserError, match="all-96 begins with all-96, which is no setting before it"):
-        read_arms(file)
-    file.write_text(text.replace("{first: 2500", "{frist: 2500"), encoding="utf-8")
-    with pytest.raises(UserError, match="frist"):
-        read_arms(file)
+def test_arms_begin_with_the_kept_weights_only(tmp_path: Path) -> None:
+    stages = Stages(read_arms(), tmp_path, Results(tmp_path / "results.json"), Workers())
+    with pytest.raises(UserError, match="has no denoiser, not one of 60000: run --stage denoiser first"):
+        stages._base()
+    stages.weights.mkdir()
+    (stages.weights / kept.PIPELINE).write_text(json.dumps({"steps": 12000}))
+    with pytest.raises(UserError, match="has a denoiser of 12000 steps, not one of 60000"):
+        stages._base()
 
 
 def test_workers_tell_faults_from_stops(tmp_path: Path) -> None:
@@ -315,35 +411,130 @@ def test_workers_tell_faults_from_stops(tmp_path: Path) -> None:
         stopped.call(["benchmarks.quality.nothing"], log)
 
 
-def test_steep_phase() -> None:
-    assert not is_past_steep_phase([10.0], 20.0, 0.05)
-    assert not is_past_steep_phase([20.0, 10.0], 15.0, 0.05)
-    assert not is_past_steep_phase([20.0, 19.5], 15.0, 0.05)
-    assert is_past_steep_phase([15.0, 14.5], 15.0, 0.05)
+def test_workers_end_and_pause_what_runs(tmp_path: Path) -> None:
+    (tmp_path / "pause").touch()
+    workers = Workers(budget_minutes=2.5 / 60, pause=tmp_path / "pause")
+    with pytest.raises(BudgetSpentError):
+        workers.call(["http.server", "--bind", "127.0.0.1", "0"], tmp_path / "log.txt")
 
 
-def test_subjects() -> None:
-    assert photographs.subject_of("An African elephant.") == "an African elephant"
-    assert photographs.subject_of("A candy cane is a traditional Christmas treat.") == "a candy cane"
-    assert photographs.subject_of("A very long name of something that goes on") == "a very long name of"
+# What is made of the rows.
 
 
-def test_data_are_split_by_photograph_and_the_same_again(tmp_path: Path) -> None:
-    from PIL import Image
+def rows_of(arm: str, curves: dict[int, dict[float, float]], steps: int = 20, **more: object) -> list[dict]:
+    given = {"arm": arm, "reported": True, "steps": 5, "samples": 10} | more
+    return [point(g, value, steps) | {"seed": seed} | given for seed, of in curves.items() for g, value in of.items()]
 
-    images = tmp_path / "images"
-    images.mkdir()
-    for i in range(12):
-        Image.effect_noise((120, 100), 60 + i).convert("RGB").save(images / f"thing_{i}.png")
-    found = []
-    for name in ("a", "b"):
-        fetch(tmp_path / name, [64, 96], images=images, counts=Counts(2, 20))
-        found.append({p.relative_to(tmp_path / name): p.read_bytes() for p in (tmp_path / name).rglob("*.png")})
-    assert found[0] == found[1]
-    folders = {part: {p.name[:-7] for p in (tmp_path / "a/data/64" / part).glob("*.png")} for part in
-               ("all", "quarter", "held-out")}  # fmt: skip
-    assert len(folders["all"] | folders["held-out"]) == 12
-    assert not folders["all"] & folders["held-out"]
-    assert folders["quarter"] < folders["all"]
-    with pytest.raises(UserError, match="describes other data"):
-        fetch(tmp_path / "a", [64, 96], images=images, counts=Counts(3, 20))
+
+def test_guidance_is_chosen_on_the_other_seeds() -> None:
+    """Seed 3 alone likes guidance 1: it is measured where the other two are best; they choose with it."""
+    rows = rows_of("lpl", {1: {1.0: 5, 2.0: 3, 3.0: 4}, 2: {1.0: 5, 2.0: 3, 3.0: 4}, 3: {1.0: 1, 2.0: 9, 3.0: 4}})
+    found = summary.at_best(rows, "lpl", 20)
+    assert {seed: row["guidance"] for seed, row in found.items()} == {1: 1.0, 2: 1.0, 3: 2.0}
+    assert [row["frechet"] for row in found.values()] == [5, 5, 9]
+    assert summary.is_at_edge(rows, "lpl", 20)
+    inside = rows_of("lpl", {s: {1.0: 5, 2.0: 3, 3.0: 4} for s in (1, 2)})
+    assert not summary.is_at_edge(inside, "lpl", 20)
+    missing = [row for row in inside if (row["seed"], row["guidance"]) != (2, 2.0)]
+    assert {row["guidance"] for row in summary.at_best(missing, "lpl", 20).values()} == {3.0}
+    assert summary.at_best([], "lpl", 20) == {}
+
+
+def test_paired_ratio_against_hand() -> None:
+    ratio = summary.paired_ratio([0.9, 0.8], [1.0, 1.0])
+    logs = math.log(0.9), math.log(0.8)
+    half = 12.706205 * abs(logs[0] - logs[1]) / 2  # Student's t with one degree of freedom; s / sqrt(2) = |d| / 2
+    assert ratio.value == pytest.approx(math.sqrt(0.72))
+    assert ratio.low == pytest.approx(math.exp(sum(logs) / 2 - half), rel=1e-6)
+    assert ratio.high == pytest.approx(math.exp(sum(logs) / 2 + half), rel=1e-6)
+
+
+def test_only_runs_of_one_length_and_number_of_samples_are_paired() -> None:
+    curve = {1: {1.0: 3.0, 2.0: 1.0, 3.0: 2.0}, 2: {1.0: 3.0, 2.0: 1.0, 3.0: 2.0}}
+    ours = {seed: {g: 0.9 * v for g, v in of.items()} for seed, of in curve.items()}
+    rows = rows_of("baseline", curve) + rows_of("lpl", ours)
+    assert summary.ratio_of(rows, "lpl", "baseline", 20).value == pytest.approx(0.9)
+    wall = rows_of("wall", curve, base_steps=5) and [r | {"steps": 15} for r in rows_of("wall", curve, base_steps=5)]
+    assert summary.ratio_of(rows + wall, "lpl", "wall", 20).seeds == 2
+    longer = rows + [row | {"steps": 10} for row in rows_of("lpl", ours)]
+    assert summary.ratio_of(longer, "lpl", "baseline", 20) is None
+    assert summary.ratio_of(rows + rows_of("lpl", ours, samples=20), "lpl", "baseline", 20) is None
+
+
+def content(ours: float, few: float, edge: bool = False, recall: float = 0.5) -> dict:
+    curve = {1.0: 3.0, 2.0: 1.0, 3.0: 2.0}
+    base = {seed: dict(curve) for seed in range(5)}
+    rows = []
+    for steps, ratio in ((20, ours), (4, few)):
+        seeds = {s: {g: v * (ratio + 0.001 * s) for g, v in curve.items() if not edge or g > 1} for s in base}
+        rows += rows_of("baseline", base, steps)
+        rows += [row | {"recall": recall} for row in rows_of("lpl", seeds, steps)]
+    pretrained = rows_of("pretrained", {100: {2.0: 1.5}}, steps=20) + rows_of(
+        "pretrained", {100: {2.0: 1.48}}, steps=20
+    )
+    for row, steps in zip(pretrained, (80, 100), strict=True):
+        row |= {"steps": steps, "reported": False}
+    return {"rows": rows + pretrained, "floors": [{"samples": 10, "frechet": 0.4}]}
+
+
+def test_verdict_holds_every_bar() -> None:
+    def met(found: dict) -> list[str]:
+        return [line.split("|")[-2].strip() for line in summary.verdict(found).splitlines()[2:]]
+
+    assert met(content(0.9, 0.85)) == ["yes"] * 6 + ["-", "yes", "yes"]
+    assert met(content(0.96, 0.85))[:1] == ["no"]
+    assert met(content(0.9, 0.91))[3:4] == ["no"]
+    assert met(content(0.9, 0.85, edge=True))[0] == "no"
+    assert met(content(0.9, 0.85, recall=0.48))[1] == "no"
+    assert met(content(1.01, 1.01))[2] == "no"
+    assert summary.headroom(content(0.9, 0.85)) == pytest.approx(2.5)
+    assert summary.convergence(content(0.9, 0.85)["rows"]) == pytest.approx(1 - 1.48 / 1.5)
+    assert summary.verdict({"rows": [], "floors": []}).count("not yet") == 9
+
+
+def test_summary_names_the_search_by_what_differs() -> None:
+    rows = [
+        point(g, value + g, steps)
+        | {"arm": "lpl", "seed": 101, "reported": False, "steps": 5, "samples": 9, "options": o}
+        for value, o in ((5.0, {"a": 1}), (3.0, {"a": 2, "b": True, "lpl_norm_type": "batch"}))
+        for g in (1.0, 2.0)
+        for steps in (20, 4)
+    ]
+    found = summary.tried(rows, "lpl", None)
+    assert [entry.said for entry in found] == ["chosen", "a 1, b unset, lpl_norm_type shared"]
+    assert [(entry.many["frechet"], entry.few["frechet"]) for entry in found] == [(4.0, 4.0), (6.0, 6.0)]
+    assert [entry.said for entry in summary.tried(rows, "lpl", {"a": 1})][1] == "chosen"
+    assert "lpl, 2 runs" in summary.summary({"rows": rows, "floors": []})
+
+
+# Controls.
+
+
+@pytest.mark.parametrize("kind", ["squared", "channel"])
+def test_control_is_the_formula(kind: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(3, 4, 5, 6, generator=generator) for _ in range(2))
+    pred, plain = x.clone().requires_grad_(), x.clone().requires_grad_()
+    weights = torch.tensor([1.0, -2.0, 0.5])
+    out = LatentDistance(kind)(pred, y)
+    normed = [plain, y]
+    if kind == "channel":
+        mean, std = plain.mean((2, 3), keepdim=True), plain.std((2, 3), keepdim=True) + 1e-6
+        normed = [(plain - mean) / std, (y - mean) / std]
+    wanted = (normed[0] - normed[1]).square().mean((1, 2, 3))
+    torch.testing.assert_close(out.per_sample, wanted)
+    (weights * out.per_sample).sum().backward()
+    (weights * wanted).sum().backward()
+    torch.testing.assert_close(pred.grad, plain.grad)
+    assert torch.equal(out.per_layer["latent"], out.per_sample.detach())
+    assert LatentDistance(kind)(x, y).gradient is None
+
+
+def test_control_refuses_what_it_does_not_take() -> None:
+    x = torch.zeros(1, 4, 2, 2)
+    with pytest.raises(ValueError, match="no mask"):
+        LatentDistance()(x, x, torch.ones(1, 1, 2, 2))
+    with pytest.raises(ValueError, match="one shape"):
+        LatentDistance()(x, x[:, :2])
+    with pytest.raises(ValueError, match="not 'cosine'"):
+        LatentDistance("cosine")

@@ -20,7 +20,8 @@ def test_byte_characters_are_clips() -> None:
 
 
 def test_merges_make_each_word_of_a_caption_one_token() -> None:
-    assert len(set(learn_merges())) == len(learn_merges())
+    merges = learn_merges(tuple(all_captions()))
+    assert len(set(merges)) == len(merges)
     tokenizer, _ = build_tokenizers()
     caption = "a close-up photo of a tabby cat with green eyes, upper left"
     words = tokenizer.convert_ids_to_tokens(tokenizer(caption).input_ids)[1:-1]
@@ -35,7 +36,7 @@ def test_every_caption_fits_and_words_outside_the_captions_are_spelled() -> None
 
 def test_tokenizers_differ_in_padding_alone() -> None:
     first, second = build_tokenizers()
-    vocabulary = build_vocabulary()
+    vocabulary = build_vocabulary(tuple(all_captions()))
     assert first.get_vocab() == second.get_vocab() == vocabulary
     assert first.pad_token_id == first.eos_token_id == len(vocabulary) - 1
     assert (second.pad_token, second.pad_token_id) == ("!", 0)

@@ -8,10 +8,12 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors import safe_open
 
 from lpl.demo import weights
-from lpl.demo.photographs import training_crops
+from lpl.demo.photographs import all_captions, training_crops
 from lpl.demo.pretrain_base import TIME_IDS, BaseModel, encode_crops, tokenize
 from lpl.demo.pretrain_vae import held_out_psnr, latent_std
 from lpl.demo.weights import COMPONENTS, WEIGHTS_FOLDER, export_model, load_component, load_pipeline
+
+CAPTIONS = tuple(all_captions())
 
 
 @pytest.fixture(scope="module")
@@ -39,17 +41,14 @@ def test_scaling_factor_makes_latents_of_unit_variance(pipeline: StableDiffusion
 
 
 @torch.no_grad()
-def test_base_model_predicts_noise_and_uses_its_text(
-    pipeline: StableDiffusionXLPipeline, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_base_model_predicts_noise_and_uses_its_text(pipeline: StableDiffusionXLPipeline) -> None:
     """Noise halfway is predicted better with the right caption than with a wrong one, and far better than by zero."""
-    monkeypatch.setattr("lpl.demo.pretrain_base.NUM_RANDOM_CROPS", 0)
-    model = BaseModel().eval()
+    model = BaseModel(CAPTIONS).eval()
     for name in ("unet", "text_encoder", "text_encoder_2"):
         load_component(name, getattr(model, name))
-    captions = [crop.caption for crop in training_crops()]
-    mean = encode_crops(pipeline.vae, captions).mean[::4]
-    ids, ids_2 = tokenize(captions[::4])
+    crops = training_crops()[::4]
+    data = encode_crops(pipeline.vae, [crop.image for crop in crops], [CAPTIONS.index(crop.caption) for crop in crops])
+    mean, (ids, ids_2) = data.mean, (tokens[data.caption] for tokens in tokenize(CAPTIONS))
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(mean.shape, generator=generator)
     alpha_cumprod = pipeline.scheduler.alphas_cumprod[600]
@@ -71,11 +70,11 @@ def test_base_model_predicts_noise_and_uses_its_text(
 
 
 def test_training_conditions_as_the_pipeline_does(pipeline: StableDiffusionXLPipeline) -> None:
-    model = BaseModel()
+    model = BaseModel(CAPTIONS)
     model.text_encoder, model.text_encoder_2 = pipeline.text_encoder, pipeline.text_encoder_2
     caption = training_crops()[0].caption
     with torch.no_grad():
-        hidden, pooled = model.encode_text(*tokenize([caption]))
+        hidden, pooled = model.encode_text(*(tokens[[CAPTIONS.index(caption)]] for tokens in tokenize(CAPTIONS)))
         expected = pipeline.encode_prompt(caption, do_classifier_free_guidance=False)
     torch.testing.assert_close(hidden, expected[0])
     torch.testing.assert_close(pooled, expected[2])

@@ -66,6 +66,15 @@ def test_channel_divides_by_the_predictions_deviation_per_sample_and_channel(nor
     torch.testing.assert_close(value, torch.tensor([(1 / 2 + 1 / 20) / 2, (1 / 2 + 1 / 4) / 2]))
 
 
+def test_own_standardises_each_side_by_itself():
+    """(0, 0, 0, 4): mean 1, deviation 2, so (-1/2, -1/2, -1/2, 3/2), whatever the target's contrast and level."""
+    pred = torch.tensor([[[[0.0, 0.0], [0.0, 4.0]]]])
+    target = torch.tensor([[[[0.0, 40.0], [0.0, 0.0]]]]) + 7
+    value, _ = measure(pred, target, "own")
+    torch.testing.assert_close(value, torch.tensor([(2 + 2) / 4]))
+    assert measure(pred, 3 * pred + 5, "own", "mse")[0] < 1e-10
+
+
 def random_pair(dtype=torch.float64, size=(12, 5)):
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(2, 3, *size, generator=generator, dtype=dtype) for _ in range(2))
@@ -75,7 +84,7 @@ def random_pair(dtype=torch.float64, size=(12, 5)):
 
 @pytest.mark.parametrize("stride", [1, 8])
 @pytest.mark.parametrize("loss_type", ["mse", "l1"])
-@pytest.mark.parametrize("norm_type", ["default", "shared", "batch", "channel"])
+@pytest.mark.parametrize("norm_type", ["default", "shared", "batch", "channel", "own"])
 def test_gradient_is_the_derivative_of_the_value(norm_type, loss_type, stride):
     """By differences, through the prediction's statistics, with the outlier mask (stride 1) and without."""
     x, y = random_pair()
@@ -144,7 +153,7 @@ def test_what_is_not_finite_is_seen(branch, stride):
     assert value.isfinite().tolist() == [False, True]
 
 
-@pytest.mark.parametrize(("norm_type", "batch"), [("batch", 1), ("channel", 4), ("channel_detached", 4)])
+@pytest.mark.parametrize(("norm_type", "batch"), [("batch", 1), ("channel", 4), ("channel_detached", 4), ("own", 4)])
 def test_one_value_has_no_deviation(norm_type, batch):
     x = torch.ones(batch, 3, 1, 1)
     with pytest.raises(ValueError, match="at least 2 values"):

@@ -56,7 +56,7 @@ def test_every_decoder_equals_textbook(any_vae, random_latents, num_blocks):
         pred,
         target,
         num_blocks=num_blocks,
-        norm_type=NORM_TYPES[(num_blocks + 2) % 5],
+        norm_type=NORM_TYPES[(num_blocks + 2) % 6],
         loss_type="l1" if num_blocks % 2 else "mse",
         pow_law=num_blocks != 3,
         remove_outliers=num_blocks != 2,
@@ -71,7 +71,7 @@ def test_double_precision_equals_textbook(get_vae, random_latents, norm_type):
 
 
 @pytest.mark.parametrize("remove_outliers", [True, False])
-@pytest.mark.parametrize("norm_type", ["default", "shared", "batch", "channel"])
+@pytest.mark.parametrize("norm_type", ["default", "shared", "batch", "channel", "own"])
 def test_gradient_is_the_derivative_of_the_value(get_vae, random_latents, norm_type, remove_outliers):
     """Finite differences; channel_detached is left out, since it is meant to differ."""
     vae = get_vae("two_blocks")
@@ -172,7 +172,7 @@ def test_masked_values_are_left_out_of_the_mean(vae):
     torch.testing.assert_close(out.outlier_fraction["mid"], torch.tensor([9 / 512]))
 
 
-@pytest.mark.parametrize("norm_type", ["default", "shared", "batch", "channel", "channel_detached"])
+@pytest.mark.parametrize("norm_type", NORM_TYPES)
 def test_channel_without_inliers_counts_zero(vae, norm_type):
     """Fails where sum(mask * d) / sum(mask) becomes 0/0: a constant channel has no inlier at all."""
     generator = torch.Generator().manual_seed(0)

@@ -1,0 +1,49 @@
+"""A run of so many steps: it learns, resumes where it stopped as if it had not, and stops at its last step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lpl.demo.training_run import TrainingRun
+
+
+def make_run(checkpoint: Path, steps: int) -> TrainingRun:
+    torch.manual_seed(0)
+    return TrainingRun(nn.Linear(4, 1), checkpoint, steps, learning_rate=0.05, ema_decay=0.9, warmup=5)
+
+
+def fit(run: TrainingRun, stop_at: int | None = None) -> None:
+    """Fit y = sum of x."""
+
+    def loss_of(step: int) -> tuple[torch.Tensor, dict[str, float]]:
+        if step == stop_at:
+            raise InterruptedError
+        inputs = torch.randn(16, 4, generator=torch.Generator().manual_seed(step))
+        loss = (run.module(inputs) - inputs.sum(1, keepdim=True)).square().mean()
+        return loss, {"loss": loss.item()}
+
+    run.fit(loss_of)
+
+
+def test_run_learns_and_averages(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run.pt", 300)
+    fit(run)
+    assert run.step == 300
+    torch.testing.assert_close(run.average.weight, torch.ones(1, 4), atol=0.2, rtol=0.0)
+    assert not any(parameter.requires_grad for parameter in run.average.parameters())
+
+
+def test_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
+    whole, stopped = make_run(tmp_path / "whole.pt", 40), make_run(tmp_path / "stopped.pt", 40)
+    fit(whole)
+    stopped.save_every = 0.0
+    with pytest.raises(InterruptedError):
+        fit(stopped, stop_at=17)
+    again = make_run(tmp_path / "stopped.pt", 40)
+    assert again.step == 17
+    fit(again)
+    assert torch.equal(again.average.weight, whole.average.weight)
