@@ -214,31 +214,13 @@ def prompts(ending: str) -> Callable[[Base], tuple[Path, Act]]:
     """Prompts of evaluations and of validation."""
 
     def prepare(base: Base) -> tuple[Path, Act]:
-        from lpl.evaluation.prompts import read_prompts
-        from lpl.training.prompts import read_prompts as read_validation
-
-        from lpl.config import LoggingConfig
-        from lpl.errors import UserError
+        from lpl.data.prompts import read_prompts
 
         file = base.folder / f"prompts{ending}"
-        rows = [{"prompt": "a fox", "text": "a fox", "seed": 3}, {"prompt": "snow", "text": ["snow", "ice"]}]
-        file.write_text("\n".join(row["prompt"] if ending == ".txt" else json.dumps(row) for row in rows))
-
-        def act() -> None:
-            faults = []
-            for read in (
-                lambda: read_prompts(file),
-                lambda: read_validation(LoggingConfig(validation_prompts=str(file))),
-            ):
-                try:
-                    for prompt in read():
-                        (prompt if isinstance(prompt, str) else prompt.text).encode()
-                except UserError as error:
-                    faults.append(error)
-            if faults:
-                raise faults[0]
-
-        return file, act
+        rows = [{"prompt": "a fox", "seed": 3}, {"text": ["snow", "ice"]}]
+        lines = ["a fox", "snow"] if ending == ".txt" else map(json.dumps, rows)
+        file.write_text("\n".join(lines))
+        return file, lambda: [prompt.text.encode() for prompt in read_prompts(file)]
 
     return prepare
 
