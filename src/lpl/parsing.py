@@ -17,7 +17,7 @@ from lpl.config_io import REFUSED, as_flags, nearest, read_options
 from lpl.errors import UserError
 from lpl.presets import presets
 
-MAY_BE_EMPTY = ("validation_prompt", "caption_prefix")
+MAY_BE_EMPTY = ("validation_prompt", "caption_prefix", "optimizer_args")
 """Options whose value is a text; everywhere else an empty value is a variable that was not set, or a slip."""
 
 

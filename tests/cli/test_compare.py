@@ -196,7 +196,9 @@ def test_eval_measures_once_with_equal_options(tmp_path: Path, flags: Any, monke
         folder = Path(options.output_dir)
         folder.mkdir(exist_ok=True)
         (folder / "eval.json").write_text(
-            json.dumps({"options": asdict(options), "metrics": metrics, "refused": ["a"], **now._asdict()})
+            json.dumps(
+                {"kind": "eval", "options": asdict(options), "metrics": metrics, "refused": ["a"], **now._asdict()}
+            )
         )
 
     monkeypatch.setattr(command, "run_eval", run_eval)

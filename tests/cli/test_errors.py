@@ -106,7 +106,7 @@ def test_flag_that_cannot_be_read(run_cli: Any, argv: list[str], expected: list[
             {"lpl_t_threshold": None, "lpl_sigma_threshold": 3.0, "lpl_snr_threshold": 1.0},
             "contradictory gates: --lpl_snr_threshold 1.0, --lpl_sigma_threshold 3.0",
         ),
-        ({"lpl_weight": -0.5}, "--lpl_weight must be 0 or more, not -0.5"),
+        ({"lpl_weight": -0.5}, "--lpl_weight must be 0 or more and finite, not -0.5"),
         ({"lpl_target_share": 0.4}, "--lpl_target_share acts with --lpl_weight auto only"),
         ({"lpl_target_share": 1.0, "lpl_weight": "auto"}, "--lpl_target_share must lie between 0 and 1"),
         ({"lpl_max_samples": 0}, "--lpl_max_samples must be at least 1"),

@@ -355,7 +355,7 @@ def test_a_pipeline_of_another_family(evaluate: Any, model: Path, tmp_path: Path
         ({"reference_dir": "nowhere"}, "--reference_dir nowhere: no such folder"),
         ({"pretrained_model_name_or_path": None}, "--pretrained_model_name_or_path is missing"),
         ({"pretrained_model_name_or_path": "./nowhere"}, "--pretrained_model_name_or_path ./nowhere: no such folder"),
-        ({"prompts": "nowhere.txt"}, "--prompts nowhere.txt: no such file"),
+        ({"prompts": "nowhere.txt"}, "--prompts nowhere.txt: cannot be read (No such file or directory)"),
         ({"images": ".", "prompts": "p.txt"}, "--prompts acts on drawn samples"),
         ({"images": ".", **THERE, "guidance_scale": 2.0}, "--guidance_scale acts on drawn samples"),
         ({"images": ".", **THERE, "floor": False}, "has no use with --no_floor"),

@@ -117,7 +117,7 @@ def test_sizes_of_memory(given: str, size: int) -> None:
     assert parse_plan(["--memory", given]).memory_bytes == size
 
 
-@pytest.mark.parametrize("given", ["much", "24TB", "-1", "", "0", "24 GiB each"])
+@pytest.mark.parametrize("given", ["much", "24TB", "-1", "0", "24 GiB each"])
 def test_what_is_no_size_is_refused(given: str, run_cli: Any) -> None:
     code, out, err = run_cli(["plan", f"--memory={given}"])
     assert (code, out) == (2, "")

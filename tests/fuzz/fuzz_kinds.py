@@ -76,7 +76,7 @@ def of_run(name: str) -> Callable[[Base], tuple[Path, Act]]:
     """A file of a run's folder, by `lpl report` and by what a further `lpl train` asks of it."""
 
     def prepare(base: Base) -> tuple[Path, Act]:
-        from lpl.training.preflight import finished_at
+        from lpl.training.output import finished_at
         from lpl.training.validation import read_rows
 
         run = base.copy("run")

@@ -21,7 +21,7 @@ from lpl.errors import DamagedCacheError, UserError
 from lpl.progress import progress
 
 DAY = 24 * 3600
-HASHED = re.compile(r"[0-9a-f]{32}(-\w+)?")
+HASHED = re.compile(r"([0-9a-f]{32}|stride-\d+)(-\w+)*")
 """Names of the folders that caching makes; others are somebody else's."""
 
 

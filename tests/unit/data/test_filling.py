@@ -415,6 +415,7 @@ def test_a_cache_that_cannot_be_written_serves_what_it_has(
     for name in ("utime", "replace", "mkdir", "unlink", "rmdir"):
         monkeypatch.setattr(os, name, read_only(getattr(os, name), lambda *_: True))
     monkeypatch.setattr("builtins.open", read_only(open, lambda mode="r", *_: "w" in mode))
+    monkeypatch.setattr(os, "open", read_only(os.open, lambda flags, *_: bool(flags & (os.O_RDWR | os.O_WRONLY))))
     before = contents(tmp_path / "c")
     encoder.images = 0
     draws = [(index, 0) for index in range(5)]
@@ -585,7 +586,7 @@ def test_cache_that_others_do_not_share_is_refused(encode: Encode, monkeypatch: 
 
 def test_damaged_shard_stops_the_run(encode: Encode, tmp_path: Path, encoder: Any) -> None:
     data = encode()
-    shard = tmp_path / "c" / "latents" / "aa-3" / data.caches.latents.shards[0]
+    shard = tmp_path / "c" / "latents" / f"{'a' * 32}-3" / data.caches.latents.shards[0]
     shard.write_bytes(shard.read_bytes()[:-5])
     with pytest.raises(UserError, match="lpl cache verify --delete"):
         encode(rehash=True).batch([(0, 0)])

@@ -29,7 +29,7 @@ def test_damage_is_said_removed_and_made_again(
     verify_cache(str(cache), delete=False)
     assert capsys.readouterr().out == f"{cache}: 5 files, 0 damaged\n"
     (name,) = data.caches.latents.shards
-    shard = cache / "latents" / "aa-3" / name
+    shard = cache / "latents" / f"{'a' * 32}-3" / name
     content = bytearray(shard.read_bytes())
     content[-100] ^= 255
     shard.write_bytes(content)
@@ -97,7 +97,7 @@ def test_caches_of_another_version_are_not_read_but_said(
 ) -> None:
     encode()
     cache = tmp_path / "c"
-    (cache / "latents" / "aa-3").rename(cache / "latents" / "aa-2-float16")
+    (cache / "latents" / f"{'a' * 32}-3").rename(cache / "latents" / f"{'a' * 32}-2-float16")
     verify_cache(str(cache), delete=False)
     assert "1 folders are of another version" in capsys.readouterr().out
     encoder.images = 0
