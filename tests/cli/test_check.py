@@ -103,14 +103,22 @@ def test_weight_and_gate_are_the_runs_own(check: Any) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"rank": 2, "mixed_precision": "bf16", "snr_gamma": 5.0},
-        {"train_text_encoder": True, "gradient_checkpointing": True, "train_batch_size": 3},
+        {
+            "rank": 2,
+            "mixed_precision": "bf16",
+            "snr_gamma": 5.0,
+            "train_text_encoder": True,
+            "gradient_checkpointing": True,
+            "train_batch_size": 3,
+        },
         {
             "lpl_crop": 12,
             "lpl_random_depth": True,
             "lpl_reduction": "gated",
             "lpl_max_samples": 1,
             "loss_type": "huber",
+            "masked_loss": "alpha",
+            "pyramid_noise_iterations": 2,
         },
         {
             "buckets": True,
@@ -118,8 +126,9 @@ def test_weight_and_gate_are_the_runs_own(check: Any) -> None:
             "prediction_type": "v_prediction",
             "rescale_betas_zero_snr": True,
             "lpl_norm_type": "batch",
+            "lpl_loss_type": "l1",
+            "lpl_dtype": "bfloat16",
         },
-        {"masked_loss": "alpha", "pyramid_noise_iterations": 2, "lpl_loss_type": "l1", "lpl_dtype": "bfloat16"},
     ],
     ids=lambda options: next(iter(options)),
 )

@@ -108,6 +108,7 @@ def test_the_table_and_the_page(compared: tuple[Path, str]) -> None:
     assert "noise: what a repeat of the baseline changes" in page
 
 
+@pytest.mark.slow
 def test_finished_runs_are_left_alone(compared: tuple[Path, str], flags: Any, run_cli: Any, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(compared[0], tmp_path / "again"))
     shutil.rmtree(folder / "lpl" / "seed-1")
@@ -327,6 +328,7 @@ def without_samples_of(folder: str, ranks: tuple[int, ...]) -> Callable[..., int
     return generate
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_be_measured_is_named_and_the_time_counts(
     flags: Any, run_cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,6 +52,7 @@ def table(text: str) -> dict[str, list[str]]:
     return {row[0]: " ".join(row[1:]).split() for row in rows}
 
 
+@pytest.mark.slow
 def test_plan_states_the_choice_its_neighbours_and_what_fits(plan: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(filling, "ENCODE_IMAGES", 1)  # else filling the cache would be this tiny model's peak
     text = plan("--resolution", "128", "--memory", "1")

@@ -81,7 +81,7 @@ def test_images_without_masks_train_bit_for_bit_as_before(train: Any, images: Pa
     assert "--masked_loss alpha: 0 of 6 images have a mask" in masked.stderr
 
 
-@pytest.mark.parametrize("extra", [{}, {"loss_type": "huber"}, {"snr_gamma": 5.0}])
+@pytest.mark.parametrize("extra", [{"loss_type": "huber"}, pytest.param({"snr_gamma": 5.0}, marks=pytest.mark.slow)])
 def test_what_is_predicted_outside_the_mask_has_no_influence(
     train: Any, images: Path, monkeypatch: pytest.MonkeyPatch, extra: dict[str, Any]
 ) -> None:

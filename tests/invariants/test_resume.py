@@ -151,7 +151,7 @@ def test_length_may_not_change_where_it_enters_the_schedule(train: Any) -> None:
     assert "--max_train_steps 2 -> 4" in failed.errors[0]
 
 
-@pytest.mark.parametrize("log_every", [1, 3, 4])
+@pytest.mark.parametrize("log_every", [1, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_logged_losses_of_a_killed_run_are_those_of_a_whole_one(
     train: Any, monkeypatch: pytest.MonkeyPatch, log_every: int
 ) -> None:

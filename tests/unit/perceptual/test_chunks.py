@@ -126,6 +126,7 @@ def test_checkpointing_halves_the_peak_and_windows_lower_it():
     assert cropped < 0.4 * plain
 
 
+@pytest.mark.slow
 def test_sample_of_1024_pixels_in_bfloat16_takes_under_2_gib():
     """SDXL's decoder, all blocks, outliers removed, with checkpointing."""
     loss_fn = meta_loss((128, 256, 512, 512), torch.bfloat16, checkpointing=True)

@@ -49,7 +49,7 @@ def unet_output(unet: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
-@pytest.mark.parametrize("preset", LAYERS)
+@pytest.mark.parametrize("preset", ["attention", pytest.param("attention_mlp", marks=pytest.mark.slow), "all"])
 def test_every_tensor_arrives(
     train: Any, model: Path, monkeypatch: pytest.MonkeyPatch, preset: str, use_dora: bool
 ) -> None:
