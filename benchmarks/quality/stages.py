@@ -22,7 +22,7 @@ from benchmarks.quality.pretrain import captions_of, trained_steps
 from benchmarks.quality.results import Results, Row
 from benchmarks.quality.workers import DivergedError, Workers
 from lpl.errors import UserError
-from lpl.training.preflight import FINISHED
+from lpl.written_files import FINISHED
 
 ARMS = ("baseline", "lpl")
 FEW = "-few"

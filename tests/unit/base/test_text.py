@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lpl.base.text import decode, parse_json, read_lines, read_rows, read_text
+from lpl.base.json_files import parse_json
+from lpl.base.text import decode, read_lines, read_rows, read_text
 from lpl.errors import UserError
 
 TEXT = '{"text": "café, 一 \U0001f98a"}\nsecond\u2028still second\x0bstill\x85too\n'
@@ -73,9 +74,9 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     [
         ("[1]", "line 2: not a JSON object"),
         ("{", "line 2: not JSON ("),
-        ('{"a": "\\ud800"}', "line 2: holds half of a surrogate pair"),
-        ("[" * 100_000, "line 2: not JSON that can be read"),
-        ('{"a": ' + "1" * 5000 + "}", "line 2: not JSON that can be read"),
+        ('{"a": "\\ud800"}', "line 2: holds \\ud800, which is no character"),
+        ("[" * 100_000, "line 2: lists or objects within each other, too deep to be read"),
+        ('{"a": ' + "1" * 5000 + "}", "line 2: not JSON ("),
     ],
 )
 def test_rows_that_are_none(tmp_path: Path, line: str, expected: str) -> None:

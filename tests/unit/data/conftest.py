@@ -22,8 +22,8 @@ class FakeEncoder:
     """Pools pixels by 8 and hashes captions, and counts what it has encoded."""
 
     def __init__(self) -> None:
-        self.latent_key, self.latent_stride = "aa", 8
-        self.text_key = "bb"
+        self.latent_key, self.latent_stride = "a" * 32, 8
+        self.text_key = "b" * 32
         self.images = 0
         self.captions: list[str] = []
         self.batch_sizes: list[int] = []

@@ -585,7 +585,7 @@ def test_cache_that_others_do_not_share_is_refused(encode: Encode, monkeypatch: 
 
 def test_damaged_shard_stops_the_run(encode: Encode, tmp_path: Path, encoder: Any) -> None:
     data = encode()
-    shard = tmp_path / "c" / "latents" / "aa-3" / data.caches.latents.shards[0]
+    shard = tmp_path / "c" / "latents" / f"{'a' * 32}-3" / data.caches.latents.shards[0]
     shard.write_bytes(shard.read_bytes()[:-5])
     with pytest.raises(UserError, match="lpl cache verify --delete"):
         encode(rehash=True).batch([(0, 0)])

@@ -1,5 +1,6 @@
 """Verifying and pruning a cache."""
 
+import errno
 import os
 import time
 from collections.abc import Callable
@@ -7,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
+from lpl.data import shard
 from lpl.data.dataset import TrainingData
 from lpl.data.upkeep import prune_cache, unused, verify_cache
 from lpl.errors import UserError
@@ -29,7 +32,7 @@ def test_damage_is_said_removed_and_made_again(
     verify_cache(str(cache), delete=False)
     assert capsys.readouterr().out == f"{cache}: 5 files, 0 damaged\n"
     (name,) = data.caches.latents.shards
-    shard = cache / "latents" / "aa-3" / name
+    shard = cache / "latents" / f"{'a' * 32}-3" / name
     content = bytearray(shard.read_bytes())
     content[-100] ^= 255
     shard.write_bytes(content)
@@ -64,16 +67,16 @@ def test_what_a_run_uses_stays(encode: Encode, encoder: Any, tmp_path: Path) -> 
 def test_leftovers_of_killed_runs_go(encode: Encode, tmp_path: Path) -> None:
     cache = tmp_path / "c"
     encode()
-    left = cache / "staged" / "some run" / "piece" / "latents"
+    left = cache / "staged" / ("c" * 32) / "piece" / "latents"
     left.mkdir(parents=True)
     (left / ".half.tmp").write_bytes(b"1234")
     assert [path.name for path in unused(cache, 1).paths] == []
     age(cache / "staged", 2)
     found = unused(cache, 1)
-    assert "some run" in [path.name for path in found.paths]
+    assert "c" * 32 in [path.name for path in found.paths]
     assert found.size == 4
     prune_cache(str(cache), 0, dry_run=False)
-    assert [path for path in cache.rglob("*") if path.is_file()] == []
+    assert [path for path in cache.rglob("*") if path.is_file() and path.name != "lock"] == []
 
 
 def test_an_index_that_lies_is_found_and_removed(encode: Encode, tmp_path: Path, encoder: Any) -> None:
@@ -92,12 +95,53 @@ def test_an_index_that_lies_is_found_and_removed(encode: Encode, tmp_path: Path,
     assert encoder.images == 5
 
 
+@pytest.mark.parametrize("kind", ["latents", "catalogues"])
+def test_what_cannot_be_read_is_not_damaged_and_stays(
+    encode: Encode, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another user's file, or a server that does not answer: nothing that removing it would mend."""
+    encode()
+    file = next((tmp_path / "c" / kind).rglob("*.arrow" if kind == "catalogues" else "*.safetensors"))
+
+    def refused(path: Any, *_: Any) -> Any:
+        if str(path) == str(file):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, *_)
+
+    opened: Any = pa.memory_map if kind == "catalogues" else open
+    if kind == "catalogues":
+        monkeypatch.setattr(pa, "memory_map", refused)
+    else:
+        monkeypatch.setattr(shard, "open", refused, raising=False)
+    for delete in (False, True):
+        with pytest.raises(UserError, match="1 of 5 files could not be read: correct their permissions"):
+            verify_cache(str(tmp_path / "c"), delete)
+    assert f"{file}: cannot be read (Permission denied): correct its permissions" in capsys.readouterr().out
+    assert file.is_file()
+    with pytest.raises(UserError, match=r"cannot be read \(Permission denied\): correct its permissions"):
+        encode().batch([(0, 0)])
+
+
+@pytest.mark.parametrize("kind", ["latents", "catalogues"])
+def test_a_link_to_nothing_goes_like_a_damaged_file(encode: Encode, tmp_path: Path, kind: str) -> None:
+    encode()
+    cache = tmp_path / "c"
+    file = next((cache / kind).rglob("*.arrow" if kind == "catalogues" else "*.safetensors"))
+    file.unlink()
+    file.symlink_to("nowhere")
+    prune_cache(str(cache), 1, dry_run=True)
+    with pytest.raises(UserError, match="1 of 5 files are damaged"):
+        verify_cache(str(cache), delete=False)
+    verify_cache(str(cache), delete=True)
+    encode().batch([(0, 0)])
+
+
 def test_caches_of_another_version_are_not_read_but_said(
     encode: Encode, encoder: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     encode()
     cache = tmp_path / "c"
-    (cache / "latents" / "aa-3").rename(cache / "latents" / "aa-2-float16")
+    (cache / "latents" / f"{'a' * 32}-3").rename(cache / "latents" / f"{'a' * 32}-2-float16")
     verify_cache(str(cache), delete=False)
     assert "1 folders are of another version" in capsys.readouterr().out
     encoder.images = 0
