@@ -231,7 +231,7 @@ def _same_path(key: str, old: Any, new: Any) -> bool:
     """Whether two spellings of an option name one folder that is there."""
     if key not in PATHS or not isinstance(old, str) or not isinstance(new, str):
         return False
-    return Path(new).exists() and Path(old).resolve() == Path(new).resolve()
+    return Path(new).exists() and Path(old).expanduser().resolve() == Path(new).resolve()
 
 
 def environment() -> dict[str, Any]:

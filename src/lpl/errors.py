@@ -9,6 +9,10 @@ class DamagedCacheError(UserError):
     """A file of the cache that is not what was written, or lacks what it should hold."""
 
 
+class UnreadCacheError(DamagedCacheError):
+    """A file of the cache that could not be read (no permission, the network), and may be whole: it is kept."""
+
+
 class TrainingStoppedError(Exception):
     """A run that cannot go on (a loss that is not finite, a full disk); prints its message and exits with 3."""
 

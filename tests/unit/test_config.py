@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from lpl.command_options import DemoConfig, PruneConfig, VerifyConfig
 from lpl.config import (
     DataConfig,
     LPLConfig,
@@ -18,6 +19,8 @@ from lpl.config import (
     require,
 )
 from lpl.errors import UserError
+from lpl.exporting.options import ExportConfig
+from lpl.report.options import ReportConfig
 
 
 def test_every_option_has_one_name_and_a_help_text() -> None:
@@ -104,3 +107,22 @@ def test_piecewise_rules_are_read_early() -> None:
     for rules in ("", "1:10", "1:10,0.1:x,0.01", "1:10:3,0.1", "a,b"):
         with pytest.raises(UserError, match="--lr_step_rules"):
             OptimConfig(lr_scheduler="piecewise_constant", lr_step_rules=rules)
+
+
+def test_the_home_folder_in_every_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No shell expands ~ in a YAML file, and a folder of that name is dangerous to remove."""
+    monkeypatch.setenv("HOME", "/home/me")
+    train = TrainConfig()
+    groups = [(type(group), {}) for group in (train.run, train.data, train.model, train.logging)]
+    groups += [(DemoConfig, {}), (VerifyConfig, {}), (PruneConfig, {})]
+    groups += [(ExportConfig, {"source": "x", "output": "y"}), (ReportConfig, {"runs": ("x",)})]
+    seen = 0
+    for group, needed in groups:
+        for declared in fields(group):
+            name = declared.name
+            if declared.metadata.get("path") and name != "logging_dir":  # within another
+                several = name == "runs"
+                found: Any = group(**needed | {name: ("~/x", "y") if several else "~/x"})
+                assert getattr(found, name) == (("/home/me/x", "y") if several else "/home/me/x")
+                seen += 1
+    assert seen > 20

@@ -46,7 +46,7 @@ def parse_row(line: str, where: str, then: str = "") -> dict[str, Any]:
     if not isinstance(row, dict):
         raise UserError(f"{where}: not a JSON object{instead}")
     if "\\u" in line and (found := _unusable(row)):
-        raise UserError(f"{where}: holds {found}, which is no character of a text{instead}")
+        raise UserError(f"{where}: holds {found}, which is no character of a text: take it out")
     return row
 
 

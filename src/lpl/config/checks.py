@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import field, fields
+from os.path import expanduser
 from typing import Any
 
 from lpl.errors import UserError
@@ -42,6 +43,8 @@ def free(default: Any) -> Any:
 def check_declared(group: Any) -> None:
     """Checks what is declared beside the fields of a group: numbers and their bounds, names that a system can have.
 
+    In paths ~ becomes the home folder, for which a shell does not always see to it (a YAML file, --option=~/x).
+
     Raises:
         UserError: the first value that does not fit.
     """
@@ -49,6 +52,9 @@ def check_declared(group: Any) -> None:
         values = getattr(group, declared.name)
         for value in values if isinstance(values, tuple) else (values,):
             _check_value(f"--{declared.name}", value, declared.metadata)
+        if declared.metadata.get("path") and isinstance(values, str | tuple):
+            at_home = expanduser(values) if isinstance(values, str) else tuple(map(expanduser, values))
+            object.__setattr__(group, declared.name, at_home)
 
 
 def _check_value(flag: str, value: Any, declared: Any) -> None:

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import xxhash
 
 from lpl.data.files import write_cached
-from lpl.data.shard import damaged_file
+from lpl.data.shard import damaged_file, unusable_file
 from lpl.data.sources import Piece, Source
 
 SUFFIX = ".arrow"
@@ -127,7 +127,8 @@ class Catalogue:
 
         Takes 16 bytes a sample; the rest stays in the mapped files.
         """
-        paths = sorted(self.folder.glob(f"[!.]*{SUFFIX}"), key=lambda path: (-path.stat().st_mtime_ns, path.name))
+        there = filter(Path.is_file, self.folder.glob(f"[!.]*{SUFFIX}"))  # no link to nothing
+        paths = sorted(there, key=lambda path: (-path.stat().st_mtime_ns, path.name))
         self._tables = [read_table(path, self.schema) for path in paths]
         self._unsettled = [unsettled(table) for table in self._tables]
         hashes, places = [np.empty(0, np.int64)], [np.empty((0, 2), np.int32)]
@@ -288,7 +289,7 @@ def read_table(path: Path, schema: pa.Schema | None = None) -> pa.Table:
             raise OSError("it does not match its checksum")
         table = pa.ipc.open_file(pa.BufferReader(content)).read_all()
     except (pa.ArrowException, OSError) as error:
-        raise damaged_file(path, " ".join(str(error).split())) from error
+        raise unusable_file(path, error) from error
     if schema is not None and table.schema != schema:
         raise damaged_file(path, "its columns are not those of its source")
     return table.replace_schema_metadata({**(table.schema.metadata or {}), PROOF: proof})

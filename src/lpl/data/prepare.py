@@ -130,7 +130,10 @@ def _fill(filler: Filler, processes: Processes, show: bool) -> list[pa.Table]:
             _refresh(caches)  # what the run that was waited for has written
             whole = mark.holds()
             if not whole and unwritable is None:
-                mark.remove()
+                try:
+                    mark.remove()
+                except UserError as error:
+                    unwritable, own = error, pieces
         processes.barrier()
         if not first:
             _refresh(caches)

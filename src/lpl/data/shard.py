@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import mmap
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,13 +20,15 @@ import xxhash
 from safetensors.torch import save
 from torch import Tensor
 
-from lpl.errors import DamagedCacheError
+from lpl.errors import DamagedCacheError, UnreadCacheError
 
 SUFFIX = ".safetensors"
 KEY_BYTES = 20
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
 DTYPES |= {"I64": torch.int64, "I32": torch.int32}
 RESERVED = ("keys", "checksums")
+NO_FILE = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP)
+"""Of a link to nothing, a folder: what has the name is no file, and can go."""
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 """Dtype and shape of an entry's tensors by field."""
 
@@ -65,7 +69,7 @@ class Shard:
             self._keys = self._block("keys")
             self._checksums = np.frombuffer(self._block("checksums"), np.uint64)
         except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
-            raise damaged_file(path, " ".join(str(error).split())[:80] or type(error).__name__) from error
+            raise unusable_file(path, error) from error
         if path.name != name_of(self._keys, self.layout):
             raise damaged_file(path, "its header or its keys are not those that its name stands for")
         self.touched = 0
@@ -191,3 +195,15 @@ def damaged_file(path: Path, what: str) -> DamagedCacheError:
     return DamagedCacheError(
         f"cache file {path} is damaged ({what}): `lpl cache verify --delete` removes it, the next run makes it again"
     )
+
+
+def unusable_file(path: Path, error: Exception) -> DamagedCacheError:
+    """The error of a file of the cache that reading failed at: what cannot be read now need not be damaged."""
+    if isinstance(error, OSError) and error.errno is not None:
+        if error.errno not in NO_FILE:
+            return UnreadCacheError(
+                f"cache file {path}: cannot be read ({os.strerror(error.errno)}): correct its permissions, or name "
+                "another folder with --latent_cache_dir"
+            )
+        return damaged_file(path, os.strerror(error.errno))
+    return damaged_file(path, " ".join(str(error).split())[:80] or type(error).__name__)

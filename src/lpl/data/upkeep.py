@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from lpl.data.folders import default_cache_dir
 from lpl.data.lock import maintenance
 from lpl.data.shard import SUFFIX, Shard
 from lpl.data.store import INDEX, verify_index
-from lpl.errors import DamagedCacheError, UserError
+from lpl.errors import DamagedCacheError, UnreadCacheError, UserError
 from lpl.progress import progress
 
 DAY = 24 * 3600
@@ -41,14 +42,16 @@ def verify_cache(folder: str | None, delete: bool) -> None:
     """
     cache = _existing(folder)
     with maintenance(cache) if delete else nullcontext():
-        count, found = damaged(cache)
-        for _, wrong in found:
+        count, found, unread = damaged(cache)
+        for wrong in (*(wrong for _, wrong in found), *unread):
             print(wrong)
         if delete:
             remove([path for path, _ in found])
     print(f"{cache}: {count} files, {len(found)} damaged{' and removed' if delete and found else ''}")
     if old := [path for path in stores(cache) if not of_this_format(path)]:
         print(f"{cache}: {len(old)} folders are of another version, which is not read: `lpl cache prune` removes them")
+    if unread:
+        raise UserError(f"cache {cache}: {len(unread)} of {count} files could not be read: correct their permissions")
     if found and not delete:
         raise UserError(f"cache {cache}: {len(found)} of {count} files are damaged: remove them with --delete")
 
@@ -90,13 +93,15 @@ def of_this_format(store: Path) -> bool:
     return f"{store.name}-".rpartition(f"{FORMAT}-")[1] != ""
 
 
-def damaged(cache: Path) -> tuple[int, list[tuple[Path, str]]]:
+def damaged(cache: Path) -> tuple[int, list[tuple[Path, str]], list[str]]:
     """Reads every file of a cache and compares it with its checksums, and indices with the shards.
 
     Returns:
-        How many files there are, and of those that are damaged the path and what is wrong.
+        How many files there are; of those that are damaged the path and what is wrong; what is said of those that could
+        not be read.
     """
     found: dict[Path, str] = {}
+    unread: dict[Path, str] = {}
     folders = [folder for folder in stores(cache) if of_this_format(folder)]
     staged = [folder for folder in (cache / "staged").glob("*/*/*") if folder.is_dir()]
     shards = [path for folder in (*folders, *staged) for path in sorted(folder.glob(f"[!.]*{SUFFIX}"))]
@@ -108,12 +113,14 @@ def damaged(cache: Path) -> tuple[int, list[tuple[Path, str]]]:
                 read_table(path)
             elif path.name != INDEX:
                 Shard(path).verify()
-            elif not any(shard.parent == path.parent for shard in found):
+            elif not any(shard.parent == path.parent for shard in (*found, *unread)):
                 verify_index(path.parent)
+        except UnreadCacheError as error:
+            unread[path] = str(error)
         except DamagedCacheError as error:
-            if path.exists():  # else a run that goes on has done with it
+            if os.path.lexists(path):  # else a run that goes on has done with it
                 found[path] = str(error)
-    return len(shards) + len(tables) + len(indices), list(found.items())
+    return len(shards) + len(tables) + len(indices), list(found.items()), list(unread.values())
 
 
 def unused(cache: Path, days: float) -> Unused:
@@ -138,7 +145,7 @@ def remove(paths: list[Path]) -> None:
     for path in paths:
         parent = path.parent
         with cache_writing(parent):
-            if path.is_dir():
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
@@ -147,9 +154,19 @@ def remove(paths: list[Path]) -> None:
 
 
 def _last_change(path: Path) -> float:
-    inside = [entry.stat().st_mtime for entry in path.rglob("*")] if path.is_dir() else []
-    return max([path.stat().st_mtime, *inside])
+    inside = path.rglob("*") if path.is_dir() else ()
+    return max((status.st_mtime for each in (path, *inside) if (status := _status(each)) is not None), default=0.0)
 
 
 def _size(path: Path) -> int:
-    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.stat().st_size
+    files = path.rglob("*") if path.is_dir() else (path,)
+    found = (_status(file) for file in files if not file.is_dir())
+    return sum(status.st_size for status in found if status is not None)
+
+
+def _status(path: Path) -> os.stat_result | None:
+    """Of what a link leads to, or of the link where that is nothing; None: a run has removed the file since."""
+    for follow in (True, False):
+        with suppress(FileNotFoundError):
+            return path.stat(follow_symlinks=follow)
+    return None

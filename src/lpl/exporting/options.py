@@ -39,7 +39,7 @@ class ExportConfig:
     """Strength of the LoRA in the merge."""
     dtype: Literal["float16", "bfloat16", "float32"] | None = None
     """Precision of the result; unset: as the files of the model have it (one on the Hub: float32)."""
-    pretrained_vae_model_name_or_path: str | None = None
+    pretrained_vae_model_name_or_path: str | None = option(None, path=True)
     """Another VAE than the model's own: a diffusers folder or a Hub id."""
     variant: str | None = None
     """Variant of the model's weight files, such as fp16."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from lpl.base.json_files import parse_json
 from lpl.base.text import decode, read_lines, read_rows, read_text
 from lpl.errors import UserError
 
@@ -73,9 +74,9 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     [
         ("[1]", "line 2: not a JSON object"),
         ("{", "line 2: not JSON ("),
-        ('{"a": "\\ud800"}', "line 2: holds \\ud800, which is no character of a text"),
-        ("[" * 100_000, "line 2: lists or objects within each other"),
-        ('{"a": ' + "1" * 5000 + "}", "line 2: not JSON (Exceeds the limit"),
+        ('{"a": "\\ud800"}', "line 2: holds \\ud800, which is no character"),
+        ("[" * 100_000, "line 2: lists or objects within each other, too deep to be read"),
+        ('{"a": ' + "1" * 5000 + "}", "line 2: not JSON ("),
     ],
 )
 def test_rows_that_are_none(tmp_path: Path, line: str, expected: str) -> None:
@@ -85,3 +86,8 @@ def test_rows_that_are_none(tmp_path: Path, line: str, expected: str) -> None:
     assert next(rows) == (f"{file}, line 1", {"a": "\U0001f98a"})
     with pytest.raises(UserError, match=re.escape(f"{file}, {expected}")):
         next(rows)
+
+
+def test_json_names_the_remedy() -> None:
+    with pytest.raises(UserError, match=r"^x: not JSON \(.*\): make it anew$"):
+        parse_json("{", "x", "make it anew")

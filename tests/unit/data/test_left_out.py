@@ -159,7 +159,7 @@ def test_backslashes_get_a_hint(folder: Path) -> None:
     with pytest.raises(UserError, match=r"sub\\9\.png \(write sub/9\.png: folders are parted by /\) does not exist"):
         captions(folder)
     (folder / "metadata.jsonl").write_text(json.dumps(row | {"file_name": "a\0b.png"}))
-    with pytest.raises(UserError, match=r"holds \\u0000"):
+    with pytest.raises(UserError, match=r"line 1: holds \\u0000, which is no character of a text: take it out"):
         captions(folder)
 
 
@@ -183,6 +183,10 @@ def test_regularisation_images_have_captions_of_their_own(folder: Path) -> None:
         open_source(DataConfig(train_data_dir=str(folder)), None)
     with pytest.raises(UserError, match=r"1 of 5 images have no caption.*beside each$"):
         open_regularisation(DataConfig(reg_data_dir=str(folder), instance_prompt="sks"))
+    for row in ({"file_name": "0.png"}, {"file_name": "0.png", "text": None}):
+        (folder / "metadata.jsonl").write_text(json.dumps(row))
+        with pytest.raises(UserError, match=r"--caption_column$"):
+            open_regularisation(DataConfig(reg_data_dir=str(folder), instance_prompt="sks"))
     source = open_validation(DataConfig(validation_data_dir=str(folder), instance_prompt="sks"))
     assert source is not None
     assert source.size == 5

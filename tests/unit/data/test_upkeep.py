@@ -1,5 +1,6 @@
 """Verifying and pruning a cache."""
 
+import errno
 import os
 import time
 from collections.abc import Callable
@@ -7,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
+from lpl.data import shard
 from lpl.data.dataset import TrainingData
 from lpl.data.upkeep import prune_cache, unused, verify_cache
 from lpl.errors import UserError
@@ -73,7 +76,7 @@ def test_leftovers_of_killed_runs_go(encode: Encode, tmp_path: Path) -> None:
     assert "c" * 32 in [path.name for path in found.paths]
     assert found.size == 4
     prune_cache(str(cache), 0, dry_run=False)
-    assert [path.name for path in cache.rglob("*") if path.is_file()] == ["lock"]
+    assert [path for path in cache.rglob("*") if path.is_file() and path.name != "lock"] == []
 
 
 def test_an_index_that_lies_is_found_and_removed(encode: Encode, tmp_path: Path, encoder: Any) -> None:
@@ -90,6 +93,47 @@ def test_an_index_that_lies_is_found_and_removed(encode: Encode, tmp_path: Path,
     verify_cache(str(cache), delete=True)
     encode().batch([(0, 0), (1, 0)])
     assert encoder.images == 5
+
+
+@pytest.mark.parametrize("kind", ["latents", "catalogues"])
+def test_what_cannot_be_read_is_not_damaged_and_stays(
+    encode: Encode, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another user's file, or a server that does not answer: nothing that removing it would mend."""
+    encode()
+    file = next((tmp_path / "c" / kind).rglob("*.arrow" if kind == "catalogues" else "*.safetensors"))
+
+    def refused(path: Any, *_: Any) -> Any:
+        if str(path) == str(file):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, *_)
+
+    opened: Any = pa.memory_map if kind == "catalogues" else open
+    if kind == "catalogues":
+        monkeypatch.setattr(pa, "memory_map", refused)
+    else:
+        monkeypatch.setattr(shard, "open", refused, raising=False)
+    for delete in (False, True):
+        with pytest.raises(UserError, match="1 of 5 files could not be read: correct their permissions"):
+            verify_cache(str(tmp_path / "c"), delete)
+    assert f"{file}: cannot be read (Permission denied): correct its permissions" in capsys.readouterr().out
+    assert file.is_file()
+    with pytest.raises(UserError, match=r"cannot be read \(Permission denied\): correct its permissions"):
+        encode().batch([(0, 0)])
+
+
+@pytest.mark.parametrize("kind", ["latents", "catalogues"])
+def test_a_link_to_nothing_goes_like_a_damaged_file(encode: Encode, tmp_path: Path, kind: str) -> None:
+    encode()
+    cache = tmp_path / "c"
+    file = next((cache / kind).rglob("*.arrow" if kind == "catalogues" else "*.safetensors"))
+    file.unlink()
+    file.symlink_to("nowhere")
+    prune_cache(str(cache), 1, dry_run=True)
+    with pytest.raises(UserError, match="1 of 5 files are damaged"):
+        verify_cache(str(cache), delete=False)
+    verify_cache(str(cache), delete=True)
+    encode().batch([(0, 0)])
 
 
 def test_caches_of_another_version_are_not_read_but_said(

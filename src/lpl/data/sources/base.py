@@ -94,13 +94,16 @@ class Source(Protocol):
         ...
 
 
-def captions_of(value: Any, where: str, instance_prompt: str | None = None) -> tuple[str, ...]:
+def captions_of(
+    value: Any, where: str, instance_prompt: str | None = None, may_have_prompt: bool = True
+) -> tuple[str, ...]:
     """The captions in a field that holds a string, or a list of at least one string.
 
     Args:
         value: what the field holds.
         where: what to call the field in a message.
         instance_prompt: what nothing, or an empty list, stands for.
+        may_have_prompt: the source takes one.
 
     Raises:
         UserError: anything else.
@@ -110,10 +113,11 @@ def captions_of(value: Any, where: str, instance_prompt: str | None = None) -> t
         return (instance_prompt,)
     captions = tuple(value) if isinstance(value, list | tuple) else (value,)
     remedy = "write one" if absent else "correct it"
+    prompt = ", or give all images without one the same with --instance_prompt" * (absent and may_have_prompt)
     require(
         bool(captions) and all(isinstance(caption, str) for caption in captions),
         f"{where}: a caption must be a string or a list of strings, not {str(value)[:60]!r}: {remedy}, or name another "
-        f"field with --caption_column{', or give all images without one the same with --instance_prompt' * absent}",
+        f"field with --caption_column{prompt}",
     )
     return captions
 

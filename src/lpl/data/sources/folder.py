@@ -79,14 +79,15 @@ class FolderSource:
     def _list(self, root: str, caption_column: str, max_samples: int | None, prompt: str | None) -> list[FolderPiece]:
         listing = list_images(root)
         files = listing.images
-        captions = read_metadata(root, Names(root, listing), caption_column, prompt is not None)
+        # Regularisation images show what the others do not: a prompt for both would undo them.
+        may_have = self._flag != "--reg_data_dir"
+        captions = read_metadata(root, Names(root, listing), caption_column, prompt is not None, may_have)
         self._tell(listing, captions)
         masks = {name: files.pop(name) for name in beside(files)}
         images = sorted(files)[:max_samples]
         require(bool(images), f"{self.name}: no images in it (looked for {' '.join(IMAGE_SUFFIXES)})")
         missing = [name for name in images if name not in captions and " " not in files[name]]
-        # Regularisation images show what the others do not: a prompt for both would undo them.
-        remedy = "" if self._flag == "--reg_data_dir" else "; or give all without one the same with --instance_prompt"
+        remedy = "; or give all without one the same with --instance_prompt" * may_have
         require(
             not missing or prompt is not None,
             f"{self.name}: {len(missing)} of {len(images)} images have no caption, first "

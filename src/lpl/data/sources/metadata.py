@@ -51,7 +51,9 @@ class Names:
         return name
 
 
-def read_metadata(root: str, names: Names, caption_column: str, may_lack: bool = False) -> dict[str, tuple[str, ...]]:
+def read_metadata(
+    root: str, names: Names, caption_column: str, may_lack: bool = False, may_have_prompt: bool = True
+) -> dict[str, tuple[str, ...]]:
     """Captions by image, relative to the root and with /.
 
     Args:
@@ -59,6 +61,7 @@ def read_metadata(root: str, names: Names, caption_column: str, may_lack: bool =
         names: its files; `file_name` in a metadata.jsonl is relative to that one's own folder.
         caption_column: key of a caption or a list of captions.
         may_lack: a row may have no caption; there is none of its image then.
+        may_have_prompt: --instance_prompt would make up for that.
 
     Raises:
         UserError: a line that is faulty, that names a missing file, or an image that is listed twice.
@@ -70,7 +73,7 @@ def read_metadata(root: str, names: Names, caption_column: str, may_lack: bool =
     for metadata in names.listing.metadata:
         folder = os.path.dirname(metadata)
         for where, row in read_rows(os.path.join(root, metadata)):
-            file_name, value = _parse(row, where, caption_column, may_lack)
+            file_name, value = _parse(row, where, caption_column, may_lack, may_have_prompt)
             image = names.find(os.path.join(folder, file_name))
             if image is None:
                 slashed = file_name.replace("\\", "/")
@@ -94,16 +97,18 @@ def read_metadata(root: str, names: Names, caption_column: str, may_lack: bool =
     return captions
 
 
-def _parse(row: dict[str, Any], where: str, caption_column: str, may_lack: bool) -> tuple[str, tuple[str, ...] | None]:
+def _parse(
+    row: dict[str, Any], where: str, caption_column: str, may_lack: bool, may_have_prompt: bool
+) -> tuple[str, tuple[str, ...] | None]:
     keys = ", ".join(row) or "none"
     file_name = row.get("file_name")
     require(isinstance(file_name, str) and file_name != "", f"{where}: no key file_name; its keys: {keys}")
     assert isinstance(file_name, str)
     if may_lack and row.get(caption_column) in (None, []):
         return file_name, None
+    prompt = ", or give all images without one the same caption with --instance_prompt" * may_have_prompt
     require(
         caption_column in row,
-        f"{where}: no key {caption_column}; its keys: {keys}; name the captions' key with --caption_column, or give "
-        "all images without one the same caption with --instance_prompt",
+        f"{where}: no key {caption_column}; its keys: {keys}; name the captions' key with --caption_column{prompt}",
     )
-    return file_name, captions_of(row[caption_column], where)
+    return file_name, captions_of(row[caption_column], where, may_have_prompt=may_have_prompt)
