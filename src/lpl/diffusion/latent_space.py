@@ -1,5 +1,6 @@
 """Model-space latents (what the denoiser sees) to raw latents (what `vae.decode` takes), and back."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,18 +39,17 @@ class LatentSpace:
         mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
         if mean is None or std is None:
             std, mean = [1.0], [getattr(config, "shift_factor", None) or 0.0]
-        shift, spread = (torch.tensor(values, dtype=torch.float64) for values in (mean, std))
-        scale, channels = spread / factor, getattr(config, "latent_channels", len(spread))
-        if not (scale.isfinite() & (scale != 0)).all() or not shift.isfinite().all():
+        # As plain numbers: a plan builds networks that hold none.
+        if not all(map(math.isfinite, (factor, *mean, *std))) or not all((factor, *std)):
             raise ValueError(
-                f"vae.config: scaling_factor {factor}, means {mean}, deviations {std} map no latents: correct them or "
-                "pass latent_space="
+                f"vae.config: scaling_factor {factor}, means {mean} and deviations {std} map no latents: correct them "
+                "or pass latent_space="
             )
-        if any(len(values) not in (1, channels) for values in (scale, shift)):
-            raise ValueError(
-                f"vae.config: {len(shift)} latents_mean and {len(scale)} latents_std for {channels} channels"
-            )
-        return LatentSpace(scale, shift)
+        channels = getattr(config, "latent_channels", len(std))
+        if any(len(values) not in (1, channels) for values in (mean, std)):
+            raise ValueError(f"vae.config: {len(mean)} latents_mean and {len(std)} latents_std for {channels} channels")
+        scale, shift = (torch.tensor(values, dtype=torch.float64) for values in (std, mean))
+        return LatentSpace(scale / factor, shift)
 
     def to_raw(self, latents: Tensor) -> Tensor:
         """Model space (B, C, ...) to raw, same dtype."""
