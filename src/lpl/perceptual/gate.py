@@ -1,5 +1,6 @@
 """Where LPL applies: the noise-level gate, the probability of passing it, and the scale by SNR."""
 
+from numbers import Real
 from typing import Any
 
 import torch
@@ -90,7 +91,7 @@ class Gate:
             if not (weights >= 0).all():
                 raise ValueError("p_gate has weights that are negative or no numbers: pass those of your draws")
             probability = float(weights[self.table].sum() / weights.sum())
-        elif isinstance(p_gate, int | float):
+        elif isinstance(p_gate, Real):
             probability = float(p_gate)
         else:
             raise ValueError(f"p_gate is a {type(p_gate).__name__}: pass a number, or a tensor of weights per timestep")

@@ -9,6 +9,7 @@ with Perceptual Objectives", ICLR 2025 (arXiv 2411.04873), section 3.
 import logging
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -106,7 +107,7 @@ class LatentPerceptualLoss:
         if loss_type not in ("mse", "l1"):
             raise ValueError(f"loss_type {loss_type!r} is neither mse nor l1")
         for name, value, least in (("num_blocks", num_blocks, 0), ("chunk", chunk, 1), ("crop", crop, 1)):
-            if value is not None and (not isinstance(value, int) or value < least):
+            if value is not None and (not isinstance(value, Integral) or value < least):
                 raise ValueError(f"{name} must be an integer of {least} or more, not {value!r}")
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ValueError(f"dtype {dtype!r} is no floating-point torch.dtype, such as torch.float32")
