@@ -126,7 +126,7 @@ def config(base: Base) -> tuple[Path, Act]:
         "repeats: balanced",
         "seed: 3",
     ]
-    lines += ["optimizer_args: 'eps=1e-3'", "lr_scheduler: piecewise_constant", "lr_step_rules: '1:10,0.1'"]
+    lines += ["optimizer_args: 'amsgrad=True'", "lr_scheduler: piecewise_constant", "lr_step_rules: '1:10,0.1'"]
     lines += [
         "validation_prompt: fox",
         "caption_prefix: a",
@@ -144,7 +144,7 @@ def arms(base: Base) -> tuple[Path, Act]:
 
     file = base.folder / "arms.yaml"
     file.write_text(
-        "base: {}\nlpl: {lpl_weight: 2.0, lr_scheduler: cosine}\nother:\n  train_batch_size: 4\n  seed: null\n"
+        "base: {}\nlpl: {lpl_weight: 2.0, lr_scheduler: cosine}\nother:\n  train_batch_size: 4\n  rank: null\n"
     )
     options = parse_compare([f"--arms={file}", "--validation_samples=2", "--seeds", "0", "1"])
     return file, lambda: read_arms(options, parse_train)
@@ -261,11 +261,12 @@ def single_file(base: Base) -> tuple[Path, Act]:
     from lpl.families import model_configs, plan_configs
 
     file = base.folder / "model.safetensors"
-    tensors = {"conditioner.embedders.1.model.ln_final.weight": torch.zeros(4)}
-    save_file(
-        tensors | {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(4, 4, 1, 1)}, file, {"format": "pt"}
-    )
-    config = ModelConfig(str(file))
+    names = ("conditioner.embedders.1.model.ln_final.weight", "conditioner.embedders.0.transformer.weight")
+    names += ("first_stage_model.weight", "v_pred")
+    tensors = {name: torch.zeros(4) for name in names}
+    tensors["model.diffusion_model.input_blocks.0.0.weight"] = torch.zeros(4, 4, 1, 1)
+    save_file(tensors, file, {"format": "pt", "modelspec.prediction_type": "v"})
+    config = ModelConfig(str(file), single_file_config=str(base.model))
 
     def act() -> None:
         model_configs(config)

@@ -54,12 +54,14 @@ def limits() -> Iterator[None]:
         signal.signal(signal.SIGALRM, handler)
 
 
-def fault_of(act: Any) -> str | None:
-    """What is wrong with the outcome; None: nothing."""
+def fault_of(act: Any, right: bool = False) -> str | None:
+    """What is wrong with the outcome; None: nothing. Of a file that is right, that it is refused, too."""
     try:
         with limits():
             found = act()
     except (UserError, TrainingStoppedError, StopRequestedError) as error:
+        if right:
+            return f"refused: {error}"
         return f"more than one line: {str(error)!r:.300}" if "\n" in str(error) else None
     except TooLongError:
         return f"longer than {SECONDS} s\n{traceback.format_exc(limit=-3)}"
@@ -69,6 +71,8 @@ def fault_of(act: Any) -> str | None:
         return traceback.format_exc(limit=-6)
     if isinstance(found, tuple):
         code, out, err = found
+        if right and code != 0:
+            return f"refused: {err[-2000:]}"
         told = [line for line in err.splitlines() if line.startswith("error: ")]
         if code not in (0, 2, 3, 4) or "Traceback" in err or (code != 0 and len(told) != 1):
             return f"exit code {code}\n{err[-2000:]}"
@@ -93,7 +97,7 @@ def test_one_line_whatever_the_file_holds(
     (tmp_path / "own").mkdir()
     file, act = kind.prepare(Base(tmp_path / "own", model, data, run, shared / "fuzzed-cache", run_cli))
     original = file.read_bytes()
-    fault = fault_of(act)
+    fault = fault_of(act, right=True)
     assert fault is None, f"{kind.name}, as it should be: {fault}"
     faults = []
     for number in range(FIRST, FIRST + (ASKED or kind.count)):

@@ -11,6 +11,7 @@ from lpl.analysis.needs import Needs
 from lpl.analysis.rehearsal import Rehearsal
 from lpl.analysis.split import launched_estimate, launched_floor
 from lpl.config import TrainConfig
+from lpl.errors import UserError
 from lpl.training.small_cards import suits
 
 HEADROOM = 0.05
@@ -106,7 +107,14 @@ def _with_adamw(change: Change) -> Change:
 
 def _allowed(change: Change) -> Change:
     """The change, but none where what comes of it is refused."""
-    return _unless(change, lambda config: not suits(change.apply(config)))
+
+    def refused(config: TrainConfig) -> bool:
+        try:
+            return not suits(change.apply(config))
+        except UserError:  # beyond a bound, such as twice the largest batch
+            return True
+
+    return _unless(change, refused)
 
 
 def _unless(change: Change, idle: Callable[[TrainConfig], bool]) -> Change:
@@ -170,8 +178,8 @@ def neighbours(config: TrainConfig) -> list[Change]:
         other = "same" if optim.ema_device == "cpu" else "cpu"
         changes.append(setting(f"--ema_device {other}", "optim", ema_device=other))
     sizes = {1, 2 * run.train_batch_size} - {run.train_batch_size}
-    changes = [change for change in map(_allowed, changes) if change.apply(config) != config]
-    return changes + [setting(f"--train_batch_size {size}", "run", train_batch_size=size) for size in sorted(sizes)]
+    changes += [setting(f"--train_batch_size {size}", "run", train_batch_size=size) for size in sorted(sizes)]
+    return [change for change in map(_allowed, changes) if change.apply(config) != config]
 
 
 def _switch(name: str, on: bool) -> str:

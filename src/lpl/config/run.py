@@ -14,7 +14,7 @@ class RunConfig:
 
     output_dir: str = option("lpl-output", path=True, free=True)
     """Where the result, checkpoints, samples and config.yaml go."""
-    seed: int = 0
+    seed: int = option(0, most=2**32 - 1)
     """Seed of every draw: order, crops, flips, noise, timesteps."""
     train_batch_size: int = option(1, most=2**16)
     """Samples per process and micro-batch."""
@@ -53,7 +53,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_declared(self)
-        require(0 <= self.seed < 2**32, f"--seed must lie in 0..{2**32 - 1}, not {self.seed}")
+        require(self.seed >= 0, f"--seed must be 0 or more, not {self.seed}")
         for name in (
             "train_batch_size",
             "gradient_accumulation_steps",

@@ -1,5 +1,6 @@
 """Model-space latents (what the denoiser sees) to raw latents (what `vae.decode` takes), and back."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,16 +31,25 @@ class LatentSpace:
             config: a `vae.config` of diffusers.
 
         Raises:
-            ValueError: a config without scaling_factor.
+            ValueError: a config without scaling_factor, or one that states no such rule.
         """
         factor = getattr(config, "scaling_factor", None)
         if factor is None:
             raise ValueError("vae.config has no scaling_factor: pass latent_space=")
         mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
-        if mean is not None and std is not None:
-            return LatentSpace(torch.tensor(std, dtype=torch.float64) / factor, torch.tensor(mean, dtype=torch.float64))
-        shift = getattr(config, "shift_factor", None) or 0.0
-        return LatentSpace(torch.tensor([1 / factor], dtype=torch.float64), torch.tensor([shift], dtype=torch.float64))
+        if mean is None or std is None:
+            std, mean = [1.0], [getattr(config, "shift_factor", None) or 0.0]
+        # As plain numbers: a plan builds networks that hold none.
+        if not all(map(math.isfinite, (factor, *mean, *std))) or not all((factor, *std)):
+            raise ValueError(
+                f"vae.config: scaling_factor {factor}, means {mean} and deviations {std} map no latents: correct them "
+                "or pass latent_space="
+            )
+        channels = getattr(config, "latent_channels", len(std))
+        if any(len(values) not in (1, channels) for values in (mean, std)):
+            raise ValueError(f"vae.config: {len(mean)} latents_mean and {len(std)} latents_std for {channels} channels")
+        scale, shift = (torch.tensor(values, dtype=torch.float64) for values in (std, mean))
+        return LatentSpace(scale / factor, shift)
 
     def to_raw(self, latents: Tensor) -> Tensor:
         """Model space (B, C, ...) to raw, same dtype."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -291,6 +291,7 @@ def load_pipeline(
                 dtype=dtypes["unet"],
                 **common,
             )
+            _check_whole(pipeline, ("unet", *COMPONENTS))
             set_schedule(pipeline, config)
             _check_tokenizers(pipeline)
             return pipeline
@@ -310,12 +311,17 @@ def load_pipeline(
             name, add_watermarker=False, dtype=parts, **left_out, **common
         )
         _check_tokenizers(pipeline)
-        for part in ("vae",) if encoders_only else ("unet", "vae"):
-            absent = [key for key, weight in getattr(pipeline, part).named_parameters() if weight.is_meta]
-            if absent:
-                raise ValueError(f"{part} lacks the weights {absent[:3]}")
+        _check_whole(pipeline, ("vae",) if encoders_only else ("unet", "vae"))
         set_schedule(pipeline, config)
         return pipeline
+
+
+def _check_whole(pipeline: Any, parts: Iterable[str]) -> None:
+    """Refuses networks that the model's files lack weights of."""
+    for part in parts:
+        absent = [key for key, weight in getattr(pipeline, part).named_parameters() if weight.is_meta]
+        if absent:
+            raise ValueError(f"{part} lacks the weights {absent[:3]}")
 
 
 def _check_tokenizers(pipeline: Any) -> None:
@@ -340,4 +346,9 @@ def named(flag: str, name: str) -> Iterator[None]:
     except Exception as error:
         if type(error) is not Exception and not isinstance(error, LOADING_ERRORS):  # tokenizers raises no other class
             raise
-        raise UserError(f"{flag} {name}: {' '.join(str(error).split())[:400]}") from error
+        said = " ".join(str(error).split())[:400]
+        if isinstance(error, NotImplementedError):  # a network is moved whose weights are not all there
+            said = f"lacks weights of a network that its configs describe ({said.partition('.')[0]})"
+        elif name.endswith(".safetensors") and "outgoing traffic" in said:
+            said = "its configs are not in the Hub's cache, and the Hub is off: give a folder by --single_file_config"
+        raise UserError(f"{flag} {name}: {said}") from error

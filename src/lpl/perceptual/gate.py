@@ -1,5 +1,6 @@
 """Where LPL applies: the noise-level gate, the probability of passing it, and the scale by SNR."""
 
+from numbers import Real
 from typing import Any
 
 import torch
@@ -87,9 +88,13 @@ class Gate:
             if self.is_flow or p_gate.shape != self.table.shape:
                 raise ValueError(f"p_gate as weights needs one per timestep of a discrete schedule, not {p_gate.shape}")
             weights = p_gate.detach().double().cpu()
+            if not (weights >= 0).all():
+                raise ValueError("p_gate has weights that are negative or no numbers: pass those of your draws")
             probability = float(weights[self.table].sum() / weights.sum())
-        else:
+        elif isinstance(p_gate, Real):
             probability = float(p_gate)
+        else:
+            raise ValueError(f"p_gate is a {type(p_gate).__name__}: pass a number, or a tensor of weights per timestep")
         if not 0 < probability <= 1:
             raise ValueError(f"p_gate is {probability}: no timestep that is drawn passes the gate {self}")
         return probability

@@ -6,6 +6,7 @@ device is read at the first calls alone (FirstCalls): each reading waits for the
 
 import logging
 import math
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ def check_options(
     """
     if not callable(loss_fn) or hasattr(loss_fn, "decode"):
         raise ValueError(f"loss_fn is {given(loss_fn)}: pass LatentPerceptualLoss(vae)")
-    if lpl_weight is None or (isinstance(lpl_weight, str) and lpl_weight != "auto"):
+    if lpl_weight != "auto" and not isinstance(lpl_weight, Real | Tensor):
         raise ValueError(f"lpl_weight {lpl_weight!r} is neither a number nor 'auto'")
     if lpl_weight != "auto" and not 0 <= float(lpl_weight) < math.inf:
         raise ValueError(f"lpl_weight must be 0 or more and finite, not {lpl_weight}")
@@ -56,8 +57,8 @@ def check_options(
     if snr_gamma is not None and not snr_gamma > 0:
         raise ValueError(f"snr_gamma must be positive, not {snr_gamma}")
     for name, steps in (("lpl_start", lpl_start), ("lpl_warmup_steps", lpl_warmup_steps)):
-        if steps < 0:
-            raise ValueError(f"{name} must be 0 or more, not {steps}")
+        if not isinstance(steps, Integral) or steps < 0:
+            raise ValueError(f"{name} must be an integer of 0 or more, not {steps}")
 
 
 def check_latents(model_output: Tensor, noisy_latents: Tensor, latents: Tensor) -> None:
@@ -192,7 +193,8 @@ def diffusion_gradient(diffusion_loss: Any, model_output: Tensor) -> Tensor | No
     if gradient is None:
         raise ValueError(
             "diffusion_loss does not depend on model_output: compute it from the very tensor that is passed as "
-            "model_output (the unpacked one, after any cast)"
+            "model_output (the unpacked one, after any cast), and not inside of a function of torch.compile that holds "
+            "the model"
         )
     return gradient
 

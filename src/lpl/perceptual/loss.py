@@ -9,6 +9,7 @@ with Perceptual Objectives", ICLR 2025 (arXiv 2411.04873), section 3.
 import logging
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -105,10 +106,9 @@ class LatentPerceptualLoss:
             raise ValueError(f"norm_type {norm_type!r} is none of {', '.join(NORM_TYPES)}")
         if loss_type not in ("mse", "l1"):
             raise ValueError(f"loss_type {loss_type!r} is neither mse nor l1")
-        if num_blocks < 0:
-            raise ValueError(f"num_blocks must be 0 or more, not {num_blocks}")
-        if chunk is not None and chunk < 1:
-            raise ValueError(f"chunk must be at least 1, not {chunk}")
+        for name, value, least in (("num_blocks", num_blocks, 0), ("chunk", chunk, 1), ("crop", crop, 1)):
+            if value is not None and (not isinstance(value, Integral) or value < least):
+                raise ValueError(f"{name} must be an integer of {least} or more, not {value!r}")
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ValueError(f"dtype {dtype!r} is no floating-point torch.dtype, such as torch.float32")
         decoder = decoder_taps(vae)
@@ -246,7 +246,14 @@ class LatentPerceptualLoss:
     def _check(
         self, pred: Tensor, target: Tensor, mask: Tensor | None, depth: int | None, windows: Tensor | None
     ) -> None:
-        if pred.shape != target.shape or pred.device != target.device or pred.dim() != 4 or not pred.numel():
+        tensors = isinstance(pred, Tensor) and isinstance(target, Tensor)
+        if (
+            not tensors
+            or pred.shape != target.shape
+            or pred.device != target.device
+            or pred.dim() != 4
+            or not pred.numel()
+        ):
             raise ValueError(
                 f"latents: {given(pred)} and {given(target)}; pass two (B, C, h, w) of one shape, on one device"
             )

@@ -168,7 +168,8 @@ class PerceptualObjective:
             sigmas: (B,), float32, flow matching alone: the noise fractions in [0, 1] that made noisy_latents.
             sample_weight: (B,), multiplies each sample's LPL.
             mask: (B, 1, h, w), 0 or more: how much each location counts, in a mean of that weight.
-            diffusion_loss: the scalar that LPL is added to, for the gradient meter; its graph is kept.
+            diffusion_loss: the scalar that LPL is added to, for the gradient meter; its graph is kept. Not used in
+                torch.no_grad().
             step: the optimizer step, the same on every process: with the seed it decides how deep a loss with
                 random_depth goes. While "auto" measures, that is all the way. Needed for lpl_warmup_steps, too.
             windows: (B, 2) in [0, 1), for a loss with crop: where each sample's window lies.
@@ -182,7 +183,7 @@ class PerceptualObjective:
             RuntimeError: LPL's gradient is exactly 0 in the first calls, or "auto" without end_step().
         """
         check_latents(model_output, noisy_latents, latents)
-        if self.auto is not None and diffusion_loss is None:
+        if self.auto is not None and diffusion_loss is None and torch.is_grad_enabled():
             raise ValueError("lpl_weight 'auto' measures gradients: pass diffusion_loss=")
         size = len(model_output)
         depth, weight = self._depth(step), self.weight * self._ramp(step)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lpl.perceptual.input_checks import given
+from lpl.perceptual.loss import LPLOutput
 
 
 def gradient_of(out: Any, pred: Tensor, needed: bool) -> Tensor | None:
@@ -25,7 +26,7 @@ def gradient_of(out: Any, pred: Tensor, needed: bool) -> Tensor | None:
         ValueError: no (B,) values.
         RuntimeError: values that do not depend on pred, as their graph says.
     """
-    values = getattr(out, "per_sample", None)
+    values = out.per_sample if isinstance(out, LPLOutput) else None
     if not isinstance(values, Tensor) or values.shape != (len(pred),):
         found = given(out) if values is None else f"per_sample: {given(values)}"
         raise ValueError(f"loss_fn returned {found}; it must return an LPLOutput with per_sample ({len(pred)},)")

@@ -130,3 +130,10 @@ def test_several_processes_need_more(rehearsal: Rehearsal) -> None:
     memory = room(estimate(config, rehearsal).peak)
     found = cheapest(config, memory, rehearsal, processes=2)
     assert found is None or found.flags != ""
+
+
+def test_largest_batch_has_neighbours_within_the_bounds() -> None:
+    config = parse_train(["--resolution=64", "--train_batch_size=65536", "--gradient_accumulation_steps=100"])
+    assert "--train_batch_size 1" in [change.flags for change in neighbours(config)]
+    for change in (*neighbours(config), *savings(config)):
+        assert change.apply(config).run.train_batch_size <= 2**16

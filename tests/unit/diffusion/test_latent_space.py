@@ -80,3 +80,18 @@ def test_gradient_is_the_scale():
 def test_config_without_scaling_factor_is_refused(config):
     with pytest.raises(ValueError, match="no scaling_factor: pass latent_space="):
         LatentSpace.from_config(SimpleNamespace(**config))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"scaling_factor": 0}, "map no latents"),
+        ({"scaling_factor": float("nan")}, "map no latents"),
+        ({"scaling_factor": 1.0, "shift_factor": float("inf")}, "map no latents"),
+        ({"scaling_factor": 1.0, "latents_mean": [0.0] * 4, "latents_std": [1.0, 1.0, 0.0, 1.0]}, "map no latents"),
+        ({"scaling_factor": 1.0, "latents_mean": [0.0] * 3, "latents_std": [1.0] * 3}, "3 .* for 4 channels"),
+    ],
+)
+def test_config_that_states_no_rule_is_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        LatentSpace.from_config(SimpleNamespace(latent_channels=4, **config))

@@ -171,8 +171,12 @@ WRONG_OPTIONS = [
     ({"lpl_sigma_threshold": None, "lpl_t_threshold": 0.2}, "counts timesteps .* not 0.2"),
     ({"lpl_max_samples": 2.5}, "integer of at least 1"),
     ({"snr_gamma": float("nan")}, "snr_gamma must be positive"),
-    ({"lpl_start": -1}, "lpl_start must be 0 or more"),
+    ({"lpl_start": -1}, "lpl_start must be an integer of 0 or more"),
     ({"p_gate": float("nan")}, "p_gate is nan"),
+    ({"p_gate": [1.0] * 1000}, "p_gate is a list: pass"),
+    ({"lpl_weight": [1.0]}, "neither a number nor 'auto'"),
+    ({"lpl_warmup_steps": None}, "lpl_warmup_steps must be an integer"),
+    ({"lpl_warmup_steps": 2.5}, "lpl_warmup_steps must be an integer"),
 ]
 
 
@@ -206,6 +210,8 @@ class AutoencoderKL(nn.Module):
         (None, {"dtype": "float16"}, "'float16' is no floating-point torch.dtype"),
         (None, {"dtype": torch.int8}, "torch.int8 is no floating-point"),
         (None, {"norm_type": "Channel"}, "norm_type 'Channel' is none of .*channel_detached"),
+        (None, {"crop": 0}, "crop must be an integer of 1 or more"),
+        (None, {"chunk": 1.5}, "chunk must be an integer of 1 or more, not 1.5"),
     ],
 )
 def test_wrong_vae_or_option_of_the_loss_is_refused(get_vae, vae, options, message):
@@ -213,10 +219,25 @@ def test_wrong_vae_or_option_of_the_loss_is_refused(get_vae, vae, options, messa
         LatentPerceptualLoss(get_vae("two_blocks") if options else vae, num_blocks=1, **options)
 
 
+def test_wrapped_vae_is_refused_with_what_to_pass(get_vae):
+    for wrapped in (torch.compile(get_vae("two_blocks")), nn.DataParallel(get_vae("two_blocks")).eval()):
+        with pytest.raises(ValueError, match="pass the AutoencoderKL inside it"):
+            LatentPerceptualLoss(wrapped)
+
+
+def test_validation_with_auto_needs_no_diffusion_loss(latent_distance):
+    objective = flow(latent_distance, lpl_weight="auto")
+    with torch.no_grad():
+        assert call(objective, diffusion_loss=None).num_samples == 3
+    with pytest.raises(ValueError, match="pass diffusion_loss="):
+        call(objective, diffusion_loss=None)
+
+
 def test_wrong_latents_of_the_loss_are_refused(get_vae):
     loss_fn = LatentPerceptualLoss(get_vae("two_blocks"), num_blocks=1)
     z = randn(2, 4, 8, 8)
     for pair, message in [
+        ((z, None), "a NoneType; pass two"),
         ((z[:0], z[:0]), r"\(0, 4, 8, 8\)"),
         ((z.flatten(2).mT, z.flatten(2).mT), r"\(2, 64, 4\) on cpu .*pass two \(B, C, h, w\)"),
         ((z, z.to("meta")), "on meta"),

@@ -25,7 +25,9 @@ def decoder_taps(vae: Any) -> DecoderTaps:
     for cls in type(vae).__mro__:
         if cls.__name__ in DECODERS:
             return DECODERS[cls.__name__](vae)
-    raise ValueError(f"no walk through the decoder of {type(vae).__name__}; known: {', '.join(DECODERS)}")
+    inside = getattr(vae, "_orig_mod", getattr(vae, "module", None))  # of torch.compile; of DistributedDataParallel
+    hint = f": pass the {type(inside).__name__} inside it" if isinstance(inside, nn.Module) else ""
+    raise ValueError(f"no walk through the decoder of {type(vae).__name__}{hint}; known: {', '.join(DECODERS)}")
 
 
 __all__ = ["DecoderTaps", "Tap", "decoder_taps"]
