@@ -14,6 +14,7 @@ from lpl.errors import UserError
 
 TEMPORARY = ".tmp"
 BLOCK = 2**24
+PROBED = 4096
 
 
 def write_atomically(path: Path, data: bytes, scratch: Path | None = None) -> None:
@@ -86,6 +87,21 @@ def sync_file(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def probe(path: str | Path) -> str:
+    """A hash of a file's first, middle and last 4 KiB: tells files apart that have one size and one time of change.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    found = xxhash.xxh3_64()
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        for start in sorted({0, max(0, size // 2 - PROBED // 2), max(0, size - PROBED)}):
+            file.seek(start)
+            found.update(file.read(PROBED))
+    return found.hexdigest()
 
 
 def checksum(path: Path) -> str:

@@ -8,6 +8,7 @@ import stat
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from lpl.data.files import probe
 from lpl.data.sources.base import IMAGE_SUFFIXES
 from lpl.errors import UserError
 from lpl.progress import progress
@@ -31,8 +32,8 @@ class Listing(NamedTuple):
     """The files below a folder, by relative path with /."""
 
     images: dict[str, str]
-    """With each image the size and time of change of the file; after a space those of the caption file beside it, if
-    any; after another the ending of that, where it is not `.txt`."""
+    """With each image the size and time of change of the file, and a hash where another file has the same; after a
+    space those of the caption file beside it, if any; after another the ending of that, where it is not `.txt`."""
     metadata: list[str]
     """The metadata.jsonl files."""
     folders: dict[str, str]
@@ -96,7 +97,33 @@ def list_images(root: str) -> Listing:
         _match(found, prefix, images, texts, others)
     bar.close()
     found.metadata.sort()
+    _tell_apart(root, found.images)
     return found
+
+
+def _tell_apart(root: str, images: dict[str, str]) -> None:
+    """Adds a hash of what is in them to the stamps of files that have the size and the time of change of another.
+
+    Archives and copies give many files one time: two of one size could else change places without anyone noticing.
+    """
+    seen: set[str] = set()
+    twins: set[str] = set()
+    for stamp in images.values():
+        for part in stamp.split(" ")[:2]:
+            (twins if part in seen else seen).add(part)
+    alike = [name for name, stamp in images.items() if not twins.isdisjoint(stamp.split(" ")[:2])] if twins else []
+    for name in progress(
+        alike, desc="telling alike files apart", unit="file", show=os.environ.get("LOCAL_RANK", "0") == "0"
+    ):
+        parts = images[name].split(" ")
+        text = os.path.splitext(name)[0] + (parts[2] if len(parts) > 2 else ".txt")
+        for place, file in enumerate((name, text)[: len(parts)]):
+            if parts[place] in twins and parts[place] != _GONE:
+                try:
+                    parts[place] += f".{probe(os.path.join(root, file))}"
+                except OSError:
+                    continue  # reading it says what is wrong
+        images[name] = " ".join(parts)
 
 
 def _match(found: Listing, prefix: str, images: dict[str, str], texts: dict[str, str], others: list[str]) -> None:

@@ -14,6 +14,8 @@ from hashlib import blake2b
 from typing import Any
 from urllib.parse import urlsplit
 
+from lpl.data.files import probe
+
 THREADS = 16
 TIMEOUT = 20.0
 GONE = "gone"
@@ -107,12 +109,12 @@ def request_of(url: str, **headers: str) -> urllib.request.Request:
 
 
 def stamp_of(path: str) -> str:
-    """Size and time of change of a file; GONE if it cannot be looked at."""
+    """Size, time of change and a hash of some of a file; GONE if it cannot be looked at."""
     try:
         status = os.stat(path)
+        return f"{status.st_size:x}.{status.st_mtime_ns:x}.{probe(path)}"
     except (OSError, ValueError):
         return GONE
-    return f"{status.st_size:x}.{status.st_mtime_ns:x}"
 
 
 def version_in(headers: Message) -> str:
