@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 from pathlib import Path
 from typing import NoReturn
 
@@ -39,6 +40,7 @@ AFTER_INTERRUPTION = {
     **dict.fromkeys(("train", "compare", "demo"), "; the same command continues from the last checkpoint"),
     **dict.fromkeys(("cache", "eval"), "; the same command continues"),
 }
+OTHERS_WAIT_S = 2.0
 ALLOCATOR = "DefaultCPUAllocator"
 """By this name torch says that the computer's own memory is full."""
 OUT_OF_MEMORY = (
@@ -89,9 +91,11 @@ def _run(argv: list[str]) -> None:
 
 
 def _fail(error: Exception, code: int, kind: str = "error: ") -> None:
-    # One process of a launch speaks for all.
-    if os.environ.get("RANK", "0") == "0":
-        print(f"{kind}{one_line(str(error))}", file=sys.stderr)
+    # A launcher ends all processes with the first that ends: where all have failed, the first process speaks for them;
+    # where it has not, it is still there.
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(OTHERS_WAIT_S)
+    print(f"{kind}{one_line(str(error))}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -201,6 +201,7 @@ def test_the_report_is_not_published_nor_taken_for_training_images(check: Any, d
     assert "lies in --train_data_dir" in err
 
 
+@pytest.mark.slow
 def test_a_gpu_without_room_for_a_float32_denoiser(
     check: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -223,6 +224,7 @@ def test_a_gpu_without_room_for_a_float32_denoiser(
     assert "error: --mixed_precision no: the denoiser does not fit: in float32 its weights take " in err
 
 
+@pytest.mark.slow
 def test_a_step_is_timed_in_the_runs_precision_and_keeps_no_gradients(
     check: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

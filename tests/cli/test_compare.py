@@ -147,6 +147,7 @@ def test_an_arm_that_has_to_stop_is_named_and_left_out(flags: Any, run_cli: Any,
     assert [arm["yardsticks"] for arm in found["arms"]] == [{}, {}, {"lpl": ["lpl_num_blocks"]}]
 
 
+@pytest.mark.slow
 def test_figures_of_eval_are_compared(
     compared: tuple[Path, str], flags: Any, run_cli: Any, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,6 +241,7 @@ def test_eval_measures_once_with_equal_options(tmp_path: Path, flags: Any, monke
     assert len(asked) == 5
 
 
+@pytest.mark.slow
 def test_a_finished_comparison_with_samples_goes_on(
     flags: Any, run_cli: Any, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

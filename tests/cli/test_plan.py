@@ -95,6 +95,7 @@ def test_plan_states_the_choice_its_neighbours_and_what_fits(plan: Any, monkeypa
     assert "does not fit 0.0009313 GiB, nor does --gradient_checkpointing --optimizer adafactor (" in none
 
 
+@pytest.mark.slow
 def test_without_a_model_it_is_sdxl_and_takes_its_resolution(run_cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lpl.analysis.plan.neighbours", lambda _: [])
     code, out, _ = run_cli(["plan", "--no_use_lpl", "--memory", "80GB"])

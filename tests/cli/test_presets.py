@@ -62,7 +62,9 @@ def test_flags_win_over_the_preset_wherever_they_stand() -> None:
         assert (config.run.seed, config.optim.use_ema, config.optim.ema_decay) == (5, False, 0.99)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize(
+    "name", ["demo", "sdxl-lora", *(pytest.param(n, marks=pytest.mark.slow) for n in ("diffusers-lpl", "sdxl"))]
+)
 def test_preset_trains_two_steps_and_its_config_yaml_repeats_them(
     train_in: Any, base_options: dict[str, Any], tmp_path: Path, name: str
 ) -> None:

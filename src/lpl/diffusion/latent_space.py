@@ -48,8 +48,8 @@ class LatentSpace:
         channels = getattr(config, "latent_channels", len(std))
         if any(len(values) not in (1, channels) for values in (mean, std)):
             raise ValueError(f"vae.config: {len(mean)} latents_mean and {len(std)} latents_std for {channels} channels")
-        scale, shift = (torch.tensor(values, dtype=torch.float64) for values in (std, mean))
-        return LatentSpace(scale / factor, shift)
+        scale = torch.tensor([value / factor for value in std], dtype=torch.float64)
+        return LatentSpace(scale, torch.tensor(mean, dtype=torch.float64))
 
     def to_raw(self, latents: Tensor) -> Tensor:
         """Model space (B, C, ...) to raw, same dtype."""

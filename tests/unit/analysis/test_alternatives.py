@@ -109,6 +109,7 @@ def test_the_smallest_is_below_all_others_and_nothing_fits_below_it(rehearsal: R
     assert cheapest(config, least.needs.peak // 2, rehearsal) is None
 
 
+@pytest.mark.slow
 def test_half_precision_is_no_saving_where_its_copies_of_the_weights_cost_more(rehearsal: Rehearsal) -> None:
     fixed = ("--rank 16", "--no_use_lpl", "--mixed_precision bf16 --weights_dtype bfloat16")
     config = parse_train(["--resolution=16", "--no_use_lpl", "--gradient_accumulation_steps=2"])

@@ -113,6 +113,7 @@ def test_metadata_say_alpha(train: Any) -> None:
         assert (adapter["unet.lora_alpha"], adapter["unet.r"]) == (expected, 3)
 
 
+@pytest.mark.slow
 def test_dropout_is_a_function_of_the_step(train: Any, model: Path) -> None:
     options = {"rank": 2, "lora_dropout": 0.5, "learning_rate": 1e-2, "max_train_steps": 4, "use_lpl": False}
     plain = train(**options | {"lora_dropout": 0.0}, output="plain")
