@@ -93,6 +93,7 @@ def test_a_second_check_replaces_the_first(check: Any, tmp_path: Path) -> None:
     assert [layer["tap"] for layer in first["layers"]] == ["mid"]
 
 
+@pytest.mark.slow
 def test_weight_and_gate_are_the_runs_own(check: Any) -> None:
     found, _, _ = check(lpl_sigma_threshold=3.0, lpl_weight=1e-7, max_train_steps=50)
     assert found["gate"] == "sigma <= 3.0"

@@ -158,6 +158,7 @@ def test_help_names_plan_and_its_option(run_cli: Any) -> None:
     assert PlanConfig().memory == "24GiB"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures by Linux's VmHWM")
 def test_predicted_peak_is_what_real_steps_take() -> None:
     """A small case of benchmarks/plan_check.py."""

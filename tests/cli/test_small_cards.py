@@ -127,6 +127,7 @@ def test_fused_weights_that_a_gradient_has_spoilt_are_not_saved(train: Any, monk
     assert all(bool(value.isfinite().all()) for value in train(**options).unet().values())
 
 
+@pytest.mark.slow
 def test_validation_and_saved_weights_with_bfloat16_weights(train: Any) -> None:
     """Without an effect on training, though they put the average in the place of the weights for a while."""
     options = BFLOAT16 | FUSED | {"optimizer": "adafactor", "use_ema": True}

@@ -369,7 +369,10 @@ def test_seeds_are_the_runs_or_the_prompts() -> None:
     assert len(drawn) == 8
 
 
-@pytest.mark.parametrize(("fsdp", "rank"), [(False, None), (True, None), pytest.param(True, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("fsdp", "rank"),
+    [pytest.param(False, None, marks=pytest.mark.slow), (True, None), pytest.param(True, 2, marks=pytest.mark.slow)],
+)
 def test_two_processes_measure_and_draw_the_same(
     train: Any, as_flags: Any, base_options: Any, read_run: Any, tmp_path: Path, fsdp: bool, rank: int | None
 ) -> None:

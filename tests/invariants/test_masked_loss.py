@@ -61,6 +61,7 @@ def disturb(patch: pytest.MonkeyPatch, amount: float, device_columns: slice) -> 
     patch.setattr(SDXL, "denoise", staticmethod(denoise))
 
 
+@pytest.mark.slow
 def test_masks_of_ones_change_nothing(train: Any, images: Path) -> None:
     """The mean is summed in another order, hence not bit for bit."""
     plain = train(**OPTIONS, train_data_dir=images)

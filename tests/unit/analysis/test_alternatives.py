@@ -117,6 +117,7 @@ def test_half_precision_is_no_saving_where_its_copies_of_the_weights_cost_more(r
     assert least.flags == "--gradient_checkpointing --optimizer adafactor"
 
 
+@pytest.mark.slow
 def test_what_is_fixed_stays(rehearsal: Rehearsal) -> None:
     config, fixed = options("--mixed_precision=bf16", "--lpl_dtype=bfloat16"), ("--rank 16", "--no_use_lpl")
     least = smallest(config, rehearsal, fixed=fixed)

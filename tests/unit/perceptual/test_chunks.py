@@ -117,6 +117,7 @@ def test_peak_is_flat_in_the_number_of_samples():
     assert peak(meta_loss(chunk=8), batch=8) > 6 * one
 
 
+@pytest.mark.slow
 def test_checkpointing_halves_the_peak_and_windows_lower_it():
     plain = peak(meta_loss(), pixels=512)
     assert peak(meta_loss(checkpointing=True), pixels=512) < 0.55 * plain

@@ -141,7 +141,7 @@ def test_half_precision_trains_a_float32_adapter(train: Any, use_dora: bool) -> 
         assert list(saving.losses()[name].values()) == pytest.approx(list(value.values()), rel=1e-3), name
 
 
-@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("use_dora", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_resumed_run_ends_as_the_whole_one(train: Any, use_dora: bool) -> None:
     options = {
         "rank": 2, "lora_alpha": 4, "lora_dropout": 0.3, "lora_targets": "all", "use_dora": use_dora, "use_ema": True,
