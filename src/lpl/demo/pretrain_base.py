@@ -107,7 +107,9 @@ def train_base(vae: AutoencoderKL, checkpoint: Path, steps: int) -> BaseModel:
     return fit_base(run, captions, data)
 
 
-def fit_base(run: TrainingRun[BaseModel], captions: tuple[str, ...], data: EncodedCrops, batch: int = 32) -> BaseModel:
+def fit_base(
+    run: TrainingRun[BaseModel], captions: tuple[str, ...], data: EncodedCrops, batch: int = 32, parts: int = 1
+) -> BaseModel:
     """Train UNet and text encoders to the run's last step and return the averaged weights.
 
     Mean squared error of the predicted noise, timesteps uniform; a tenth of the captions is dropped as SDXL's
@@ -118,25 +120,31 @@ def fit_base(run: TrainingRun[BaseModel], captions: tuple[str, ...], data: Encod
         captions: all of them.
         data: the crops.
         batch: crops a step.
+        parts: that a step is computed in, a thread each.
     """
     model, alphas_cumprod = run.module, build_scheduler().alphas_cumprod
     ids, ids_2 = tokenize(captions)
 
-    def loss_of(step: int) -> tuple[torch.Tensor, dict[str, float]]:
+    def loss_of(step: int, part: int = 0) -> tuple[torch.Tensor, dict[str, float]]:
         generator = torch.Generator().manual_seed(step)
         chosen = torch.randint(len(data.caption), (batch,), generator=generator)
         mean, std = data.mean[chosen], data.std[chosen]
         latents = mean + std * torch.randn(mean.shape, generator=generator)
-        unique, place = data.caption[chosen].unique(return_inverse=True)
-        hidden, pooled = model.encode_text(ids[unique], ids_2[unique])
         kept = (torch.rand(batch, generator=generator) >= CAPTION_DROPOUT).float()
-        hidden, pooled = hidden[place] * kept[:, None, None], pooled[place] * kept[:, None]
         timesteps = torch.randint(1000, (batch,), generator=generator)
         noise = torch.randn(latents.shape, generator=generator)
+        if parts > 1:
+            own = slice(part * batch // parts, (part + 1) * batch // parts)
+            chosen, latents, kept, timesteps, noise = (
+                value[own] for value in (chosen, latents, kept, timesteps, noise)
+            )
+        unique, place = data.caption[chosen].unique(return_inverse=True)
+        hidden, pooled = model.encode_text(ids[unique], ids_2[unique])
+        hidden, pooled = hidden[place] * kept[:, None, None], pooled[place] * kept[:, None]
         alpha_cumprod = alphas_cumprod[timesteps][:, None, None, None]
         noisy_latents = alpha_cumprod.sqrt() * latents + (1.0 - alpha_cumprod).sqrt() * noise
         loss = F.mse_loss(model(noisy_latents, timesteps, hidden, pooled), noise)
-        return loss, {"loss": loss.item()}
+        return loss * (len(chosen) / batch), {"loss": loss.item()}
 
-    run.fit(loss_of)
+    run.fit(loss_of, parts)
     return run.average

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -71,11 +72,13 @@ class TrainingRun(Generic[ModuleT]):
         )
         partial.replace(self.checkpoint)
 
-    def fit(self, loss_of: Callable[[int], tuple[torch.Tensor, dict[str, float]]]) -> None:
+    def fit(self, loss_of: Callable[..., tuple[torch.Tensor, dict[str, float]]], parts: int = 1) -> None:
         """Train to the last step.
 
         Args:
-            loss_of: gives, for a step's number, the loss to minimise and figures to show.
+            loss_of: gives, for a step's number, the loss to minimise and figures to show; with several parts it is
+                called with the number of one, too, and gives that part's share of the sum.
+            parts: of a step, a thread each.
         """
         first_step, last_save = self.step, time.monotonic()
         with tqdm(total=self.steps, initial=self.step, unit="step", mininterval=5.0) as bar:
@@ -85,8 +88,11 @@ class TrainingRun(Generic[ModuleT]):
                     rate *= 0.5 * (1.0 + math.cos(math.pi * self.step / self.steps))
                 for group in self.optimizer.param_groups:
                     group["lr"] = rate
-                loss, figures = loss_of(self.step)
-                loss.backward()
+                if parts == 1:
+                    loss, figures = loss_of(self.step)
+                    loss.backward()
+                else:
+                    figures = self._backward_in_parts(loss_of, parts)
                 nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
@@ -100,6 +106,23 @@ class TrainingRun(Generic[ModuleT]):
                     last_save = time.monotonic()
         if self.step > first_step:
             self.save()
+
+    def _backward_in_parts(
+        self, loss_of: Callable[..., tuple[torch.Tensor, dict[str, float]]], parts: int
+    ) -> dict[str, float]:
+        """Gradients of all parts, summed in their order, and the figures of the first."""
+        parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+
+        def part(number: int) -> tuple[Sequence[torch.Tensor | None], dict[str, float]]:
+            loss, figures = loss_of(self.step, number)
+            return torch.autograd.grad(loss, parameters, allow_unused=True), figures
+
+        with ThreadPoolExecutor(parts) as pool:
+            results = list(pool.map(part, range(parts)))
+        for parameter, *gradients in zip(parameters, *(gradients for gradients, _ in results), strict=True):
+            found = [gradient for gradient in gradients if gradient is not None]
+            parameter.grad = torch.stack(found).sum(0) if found else None
+        return results[0][1]
 
     @torch.no_grad()
     def _update_average(self) -> None:

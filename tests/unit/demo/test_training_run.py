@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from lpl.demo.pretrain_base import BaseModel, EncodedCrops, fit_base
 from lpl.demo.training_run import TrainingRun
 
 
@@ -47,3 +48,19 @@ def test_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
     assert again.step == 17
     fit(again)
     assert torch.equal(again.average.weight, whole.average.weight)
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_a_step_in_parts_is_the_same_step(parts: int, tmp_path: Path) -> None:
+    captions = ("a red bird", "a blue house", "trees")
+    torch.manual_seed(1)
+    data = EncodedCrops(torch.randn(12, 16, 8, 8), torch.rand(12, 16, 8, 8), torch.arange(12) % 3)
+    found = []
+    for count in (1, parts):
+        torch.manual_seed(0)
+        run = TrainingRun(BaseModel(captions, (16, 16)), tmp_path / f"{count}.pt", 1, learning_rate=1e-3)
+        fit_base(run, captions, data, batch=6, parts=count)
+        moments = [run.optimizer.state[p]["exp_avg"] for p in run.module.parameters() if p in run.optimizer.state]
+        found.append(torch.cat([moment.flatten() for moment in moments]))
+    assert found[0].abs().max() > 0
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
