@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
-.PHONY: demo test soak lint bench quality demo-weights clean
+.PHONY: demo test soak lint options bench quality demo-weights clean
 
 demo: .venv/installed
 	$(OFFLINE) OMP_WAIT_POLICY=PASSIVE $(BIN)/lpl demo --output_dir lpl-demo
@@ -24,6 +24,10 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# docs/options.md, made of what is declared beside the options.
+options: .venv/installed
+	$(BIN)/python tools/options_page.py
 
 # The figures of docs/performance.md: over half an hour on two CPU cores.
 bench: .venv/installed

@@ -13,7 +13,7 @@ import yaml
 
 from lpl.base.shapes import REST, Shape, require_shape, whole
 from lpl.base.text import read_text
-from lpl.config import TrainConfig, free_options
+from lpl.config import Facts, TrainConfig, declared
 from lpl.config.checks import check_path, check_text
 from lpl.data.files import write_atomically
 from lpl.errors import UserError
@@ -24,9 +24,6 @@ RECORD = "environment"
 """Key of config.yaml that holds versions and git state; it is read over."""
 
 CONFIG_FILE = "config.yaml"
-DIVISION = {"train_batch_size", "gradient_accumulation_steps"}
-"""Options that, with the number of processes, divide a step's samples."""
-
 DATA_REPORT = "data-report"
 """Folder of --output_dir that `lpl data` writes to; it shows training images, so it is never published."""
 
@@ -36,14 +33,6 @@ CHECK_REPORT = "check-report"
 EMPTY = ("null", "~", "")
 """How YAML says None."""
 
-PATHS = (
-    "train_data_dir",
-    "dataset_name",
-    "pretrained_model_name_or_path",
-    "pretrained_vae_model_name_or_path",
-)
-"""Options that may name a folder."""
-
 REFUSED = {
     "enable_xformers_memory_efficient_attention": "PyTorch's own memory-efficient attention is always used",
     "enable_npu_flash_attention": "PyTorch's own memory-efficient attention is always used",
@@ -52,9 +41,34 @@ REFUSED = {
 }
 """Flags of the diffusers scripts that are not taken, and what replaces each."""
 
+CACHED = "latents and text embeddings are always cached: --latent_cache_dir says where"
+ELSEWHERE = {
+    "network_module": "--rank trains a LoRA, --use_dora a DoRA",
+    "network_args": "--lora_targets and --use_dora say what is trained",
+    "network_train_unet_only": "that is what happens without --train_text_encoder",
+    "network_weights": "runs begin with the model; merge the LoRA into it first (lpl export)",
+    "output_name": "--output_dir names the run's folder, and its files are named after that",
+    "save_model_as": "every result is .safetensors",
+    "save_precision": "results are float32; lpl export writes other precisions",
+    "dataset_config": "--train_data_dir, --repeats and --resolution say the same",
+    "xformers": "PyTorch's own memory-efficient attention is always used",
+    "sdpa": "PyTorch's own memory-efficient attention is always used",
+    "mem_eff_attn": "PyTorch's own memory-efficient attention is always used",
+    **dict.fromkeys(("cache_latents", "cache_latents_to_disk", "cache_text_encoder_outputs"), CACHED),
+}
+"""Flags of kohya's scripts and SimpleTuner that have no counterpart, and what to do."""
+
+
+def why_refused(name: str) -> str | None:
+    """What to do instead of an option of other trainers that has no counterpart; None: it is not known to be one."""
+    return REFUSED.get(name) or ELSEWHERE.get(name)
+
 
 def nearest(name: str, known: list[str]) -> str:
-    """A hint at the closest known name, or nothing."""
+    """A hint at the option that other trainers call so, or at the closest known name, or nothing."""
+    here = next((own for own, facts in declared().items() if name in facts.elsewhere and own in known), None)
+    if here is not None:
+        return f": here it is --{here}"
     close = difflib.get_close_matches(name, known, 1, 0.6)
     return f"; did you mean {close[0]}?" if close else ""
 
@@ -80,8 +94,9 @@ def read_options(name: str) -> dict[str, str]:
     options.pop(RECORD, None)
     known = list(TrainConfig().flat())
     for key, value in options.items():
-        if key in REFUSED:
-            raise UserError(f"--config {name}: {key} is not taken: {REFUSED[key]}")
+        why = why_refused(key)
+        if why is not None:
+            raise UserError(f"--config {name}: {key} is not taken: {why}")
         if key not in known:
             raise UserError(f"--config {name}: unknown key {key}{nearest(key, known)}")
         if not isinstance(value, str):
@@ -183,7 +198,7 @@ def as_flags(options: dict[str, str]) -> list[str]:
 
 def write_config(config: TrainConfig, folder: Path, processes: int = 1) -> None:
     """Makes the folder and writes its config.yaml: every option but the token, with versions; `--config` reads it."""
-    options = {k: v for k, v in config.flat().items() if k not in ("hub_token", "dry_run", "resume_from_checkpoint")}
+    options = {name: value for name, value in config.flat().items() if declared()[name].recorded}
     text = yaml.safe_dump(options | {RECORD: environment() | {"processes": processes}}, sort_keys=False)
     try:
         write_atomically(folder / CONFIG_FILE, text.encode())
@@ -212,12 +227,13 @@ def differences(config: TrainConfig, folder: Path, processes: int = 1) -> list[s
         old, versions = read_record(folder / CONFIG_FILE)
     except UserError as error:
         raise UserError(f"--output_dir {folder}: {error}; choose another folder") from error
-    ignored = free_options() | DIVISION
     before = TrainConfig().flat() | old
     told = [
         f"--{key} {before[key]} -> {value}"
         for key, value in config.flat().items()
-        if key not in ignored and before[key] != value and not _same_path(key, before[key], value)
+        if before[key] != value
+        and not _same_path(declared()[key], before[key], value)
+        and not (declared()[key].free or declared()[key].divides)
     ]
     samples = [_samples(before, versions.get("processes", processes)), _samples(config.flat(), processes)]
     return told if samples[0] == samples[1] else [*told, f"samples a step {samples[0]} -> {samples[1]}"]
@@ -227,9 +243,9 @@ def _samples(options: dict[str, Any], processes: int) -> int:
     return int(options["train_batch_size"] * options["gradient_accumulation_steps"] * processes)
 
 
-def _same_path(key: str, old: Any, new: Any) -> bool:
-    """Whether two spellings of an option name one folder that is there."""
-    if key not in PATHS or not isinstance(old, str) or not isinstance(new, str):
+def _same_path(facts: Facts, old: Any, new: Any) -> bool:
+    """Whether two spellings of a path name one folder that is there."""
+    if not facts.path or not isinstance(old, str) or not isinstance(new, str):
         return False
     return Path(new).exists() and Path(old).expanduser().resolve() == Path(new).resolve()
 

@@ -12,13 +12,10 @@ import tyro
 from lpl.base.terminal import as_it_is
 from lpl.command_options import DataReportConfig, PlanConfig
 from lpl.comparison.options import CompareConfig
-from lpl.config import TrainConfig
-from lpl.config_io import REFUSED, as_flags, nearest, read_options
+from lpl.config import TrainConfig, declared
+from lpl.config_io import as_flags, nearest, read_options, why_refused
 from lpl.errors import UserError
 from lpl.presets import presets
-
-MAY_BE_EMPTY = ("validation_prompt", "caption_prefix", "optimizer_args")
-"""Options whose value is a text; everywhere else an empty value is a variable that was not set, or a slip."""
 
 
 def parse_train(argv: list[str]) -> TrainConfig:
@@ -121,13 +118,15 @@ def _check_flags(argv: list[str], known: list[str]) -> None:
     for i, token in enumerate(argv):
         option = token.split("=", 1)[0] if token.startswith("--") else option
         is_empty = not (token.partition("=")[2] if token.startswith("--") and "=" in token else token).strip()
-        if is_empty and option[2:].replace("-", "_") not in MAY_BE_EMPTY:
+        facts = declared().get(option[2:].replace("-", "_"))
+        if is_empty and not (facts and facts.may_be_empty):
             raise UserError(f"{option} is given empty: give a value, or leave it out")
         if not token.startswith("--") or token == "--help":
             continue
         name = token[2:].split("=", 1)[0].replace("-", "_")
-        if name in REFUSED:
-            raise UserError(f"--{name} is not taken: {REFUSED[name]}")
+        why = why_refused(name)
+        if why is not None:
+            raise UserError(f"--{name} is not taken: {why}")
         plain = name.removeprefix("no_")
         if name not in known and not _is_switch(plain):
             raise UserError(f"unknown option --{name}{nearest(name, known)}")

@@ -15,9 +15,9 @@ from lpl.config import (
     OptimConfig,
     RunConfig,
     TrainConfig,
-    free_options,
     require,
 )
+from lpl.config.checks import facts_of
 from lpl.errors import UserError
 from lpl.exporting.options import ExportConfig
 from lpl.report.options import ReportConfig
@@ -84,18 +84,6 @@ def test_crop_size_is_the_resolution() -> None:
     assert DataConfig(resolution=64).crop_size == 64
 
 
-def test_free_options_are_those_that_leave_the_trajectory_alone() -> None:
-    assert free_options() == {
-        "lpl_checkpointing", "lpl_chunk", "lpl_channels_last", "lpl_compile",
-        "cache_dir", "single_file_config", "latent_cache_dir", "rehash", "max_bad_fraction",
-        "dataloader_num_workers", "output_dir",
-        "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "dry_run", "validation_prompt",
-        "num_validation_images", "validation_epochs", "validation_steps", "report_to", "logging_dir", "log_every",
-        "push_to_hub", "hub_model_id", "hub_token", "ema_device", "save_steps", "compile_denoiser",
-        "max_minutes", "on_nonfinite", "max_skips", "allow_changes", "validation_data_dir", "validation_prompts",
-    }  # fmt: skip
-
-
 def test_require() -> None:
     require(True, "never seen")
     with pytest.raises(UserError, match=r"^said$"):
@@ -120,7 +108,7 @@ def test_the_home_folder_in_every_path(monkeypatch: pytest.MonkeyPatch) -> None:
     for group, needed in groups:
         for declared in fields(group):
             name = declared.name
-            if declared.metadata.get("path") and name != "logging_dir":  # within another
+            if facts_of(group, declared).path and name != "logging_dir":  # within another
                 several = name == "runs"
                 found: Any = group(**needed | {name: ("~/x", "y") if several else "~/x"})
                 assert getattr(found, name) == (("/home/me/x", "y") if several else "/home/me/x")

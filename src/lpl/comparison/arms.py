@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,39 +13,10 @@ import yaml
 from lpl.base.text import read_text
 from lpl.comparison.options import FILE, CompareConfig, check_logs
 from lpl.comparison.yardsticks import other_yardsticks
-from lpl.config import TrainConfig, free_options
-from lpl.config_io import REFUSED, as_flags, nearest, read_strings
+from lpl.config import TrainConfig, declared
+from lpl.config_io import as_flags, nearest, read_strings, why_refused
 from lpl.errors import UserError
 from lpl.report.options import PAGE
-
-ONE_MODEL = "all arms begin with one model"
-
-SET_HERE = {
-    "seed": "--seeds sets it for every arm",
-    "output_dir": "every run has a folder of its own",
-    **dict.fromkeys(
-        (
-            "pretrained_model_name_or_path",
-            "pretrained_vae_model_name_or_path",
-            "revision",
-            "variant",
-            "single_file_config",
-        ),
-        ONE_MODEL,
-    ),
-    "dry_run": "lpl compare has none",
-    "resume_from_checkpoint": "unfinished runs are continued anyway",
-    **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_token"), "runs of a comparison are not pushed"),
-}
-"""Options that an arm cannot have, and why."""
-
-DRAWING = {
-    "noise_offset", "pyramid_noise_iterations", "pyramid_noise_discount", "timestep_bias_strategy",
-    "timestep_bias_multiplier", "timestep_bias_portion", "timestep_bias_begin", "timestep_bias_end",
-    "timestep_distribution", "logit_mean", "logit_std", "timestep_sampling", "train_batch_size",
-    "gradient_accumulation_steps",
-}  # fmt: skip
-"""Options outside the data's that decide what a step sees: crops, captions, noise and timesteps."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +44,7 @@ class Arm:
     @property
     def sees_other_data(self) -> bool:
         """Whether an option of the data is another than the baseline's."""
-        return not _data_options().isdisjoint(self.unpaired)
+        return any(name in vars(TrainConfig().data) for name in self.unpaired)
 
     def folder(self, seed: int) -> str:
         """Of a run, within the comparison's."""
@@ -106,7 +77,7 @@ def read_arms(options: CompareConfig, parse: Callable[[list[str]], TrainConfig])
         config = configs[options.seeds[0]]
         first = arms[0].configs[options.seeds[0]] if arms else config
         changed = _changed(config, first)
-        unpaired = tuple(sorted(changed & (DRAWING | _data_options())))
+        unpaired = tuple(sorted(name for name in changed if declared()[name].draws))
         repeats = bool(arms) and not changed
         arms.append(Arm(name, overrides, not arms, configs, repeats, unpaired, other_yardsticks(config, first)))
     return arms
@@ -132,8 +103,9 @@ def _read(file: Path) -> dict[str, dict[str, str]]:
 def _flags(overrides: dict[str, str], where: str) -> list[str]:
     known = list(TrainConfig().flat())
     for key in overrides:
-        if key in SET_HERE or key in REFUSED:
-            raise UserError(f"{where}: {key} is not taken: {SET_HERE.get(key) or REFUSED[key]}")
+        why = why_refused(key) or (declared()[key].arms if key in known else None)
+        if why is not None:
+            raise UserError(f"{where}: {key} is not taken: {why}")
         if key not in known:
             raise UserError(f"{where}: unknown option {key}{nearest(key, known)}")
     try:
@@ -152,9 +124,5 @@ def _shared_flags(config: TrainConfig) -> list[str]:
 
 def _changed(config: TrainConfig, other: TrainConfig) -> set[str]:
     before: dict[str, Any] = other.flat()
-    ignored = free_options() | {"seed"}
-    return {name for name, value in config.flat().items() if name not in ignored and value != before[name]}
-
-
-def _data_options() -> set[str]:
-    return {f.name for f in fields(TrainConfig().data)}
+    found = {name for name, value in config.flat().items() if value != before[name] and not declared()[name].free}
+    return found - {"seed"}

@@ -7,26 +7,13 @@ figure's meaning, whatever it does to the model.
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
-from lpl.config import TrainConfig
+from lpl.config import TrainConfig, declared
 
 SAMPLES = "samples"
 """Kind of the figures of `lpl eval`."""
 
-DISTANCE = {
-    "lpl_num_blocks", "lpl_norm_type", "lpl_loss_type", "lpl_pow_law", "lpl_remove_outliers", "lpl_dtype",
-    "lpl_t_threshold", "lpl_snr_threshold", "lpl_sigma_threshold",
-}  # fmt: skip
-"""Options that define the LPL that validation measures, and where: its scale by SNR, crop and random depth are not used
-there (see training/held_out_loss.py)."""
-
-UNSEEN = {
-    "crop_variants", "random_flip", "caption_choice", "caption_variants", "proportion_empty_prompts", "repeats",
-    "reg_data_dir", "prior_loss_weight", "max_bad_fraction", "latent_cache_dir", "rehash", "dataloader_num_workers",
-}  # fmt: skip
-"""Options of the data that what is held out, and how it is shown, does not depend on."""
 
 SAME_VALUES = {"channel_detached": "channel"}
 """Norms that differ in their gradients alone."""
@@ -39,11 +26,8 @@ def other_yardsticks(config: TrainConfig, baseline: TrainConfig) -> dict[str, tu
     """
     (told, own), (told_before, before) = ((c.flat(), _defining(c)) for c in (config, baseline))
     changed = {name for name in told if told[name] != told_before[name] and own[name] != before[name]}
-    held_out = ({f.name for f in fields(config.data)} - UNSEEN) | {"rescale_betas_zero_snr"}
-    kinds = {"diffusion_loss": held_out | {"prediction_type"}, SAMPLES: {"resolution"}}
-    if config.lpl.use_lpl and baseline.lpl.use_lpl:
-        kinds["lpl"] = held_out | DISTANCE
-    found = {kind: tuple(sorted(changed & options)) for kind, options in kinds.items()}
+    kinds = ["diffusion_loss", SAMPLES, *["lpl"] * (config.lpl.use_lpl and baseline.lpl.use_lpl)]
+    found = {kind: tuple(sorted(name for name in changed if kind in declared()[name].defines)) for kind in kinds}
     return {kind: options for kind, options in found.items() if options}
 
 

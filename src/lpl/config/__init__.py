@@ -5,10 +5,13 @@ No heavy imports here: `lpl --help` and every check of a flag run before torch l
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
+from functools import cache
 from typing import Any
 
-from lpl.config.checks import free, require
+from lpl.config.checks import Facts, Needs, facts_of, require
 from lpl.config.data import DataConfig
 from lpl.config.diffusion import DiffusionConfig
 from lpl.config.logging import LoggingConfig
@@ -21,14 +24,17 @@ __all__ = [
     "OPTIMIZERS",
     "DataConfig",
     "DiffusionConfig",
+    "Facts",
     "LPLConfig",
     "LoggingConfig",
     "ModelConfig",
+    "Needs",
     "OptimConfig",
     "RunConfig",
     "TrainConfig",
-    "free",
-    "free_options",
+    "declared",
+    "idle_options",
+    "needs_in_words",
     "require",
 ]
 
@@ -76,6 +82,12 @@ class TrainConfig:
         per_step = run.train_batch_size * run.gradient_accumulation_steps * processes
         return run.max_train_steps or -(-run.num_train_epochs * samples // per_step)
 
+    @property
+    def samples_a_step(self) -> int:
+        """Samples of an optimizer step, of all processes of this launch."""
+        run, processes = self.run, int(os.environ.get("WORLD_SIZE", "1"))
+        return run.train_batch_size * run.gradient_accumulation_steps * processes
+
     def flat(self) -> dict[str, Any]:
         """Every option by its flag's name."""
         return {f.name: getattr(group, f.name) for group in self.groups() for f in fields(group)}
@@ -85,6 +97,40 @@ class TrainConfig:
         return [getattr(self, f.name) for f in fields(self)]
 
 
-def free_options() -> set[str]:
-    """Names of the options that do not change a run's trajectory."""
-    return {f.name for group in TrainConfig().groups() for f in fields(group) if f.metadata.get("free")}
+@cache
+def declared() -> dict[str, Facts]:
+    """What is known of every option, by its flag's name."""
+    return {f.name: facts_of(group, f) for group in TrainConfig().groups() for f in fields(group)}
+
+
+def idle_options(config: TrainConfig) -> Iterator[tuple[str, str]]:
+    """Options that were given and cannot act in this run, each with what it needs, in words."""
+    given, usual = config.flat(), TrainConfig().flat()
+    for name, facts in declared().items():
+        # lr_warmup_steps 0 asks for nothing, and is what users of the constant schedule write.
+        if facts.needs is None or given[name] == usual[name] or given[name] == 0:
+            continue
+        needs = _needs(facts.needs)
+        if not needs.are_met(config):
+            yield name, needs.words
+
+
+def needs_in_words(facts: Facts) -> str:
+    """What an option needs; empty: nothing."""
+    return "" if facts.needs is None else _needs(facts.needs).words
+
+
+def _needs(given: str | Needs) -> Needs:
+    if isinstance(given, Needs):
+        return given
+    parts = [
+        (name, values.split("|") if values else None)
+        for name, _, values in (p.partition("=") for p in given.split(" & "))
+    ]
+    words = " and ".join(f"--{name}" + (f" {' or '.join(values)}" if values else "") for name, values in parts)
+
+    def are_met(config: TrainConfig) -> bool:
+        flat = config.flat()
+        return all(flat[n] in values if values else flat[n] not in (None, False, 0, "none") for n, values in parts)
+
+    return Needs(words, are_met)

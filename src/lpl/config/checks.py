@@ -1,11 +1,13 @@
-"""What every group of options is checked and marked with."""
+"""How an option is declared: all that is known of it stands beside its field, and its bounds are checked from there."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import field, fields
+from collections.abc import Callable
+from dataclasses import Field, dataclass, field, fields, replace
+from math import isfinite
 from os.path import expanduser
-from typing import Any
+from typing import Any, NamedTuple
 
 from lpl.errors import UserError
 
@@ -23,21 +25,78 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def option(default: Any, *, most: float | None = None, path: bool = False, free: bool = False) -> Any:
-    """A field with what is known of it.
+class Needs(NamedTuple):
+    """What an option cannot act without, where `needs` cannot say it in flags."""
 
-    Args:
-        default: its value where it is not given.
-        most: the largest value that it takes.
+    words: str
+    """As in "--x has no effect without ..."."""
+    are_met: Callable[[Any], bool]
+    """Of a TrainConfig."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of an option beside its name, type, default and help.
+
+    Attributes:
+        least, most: the smallest and the largest value that it takes.
+        above, below: values that it must lie above and below.
         path: it names a file or folder (or may, beside a Hub id).
+        may_be_empty: its value is a text that may be empty; elsewhere that is a variable that was not set, or a slip.
+        needs: without which it has no effect: other options by name, `a`, `a=this|that`, several joined by ` & `.
         free: it changes the trajectory of a run by float rounding at most: a run may be continued with another.
+        divides: with the number of processes it divides a step's samples; a run may be continued where their product
+            is the same.
+        recorded: config.yaml has it.
+        draws: it decides what a step sees: crops, captions, noise and timesteps. Runs that differ in it are no pairs.
+        defines: kinds of figures that mean something else with another value of it: "diffusion_loss" and "lpl" of
+            validation, "samples" of lpl eval.
+        arms: why the arms of a comparison cannot have it.
+        period: it is counted in optimizer steps; what a run lacks that is shorter.
+        elsewhere: what other trainers call it.
     """
-    return field(default=default, metadata={"most": most, "path": path, "free": free})
+
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+    path: bool = False
+    may_be_empty: bool = False
+    needs: str | Needs | None = None
+    free: bool = False
+    divides: bool = False
+    recorded: bool = True
+    draws: bool = False
+    defines: tuple[str, ...] = ()
+    arms: str | None = None
+    period: str | None = None
+    elsewhere: tuple[str, ...] = ()
+
+    def range(self) -> str:
+        """The bounds in words, as in "must be ..."; empty: none."""
+        if self.above is not None and self.below is not None:
+            return f"lie between {self.above:g} and {self.below:g}"
+        if self.above is not None and self.most is not None:
+            return f"lie above {self.above:g} and be {self.most:g} at most"
+        if self.least is not None and self.below is not None:
+            return f"lie in {self.least:g}..{self.below:g}, below {self.below:g}"
+        if self.least is not None and self.most is not None:
+            return f"lie in {self.least:.17g}..{self.most:.17g}"
+        if self.above is not None:
+            return f"be above {self.above:g}" if self.above else "be positive"
+        if self.least is not None:
+            return f"be at least {self.least:.17g}" if self.least else "be 0 or more"
+        return "" if self.most is None else f"be at most {self.most:.17g}"
 
 
-def free(default: Any) -> Any:
-    """An option that is free."""
-    return option(default, free=True)
+def option(default: Any, **facts: Any) -> Any:
+    """A field with what is known of it; the keywords are those of Facts."""
+    return field(default=default, metadata={"facts": facts})
+
+
+def facts_of(group: Any, declared: Field[Any]) -> Facts:
+    """What is known of a field; a group's USUALLY holds for all of its fields that do not say otherwise."""
+    return replace(getattr(group, "USUALLY", Facts()), **declared.metadata.get("facts", {}))
 
 
 def check_declared(group: Any) -> None:
@@ -49,25 +108,39 @@ def check_declared(group: Any) -> None:
         UserError: the first value that does not fit.
     """
     for declared in fields(group):
+        facts = facts_of(group, declared)
         values = getattr(group, declared.name)
         for value in values if isinstance(values, tuple) else (values,):
-            _check_value(f"--{declared.name}", value, declared.metadata)
-        if declared.metadata.get("path") and isinstance(values, str | tuple):
+            _check_value(f"--{declared.name}", value, facts, str(declared.type).endswith('Literal["auto"]'))
+        if facts.path and isinstance(values, str | tuple):
             at_home = expanduser(values) if isinstance(values, str) else tuple(map(expanduser, values))
             object.__setattr__(group, declared.name, at_home)
 
 
-def _check_value(flag: str, value: Any, declared: Any) -> None:
+def _check_value(flag: str, value: Any, facts: Facts, or_auto: bool) -> None:
+    if isinstance(value, bool):
+        return
     if isinstance(value, int | float):
-        most = declared.get("most")
-        if isinstance(value, int) or most is not None:
-            most = MOST if most is None else most
-            require(value <= most, f"{flag} must be at most {most}, not {str(value)[:40]}")
+        _check_number(flag, value, facts, "be auto, or " * or_auto)
     elif isinstance(value, str):
-        path = declared.get("path", False)
-        check_text(flag, value, path)
-        if path:
+        check_text(flag, value, facts.path)
+        if facts.path:
             check_path(flag, value)
+
+
+def _check_number(flag: str, value: float, facts: Facts, auto: str) -> None:
+    fits = (
+        (facts.least is None or value >= facts.least)
+        and (facts.above is None or value > facts.above)
+        and (facts.most is None or value <= facts.most)
+        and (facts.below is None or value < facts.below)
+    )
+    require(fits, f"{flag} must {auto}{facts.range()}, not {str(value)[:40]}")
+    require(isfinite(value), f"{flag} must {auto}be a finite number, not {value}")
+    require(
+        not isinstance(value, int) or facts.most is not None or value <= MOST,
+        f"{flag} must be at most {MOST}, not {str(value)[:40]}",
+    )
 
 
 def check_text(flag: str, text: str, path: bool = False) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lpl.config.checks import check_declared, free, option, require
+from lpl.config.checks import Needs, check_declared, option, require
 from lpl.keywords import parse_keywords
 
 OPTIMI = "optimi."
@@ -15,13 +15,20 @@ WARMUP_STEPS = 500
 ONE_BY_ONE = ("adamw", "adamw8bit", "adafactor")
 """Optimizers in which a parameter's step depends on nothing but that parameter."""
 OPTIMIZERS = ("adamw", "adamw8bit", "adafactor", "prodigy", "schedulefree_adamw")
+WITH_BETAS = tuple(name for name in OPTIMIZERS if name != "adafactor")
+BETAS = Needs(f"--optimizer {', '.join(WITH_BETAS)}", lambda config: config.optim.optimizer_name in WITH_BETAS)
+NAMED = Needs(
+    "an --optimizer with a name (--optimizer_args weight_decay=... is for others)",
+    lambda config: config.optim.optimizer_name in OPTIMIZERS,
+)
+WARM_UP = Needs("a schedule with warm-up (constant_with_warmup)", lambda config: config.optim.warms_up)
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     """Optimizer and schedule."""
 
-    learning_rate: float | None = None
+    learning_rate: float | None = option(None, above=0, elsewhere=("unet_lr", "lr"))
     """Peak learning rate; unset: 1e-5 for full fine-tuning, 1e-4 for LoRA, 1 for prodigy, which finds its own."""
     scale_lr: bool = False
     """Multiply the learning rate by batch size, accumulation and processes."""
@@ -35,54 +42,54 @@ class OptimConfig:
         "piecewise_constant",
     ] = "constant"
     """Learning-rate schedule, stepped once per optimizer step."""
-    lr_num_cycles: int = option(1, most=10**6)
+    lr_num_cycles: int = option(1, most=10**6, elsewhere=("lr_scheduler_num_cycles",))
     """Restarts of cosine_with_restarts."""
-    lr_power: float = 1.0
+    lr_power: float = option(1.0, elsewhere=("lr_scheduler_power",))
     """Power of polynomial."""
     lr_step_rules: str | None = None
     """Rules of piecewise_constant: `1:10,0.1:20,0.01` is 1 x to step 10, 0.1 x to step 20, then 0.01 x."""
-    lr_warmup_steps: int | None = None
+    lr_warmup_steps: int | None = option(None, least=0, needs=WARM_UP)
     """Optimizer steps of warm-up; unset: 500, or 0 for the constant schedules, which have none."""
     use_8bit_adam: bool = False
     """AdamW of bitsandbytes with 8-bit state; the same as --optimizer adamw8bit."""
-    adam_beta1: float = 0.9
+    adam_beta1: float = option(0.9, least=0, below=1, needs=BETAS)
     """Decay of the first moment."""
-    adam_beta2: float = 0.999
+    adam_beta2: float = option(0.999, least=0, below=1, needs=BETAS)
     """Decay of the second moment."""
-    adam_weight_decay: float = 1e-2
+    adam_weight_decay: float = option(1e-2, least=0, needs=NAMED)
     """Decoupled weight decay."""
-    adam_epsilon: float = 1e-8
+    adam_epsilon: float = option(1e-8, above=0, needs=BETAS)
     """Term added to the denominator."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = option(1.0, least=0)
     """Clip the gradient's norm to this; 0: do not clip."""
     use_ema: bool = False
     """Keep an exponential moving average of the weights; see --final_weights."""
-    ema_decay: float = 0.9999
+    ema_decay: float = option(0.9999, above=0, below=1, needs="use_ema")
     """Decay of the average (reached after a warm-up)."""
-    optimizer: str = "adamw"
+    optimizer: str = option("adamw", elsewhere=("optimizer_type",))
     """adamw, adamw8bit (bitsandbytes), adafactor (transformers), prodigy (prodigyopt), schedulefree_adamw
     (schedulefree), or package.Class: any torch.optim.Optimizer that needs gradients only."""
-    optimizer_args: str | None = None
+    optimizer_args: str | None = option(None, may_be_empty=True)
     """Keywords of the optimizer that no flag sets: `d_coef=2.0, safeguard_warmup=True`; literal values."""
     decay_all: bool = False
     """Decay biases and the weights of norms (tensors of one dimension) too, as the diffusers scripts do."""
-    ema_warmup: bool = False
+    ema_warmup: bool = option(False, needs="use_ema")
     """Let the average's decay grow as 1 - (1 + t/ema_inv_gamma)^-ema_power instead of (1 + t)/(10 + t)."""
-    ema_inv_gamma: float = 1.0
+    ema_inv_gamma: float = option(1.0, above=0, needs="ema_warmup")
     """Of --ema_warmup: the higher, the later the decay grows."""
-    ema_power: float = 2 / 3
+    ema_power: float = option(2 / 3, above=0, needs="ema_warmup")
     """Of --ema_warmup: 2/3 reaches 0.999 after 31,600 updates, 3/4 after 10,000."""
-    ema_min_decay: float = 0.0
+    ema_min_decay: float = option(0.0, least=0, needs="use_ema")
     """The average's decay is never below this, once updates have begun."""
-    ema_update_after_step: int = 0
+    ema_update_after_step: int = option(0, least=0, needs="use_ema")
     """Updates during which the average only follows the weights."""
-    ema_update_every: int = 1
+    ema_update_every: int = option(1, least=1, needs="use_ema")
     """Optimizer steps between updates of the average; the decay is that of an update."""
-    ema_device: Literal["same", "cpu"] = free("same")
+    ema_device: Literal["same", "cpu"] = option("same", free=True, needs="use_ema")
     """Where the average is kept: on the device of the weights, or on the CPU, which costs a transfer at each update."""
     final_weights: Literal["auto", "raw", "ema"] = "auto"
     """Which weights are validated and saved as the result; auto: the average with --use_ema, else the raw ones."""
-    weights_dtype: Literal["float32", "bfloat16"] = "float32"
+    weights_dtype: Literal["float32", "bfloat16"] = option("float32", elsewhere=("full_bf16",))
     """Precision of the trained weights and their gradients. bfloat16 halves both; updates are computed in float32 and
     rounded at random to one of the two neighbours, which loses nothing on average (optimizers of optimi keep instead
     what rounding leaves over). Needs --mixed_precision bf16 and adamw, adamw8bit, adafactor or optimi.Class."""
@@ -90,20 +97,14 @@ class OptimConfig:
     """Step each weight in the backward pass, as soon as its gradient is there, and free that gradient: they never exist
     all at once. Needs --max_grad_norm 0, one micro-batch a step, one process, and an optimizer as --weights_dtype
     bfloat16."""
-    text_encoder_lr: float | None = None
+    text_encoder_lr: float | None = option(None, above=0, needs="train_text_encoder")
     """Peak learning rate of the text encoders, with --train_text_encoder; unset: --learning_rate's."""
-    text_encoder_2_lr: float | None = None
+    text_encoder_2_lr: float | None = option(None, above=0, needs="train_text_encoder")
     """Another one for the second text encoder (CLIP-G); unset: --text_encoder_lr's."""
 
     def __post_init__(self) -> None:
         check_declared(self)
         self._check_optimizer()
-        rate = self.learning_rate
-        require(rate is None or 0 < rate < float("inf"), f"--learning_rate must be positive, not {rate}")
-        require(
-            self.lr_warmup_steps is None or self.lr_warmup_steps >= 0,
-            f"--lr_warmup_steps must be 0 or more, not {self.lr_warmup_steps}",
-        )
         for name, owner, default in (
             ("lr_num_cycles", "cosine_with_restarts", 1),
             ("lr_power", "polynomial", 1.0),
@@ -122,29 +123,14 @@ class OptimConfig:
             self.lr_step_rules is None or _are_step_rules(self.lr_step_rules),
             f"--lr_step_rules {self.lr_step_rules}: expected rules such as 1:10,0.1:20,0.01",
         )
-        require(abs(self.lr_power) < float("inf"), f"--lr_power must be a number, not {self.lr_power}")
-        require(self.max_grad_norm >= 0, f"--max_grad_norm must be 0 or more, not {self.max_grad_norm}")
-        require(self.adam_weight_decay >= 0, f"--adam_weight_decay must be 0 or more, not {self.adam_weight_decay}")
-        require(self.adam_epsilon > 0, f"--adam_epsilon must be positive, not {self.adam_epsilon}")
-        for name, beta in (("--adam_beta1", self.adam_beta1), ("--adam_beta2", self.adam_beta2)):
-            require(0 <= beta < 1, f"{name} must lie in 0..1, not {beta}")
         self._check_average()
         self._check_component_rates()
 
     def _check_average(self) -> None:
-        require(0 < self.ema_decay < 1, f"--ema_decay must lie between 0 and 1, not {self.ema_decay}")
         require(
-            0 <= self.ema_min_decay <= self.ema_decay,
+            self.ema_min_decay <= self.ema_decay,
             f"--ema_min_decay must lie in 0..{self.ema_decay} (--ema_decay), not {self.ema_min_decay}",
         )
-        for name in ("ema_inv_gamma", "ema_power"):
-            value = getattr(self, name)
-            require(0 < value < float("inf"), f"--{name} must be positive, not {value}")
-        require(
-            self.ema_update_after_step >= 0,
-            f"--ema_update_after_step must be 0 or more, not {self.ema_update_after_step}",
-        )
-        require(self.ema_update_every >= 1, f"--ema_update_every must be at least 1, not {self.ema_update_every}")
         require(
             self.final_weights != "ema" or self.use_ema,
             "--final_weights ema needs --use_ema: there is no average without it",
@@ -153,7 +139,6 @@ class OptimConfig:
     def _check_component_rates(self) -> None:
         for name in ("text_encoder_lr", "text_encoder_2_lr"):
             rate = getattr(self, name)
-            require(rate is None or 0 < rate < float("inf"), f"--{name} must be positive, not {rate}")
             require(
                 self.optimizer != "prodigy" or rate in (None, self.learning_rate or 1.0),
                 f"--{name} {rate} with --optimizer prodigy, which finds one rate for all that is trained: drop it",

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
-from lpl.config.checks import MOST_PIXELS, check_declared, free, option, require
+from lpl.config.checks import MOST_PIXELS, check_declared, option, require
 
 
 @dataclass(frozen=True)
@@ -15,62 +14,57 @@ class LPLConfig:
 
     use_lpl: bool = True
     """Off: the plain diffusion objective, bit for bit."""
-    lpl_weight: float | Literal["auto"] = "auto"
+    lpl_weight: float | Literal["auto"] = option("auto", least=0)
     """Weight against the diffusion loss; auto: set once from the measured gradient share."""
-    lpl_target_share: float = 0.2
+    lpl_target_share: float = option(0.2, above=0, below=1)
     """For auto: LPL's share of the gradient at the denoiser's output, r_lpl/(r_lpl + r_diffusion)."""
     lpl_reduction: Literal["expected", "gated"] = "expected"
     """Divide by batch size times gate probability, or (as the diffusers project does) by the samples that passed."""
-    lpl_t_threshold: int | None = None
+    lpl_t_threshold: int | None = option(None, above=0, defines=("lpl",))
     """Apply where the timestep is below this; 200 unless another gate is given."""
-    lpl_snr_threshold: float | None = None
+    lpl_snr_threshold: float | None = option(None, above=0, defines=("lpl",))
     """The gate as a signal-to-noise ratio: apply where SNR is at least this."""
-    lpl_sigma_threshold: float | None = None
+    lpl_sigma_threshold: float | None = option(None, above=0, defines=("lpl",))
     """The gate as noise/signal: apply where it is at most this (the paper's tau; 3 to 6 did best there)."""
-    lpl_loss_type: Literal["mse", "l1"] = "mse"
+    lpl_loss_type: Literal["mse", "l1"] = option("mse", defines=("lpl",))
     """Distance of normalised features."""
-    lpl_norm_type: Literal["default", "shared", "batch", "channel", "channel_detached", "own"] = "shared"
+    lpl_norm_type: Literal["default", "shared", "batch", "channel", "channel_detached", "own"] = option(
+        "shared", defines=("lpl",)
+    )
     """How features are normalised; weights do not carry over between norms."""
-    lpl_pow_law: bool = True
+    lpl_pow_law: bool = option(True, defines=("lpl",))
     """Halve a layer's weight each time its resolution doubles."""
-    lpl_num_blocks: int = option(4, most=100)
+    lpl_num_blocks: int = option(4, most=100, least=0, defines=("lpl",))
     """Up blocks compared after the middle block; the decoder is never run past the last one."""
-    lpl_remove_outliers: bool = True
+    lpl_remove_outliers: bool = option(True, defines=("lpl",))
     """Leave decoder outliers (of the target's features, at strides 1 and 2) out of the distance."""
     lpl_scale: bool = True
     """Multiply each sample's LPL by min(1, g/SNR), g = --snr_gamma or 5."""
-    lpl_start: int = 0
+    lpl_start: int = option(0, least=0)
     """First optimizer step with LPL."""
-    lpl_max_samples: int | None = None
+    lpl_max_samples: int | None = option(None, least=1)
     """At most this many gated samples of a micro-batch go through the decoder; rescaled, so unbiased."""
-    lpl_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    lpl_dtype: Literal["float32", "bfloat16", "float16"] = option("float32", defines=("lpl",))
     """Precision of the decoder in LPL; it never runs under autocast."""
-    lpl_checkpointing: Literal["auto", "true", "false"] = free("auto")
+    lpl_checkpointing: Literal["auto", "true", "false"] = option("auto", free=True)
     """Recompute the decoder in the backward pass to save memory; auto follows --gradient_checkpointing."""
-    lpl_chunk: int | Literal["auto"] = free("auto")
+    lpl_chunk: int | Literal["auto"] = option("auto", free=True, least=1)
     """Gated samples that go through the decoder at once; auto: as many as fill 256 x 256 pixels, at least one."""
-    lpl_channels_last: Literal["auto", "true", "false"] = free("auto")
+    lpl_channels_last: Literal["auto", "true", "false"] = option("auto", free=True)
     """Memory layout of LPL's decoder; auto: channels last on a CPU, where it is faster."""
-    lpl_compile: bool = free(False)
+    lpl_compile: bool = option(False, free=True)
     """Fuse LPL's pointwise arithmetic with torch.compile; costs a minute at the start."""
-    lpl_crop: int | None = option(None, most=MOST_PIXELS)
+    lpl_crop: int | None = option(None, most=MOST_PIXELS, least=8)
     """Compare a random window of this many pixels, cut after the middle block: an approximation, for large images."""
     lpl_random_depth: bool = False
     """Stop each step at a random depth of the decoder, terms divided by the chance of reaching them: unbiased, cheaper,
     noisier."""
-    lpl_warmup_steps: int = 0
+    lpl_warmup_steps: int = option(0, least=0)
     """Optimizer steps over which LPL's weight rises linearly, from --lpl_start on; auto measures without this ramp."""
 
     def __post_init__(self) -> None:
         check_declared(self)
         weight = self.lpl_weight
-        require(
-            weight == "auto" or 0 <= float(weight) < math.inf,
-            f"--lpl_weight must be 0 or more and finite, not {weight}",
-        )
-        require(
-            0 < self.lpl_target_share < 1, f"--lpl_target_share must lie between 0 and 1, not {self.lpl_target_share}"
-        )
         require(
             weight == "auto" or self.lpl_target_share == LPLConfig.lpl_target_share,
             "--lpl_target_share acts with --lpl_weight auto only: drop one of them",
@@ -82,17 +76,3 @@ class LPLConfig:
         }
         given = [f"{name} {value}" for name, value in gates.items() if value is not None]
         require(len(given) <= 1, f"contradictory gates: {', '.join(given)}; give one")
-        for name, value in gates.items():
-            require(value is None or value > 0, f"{name} must be positive, not {value}: LPL would never apply")
-        require(self.lpl_num_blocks >= 0, f"--lpl_num_blocks must be 0 or more, not {self.lpl_num_blocks}")
-        require(self.lpl_start >= 0, f"--lpl_start must be 0 or more, not {self.lpl_start}")
-        require(self.lpl_warmup_steps >= 0, f"--lpl_warmup_steps must be 0 or more, not {self.lpl_warmup_steps}")
-        require(
-            self.lpl_max_samples is None or self.lpl_max_samples >= 1,
-            f"--lpl_max_samples must be at least 1, not {self.lpl_max_samples}",
-        )
-        require(
-            self.lpl_chunk == "auto" or int(self.lpl_chunk) >= 1,
-            f"--lpl_chunk must be auto or at least 1, not {self.lpl_chunk}",
-        )
-        require(self.lpl_crop is None or self.lpl_crop >= 8, f"--lpl_crop must be at least 8, not {self.lpl_crop}")

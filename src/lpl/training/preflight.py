@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lpl.base.locks import alone_in
-from lpl.config import OPTIMIZERS, ModelConfig, TrainConfig
+from lpl.config import ModelConfig, TrainConfig, idle_options
 from lpl.data.buckets import image_sizes
 from lpl.data.decode import parse_color
 from lpl.data.folders import cache_dir
@@ -20,19 +20,14 @@ from lpl.data.sources import Source, open_regularisation, open_source, open_vali
 from lpl.errors import UserError
 from lpl.families import model_configs, native_resolution, plan_configs
 from lpl.training.launch import check_launch, processes
-from lpl.training.objective_checks import objective_rules, warn_of_objective
+from lpl.training.objective_checks import warn_of_objective
 from lpl.training.output import check_inputs_apart, check_output, check_writable
 from lpl.training.small_cards import check_small_cards
 from lpl.training.step_checks import warn_of_steps
-from lpl.training.validation_checks import check_validation, validation_rules
+from lpl.training.validation_checks import check_validation
 
 logger = logging.getLogger("lpl")
 
-ADAM = ", ".join(name for name in OPTIMIZERS if name != "adafactor")
-EMA = ("ema_decay", "ema_warmup", "ema_min_decay", "ema_update_after_step", "ema_update_every", "ema_device")
-SHUFFLING = ("keep_tokens", "caption_separator", "caption_variants")
-LORA = ("lora_alpha", "lora_dropout", "lora_targets", "use_dora")
-TEXT_RATES = ("text_encoder_lr", "text_encoder_2_lr")
 TRACKERS = {"tensorboard": ("tensorboard",), "wandb": ("wandb",), "comet_ml": ("comet_ml",), "none": (), "all": ()}
 
 
@@ -237,38 +232,5 @@ def _warn_idle(config: TrainConfig) -> None:
         if idle:
             logger.warning("without LPL these have no effect: --%s", ", --".join(idle))
     warn_of_objective(config)
-    given, usual = config.flat(), default.flat()
-    for option, can_act, needs in _rules(config):
-        # lr_warmup_steps 0 asks for nothing, and is what users of the constant schedule write.
-        if not can_act and given[option] != usual[option] and given[option] != 0:
-            logger.warning("--%s has no effect without %s", option, needs)
-
-
-def _rules(config: TrainConfig) -> list[tuple[str, bool, str]]:
-    """(option, whether it can act in this run, what it needs)."""
-    biased = config.diffusion.timestep_bias_strategy
-    named = config.optim.optimizer_name in OPTIMIZERS
-    betas = named and config.optim.optimizer_name != "adafactor"
-    return [
-        *((name, config.model.rank is not None, "--rank") for name in LORA),
-        *((name, config.model.train_text_encoder, "--train_text_encoder") for name in TEXT_RATES),
-        ("lr_warmup_steps", config.optim.warms_up, "a schedule with warm-up (constant_with_warmup)"),
-        *((name, betas, f"--optimizer {ADAM}") for name in ("adam_beta1", "adam_beta2", "adam_epsilon")),
-        ("adam_weight_decay", named, "an --optimizer with a name (--optimizer_args weight_decay=... is for others)"),
-        *((name, config.optim.use_ema, "--use_ema") for name in EMA),
-        *((name, config.optim.ema_warmup, "--ema_warmup") for name in ("ema_inv_gamma", "ema_power")),
-        ("timestep_bias_multiplier", biased != "none", "--timestep_bias_strategy"),
-        ("timestep_bias_portion", biased in ("earlier", "later"), "--timestep_bias_strategy earlier or later"),
-        ("timestep_bias_begin", biased == "range", "--timestep_bias_strategy range"),
-        ("timestep_bias_end", biased == "range", "--timestep_bias_strategy range"),
-        ("dataset_config_name", config.data.dataset_name is not None, "--dataset_name"),
-        ("image_column", config.data.dataset_name is not None, "--dataset_name"),
-        *objective_rules(config),
-        *((name, config.data.buckets, "--buckets") for name in ("bucket_area", "bucket_step", "bucket_max_aspect")),
-        *((name, config.data.shuffle_caption, "--shuffle_caption") for name in SHUFFLING),
-        ("prior_loss_weight", config.data.reg_data_dir is not None, "--reg_data_dir"),
-        ("max_skips", config.run.on_nonfinite == "skip", "--on_nonfinite skip"),
-        *validation_rules(config),
-        ("hub_model_id", config.logging.push_to_hub, "--push_to_hub"),
-        ("hub_token", config.logging.push_to_hub, "--push_to_hub"),
-    ]
+    for option, needs in idle_options(config):
+        logger.warning("--%s has no effect without %s", option, needs)

@@ -5,16 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 
-from lpl.config import TrainConfig
+from lpl.config import TrainConfig, declared
 
 logger = logging.getLogger("lpl")
-
-PERIODS = {
-    "checkpointing_steps": "no checkpoint is written on the way",
-    "save_steps": "no weights are saved on the way",
-    "log_every": "only the first and the last step are logged",
-}
-"""Options that say how often something happens, and what becomes of it in a run that is shorter than that."""
 
 
 def warn_of_steps(config: TrainConfig, steps: int) -> None:
@@ -33,7 +26,7 @@ def _never_reached(config: TrainConfig, steps: int) -> Iterator[str]:
     if config.optim.use_ema:
         yield from _of_average(config, steps)
     usual, given = TrainConfig().flat(), config.flat()
-    periods = dict(PERIODS)
+    periods = {name: facts.period for name, facts in declared().items() if facts.period is not None}
     if config.logging.draws_images or config.data.holds_out:
         periods["validation_steps"] = "validation happens before the first step and after the last alone"
     for name, what in periods.items():

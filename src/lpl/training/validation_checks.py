@@ -34,15 +34,3 @@ def validation_prompts(config: LoggingConfig) -> list[Prompt]:
     if config.validation_prompts is None:
         return [] if config.validation_prompt is None else [Prompt(config.validation_prompt)]
     return read_prompts(Path(config.validation_prompts), "--validation_prompts")
-
-
-def validation_rules(config: TrainConfig) -> list[tuple[str, bool, str]]:
-    """(option, whether it can act in this run, what it needs)."""
-    prompts = "--validation_prompt or --validation_prompts"
-    validates = config.logging.draws_images or config.data.holds_out
-    needs = f"--validation_samples, --validation_data_dir, {prompts}"
-    return [
-        ("num_validation_images", config.logging.draws_images, prompts),
-        ("validation_epochs", validates, needs),
-        ("validation_steps", validates, needs),
-    ]

@@ -1,0 +1,159 @@
+"""What is declared beside the options: the lists that are derived from it, the page, and what other trainers say."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from lpl.config import DataConfig, TrainConfig, declared, idle_options, needs_in_words
+from lpl.errors import UserError
+from lpl.parsing import parse_train
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = {field.name for field in fields(DataConfig)}
+UNSEEN = {
+    "crop_variants", "random_flip", "caption_choice", "caption_variants", "proportion_empty_prompts", "repeats",
+    "reg_data_dir", "prior_loss_weight", "max_bad_fraction", "latent_cache_dir", "rehash", "dataloader_num_workers",
+}  # fmt: skip
+HELD_OUT = (SETTINGS - UNSEEN) | {"rescale_betas_zero_snr"}
+DERIVED = {
+    "free": {
+        "lpl_checkpointing", "lpl_chunk", "lpl_channels_last", "lpl_compile",
+        "cache_dir", "single_file_config", "latent_cache_dir", "rehash", "max_bad_fraction",
+        "dataloader_num_workers", "output_dir",
+        "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "dry_run", "validation_prompt",
+        "num_validation_images", "validation_epochs", "validation_steps", "report_to", "logging_dir", "log_every",
+        "push_to_hub", "hub_model_id", "hub_token", "ema_device", "save_steps", "compile_denoiser",
+        "max_minutes", "on_nonfinite", "max_skips", "allow_changes", "validation_data_dir", "validation_prompts",
+    },
+    "divides": {"train_batch_size", "gradient_accumulation_steps"},
+    "may_be_empty": {"validation_prompt", "caption_prefix", "optimizer_args"},
+    "draws": SETTINGS | {
+        "noise_offset", "pyramid_noise_iterations", "pyramid_noise_discount", "timestep_bias_strategy",
+        "timestep_bias_multiplier", "timestep_bias_portion", "timestep_bias_begin", "timestep_bias_end",
+        "timestep_distribution", "logit_mean", "logit_std", "timestep_sampling", "train_batch_size",
+        "gradient_accumulation_steps",
+    },
+    "arms": {
+        "seed", "output_dir", "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "revision",
+        "variant", "single_file_config", "dry_run", "resume_from_checkpoint", "push_to_hub", "hub_model_id",
+        "hub_token",
+    },
+    "period": {"checkpointing_steps", "save_steps", "log_every"},
+    "path": {
+        "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "cache_dir", "single_file_config",
+        "train_data_dir", "dataset_name", "reg_data_dir", "latent_cache_dir", "validation_data_dir", "mask_dir",
+        "output_dir", "resume_from_checkpoint", "logging_dir", "validation_prompts",
+    },
+}  # fmt: skip
+DEFINES = {
+    "diffusion_loss": HELD_OUT | {"prediction_type"},
+    "lpl": HELD_OUT | {
+        "lpl_num_blocks", "lpl_norm_type", "lpl_loss_type", "lpl_pow_law", "lpl_remove_outliers", "lpl_dtype",
+        "lpl_t_threshold", "lpl_snr_threshold", "lpl_sigma_threshold",
+    },
+    "samples": {"resolution"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fact", DERIVED)
+def test_derived_lists(fact: str) -> None:
+    assert {name for name, facts in declared().items() if getattr(facts, fact)} == DERIVED[fact]
+
+
+@pytest.mark.parametrize("kind", DEFINES)
+def test_what_defines_a_figure(kind: str) -> None:
+    assert {name for name, facts in declared().items() if kind in facts.defines} == DEFINES[kind]
+
+
+def test_not_recorded() -> None:
+    hidden = {name for name, facts in declared().items() if not facts.recorded}
+    assert hidden == {"hub_token", "dry_run", "resume_from_checkpoint"}
+
+
+def test_what_is_needed_are_options() -> None:
+    """No option needs one that is not there, or a value that another never takes."""
+    for name, facts in declared().items():
+        if isinstance(facts.needs, str):
+            for part in facts.needs.split(" & "):
+                needed, _, values = part.partition("=")
+                for value in values.split("|") if values else []:
+                    assert parse_train([f"--{needed}={value}"]).flat()[needed] == value, name
+                assert needed in declared(), name
+    assert needs_in_words(declared()["mask_dir"]) == "--masked_loss files and --train_data_dir"
+    assert needs_in_words(declared()["timestep_bias_portion"]) == "--timestep_bias_strategy earlier or later"
+
+
+@pytest.mark.parametrize(
+    ("argv", "idle"),
+    [
+        (["--lora_alpha=4"], "lora_alpha"),
+        (["--lora_alpha=4", "--rank=4"], None),
+        (["--timestep_bias_portion=0.5", "--timestep_bias_strategy=range"], "timestep_bias_portion"),
+        (["--timestep_bias_portion=0.5", "--timestep_bias_strategy=later"], None),
+        (["--mask_dir=m", "--masked_loss=files"], "mask_dir"),
+        (["--mask_dir=m", "--masked_loss=files", "--train_data_dir=d"], None),
+        (["--adam_beta1=0.8", "--optimizer=adafactor"], "adam_beta1"),
+        (["--timestep_sampling=stratified"], "timestep_sampling"),
+        (["--timestep_sampling=stratified", "--train_batch_size=2"], None),
+        (["--lr_warmup_steps=0"], None),
+        (["--validation_steps=5"], "validation_steps"),
+        (["--validation_steps=5", "--validation_samples=2"], None),
+        (["--pyramid_noise_discount=0.5"], "pyramid_noise_discount"),
+    ],
+)
+def test_idle_options(argv: list[str], idle: str | None) -> None:
+    assert [name for name, _ in idle_options(parse_train(argv))] == ([] if idle is None else [idle])
+
+
+def test_bounds_are_checked_on_both_sides() -> None:
+    """Of every option with bounds: what lies beyond is refused by name, with its value."""
+    tried = 0
+    default = TrainConfig().flat()
+    for name, facts in declared().items():
+        whole = isinstance(default[name], int) or (default[name] is None and facts.least is not None)
+        beyond = {
+            facts.least and facts.least - 1 if facts.least is not None else None,
+            None if facts.most is None else facts.most * 2 + 1,
+            facts.above,
+            facts.below,
+        }
+        beyond |= {-1} if facts.least == 0 else set()
+        for value in beyond - {None, 0 if facts.above is None else None}:
+            given = f"{int(value)}" if whole and float(value).is_integer() else f"{value}"
+            with pytest.raises(UserError, match=rf"^--{name} must .*not {given.split('.')[0]}"):
+                parse_train([f"--{name}={given}"])
+            tried += 1
+    assert tried > 60
+
+
+@pytest.mark.parametrize(
+    ("flag", "here"),
+    [("network_dim", "rank"), ("min_snr_gamma", "snr_gamma"), ("lr", "learning_rate"), ("flip_aug", "random_flip")],
+)
+def test_names_of_other_trainers(flag: str, here: str) -> None:
+    with pytest.raises(UserError, match=rf"^unknown option --{flag}: here it is --{here}$"):
+        parse_train([f"--{flag}=1"])
+
+
+def test_names_elsewhere_are_nobodys_here_and_unique() -> None:
+    told = [name for facts in declared().values() for name in facts.elsewhere]
+    assert len(told) == len(set(told))
+    assert not set(told) & set(declared())
+
+
+def test_flags_without_a_counterpart() -> None:
+    with pytest.raises(UserError, match=r"^--cache_latents is not taken: latents and text embeddings are always"):
+        parse_train(["--cache_latents"])
+
+
+def test_the_page_is_what_is_declared() -> None:
+    sys.path.insert(0, str(ROOT / "tools"))
+    try:
+        from options_page import PAGE, page
+    finally:
+        sys.path.pop(0)
+    assert PAGE.read_text(encoding="utf-8") == page(), "run: make options"

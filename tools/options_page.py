@@ -1,0 +1,66 @@
+"""docs/options.md, made of what is declared beside each option: `python tools/options_page.py` writes it."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import itertools
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from lpl.config import TrainConfig, declared, needs_in_words
+
+PAGE = Path(__file__).parents[1] / "docs" / "options.md"
+HEAD = """# Options of `lpl train`
+
+Flags, keys of `--config` files and of `config.yaml` have the same names. Made by `make options` from what is declared
+beside each option in `src/lpl/config`. `lpl cache`, `plan`, `data`, `check` and `compare` take them, too.
+
+*Range*: bounds, ends included but for "between", "above" and "below". *Needs*: without which it has no effect.
+*Resume*: whether an unfinished run may be continued with another value: yes, or `=` where batch size, accumulation and
+processes must give the same number of samples a step; elsewhere only with `--allow_changes`.
+"""
+
+
+def helps(group: type) -> dict[str, str]:
+    """The text under each field of a group."""
+    body = ast.parse(inspect.getsource(group)).body[0].body  # type: ignore[attr-defined]
+    found = {}
+    for field, text in itertools.pairwise(body):
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+            found[ast.unparse(field.target)] = " ".join(str(text.value.value).split())
+    return found
+
+
+def shown(value: Any) -> str:
+    """A default as one would write it."""
+    return "" if value is None else f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def row(name: str, default: Any, kind: str, text: str) -> str:
+    """The line of an option."""
+    facts = declared()[name]
+    bounds = facts.range().replace("be ", "").replace("lie ", "")
+    if kind.startswith("Literal"):
+        bounds = ", ".join(
+            f"`{choice}`" for choice in ast.literal_eval(kind.split("]")[0].removeprefix("Literal") + "]")
+        )
+    resume = "yes" if facts.free else "=" if facts.divides else ""
+    cells = [f"`{name}`", shown(default), bounds, text, needs_in_words(facts), resume]
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def page() -> str:
+    """The whole page."""
+    parts = [HEAD]
+    for group in TrainConfig().groups():
+        text = helps(type(group))
+        parts.append(f"\n## {(type(group).__doc__ or '').splitlines()[0].rstrip('.')}\n")
+        parts.append("| option | default | range | what | needs | resume |\n|---|---|---|---|---|---|")
+        parts += [row(f.name, getattr(group, f.name), str(f.type), text[f.name]) for f in fields(group)]
+    return "\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
