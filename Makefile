@@ -45,7 +45,7 @@ quality: .venv/installed
 # Remakes the shipped weights: over two hours on two CPU cores.
 demo-weights: .venv/installed
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[pretrain]'
-	for part in vae decoder base; do $(BIN)/python -m lpl.demo.pretrain $$part || exit 1; done
+	for part in vae decoder base; do $(BIN)/python -m tools.demo_weights $$part || exit 1; done
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -18,10 +18,10 @@ from diffusers import AutoencoderKL
 from lpl import LatentPerceptualLoss
 from lpl.analysis.counter import StepCounter
 from lpl.analysis.fused_attention import FusedAttention
-from lpl.analysis.memory import count_saved_bytes
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from textbook_lpl import textbook_lpl
+sys.path[:0] = [str(Path(__file__).parents[1] / "tests"), str(Path(__file__).parent)]
+from saved_bytes import count_saved_bytes  # noqa: E402
+from textbook_lpl import textbook_lpl  # noqa: E402
 
 DOCS = Path(__file__).parents[1] / "docs"
 WIDTHS = (128, 256, 512, 512)

@@ -121,7 +121,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def model(shared: Path) -> Path:
     """A tiny random SDXL in diffusers' format; not to be changed."""
-    from lpl.testing import tiny_sdxl
+    from tiny_models import tiny_sdxl
 
     return tiny_sdxl(shared / "model")
 
@@ -129,7 +129,7 @@ def model(shared: Path) -> Path:
 @pytest.fixture(scope="session")
 def data(shared: Path) -> Path:
     """Six small pictures with captions; not to be changed."""
-    from lpl.testing import tiny_images
+    from tiny_models import tiny_images
 
     return tiny_images(shared / "data")
 

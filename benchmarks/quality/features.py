@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from benchmarks.quality.pictures import SIDE
 from lpl.data.files import write_atomically
-from lpl.demo.training_run import TrainingRun
+from tools.demo_weights.training_run import TrainingRun
 
 FILE, JUDGED = "features.safetensors", "features.json"
 WIDTHS = (32, 64, 128, 256)

@@ -25,15 +25,15 @@ from benchmarks.quality.kept import PARTS, kept_pipeline, read_kept
 from benchmarks.quality.pictures import Picture, selected
 from lpl.demo.architecture import build_scheduler, build_tokenizers, build_vae
 from lpl.demo.photographs import to_tensor
-from lpl.demo.pretrain_base import BaseModel, EncodedCrops, encode_crops, fit_base
-from lpl.demo.pretrain_vae import fit_vae, reconstruct
-from lpl.demo.training_run import TrainingRun
 from lpl.demo.weights import load_component
 from lpl.errors import UserError
 from lpl.families.base import weights_hash
+from tools.demo_weights.base import BaseModel, EncodedCrops, encode_crops, fit_base
+from tools.demo_weights.training_run import TrainingRun
+from tools.demo_weights.vae import fit_vae, reconstruct
 
 VAE_STEPS = 6_000
-DENOISER_STEPS, BATCH, PARTS = 30_000, 64, 2
+DENOISER_STEPS, BATCH, THREADS = 30_000, 64, 2
 UNET_WIDTHS = (96, 144)
 DENOISER = Path("checkpoints", "denoiser.pt")
 LEARNING_RATE = 8e-4
@@ -98,7 +98,7 @@ def train_denoiser(folder: Path, steps: int = DENOISER_STEPS, weights: Path | No
     )  # fmt: skip
     if weights is not None and run.step == 0:
         go_on_from_kept(run, weights)
-    model = fit_base(run, captions, data, BATCH, PARTS)
+    model = fit_base(run, captions, data, BATCH, THREADS)
     write_pipeline(folder / "pipeline", vae, model, captions)
 
 

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 from launching import launch
+from tiny_models import tiny_images
 
 from lpl.comparison import measures
 from lpl.comparison.run import train_all
 from lpl.errors import StopRequestedError, UserError
-from lpl.testing import tiny_images
 
 ARMS = "baseline: {lpl_weight: 0}\nlpl: {lpl_weight: 5}\nrepeat: {lpl_weight: 0}\n"
 OPTIONS = {"validation_samples": 2, "validation_steps": 2, "max_train_steps": 4}

@@ -18,9 +18,8 @@ import launching
 import pytest
 import torch
 from PIL import Image
+from tiny_models import tiny_images
 from tiny_networks import tiny_clip, tiny_dinov2
-
-from lpl.testing import tiny_images
 
 THERE: dict[str, Any] = dict.fromkeys(("num_inference_steps", "guidance_scale", "sample_batch_size"))
 """Takes back what acts on drawn samples alone."""

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_models import tiny_images
 
 from lpl.base.locks import alone_at, alone_in
-from lpl.testing import tiny_images
 
 
 @pytest.fixture(scope="module")

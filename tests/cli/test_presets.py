@@ -203,7 +203,7 @@ def test_python_m_and_version(run_cli: Any) -> None:
 def test_presets_are_listed_and_printed(run_cli: Any) -> None:
     code, listed, _ = run_cli(["presets"])
     assert code == 0
-    for name in [*PRESETS, "ddp", "fsdp2", "deepspeed-zero2"]:
+    for name in [*PRESETS, "ddp", "fsdp2"]:
         assert f"  {name} " in listed
         code, text, _ = run_cli(["presets", name])
         assert code == 0

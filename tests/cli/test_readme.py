@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import tiny_vae
 
 from lpl.cli import main
 from lpl.config import TrainConfig
 from lpl.config_io import REFUSED
 from lpl.parsing import parse_train
 from lpl.presets import presets
-from lpl.testing import tiny_vae
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from tiny_models import tiny_vae
 
 from lpl import LatentPerceptualLoss, PerceptualObjective
 from lpl.diffusion.prediction import add_noise, alpha_sigma_table
 from lpl.perceptual.distance import NORM_TYPES
-from lpl.testing import tiny_vae
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

@@ -118,7 +118,7 @@ def commands(base_options: dict[str, Any], data: Path, train_in: Any, shared: Pa
     }
     (shared / "killed-prompts.txt").write_text("a\nb\n")
     drawn["reference_dir"] = shared / "killed-data"
-    from lpl.testing import tiny_images
+    from tiny_models import tiny_images
 
     tiny_images(shared / "killed-data", count=16)
     checked = {**options, "train_data_dir": shared / "killed-data"}

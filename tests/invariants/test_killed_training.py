@@ -18,8 +18,7 @@ from typing import Any
 import pytest
 import torch
 from killed_training import Training, finished
-
-from lpl.testing import tiny_images
+from tiny_models import tiny_images
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 

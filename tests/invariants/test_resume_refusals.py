@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from tiny_models import tiny_images
 
-from lpl.testing import tiny_images
 from lpl.training.checkpoint import list_checkpoints, save_checkpoint
 
 

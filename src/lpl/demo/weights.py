@@ -40,7 +40,7 @@ def save_component(name: str, module: nn.Module, metadata: dict[str, str] | None
 def _find(name: str) -> Path:
     path = WEIGHTS_FOLDER / f"{name}.safetensors"
     if not path.is_file():
-        raise RuntimeError(f"{path} is missing: make it with python -m lpl.demo.pretrain, or install lpl again")
+        raise RuntimeError(f"{path} is missing: make it with python -m tools.demo_weights, or install lpl again")
     return path
 
 

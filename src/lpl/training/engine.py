@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
 from lpl.config import TrainConfig
 from lpl.errors import UserError
@@ -22,7 +22,6 @@ from lpl.training.optimizers import check_class, check_steps
 from lpl.training.sharded import set_precision
 from lpl.training.small_cards import check_processes
 from lpl.training.step import timestep_weights
-from lpl.training.zero import check_zero
 
 logger = logging.getLogger("lpl")
 
@@ -51,7 +50,8 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         flag = "--use_8bit_adam" if config.optim.use_8bit_adam else "--optimizer adamw8bit"
         raise UserError(f"{flag} needs a GPU; drop it on a CPU")
     set_precision(accelerator)
-    check_zero(accelerator, config)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise UserError("accelerate's configuration asks for DeepSpeed: use FSDP2 instead (lpl presets fsdp2)")
     check_processes(config, accelerator.num_processes)
     check_class(config.optim)
     check_steps(config.optim, accelerator.device)

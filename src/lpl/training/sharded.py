@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from lpl.training.zero import is_zero, put_weights, whole_weights
-
 
 def local(tensor: Tensor) -> Tensor:
     """The part that this process holds; writing into it writes into the tensor."""
@@ -25,9 +23,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor with the parts of all processes; of what DeepSpeed trains, its float32 weights."""
-    if is_zero(tensor):
-        return whole_weights(tensor)
+    """The tensor with the parts of all processes."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -60,14 +56,12 @@ def forget_gathered(model: nn.Module) -> None:
 def put(value: Tensor, parameter: Tensor) -> None:
     """Writes a whole tensor, the same in every process, into a parameter."""
     local(parameter).copy_(local(split(value, parameter)))
-    if is_zero(parameter):
-        put_weights(parameter, value)
 
 
 class WholeModel:
     """The trained model as it would be without processes: to be saved with its own methods.
 
-    Under FSDP and DeepSpeed a second model of the same structure, without memory of its own until it is asked for,
+    Under FSDP a second model of the same structure, without memory of its own until it is asked for,
     whose weights are gathered on the CPU of the main process; else the model itself.
 
     Args:
@@ -78,7 +72,7 @@ class WholeModel:
     def __init__(self, accelerator: Accelerator, model: nn.Module) -> None:
         self._accelerator, self._model = accelerator, model
         self._shell: nn.Module | None = None
-        if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        if accelerator.distributed_type == DistributedType.FSDP:
             empty: dict[int, Any] = {
                 id(p): nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad) for p in model.parameters()
             }
@@ -88,9 +82,7 @@ class WholeModel:
         """The whole model; collective. With such a second model other processes than the main one get None."""
         if self._shell is None:
             return self._model
-        # DeepSpeed knows parameters, not what state_dict gives of them.
-        tensors = self._model.state_dict() | dict(self._model.named_parameters())
-        weights = gathered(tensors.items(), self._accelerator.is_main_process)
+        weights = gathered(self._model.state_dict().items(), self._accelerator.is_main_process)
         if not self._accelerator.is_main_process:
             return None
         self._shell.load_state_dict(weights, assign=True)
@@ -122,6 +114,6 @@ def set_precision(accelerator: Accelerator) -> None:
 
 def autocast_dtype(accelerator: Accelerator) -> torch.dtype | None:
     """The precision in which the trainer itself must run the model: accelerate does it elsewhere."""
-    if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+    if accelerator.distributed_type != DistributedType.FSDP:
         return None
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)

@@ -18,7 +18,6 @@ from lpl.training.lora import add_lora
 from lpl.training.optim import build_optimizer, build_schedule, scaled_learning_rate, split_components
 from lpl.training.sharded import WholeModel
 from lpl.training.weights import Weights
-from lpl.training.zero import ZeroBackward, ZeroOptimizer
 
 
 @dataclass
@@ -42,7 +41,7 @@ class Trained:
     schedule: Any
     ema: Average | None
     weights: Weights
-    stepping_backward: FusedBackward | ZeroBackward | None
+    stepping_backward: FusedBackward | None
     whole_model: WholeModel
 
 
@@ -81,14 +80,11 @@ def build_trained(
     schedule = build_schedule(optimizer, config.optim, num_steps)
     if config.run.compile_denoiser:
         denoiser.compile()  # in place: no wrapper that would be seen in the names of parameters
-    groups = [list(group["params"]) for group in optimizer.param_groups]
     wrapped, optimizer = accelerator.prepare(denoiser, optimizer)
     parameters = {n: p for n, p in denoiser.named_parameters() if p.requires_grad}
     ema = Average(list(parameters.values()), config.optim) if config.optim.use_ema else None
-    stepping: FusedBackward | ZeroBackward | None = None
-    if kind == DistributedType.DEEPSPEED:
-        optimizer, stepping = ZeroOptimizer(optimizer, groups), ZeroBackward(accelerator)
-    elif config.optim.fused_backward_pass:
+    stepping: FusedBackward | None = None
+    if config.optim.fused_backward_pass:
         stepping = FusedBackward(parameters.values(), optimizer)
     optimizer.train()  # says something to schedule-free optimizers only
     weights = Weights(parameters, optimizer, ema, config.optim.final_weights)

@@ -44,7 +44,6 @@ from lpl.training.trained import build_trained
 from lpl.training.validation import Validation
 from lpl.training.validation_checks import validation_prompts
 from lpl.training.validation_images import ImageDrawer
-from lpl.training.zero import ZeroBackward
 
 logger = logging.getLogger("lpl")
 
@@ -275,7 +274,7 @@ class Trainer:
             self.objective.end_step(accelerator.reduce if accelerator.num_processes > 1 else None)
         return norm
 
-    def _backward_and_step(self, fused: FusedBackward | ZeroBackward, loss: torch.Tensor) -> torch.Tensor:
+    def _backward_and_step(self, fused: FusedBackward, loss: torch.Tensor) -> torch.Tensor:
         try:
             norm = fused(self.accelerator.backward, loss, self.step + 1)
         except TrainingStoppedError as error:

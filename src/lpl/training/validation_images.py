@@ -19,7 +19,6 @@ from lpl.diffusion.draws import keyed_seed
 from lpl.families.base import Family
 from lpl.progress import progress
 
-SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 MOST_PIXELS = 2**26
 """Of a grid; cells shrink beyond it."""
 LETTERS, LINE, GAP = 14, 18, 4
@@ -87,7 +86,7 @@ class ImageDrawer:
     def _decoder_on_device(self, denoiser: Any) -> Iterator[None]:
         device, vae = self.accelerator.device, self.family.vae
         home = next(vae.parameters()).device
-        moves = self.accelerator.distributed_type not in SHARDED
+        moves = self.accelerator.distributed_type != DistributedType.FSDP
         try:
             if moves:
                 denoiser.to("cpu")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from tiny_models import tiny_vae
 from torch import nn
 
 from lpl.analysis.check import levels
@@ -18,7 +19,6 @@ from lpl.config import DiffusionConfig, TrainConfig
 from lpl.data.crops import plan_crop
 from lpl.perceptual.loss import LatentPerceptualLoss
 from lpl.perceptual.objective import PerceptualObjective
-from lpl.testing import tiny_vae
 from lpl.training.step import TrainingStep
 
 TIMESTEPS = 40

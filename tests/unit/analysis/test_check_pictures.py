@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_models import tiny_images, tiny_vae
 
 from lpl.analysis.check import maps, reconstruction
 from lpl.analysis.check.images import Encoded, Picture, read_pictures, same_size, spread
@@ -22,7 +23,6 @@ from lpl.data.sources import open_source
 from lpl.errors import UserError
 from lpl.perceptual.decoders.autoencoder_kl import AutoencoderKLTaps
 from lpl.perceptual.loss import LatentPerceptualLoss
-from lpl.testing import tiny_images, tiny_vae
 
 
 class Pool:

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import tiny_vae
 from torch import Tensor, nn
 
 from lpl.analysis.check import precision
-from lpl.testing import tiny_vae
 
 LATENTS = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
 

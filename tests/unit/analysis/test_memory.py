@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lpl.analysis.memory import count_saved_bytes
+from benchmarks.saved_bytes import count_saved_bytes
 
 
 def test_bytes_equal_a_hand_count() -> None:

@@ -278,9 +278,9 @@ def test_kept_weights_make_the_pipeline_again(tmp_path: Path) -> None:
 
 def test_pretraining_goes_on_from_kept_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks.quality import pretrain
-    from lpl.demo.pretrain_base import BaseModel
-    from lpl.demo.training_run import TrainingRun
     from lpl.demo.weights import load_pipeline
+    from tools.demo_weights.base import BaseModel
+    from tools.demo_weights.training_run import TrainingRun
 
     captions = ("a red apple",)
     model = BaseModel(captions, (80, 96))

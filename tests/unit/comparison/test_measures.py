@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from process_state import fresh_process_state
+from tiny_models import tiny_images
 
 from lpl.comparison import measures
 from lpl.comparison.arms import Arm
@@ -22,7 +23,6 @@ from lpl.errors import UserError
 from lpl.evaluation.planning import prompts_digest
 from lpl.families import sampling
 from lpl.parsing import parse_compare, parse_train
-from lpl.testing import tiny_images
 
 LOSS = "validation/raw/diffusion_loss"
 

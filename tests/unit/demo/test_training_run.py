@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from lpl.demo.pretrain_base import BaseModel, EncodedCrops, fit_base
-from lpl.demo.training_run import TrainingRun
+from tools.demo_weights.base import BaseModel, EncodedCrops, fit_base
+from tools.demo_weights.training_run import TrainingRun
 
 
 def make_run(checkpoint: Path, steps: int) -> TrainingRun:

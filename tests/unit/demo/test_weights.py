@@ -9,9 +9,9 @@ from safetensors import safe_open
 
 from lpl.demo import weights
 from lpl.demo.photographs import all_captions, training_crops
-from lpl.demo.pretrain_base import TIME_IDS, BaseModel, encode_crops, tokenize
-from lpl.demo.pretrain_vae import held_out_psnr, latent_std
 from lpl.demo.weights import COMPONENTS, WEIGHTS_FOLDER, export_model, load_component, load_pipeline
+from tools.demo_weights.base import TIME_IDS, BaseModel, encode_crops, tokenize
+from tools.demo_weights.vae import held_out_psnr, latent_std
 
 CAPTIONS = tuple(all_captions())
 

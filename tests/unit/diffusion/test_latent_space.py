@@ -2,9 +2,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny_models import tiny_vae
 
 from lpl.diffusion.latent_space import LatentSpace
-from lpl.testing import tiny_vae
 
 CONFIGS = {
     "scale": {"scaling_factor": 0.13025},

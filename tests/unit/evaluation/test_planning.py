@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_models import tiny_images
 
 from lpl.config import ModelConfig
 from lpl.errors import UserError
@@ -17,7 +18,6 @@ from lpl.evaluation.options import EvalConfig
 from lpl.evaluation.pictures import list_pictures, read_captions
 from lpl.evaluation.planning import Plan, check_eval, read_inputs
 from lpl.families.sampling import CLASSIFIER_FREE, PipelineSampler, vae_stride
-from lpl.testing import tiny_images
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import tiny_vae
 from torch import Tensor
 
 from lpl.errors import UserError
@@ -17,7 +18,6 @@ from lpl.evaluation.evaluate import Subsets, evaluate_images, measure_images
 from lpl.evaluation.pictures import as_png, count_smaller, list_pictures
 from lpl.evaluation.reference import Reference, reconstruct
 from lpl.evaluation.statistics import ImageSet
-from lpl.testing import tiny_vae
 
 NAMES = [
     "frechet_grid",

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import randomize
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lpl.config import ModelConfig
 from lpl.families import load_family
 from lpl.families.sdxl import SDXL
-from lpl.testing import randomize
 
 DEPTHS = {"text_encoder": 4, "text_encoder_2": 3}
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
+from tiny_models import tiny_sdxl
 
 from lpl.config import ModelConfig
 from lpl.families import blueprint, load_family, model_configs, native_resolution, noise_scheduler
 from lpl.families.sdxl import GUIDANCE_SCALE, SAMPLING_STEPS, SDXL
-from lpl.testing import tiny_sdxl
 
 CAPTIONS = ["a red fox", "picture 3 of a pattern", "x " * 200]
 

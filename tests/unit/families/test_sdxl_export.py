@@ -14,13 +14,13 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_models import randomize, tiny_sdxl
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from lpl.config import ModelConfig
 from lpl.errors import UserError
 from lpl.exporting.tensor_file import write_tensors
 from lpl.families.sdxl_export import SDXLExport, lora_parts, stored_dtype
-from lpl.testing import randomize, tiny_sdxl
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
+from tiny_models import tiny_sdxl
 
 from lpl.config import ModelConfig
 from lpl.errors import UserError
 from lpl.families import model_configs, noise_scheduler, plan_configs
-from lpl.testing import tiny_sdxl
 
 V = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
 

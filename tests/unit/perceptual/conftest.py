@@ -5,10 +5,10 @@ import functools
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from tiny_models import tiny_vae
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lpl.perceptual.loss import LPLOutput
-from lpl.testing import tiny_vae
 
 VAE_CONFIGS = {
     "four_blocks": {},

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny_models import tiny_vae
 
 from lpl import LatentPerceptualLoss
 from lpl.analysis.counter import StepCounter
@@ -10,7 +11,6 @@ from lpl.perceptual.convolution import Convolution, Upsampling
 from lpl.perceptual.crop import Crop
 from lpl.perceptual.distance import NORM_TYPES
 from lpl.perceptual.frozen import Attention, Plain, Resnet
-from lpl.testing import tiny_vae
 
 
 def equal(a, b, rtol=1e-5):

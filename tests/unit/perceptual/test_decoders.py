@@ -1,9 +1,9 @@
 import pytest
 import torch
 from diffusers import AutoencoderTiny
+from tiny_models import tiny_vae
 
 from lpl.perceptual.decoders import decoder_taps
-from lpl.testing import tiny_vae
 
 
 @pytest.mark.parametrize("size", [(8, 8), (6, 4)])

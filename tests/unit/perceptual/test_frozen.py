@@ -7,12 +7,12 @@ import torch
 from diffusers.models.attention_processor import Attention as DiffusersAttention
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
+from tiny_models import randomize
 
-from lpl.analysis.memory import count_saved_bytes
+from benchmarks.saved_bytes import count_saved_bytes
 from lpl.perceptual import convolution, strips
 from lpl.perceptual.convolution import Convolution, Upsampling
 from lpl.perceptual.frozen import Attention, Identity, Plain, Resnet, differentiable
-from lpl.testing import randomize
 
 
 def resnet(width_in, width_out):

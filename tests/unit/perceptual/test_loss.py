@@ -6,13 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from textbook_lpl import decoder_features, textbook_lpl
+from tiny_models import tiny_vae
 
 from lpl import LatentPerceptualLoss
 from lpl.diffusion.latent_space import LatentSpace
 from lpl.perceptual.distance import NORM_TYPES, FeatureDistance
 from lpl.perceptual.frozen import Identity
 from lpl.perceptual.segment import Segment
-from lpl.testing import tiny_vae
 
 
 def value_and_gradient(per_sample, pred):

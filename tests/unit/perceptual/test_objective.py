@@ -3,13 +3,13 @@ import itertools
 import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from tiny_models import tiny_vae
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lpl import LatentPerceptualLoss, PerceptualObjective
 from lpl.diffusion.draws import timestep_probabilities
 from lpl.diffusion.prediction import PREDICTION_TYPES, add_noise, alpha_sigma_table, target_of, x0_from_output
 from lpl.perceptual.objective import gradient_share
-from lpl.testing import tiny_vae
 
 TIMESTEPS = torch.tensor([700, 150, 20, 199, 950, 450, 3, 200])
 """Four of the eight pass t < 200, spread unevenly."""

@@ -1,4 +1,4 @@
-"""Make the shipped weights again: `python -m lpl.demo.pretrain vae`, then `decoder` and `base` in either order.
+"""Make the shipped weights again: `python -m tools.demo_weights vae`, then `decoder` and `base` in either order.
 
 Each part resumes from its checkpoint; with `--steps 0` it only writes the weights of the checkpoint as it is.
 
@@ -15,9 +15,9 @@ from pathlib import Path
 from diffusers import AutoencoderKL
 
 from lpl.demo.architecture import build_vae
-from lpl.demo.pretrain_base import train_base
-from lpl.demo.pretrain_vae import held_out_psnr, latent_std, refine_decoder, train_vae
 from lpl.demo.weights import load_component, save_component, shipped_scaling_factor
+from tools.demo_weights.base import train_base
+from tools.demo_weights.vae import held_out_psnr, latent_std, refine_decoder, train_vae
 
 
 def _load_vae() -> AutoencoderKL:
@@ -55,7 +55,7 @@ PARTS = {"vae": (make_vae, 4160), "decoder": (make_decoder, 5040), "base": (make
 
 def main(argv: list[str] | None = None) -> None:
     """Read the command line and train."""
-    parser = argparse.ArgumentParser(prog="python -m lpl.demo.pretrain", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.demo_weights", description=__doc__)
     parser.add_argument("part", choices=tuple(PARTS))
     parser.add_argument("--steps", type=int, help="over all resumed calls")
     parser.add_argument("--checkpoints", type=Path, default=Path("demo_checkpoints"), help="folder of checkpoints")

@@ -13,7 +13,7 @@ from torch import nn
 
 from lpl.demo.architecture import build_vae
 from lpl.demo.photographs import held_out_crops, random_patches, to_tensor
-from lpl.demo.training_run import TrainingRun
+from tools.demo_weights.training_run import TrainingRun
 
 BATCH_SIZE = 8
 FEATURE_BATCH = 4  # the feature distance looks at half of each batch
