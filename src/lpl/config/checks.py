@@ -136,7 +136,7 @@ def _check_number(flag: str, value: float, facts: Facts, auto: str) -> None:
         and (facts.below is None or value < facts.below)
     )
     require(fits, f"{flag} must {auto}{facts.range()}, not {str(value)[:40]}")
-    require(isfinite(value), f"{flag} must {auto}be a finite number, not {value}")
+    require(isinstance(value, int) or isfinite(value), f"{flag} must {auto}be a finite number, not {value}")
     require(
         not isinstance(value, int) or facts.most is not None or value <= MOST,
         f"{flag} must be at most {MOST}, not {str(value)[:40]}",

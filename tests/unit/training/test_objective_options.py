@@ -187,11 +187,11 @@ def test_share_is_not_judged_while_the_weight_rises(train: Any) -> None:
         (["--huber_c=0"], "--huber_c must be positive, not 0.0"),
         (["--loss_type=huber", "--huber_c=2"], "--huber_c 2.0: the threshold falls from 1 to it"),
         (["--pyramid_noise_iterations=1"], "--pyramid_noise_iterations must be 0 or at least 2, not 1"),
-        (["--pyramid_noise_iterations=-2"], "--pyramid_noise_iterations must be 0 or at least 2, not -2"),
+        (["--pyramid_noise_iterations=-2"], "--pyramid_noise_iterations must lie in 0..100, not -2"),
         (["--pyramid_noise_discount=1.5"], "--pyramid_noise_discount must lie above 0 and be 1 at most, not 1.5"),
         (["--noise_offset=0.1", "--pyramid_noise_iterations=6"], "both make coarse noise: drop one"),
         (["--logit_std=0"], "--logit_std must be positive, not 0.0"),
-        (["--logit_mean=inf"], "--logit_mean must be a number, not inf"),
+        (["--logit_mean=inf"], "--logit_mean must be a finite number, not inf"),
         (["--lpl_warmup_steps=-1"], "--lpl_warmup_steps must be 0 or more, not -1"),
     ],
 )
