@@ -111,7 +111,7 @@ def check_declared(group: Any) -> None:
         facts = facts_of(group, declared)
         values = getattr(group, declared.name)
         for value in values if isinstance(values, tuple) else (values,):
-            _check_value(f"--{declared.name}", value, facts, str(declared.type).endswith('Literal["auto"]'))
+            _check_value(f"--{declared.name}", value, facts, "'auto'" in str(declared.type))
         if facts.path and isinstance(values, str | tuple):
             at_home = expanduser(values) if isinstance(values, str) else tuple(map(expanduser, values))
             object.__setattr__(group, declared.name, at_home)
