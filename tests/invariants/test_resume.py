@@ -76,6 +76,9 @@ def test_five_steps_and_five_more_equal_ten(train: Any, variant: dict[str, Any])
     half = train(**variant | {"max_train_steps": EVERY}, output="halves")
     assert not same(half.unet(), whole.unet())
     resumed = train(**variant, resume_from_checkpoint="latest", output="halves")
+    last = whole.stderr.splitlines()[-1]
+    assert last.startswith("LPL had ")
+    assert resumed.stderr.splitlines()[-1] == last
     assert_same_end(resumed, whole, parts_of(variant))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +165,9 @@ def test_metrics_are_logged_every_n_steps_as_means(train: Any) -> None:
 @pytest.mark.parametrize(("weight", "expected"), [(1e-9, "LPL idles"), (1e6, "LPL dominates")])
 def test_share_of_the_gradient_warns_once_by_name(train: Any, weight: float, expected: str) -> None:
     run = train(lpl_weight=weight, train_batch_size=12, lpl_t_threshold=1000, max_train_steps=5)
-    warnings = [line for line in run.stderr.splitlines() if "% of the gradient" in line]
+    *warnings, last = [line for line in run.stderr.splitlines() if "% of the gradient" in line]
+    assert last == run.stderr.splitlines()[-1]
+    assert last.startswith("LPL had ")
     assert len(warnings) == 1
     assert expected in warnings[0]
     assert f"--lpl_weight {weight}" in warnings[0]
@@ -175,7 +178,10 @@ def test_auto_weight_meets_its_share_without_a_warning(train: Any) -> None:
     share = run.logged()["lpl/gradient_share"]
     assert share[1] == 0.0  # nothing was measured yet
     assert all(0.2 < share[step] < 0.4 for step in (2, 3, 4, 5))
-    assert "of the gradient" not in run.stderr
+    assert run.stderr.count("of the gradient") == 1
+    assert re.fullmatch(
+        r"LPL had (2|3)\d % of the gradient on 100 % of the samples, weight .+", run.stderr.splitlines()[-1]
+    )
 
 
 def test_samples_that_the_gate_stops_cost_no_decoding(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
