@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from lpl.config import TrainConfig, declared
+from lpl.config.perceptual import acting
 
 SAMPLES = "samples"
 """Kind of the figures of `lpl eval`."""
@@ -25,7 +26,7 @@ def other_yardsticks(config: TrainConfig, baseline: TrainConfig) -> dict[str, tu
     Kinds without any are left out, and LPL where one of the runs has none to measure.
     """
     (told, own), (told_before, before) = ((c.flat(), _defining(c)) for c in (config, baseline))
-    changed = {name for name in told if told[name] != told_before[name] and own[name] != before[name]}
+    changed = {name for name in told if told[name] != told_before[name] and own.get(name) != before.get(name)}
     kinds = ["diffusion_loss", SAMPLES, *["lpl"] * (config.lpl.use_lpl and baseline.lpl.use_lpl)]
     found = {kind: tuple(sorted(name for name in changed if kind in declared()[name].defines)) for kind in kinds}
     return {kind: options for kind, options in found.items() if options}
@@ -38,10 +39,7 @@ def kind_of(metric: str) -> str:
 
 def _defining(config: TrainConfig) -> dict[str, Any]:
     """All options, those that come to the same spelled alike."""
-    from lpl.perceptual.gate import DEFAULT_T_THRESHOLD
-
-    found = config.flat()
-    found["lpl_norm_type"] = SAME_VALUES.get(found["lpl_norm_type"], found["lpl_norm_type"])
-    if all(found[f"lpl_{gate}_threshold"] is None for gate in ("t", "snr", "sigma")):
-        found["lpl_t_threshold"] = DEFAULT_T_THRESHOLD
+    found = acting(config.flat())
+    if "lpl_norm_type" in found:
+        found["lpl_norm_type"] = SAME_VALUES.get(found["lpl_norm_type"], found["lpl_norm_type"])
     return found
