@@ -121,6 +121,8 @@ def _dispatch(argv: list[str]) -> None:
         print(__version__)
     elif argv[0] == "train":
         config = parse_train(argv[1:])
+        from lpl.training.run import run_train
+
         run_train(config)
     elif argv[0] == "cache":
         run_cache(argv[1:])
@@ -145,7 +147,7 @@ def _dispatch(argv: list[str]) -> None:
     elif argv[0] == "compare":
         from lpl.comparison.run import run_compare
 
-        run_compare(parse_compare(argv[1:]), parse_train, run_train)
+        run_compare(parse_compare(argv[1:]))
     elif argv[0] == "report":
         from lpl.report.page import write_report
 
@@ -154,7 +156,7 @@ def _dispatch(argv: list[str]) -> None:
         evaluation = parse(EvalConfig, argv[1:], "lpl eval", [*EvalConfig.__dataclass_fields__, "no_floor"])
         from lpl.evaluation.command import run_eval
 
-        run_eval(evaluation, lambda file: parse_train(["--config", str(file)]).model)
+        run_eval(evaluation)
     elif argv[0] == "demo":
         demo = parse(DemoConfig, argv[1:], "lpl demo", list(DemoConfig.__dataclass_fields__))
         from lpl.demo.run import run_demo
@@ -166,25 +168,6 @@ def _dispatch(argv: list[str]) -> None:
         print("\n".join(f"{key}: {value}" for key, value in environment().items()))
     else:
         raise UserError(f"unknown command {argv[0]!r}{nearest(argv[0], list(COMMANDS))}; known: {', '.join(COMMANDS)}")
-
-
-def run_train(config: TrainConfig) -> None:
-    """Checks everything that is cheap to check, then trains, or prints the plan under --dry_run."""
-    from lpl.training.preflight import alone, preflight
-
-    checked = preflight(config)
-    config = checked.config
-    if config.run.dry_run:
-        from lpl.analysis.plan import describe
-
-        print(describe(config, checked))
-    elif checked.has_ended:
-        print(f"nothing to do: {config.run.output_dir} holds this run, finished at step {checked.finished_step}")
-    else:
-        with alone(checked):
-            from lpl.training.trainer import train
-
-            train(config, checked)
 
 
 def run_cache(argv: list[str]) -> None:
@@ -213,7 +196,7 @@ def run_export(argv: list[str]) -> None:
     options = parse(ExportConfig, argv, "lpl export", list(ExportConfig.__dataclass_fields__))
     from lpl.exporting.export import export
 
-    print(export(options, lambda file: parse_train(["--config", str(file)]).model))
+    print(export(options))
 
 
 def run_data(options: DataReportConfig) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from itertools import dropwhile, takewhile
+from pathlib import Path
 from typing import Any
 
 import tyro
@@ -25,6 +26,15 @@ def parse_train(argv: list[str]) -> TrainConfig:
         UserError: an unknown, refused or malformed option, or values that fail the config's checks.
     """
     return parse_options(TrainConfig, argv, "lpl train", list(TrainConfig().flat()))
+
+
+def load_config(file: Path) -> TrainConfig:
+    """The options that a YAML file holds, such as a run's config.yaml.
+
+    Raises:
+        UserError: as parse_train.
+    """
+    return parse_train(["--config", str(file)])
 
 
 def parse_plan(argv: list[str]) -> PlanConfig:

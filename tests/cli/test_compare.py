@@ -217,13 +217,13 @@ def test_eval_measures_once_with_equal_options(tmp_path: Path, flags: Any, monke
     from dataclasses import asdict
 
     from lpl.evaluation.planning import Inputs
-    from lpl.parsing import parse_compare, parse_train
+    from lpl.parsing import parse_compare
 
     asked = []
 
     now = Inputs("images", "prompts")
 
-    def run_eval(options: Any, read_run: Any, is_late: Any) -> None:
+    def run_eval(options: Any, is_late: Any) -> None:
         asked.append(options)
         metrics = {"recall": {"value": 0.25, "note": "rough: few"}, "precision": {"value": None, "note": "refused"}}
         folder = Path(options.output_dir)
@@ -242,7 +242,7 @@ def test_eval_measures_once_with_equal_options(tmp_path: Path, flags: Any, monke
     finished.write_text("{}")
 
     def measure() -> measures.Figures:
-        return measures.metrics_of(tmp_path, options, options.train, parse_train, now)
+        return measures.metrics_of(tmp_path, options, options.train, now)
 
     first = measure()
     assert first[:3] == ({"recall": 0.25}, {"recall": "rough: few"}, ("a",))
@@ -337,7 +337,7 @@ def test_a_finished_comparison_with_samples_goes_on(
 def test_minutes_count_for_all_runs_together(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: Any) -> None:
     from lpl.comparison import run
     from lpl.comparison.arms import read_arms
-    from lpl.parsing import parse_compare, parse_train
+    from lpl.parsing import parse_compare
 
     now = [0.0]
     monkeypatch.setattr(run.time, "monotonic", lambda: now[0])
@@ -348,8 +348,9 @@ def test_minutes_count_for_all_runs_together(monkeypatch: pytest.MonkeyPatch, tm
         given.append(config.run.max_minutes)
         now[0] += 6 * 60
 
+    monkeypatch.setattr(run, "run_train", train)
     with pytest.raises(StopRequestedError, match="the same command continues"):
-        train_all(options, read_arms(options, parse_train), train, 0.0)
+        train_all(options, read_arms(options), 0.0)
     assert given == [10.0, 4.0]
 
 

@@ -468,10 +468,9 @@ def test_errors_are_one_line(
 
 @pytest.mark.parametrize(("resolution", "together"), [(16, 64), (256, 64), (512, 16), (1024, 4), (4096, 1)])
 def test_batches_by_resolution(options: dict[str, Any], resolution: int, together: int) -> None:
-    from lpl.config import ModelConfig
     from lpl.evaluation.options import EvalConfig
     from lpl.evaluation.planning import check_eval
 
     found = {k: str(v) if isinstance(v, Path) else v for k, v in options.items() if k != "sample_batch_size"}
     found |= {"resolution": resolution, "output_dir": found["reference_cache_dir"]}
-    assert check_eval(EvalConfig(**found), lambda _: ModelConfig()).sampling.batch_size == together
+    assert check_eval(EvalConfig(**found)).sampling.batch_size == together

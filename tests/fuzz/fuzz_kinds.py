@@ -140,14 +140,14 @@ def config(base: Base) -> tuple[Path, Act]:
 def arms(base: Base) -> tuple[Path, Act]:
     """--arms of lpl compare."""
     from lpl.comparison.arms import read_arms
-    from lpl.parsing import parse_compare, parse_train
+    from lpl.parsing import parse_compare
 
     file = base.folder / "arms.yaml"
     file.write_text(
         "base: {}\nlpl: {lpl_weight: 2.0, lr_scheduler: cosine}\nother:\n  train_batch_size: 4\n  rank: null\n"
     )
     options = parse_compare([f"--arms={file}", "--validation_samples=2", "--seeds", "0", "1"])
-    return file, lambda: read_arms(options, parse_train)
+    return file, lambda: read_arms(options)
 
 
 def metadata(base: Base) -> tuple[Path, Act]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from lpl.config import TrainConfig, declared
 from lpl.config.perceptual import acting
 from lpl.config_io import as_flags, nearest, read_strings, why_refused, without_replaced
 from lpl.errors import UserError
+from lpl.parsing import parse_train
 from lpl.report.options import PAGE
 
 
@@ -51,12 +51,11 @@ class Arm:
         return f"{self.name}/seed-{seed}"
 
 
-def read_arms(options: CompareConfig, parse: Callable[[list[str]], TrainConfig]) -> list[Arm]:
+def read_arms(options: CompareConfig) -> list[Arm]:
     """The arms of --arms with the options of all their runs.
 
     Args:
         options: of `lpl compare`.
-        parse: makes options of the flags of `lpl train`.
 
     Raises:
         UserError: a file that cannot be read, or an arm with a name or option that is none.
@@ -70,7 +69,7 @@ def read_arms(options: CompareConfig, parse: Callable[[list[str]], TrainConfig])
         for seed in options.seeds:
             folder = Path(options.train.run.output_dir) / name / f"seed-{seed}"
             try:
-                configs[seed] = parse(
+                configs[seed] = parse_train(
                     [*as_flags(without_replaced(shared, own)), *own, f"--seed={seed}", f"--output_dir={folder}"]
                 )
                 check_logs(configs[seed])

@@ -36,7 +36,6 @@ REDRAW = (
 """What to do about samples of a comparison that were drawn otherwise."""
 
 Curve = list[tuple[float, float]]
-Parse = Callable[[list[str]], TrainConfig]
 
 
 class Figures(NamedTuple):
@@ -116,7 +115,6 @@ def metrics_of(
     folder: Path,
     options: CompareConfig,
     config: TrainConfig,
-    parse: Parse,
     inputs: Inputs,
     is_late: Callable[[], bool] = lambda: False,
 ) -> Figures:
@@ -129,7 +127,6 @@ def metrics_of(
         folder: of the finished run.
         options: of `lpl compare`.
         config: of the run.
-        parse: makes options of the flags of `lpl train`.
         inputs: of inputs_of.
         is_late: asked before anything is measured: whether no time is left.
 
@@ -145,7 +142,7 @@ def metrics_of(
     if not _holds(file, {"options": asdict(wanted), **inputs._asdict()}, folder):
         if first:
             drop_stale_samples(folder)
-        run_eval(wanted, lambda path: parse(["--config", str(path)]).model, is_late)
+        run_eval(wanted, is_late)
     if not first:
         return NO_FIGURES
     content = read_result(file, "eval")
@@ -186,13 +183,12 @@ def _are_stale(run: Path, folder: Path) -> bool:
     return drawn.is_file() and result.is_file() and drawn.stat().st_mtime < result.stat().st_mtime
 
 
-def check_metrics(options: CompareConfig, config: TrainConfig, parse: Parse, ended: Sequence[TrainConfig] = ()) -> None:
+def check_metrics(options: CompareConfig, config: TrainConfig, ended: Sequence[TrainConfig] = ()) -> None:
     """Refuses, before anything is trained, what `lpl eval` would refuse of the reference, its images or old samples.
 
     Args:
         options: of `lpl compare`.
         config: of the baseline.
-        parse: makes options of the flags of `lpl train`.
         ended: options of runs that will not be trained further, whose samples are to be the same as those of others.
 
     Raises:
@@ -212,7 +208,7 @@ def check_metrics(options: CompareConfig, config: TrainConfig, parse: Parse, end
         f"--guidance_scale, --num_inference_steps: at several of them arms are compared by the Fréchet distance, which "
         f"needs {FEWEST['frechet']} samples and images in --reference_dir: {least} are too few (--num_samples)",
     )
-    plan = check_reference(wanted, lambda path: parse(["--config", str(path)]).model, config.model)
+    plan = check_reference(wanted, config.model)
     for one in ended:
         run = Path(one.run.output_dir)
         own = replace(plan, resolution=one.data.resolution or plan.resolution, folder=run / EVAL)

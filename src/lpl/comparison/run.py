@@ -18,7 +18,7 @@ from lpl.base.locks import alone_in
 from lpl.base.output_folder import Names, OutputFolder, check_real, kind_of
 from lpl.comparison import measures
 from lpl.comparison.arms import Arm, read_arms
-from lpl.comparison.measures import EVAL, NO_FIGURES, Measured, Parse, measure_run
+from lpl.comparison.measures import EVAL, NO_FIGURES, Measured, measure_run
 from lpl.comparison.options import FILE, CompareConfig
 from lpl.comparison.points import at_best
 from lpl.comparison.same_data import check_same_data
@@ -31,12 +31,13 @@ from lpl.config_io import CONFIG_FILE, environment
 from lpl.data.files import write_atomically
 from lpl.errors import StopRequestedError, TrainingStoppedError, UserError
 from lpl.report.options import PAGE, ReportConfig
+from lpl.training.run import run_train
 
 logger = logging.getLogger("lpl")
 T = TypeVar("T")
 
 
-def run_compare(options: CompareConfig, parse: Parse, train: Callable[[TrainConfig], None]) -> None:
+def run_compare(options: CompareConfig) -> None:
     """Trains what is not finished, measures, and writes compare.json, the table and the page.
 
     All options are checked before anything is trained. A run that has to stop (a loss that is not finite), or whose
@@ -46,14 +47,12 @@ def run_compare(options: CompareConfig, parse: Parse, train: Callable[[TrainConf
 
     Args:
         options: of `lpl compare`.
-        parse: makes options of the flags of `lpl train`.
-        train: what `lpl train` does with options.
 
     Raises:
         UserError: bad options, or runs that were trained on other data than the baseline's.
         StopRequestedError: asked to stop.
     """
-    arms = read_arms(options, parse)
+    arms = read_arms(options)
     home = Path(options.train.run.output_dir)
     for arm in arms:
         for seed in options.seeds:
@@ -66,7 +65,7 @@ def run_compare(options: CompareConfig, parse: Parse, train: Callable[[TrainConf
     )
     output.check(names)
     with alone_in(home):
-        content = _compare(options, arms, parse, train)
+        content = _compare(options, arms)
         if content is None:
             return
         output.check(names)
@@ -77,9 +76,7 @@ def run_compare(options: CompareConfig, parse: Parse, train: Callable[[TrainConf
         print("\n".join(["", *(entry["sentence"] for entry in content["verdicts"])]))
 
 
-def _compare(
-    options: CompareConfig, arms: Sequence[Arm], parse: Parse, train: Callable[[TrainConfig], None]
-) -> dict[str, Any] | None:
+def _compare(options: CompareConfig, arms: Sequence[Arm]) -> dict[str, Any] | None:
     """Trains and measures; the content of compare.json, in the first process."""
     from lpl.training.preflight import preflight
 
@@ -93,7 +90,7 @@ def _compare(
                 if checked.has_ended or (checked.finished_step is not None and checked.num_steps is None):
                     ended.append(config)
     if options.reference_dir is not None:
-        measures.check_metrics(options, arms[0].configs[options.seeds[0]], parse, ended)
+        measures.check_metrics(options, arms[0].configs[options.seeds[0]], ended)
         _forget_run()
     refused = [f"{arm.name}: not paired, as {arm.why_unpaired}" for arm in arms if arm.unpaired]
     for line in refused:
@@ -103,24 +100,21 @@ def _compare(
             told = "figures of samples" if kind == SAMPLES else f"validation's {kind}"
             why = f"another yardstick than the baseline's: --{', --'.join(changed)}"
             logger.warning("%s: %s will not be compared: %s", arm.name, told, why)
-    failed = train_all(options, arms, train, started)
+    failed = train_all(options, arms, started)
     home = Path(options.train.run.output_dir)
     is_late = lambda: limit is not None and time.monotonic() - started >= 60 * limit  # noqa: E731
-    measured, unmeasured = _measure_all(options, arms, home, failed, parse, is_late)
+    measured, unmeasured = _measure_all(options, arms, home, failed, is_late)
     if os.environ.get("RANK", "0") != "0":
         return None
     return result(options, arms, measured, [*refused, *failed.values(), *unmeasured])
 
 
-def train_all(
-    options: CompareConfig, arms: Sequence[Arm], train: Callable[[TrainConfig], None], started: float
-) -> dict[tuple[str, int], str]:
+def train_all(options: CompareConfig, arms: Sequence[Arm], started: float) -> dict[tuple[str, int], str]:
     """Trains every arm with every seed, seed by seed, so that an early end leaves whole pairs.
 
     Args:
         options: of `lpl compare`.
         arms: the baseline first.
-        train: what `lpl train` does with options.
         started: when --max_minutes began, of time.monotonic.
 
     Returns:
@@ -144,7 +138,7 @@ def train_all(
                 config = replace(config, run=replace(config.run, max_minutes=left))
             logger.info("run %d of %d: %s, seed %d", number, total, arm.name, seed)
             try:
-                train(config)
+                run_train(config)
             except TrainingStoppedError as error:
                 failed[arm.name, seed] = f"{arm.folder(seed)}: {error}"
                 logger.warning("%s", failed[arm.name, seed])
@@ -172,7 +166,6 @@ def _measure_all(
     arms: Sequence[Arm],
     home: Path,
     failed: dict[tuple[str, int], str],
-    parse: Parse,
     is_late: Callable[[], bool],
 ) -> tuple[dict[str, list[Measured]], list[str]]:
     """The figures of all runs, in the first process, and lines on runs whose samples could not be measured."""
@@ -188,7 +181,7 @@ def _measure_all(
             figures = NO_FIGURES
             if inputs is not None:
                 try:
-                    figures = measures.metrics_of(home / arm.folder(seed), options, config, parse, inputs, is_late)
+                    figures = measures.metrics_of(home / arm.folder(seed), options, config, inputs, is_late)
                 except UserError as error:  # in every process of a launch, so that all go on together
                     lines.append(f"{arm.folder(seed)}: its samples are not measured: {error}")
                     logger.warning("%s", lines[-1])

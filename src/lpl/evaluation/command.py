@@ -32,14 +32,11 @@ from lpl.progress import progress
 logger = logging.getLogger("lpl")
 
 
-def run_eval(
-    options: EvalConfig, read_run: Callable[[Path], ModelConfig], is_late: Callable[[], bool] = lambda: False
-) -> None:
+def run_eval(options: EvalConfig, is_late: Callable[[], bool] = lambda: False) -> None:
     """Evaluates, and prints the table. Every process of a launch ends alike.
 
     Args:
         options: of `lpl eval`.
-        read_run: reads the model's options from a run's config.yaml.
         is_late: asked before anything is drawn: whether no time is left.
 
     Raises:
@@ -48,7 +45,7 @@ def run_eval(
     """
     with _processes() as accelerator, ExitStack() as stack:
         main, device = accelerator.is_main_process, accelerator.device
-        plan = together(lambda: check_eval(options, read_run))
+        plan = together(lambda: check_eval(options))
         # Samples of another command, or of other settings, may have come since the checks.
         together(lambda: stack.enter_context(alone_in(Path(options.output_dir))))
         together(lambda: check_output(plan))
@@ -80,21 +77,20 @@ def run_eval(
         together(lambda: _tell(plan, found) if main else None)
 
 
-def check_reference(options: EvalConfig, read_run: Callable[[Path], ModelConfig], model: ModelConfig) -> Plan:
+def check_reference(options: EvalConfig, model: ModelConfig) -> Plan:
     """Refuses, before there is a trained model, what run_eval would refuse; reads every reference image.
 
     The statistics of the reference are kept for run_eval; those after the VAE need its weights and are left to it.
 
     Args:
         options: of `lpl eval`, for the model that training begins with.
-        read_run: as for run_eval.
         model: that model.
 
     Raises:
         UserError: bad input, in every process of a launch.
     """
     with _processes() as accelerator:
-        plan = together(lambda: check_eval(options, read_run, model))
+        plan = together(lambda: check_eval(options, model))
         read = lambda: read_references(options, plan.resolution, plan.inception, None, accelerator.device)  # noqa: E731
         together(lambda: read() if accelerator.is_main_process else None)
     return plan

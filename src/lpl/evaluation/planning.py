@@ -84,12 +84,11 @@ class Plan:
         return prompts_digest(self.distinct_prompts)
 
 
-def check_eval(options: EvalConfig, read_run: Callable[[Path], ModelConfig], model: ModelConfig | None = None) -> Plan:
+def check_eval(options: EvalConfig, model: ModelConfig | None = None) -> Plan:
     """Refuses what can be refused before anything heavy loads.
 
     Args:
         options: of `lpl eval`.
-        read_run: reads the model's options from a run's config.yaml.
         model: the model with all its options, where it is not to be made of those of `lpl eval`: one that training
             begins with, of which there are no samples yet.
 
@@ -107,7 +106,7 @@ def check_eval(options: EvalConfig, read_run: Callable[[Path], ModelConfig], mod
     references = list_pictures(folder, "--reference_dir")
     request = None
     if options.pretrained_model_name_or_path is not None:
-        request = _request(options, read_run) if model is None else Request(model, None, "")
+        request = _request(options) if model is None else Request(model, None, "")
     native, scales = None, as_tuple(options.guidance_scale)
     if request is not None:
         asked = request
@@ -180,7 +179,7 @@ def _check_network(flag: str, name: str | None) -> None:
     require(name is None or is_id or (Path(name) / "config.json").is_file(), f"--{flag} {name}: no config.json there")
 
 
-def _request(options: EvalConfig, read_run: Callable[[Path], ModelConfig]) -> Request:
+def _request(options: EvalConfig) -> Request:
     return resolve(
         ExportConfig(
             str(options.pretrained_model_name_or_path),
@@ -191,8 +190,7 @@ def _request(options: EvalConfig, read_run: Callable[[Path], ModelConfig]) -> Re
             pretrained_vae_model_name_or_path=options.pretrained_vae_model_name_or_path,
             variant=options.variant,
             single_file_config=options.single_file_config,
-        ),
-        read_run,
+        )
     )
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from lpl.base.locks import alone_at
-from lpl.config import ModelConfig
 from lpl.errors import UserError
 from lpl.exporting.options import ExportConfig, Request, resolve
 from lpl.families import check_export
@@ -17,12 +16,11 @@ from lpl.families import check_export
 MODEL_FLAG = "--pretrained_model_name_or_path"
 
 
-def export(options: ExportConfig, read_run: Callable[[Path], ModelConfig]) -> str:
+def export(options: ExportConfig) -> str:
     """Writes what the options ask for.
 
     Args:
         options: of `lpl export`.
-        read_run: reads the model's options from a run's config.yaml.
 
     Returns:
         A line that says what was written.
@@ -32,7 +30,7 @@ def export(options: ExportConfig, read_run: Callable[[Path], ModelConfig]) -> st
     """
     output = Path(str(options.output))
     _check_output(output, options.to)
-    request = resolve(options, read_run)
+    request = resolve(options)
     with alone_at(output, "--output"):
         _check_output(output, options.to)  # another command may have written it since
         return _write(options, request, output)

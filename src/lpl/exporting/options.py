@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -65,12 +64,11 @@ class Request(NamedTuple):
     """How to call the model in an error."""
 
 
-def resolve(options: ExportConfig, read_run: Callable[[Path], ModelConfig]) -> Request:
+def resolve(options: ExportConfig) -> Request:
     """The model and the LoRA that the options name.
 
     Args:
         options: of `lpl export`.
-        read_run: reads the model's options from a run's config.yaml.
 
     Raises:
         UserError: an unfinished run, a folder that is none, or options that cannot act.
@@ -92,7 +90,10 @@ def resolve(options: ExportConfig, read_run: Callable[[Path], ModelConfig]) -> R
     require(lora is None, f"--lora {options.lora}: {folder} is a LoRA already; merge one after the other")
     if not (folder / CONFIG_FILE).is_file():
         require(options.base is not None, f"{folder}: no {CONFIG_FILE} that names the LoRA's model; give --base")
-    config = read_run(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else as_trained(ModelConfig(), own)
+    from lpl.parsing import load_config
+
+    known = (folder / CONFIG_FILE).is_file()
+    config = load_config(folder / CONFIG_FILE).model if known else as_trained(ModelConfig(), own)
     if options.base is not None:
         schedule = {name: getattr(config, name) for name in ("prediction_type", "rescale_betas_zero_snr")}
         config = ModelConfig(options.base, **schedule)

@@ -18,7 +18,7 @@ from benchmarks.quality.measure import PictureSet, Request, next_points
 from benchmarks.quality.results import Results
 from benchmarks.quality.stages import Stages
 from benchmarks.quality.workers import BudgetSpentError, DivergedError, Workers
-from lpl.cli import parse_train
+from lpl.parsing import parse_train
 from lpl.config_io import as_flags
 from lpl.errors import UserError
 

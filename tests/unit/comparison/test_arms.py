@@ -17,7 +17,7 @@ def read(tmp_path: Path, text: str, *argv: str) -> list[Arm]:
     file = tmp_path / "arms.yaml"
     file.write_text(text)
     shared = ["--arms", str(file), "--validation_samples=2", f"--output_dir={tmp_path / 'out'}"]
-    return read_arms(parse_compare([*shared, *argv]), parse_train)
+    return read_arms(parse_compare([*shared, *argv]))
 
 
 def test_arms_are_the_shared_options_with_their_own(tmp_path: Path) -> None:
@@ -151,11 +151,11 @@ def test_options_are_checked(argv: list[str], part: str) -> None:
 def test_no_such_file() -> None:
     options: Any = parse_compare(["--arms=/nowhere.yaml", "--validation_samples=2"])
     with pytest.raises(UserError, match=r"--arms /nowhere\.yaml: cannot be read"):
-        read_arms(options, parse_train)
+        read_arms(options)
 
 
 def test_a_file_that_is_not_utf8(tmp_path: Path) -> None:
     (tmp_path / "arms.yaml").write_bytes(b"base: {}\n# caf\xe9\nlpl: {lpl_weight: 1}\n")
     options: Any = parse_compare([f"--arms={tmp_path / 'arms.yaml'}", "--validation_samples=2"])
     with pytest.raises(UserError, match=r"^--arms .*arms\.yaml, line 2: not UTF-8 text \(byte 14 of the file\)"):
-        read_arms(options, parse_train)
+        read_arms(options)

@@ -22,14 +22,14 @@ from lpl.config import ModelConfig
 from lpl.errors import UserError
 from lpl.evaluation.planning import prompts_digest
 from lpl.families import sampling
-from lpl.parsing import parse_compare, parse_train
+from lpl.parsing import parse_compare
 
 LOSS = "validation/raw/diffusion_loss"
 
 
 def check(options: Any, *ended: Any) -> None:
     with fresh_process_state():
-        measures.check_metrics(options, options.train, parse_train, ended)
+        measures.check_metrics(options, options.train, ended)
 
 
 @pytest.mark.parametrize("older", [True, False])

@@ -28,7 +28,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plan(reference: Path, output: Path, **options: Any) -> Plan:
     given = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
     given |= {"reference_dir": str(reference), "output_dir": str(output), "metrics": ("spectrum",)}
-    return check_eval(EvalConfig(**given), lambda _: ModelConfig())
+    return check_eval(EvalConfig(**given))
 
 
 def test_samples_drawn_into_the_reference_are_refused(model: Path, tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_inputs_are_what_eval_json_will_hold(model: Path, tmp_path: Path) -> Non
     real = Path(tiny_images(tmp_path / "real", count=12))
     options = EvalConfig(str(model), reference_dir=str(real), num_samples=12, output_dir=str(tmp_path / "out"))
     first = read_inputs(options)
-    assert first.prompts_digest == check_eval(options, lambda _: ModelConfig()).prompts_digest
+    assert first.prompts_digest == check_eval(options).prompts_digest
     assert read_inputs(replace(options, reference_dir=str(real.rename(tmp_path / "moved")))) == first
     options = replace(options, reference_dir=str(tmp_path / "moved"))
     metadata = tmp_path / "moved" / "metadata.jsonl"

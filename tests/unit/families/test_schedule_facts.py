@@ -264,13 +264,9 @@ def merged(request: Any) -> tuple[Any, ...]:
 
 def test_a_lora_remembers_its_schedule(lora_run: Path, lean: Path, model: Path, tmp_path: Path) -> None:
     """Of the run, onto another base, as a file alone in either naming, and moved away from its config.yaml."""
-    from lpl.cli import parse_train
-
     def ask(source: Path, **options: Any) -> Any:
         given = {name: str(value) for name, value in options.items()}
-        return resolve(
-            ExportConfig(str(source), output="-", **given), lambda f: parse_train(["--config", str(f)]).model
-        )
+        return resolve(ExportConfig(str(source), output="-", **given))
 
     kohya = lora_run / "lora-v_kohya.safetensors"
     alone = tmp_path / "alone"
@@ -304,7 +300,7 @@ def test_what_a_lora_took_from_its_base_is_the_next_bases_business(
     """As of a LoRA of another program: the base decides, and a difference is said."""
     file = tmp_path / "theirs.safetensors"
     save_file(load_file(lora_run / "lora-v_kohya.safetensors"), file, {"modelspec.prediction_type": "v"})
-    request = resolve(ExportConfig(str(lean), output="-", lora=str(file)), lambda _: ModelConfig())
+    request = resolve(ExportConfig(str(lean), output="-", lora=str(file)))
     assert merged(request)[:2] == ("epsilon", False)
     assert [r.getMessage() for r in caplog.records if "was trained on" in r.getMessage()] == [
         f"{file}: was trained on v_prediction; the model it is merged into predicts epsilon, and so will the result"
