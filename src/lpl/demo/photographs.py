@@ -31,6 +31,7 @@ SCALES = ("wide", "medium", "close-up")
 SCALE_RANGES = {"wide": (0.65, 0.85), "medium": (0.42, 0.58), "close-up": (0.22, 0.32)}  # of the region's shorter side
 CROPS_PER_PHOTOGRAPH = {"wide": 4, "medium": 8, "close-up": 10}
 HELD_OUT_CROPS_PER_PHOTOGRAPH = 8
+NUM_VIEWS = 512
 
 Box = tuple[int, int, int, int]
 """Left, upper, right and lower edge in pixels of the shrunk photograph, as PIL takes them."""
@@ -213,13 +214,27 @@ def export_data(folder: str | Path) -> Path:
         RuntimeError: if scikit-image or scikit-learn is not installed.
         UserError: it holds something else under these names.
     """
-    crops = training_crops()
-    rows, counts = [], dict.fromkeys((photograph.name for photograph in PHOTOGRAPHS), 0)
-    with replacing(folder, "--export_data") as staged:
-        for crop in crops:
-            name = f"{crop.photograph}_{counts[crop.photograph]:02d}.png"
-            counts[crop.photograph] += 1
+    counts = dict.fromkeys((photograph.name for photograph in PHOTOGRAPHS), 0)
+    named = {}
+    for crop in training_crops():
+        named[f"{crop.photograph}_{counts[crop.photograph]:02d}.png"] = crop
+        counts[crop.photograph] += 1
+    return _export(named, folder, "--export_data")
+
+
+def export_views(folder: str | Path) -> Path:
+    """Write other crops of the training regions, as export_data does: what samples are measured against.
+
+    They are in random order, so that the first captions are of all photographs.
+    """
+    views = random_crops(NUM_VIEWS, random.Random("views"))
+    return _export({f"{number:03d}.png": crop for number, crop in enumerate(views)}, folder, "--output_dir")
+
+
+def _export(crops: dict[str, Crop], folder: str | Path, flag: str) -> Path:
+    with replacing(folder, flag) as staged:
+        for name, crop in crops.items():
             crop.image.save(staged / name)
-            rows.append(json.dumps({"file_name": name, "text": crop.caption}))
+        rows = [json.dumps({"file_name": name, "text": crop.caption}) for name, crop in crops.items()]
         (staged / "metadata.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
     return Path(folder)
