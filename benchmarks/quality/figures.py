@@ -16,7 +16,8 @@ import torch
 from PIL import Image, ImageDraw
 
 from benchmarks.quality.kept import FOLDER, kept_pipeline, read_kept
-from benchmarks.quality.summary import FEW, FILE, MANY, Row, floor_of, mean_interval, reported, tried
+from benchmarks.quality.summary import FEW, FILE, MANY, Row, floor_of, reported, tried
+from lpl.comparison.points import mean_interval
 
 DOCS = Path(__file__).parents[2] / "docs"
 COLORS = {

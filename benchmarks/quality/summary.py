@@ -2,24 +2,21 @@
 
     python -m benchmarks.quality.summary [results.json]
 
-An arm's figure of a seed is that at the guidance which has the least mean Fréchet distance over the arm's *other* seeds
-(leave one out), so that no seed chooses for itself. Ratios are paired by seed, with Student's 95 % interval of their
-mean logarithm; recall is compared by its difference.
+Statistics are those of `lpl compare` (lpl/comparison/points.py): a figure of a seed is that at the guidance which
+is best on the arm's *other* seeds; ratios are paired by seed; recall is compared by its difference.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any, NamedTuple
 
-from scipy.stats import t as student
-
 from benchmarks.quality.measure import FIGURES
+from lpl.comparison.points import Interval, chosen_guidance, mean_interval, paired_ratio
 from lpl.config import TrainConfig
 
 FILE = Path(__file__).parent / "results.json"
@@ -28,35 +25,6 @@ MANY, FEW = 20, 4
 SHOWN = ("frechet_second", "recall", "high_band_log_error")
 BARS = {MANY: 0.95, FEW: 0.90}
 RECALL_BAR, HEADROOM_BAR, CONVERGENCE_BAR, DEFAULT_BAR = -0.01, 2.0, 0.03, 0.02
-
-
-class Interval(NamedTuple):
-    """A mean with its interval; the ends are None with fewer than two values."""
-
-    value: float
-    low: float | None
-    high: float | None
-    seeds: int
-
-    def __str__(self) -> str:
-        ends = "" if self.low is None else f" ({self.low:.3f} to {self.high:.3f})"
-        return f"{self.value:.3f}{ends}"
-
-
-def mean_interval(values: Sequence[float]) -> Interval:
-    """mean ± t s / sqrt(n)."""
-    mean, count = fmean(values), len(values)
-    if count < 2:
-        return Interval(mean, None, None, count)
-    half = float(student.ppf(0.975, count - 1)) * stdev(values) / math.sqrt(count)
-    return Interval(mean, mean - half, mean + half, count)
-
-
-def paired_ratio(values: Sequence[float], others: Sequence[float]) -> Interval:
-    """Geometric mean of values / others and exp(mean ± t s / sqrt(n)) of their logarithms."""
-    logs = mean_interval([math.log(a / b) for a, b in zip(values, others, strict=True)])
-    ends = [None if end is None else math.exp(end) for end in (logs.low, logs.high)]
-    return Interval(math.exp(logs.value), ends[0], ends[1], logs.seeds)
 
 
 def reported(rows: list[Row], arm: str, steps: int) -> dict[float, dict[int, Row]]:
@@ -73,22 +41,6 @@ def reported(rows: list[Row], arm: str, steps: int) -> dict[float, dict[int, Row
 def _kind(row: Row) -> tuple[int, int]:
     """What paired rows have in common: steps, those of the arm whose time it was given, and samples."""
     return row.get("base_steps") or row["steps"], row["samples"]
-
-
-def chosen_guidance(curve: dict[float, dict[int, Row]]) -> dict[int, float]:
-    """For each seed the guidance that is best on the others; where there is one seed alone, on itself.
-
-    Only scales at which every seed was measured take part.
-    """
-    seeds = sorted({seed for of in curve.values() for seed in of})
-    whole = {guidance: of for guidance, of in curve.items() if len(of) == len(seeds)}
-    if not whole:
-        return {}
-    found = {}
-    for seed in seeds:
-        others = [other for other in seeds if other != seed] or [seed]
-        found[seed] = min(whole, key=lambda g: fmean(whole[g][other]["frechet"] for other in others))
-    return found
 
 
 def at_best(rows: list[Row], arm: str, steps: int) -> dict[int, Row]:

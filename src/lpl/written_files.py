@@ -38,6 +38,18 @@ LARGE = (number(-1e300, 1e300), NULL)
 """The largest value of a network that overflows."""
 ENVIRONMENT = {REST: PLAIN}
 
+METRICS: Shape = {
+    REST: {
+        "value?": MAYBE,
+        "interval?": (PAIR, NULL),
+        "floor?": MAYBE,
+        "lower_is_better?": FLAG,
+        "note?": (TEXT, NULL),
+    }
+}
+POINT: Shape = {"guidance_scale": MAYBE, "num_inference_steps": STEP}
+DIFFERENCE: Shape = {"difference": NUMBER, "interval": (PAIR, NULL)}
+
 EVAL: Shape = {
     "kind": one_of("eval"),
     "environment?": ENVIRONMENT,
@@ -50,15 +62,9 @@ EVAL: Shape = {
     "reference_digest?": (TEXT, NULL),
     "resolution?": (STEP, NULL),
     "features?": (TEXT, NULL),
-    "metrics?": {
-        REST: {
-            "value?": MAYBE,
-            "interval?": (PAIR, NULL),
-            "floor?": MAYBE,
-            "lower_is_better?": FLAG,
-            "note?": (TEXT, NULL),
-        }
-    },
+    "metrics?": METRICS,
+    "points?": [{**POINT, "metrics": METRICS}],
+    "best?": [POINT],
     "spectrum?": (
         {"frequency": [NUMBER], "samples": [NUMBER], "reference": [NUMBER], "floor?": ([NUMBER], NULL)},
         NULL,
@@ -129,6 +135,27 @@ COMPARE: Shape = {
             "verdict": TEXT,
         }
     ],
+    "rows?": [
+        {
+            "arm": TEXT,
+            "seed": STEP,
+            "guidance": MAYBE,
+            "sampling_steps": STEP,
+            "frechet": MAYBE,
+            **{f"{name}?": MAYBE for name in ("precision", "recall", "high_band_log_error")},
+        }
+    ],
+    "at_best?": [
+        {
+            "arm": TEXT,
+            "sampling_steps": STEP,
+            "guidance": [MAYBE],
+            "baseline_guidance": [MAYBE],
+            "frechet?": {"ratio": NUMBER, "interval": (PAIR, NULL)},
+            **{f"{name}?": DIFFERENCE for name in ("precision", "recall", "high_band_log_error")},
+        }
+    ],
+    "verdicts?": [{"arm": TEXT, "outcome": TEXT, "sentence": TEXT}],
 }
 RESULTS = {"eval": EVAL, "check": CHECK, "compare": COMPARE}
 VALIDATED: Shape = {
@@ -167,9 +194,12 @@ def read_result(file: Path, kind: str) -> dict[str, Any]:
             raise UserError(f"{file}: spectrum: its lists are of different lengths: {then}")
     if kind == "compare":
         names = [arm["name"] for arm in found.get("arms", [])]
-        unknown = [entry["arm"] for entry in found.get("paired", []) if entry["arm"] not in names]
+        parts = ("paired", "rows", "at_best", "verdicts")
+        unknown = [(key, e["arm"]) for key in parts for e in found.get(key, []) if e["arm"] not in names]
         if unknown or len(set(names)) < len(names):
-            told = f"paired has the arm {unknown[0]!r:.60}, which arms has not" if unknown else "an arm is there twice"
+            told = "an arm is there twice"
+            if unknown:
+                told = f"{unknown[0][0]} has the arm {unknown[0][1]!r:.60}, which arms has not"
             raise UserError(f"{file}: {told}: {then}")
     return found
 

@@ -13,8 +13,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lpl.base.json_files import read_object
 from lpl.comparison.options import CompareConfig
-from lpl.config import TrainConfig
+from lpl.comparison.points import Row, rows_of
+from lpl.config import TrainConfig, require
 from lpl.errors import UserError
+from lpl.evaluation.points import FOLDER
+from lpl.report.curves import final_kind
 from lpl.report.run_folder import RunFolder, read_run, training_clock
 from lpl.written_files import FINISHED, read_result
 
@@ -27,8 +30,8 @@ HIGHER_IS_BETTER = {"precision", "recall", "density", "coverage", "clip_score"}
 LOSSES = ("diffusion_loss", "lpl")
 EVAL = "eval"
 REDRAW = (
-    f"give --prompts, --reference_dir and --resolution as before, or remove the folder {EVAL} of every run, so that "
-    "all samples are drawn anew"
+    "give --prompts, --reference_dir, --resolution, --guidance_scale and --num_inference_steps as before, or remove "
+    f"the folder {EVAL} of every run, so that all samples are drawn anew"
 )
 """What to do about samples of a comparison that were drawn otherwise."""
 
@@ -44,6 +47,8 @@ class Figures(NamedTuple):
     """What limits a figure, such as too few samples, by its name."""
     left_out: tuple[str, ...]
     """What it refused or skipped, a line each."""
+    rows: tuple[Row, ...] = ()
+    """Of each point of guidance and sampling steps, see comparison.points."""
 
 
 NO_FIGURES = Figures({}, {}, ())
@@ -70,6 +75,10 @@ class Measured:
     notes: dict[str, str] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
     """Of Figures."""
+    rows: tuple[Row, ...] = ()
+    """Of Figures."""
+    final: str | None = None
+    """The weights whose validation counts, raw or ema."""
 
 
 def measure_run(home: Path, name: str, seed: int, figures: Figures = NO_FIGURES) -> Measured:
@@ -88,9 +97,9 @@ def measure_run(home: Path, name: str, seed: int, figures: Figures = NO_FIGURES)
     rows = {row["weights"]: row for row in run.validation}
     steps = run.finished_step or run.last_step
     metrics, seconds = last | figures.values, clock[-1][1]
-    return Measured(
-        seed, name, steps, seconds, metrics, curves, clock, list(rows.values()), figures.notes, figures.left_out
-    )
+    measured = Measured(seed, name, steps, seconds, metrics, curves, clock, list(rows.values()))
+    measured = replace(measured, notes=figures.notes, left_out=figures.left_out, rows=figures.rows)
+    return replace(measured, final=final_kind(run))
 
 
 def validation_curves(run: RunFolder) -> dict[str, Curve]:
@@ -141,9 +150,10 @@ def metrics_of(
         return NO_FIGURES
     content = read_result(file, "eval")
     known = {name: m for name, m in content.get("metrics", {}).items() if m.get("value") is not None}
-    values = {name: float(metric["value"]) for name, metric in known.items()}
+    # Those of several points are of the one that is best in this run alone: arms are compared by the rows.
+    values = {} if "points" in content else {name: float(metric["value"]) for name, metric in known.items()}
     notes = {name: str(metric["note"]) for name, metric in known.items() if metric.get("note")}
-    return Figures(values, notes, tuple(content.get("refused", ())))
+    return Figures(values, notes, tuple(content.get("refused", ())), tuple(rows_of(content)))
 
 
 def inputs_of(options: CompareConfig, config: TrainConfig) -> Inputs:
@@ -163,16 +173,16 @@ def drop_stale_samples(run: Path) -> None:
     """
     from lpl.evaluation.generate import remove_samples
 
-    folder = run / EVAL
-    if _are_stale(run):
-        logger.info("%s: its samples are of the run before it was trained on; they are drawn anew", folder)
-        remove_samples(folder)
+    for folder in (run / EVAL, *(run / EVAL / FOLDER).glob("*")):
+        if _are_stale(run, folder):
+            logger.info("%s: its samples are of the run before it was trained on; they are drawn anew", folder)
+            remove_samples(folder)
 
 
-def _are_stale(run: Path) -> bool:
+def _are_stale(run: Path, folder: Path) -> bool:
     from lpl.evaluation.generate import SETTINGS
 
-    drawn, result = run / EVAL / SETTINGS, run / FINISHED
+    drawn, result = folder / SETTINGS, run / FINISHED
     return drawn.is_file() and result.is_file() and drawn.stat().st_mtime < result.stat().st_mtime
 
 
@@ -189,16 +199,25 @@ def check_metrics(options: CompareConfig, config: TrainConfig, parse: Parse, end
         UserError: bad input.
     """
     from lpl.evaluation.command import check_reference
+    from lpl.evaluation.evaluate import FEWEST
     from lpl.evaluation.generate import check_settings
+    from lpl.evaluation.pictures import list_pictures
 
     source, folder = str(config.model.pretrained_model_name_or_path), Path(config.run.output_dir) / EVAL
     wanted = eval_options(source, folder, options, config)
     plan = check_reference(wanted, lambda path: parse(["--config", str(path)]).model, config.model)
+    least = min(len(plan.files), len(list_pictures(Path(str(options.reference_dir)), "--reference_dir")))
+    require(
+        len(plan.points) == 1 or least >= FEWEST["frechet"],
+        f"--guidance_scale, --num_inference_steps: at several of them arms are compared by the Fréchet distance, which "
+        f"needs {FEWEST['frechet']} samples and images in --reference_dir: {least} are too few (--num_samples)",
+    )
     for one in ended:
         run = Path(one.run.output_dir)
-        if not _are_stale(run):
-            settings = replace(plan, resolution=one.data.resolution or plan.resolution).settings()
-            check_settings(run / EVAL, settings, REDRAW)
+        own = replace(plan, resolution=one.data.resolution or plan.resolution, folder=run / EVAL)
+        for point in own.each():
+            if not _are_stale(run, point.folder):
+                check_settings(point.folder, point.settings(), REDRAW)
 
 
 def eval_options(source: str, output: Path, options: CompareConfig, config: TrainConfig) -> Any:
@@ -212,6 +231,8 @@ def eval_options(source: str, output: Path, options: CompareConfig, config: Trai
         num_samples=options.num_samples,
         output_dir=str(output),
         resolution=config.data.resolution,
+        num_inference_steps=options.num_inference_steps,
+        guidance_scale=options.guidance_scale,
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from lpl.config import TrainConfig
 from lpl.config.checks import check_declared, option, require
+from lpl.evaluation.options import EvalConfig, check_points
 
 DEFAULT_SAMPLES = 1000
 FILE = "compare.json"
@@ -33,6 +34,12 @@ class CompareConfig:
     """What they are of: a .txt file of a prompt a line, or a metadata.jsonl with "text"; unset: the captions of
     --reference_dir."""
 
+    num_inference_steps: int | tuple[int, ...] = option(EvalConfig.num_inference_steps, most=10_000)
+    """Sampling steps, one or several, see guidance_scale."""
+    guidance_scale: float | tuple[float, ...] | None = None
+    """Of classifier-free guidance, as lpl eval takes it. With several scales or steps every run is measured at every
+    pair, and arms are compared each at its own best guidance, for each number of steps."""
+
     def __post_init__(self) -> None:
         check_declared(self)
         require(self.arms is not None, "--arms is missing: a YAML file of `name: {option: value}`, the baseline first")
@@ -49,6 +56,12 @@ class CompareConfig:
             self.reference_dir is not None or self.prompts is None,
             f"--prompts {self.prompts} acts with --reference_dir (for images while training: --validation_prompts)",
         )
+        check_points(self.guidance_scale, self.num_inference_steps)
+        for name in ("guidance_scale", "num_inference_steps"):
+            require(
+                self.reference_dir is not None or getattr(self, name) == getattr(EvalConfig, name),
+                f"--{name} acts with --reference_dir",
+            )
         require(
             self.train.run.seed == 0,
             f"--seed {self.train.run.seed}: lpl compare takes all its seeds together, as --seeds 0 1 2",

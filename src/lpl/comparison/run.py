@@ -20,7 +20,9 @@ from lpl.comparison import measures
 from lpl.comparison.arms import Arm, read_arms
 from lpl.comparison.measures import EVAL, NO_FIGURES, Measured, Parse, measure_run
 from lpl.comparison.options import FILE, CompareConfig
+from lpl.comparison.points import at_best
 from lpl.comparison.same_data import check_same_data
+from lpl.comparison.sentences import edge_notes, verdict_on
 from lpl.comparison.table import result_table
 from lpl.comparison.verdict import compare_arm, repeated_noise
 from lpl.comparison.yardsticks import SAMPLES
@@ -72,6 +74,7 @@ def run_compare(options: CompareConfig, parse: Parse, train: Callable[[TrainConf
         write_atomically(home / FILE, _json(content))
         print(result_table(content))
         write_report(ReportConfig((str(home),), str(home / PAGE)))
+        print("\n".join(["", *(entry["sentence"] for entry in content["verdicts"])]))
 
 
 def _compare(
@@ -209,17 +212,40 @@ def result(
     lines += _gathered({run.folder: run.left_out for run in runs})
     if len(options.seeds) == 1:
         lines.append("--seeds: one seed gives no interval, so no verdict; give three or more")
-    told = {"arms": options.arms, "seeds": list(options.seeds), "reference_dir": options.reference_dir}
+    told: dict[str, Any] = {"arms": options.arms, "seeds": list(options.seeds), "reference_dir": options.reference_dir}
+    if options.reference_dir is not None:
+        told |= {"guidance_scale": options.guidance_scale, "num_inference_steps": options.num_inference_steps}
+    told_arms = [_arm(arm, measured[arm.name]) for arm in arms]
+    rows = [
+        {"arm": arm.name, "seed": run.seed, "samples": options.num_samples} | _finite(row)
+        for arm in arms
+        for run in measured[arm.name]
+        for row in run.rows
+    ]
+    alike = [arm for arm in arms[1:] if SAMPLES not in arm.yardsticks]
+    best = [entry for arm in alike for entry in at_best(rows, arm.name, arms[0].name)]
+    final = next((run.final for run in runs if run.final), None)
+    verdicts = [
+        verdict_on(arm, told_arms[0], _of(arm, best), _of(arm, paired), final, options.num_samples)
+        for arm in told_arms[1:]
+    ]
     return {
         "lpl": __version__,
         "kind": "compare",
         "environment": environment(),
         "options": told | {"num_samples": options.num_samples, "prompts": options.prompts},
         "refused": lines,
-        "notes": _gathered({run.folder: _notes(run) for run in runs}),
-        "arms": [_arm(arm, measured[arm.name]) for arm in arms],
+        "notes": [*_gathered({run.folder: _notes(run) for run in runs}), *edge_notes(rows, [a.name for a in arms])],
+        "arms": told_arms,
         "paired": paired,
+        "rows": rows,
+        "at_best": best,
+        "verdicts": verdicts,
     }
+
+
+def _of(arm: dict[str, Any], entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [entry for entry in entries if entry["arm"] == arm["name"]]
 
 
 def _notes(run: Measured) -> list[str]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from lpl.comparison.points import DIFFERENCES
+from lpl.evaluation.points import plain
+
 AT = {"steps": "equal steps", "seconds": "equal time"}
 NOISE = {"repeat": "of the repeat", "seeds": "between seeds"}
 
@@ -28,6 +31,13 @@ def result_table(content: dict[str, Any]) -> str:
         lines += ["", f"{arm_name} against the baseline, {paired}:"]
         header = ["metric", "at", "baseline", "difference", "95 % (t)", "95 % (bootstrap)", "noise", "verdict"]
         lines += _columns([header, *(_row(e) for e in content["paired"] if e["arm"] == arm_name)])
+    for arm_name in dict.fromkeys(entry["arm"] for entry in content["at_best"]):
+        own = [entry for entry in content["at_best"] if entry["arm"] == arm_name]
+        several = any(len(entry["scales"]) > 1 for entry in own)
+        chosen = f", each at its own best guidance, chosen on the {_chosen_on(own[0])}" if several else ""
+        lines += ["", f"samples of {arm_name} against the baseline's{chosen}:"]
+        header = ["steps", "guidance", "Fréchet, ratio", "95 % (t)", "precision", "recall", "high-band error"]
+        lines += _columns([header, *map(_best_row, own)])
     if content["notes"]:
         lines += ["", "to be known:", *(f"  {line}" for line in content["notes"])]
     if content["refused"]:
@@ -56,6 +66,27 @@ def _row(entry: dict[str, Any]) -> list[str]:
     noise = "-" if entry["noise"] is None else f"{entry['noise']:.3g} {NOISE[entry['noise_from']]}"
     first = [entry["metric"], AT[entry["abscissa"]], f"{entry['baseline']:.5g}", f"{entry['difference']:+.3g}"]
     return [*first, *ends, noise, entry["verdict"]]
+
+
+def _chosen_on(entry: dict[str, Any]) -> str:
+    return "other seeds" if entry["chosen_on"] == "other seeds" else "only seed itself"
+
+
+def _best_row(entry: dict[str, Any]) -> list[str]:
+    frechet = entry.get("frechet")
+    ends = None if frechet is None else frechet["interval"]
+    shown = [
+        "-" if frechet is None else f"{frechet['ratio']:.3f}",
+        "-" if ends is None else f"[{ends[0]:.3f}, {ends[1]:.3f}]",
+        *(f"{entry[name]['difference']:+.3g}" if name in entry else "-" for name in DIFFERENCES),
+    ]
+    return [str(entry["sampling_steps"]), best_scales(entry), *shown]
+
+
+def best_scales(entry: dict[str, Any]) -> str:
+    """The guidance of an entry of "at_best", of the baseline and of the arm."""
+    sides = [sorted(set(entry[side]) - {None}) for side in ("baseline_guidance", "guidance")]
+    return " → ".join("/".join(map(plain, side)) or "its own" for side in sides)
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> list[str]:

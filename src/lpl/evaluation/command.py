@@ -6,7 +6,6 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,19 +14,20 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from lpl import __version__
 from lpl.base.locks import alone_in
 from lpl.config import ModelConfig, require
-from lpl.config_io import environment
 from lpl.data.files import write_atomically
 from lpl.errors import StopRequestedError, UserError
 from lpl.evaluation.generate import check_settings, generate_into, image_name, write_settings
-from lpl.evaluation.measuring import Measured, measure_all, read_references
+from lpl.evaluation.kept_figures import figures_key, keep_figures, read_figures
+from lpl.evaluation.measuring import Judge, Measured, measure_all, open_judges, read_references
 from lpl.evaluation.options import EvalConfig
 from lpl.evaluation.pictures import CAPTIONS
 from lpl.evaluation.planning import IMAGES, RESULT, Plan, check_eval, check_output, claim_output, with_flag
+from lpl.evaluation.result import eval_result
 from lpl.evaluation.table import format_table
 from lpl.evaluation.together import stop_together, together
+from lpl.progress import progress
 
 logger = logging.getLogger("lpl")
 
@@ -65,8 +65,19 @@ def run_eval(
         if options.images is None:
             # An image that cannot be read is found before hours of drawing; what is computed is kept.
             together(lambda: read_references(options, plan.resolution, plan.inception, vae, device) if main else None)
-            _draw(plan, sampler, accelerator)
-        together(lambda: _measure(plan, vae, device) if main else None)
+        points = plan.each()
+        if options.images is None:
+            for one in _each(points, "points drawn", main):
+                stop_together(is_late, late)
+                _draw(one, sampler, accelerator)
+        judges: list[Judge] = []
+        together(lambda: judges.extend(_judges(plan, vae, device)) if main else None)
+        found: list[Measured] = []
+        for one in _each(points, "points measured", main):
+            if len(points) > 1:
+                stop_together(is_late, late)
+            together(lambda one=one: found.append(_measure(one, vae, device, judges)) if main else None)  # type: ignore[misc]
+        together(lambda: _tell(plan, found) if main else None)
 
 
 def check_reference(options: EvalConfig, read_run: Callable[[Path], ModelConfig], model: ModelConfig) -> Plan:
@@ -119,7 +130,7 @@ def _load(plan: Plan, device: torch.device) -> Any:
 def _draw(plan: Plan, sampler: Any, accelerator: Accelerator) -> None:
     from lpl.families.base import weights_hash
 
-    folder, main = Path(plan.options.output_dir), accelerator.is_main_process
+    folder, main = plan.folder, accelerator.is_main_process
     parts = sampler.configuration(plan.distinct_prompts).items()
     settings = plan.settings(weights=weights_hash(*sampler.modules()), **{f"{name}'s config": h for name, h in parts})
     together(lambda: check_settings(folder, settings))  # all have checked before the first image appears
@@ -144,9 +155,32 @@ def _draw(plan: Plan, sampler: Any, accelerator: Accelerator) -> None:
         write_atomically(folder / IMAGES / CAPTIONS, ("\n".join(rows) + "\n").encode())
 
 
-def _measure(plan: Plan, vae: Any, device: torch.device) -> None:
-    found = measure_all(plan.options, plan.files, plan.prompts, plan.resolution, plan.inception, vae, device)
-    result = _result(plan, found)
+def _each(points: Sequence[Plan], desc: str, show: bool) -> Any:
+    """The points, with a bar where there are several."""
+    return progress(points, desc=desc, unit="point", show=show and len(points) > 1)
+
+
+def _judges(plan: Plan, vae: Any, device: torch.device) -> list[Judge]:
+    return open_judges(plan.options, plan.resolution, plan.inception, vae, device)
+
+
+def _measure(plan: Plan, vae: Any, device: torch.device, judges: Sequence[Judge]) -> Measured:
+    """The figures of a point; where there are several, what is kept of it is not measured again."""
+    key, kept = "", plan.folder != Path(plan.options.output_dir)
+    if kept:
+        key = figures_key(plan.options, plan.files, plan.prompts, judges, vae)
+        known = read_figures(plan.folder, key)
+        if known is not None:
+            return known
+    arguments = (plan.options, plan.files, plan.prompts, plan.resolution, plan.inception, vae, device)
+    found = measure_all(*arguments, judges)
+    if kept:
+        keep_figures(plan.folder, key, found)
+    return found
+
+
+def _tell(plan: Plan, found: Sequence[Measured]) -> None:
+    result = eval_result(plan, found)
     _write(Path(plan.options.output_dir) / RESULT, result)
     print(format_table(result))
 
@@ -162,41 +196,6 @@ def _vae(options: EvalConfig, sampler: Any, device: torch.device) -> Any:
     from lpl.evaluation.features import load_pretrained
 
     return load_pretrained(AutoModel, "--pretrained_vae_model_name_or_path", name).to(device).float().eval()
-
-
-def _result(plan: Plan, found: Measured) -> dict[str, Any]:
-    options, folder = plan.options, Path(plan.options.output_dir)
-    drawn = options.images is None
-    above = folder if drawn else Path(str(options.images))
-    prompts: Sequence[str | None] = plan.prompts or [None] * len(plan.files)
-    return {
-        "lpl": __version__,
-        "kind": "eval",
-        "environment": environment(),
-        "options": asdict(options),
-        "refused": found.refused,
-        "model": options.pretrained_model_name_or_path if drawn else options.images,
-        "reference": options.reference_dir,
-        "num_samples": len(plan.files),
-        "num_reference": found.num_reference,
-        "reference_digest": found.reference_digest,
-        "prompts_digest": plan.prompts_digest,
-        "resolution": plan.resolution,
-        "guidance_scale": plan.guidance_scale,
-        "features": found.features,
-        "metrics": found.metrics,
-        "spectrum": found.spectrum,
-        "image_root": None if drawn else str(above.resolve()),
-        "images": [
-            {
-                "prompt": prompt,
-                "seed": options.seed if drawn else None,
-                "index": index,
-                "file": file.relative_to(above).as_posix(),
-            }
-            for index, (file, prompt) in enumerate(zip(plan.files, prompts, strict=True))
-        ],
-    }
 
 
 def _write(file: Path, result: dict[str, Any]) -> None:

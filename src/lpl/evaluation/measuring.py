@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +30,25 @@ class Measured(NamedTuple):
     refused: list[str]
 
 
+class Judge(NamedTuple):
+    """A network, and the reference in its features."""
+
+    extractor: Extractor
+    metrics: tuple[str, ...]
+    reference: Reference
+
+
+def open_judges(
+    options: EvalConfig, resolution: int, inception: Path | None, vae: Any, device: torch.device
+) -> list[Judge]:
+    """The networks at hand with the reference's statistics, which are computed where they are not kept.
+
+    Arguments and errors are those of measure_all.
+    """
+    networks = _networks(options, resolution, inception, device)
+    return [Judge(e, chosen, _reference(options, resolution, e, vae)) for e, chosen in networks]
+
+
 def measure_all(
     options: EvalConfig,
     files: list[Path],
@@ -38,6 +57,7 @@ def measure_all(
     inception: Path | None,
     vae: Any,
     device: torch.device,
+    judges: Sequence[Judge],
 ) -> Measured:
     """Measures images against the reference.
 
@@ -49,6 +69,7 @@ def measure_all(
         inception: the FID's network's weights, or None.
         vae: for the floor, or None.
         device: where networks run.
+        judges: of open_judges.
 
     Raises:
         UserError: files or networks that cannot be read.
@@ -57,8 +78,7 @@ def measure_all(
     refused: list[str] = []
     spectrum, real = None, list_pictures(Path(str(options.reference_dir)), "--reference_dir")
     digest, flag = None, "--images" if options.images is not None else f"--output_dir {options.output_dir}"
-    for extractor, chosen in _networks(options, resolution, inception, device):
-        reference = _reference(options, resolution, extractor, vae)
+    for _, chosen, reference in judges:
         digest = reference.digest
         samples = measure_images(files, reference, show=True, flag=flag)
         metrics |= evaluate_images(
@@ -104,7 +124,7 @@ def read_references(
 
     Arguments and errors are those of measure_all.
     """
-    for extractor, _ in _networks(options, resolution, inception, device):
+    for extractor, _ in _networks(options, resolution, inception, device):  # one at a time: the model is loaded, too
         _reference(options, resolution, extractor, vae)
 
 
@@ -116,7 +136,7 @@ def _reference(options: EvalConfig, resolution: int, extractor: Extractor, vae: 
 def _networks(
     options: EvalConfig, resolution: int, inception: Path | None, device: torch.device
 ) -> Iterator[tuple[Extractor, tuple[str, ...]]]:
-    """One after the other, so that one at a time is in memory."""
+    """Each with the metrics that are taken in its features."""
     if options.metrics:
         yield EfficientNetLite0(resolution, device), options.metrics
     if inception is not None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lpl.config.checks import MOST_PIXELS, check_declared, option, require
+from lpl.evaluation.points import as_tuple
 
 MetricName = Literal["frechet", "kernel", "precision_recall", "density_coverage", "spectrum"]
 DRAWING = (
@@ -52,11 +53,12 @@ class EvalConfig:
     resolution: int | None = option(None, most=MOST_PIXELS)
     """Pixels of the square images that are compared; unset: the model's, or of --images the first one's shorter side,
     less what is no whole latent of the VAE."""
-    num_inference_steps: int = option(25, most=10_000)
-    """Sampling steps."""
-    guidance_scale: float | None = None
-    """Of classifier-free guidance; 1: none, which is twice as fast. Unset: 5; a pipeline of a family whose guidance is
-    not known here takes no such option: its own default acts."""
+    num_inference_steps: int | tuple[int, ...] = option(25, most=10_000)
+    """Sampling steps. Several: samples of the same noise at each, with every guidance_scale; all pairs are measured."""
+    guidance_scale: float | tuple[float, ...] | None = None
+    """Of classifier-free guidance; 1: none, which is twice as fast. Several: as for num_inference_steps, and which is
+    best. Unset: 5; a pipeline of a family whose guidance is not known here takes no such option: its own default
+    acts."""
     scheduler: Literal["model", "dpmsolver++"] = "model"
     """Sampler: the model's own, or DPM-Solver++(2M), for which 12 steps often do."""
     sample_batch_size: int | None = option(None, most=2**12)
@@ -114,7 +116,6 @@ class EvalConfig:
         for name, least in {
             "num_samples": 1,
             "resolution": 8,
-            "num_inference_steps": 1,
             "sample_batch_size": 1,
             "num_bootstrap": 0,
             "kernel_subsets": 0,
@@ -127,8 +128,7 @@ class EvalConfig:
             f"--num_bootstrap {self.num_bootstrap}: the ends of a 95 % interval need {FEWEST_RESAMPLES} resamples or "
             "more; 0 leaves intervals out",
         )
-        scale = self.guidance_scale
-        require(scale is None or 0 <= scale < float("inf"), f"--guidance_scale must be 0 or more, not {scale}")
+        check_points(self.guidance_scale, self.num_inference_steps)
         require(abs(self.lora_scale) < float("inf"), f"--lora_scale must be a number, not {self.lora_scale}")
         require(
             self.kernel_subsets > 0 or self._is_default("kernel_subset_size"),
@@ -145,3 +145,20 @@ class EvalConfig:
 
     def _is_default(self, name: str) -> bool:
         return bool(getattr(self, name) == EvalConfig.__dataclass_fields__[name].default)
+
+
+def check_points(guidance_scale: float | tuple[float, ...] | None, num_inference_steps: int | tuple[int, ...]) -> None:
+    """Refuses scales and numbers of steps that are none, or that are given twice.
+
+    Raises:
+        UserError: the first of them.
+    """
+    for scale in as_tuple(guidance_scale):
+        require(scale is None or 0 <= scale < float("inf"), f"--guidance_scale must be 0 or more, not {scale}")
+    for steps in as_tuple(num_inference_steps):
+        require(steps >= 1, f"--num_inference_steps must be at least 1, not {steps}")
+    for name, values in (("guidance_scale", guidance_scale), ("num_inference_steps", num_inference_steps)):
+        several = as_tuple(values)
+        require(bool(several), f"--{name} is given empty: give a value, or leave it out")
+        twice = next((value for value in several if several.count(value) > 1), None)
+        require(twice is None, f"--{name}: {twice} is given twice")

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from lpl.evaluation.features import check_efficientnet, find_inception
 from lpl.evaluation.generate import SETTINGS, Sampling, are_settings, check_settings, image_name, settings_of
 from lpl.evaluation.options import DEFAULT_SAMPLES, EvalConfig
 from lpl.evaluation.pictures import CAPTIONS, list_pictures, pictures_digest, read_captions, shortest_side
+from lpl.evaluation.points import FOLDER, Point, as_tuple
 from lpl.exporting.options import ExportConfig, Request, resolve
 
 logger = logging.getLogger("lpl")
@@ -30,7 +31,7 @@ MOST_TOGETHER, PIXELS_TOGETHER = 64, 4 * 2**20
 
 @dataclass(frozen=True)
 class Plan:
-    """What the options come to."""
+    """What the options come to: of all points, or of one."""
 
     options: EvalConfig
     request: Request | None
@@ -44,18 +45,29 @@ class Plan:
     """Weights of the FID's network; None: not at hand."""
     distinct_prompts: tuple[str, ...]
     """What samples are drawn of, before it is repeated; empty where none are."""
-    guidance_scale: float | None
-    """That samples are drawn with; None: the pipeline's own default, or none are drawn."""
+    points: tuple[Point, ...]
+    """At which samples are drawn; empty where none are."""
+    folder: Path
+    """Where samples and what decided them go: --output_dir, or that of the point where there are several."""
 
     @property
     def sampling(self) -> Sampling:
-        """How samples are drawn."""
-        o = self.options
+        """How samples of the first point are drawn."""
+        o, point = self.options, self.points[0]
         together = o.sample_batch_size or min(MOST_TOGETHER, max(1, PIXELS_TOGETHER // self.resolution**2))
-        return Sampling(self.resolution, o.num_inference_steps, self.guidance_scale, o.seed, together)
+        return Sampling(self.resolution, point.num_inference_steps, point.guidance_scale, o.seed, together)
+
+    def each(self) -> list[Plan]:
+        """A plan for each point; this one where there are not several."""
+        return [self._at(point) for point in self.points] if len(self.points) > 1 else [self]
+
+    def _at(self, point: Point) -> Plan:
+        folder = self.folder / point.folder
+        files = [folder / IMAGES / image_name(index) for index in range(len(self.files))]
+        return replace(self, points=(point,), folder=folder, files=files)
 
     def settings(self, **further: Any) -> dict[str, Any]:
-        """What decides the samples."""
+        """What decides the samples of the first point."""
         o = self.options
         return settings_of(
             self.sampling,
@@ -96,14 +108,15 @@ def check_eval(options: EvalConfig, read_run: Callable[[Path], ModelConfig], mod
     request = None
     if options.pretrained_model_name_or_path is not None:
         request = _request(options, read_run) if model is None else Request(model, None, "")
-    native = guidance = None
+    native, scales = None, as_tuple(options.guidance_scale)
     if request is not None:
         asked = request
         native = with_flag(request, lambda: check_sampling(asked.model, asked.lora))
         if options.images is None:
-            guidance = with_flag(request, lambda: check_guidance(asked.model, options.guidance_scale))
+            scales = with_flag(request, lambda: tuple(check_guidance(asked.model, scale) for scale in scales))
     prompts: list[str] | None
     distinct: tuple[str, ...] = ()
+    points: tuple[Point, ...] = ()
     if options.images is not None:
         source = Path(options.images)
         files = list_pictures(source, "--images")
@@ -114,7 +127,9 @@ def check_eval(options: EvalConfig, read_run: Callable[[Path], ModelConfig], mod
         prompts = read_captions(source, files, "--images")
         native = shortest_side(files[0], "--images")
     else:
-        _check_apart(Path(options.output_dir) / IMAGES, folder, references, f"--output_dir {options.output_dir}")
+        points = tuple(Point(g, steps) for steps in as_tuple(options.num_inference_steps) for g in scales)
+        drawn = Path(options.output_dir) / (FOLDER if len(points) > 1 else IMAGES)
+        _check_apart(drawn, folder, references, f"--output_dir {options.output_dir}")
         distinct = tuple(_prompts(options, folder, references))
         count = options.num_samples or DEFAULT_SAMPLES
         files = [Path(options.output_dir) / IMAGES / image_name(index) for index in range(count)]
@@ -130,7 +145,8 @@ def check_eval(options: EvalConfig, read_run: Callable[[Path], ModelConfig], mod
         "--against reconstructions needs a VAE: give the model, or --pretrained_vae_model_name_or_path",
     )
     require(vae or options.images is None or not can, "the model or VAE given with --images has no use with --no_floor")
-    plan = Plan(options, request, files, prompts, resolution, inception, distinct, guidance)
+    home = Path(options.output_dir)
+    plan = Plan(options, request, files, prompts, resolution, inception, distinct, points, home)
     check_output(plan, drawn=model is None)
     return plan
 
@@ -283,7 +299,8 @@ def check_output(plan: Plan, drawn: bool = True) -> None:
     require(not folder.exists() or folder.is_dir(), f"--output_dir {folder}: a file is in the way")
     OutputFolder(folder, COMMAND).check(names)
     if options.images is None and drawn:
-        check_settings(folder, plan.settings())
+        for one in plan.each():
+            check_settings(one.folder, one.settings())
     try:
         old = read_object(folder / RESULT).get("options")
     except UserError:
@@ -311,4 +328,6 @@ def _names(options: EvalConfig) -> Names:
         SETTINGS: lambda path: are_settings(path),
         f"{IMAGES}/": lambda path: are_settings(path.parent / SETTINGS),
     }
+    if max(len(as_tuple(options.guidance_scale)), len(as_tuple(options.num_inference_steps))) > 1:
+        drawn = {f"{FOLDER}/": lambda path: any(are_settings(file) for file in path.glob(f"*/{SETTINGS}"))}
     return Names({RESULT: lambda path: kind_of(path) == "eval"} | (drawn if options.images is None else {}))

@@ -22,6 +22,6 @@ def test_chance_is_told_at_any_number(compared: int, told: str) -> None:
     paired = [*known, entry("lpl", "unknown", "steps", [Pair(1.0, 0.9)], None)]
     assert chance_line(paired) == told
     arms = [{"name": "lpl", "overrides": {}, "baseline": False, "runs": [], "unpaired": None}]
-    table = result_table({"arms": arms, "paired": paired, "notes": [], "refused": []})
+    table = result_table({"arms": arms, "paired": paired, "at_best": [], "notes": [], "refused": []})
     assert ("by chance alone" in table) == bool(told)
     assert table.endswith(told)
