@@ -15,6 +15,7 @@ from lpl.base.shapes import REST, Shape, require_shape, whole
 from lpl.base.text import read_text
 from lpl.config import TrainConfig, free_options
 from lpl.config.checks import check_path, check_text
+from lpl.config.perceptual import GATES, acting
 from lpl.data.files import write_atomically
 from lpl.errors import UserError
 from lpl.presets import preset_text, presets
@@ -35,6 +36,9 @@ CHECK_REPORT = "check-report"
 
 EMPTY = ("null", "~", "")
 """How YAML says None."""
+
+UNSAID_GATE = ("lpl_t_threshold", 200)
+"""The gate of a run whose config.yaml states none: it was written while this was the default."""
 
 PATHS = (
     "train_data_dir",
@@ -77,7 +81,7 @@ def read_options(name: str) -> dict[str, str]:
     options = read_strings(text, f"--config {name}") or {}
     if not isinstance(options, dict):
         raise UserError(f"--config {name}: expected lines of `option: value`")
-    options.pop(RECORD, None)
+    is_record = options.pop(RECORD, None) is not None
     known = list(TrainConfig().flat())
     for key, value in options.items():
         if key in REFUSED:
@@ -86,7 +90,30 @@ def read_options(name: str) -> dict[str, str]:
             raise UserError(f"--config {name}: unknown key {key}{nearest(key, known)}")
         if not isinstance(value, str):
             raise UserError(f"--config {name}: {key} takes a single value")
-    return options
+    return _as_run(options) if is_record else options
+
+
+def _as_run(options: dict[str, str]) -> dict[str, str]:
+    """The options of a run's config.yaml that acted in that run, with its gate, whatever the defaults are by now."""
+    given = TrainConfig().flat() | {key: None if value.lower() in EMPTY else value for key, value in options.items()}
+    given["use_lpl"] = options.get("use_lpl", "true").lower() != "false"
+    acted = acting(given, UNSAID_GATE)
+    gates = {name: str(acted[name]) for name in GATES if acted.get(name) is not None}
+    return {key: value for key, value in options.items() if key in acted} | gates
+
+
+def without_replaced(options: dict[str, str], argv: list[str]) -> dict[str, str]:
+    """Options without those that flags replace though they are others: the gate, and the share of --lpl_weight auto."""
+    flags: dict[str, str] = {}
+    for token, following in zip(argv, [*argv[1:], ""], strict=False):
+        name, joined, value = token.removeprefix("--").partition("=")
+        if token.startswith("--"):
+            flags[name.replace("-", "_")] = value if joined else following
+    given = {name for name, value in flags.items() if value.lower() not in (*EMPTY, "none")}
+    replaced = set(GATES) if given & set(GATES) else set()
+    if flags.get("lpl_weight", "auto") != "auto":
+        replaced.add("lpl_target_share")
+    return {name: value for name, value in options.items() if name not in replaced}
 
 
 class _WithoutAliases:
@@ -182,8 +209,12 @@ def as_flags(options: dict[str, str]) -> list[str]:
 
 
 def write_config(config: TrainConfig, folder: Path, processes: int = 1) -> None:
-    """Makes the folder and writes its config.yaml: every option but the token, with versions; `--config` reads it."""
-    options = {k: v for k, v in config.flat().items() if k not in ("hub_token", "dry_run", "resume_from_checkpoint")}
+    """Makes the folder and writes its config.yaml; `--config` reads it.
+
+    It has every option but the token, LPL's gate also where it is the default, and versions.
+    """
+    stated = config.flat() | {key: value for key, value in acting(config.flat()).items() if key in GATES}
+    options = {k: v for k, v in stated.items() if k not in ("hub_token", "dry_run", "resume_from_checkpoint")}
     text = yaml.safe_dump(options | {RECORD: environment() | {"processes": processes}}, sort_keys=False)
     try:
         write_atomically(folder / CONFIG_FILE, text.encode())
@@ -202,8 +233,8 @@ def is_config_of_run(path: Path) -> bool:
 def differences(config: TrainConfig, folder: Path, processes: int = 1) -> list[str]:
     """What of the trajectory differs from the run whose config.yaml lies in folder, as `--flag old -> new`.
 
-    An option that the file does not have had its default. Of batch size, accumulation and processes only the product
-    counts, the samples of a step.
+    An option that the file does not have had its default; what does nothing beside the others is not compared. Of batch
+    size, accumulation and processes only the product counts, the samples of a step.
 
     Raises:
         UserError: a config.yaml of something else, which a run would overwrite.
@@ -214,10 +245,11 @@ def differences(config: TrainConfig, folder: Path, processes: int = 1) -> list[s
         raise UserError(f"--output_dir {folder}: {error}; choose another folder") from error
     ignored = free_options() | DIVISION
     before = TrainConfig().flat() | old
+    acted, now = acting(before, UNSAID_GATE), acting(config.flat())
     told = [
-        f"--{key} {before[key]} -> {value}"
-        for key, value in config.flat().items()
-        if key not in ignored and before[key] != value and not _same_path(key, before[key], value)
+        f"--{key} {acted[key]} -> {now[key]}"
+        for key in now
+        if key not in ignored and key in acted and acted[key] != now[key] and not _same_path(key, acted[key], now[key])
     ]
     samples = [_samples(before, versions.get("processes", processes)), _samples(config.flat(), processes)]
     return told if samples[0] == samples[1] else [*told, f"samples a step {samples[0]} -> {samples[1]}"]

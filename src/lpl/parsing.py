@@ -13,7 +13,7 @@ from lpl.base.terminal import as_it_is
 from lpl.command_options import DataReportConfig, PlanConfig
 from lpl.comparison.options import CompareConfig
 from lpl.config import TrainConfig
-from lpl.config_io import REFUSED, as_flags, nearest, read_options
+from lpl.config_io import REFUSED, as_flags, nearest, read_options, without_replaced
 from lpl.errors import UserError
 from lpl.presets import presets
 
@@ -71,7 +71,7 @@ def parse_options(cls: Any, argv: list[str], prog: str, known: list[str]) -> Any
         UserError: an unknown, refused or malformed option.
     """
     argv, config_name = _take_config(argv)
-    base = [] if config_name is None else as_flags(read_options(config_name))
+    base = [] if config_name is None else as_flags(without_replaced(read_options(config_name), argv))
     intro = cls.__doc__.splitlines()[0]
     help_text = f"{intro} --config FILE-or-preset is read first, flags win. Presets: {', '.join(presets())}."
     return parse(cls, base + argv, prog, known, help_text)

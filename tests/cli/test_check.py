@@ -96,8 +96,8 @@ def test_a_second_check_replaces_the_first(check: Any, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_weight_and_gate_are_the_runs_own(check: Any) -> None:
     found, _, _ = check(lpl_sigma_threshold=3.0, lpl_weight=1e-7, max_train_steps=50)
-    assert found["gate"] == "sigma <= 3.0"
-    assert found["suggestion"]["own_gate"]["gate"] == "sigma <= 3.0"
+    assert found["gate"] == "noise/signal <= 3"
+    assert found["suggestion"]["own_gate"]["gate"] == "noise/signal <= 3"
     assert any(line.startswith("--lpl_weight 1e-07 would let LPL idle") for line in found["warnings"])
 
 

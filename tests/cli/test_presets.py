@@ -85,7 +85,8 @@ def test_preset_trains_two_steps_and_its_config_yaml_repeats_them(
     preset = parse_train(["--config", name]).flat()
     assert written.keys() == preset.keys() - {"hub_token", "dry_run", "resume_from_checkpoint"}
     changed = {key for key in written if written[key] != preset[key]}
-    assert changed <= {*overrides, "output_dir"}
+    assert changed <= {*overrides, "output_dir", "lpl_sigma_threshold"}
+    assert [written["lpl_t_threshold"], written["lpl_sigma_threshold"]].count(None) == 1
     nothing = dict.fromkeys(base_options)
     again = train_in(tmp_path / "again", "--config", str(file), **nothing)
     assert same(again.unet(), first.unet())

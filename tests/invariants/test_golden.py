@@ -18,7 +18,7 @@ RELATIVE = 1e-3
 @pytest.mark.parametrize("name", ["default", "every_option"])
 def test_losses_equal_the_golden_curve(train, name):
     options = {
-        "default": {"lpl_weight": "auto", "lpl_norm_type": "shared"},
+        "default": {"lpl_weight": "auto", "lpl_norm_type": None, "lpl_t_threshold": None},
         "every_option": {
             "lpl_reduction": "gated",
             "lpl_loss_type": "l1",

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from lpl.config import LoggingConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from lpl.config import LoggingConfig, LPLConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from lpl.config.perceptual import GATES
 from lpl.config_io import CONFIG_FILE, RECORD, as_flags, differences, environment, nearest, read_options, write_config
 from lpl.errors import UserError
 from lpl.parsing import parse_train
@@ -33,8 +34,9 @@ def round_trip(config: TrainConfig, folder: Path) -> TrainConfig:
     ],
 )
 def test_config_yaml_reads_back_as_it_was(tmp_path: Path, argv: list[str]) -> None:
+    """Its gate is stated, also where it is the default."""
     config = parse_train(argv)
-    assert round_trip(config, tmp_path) == config
+    assert round_trip(config, tmp_path) == replace(config, lpl=replace(config.lpl, lpl_sigma_threshold=3.0))
 
 
 def test_config_yaml_has_the_environment_and_no_token(tmp_path: Path) -> None:
@@ -89,8 +91,57 @@ def test_differences_count_the_samples_of_a_step(tmp_path: Path) -> None:
     assert differences(divided(2, 1), tmp_path, 2) == ["samples a step 8 -> 4"]
 
 
+FORMER = {"lpl_weight": "auto", "lpl_target_share": 0.2, "lpl_norm_type": "shared"} | dict.fromkeys(GATES)
+"""Of LPL, what a run without flags wrote while these were the defaults; no gate meant t < 200."""
+
+
+def former(folder: Path, **others: Any) -> Path:
+    """A run's folder of then."""
+    folder.mkdir(exist_ok=True)
+    (folder / CONFIG_FILE).write_text(yaml.safe_dump(FORMER | others | {RECORD: {}}))
+    return folder
+
+
+def test_a_run_of_former_defaults_does_not_go_on_with_other_ones(tmp_path: Path) -> None:
+    """The same command, of a run by auto, by number and without LPL, whose options of LPL did nothing."""
+    auto, fixed, plain = (
+        former(tmp_path / name, **more)
+        for name, more in (("auto", {}), ("fixed", {"lpl_weight": 2.0}), ("plain", {"use_lpl": False}))
+    )
+    gate, norm = (
+        ["--lpl_t_threshold 200 -> None", "--lpl_sigma_threshold None -> 3.0"],
+        "--lpl_norm_type shared -> channel",
+    )
+    assert differences(parse_train([]), auto) == ["--lpl_target_share 0.2 -> 0.5", *gate, norm]
+    assert differences(parse_train(["--lpl_weight", "2"]), fixed) == [*gate, norm]
+    assert differences(parse_train(["--no_use_lpl"]), plain) == []
+    stated = ["--lpl_t_threshold=200", "--lpl_norm_type=shared"]
+    assert differences(parse_train([*stated, "--lpl_target_share=0.2"]), auto) == []
+    assert differences(parse_train([*stated, "--lpl_weight=2"]), fixed) == []
+    assert differences(parse_train(stated), plain)[0] == "--use_lpl False -> True"
+
+
+def test_a_config_yaml_of_former_defaults_repeats_that_run(tmp_path: Path) -> None:
+    def parsed(name: str, *flags: str, **more: Any) -> LPLConfig:
+        return parse_train(["--config", str(former(tmp_path / name, **more) / CONFIG_FILE), *flags]).lpl
+
+    shared = LPLConfig(lpl_norm_type="shared", lpl_t_threshold=200)
+    assert parsed("auto") == replace(shared, lpl_target_share=0.2)
+    assert parsed("fixed", lpl_weight=2.0) == replace(shared, lpl_weight=2.0)
+    assert parsed("plain", use_lpl=False) == LPLConfig(use_lpl=False)
+    assert parsed("snr", lpl_snr_threshold=1.0, lpl_target_share=0.5) == LPLConfig(
+        lpl_norm_type="shared", lpl_snr_threshold=1.0
+    )
+    # Flags win, also where what they replace has another name.
+    assert parsed("gate", "--lpl_sigma_threshold", "6") == LPLConfig(
+        lpl_norm_type="shared", lpl_sigma_threshold=6.0, lpl_target_share=0.2
+    )
+    assert parsed("none", "--lpl_sigma_threshold=None") == parsed("auto")
+    assert parsed("weight", "--lpl-weight=3") == replace(shared, lpl_weight=3.0)
+
+
 def test_what_the_config_of_an_older_version_lacks_was_at_its_default(tmp_path: Path) -> None:
-    (tmp_path / CONFIG_FILE).write_text(f"seed: 0\nsome_former_option: 3\n{RECORD}: {{}}\n")
+    (tmp_path / CONFIG_FILE).write_text(f"lpl_sigma_threshold: 3.0\nseed: 0\nsome_former_option: 3\n{RECORD}: {{}}\n")
     assert differences(TrainConfig(), tmp_path) == []
     assert differences(TrainConfig(optim=OptimConfig(decay_all=True)), tmp_path) == ["--decay_all False -> True"]
 

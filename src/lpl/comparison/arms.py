@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -14,7 +13,8 @@ from lpl.base.text import read_text
 from lpl.comparison.options import FILE, CompareConfig, check_logs
 from lpl.comparison.yardsticks import other_yardsticks
 from lpl.config import TrainConfig, free_options
-from lpl.config_io import REFUSED, as_flags, nearest, read_strings
+from lpl.config.perceptual import acting
+from lpl.config_io import REFUSED, as_flags, nearest, read_strings, without_replaced
 from lpl.errors import UserError
 from lpl.report.options import PAGE
 
@@ -90,7 +90,7 @@ def read_arms(options: CompareConfig, parse: Callable[[list[str]], TrainConfig])
     Raises:
         UserError: a file that cannot be read, or an arm with a name or option that is none.
     """
-    shared = _shared_flags(options.train)
+    shared = _shared_options(options.train)
     arms: list[Arm] = []
     for name, overrides in _read(Path(str(options.arms))).items():
         where = f"--arms {options.arms}: {name}"
@@ -99,7 +99,9 @@ def read_arms(options: CompareConfig, parse: Callable[[list[str]], TrainConfig])
         for seed in options.seeds:
             folder = Path(options.train.run.output_dir) / name / f"seed-{seed}"
             try:
-                configs[seed] = parse([*shared, *own, f"--seed={seed}", f"--output_dir={folder}"])
+                configs[seed] = parse(
+                    [*as_flags(without_replaced(shared, own)), *own, f"--seed={seed}", f"--output_dir={folder}"]
+                )
                 check_logs(configs[seed])
             except UserError as error:
                 raise UserError(f"{where}: {error}") from error
@@ -142,18 +144,18 @@ def _flags(overrides: dict[str, str], where: str) -> list[str]:
         raise UserError(f"{where}: {error}") from error
 
 
-def _shared_flags(config: TrainConfig) -> list[str]:
-    """What differs from the defaults, as flags; through YAML, as config.yaml has it."""
+def _shared_options(config: TrainConfig) -> dict[str, str]:
+    """What differs from the defaults, as config.yaml has it."""
     default = TrainConfig().flat()
     given = {k: v for k, v in config.flat().items() if v != default[k] and k not in ("output_dir", "seed")}
     written: dict[str, str] = yaml.load(yaml.safe_dump(given), yaml.BaseLoader)
-    return as_flags(written)
+    return written
 
 
 def _changed(config: TrainConfig, other: TrainConfig) -> set[str]:
-    before: dict[str, Any] = other.flat()
+    now, before = acting(config.flat()), acting(other.flat())
     ignored = free_options() | {"seed"}
-    return {name for name, value in config.flat().items() if name not in ignored and value != before[name]}
+    return {name for name in now.keys() & before.keys() - ignored if now[name] != before[name]}
 
 
 def _data_options() -> set[str]:

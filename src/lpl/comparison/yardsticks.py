@@ -11,6 +11,7 @@ from dataclasses import fields
 from typing import Any
 
 from lpl.config import TrainConfig
+from lpl.config.perceptual import acting
 
 SAMPLES = "samples"
 """Kind of the figures of `lpl eval`."""
@@ -38,7 +39,7 @@ def other_yardsticks(config: TrainConfig, baseline: TrainConfig) -> dict[str, tu
     Kinds without any are left out, and LPL where one of the runs has none to measure.
     """
     (told, own), (told_before, before) = ((c.flat(), _defining(c)) for c in (config, baseline))
-    changed = {name for name in told if told[name] != told_before[name] and own[name] != before[name]}
+    changed = {name for name in told if told[name] != told_before[name] and own.get(name) != before.get(name)}
     held_out = ({f.name for f in fields(config.data)} - UNSEEN) | {"rescale_betas_zero_snr"}
     kinds = {"diffusion_loss": held_out | {"prediction_type"}, SAMPLES: {"resolution"}}
     if config.lpl.use_lpl and baseline.lpl.use_lpl:
@@ -54,10 +55,7 @@ def kind_of(metric: str) -> str:
 
 def _defining(config: TrainConfig) -> dict[str, Any]:
     """All options, those that come to the same spelled alike."""
-    from lpl.perceptual.gate import DEFAULT_T_THRESHOLD
-
-    found = config.flat()
-    found["lpl_norm_type"] = SAME_VALUES.get(found["lpl_norm_type"], found["lpl_norm_type"])
-    if all(found[f"lpl_{gate}_threshold"] is None for gate in ("t", "snr", "sigma")):
-        found["lpl_t_threshold"] = DEFAULT_T_THRESHOLD
+    found = acting(config.flat())
+    if "lpl_norm_type" in found:
+        found["lpl_norm_type"] = SAME_VALUES.get(found["lpl_norm_type"], found["lpl_norm_type"])
     return found

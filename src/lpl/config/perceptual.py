@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from lpl.config.checks import MOST_PIXELS, check_declared, free, option, require
+from lpl.perceptual import defaults
+
+GATES = ("lpl_t_threshold", "lpl_snr_threshold", "lpl_sigma_threshold")
+"""Statements of the gate: one at most."""
+NormType = Literal["default", "shared", "batch", "channel", "channel_detached", "own"]
 
 
 @dataclass(frozen=True)
@@ -17,19 +23,20 @@ class LPLConfig:
     """Off: the plain diffusion objective, bit for bit."""
     lpl_weight: float | Literal["auto"] = "auto"
     """Weight against the diffusion loss; auto: set once from the measured gradient share."""
-    lpl_target_share: float = 0.2
+    lpl_target_share: float = defaults.TARGET_SHARE
     """For auto: LPL's share of the gradient at the denoiser's output, r_lpl/(r_lpl + r_diffusion)."""
     lpl_reduction: Literal["expected", "gated"] = "expected"
     """Divide by batch size times gate probability, or (as the diffusers project does) by the samples that passed."""
     lpl_t_threshold: int | None = None
-    """Apply where the timestep is below this; 200 unless another gate is given."""
+    """Apply where the timestep is below this."""
     lpl_snr_threshold: float | None = None
     """The gate as a signal-to-noise ratio: apply where SNR is at least this."""
     lpl_sigma_threshold: float | None = None
-    """The gate as noise/signal: apply where it is at most this (the paper's tau; 3 to 6 did best there)."""
+    """The gate as noise/signal: apply where it is at most this (the paper's tau; 3 to 6 did best there); 3 where no
+    gate is given."""
     lpl_loss_type: Literal["mse", "l1"] = "mse"
     """Distance of normalised features."""
-    lpl_norm_type: Literal["default", "shared", "batch", "channel", "channel_detached", "own"] = "shared"
+    lpl_norm_type: NormType = defaults.NORM_TYPE
     """How features are normalised; weights do not carry over between norms."""
     lpl_pow_law: bool = True
     """Halve a layer's weight each time its resolution doubles."""
@@ -75,11 +82,7 @@ class LPLConfig:
             weight == "auto" or self.lpl_target_share == LPLConfig.lpl_target_share,
             "--lpl_target_share acts with --lpl_weight auto only: drop one of them",
         )
-        gates = {
-            "--lpl_t_threshold": self.lpl_t_threshold,
-            "--lpl_snr_threshold": self.lpl_snr_threshold,
-            "--lpl_sigma_threshold": self.lpl_sigma_threshold,
-        }
+        gates = {f"--{name}": getattr(self, name) for name in GATES}
         given = [f"{name} {value}" for name, value in gates.items() if value is not None]
         require(len(given) <= 1, f"contradictory gates: {', '.join(given)}; give one")
         for name, value in gates.items():
@@ -96,3 +99,23 @@ class LPLConfig:
             f"--lpl_chunk must be auto or at least 1, not {self.lpl_chunk}",
         )
         require(self.lpl_crop is None or self.lpl_crop >= 8, f"--lpl_crop must be at least 8, not {self.lpl_crop}")
+
+
+def acting(options: Mapping[str, Any], default_gate: tuple[str, Any] | None = None) -> dict[str, Any]:
+    """Options by name without those of LPL that do nothing beside the others, and with the gate that they leave unsaid.
+
+    Two sets that come to the same are equal then.
+
+    Args:
+        options: every option.
+        default_gate: what no gate means; None: what it means now.
+    """
+    if not options["use_lpl"]:
+        return {name: value for name, value in options.items() if not name.startswith("lpl_")}
+    found = dict(options)
+    if all(found[name] is None for name in GATES):
+        name, value = default_gate or ("lpl_sigma_threshold", defaults.SIGMA_THRESHOLD)
+        found[name] = value
+    if found["lpl_weight"] != "auto":
+        del found["lpl_target_share"]
+    return found

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from lpl.diffusion.prediction import alpha_sigma_table, signal_to_noise
+from lpl.perceptual.defaults import SIGMA_THRESHOLD
 
-DEFAULT_T_THRESHOLD = 200
 DEFAULT_SNR_GAMMA = 5.0
 GRID = 10**5
 """Values of sigma, uniform in (0, 1), on which a flow schedule's gate is tabulated."""
@@ -20,9 +20,12 @@ class Gate:
     """Passes a sample whose noise level is low enough for its clean estimate to mean something.
 
     One of three statements: t < t_threshold (t of the schedule's timesteps; for flow matching t = T * sigma), SNR >=
-    snr_threshold, or sigma / alpha <= sigma_threshold. Without any, t < 200.
+    snr_threshold, or sigma / alpha <= sigma_threshold. Without any, sigma / alpha <= 3: t < 674 on SDXL's schedule.
 
-    Source: Berrada et al., ICLR 2025, section 3.2, where it is sigma <= tau; t < 200 is the diffusers project's.
+    For flow matching that is sigma <= 0.75. Where sigma = s u / (1 + (s - 1) u) with a shift s, it passes 75 % of
+    uniform u at shift 1 and 50 % at shift 3; of logit-normal u 86 % and 50 %.
+
+    Source: Berrada et al., ICLR 2025, section 3.2, where it is sigma <= tau; the diffusers project has t < 200.
 
     Args:
         noise_scheduler: a diffusers scheduler with alphas_cumprod, or a flow-matching one without; None: flow matching,
@@ -49,7 +52,7 @@ class Gate:
         if self.is_flow and noise_scheduler is not None:
             _check_flow(noise_scheduler)
         if not given:
-            t_threshold = min(DEFAULT_T_THRESHOLD, self.num_timesteps)
+            sigma_threshold = SIGMA_THRESHOLD
         if t_threshold is not None and t_threshold != int(t_threshold):
             raise ValueError(f"lpl_t_threshold counts timesteps of 0..{self.num_timesteps - 1}, so not {t_threshold}")
         if t_threshold is not None and not 0 < t_threshold <= self.num_timesteps:
@@ -112,7 +115,7 @@ class Gate:
             return f"t < {self.t_threshold}"
         if self.snr_threshold is not None:
             return f"SNR >= {self.snr_threshold}"
-        return f"sigma <= {self.sigma_threshold}"
+        return f"noise/signal <= {self.sigma_threshold:g}"
 
 
 def _num_timesteps(noise_scheduler: Any) -> int:

@@ -20,6 +20,7 @@ from torch.nn.functional import interpolate
 from lpl.diffusion.latent_space import LatentSpace
 from lpl.perceptual.crop import Crop
 from lpl.perceptual.decoders import decoder_taps
+from lpl.perceptual.defaults import NORM_TYPE
 from lpl.perceptual.distance import NORM_TYPES, FeatureDistance, batch_scale
 from lpl.perceptual.forward_gradient import WithGradient
 from lpl.perceptual.input_checks import check_mask, check_mask_values, given
@@ -88,7 +89,7 @@ class LatentPerceptualLoss:
         self,
         vae: Any,
         num_blocks: int = 4,
-        norm_type: str = "shared",
+        norm_type: str = NORM_TYPE,
         loss_type: str = "mse",
         pow_law: bool = True,
         remove_outliers: bool = True,

@@ -25,6 +25,7 @@ from lpl.diffusion.prediction import (
     x0_from_output,
 )
 from lpl.perceptual.auto_weight import AutoWeight
+from lpl.perceptual.defaults import TARGET_SHARE
 from lpl.perceptual.gate import Gate, snr_scale
 from lpl.perceptual.input_checks import (
     FirstCalls,
@@ -63,10 +64,11 @@ class PerceptualObjective:
             for flow matching, with prediction_type.
         lpl_weight: against the diffusion loss; "auto" sets it from measured gradients (AutoWeight): pass
             diffusion_loss with every call and call end_step() after every optimizer step.
-        lpl_t_threshold, lpl_snr_threshold, lpl_sigma_threshold: the gate, one of them; t < 200 where none is given.
+        lpl_t_threshold, lpl_snr_threshold, lpl_sigma_threshold: the gate, one of them; none: sigma / alpha is at most 3.
         lpl_scale: multiply by min(1, g / SNR), g = snr_gamma or 5.
         lpl_reduction: "expected" divides by B * p_gate, "gated" by the gated samples of the micro-batch.
-        p_gate: probability of passing the gate: None for uniform timesteps, a number, or weights per timestep (T,).
+        p_gate: probability of passing the gate: None for uniform timesteps (for flow matching: uniform sigma, which a
+            shift is not: see Gate), a number, or weights per timestep (T,).
         snr_gamma: g of lpl_scale.
         lpl_max_samples: decode at most this many gated samples a call (the first ones; rescaled, so unbiased where
             batches are shuffled).
@@ -98,7 +100,7 @@ class PerceptualObjective:
         lpl_sigma_threshold: float | None = None,
         snr_gamma: float | None = None,
         lpl_max_samples: int | None = None,
-        lpl_target_share: float = 0.2,
+        lpl_target_share: float = TARGET_SHARE,
         prediction_type: str | None = None,
         seed: int = 0,
         lpl_start: int = 0,

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from lpl.base.locks import alone_in
 from lpl.config import OPTIMIZERS, ModelConfig, TrainConfig
+from lpl.config.perceptual import GATES
 from lpl.data.buckets import image_sizes
 from lpl.data.decode import parse_color
 from lpl.data.folders import cache_dir
@@ -204,11 +205,7 @@ def check_sizes(config: TrainConfig, configs: dict[str, Any]) -> None:
 def _check_gate(config: TrainConfig, configs: dict[str, Any]) -> None:
     """Refuses a gate that nothing passes; needs the schedule's numbers, so it alone loads torch."""
     options = config.lpl
-    given = {
-        "lpl_t_threshold": options.lpl_t_threshold,
-        "lpl_snr_threshold": options.lpl_snr_threshold,
-        "lpl_sigma_threshold": options.lpl_sigma_threshold,
-    }
+    given = {name: getattr(options, name) for name in GATES}
     bias, drawn = config.diffusion.timestep_bias_strategy, config.diffusion.timestep_distribution
     usual = bias == "none" and drawn == "uniform"
     if not options.use_lpl or (given["lpl_snr_threshold"] is given["lpl_sigma_threshold"] is None and usual):

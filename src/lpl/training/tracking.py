@@ -13,12 +13,12 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from lpl.errors import TrainingStoppedError
+from lpl.perceptual.defaults import HIGH_SHARE, LOW_SHARE
 from lpl.perceptual.objective import gradient_share
 from lpl.perceptual.zero_gradient import zero_gradient
 
 logger = logging.getLogger("lpl")
 
-LOW_SHARE, HIGH_SHARE = 0.01, 0.60
 SHARE_SAMPLES = 32
 """Gated samples before the gradient share is judged."""
 

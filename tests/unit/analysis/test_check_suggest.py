@@ -105,11 +105,11 @@ def suggest(found: Levels, gate: Gate, **lpl: Any) -> dict[str, Any]:
 
 
 def test_suggestion_names_gate_and_weight_and_why() -> None:
-    made = suggest(levels([0.1] * 5 + [0.9] * 5), Gate(SCHEDULER), lpl_weight=3.0)
+    made = suggest(levels([0.1] * 5 + [0.9] * 5), Gate(SCHEDULER, 200), lpl_weight=3.0)
     assert made["lpl_t_threshold"] == 500
-    assert made["lpl_weight"] == pytest.approx(0.25 * 2**0.5, rel=1e-3)
+    assert made["lpl_weight"] == pytest.approx(2**0.5, rel=1e-3)
     assert made["own_gate"]["gate"] == "t < 200"
-    assert made["own_gate"]["lpl_weight"] == pytest.approx(0.25 * (4 / (0.2 / 0.2**2)) ** 0.5, rel=1e-3)
+    assert made["own_gate"]["lpl_weight"] == pytest.approx((4 / (0.2 / 0.2**2)) ** 0.5, rel=1e-3)
     assert made["p_gate"] == pytest.approx(0.5)
     assert made["why"][0].startswith("--lpl_t_threshold 500: for t in 500..599 ")
     assert "a run's t < 200 stays within it" in made["why"][1]

@@ -501,7 +501,7 @@ def test_summary_names_the_search_by_what_differs() -> None:
         for steps in (20, 4)
     ]
     found = summary.tried(rows, "lpl", None)
-    assert [entry.said for entry in found] == ["chosen", "a 1, b unset, lpl_norm_type shared"]
+    assert [entry.said for entry in found] == ["chosen", "a 1, b unset, lpl_norm_type channel"]
     assert [(entry.many["frechet"], entry.few["frechet"]) for entry in found] == [(4.0, 4.0), (6.0, 6.0)]
     assert [entry.said for entry in summary.tried(rows, "lpl", {"a": 1})][1] == "chosen"
     assert "lpl, 2 runs" in summary.summary({"rows": rows, "floors": []})

@@ -57,11 +57,20 @@ def test_options_that_change_what_is_seen_are_named(tmp_path: Path) -> None:
     assert not read(tmp_path, "base: {}\nother: {train_batch_size: 2}\n")[1].sees_other_data
 
 
+def test_an_arm_repeats_the_baseline_where_what_it_changes_comes_to_the_same(tmp_path: Path) -> None:
+    text = "base: {}\nsaid: {lpl_sigma_threshold: 3}\nother: {lpl_t_threshold: 200}\n"
+    assert [arm.repeats for arm in read(tmp_path, text)] == [False, True, False]
+    arms = read(tmp_path, text, "--lpl_snr_threshold=1")  # an arm's gate replaces the one that all share
+    assert [arm.repeats for arm in arms] == [False, False, False]
+    gates = [(c.lpl_t_threshold, c.lpl_snr_threshold, c.lpl_sigma_threshold) for c in (a.configs[0].lpl for a in arms)]
+    assert gates == [(None, 1.0, None), (None, None, 3.0), (200, None, None)]
+
+
 def test_options_that_define_a_figure_are_named_by_its_kind(tmp_path: Path) -> None:
     text = (
         "base: {lpl_norm_type: channel}\n"
-        "norm: {lpl_num_blocks: 3, lpl_sigma_threshold: 3}\n"
-        "alike: {lpl_norm_type: channel_detached, lpl_t_threshold: 200, lpl_scale: false, snr_gamma: 1,"
+        "norm: {lpl_norm_type: shared, lpl_num_blocks: 3, lpl_t_threshold: 200}\n"
+        "alike: {lpl_norm_type: channel_detached, lpl_sigma_threshold: 3, lpl_scale: false, snr_gamma: 1,"
         " lpl_random_depth: true, random_flip: true, lpl_weight: 0}\n"
         "plain: {use_lpl: false, lpl_num_blocks: 2}\n"
         "target: {prediction_type: v_prediction, lpl_norm_type: channel}\n"
@@ -72,7 +81,7 @@ def test_options_that_define_a_figure_are_named_by_its_kind(tmp_path: Path) -> N
     found = {arm.name: arm.yardsticks for arm in read(tmp_path, text)}
     assert found == {
         "base": {},
-        "norm": {"lpl": ("lpl_norm_type", "lpl_num_blocks", "lpl_sigma_threshold")},
+        "norm": {"lpl": ("lpl_norm_type", "lpl_num_blocks", "lpl_t_threshold")},
         "alike": {},
         "plain": {},
         "target": {"diffusion_loss": ("prediction_type",)},

@@ -11,8 +11,8 @@ from lpl.diffusion.prediction import PREDICTION_TYPES, add_noise, alpha_sigma_ta
 from lpl.perceptual.objective import gradient_share
 from lpl.testing import tiny_vae
 
-TIMESTEPS = torch.tensor([700, 150, 20, 199, 950, 450, 3, 200])
-"""Four of the eight pass t < 200, spread unevenly."""
+TIMESTEPS = torch.tensor([800, 600, 20, 673, 950, 760, 3, 751])
+"""Four of the eight have noise/signal of at most 3, spread unevenly: t < 674 on SDXL's schedule, t <= 750 of a flow."""
 GATED = [1, 2, 3, 6]
 DISCRETE = ("epsilon", "v_prediction", "sample")
 
@@ -70,11 +70,11 @@ def each_type(request):
 
 
 def test_term_is_the_weighted_sum_over_gated_samples(each_type, latent_distance):
-    """weight * sum_gated min(1, 5 / SNR) L / (B p_gate), for every parameterisation alike; p_gate is 0.2."""
+    """weight * sum_gated min(1, 5 / SNR) L / (B p_gate), for every parameterisation alike."""
     scheduler, options, batch = each_type
     term = PerceptualObjective(latent_distance, scheduler, lpl_weight=3.0, **options)(*batch.arguments())
     scale = (5 / batch.snr()).clamp(max=1)
-    expected = 3.0 * (scale * batch.latent_errors())[GATED].sum() / (8 * 0.2)
+    expected = 3.0 * (scale * batch.latent_errors())[GATED].sum() / (8 * (0.75 if batch.sigmas is not None else 0.674))
     assert term.loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert term.loss.dtype == torch.float32
     assert term.num_samples == 4
@@ -140,7 +140,9 @@ def test_expected_reduction_is_the_mean_over_gated_in_expectation(sdxl_scheduler
     """Over every timestep once, the expected reduction is what `gated` gives on that one large batch."""
     batch = Batch(sdxl_scheduler, timesteps=torch.arange(0, 1000, 4))
     expected, gated = (
-        PerceptualObjective(latent_distance, sdxl_scheduler, lpl_reduction=r)(*batch.arguments()).loss.item()
+        PerceptualObjective(latent_distance, sdxl_scheduler, lpl_t_threshold=200, lpl_reduction=r)(
+            *batch.arguments()
+        ).loss.item()
         for r in ("expected", "gated")
     )
     assert expected == pytest.approx(gated, rel=1e-5)
@@ -158,10 +160,12 @@ def test_gated_reduction_is_the_mean_over_gated(sdxl_scheduler, latent_distance)
 def test_p_gate_from_a_number_or_from_weights(sdxl_scheduler, latent_distance):
     weights = timestep_probabilities(1000, "earlier", multiplier=3.0, portion=0.2)
     objectives = [PerceptualObjective(latent_distance, sdxl_scheduler, p_gate=p) for p in (None, 0.5, weights)]
-    assert [o.p_gate for o in objectives] == pytest.approx([0.2, 0.5, 0.6 / 1.4])
+    p_gates = [0.674, 0.5, (0.6 + 0.474) / 1.4]
+    assert [o.p_gate for o in objectives] == pytest.approx(p_gates)
     losses = [o(*Batch(sdxl_scheduler).arguments()).loss.item() for o in objectives]
-    assert losses[0] * 0.2 == pytest.approx(losses[1] * 0.5, rel=1e-6)
-    assert losses[0] * 0.2 == pytest.approx(losses[2] * 0.6 / 1.4, rel=1e-6)
+    assert [loss * p for loss, p in zip(losses, p_gates, strict=True)] == pytest.approx(
+        3 * [losses[0] * 0.674], rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("reduction", ["expected", "gated"])
@@ -216,7 +220,7 @@ def test_mask_reaches_the_loss_for_the_gated_samples(sdxl_scheduler, vae):
 def test_exact_zero_where_nothing_passes(prediction_type, random_latents):
     """No graph, and the decoder is never called."""
     scheduler = scheduler_for(prediction_type)
-    batch = Batch(scheduler, prediction_type, timesteps=torch.tensor([200, 999]))
+    batch = Batch(scheduler, prediction_type, timesteps=torch.tensor([760, 999]))
     vae, calls = tiny_vae(widths=(8, 16)), []
     for module in vae.modules():
         module.register_forward_hook(lambda *_: calls.append(1))
@@ -271,10 +275,14 @@ def test_autocast_changes_no_bit(sdxl_scheduler, vae):
 # The gate and the schedule.
 
 
-def test_gate_by_sigma_applies_at_more_timesteps(sdxl_scheduler, latent_distance):
-    objective = PerceptualObjective(latent_distance, sdxl_scheduler, lpl_sigma_threshold=3.0)
-    assert objective.p_gate == pytest.approx(0.674)
-    assert objective(*Batch(sdxl_scheduler).arguments()).num_samples == 6
+def test_a_gate_that_is_given_replaces_the_default(sdxl_scheduler, latent_distance):
+    for gate, passed in (
+        (("lpl_sigma_threshold", 4.2), 5),
+        (("lpl_t_threshold", 200), 2),
+        (("lpl_snr_threshold", 16), 2),
+    ):
+        objective = PerceptualObjective(latent_distance, sdxl_scheduler, **dict([gate]))
+        assert objective(*Batch(sdxl_scheduler).arguments()).num_samples == passed
 
 
 @pytest.mark.parametrize(

@@ -84,9 +84,9 @@ def test_tracker_logs_shares() -> None:
 
 
 @pytest.mark.parametrize(
-    ("lpl_square", "expected"), [(0.99e-4, "idles"), (2.5, "dominates"), (1.1e-4, None), (2.2, None)]
+    ("lpl_square", "expected"), [(2.7e-3, "idles"), (16.5, "dominates"), (2.8e-3, None), (15.5, None)]
 )
-def test_share_outside_1_to_60_percent_warns_once_by_name(
+def test_share_outside_5_to_80_percent_warns_once_by_name(
     caplog: pytest.LogCaptureFixture, lpl_square: float, expected: str | None
 ) -> None:
     tracker = Tracker(Recorder(), 4, "--lpl_weight 2.0 --lpl_norm_type shared")  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ from lpl.analysis.check import precision
 from lpl.analysis.check.options import WALK_TOLERANCE
 from lpl.config import TrainConfig
 from lpl.perceptual.auto_weight import MEASURED_SAMPLES
-from lpl.training.tracking import HIGH_SHARE, LOW_SHARE
+from lpl.perceptual.defaults import HIGH_SHARE, LOW_SHARE
 
 LEAST_PSNR = 25.0
 """In dB; below, what the VAE loses is plainly seen."""

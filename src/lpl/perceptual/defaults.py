@@ -1,0 +1,12 @@
+"""What LPL does where nothing is said, for the library and the command line alike; nothing heavy is imported here.
+
+From what was measured: these help without guidance, and do no harm with it (docs/results.md).
+"""
+
+NORM_TYPE = "channel"
+SIGMA_THRESHOLD = 3.0
+"""The gate: noise/signal, sigma / alpha, at most this; for flow matching sigma / (1 - sigma), so sigma <= 0.75."""
+TARGET_SHARE = 0.5
+"""For the weight "auto": LPL's share of the gradient at the model's output; about what a fifth of the loss gives."""
+LOW_SHARE, HIGH_SHARE = 0.05, 0.80
+"""Shares of the gradient below which LPL idles, and above which it dominates."""
