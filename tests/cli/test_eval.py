@@ -136,6 +136,82 @@ def test_nothing_is_drawn_twice_and_torn_runs_go_on(evaluate: Any, whole: Any, t
     assert images(copy) == images(folder)
 
 
+SINGLE = {
+    "lpl", "kind", "environment", "options", "refused", "model", "reference", "num_samples", "num_reference",
+    "reference_digest", "prompts_digest", "resolution", "guidance_scale", "features", "metrics", "spectrum",
+    "image_root", "images",
+}  # fmt: skip
+
+
+def test_points_share_noise_model_and_reference_and_go_on(
+    evaluate: Any, whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every pair is drawn from the noise that a point by itself has; what is finished is not made again."""
+    from diffusers.pipelines.stable_diffusion_xl import pipeline_stable_diffusion_xl as pipeline_module
+
+    from lpl.evaluation import command
+    from lpl.families import sampling
+
+    folder, single, _ = whole
+    assert single.keys() == SINGLE
+    assert (single["options"]["guidance_scale"], single["options"]["num_inference_steps"]) == (1.0, 2)
+    assert {path.name for path in folder.iterdir()} == {".lpl.json", "images", "samples.json", "eval.json"}
+    latents: list[torch.Tensor] = []
+    loaded: list[str] = []
+    measured: list[Path] = []
+    draw, load, measure = pipeline_module.randn_tensor, sampling.load_for_sampling, command.measure_all
+
+    def randn_tensor(*args: Any, **options: Any) -> torch.Tensor:
+        latents.append(draw(*args, **options))
+        return latents[-1].clone()
+
+    monkeypatch.setattr(pipeline_module, "randn_tensor", randn_tensor)
+    monkeypatch.setattr(sampling, "load_for_sampling", lambda *a: loaded.append("model") or load(*a))
+    monkeypatch.setattr(command, "measure_all", lambda *a: measured.append(a[1][0].parents[2]) or measure(*a))
+    points = ["--guidance_scale", "1", "3", "--num_inference_steps", "2", "5"]
+    several = {"guidance_scale": None, "num_inference_steps": None}
+    found, out = evaluate(tmp_path, *points, **several)
+    assert loaded == ["model"]
+    by_point = [torch.cat(list(part)) for part in zip(*[iter(latents)] * 4, strict=True)]  # 50 samples, 16 together
+    assert len(by_point) == 4
+    assert by_point[0].shape[0] == 50
+    assert all(torch.equal(by_point[0], other) for other in by_point[1:])
+    names = ["guidance-1-steps-2", "guidance-3-steps-2", "guidance-1-steps-5", "guidance-3-steps-5"]
+    assert [point["folder"] for point in found["points"]] == [f"points/{name}" for name in names]
+    assert images(tmp_path / "points" / names[0]) == images(folder)
+    assert (found["points"][0]["metrics"], found["points"][0]["spectrum"]) == (single["metrics"], single["spectrum"])
+    firsts = {(tmp_path / "points" / name / "images/00000/00000000.png").read_bytes() for name in names}
+    assert len(firsts) == 4
+    table = [line.split()[:2] for line in out.splitlines()[4:8]]
+    assert table == [["2", "1"], ["2", "3"], ["5", "1"], ["5", "3"]]
+    distance = {(p["num_inference_steps"], p["guidance_scale"]): p["metrics"]["frechet_efficientnet-lite0"]["value"]
+                for p in found["points"]}  # fmt: skip
+    for entry in found["best"]:
+        steps, best = entry["num_inference_steps"], entry["guidance_scale"]
+        assert distance[steps, best] == entry["value"] == min(distance[steps, 1.0], distance[steps, 3.0])
+        told = f"{steps} steps: best guidance 3 is the end of the list: add a higher one"
+        assert (told in out) == (best == 3) == (entry["edge"] == "end")
+    assert found["images"][0]["file"].startswith(f"points/guidance-{found['guidance_scale']:g}-steps-5/images/")
+    # A killed command: one point lacks a sample and its figures, another its figures alone.
+    assert measured.pop(0) == tmp_path / "points" / names[0]
+    measured.clear()
+    latents.clear()
+    (tmp_path / "points" / names[1] / "images/00000/00000049.png").unlink()
+    for name in names[1:3]:
+        (tmp_path / "points" / name / "figures.json").unlink()
+    (tmp_path / "eval.json").unlink()
+    again, _ = evaluate(tmp_path, *points, **several)
+    assert again == found
+    assert [len(batch) for batch in latents] == [2]
+    assert measured == [tmp_path / "points" / name for name in names[1:3]]
+    measured.clear()
+    longer, _ = evaluate(tmp_path, *points[:3], "4", *points[3:5], **several)
+    assert measured == [tmp_path / "points" / "guidance-4-steps-2"]
+    assert [p["guidance_scale"] for p in longer["points"]] == [1.0, 3.0, 4.0]
+    fewer, _ = evaluate(tmp_path, *points[:4], "2", **several, num_bootstrap=0)
+    assert [len(measured), fewer["points"][0]["metrics"]["recall"]["interval"]] == [3, None]
+
+
 def test_a_reference_that_cannot_be_read_is_found_before_drawing(
     evaluate: Any, reference: Path, tmp_path: Path
 ) -> None:
@@ -366,6 +442,8 @@ def test_a_pipeline_of_another_family(evaluate: Any, model: Path, tmp_path: Path
         ({"kernel_subsets": 5, "metrics": "frechet"}, "--kernel_subsets acts on the kernel distance"),
         ({"against": "reconstructions", "images": ".", **THERE, **NO_MODEL}, "needs a VAE"),
         ({"resolution": 20}, "--resolution 20: models draw multiples of 8"),
+        ({"num_inference_steps": 0}, "--num_inference_steps must be at least 1, not 0"),
+        ({"guidance_scale": -1.0}, "--guidance_scale must be 0 or more, not -1.0"),
         ({"num_samples": 0}, "--num_samples must be at least 1, not 0"),
         ({"num_samples": 9}, "--num_samples: 9 samples and 52 images in --reference_dir, of which every metric"),
         ({"metrics": "frechet", "num_samples": 49}, "asked for needs at least 50"),

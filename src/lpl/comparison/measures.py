@@ -16,7 +16,7 @@ from lpl.comparison.options import CompareConfig
 from lpl.comparison.points import Row, rows_of
 from lpl.config import TrainConfig, require
 from lpl.errors import UserError
-from lpl.evaluation.points import FOLDER
+from lpl.evaluation.points import FOLDER, as_tuple
 from lpl.report.curves import final_kind
 from lpl.report.run_folder import RunFolder, read_run, training_clock
 from lpl.written_files import FINISHED, read_result
@@ -205,13 +205,14 @@ def check_metrics(options: CompareConfig, config: TrainConfig, parse: Parse, end
 
     source, folder = str(config.model.pretrained_model_name_or_path), Path(config.run.output_dir) / EVAL
     wanted = eval_options(source, folder, options, config)
-    plan = check_reference(wanted, lambda path: parse(["--config", str(path)]).model, config.model)
-    least = min(len(plan.files), len(list_pictures(Path(str(options.reference_dir)), "--reference_dir")))
+    least = min(options.num_samples, len(list_pictures(Path(str(options.reference_dir)), "--reference_dir")))
+    several = len(as_tuple(options.guidance_scale)) * len(as_tuple(options.num_inference_steps)) > 1
     require(
-        len(plan.points) == 1 or least >= FEWEST["frechet"],
+        not several or least >= FEWEST["frechet"],
         f"--guidance_scale, --num_inference_steps: at several of them arms are compared by the Fréchet distance, which "
         f"needs {FEWEST['frechet']} samples and images in --reference_dir: {least} are too few (--num_samples)",
     )
+    plan = check_reference(wanted, lambda path: parse(["--config", str(path)]).model, config.model)
     for one in ended:
         run = Path(one.run.output_dir)
         own = replace(plan, resolution=one.data.resolution or plan.resolution, folder=run / EVAL)

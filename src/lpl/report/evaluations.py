@@ -62,7 +62,7 @@ Drawn = list[tuple[Group, list[Result]]]
 def evaluation_table(groups: Sequence[Group]) -> Table:
     """What was set against what, a row for each group and setting."""
     rows = []
-    for setting, drawn in _by_setting(groups).items():
+    for setting, drawn in by_setting(groups).items():
         numbers = ["–" if n is None else f"{n:,}" for n in (setting.samples, setting.images)]
         pixels = "–" if setting.resolution is None else f"{setting.resolution} px"
         for group, results in drawn:
@@ -76,8 +76,8 @@ def evaluation_table(groups: Sequence[Group]) -> Table:
 
 def metric_charts(groups: Sequence[Group]) -> list[Chart]:
     """A chart for each metric and setting: every model's value with its interval, beside the floor."""
-    settings = _by_setting(groups)
-    told = _told_apart(list(settings))
+    settings = by_setting(groups)
+    told = told_apart(list(settings))
     names = dict.fromkeys(name for drawn in settings.values() for _, rs in drawn for r in rs for name in _metrics(r))
     charts = []
     for name in names:
@@ -92,6 +92,8 @@ def metric_charts(groups: Sequence[Group]) -> list[Chart]:
                     rows.append(_metric_row(group, known, setting.words.floor))
             if rows:
                 note = f"{'Lower' if lower else 'Higher'} is better.{_told_notes(notes, len(drawn))}"
+                if any(result.content.get("points") for _, results in drawn for result in results):
+                    note += " Of several points of guidance and steps: the best guidance at the most steps."
                 title = metric_name(name)
                 charts.append(interval_chart(title + told[setting], note, rows, title))
     return charts
@@ -106,8 +108,8 @@ def refused_figures(groups: Sequence[Group]) -> list[str]:
 
 def spectrum_charts(groups: Sequence[Group]) -> list[Chart]:
     """For each setting, power spectra of samples, reference and floor, and their ratio to the reference."""
-    settings = _by_setting(groups)
-    told = _told_apart(list(settings))
+    settings = by_setting(groups)
+    told = told_apart(list(settings))
     return [chart for setting, drawn in settings.items() for chart in _spectra(setting, drawn, told[setting])]
 
 
@@ -149,7 +151,7 @@ def _metrics(result: Result) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _by_setting(groups: Sequence[Group]) -> dict[Setting, Drawn]:
+def by_setting(groups: Sequence[Group]) -> dict[Setting, Drawn]:
     """The evaluations of each setting, by group. References of one content go by the name of the first."""
     found: dict[Setting, dict[str, tuple[Group, list[Result]]]] = {}
     references: dict[str, str] = {}
@@ -171,7 +173,7 @@ def _by_setting(groups: Sequence[Group]) -> dict[Setting, Drawn]:
     return {setting: list(drawn.values()) for setting, drawn in found.items()}
 
 
-def _told_apart(settings: Sequence[Setting]) -> dict[Setting, str]:
+def told_apart(settings: Sequence[Setting]) -> dict[Setting, str]:
     """What titles say of a setting: the parts in which settings differ."""
     differs = [name for name in Setting._fields if len({getattr(s, name) for s in settings}) > 1]
     if not differs:

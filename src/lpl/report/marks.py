@@ -19,6 +19,8 @@ class Line(NamedTuple):
     low: Sequence[float | None] | None = None
     """With high: the edges of a band around the line."""
     high: Sequence[float | None] | None = None
+    best: float | None = None
+    """Where its best point is, to be marked."""
 
 
 class Row(NamedTuple):

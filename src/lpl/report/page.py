@@ -20,11 +20,14 @@ from lpl.report.evaluations import evaluation_table, metric_charts, refused_figu
 from lpl.report.findings import paired_charts
 from lpl.report.gallery import build_gallery
 from lpl.report.options import ReportConfig
+from lpl.report.points import point_charts, point_tables
 from lpl.report.sources import Group, Inputs, Result, read_inputs
 from lpl.report.words import checks, configuration, overview, tiles, title, versions
 
 GENERATOR, HEAD = b'<meta name="generator" content="lpl ', 4096
 """How a page says what it is, and within how many bytes."""
+TONES = {"helps": "good", "harms": "bad", "mixed": "mixed"}
+"""How an arm's sentence is coloured, by its outcome."""
 TEXT_SHARE = 0.2
 """Part of the page's size that is kept for text and plots."""
 
@@ -77,6 +80,7 @@ def render(inputs: Inputs, most_bytes: int = 7_500_000) -> str:
     shares = share_charts(groups)
     skipped = [*inputs.skipped, *refused_figures(groups), *gallery.notes]
     sections = [
+        ("points", "Guidance and steps", point_charts(inputs)),
         ("losses", "Losses", loss_charts(groups)),
         ("share", "LPL at work", shares),
         ("spectrum", "Spectrum", spectrum_charts(groups)),
@@ -85,7 +89,8 @@ def render(inputs: Inputs, most_bytes: int = 7_500_000) -> str:
     finals = {run.final_weights for run in inputs.runs if run.final_weights}
     final = finals.pop() if len(finals) == 1 else None
     comparisons = [_comparison(result, inputs.arms(result), final) for result in inputs.comparisons]
-    evaluations = evaluation_table(groups)
+    evaluations, tables = evaluation_table(groups), point_tables(inputs)
+    kept = {"metrics": evaluations.rows, "points": tables}
     found = {
         "title": title(inputs),
         "version": __version__,
@@ -93,7 +98,8 @@ def render(inputs: Inputs, most_bytes: int = 7_500_000) -> str:
         "tiles": tiles(inputs),
         "comparisons": comparisons,
         "gallery": gallery,
-        "sections": [section for section in sections if section[2] or (section[0] == "metrics" and evaluations.rows)],
+        "sections": [section for section in sections if section[2] or kept.get(section[0])],
+        "point_tables": tables,
         "evaluations": evaluations,
         "checks": checks(inputs),
         "overview": overview(inputs),
@@ -110,6 +116,7 @@ def _comparison(result: Result, arms: dict[str, Group], final: str | None) -> di
     unpaired = {arm["name"]: arm.get("unpaired") for arm in content.get("arms", [])}
     return {
         "name": result.file.parent.resolve().name,
+        "sentences": [(TONES.get(v["outcome"], ""), v["sentence"]) for v in content.get("verdicts", [])],
         "verdicts": verdicts(content, shown, arms),
         "chance": chance_line(shown),
         "charts": paired_charts(shown, arms, unpaired),

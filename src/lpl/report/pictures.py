@@ -150,6 +150,8 @@ def _add_eval(table: Pictures, group: Group, result: Result) -> None:
     """Its images, from beside eval.json where they were drawn, else from where --images was."""
     images, home = result.content.get("images") or [], result.file.parent
     root, gone = Path(result.content.get("image_root") or home), 0
+    if result.content.get("points"):
+        table.notes.append(f"{result.file}: of its points, pictures of the best guidance at the most steps are shown")
     if inside(home, str(root.absolute())) is None and root.exists():
         told = "write eval.json to a folder above them to see them here"
         table.notes.append(f"{result.file}: its images are not in its own folder but in {root}: {told}")

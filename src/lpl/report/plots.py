@@ -61,7 +61,13 @@ def line_chart(
     every = -(-len(places) // 40) if places else 1
     by_line = [dict(zip(line.x, line.y, strict=True)) for line in lines]
     rows = [[short(x, 4), *(short(values.get(x), 4) for values in by_line)] for x in places[::every]]
-    return Chart(title, note, svg, legend, header, rows, thinned=f"every {every}. point" if every > 1 else "")
+    key = (
+        [("swatch-best", "the best guidance by Fréchet distance")]
+        if any(line.best is not None for line in lines)
+        else []
+    )
+    thinned = f"every {every}. point" if every > 1 else ""
+    return Chart(title, note, svg, legend, header, rows, thinned=thinned, key=key)
 
 
 def interval_chart(
@@ -165,6 +171,8 @@ def _line(line: Line, x_scale: Scale, y_scale: Scale) -> str:
             told = escape(f"{line.label}: {short(y, 4)} at {short(x, 4)}")
             a, b = place.split()
             marks.append(f'<circle class="dot s{line.slot}" cx="{a}" cy="{b}" r="3"><title>{told}</title></circle>')
+            if x == line.best:
+                marks.append(f'<circle class="best s{line.slot}" cx="{a}" cy="{b}" r="7"/>')
     name = f"<title>{escape(line.label)}</title>"
     return f'<path class="line s{line.slot}" d="{"".join(path)}">{name}</path>{"".join(marks)}' if path else ""
 
@@ -173,7 +181,12 @@ def _band(line: Line, x_scale: Scale, y_scale: Scale) -> str:
     assert line.low is not None
     assert line.high is not None
     edges = [e for e in zip(line.x, line.low, line.high, strict=True) if e[1] is not None and e[2] is not None]
-    if len(edges) < 2:
+    if len(edges) == 1:
+        [(x, low, high)] = edges
+        assert low is not None
+        assert high is not None
+        return f'<path class="whisker s{line.slot}" d="M{x_scale(x):.1f} {y_scale(low):.1f}V{y_scale(high):.1f}"/>'
+    if not edges:
         return ""
     upper = [f"{x_scale(x):.1f} {y_scale(high):.1f}" for x, _, high in edges if high is not None]
     lower = [f"{x_scale(x):.1f} {y_scale(low):.1f}" for x, low, _ in reversed(edges) if low is not None]
@@ -236,8 +249,8 @@ def _usable(line: Line, log_x: bool, log_y: bool) -> Line:
         return value is not None and math.isfinite(value) and (value > 0 or not log)
 
     kept = [i for i, x in enumerate(line.x) if fits(x, log_x)]
-    parts = [None if part is None else [part[i] if fits(part[i], log_y) else None for i in kept] for part in line[3:]]
-    return Line(line.label, line.slot, [line.x[i] for i in kept], parts[0] or [], parts[1], parts[2])
+    parts = [None if part is None else [part[i] if fits(part[i], log_y) else None for i in kept] for part in line[3:6]]
+    return line._replace(x=[line.x[i] for i in kept], y=parts[0] or [], low=parts[1], high=parts[2])
 
 
 def _thinned(line: Line) -> Line:
@@ -253,4 +266,4 @@ def _thinned(line: Line) -> Line:
         return [sum(group) / len(group) if group else None for group in groups]
 
     x = [value for value in means(line.x) or [] if value is not None]
-    return Line(line.label, line.slot, x, means(line.y) or [], means(line.low), means(line.high))
+    return line._replace(x=x, y=means(line.y) or [], low=means(line.low), high=means(line.high))
