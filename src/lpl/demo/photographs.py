@@ -12,7 +12,7 @@ import importlib.util
 import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -31,7 +31,6 @@ SCALES = ("wide", "medium", "close-up")
 SCALE_RANGES = {"wide": (0.65, 0.85), "medium": (0.42, 0.58), "close-up": (0.22, 0.32)}  # of the region's shorter side
 CROPS_PER_PHOTOGRAPH = {"wide": 4, "medium": 8, "close-up": 10}
 HELD_OUT_CROPS_PER_PHOTOGRAPH = 8
-NUM_VIEWS = 512
 
 Box = tuple[int, int, int, int]
 """Left, upper, right and lower edge in pixels of the shrunk photograph, as PIL takes them."""
@@ -219,19 +218,15 @@ def export_data(folder: str | Path) -> Path:
     for crop in training_crops():
         named[f"{crop.photograph}_{counts[crop.photograph]:02d}.png"] = crop
         counts[crop.photograph] += 1
-    return _export(named, folder, "--export_data")
+    return export_crops(named, folder, "--export_data")
 
 
-def export_views(folder: str | Path) -> Path:
-    """Write other crops of the training regions, as export_data does: what samples are measured against.
+def export_crops(crops: Mapping[str, Crop], folder: str | Path, flag: str) -> Path:
+    """Write crops as an image folder, by the names of their files.
 
-    They are in random order, so that the first captions are of all photographs.
+    Raises:
+        UserError: the folder, which the flag names, holds something else under these names.
     """
-    views = random_crops(NUM_VIEWS, random.Random("views"))
-    return _export({f"{number:03d}.png": crop for number, crop in enumerate(views)}, folder, "--output_dir")
-
-
-def _export(crops: dict[str, Crop], folder: str | Path, flag: str) -> Path:
     with replacing(folder, flag) as staged:
         for name, crop in crops.items():
             crop.image.save(staged / name)

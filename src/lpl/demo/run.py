@@ -57,7 +57,7 @@ def _compare_and_show(folder: Path, max_train_steps: int | None) -> None:
 
     from lpl.cli import run_train
     from lpl.comparison.run import run_compare
-    from lpl.demo.photographs import export_views
+    from lpl.demo.samples import export_views
     from lpl.parsing import parse_compare, parse_train
     from lpl.report.options import ReportConfig
     from lpl.report.page import write_report

@@ -1,14 +1,18 @@
-"""The demo's picture: real crops, and samples of the same noise without and with LPL, for the same captions."""
+"""What the demo measures samples against, and its picture: real crops, samples without and with LPL from one noise."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+import torch
 from PIL import Image, ImageDraw
 
 from lpl.data.lettering import font_for
 from lpl.data.picture_cells import Cell
+from lpl.demo.photographs import export_crops, random_crops, training_crops
 
 SEED = 7
 SAMPLING_STEPS = 25
@@ -18,6 +22,28 @@ SHOWN = ("astronaut", "chelsea", "coffee", "coins", "motorcycle", "rocket", "chi
 SIDE, GAP, MARGIN, LETTERS = 128, 4, 96, 14
 """Pixels of a picture in the sheet (enlarged twice, Lanczos), between pictures, of the labels' column, of letters."""
 REAL = "real"
+NUM_VIEWS = 512
+
+
+def export_views(folder: str | Path) -> Path:
+    """Writes other crops than those of the training, as the autoencoder reconstructs them: what a model can reach.
+
+    They are of the regions that are trained on, with their captions, in random order, so that the first are of all
+    photographs.
+
+    Raises:
+        UserError: the folder holds something else under these names.
+    """
+    from lpl.demo.weights import load_pipeline
+    from lpl.evaluation.reference import reconstruct
+
+    crops = random_crops(NUM_VIEWS, random.Random("views"))
+    vae, views = load_pipeline().vae, {}
+    for number, crop in enumerate(crops):
+        pixels = torch.from_numpy(np.array(crop.image)).permute(2, 0, 1)[None]
+        made = reconstruct(pixels, vae)[0].permute(1, 2, 0).contiguous().numpy()
+        views[f"{number:03d}.png"] = crop._replace(image=Image.fromarray(made))
+    return export_crops(views, folder, "--output_dir")
 
 
 def draw_sheet(models: Mapping[str, Path]) -> tuple[Image.Image, list[Cell]]:
@@ -29,10 +55,7 @@ def draw_sheet(models: Mapping[str, Path]) -> tuple[Image.Image, list[Cell]]:
     Args:
         models: pipeline folders by what their rows are called.
     """
-    import torch
     from diffusers import StableDiffusionXLPipeline
-
-    from lpl.demo.photographs import training_crops
 
     first = {crop.photograph: crop for crop in reversed(training_crops())}
     crops = [first[name] for name in SHOWN]
