@@ -78,7 +78,7 @@ def test_goes_on_where_it_was_stopped(small: Path, run_cli: Any, monkeypatch: py
     compared = json.loads((small / "compared" / "compare.json").read_text())
     assert [arm["name"] for arm in compared["arms"]] == ARMS
     assert [run["steps"] for arm in compared["arms"] for run in arm["runs"]] == [2, 2]
-    assert {(row["arm"], row["guidance_scale"]) for row in compared["rows"]} == {(a, g) for a in ARMS for g in (1, 3)}
+    assert {(row["arm"], row["guidance"]) for row in compared["rows"]} == {(a, g) for a in ARMS for g in (1, 3)}
     (verdict,) = compared["verdicts"]
     assert verdict["by"] == "samples"
     assert verdict["sentence"] in out
@@ -88,4 +88,4 @@ def test_goes_on_where_it_was_stopped(small: Path, run_cli: Any, monkeypatch: py
     assert f"Page: {small / 'compared' / 'report.html'}" in out.splitlines()[-1]
     assert (small / "samples.png").is_file()
     kinds = [{c.kind for c in read_cells(small / "compared" / arm / "seed-0/samples/step-1.png")} for arm in ARMS]
-    assert kinds == [{arm} for arm in ARMS]
+    assert kinds == [{"without LPL"}, {"with LPL"}]

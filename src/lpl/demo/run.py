@@ -13,6 +13,8 @@ from lpl.errors import UserError
 
 WITHOUT, WITH = "without-lpl", "with-lpl"
 ARMS = f"{WITHOUT}: {{use_lpl: false}}\n{WITH}: {{}}\n"
+LABELS = {WITHOUT: "without LPL", WITH: "with LPL"}
+"""In the picture."""
 SEEDS = ("0", "1", "2")
 GUIDANCE_SCALES = (1.0, 3.0)
 SAMPLING_STEPS = 12
@@ -96,12 +98,12 @@ def _show(models: dict[str, Path], picture: Path) -> None:
     """Draws the picture, and puts it where the report looks, noting there what is each run's own."""
     from lpl.demo.samples import REAL, draw_sheet
 
-    sheet, cells = draw_sheet(models)
+    sheet, cells = draw_sheet({LABELS[arm]: run for arm, run in models.items()})
     sheet.save(picture)
     for arm, run in models.items():
         folder = run / "samples"
         folder.mkdir(exist_ok=True)
-        sheet.save(folder / "step-1.png", pnginfo=cells_note([cell for cell in cells if cell.kind == arm]))
+        sheet.save(folder / "step-1.png", pnginfo=cells_note([cell for cell in cells if cell.kind == LABELS[arm]]))
         sheet.save(folder / "real.png", pnginfo=cells_note([cell for cell in cells if cell.kind == REAL]))
 
 
