@@ -97,11 +97,19 @@ def test_a_repeat_of_the_baseline_is_equal(compared: tuple[Path, str]) -> None:
 
 def test_the_table_and_the_page(compared: tuple[Path, str]) -> None:
     folder, out = compared
+    sentences = [entry["sentence"] for entry in content(folder)["verdicts"]]
+    assert out.splitlines()[-2:] == sentences
+    assert sentences[0].startswith(
+        "lpl: too little to tell: no samples were measured, and validation's diffusion loss "
+    )
+    assert sentences[1].startswith("repeat has the baseline's options: ")
+    assert (content(folder)["rows"], content(folder)["at_best"]) == ([], [])
     assert "lpl against the baseline, paired by seed:" in out
     assert "equal steps" in out
     assert "0 of the repeat" in out
     assert "no measurable difference: equal to the last digit" in out
     page = (folder / "report.html").read_text()
+    assert page.index("lpl: too little to tell: no samples were measured") < page.index("At equal steps: ")
     assert "Comparison of 3 arms over 2 seeds" in page
     assert "a repeat of the baseline" in page
     assert "0 of the repeat" in page
@@ -120,6 +128,29 @@ def test_finished_runs_are_left_alone(compared: tuple[Path, str], flags: Any, ru
     pairs = [[(e["arm"], e["metric"], e["difference"]) for e in content(f)["paired"] if e["abscissa"] == "steps"]
              for f in (folder, compared[0])]  # fmt: skip
     assert pairs[0] == pairs[1]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["--guidance_scale", "1", "3"], "--guidance_scale acts with --reference_dir"),
+        (["--num_inference_steps", "8"], "--num_inference_steps acts with --reference_dir"),
+        (["--reference_dir=.", "--num_inference_steps", "8", "8"], "--num_inference_steps: 8 is given twice"),
+        (
+            ["--guidance_scale", "1", "3", "--num_samples=49"],
+            "needs 50 samples and images in --reference_dir: 6 are too",
+        ),
+    ],
+)
+def test_points_that_cannot_be_compared_are_refused_first(
+    flags: Any, run_cli: Any, tmp_path: Path, data: Path, given: list[str], told: str
+) -> None:
+    if "--num_samples=49" in given:
+        given = [*given, f"--reference_dir={data}"]
+    code, _, err = run_cli([*flags(tmp_path / "out"), *given])
+    assert code == 2
+    assert told in err
+    assert not list(tmp_path.rglob("unet"))
 
 
 def test_all_arms_are_checked_before_the_first_trains(flags: Any, run_cli: Any, tmp_path: Path) -> None:
@@ -205,6 +236,7 @@ def test_eval_measures_once_with_equal_options(tmp_path: Path, flags: Any, monke
 
     monkeypatch.setattr(command, "run_eval", run_eval)
     given = [f"--reference_dir={tmp_path}", "--num_samples=9", "--prompts=prompts.txt"]
+    given += ["--num_inference_steps", "4", "--guidance_scale", "1", "3"]
     options = parse_compare([*flags(tmp_path)[1:], *given])
     finished = tmp_path / "finished.json"
     finished.write_text("{}")
@@ -212,12 +244,15 @@ def test_eval_measures_once_with_equal_options(tmp_path: Path, flags: Any, monke
     def measure() -> measures.Figures:
         return measures.metrics_of(tmp_path, options, options.train, parse_train, now)
 
-    assert [measure(), measure()] == [({"recall": 0.25}, {"recall": "rough: few"}, ("a",))] * 2
+    first = measure()
+    assert first[:3] == ({"recall": 0.25}, {"recall": "rough: few"}, ("a",))
+    assert [(row["recall"], row["frechet"]) for row in first.rows] == [(0.25, None)]
+    assert measure() == first
     assert len(asked) == 1
     found = asked[0]
     assert (found.pretrained_model_name_or_path, found.reference_dir) == (str(tmp_path), str(tmp_path))
     assert (found.num_samples, found.resolution, found.output_dir) == (9, 16, str(tmp_path / "eval"))
-    assert found.prompts == "prompts.txt"
+    assert (found.prompts, found.num_inference_steps, found.guidance_scale) == ("prompts.txt", 4, (1.0, 3.0))
     later = (tmp_path / "eval" / "eval.json").stat().st_mtime + 10
     os.utime(finished, (later, later))
     measure()

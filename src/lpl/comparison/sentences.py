@@ -162,13 +162,13 @@ def _guidance(entry: Mapping[str, Any]) -> str:
     if None in entry["scales"]:
         return ""
     if len(entry["scales"]) == 1:
-        return f" (guidance {plain(entry['scales'][0])})"
+        return f"; both at guidance {plain(entry['scales'][0])}"
     ours, base = (
         "/".join(plain(scale) for scale in sorted(set(entry[side]))) for side in ("guidance", "baseline_guidance")
     )
     chosen = "the other seeds" if entry["chosen_on"] == "other seeds" else "this one seed itself"
-    scales = f"{ours} against {base} at {entry['sampling_steps']} steps"
-    return f" (each at its own best guidance, {scales}, chosen on {chosen})"
+    scales = f"at {entry['sampling_steps']} steps {ours} against {base}"
+    return f"; each at its own best guidance ({scales}), chosen on {chosen}"
 
 
 def _by_validation(arm: Mapping[str, Any], entry: Mapping[str, Any], of_lpl: bool) -> tuple[str, str]:
@@ -206,7 +206,7 @@ def _then(change: Change, samples: int | None) -> str:
     needed = seeds_needed(change.spread, size)
     number = f"more than {MOST_SEEDS}" if needed is None else f"about {max(needed, change.seeds + 1)}"
     of = "" if samples is None else f" of {samples} samples"
-    return f", and {number} seeds{of} would show a difference of {_percent(size)}"
+    return f", and it would take {number} seeds{of} to show a difference of {_percent(size)}"
 
 
 def _percent(share: float) -> str:

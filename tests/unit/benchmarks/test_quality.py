@@ -440,15 +440,6 @@ def test_guidance_is_chosen_on_the_other_seeds() -> None:
     assert summary.at_best([], "lpl", 20) == {}
 
 
-def test_paired_ratio_against_hand() -> None:
-    ratio = summary.paired_ratio([0.9, 0.8], [1.0, 1.0])
-    logs = math.log(0.9), math.log(0.8)
-    half = 12.706205 * abs(logs[0] - logs[1]) / 2  # Student's t with one degree of freedom; s / sqrt(2) = |d| / 2
-    assert ratio.value == pytest.approx(math.sqrt(0.72))
-    assert ratio.low == pytest.approx(math.exp(sum(logs) / 2 - half), rel=1e-6)
-    assert ratio.high == pytest.approx(math.exp(sum(logs) / 2 + half), rel=1e-6)
-
-
 def test_only_runs_of_one_length_and_number_of_samples_are_paired() -> None:
     curve = {1: {1.0: 3.0, 2.0: 1.0, 3.0: 2.0}, 2: {1.0: 3.0, 2.0: 1.0, 3.0: 2.0}}
     ours = {seed: {g: 0.9 * v for g, v in of.items()} for seed, of in curve.items()}
