@@ -76,6 +76,8 @@ CHECK: Shape = {
     "kind": one_of("check"),
     "environment?": ENVIRONMENT,
     "refused?": [TEXT],
+    "outcome?": (one_of("acts", "idles", "harms"), NULL),
+    "verdict?": (TEXT, NULL),
     "faults?": TEXTS,
     "warnings?": TEXTS,
     "components?": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,10 @@ def test_report_table_and_pictures(check: Any, tmp_path: Path) -> None:
     assert found["step"]["seconds"] > found["step"]["seconds_without_lpl"] > 0
     assert found["refused"] == ["only 6 images: 16 are the least that figures should stand on"]
     assert found["faults"] == []
+    first, *_ = out.splitlines()
+    assert first.startswith(f"verdict      {found['verdict'][:60]}")
+    assert found["verdict"].startswith({"acts": "LPL will act", "harms": "LPL will likely"}[found["outcome"]])
+    assert found["verdict"] in html.unescape(page)
     for line in ("images       6 on cpu, ", "precision    ", "walk         ", "by timestep  ", "suggestion   "):
         assert f"\n{line}" in f"\n{out}"
     assert max(map(len, out.splitlines())) < 200
@@ -98,7 +103,8 @@ def test_weight_and_gate_are_the_runs_own(check: Any) -> None:
     found, _, _ = check(lpl_sigma_threshold=3.0, lpl_weight=1e-7, max_train_steps=50)
     assert found["gate"] == "noise/signal <= 3"
     assert found["suggestion"]["own_gate"]["gate"] == "noise/signal <= 3"
-    assert any(line.startswith("--lpl_weight 1e-07 would let LPL idle") for line in found["warnings"])
+    assert found["outcome"] == "idles"
+    assert found["verdict"].startswith("LPL will idle: --lpl_weight 1e-07 gives it ")
 
 
 @pytest.mark.parametrize(

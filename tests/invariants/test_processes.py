@@ -86,6 +86,8 @@ def test_processes_train_what_one_trains(
     options = {"train_batch_size": batch, "gradient_accumulation_steps": accumulation}
     split = run(tmp_path / "split", processes, fsdp, **options)
     assert_same_run(split, whole)
+    sums, expected = (json.loads((r.folder / f"checkpoint-{STEPS}/state.json").read_text()) for r in (split, whole))
+    assert sums["tracker"]["lpl"] == pytest.approx(expected["tracker"]["lpl"], rel=1e-3)
     for part in ("model", "optimizer", "ema"):
         assert_close(split.checkpoint(STEPS, part), whole.checkpoint(STEPS, part))
     for kind in ("raw", "ema"):

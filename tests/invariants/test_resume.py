@@ -71,11 +71,16 @@ def parts_of(options: dict[str, Any]) -> tuple[str, ...]:
     return ("model", "optimizer", "ema") if options.get("use_ema") else ("model", "optimizer")
 
 
-def test_five_steps_and_five_more_equal_ten(train: Any, variant: dict[str, Any]) -> None:
+def test_five_steps_and_five_more_equal_ten(
+    train: Any, variant: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
     whole = train(**variant, output="whole")
     half = train(**variant | {"max_train_steps": EVERY}, output="halves")
     assert not same(half.unet(), whole.unet())
     resumed = train(**variant, resume_from_checkpoint="latest", output="halves")
+    last = [line for line in caplog.messages if line.startswith("LPL had ")]
+    assert last[0] == last[2] == caplog.messages[-1]  # of the whole run, not of what was continued
+    assert last[0] != last[1]
     assert_same_end(resumed, whole, parts_of(variant))
 
 

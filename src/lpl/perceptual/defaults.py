@@ -3,7 +3,9 @@
 From what was measured: these help without guidance, and do no harm with it (docs/results.md).
 """
 
-NORM_TYPE = "channel"
+from typing import Final
+
+NORM_TYPE: Final = "channel"
 SIGMA_THRESHOLD = 3.0
 """The gate: noise/signal, sigma / alpha, at most this; for flow matching sigma / (1 - sigma), so sigma <= 0.75."""
 TARGET_SHARE = 0.5

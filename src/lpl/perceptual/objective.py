@@ -64,7 +64,7 @@ class PerceptualObjective:
             for flow matching, with prediction_type.
         lpl_weight: against the diffusion loss; "auto" sets it from measured gradients (AutoWeight): pass
             diffusion_loss with every call and call end_step() after every optimizer step.
-        lpl_t_threshold, lpl_snr_threshold, lpl_sigma_threshold: the gate, one of them; none: sigma / alpha is at most 3.
+        lpl_t_threshold, lpl_snr_threshold, lpl_sigma_threshold: the gate, one; none: sigma / alpha of at most 3.
         lpl_scale: multiply by min(1, g / SNR), g = snr_gamma or 5.
         lpl_reduction: "expected" divides by B * p_gate, "gated" by the gated samples of the micro-batch.
         p_gate: probability of passing the gate: None for uniform timesteps (for flow matching: uniform sigma, which a
@@ -144,7 +144,7 @@ class PerceptualObjective:
 
     @property
     def weight(self) -> Tensor | float:
-        """The weight in force, after the ramp."""
+        """The weight where the ramp has ended."""
         return self._weight if self.auto is None else self.auto.weight
 
     def __call__(
@@ -188,7 +188,7 @@ class PerceptualObjective:
         if self.auto is not None and diffusion_loss is None and torch.is_grad_enabled():
             raise ValueError("lpl_weight 'auto' measures gradients: pass diffusion_loss=")
         size = len(model_output)
-        depth, weight = self._depth(step), self.weight * self._ramp(step)
+        depth, weight = self._depth(step), self.weight_at(step)
         timesteps, alpha, sigma = self._coefficients(timesteps, sigmas, size)
         if sample_weight is not None:
             sample_weight = per_sample(sample_weight, size, "sample_weight")
@@ -258,6 +258,10 @@ class PerceptualObjective:
             if self.auto is not None:
                 self.auto.measure(unit_square, diffusion_square, gated, step)
         return PerceptualTerm(loss, metrics, len(chosen))
+
+    def weight_at(self, step: int | None) -> Tensor | float:
+        """The weight in an optimizer step: of lpl_weight or "auto", times the ramp."""
+        return self.weight * self._ramp(step)
 
     def end_step(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
         """Says that an optimizer step is done; "auto" then updates its weight. `reduce` sums over processes."""

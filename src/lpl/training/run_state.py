@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from lpl.training.checkpoint import (
     recover,
     save_checkpoint,
 )
+from lpl.training.lpl_totals import LPLTotals
 from lpl.training.nonfinite import FiniteGuard
 from lpl.training.optimizers import bare, coefficients
 from lpl.training.output import finished_at
@@ -44,6 +45,7 @@ KEPT: Shape = {
         "squares": TWO,
         "gated": MEASURED,
         "warned": FLAG,
+        "lpl?": {**dict.fromkeys((f.name for f in fields(LPLTotals)), MEASURED), "since": COUNT},
     },
     "schedule": {"last_epoch": COUNT},
     "auto_weight": ({"fixed": FLAG, "measured": COUNT, "weight": MEASURED, "squares": (TWO, NULL)}, NULL),

@@ -16,6 +16,7 @@ from lpl.errors import TrainingStoppedError
 from lpl.perceptual.defaults import HIGH_SHARE, LOW_SHARE
 from lpl.perceptual.objective import gradient_share
 from lpl.perceptual.zero_gradient import zero_gradient
+from lpl.training.lpl_totals import LPLTotals
 
 logger = logging.getLogger("lpl")
 
@@ -28,6 +29,8 @@ class MetricWindow:
 
     def __init__(self) -> None:
         self._sums: dict[str, tuple[Tensor | float, float]] = {}
+        self.counts: dict[str, float] = {}
+        """Of the last read: what each metric was divided by."""
 
     def add(self, metrics: Mapping[str, Tensor | float], num_lpl_samples: int) -> None:
         """Adds one micro-batch; what describes gated samples counts by their number, the rest once."""
@@ -63,6 +66,7 @@ class MetricWindow:
         for part in gather_object(mine):
             for name, pair in part.items():
                 merged.setdefault(name, []).append(pair)
+        self.counts = {name: sum(count for _, count in pairs) for name, pairs in merged.items()}
         return {name: _merge(name, pairs) for name, pairs in merged.items()}
 
 
@@ -93,7 +97,7 @@ class Tracker:
     ) -> None:
         self.judged_from = judged_from  # steps before this one, in which LPL's weight still rises, are not judged
         self.accelerator, self.samples_per_step, self.weight_option = accelerator, samples_per_step, weight_option
-        self.window = MetricWindow()
+        self.window, self.totals = MetricWindow(), LPLTotals()
         self._squares, self._gated, self._warned = [0.0, 0.0], 0.0, False
         self._time, self._timed_from = time.perf_counter(), 0
         self._step: int | None = None
@@ -111,6 +115,7 @@ class Tracker:
             "squares": list(self._squares),
             "gated": self._gated,
             "warned": self._warned,
+            "lpl": self.totals.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -120,6 +125,7 @@ class Tracker:
             self.window.load_state_dict(window, accelerator.device)
         self._step, self._squares = int(state["logged_at"]), list(state["squares"])
         self._gated, self._warned = float(state["gated"]), bool(state["warned"])
+        self.totals = LPLTotals(**state.get("lpl", {}))
 
     def pause(self, seconds: float) -> None:
         """Takes time that was no training (validation, checkpoints) out of the samples per second."""
@@ -136,6 +142,9 @@ class Tracker:
         for name in ("lpl/samples_with_loss", "lpl/samples_without_gradient"):
             metrics.pop(name, None)
         done = step - (self._step or 0)
+        if "lpl/weight" in metrics:
+            with_lpl = self.window.counts["lpl/weight"] / self.window.counts["diffusion_loss"]
+            self.totals.add(metrics, step, done * with_lpl, self.samples_per_step)
         lpl_square, diffusion_square = (
             metrics.pop("lpl/gradient_square", 0.0),
             metrics.pop("diffusion/gradient_square", 0.0),

@@ -335,4 +335,6 @@ class Trainer:
             logger.info(
                 "done: the result is in %s (%s weights): %s", self.folder, self.trained.weights.final, self.for_whom
             )
+            if self.objective is not None and (line := self.tracker.totals.line(self.objective, self.step)) is not None:
+                logger.info("%s", line)
         accelerator.end_training()

@@ -15,7 +15,7 @@ from PIL import Image
 from lpl.analysis.check import maps, reconstruction
 from lpl.analysis.check.images import Encoded, Picture, read_pictures, same_size, spread
 from lpl.analysis.check.judge import faults_of, warnings_of
-from lpl.config import DataConfig, LPLConfig, RunConfig, TrainConfig
+from lpl.config import DataConfig, RunConfig, TrainConfig
 from lpl.data.crops import plan_crop
 from lpl.data.prepare import prepare_data
 from lpl.data.sources import open_source
@@ -220,14 +220,11 @@ def test_nothing_is_said_of_a_sound_model() -> None:
             LONG,
             "up_2 has 40.0% of its values masked",
         ),
-        ({"p_gate": 0.01}, LONG, "passes 1.00% of the samples: LPL would hardly act"),
         (
             {},
             TrainConfig(run=RunConfig(max_train_steps=100)),
             "about 20 of the run's 100 samples pass the gate t < 200",
         ),
-        ({"suggestion": {"own_share": 0.001}}, TrainConfig(lpl=LPLConfig(lpl_weight=0.1)), "would let LPL idle"),
-        ({"suggestion": {"own_share": 0.9}}, TrainConfig(lpl=LPLConfig(lpl_weight=50)), "would let LPL dominate"),
     ],
 )
 def test_warnings(changed: dict[str, Any], config: TrainConfig, said: str) -> None:

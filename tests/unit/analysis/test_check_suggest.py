@@ -12,6 +12,7 @@ from diffusers import DDPMScheduler
 
 from lpl.analysis.check.levels import Levels
 from lpl.analysis.check.suggest import reduction_factor, share_at, suggestion, supported_threshold, weight_for
+from lpl.analysis.check.verdict import verdict_of
 from lpl.config import LPLConfig, RunConfig, TrainConfig
 from lpl.perceptual.gate import Gate
 
@@ -142,3 +143,84 @@ def test_too_few_pictures_have_no_interval_and_no_threshold() -> None:
     assert said["lpl_weight"] > 0
     assert "(from fewer than 5 pictures: no interval)" in " ".join(said["why"])
     assert "95 %" not in " ".join(said["why"])
+
+
+def judged(found: Levels, gate: Gate, faults: tuple[str, ...] = (), **lpl: Any) -> tuple[str, str]:
+    own = {"gate": str(gate), "p_gate": gate.probability(None), "suggestion": suggest(found, gate, **lpl)}
+    return verdict_of(own | {"faults": list(faults)}, replace(TrainConfig(), lpl=LPLConfig(**lpl)))
+
+
+def test_verdict_on_a_run_where_lpl_acts() -> None:
+    outcome, said = judged(levels([0.1] * 10), Gate(SCHEDULER, 500))
+    assert outcome == "acts"
+    assert said == (
+        "LPL will act: it gets 50 % of the gradient on 50 % of the samples, with a weight of about 1.41, and pulls the "
+        "same way as the diffusion loss (cosine 0.50); nothing needs to be changed"
+    )
+    outcome, said = judged(levels([0.1] * 10, cosine=0.0), Gate(SCHEDULER, 500), lpl_weight=0.5)
+    assert outcome == "acts"
+    assert "it gets 26 % of the gradient" in said
+    assert "with a weight of 0.5, and neither follows the diffusion loss nor opposes it" in said
+
+
+@pytest.mark.parametrize(
+    ("found", "gate", "lpl", "outcome", "said"),
+    [
+        ({}, Gate(SCHEDULER, 500), {"lpl_weight": 0.0}, "idles", "--lpl_weight is 0; give auto, or a number above 0"),
+        ({}, Gate(SCHEDULER, 40), {}, "idles", "4 % of the samples pass the gate (t < 40); give a wider one"),
+        (
+            {"lpl_square": 0.0},
+            Gate(SCHEDULER, 500),
+            {},
+            "idles",
+            "its gradient is exactly 0 for all that passes the gate (t < 500)",
+        ),
+        (
+            {},
+            Gate(SCHEDULER, 500),
+            {"lpl_weight": 0.01},
+            "idles",
+            "--lpl_weight 0.01 gives it 0.7 % of the gradient; raise it, or use auto",
+        ),
+        (
+            {},
+            Gate(SCHEDULER, 500),
+            {"lpl_weight": 50.0},
+            "harms",
+            "--lpl_weight 50.0 gives it 97 % of the gradient; lower it, or use auto",
+        ),
+        ({}, Gate(SCHEDULER, 500), {"lpl_target_share": 0.9}, "harms", "--lpl_target_share 0.9 gives it 90 % of the"),
+        (
+            {"lpl_square": float("nan")},
+            Gate(SCHEDULER, 500),
+            {"lpl_dtype": "float16"},
+            "harms",
+            "it is not finite with --lpl_dtype float16 within the gate (t < 500); keep --lpl_dtype float32",
+        ),
+        (
+            {"cosine": [0.5, 0.5, *[-0.6] * 8]},
+            Gate(SCHEDULER, 1000),
+            {},
+            "harms",
+            "it pulls against the diffusion loss within the gate (t < 1000): cosine -0.38; give --lpl_t_threshold 200",
+        ),
+        (
+            {"informed": [0.9] * 10},
+            Gate(SCHEDULER, 500),
+            {},
+            "harms",
+            "even where noise is least the model's estimate is as far from the picture as 0.90 of one that knows",
+        ),
+    ],
+)
+def test_verdict_says_why_not_and_what_to_change(found: Any, gate: Gate, lpl: Any, outcome: str, said: str) -> None:
+    made = judged(levels(**{"informed": [0.1] * 10} | found), gate, **lpl)
+    assert made[0] == outcome
+    assert made[1].removeprefix("LPL will idle: ").removeprefix("LPL will likely harm: ").startswith(said)
+
+
+def test_a_fault_is_the_verdict() -> None:
+    assert verdict_of({"faults": ["the VAE is broken, take another"]}, TrainConfig()) == (
+        "harms",
+        "LPL will likely harm: the VAE is broken, take another",
+    )

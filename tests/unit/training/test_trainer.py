@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -170,12 +171,14 @@ def test_share_of_the_gradient_warns_once_by_name(train: Any, weight: float, exp
     assert f"--lpl_weight {weight}" in warnings[0]
 
 
-def test_auto_weight_meets_its_share_without_a_warning(train: Any) -> None:
+def test_auto_weight_meets_its_share_without_a_warning(train: Any, caplog: pytest.LogCaptureFixture) -> None:
     run = train(lpl_weight="auto", lpl_target_share=0.3, train_batch_size=12, lpl_t_threshold=1000, max_train_steps=5)
     share = run.logged()["lpl/gradient_share"]
     assert share[1] == 0.0  # nothing was measured yet
     assert all(0.2 < share[step] < 0.4 for step in (2, 3, 4, 5))
     assert "of the gradient" not in run.stderr
+    last = r"LPL had 2\d % of the gradient on 100 % of the samples, weight [.\d]+"
+    assert re.fullmatch(last, caplog.messages[-1])
 
 
 def test_samples_that_the_gate_stops_cost_no_decoding(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,7 +271,14 @@ def test_token_is_written_nowhere(train: Any) -> None:
 
 
 def test_options_that_cannot_act_are_named(train: Any) -> None:
-    run = train(lr_warmup_steps=5, hub_model_id="a/b", timestep_bias_multiplier=2.0, use_lpl=False, lpl_start=1)
+    run = train(
+        lr_warmup_steps=5,
+        hub_model_id="a/b",
+        timestep_bias_multiplier=2.0,
+        use_lpl=False,
+        lpl_start=1,
+        lpl_norm_type="own",
+    )
     for flag in (
         "--lr_warmup_steps has no effect",
         "--hub_model_id has no effect",

@@ -9,14 +9,11 @@ from lpl.analysis.check import precision
 from lpl.analysis.check.options import WALK_TOLERANCE
 from lpl.config import TrainConfig
 from lpl.perceptual.auto_weight import MEASURED_SAMPLES
-from lpl.perceptual.defaults import HIGH_SHARE, LOW_SHARE
 
 LEAST_PSNR = 25.0
 """In dB; below, what the VAE loses is plainly seen."""
 MOST_OUTLIERS = 0.1
 """Share of a layer's values; more is no few extreme activations."""
-LEAST_GATED = 0.05
-"""Probability of passing the gate."""
 
 
 def faults_of(found: dict[str, Any]) -> list[str]:
@@ -61,24 +58,12 @@ def warnings_of(found: dict[str, Any], config: TrainConfig, samples: int | None)
                 "its map, try --no_lpl_remove_outliers or a smaller --lpl_num_blocks"
             )
     lines += _gate_warnings(found, config, samples)
-    weight = config.lpl.lpl_weight
-    share = found["suggestion"].get("own_share")
-    if weight not in ("auto", 0) and share is not None and not LOW_SHARE <= share <= HIGH_SHARE:
-        does, change = ("idle", "raise it") if share < LOW_SHARE else ("dominate", "lower it")
-        lines.append(
-            f"--lpl_weight {weight} would let LPL {does}, with {share:.2g} of the gradient at the model's output: "
-            f"{change}, or use auto"
-        )
     return lines
 
 
 def _gate_warnings(found: dict[str, Any], config: TrainConfig, samples: int | None) -> list[str]:
-    lines, p_gate, gate, run = [], found["p_gate"], found["gate"], config.run
-    if p_gate < LEAST_GATED:
-        lines.append(
-            f"the gate {gate} passes {p_gate:.2%} of the samples: LPL would hardly act; give a larger "
-            "--lpl_t_threshold, or draw less noise (--timestep_bias_strategy earlier)"
-        )
+    lines: list[str] = []
+    p_gate, gate, run = found["p_gate"], found["gate"], config.run
     if samples is None and run.max_train_steps is None:
         return lines
     drawn = run.train_batch_size * run.gradient_accumulation_steps * config.num_steps(samples or 1, 1)

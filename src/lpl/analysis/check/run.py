@@ -23,6 +23,7 @@ from lpl.analysis.check.maps import draw_estimates, draw_maps, layer_maps
 from lpl.analysis.check.options import FEWEST, CheckConfig
 from lpl.analysis.check.suggest import suggestion
 from lpl.analysis.check.table import table
+from lpl.analysis.check.verdict import verdict_of
 from lpl.base.locks import alone_in
 from lpl.base.output_folder import Names, OutputFolder, kind_of
 from lpl.config import TrainConfig
@@ -154,6 +155,7 @@ class Check:
         else:
             self.refused.append("all other measurements: a component is not finite even in float32")
         found["warnings"] = warnings_of(found, config, self.source.size)
+        found |= verdict_of(found, config)._asdict()
         found["seconds"] = time.perf_counter() - self.started
         return found
 

@@ -32,6 +32,7 @@ INFORMED = 0.5
 RESAMPLES = 1000
 LEAST_PICTURES = 5
 """Of fewer a bootstrap says nothing: of one it is always that one."""
+NO_TIMESTEP = "none of the measured timesteps"
 LOW, HIGH = 0.025, 0.975
 
 
@@ -78,6 +79,19 @@ def cosine_interval(found: Levels, k: int, seed: int) -> tuple[float, float, flo
     own = found.cosine[:, k]
     low, high = interval(own[resampled(len(own), seed)].mean(1))
     return float(own.mean()), low, high
+
+
+def gate_cosine(found: Levels, gate: Tensor, probabilities: Tensor, seed: int) -> tuple[float, list[float] | None]:
+    """The mean cosine over the samples that pass a gate (T,), and its 95 % interval; None: of too few pictures."""
+    widths = torch.tensor(found.edges).diff()
+    chance = torch.where(gate[found.timesteps], probabilities.double()[found.timesteps] * widths, 0)
+    chance = torch.where(found.cosine.isfinite(), chance, 0)
+    pulls = torch.where(chance > 0, found.cosine * chance, 0).sum(1)
+    value = float(pulls.sum() / chance.sum())
+    if len(pulls) < LEAST_PICTURES:
+        return value, None
+    chosen = resampled(len(pulls), seed)
+    return value, list(interval(pulls[chosen].sum(1) / chance.sum(1)[chosen].sum(1)))
 
 
 def supported_threshold(found: Levels, seed: int) -> tuple[int, str]:
@@ -158,10 +172,10 @@ def suggestion(
     own = weight_for(found, own_gate.table, probabilities, config, share, seed)
     passed = found.lpl_square[own_gate.table[found.timesteps]]
     if not (passed > 0).any() or passed.isnan().any():
-        why = "LPL has no gradient where" if len(passed) else "none of the measured timesteps passes"
+        why, gradient = ("LPL has no gradient where", "zero") if len(passed) else (f"{NO_TIMESTEP} passes", "none")
         if passed.isnan().any():
-            why = f"LPL is not finite with --lpl_dtype {config.lpl.lpl_dtype} where"
-        return _nothing(own_gate, probabilities, f"nothing is suggested: {why} {own_gate}")
+            why, gradient = f"LPL is not finite with --lpl_dtype {config.lpl.lpl_dtype} where", "not finite"
+        return _nothing(own_gate, probabilities, f"nothing is suggested: {why} {own_gate}", gradient)
     threshold, why = supported_threshold(found, seed)
     kept = threshold == 0 or float(probabilities[:threshold].sum()) == 0
     lines = []
@@ -191,24 +205,35 @@ def suggestion(
     own_share = None if asked == "auto" else share_at(found, own_gate.table, probabilities, config, float(asked))
     if own_share is not None:
         lines.append(f"this run's --lpl_weight {asked} with {own_gate} gives LPL {own_share:.2g} of the gradient")
+    cosine, cosine_range = gate_cosine(found, own_gate.table, probabilities, seed)
+    share, *bounds = uninformed_share(found, 0, seed)
     return {
         "lpl_t_threshold": None if kept else threshold,
         "lpl_weight": weight.value,
         "lpl_weight_interval": weight.interval,
         "p_gate": p_gate,
         "own_share": own_share,
-        "own_gate": {"gate": str(own_gate), "lpl_weight": own.value, "lpl_weight_interval": own.interval},
+        "own_gate": {
+            "gate": str(own_gate),
+            "gradient": "some",
+            "lpl_weight": own.value,
+            "lpl_weight_interval": own.interval,
+            "cosine": cosine,
+            "cosine_interval": cosine_range,
+        },
+        "uninformed": None if len(found.lpl) < LEAST_PICTURES else {"share": share, "interval": bounds},
         "why": lines,
     }
 
 
-def _nothing(own_gate: Gate, probabilities: Tensor, why: str) -> dict[str, Any]:
+def _nothing(own_gate: Gate, probabilities: Tensor, why: str, gradient: str) -> dict[str, Any]:
     empty = {"lpl_weight": None, "lpl_weight_interval": None}
     return {
         "lpl_t_threshold": None,
         **empty,
         "p_gate": float(probabilities[own_gate.table].sum()),
         "own_share": None,
-        "own_gate": {"gate": str(own_gate), **empty},
+        "own_gate": {"gate": str(own_gate), "gradient": gradient, **empty, "cosine": None, "cosine_interval": None},
+        "uninformed": None,
         "why": [why],
     }

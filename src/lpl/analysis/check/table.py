@@ -12,7 +12,8 @@ INDENT, WIDTH = 13, 118
 
 def table(found: dict[str, Any]) -> str:
     """check.json in tables and lines."""
-    lines = _labelled("images", [f"{found['num_images']} on {found['device']}, {found['seconds']:.0f} s"])
+    lines = _labelled("verdict", [found["verdict"]])
+    lines += _labelled("images", [f"{found['num_images']} on {found['device']}, {found['seconds']:.0f} s"])
     lines += _components(found["components"])
     lines += _labelled("walk", [f"{found['walk_equals_decode']:.2g} at most between LPL's decoder and vae.decode"])
     if "reconstruction" in found:
