@@ -32,7 +32,7 @@ COMMANDS = {
     "compare": "run sets of options on the same draws, and say whether any makes a measurable difference",
     "report": "write one HTML page about runs, comparisons, evaluations and checks",
     "eval": "samples of a model, or images, against real ones: distances, precision and recall, spectrum",
-    "demo": "train a small SDXL on photographs: runs anywhere, needs no download",
+    "demo": "train a small SDXL on photographs without and with LPL: runs anywhere, needs no download",
     "presets": "list what --config and `accelerate launch --config_file` can begin with; `presets NAME` prints one",
     "env": "print the versions that matter in a bug report",
 }

@@ -96,16 +96,16 @@ class DataReportConfig:
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Fine-tune a small but real SDXL on photographs with LPL, or export its parts."""
+    """Train a small but real SDXL on photographs without and with LPL and compare them, or export its parts."""
 
     output_dir: str = option("lpl-demo", path=True)
-    """Where model, data and result go."""
+    """Where model, data and results go."""
     export_model: str | None = option(None, path=True)
     """Only write the small SDXL to this folder, in diffusers' format."""
     export_data: str | None = option(None, path=True)
     """Only write its photographs to this folder, with metadata.jsonl."""
     max_train_steps: int | None = None
-    """Optimizer steps; unset: the preset's."""
+    """Optimizer steps of each run; unset: the preset's."""
 
     def __post_init__(self) -> None:
         check_declared(self)

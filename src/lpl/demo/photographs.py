@@ -12,7 +12,7 @@ import importlib.util
 import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -213,13 +213,23 @@ def export_data(folder: str | Path) -> Path:
         RuntimeError: if scikit-image or scikit-learn is not installed.
         UserError: it holds something else under these names.
     """
-    crops = training_crops()
-    rows, counts = [], dict.fromkeys((photograph.name for photograph in PHOTOGRAPHS), 0)
-    with replacing(folder, "--export_data") as staged:
-        for crop in crops:
-            name = f"{crop.photograph}_{counts[crop.photograph]:02d}.png"
-            counts[crop.photograph] += 1
+    counts = dict.fromkeys((photograph.name for photograph in PHOTOGRAPHS), 0)
+    named = {}
+    for crop in training_crops():
+        named[f"{crop.photograph}_{counts[crop.photograph]:02d}.png"] = crop
+        counts[crop.photograph] += 1
+    return export_crops(named, folder, "--export_data")
+
+
+def export_crops(crops: Mapping[str, Crop], folder: str | Path, flag: str) -> Path:
+    """Write crops as an image folder, by the names of their files.
+
+    Raises:
+        UserError: the folder, which the flag names, holds something else under these names.
+    """
+    with replacing(folder, flag) as staged:
+        for name, crop in crops.items():
             crop.image.save(staged / name)
-            rows.append(json.dumps({"file_name": name, "text": crop.caption}))
+        rows = [json.dumps({"file_name": name, "text": crop.caption}) for name, crop in crops.items()]
         (staged / "metadata.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
     return Path(folder)

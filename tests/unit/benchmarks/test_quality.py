@@ -18,9 +18,9 @@ from benchmarks.quality.measure import PictureSet, Request, next_points
 from benchmarks.quality.results import Results
 from benchmarks.quality.stages import Stages
 from benchmarks.quality.workers import BudgetSpentError, DivergedError, Workers
-from lpl.parsing import parse_train
 from lpl.config_io import as_flags
 from lpl.errors import UserError
+from lpl.parsing import parse_train
 
 # What is run.
 

@@ -264,6 +264,7 @@ def merged(request: Any) -> tuple[Any, ...]:
 
 def test_a_lora_remembers_its_schedule(lora_run: Path, lean: Path, model: Path, tmp_path: Path) -> None:
     """Of the run, onto another base, as a file alone in either naming, and moved away from its config.yaml."""
+
     def ask(source: Path, **options: Any) -> Any:
         given = {name: str(value) for name, value in options.items()}
         return resolve(ExportConfig(str(source), output="-", **given))
