@@ -109,7 +109,7 @@ def test_the_table_and_the_page(compared: tuple[Path, str]) -> None:
     assert "0 of the repeat" in out
     assert "no measurable difference: equal to the last digit" in out
     page = (folder / "report.html").read_text()
-    assert page.index("lpl: too little to tell: no samples were measured") < page.index("At equal steps: ")
+    assert page.index("lpl: too little to tell: no samples were measured") < page.index("Validation at equal steps: ")
     assert "Comparison of 3 arms over 2 seeds" in page
     assert "a repeat of the baseline" in page
     assert "0 of the repeat" in page
