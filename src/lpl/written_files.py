@@ -200,7 +200,7 @@ def read_result(file: Path, kind: str) -> dict[str, Any]:
         unknown = [(key, e["arm"]) for key in parts for e in found.get(key, []) if e["arm"] not in names]
         if unknown or len(set(names)) < len(names):
             told = "an arm is there twice"
-            if unknown:
+            if len(set(names)) == len(names):
                 told = f"{unknown[0][0]} has the arm {unknown[0][1]!r:.60}, which arms has not"
             raise UserError(f"{file}: {told}: {then}")
     return found

@@ -109,7 +109,7 @@ def test_the_table_and_the_page(compared: tuple[Path, str]) -> None:
     assert "0 of the repeat" in out
     assert "no measurable difference: equal to the last digit" in out
     page = (folder / "report.html").read_text()
-    assert page.index("lpl: too little to tell: no samples were measured") < page.index("At equal steps: ")
+    assert page.index("lpl: too little to tell: no samples were measured") < page.index("Validation at equal steps: ")
     assert "Comparison of 3 arms over 2 seeds" in page
     assert "a repeat of the baseline" in page
     assert "0 of the repeat" in page
@@ -274,6 +274,13 @@ def test_eval_measures_once_with_equal_options(tmp_path: Path, flags: Any, monke
     os.utime(file, (later + 10, later + 10))
     measure()
     assert len(asked) == 5
+    metrics = {"frechet_efficientnet-lite0": {"value": 7.0}, "recall": {"value": 0.5}}
+    points = [{"guidance_scale": g, "num_inference_steps": 4, "metrics": metrics} for g in (1.0, 3.0)]
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"points": points}))
+    os.utime(file, (later + 10, later + 10))
+    found = measure()
+    assert (len(asked), found.values) == (5, {})
+    assert [(row["guidance"], row["frechet"]) for row in found.rows] == [(1.0, 7.0), (3.0, 7.0)]
 
 
 @pytest.mark.slow
@@ -332,6 +339,39 @@ def test_a_finished_comparison_with_samples_goes_on(
     assert "has samples that were drawn otherwise (prompts " in err
     assert "or remove the folder eval of every run" in err
     assert {f: f.stat().st_mtime_ns for f in drawn} == drawn
+
+
+@pytest.mark.slow
+def test_arms_are_compared_at_their_own_best_guidance(
+    flags: Any, run_cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With `lpl eval` itself, every point of every run once; a longer list measures what is new."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    arms = "baseline: {lpl_weight: 0}\nlpl: {lpl_weight: 5}\n"
+    argv = [*flags(tmp_path / "out", arms, max_train_steps=1), "--seeds", "0", "1", "--num_samples=50"]
+    argv += [f"--reference_dir={tiny_images(tmp_path / 'reference', count=50, size=16)}"]
+    made: dict[Path, int] = {}
+    for scales in (["1", "3"], ["1", "3"], ["1", "3", "4"]):
+        code, out, err = run_cli([*argv, "--num_inference_steps", "2", "--guidance_scale", *scales])
+        assert code == 0, err
+        found = content(tmp_path / "out")
+        rows = [(row["arm"], row["seed"], row["guidance"], row["sampling_steps"]) for row in found["rows"]]
+        assert rows == [(a, s, float(g), 2) for a in ("baseline", "lpl") for s in (0, 1) for g in scales]
+        assert all(row["frechet"] > 0 and row["samples"] == 50 for row in found["rows"])
+        now = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").glob("*/*/eval/points/*/**/*.*")}
+        assert len(now) == 4 * len(scales) * 53  # samples, captions, samples.json and figures.json
+        assert {file: now[file] for file in made} == made
+        made = now
+        [entry], [verdict] = found["at_best"], found["verdicts"]
+        assert (entry["seeds"], entry["chosen_on"], entry["scales"]) == (
+            [0, 1],
+            "other seeds",
+            [float(g) for g in scales],
+        )
+        assert (verdict["by"], out.splitlines()[-1]) == ("samples", verdict["sentence"])
+        assert {e["metric"].split("/")[0] for e in found["paired"]} == {"validation"}
+        page = (tmp_path / "out" / "report.html").read_text()
+        assert page.index(' class="sentence') < page.index("Recall over guidance, 2 steps")
 
 
 def test_minutes_count_for_all_runs_together(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: Any) -> None:

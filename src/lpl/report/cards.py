@@ -11,6 +11,9 @@ from lpl.report.sources import Group
 OUTCOMES = ("better", "worse", "below", "none", "unknown")
 """Of a figure; "below": a difference smaller than the noise."""
 
+TONES = {"helps": "good", "harms": "bad", "mixed": "mixed"}
+"""How an arm is coloured, by the outcome of its sentence."""
+
 
 def shown_entries(content: dict[str, Any], final: str | None) -> list[dict[str, Any]]:
     """The paired figures that the page draws: of validation, those of the weights that the results are made of.
@@ -34,7 +37,7 @@ def verdicts(
         paired: its figures that count.
         arms: by their names in compare.json.
     """
-    found = []
+    found, told = [], {entry["arm"]: entry["outcome"] for entry in content.get("verdicts", [])}
     for arm in content.get("arms", []):
         own = [entry for entry in paired if entry["arm"] == arm["name"]]
         if arm.get("baseline") or not own:
@@ -46,7 +49,9 @@ def verdicts(
         for abscissa, at in ABSCISSAE.items():
             entries = [entry for entry in own if entry["abscissa"] == abscissa]
             if entries:
-                headlines.append(f"{at[0].upper()}{at[1:]}: {headline(entries, repeats)}")
+                alone = all(entry["metric"].startswith("validation/") for entry in entries)
+                where = f"Validation {at}" if alone else f"{at[0].upper()}{at[1:]}"
+                headlines.append(f"{where}: {headline(entries, repeats)}")
                 details += _details(entries, at, repeats)
         found.append(
             {
@@ -54,7 +59,7 @@ def verdicts(
                 "slot": group.slot,
                 "unpaired": arm.get("unpaired"),
                 "overrides": "nothing is changed: a repeat of the baseline" if repeats else overrides,
-                "tone": "" if repeats else tone(own),
+                "tone": "" if repeats else TONES.get(told[arm["name"]], "") if arm["name"] in told else tone(own),
                 "headlines": headlines,
                 "details": details,
             }

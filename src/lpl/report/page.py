@@ -14,7 +14,7 @@ from lpl.base.terminal import printable
 from lpl.comparison.table import NOISE, chance_line
 from lpl.data.files import write_atomically
 from lpl.errors import UserError
-from lpl.report.cards import shown_entries, verdicts
+from lpl.report.cards import TONES, shown_entries, verdicts
 from lpl.report.curves import loss_charts, share_charts
 from lpl.report.evaluations import evaluation_table, metric_charts, refused_figures, spectrum_charts
 from lpl.report.findings import paired_charts
@@ -26,8 +26,6 @@ from lpl.report.words import checks, configuration, overview, tiles, title, vers
 
 GENERATOR, HEAD = b'<meta name="generator" content="lpl ', 4096
 """How a page says what it is, and within how many bytes."""
-TONES = {"helps": "good", "harms": "bad", "mixed": "mixed"}
-"""How an arm's sentence is coloured, by its outcome."""
 TEXT_SHARE = 0.2
 """Part of the page's size that is kept for text and plots."""
 

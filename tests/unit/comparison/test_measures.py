@@ -32,9 +32,9 @@ def check(options: Any, *ended: Any) -> None:
         measures.check_metrics(options, options.train, ended)
 
 
-@pytest.mark.parametrize("older", [True, False])
-def test_samples_of_the_run_before_it_was_trained_on_make_way(tmp_path: Path, older: bool) -> None:
-    folder = tmp_path / "eval"
+@pytest.mark.parametrize(("older", "point"), [(True, ""), (False, ""), (True, "points/guidance-3-steps-4")])
+def test_samples_of_the_run_before_it_was_trained_on_make_way(tmp_path: Path, older: bool, point: str) -> None:
+    folder = tmp_path / "eval" / point
     drawn, mine = folder / "images" / "00000" / "00000003.png", folder / "images" / "mine.png"
     for file in (drawn, mine):
         file.parent.mkdir(parents=True, exist_ok=True)

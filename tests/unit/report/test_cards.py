@@ -60,14 +60,24 @@ def test_an_arm_that_is_worse_in_equal_time_is_not_good() -> None:
     found = card([*entries(BETTER), *entries(WORSE, at="seconds")])
     assert found["tone"] == "mixed"
     assert found["headlines"] == [
-        "At equal steps: better in 1 of 1 figure",
-        "At equal training time: worse in 1 of 1 figure",
+        "Validation at equal steps: better in 1 of 1 figure",
+        "Validation at equal training time: worse in 1 of 1 figure",
     ]
     assert found["details"] == [
         "Better at equal steps: Diffusion loss (raw) −10 %",
         "Worse at equal training time: Diffusion loss (raw) +10 %",
     ]
     assert (found["arm"], found["slot"], found["unpaired"]) == ("cmp2/lpl", "3", None)
+
+
+def test_a_card_has_the_colour_of_the_sentence() -> None:
+    """A lower validation loss alone is not good."""
+    paired = entries(BETTER)
+    arms = [{"name": "baseline", "baseline": True}, {"name": "lpl", "overrides": {"lpl_weight": 1}}]
+    for outcome, colour in (("unknown", ""), ("harms", "bad")):
+        content = {"arms": arms, "verdicts": [{"arm": "lpl", "outcome": outcome, "sentence": "."}]}
+        [found] = verdicts(content, paired, {"lpl": Group("lpl", "3")})
+        assert found["tone"] == colour
 
 
 def test_a_repeat_of_the_baseline_is_neither_good_nor_bad() -> None:

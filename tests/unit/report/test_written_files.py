@@ -29,13 +29,19 @@ MISSING = object()
         ("eval", ["options", "against"], "x", "options.against is 'x', not one of images, reconstructions"),
         ("eval", ["spectrum", "samples"], [1.0], "spectrum: its lists are of different lengths"),
         ("eval", ["images", 0, "file"], None, "images[0].file is null, not a text"),
+        ("eval", ["points", 1, "metrics"], [], "points[1].metrics is a list of 0"),
+        ("eval", ["points", 0, "num_inference_steps"], "4", "points[0].num_inference_steps is '4'"),
         ("check", ["gradients", 0, "t_low"], "x", "gradients[0].t_low is 'x'"),
         ("check", ["layers", 0, "bins"], {}, "layers[0].bins is an object of 0, not a list"),
         ("check", ["suggestion"], 3, "suggestion is 3, not an object or null"),
         ("compare", ["arms"], None, "arms is null"),
         ("compare", ["arms", 0, "name"], 3, "arms[0].name is 3"),
         ("compare", ["arms", 0, "name"], "lpl", "an arm is there twice"),
-        ("compare", ["paired", 0, "arm"], "other", "which arms has not"),
+        ("compare", ["paired", 0, "arm"], "other", "paired has the arm 'other', which arms has not"),
+        ("compare", ["rows", 1, "arm"], "other", "rows has the arm 'other', which arms has not"),
+        ("compare", ["rows", 0, "frechet"], "5", "rows[0].frechet is '5'"),
+        ("compare", ["at_best", 0, "recall", "interval"], [1], "at_best[0].recall.interval is a list of 1"),
+        ("compare", ["verdicts", 0, "sentence"], None, "verdicts[0].sentence is null"),
         ("compare", ["paired", 0, "interval"], [1], "paired[0].interval is a list of 1, not two numbers or null"),
         ("compare", ["paired", 0, "metric"], "validation/x", "paired[0].metric"),
         ("compare", ["paired", 0, "noise"], MISSING, "paired[0] has no noise"),
@@ -102,8 +108,9 @@ def test_the_page_keeps_directions_apart(tmp_path: Path) -> None:
     """What turns the direction of writing is shown as an escape; text from right to left stays by itself."""
     content = json.loads((ORIGINALS / "compare.json").read_text())
     content["arms"][1]["name"] = name = "\u05d0\u05d1\u202e\x1b[2J"
-    for entry in content["paired"]:
-        entry["arm"] = name
+    for entry in (entry for key in ("paired", "rows", "at_best", "verdicts") for entry in content[key]):
+        entry["arm"] = name if entry["arm"] == "lpl" else entry["arm"]
+    content["verdicts"][0]["sentence"] = f"{name} helps."
     content["refused"] = [f"{name}: left out"]
     (tmp_path / "compare.json").write_text(json.dumps(content))
     page = render(read_inputs([str(tmp_path)]))
