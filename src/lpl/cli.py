@@ -41,6 +41,7 @@ AFTER_INTERRUPTION = {
     **dict.fromkeys(("cache", "eval"), "; the same command continues"),
 }
 OTHERS_WAIT_S = 2.0
+"""Seconds that the other processes of a launch wait before they say what failed, for the first to say it."""
 ALLOCATOR = "DefaultCPUAllocator"
 """By this name torch says that the computer's own memory is full."""
 OUT_OF_MEMORY = (

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lpl.cli import OTHERS_WAIT_S
 from lpl.errors import UserError
 
 Refused = Callable[..., str]
@@ -513,3 +514,16 @@ def test_unknown_command(run_cli: Any, argv: list[str], expected: str) -> None:
     assert len(err.splitlines()) == 1
     assert err.startswith("error: unknown command")
     assert expected in err
+
+
+def test_other_processes_of_a_launch_speak_too_after_the_first(run_cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the first has not failed nobody else would say what is wrong."""
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    said = {}
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        said[rank] = run_cli(["trian"])
+    assert said["1"] == said["0"]
+    assert said["1"][2].startswith("error: unknown command")
+    assert waited == [OTHERS_WAIT_S]

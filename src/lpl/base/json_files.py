@@ -78,6 +78,14 @@ def read_object(file: Path, flag: str = "", then: str = "") -> dict[str, Any]:
     return found
 
 
+def object_in(file: Path) -> dict[str, Any]:
+    """What a file that is a JSON object holds; empty where it cannot be read or is none."""
+    try:
+        return read_object(file)
+    except UserError:
+        return {}
+
+
 def _unusable(value: Any) -> str | None:
     """Of all texts in a value, the first character that cannot be stored, as it is written in JSON."""
     if isinstance(value, dict):

@@ -15,10 +15,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lpl.base.json_files import object_in, read_object
+from lpl.base.shapes import REST, TEXT, Shape, require_shape
 from lpl.data.files import checksum, sync_file, write_atomically
 from lpl.errors import UserError
 
 RECORD = ".lpl.json"
+RECORDED: Shape = {REST: {"names": [TEXT], "result": [TEXT], "files": {REST: [TEXT]}}}
+"""What it holds, by command."""
 JUNK = {".DS_Store", "Thumbs.db", "desktop.ini"}
 """What file managers leave; nobody's."""
 COMPONENT = re.compile(r".*\.(json|safetensors|model)|merges\.txt|vocab\.txt")
@@ -199,19 +203,10 @@ class OutputFolder:
         file = self.folder / RECORD
         if not file.is_file():
             return {}
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-            for part in found.values():
-                texts = [
-                    *part["names"],
-                    *part["result"],
-                    *(value for known in part["files"].values() for value in known),
-                ]
-                if not all(isinstance(text, str) for text in texts):
-                    raise ValueError
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"{file}: is not what lpl wrote: move it away, or name another folder") from error
-        return dict(found)
+        then = "move it away, or name another folder"
+        found = read_object(file, then=then)
+        require_shape(found, RECORDED, str(file), then)
+        return found
 
     def _write(self, part: dict[str, Any]) -> None:
         try:
@@ -257,7 +252,7 @@ def check_apart(
         UserError: an input is the folder, or lies where one of the names goes.
     """
     for option, value in inputs.items():
-        path = Path(value).expanduser() if value else None
+        path = Path(value) if value else None
         if path is None or not path.exists():
             continue
         remedy = f"--{option} {value} would be overwritten: name another folder"
@@ -277,11 +272,8 @@ def matches(name: str, entry: str) -> bool:
 
 def kind_of(path: Path) -> str | None:
     """What a JSON file of lpl says that it is, such as "eval"; None: it is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return str(content["kind"]) if "lpl" in content else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
+    content = object_in(path)
+    return str(content["kind"]) if content.keys() >= {"lpl", "kind"} else None
 
 
 def _same(a: Path, b: Path) -> bool:

@@ -8,6 +8,7 @@ from decimal import ROUND_CEILING, Context, Decimal
 from pathlib import Path
 from typing import NamedTuple
 
+from lpl.base.json_files import parse_json
 from lpl.data.files import write_atomically
 from lpl.errors import UserError
 
@@ -22,8 +23,8 @@ def is_list(path: Path) -> bool:
     """Whether a file is what `BadFiles.write` writes."""
     try:
         with open(path, encoding="utf-8", errors="surrogateescape") as file:
-            return set(json.loads(file.readline())) == set(Bad._fields)
-    except (OSError, ValueError, TypeError, RecursionError):
+            return set(parse_json(file.readline(), str(path))) == set(Bad._fields)
+    except (OSError, UserError, ValueError, TypeError):  # no text, or no object
         return False
 
 

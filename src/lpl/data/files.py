@@ -15,6 +15,8 @@ from lpl.errors import UserError
 TEMPORARY = ".tmp"
 BLOCK = 2**24
 PROBED = 4096
+GONE = "gone"
+"""The stamp of what is not there, or cannot be looked at."""
 
 
 def write_atomically(path: Path, data: bytes, scratch: Path | None = None) -> None:
@@ -102,6 +104,28 @@ def probe(path: str | Path) -> str:
             file.seek(start)
             found.update(file.read(PROBED))
     return found.hexdigest()
+
+
+def status_of(file: os.DirEntry[str] | str) -> os.stat_result | None:
+    """Of what a link leads to; None where there is nothing."""
+    try:
+        return os.stat(file) if isinstance(file, str) else file.stat()
+    except (OSError, ValueError):  # ValueError: a name with a NUL
+        return None
+
+
+def stamp_of(status: os.stat_result | None, path: str | None = None) -> str:
+    """What tells the versions of a file apart, without spaces: its size and time of change, or GONE.
+
+    Args:
+        status: of the file.
+        path: where it is, for a probe of it beside these; None: none.
+    """
+    try:
+        probed = "" if status is None or path is None else f".{probe(path)}"
+    except OSError:
+        return GONE
+    return GONE if status is None else f"{status.st_size:x}.{status.st_mtime_ns:x}{probed}"
 
 
 def checksum(path: Path) -> str:

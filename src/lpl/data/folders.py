@@ -16,4 +16,4 @@ def default_cache_dir() -> Path:
 
 def cache_dir(config: DataConfig) -> Path:
     """--latent_cache_dir, or the default."""
-    return Path(config.latent_cache_dir).expanduser() if config.latent_cache_dir else default_cache_dir()
+    return Path(config.latent_cache_dir) if config.latent_cache_dir else default_cache_dir()

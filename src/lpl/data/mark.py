@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from lpl.base.json_files import object_in
+from lpl.base.shapes import TEXT, Shape, difference
 from lpl.data.catalogue import PROOF, unsettled
 from lpl.data.files import cache_writing, write_cached
 from lpl.data.filling import Filler, caption_key
@@ -19,6 +21,8 @@ from lpl.errors import UserError
 from lpl.progress import progress
 
 logger = logging.getLogger("lpl")
+
+NOTE: Shape = {"shards": [[TEXT]], "catalogue": [TEXT]}
 
 
 class Mark:
@@ -47,11 +51,10 @@ class Mark:
         """Whether the note is there and still true."""
         if not self.is_there():
             return False
-        try:
-            note = json.loads(self._path.read_text())
-            shards, proofs = [list(map(str, names)) for names in note["shards"]], note["catalogue"]
-        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        note = object_in(self._path)
+        if difference(note, NOTE) is not None:
             return False
+        shards, proofs = note["shards"], note["catalogue"]
         stores = self._filler.caches.stores
         if len(shards) != len(stores) or not all(set(n) <= set(s.shards) for n, s in zip(shards, stores, strict=True)):
             return False

@@ -39,7 +39,7 @@ def identity(config: DataConfig) -> str:
     """Where masks are from, as part of a catalogue's name; "" where they are not in use."""
     if config.masked_loss != "files":
         return "" if config.masked_loss == "none" else f" masks {config.masked_loss}"
-    folder = "" if config.mask_dir is None else os.path.abspath(os.path.expanduser(config.mask_dir))
+    folder = "" if config.mask_dir is None else os.path.abspath(config.mask_dir)
     return f" masks files {folder} {config.mask_column or ''}"
 
 

@@ -33,7 +33,6 @@ def read_prompts(file: Path, flag: str = "--prompts") -> list[Prompt]:
     """
     where, kind = f"{flag} {file}", file.suffix.lower()
     require(kind in (".txt", ".jsonl"), f"{where}: expected .txt with a prompt a line, or .jsonl")
-    file = file.expanduser()
     if kind == ".txt":
         found = [Prompt(line) for _, line in read_lines(file, where)]
     else:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from lpl.base.json_files import object_in
 from lpl.base.locks import alone_in
 from lpl.base.output_folder import Names, OutputFolder
 from lpl.config import TrainConfig
@@ -58,10 +59,7 @@ def make_report(
 
 def _is_report(path: Path) -> bool:
     """Whether a file is a data.json."""
-    try:
-        return {"resolution", "bad_files", "parts", "warnings"} <= set(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError):
-        return False
+    return {"resolution", "bad_files", "parts", "warnings"} <= object_in(path).keys()
 
 
 def _write_report(

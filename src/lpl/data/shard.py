@@ -20,7 +20,8 @@ import xxhash
 from safetensors.torch import save
 from torch import Tensor
 
-from lpl.errors import DamagedCacheError, UnreadCacheError
+from lpl.base.tensor_header import METADATA, parse_header
+from lpl.errors import DamagedCacheError, UnreadCacheError, UserError
 
 SUFFIX = ".safetensors"
 KEY_BYTES = 20
@@ -68,7 +69,7 @@ class Shard:
             self.layout: Layout = {name: (self.fields[name].dtype, self.fields[name].shape[1:]) for name in names}
             self._keys = self._block("keys")
             self._checksums = np.frombuffer(self._block("checksums"), np.uint64)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        except (OSError, ValueError, LookupError, ArithmeticError, UserError) as error:
             raise unusable_file(path, error) from error
         if path.name != name_of(self._keys, self.layout):
             raise damaged_file(path, "its header or its keys are not those that its name stands for")
@@ -130,16 +131,18 @@ def _fields(data: mmap.mmap) -> dict[str, Field]:
     """The tensors that a file's header names.
 
     Raises:
+        UserError: no header.
         ValueError: they are not those of a shard, or do not fill the file.
     """
     base = 8 + int.from_bytes(data[:8], "little")
-    header = {name: entry for name, entry in json.loads(data[8:base]).items() if name != "__metadata__"}
+    header = parse_header(data[8:base], "its header")
     fields, end = {}, base
     for name, entry in header.items():
+        if name == METADATA:
+            continue
         begin, stop = entry["data_offsets"]
         field = fields[name] = Field(DTYPES[entry["dtype"]], tuple(entry["shape"]), base + begin)
-        sound = all(isinstance(size, int) and size >= 0 for size in (begin, *field.shape)) and field.shape
-        if not sound or stop - begin != field.shape[0] * field.row_bytes:
+        if not field.shape or stop - begin != field.shape[0] * field.row_bytes:
             raise ValueError(f"the shape of {name!r} is not that of its bytes")
         end = max(end, base + stop)
     keys, checksums = (fields[name] for name in RESERVED)

@@ -71,7 +71,7 @@ def prune_cache(folder: str | None, days: float, dry_run: bool) -> None:
 
 
 def _existing(folder: str | None) -> Path:
-    cache = Path(folder).expanduser() if folder else default_cache_dir()
+    cache = Path(folder) if folder else default_cache_dir()
     if not cache.is_dir():
         raise UserError(f"--latent_cache_dir {cache}: no such folder")
     return cache

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lpl.base.json_files import read_object
+from lpl.base.json_files import object_in, read_object
 from lpl.config import require
 from lpl.data.files import write_atomically
 from lpl.diffusion.draws import keyed_generator
@@ -180,10 +180,7 @@ def remove_samples(folder: Path) -> None:
 
 def are_settings(path: Path) -> bool:
     """Whether a file is one that write_settings wrote."""
-    try:
-        return {"resolution", "prompts"} <= set(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError):
-        return False
+    return {"resolution", "prompts"} <= object_in(path).keys()
 
 
 def write_settings(folder: Path, settings: dict[str, Any]) -> None:

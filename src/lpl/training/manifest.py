@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from lpl.base.json_files import parse_json, read_object
 from lpl.base.output_folder import JUNK
 from lpl.base.shapes import REST, TEXT, difference, whole
 from lpl.data.files import checksum
 from lpl.data.files import sync_file as sync
+from lpl.errors import UserError
 
 MANIFEST = {REST: {"bytes": whole(0), "xxh3_128": TEXT}}
 FILE = "manifest.json"
@@ -39,7 +41,7 @@ def damage(folder: Path, read: bool = True) -> str | None:
         read: read every byte; else only sizes are compared.
     """
     try:
-        files = json.loads((folder / FILE).read_bytes())
+        files = parse_json((folder / FILE).read_bytes(), FILE)
         fault = difference(files, MANIFEST)
         if fault is not None:
             return f"{FILE} is not what was written"
@@ -53,7 +55,7 @@ def damage(folder: Path, read: bool = True) -> str | None:
         return f"{Path(error.filename).name} is missing"
     except OSError as error:
         return f"{Path(error.filename or folder).name} cannot be read: {error.strerror}"
-    except (ValueError, RecursionError, MemoryError):
+    except (UserError, ValueError):  # ValueError: a name with a NUL
         return f"{FILE} is not what was written"
     return None
 
@@ -61,7 +63,7 @@ def damage(folder: Path, read: bool = True) -> str | None:
 def unlisted(folder: Path) -> str | None:
     """Something in a folder that write_manifest has described which it did not find there; None: nothing is."""
     try:
-        files = json.loads((folder / FILE).read_text())
+        files = read_object(folder / FILE)
         return next((p.name for p in sorted(folder.iterdir()) if p.name not in {FILE, *JUNK, *files}), None)
-    except (OSError, ValueError, TypeError, RecursionError):
+    except (OSError, UserError):
         return None

@@ -91,7 +91,7 @@ def check_inputs_apart(config: TrainConfig) -> None:
     folder, options = Path(config.run.output_dir), config.flat()
     for flag in ("train_data_dir", "reg_data_dir", "validation_data_dir"):
         images = options[flag]
-        if images is not None and folder.resolve().is_relative_to(Path(images).expanduser().resolve()):
+        if images is not None and folder.resolve().is_relative_to(Path(images).resolve()):
             raise UserError(
                 f"--output_dir {folder} lies in --{flag} {images}: its pictures would be taken for training images; "
                 "name a folder outside"

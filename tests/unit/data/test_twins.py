@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -46,3 +47,23 @@ def test_files_that_rows_name(tmp_path: Path) -> None:
     noted = Versions()(str(a))
     swap(a, b)
     assert Versions()(str(a)) != noted
+
+
+def test_files_that_metadata_names_elsewhere(
+    encode: Callable[..., Any], folder: Path, picture: Callable[..., Any], tmp_path: Path
+) -> None:
+    """They are in no list of the folder: each is told apart by itself."""
+    for path in folder.rglob("*.*"):
+        path.unlink()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for n in range(2):
+        picture(n, 40, 32).save(elsewhere / f"{n}.bmp")
+        os.utime(elsewhere / f"{n}.bmp", (1e9, 1e9))
+    rows = [json.dumps({"file_name": str(elsewhere / f"{n}.bmp"), "text": str(n)}) for n in range(2)]
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    encode()
+    swap(elsewhere / "0.bmp", elsewhere / "1.bmp")
+    after, right = encode(), encode(latent_cache_dir=str(tmp_path / "another"))
+    draws = [(n, 0) for n in range(2)]
+    assert torch.equal(after.batch(draws).raw_latents, right.batch(draws).raw_latents)

@@ -55,21 +55,16 @@ class FolderSource:
         mask_dir: str | None = None,
         instance_prompt: str | None = None,
     ) -> None:
-        root = os.path.expanduser(folder)
-        self.name = f"{flag} {root}"
-        self.identity, self.versions = f"folder {os.path.abspath(root)} {caption_column}", Versions()
+        self.name = f"{flag} {folder}"
+        self.identity, self.versions = f"folder {os.path.abspath(folder)} {caption_column}", Versions()
         instead = ", or name a data set with --dataset_name" if flag == "--train_data_dir" else ""
         require(
-            os.path.isdir(root),
-            f"{self.name}: {'not a folder' if os.path.exists(root) else 'no such folder'}: give an image "
+            os.path.isdir(folder),
+            f"{self.name}: {'not a folder' if os.path.exists(folder) else 'no such folder'}: give an image "
             f"folder{instead}",
         )
-        self._flag, self._masks, self._mask_dir = (
-            flag,
-            masks,
-            None if mask_dir is None else os.path.expanduser(mask_dir),
-        )
-        self._pieces = self._list(root, caption_column, max_samples, instance_prompt)
+        self._flag, self._masks, self._mask_dir = flag, masks, mask_dir
+        self._pieces = self._list(folder, caption_column, max_samples, instance_prompt)
         self.size: int | None = sum(piece.size or 0 for piece in self._pieces)
 
     def pieces(self) -> Sequence[Piece]:

@@ -19,10 +19,11 @@ from datasets.exceptions import DatasetsError
 
 from lpl.config import DataConfig, require
 from lpl.data.bad_image import BadImageError, UnreadImageError
+from lpl.data.files import stamp_of, status_of
 from lpl.data.sources.base import PIECE_SIZE, Piece, Sample, captions_of, digest, in_hand, read_file
 from lpl.data.sources.download import download
 from lpl.data.sources.prompted import with_prompt
-from lpl.data.sources.versions import Versions, stamp_of
+from lpl.data.sources.versions import Versions
 from lpl.errors import UserError
 
 FAULTS = (DatasetsError, pyarrow.ArrowException, OSError, ValueError, RuntimeError, NotImplementedError)
@@ -165,9 +166,8 @@ def _read_path(path: str, column: str) -> bytes:
 def identity_of(kind: str, config: DataConfig) -> str:
     """Which data set a configuration names: its place or name, its configuration and the columns."""
     name = str(config.dataset_name)
-    local = os.path.expanduser(name)
-    if os.path.exists(local) or _names_parquet(name):
-        name = os.path.abspath(local)
+    if os.path.exists(name) or _names_parquet(name):
+        name = os.path.abspath(name)
     return f"{kind} {name} {config.dataset_config_name} {config.image_column} {config.caption_column}"
 
 
@@ -182,13 +182,12 @@ def arguments_of(name: str, config_name: str | None, flag: str) -> dict[str, Any
     Raises:
         UserError: no such parquet files, or a configuration of something that has none.
     """
-    local = os.path.expanduser(name)
-    if os.path.isdir(local):
-        return {"path": local, "name": config_name}
+    if os.path.isdir(name):
+        return {"path": name, "name": config_name}
     if not _names_parquet(name):
         return {"path": name, "name": config_name}
     require(config_name is None, f"--dataset_config_name {config_name}: parquet files have no configurations: drop it")
-    files = [local] if os.path.isfile(local) else sorted(filter(os.path.isfile, glob.glob(local, recursive=True)))
+    files = [name] if os.path.isfile(name) else sorted(filter(os.path.isfile, glob.glob(name, recursive=True)))
     require(bool(files), f"{flag}: no such file: correct the path")
     # datasets takes names of files for patterns.
     return {"path": "parquet", "data_files": {"train": [glob.escape(os.path.abspath(file)) for file in files]}}
@@ -212,16 +211,16 @@ def cannot_open(flag: str, error: Exception) -> UserError:
 
 def _load_train_split(name: str, config_name: str | None, cache_dir: str | None, flag: str) -> tuple[Dataset, str]:
     """The train split, and a stamp that changes with its data."""
-    local = os.path.expanduser(name)
     try:
-        if not was_saved(local):
+        if not was_saved(name):
             arguments = arguments_of(name, config_name, flag)
             dataset = load_dataset(**arguments, split="train", cache_dir=cache_dir)
             return dataset, str(dataset._fingerprint)
-        dataset = _open_saved(local, config_name, flag)
+        dataset = _open_saved(name, config_name, flag)
     except FAULTS as error:
         raise cannot_open(flag, error) from error
-    return dataset, digest(dataset._fingerprint, *(stamp_of(file["filename"]) for file in dataset.cache_files))
+    files = [str(file["filename"]) for file in dataset.cache_files]
+    return dataset, digest(dataset._fingerprint, *(stamp_of(status_of(file), file) for file in files))
 
 
 def _open_saved(folder: str, config_name: str | None, flag: str) -> Dataset:

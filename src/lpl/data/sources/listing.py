@@ -8,7 +8,7 @@ import stat
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from lpl.data.files import probe
+from lpl.data.files import GONE, probe, stamp_of, status_of
 from lpl.data.sources.base import IMAGE_SUFFIXES
 from lpl.errors import UserError
 from lpl.progress import progress
@@ -25,7 +25,6 @@ PICTURE_SUFFIXES = frozenset(
 """Endings of pictures, and of films, that are not read."""
 TABLES = frozenset(("metadata.csv", "metadata.parquet"))
 _SUFFIXES = frozenset(IMAGE_SUFFIXES)
-_GONE = "gone"
 
 
 class Listing(NamedTuple):
@@ -118,7 +117,7 @@ def _tell_apart(root: str, images: dict[str, str]) -> None:
         parts = images[name].split(" ")
         text = os.path.splitext(name)[0] + (parts[2] if len(parts) > 2 else ".txt")
         for place, file in enumerate((name, text)[: len(parts)]):
-            if parts[place] in twins and parts[place] != _GONE:
+            if parts[place] in twins and parts[place] != GONE:
                 try:
                     parts[place] += f".{probe(os.path.join(root, file))}"
                 except OSError:
@@ -168,19 +167,6 @@ def _suffix(name: str) -> str:
     """The ending of a file name with its dot, in small letters; "" if it has none."""
     _, dot, suffix = name.rpartition(".")
     return dot and dot + suffix.lower()
-
-
-def status_of(file: os.DirEntry[str] | str) -> os.stat_result | None:
-    """Of what a link leads to; None where there is nothing."""
-    try:
-        return os.stat(file) if isinstance(file, str) else file.stat()
-    except (OSError, ValueError):  # ValueError: a name with a NUL
-        return None
-
-
-def stamp_of(status: os.stat_result | None) -> str:
-    """Size and time of change of a file, without spaces."""
-    return _GONE if status is None else f"{status.st_size:x}.{status.st_mtime_ns:x}"
 
 
 def _scan(folder: str) -> Iterator[os.DirEntry[str]]:

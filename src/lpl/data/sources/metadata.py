@@ -8,8 +8,9 @@ from typing import Any
 
 from lpl.base.text import read_rows
 from lpl.config import require
+from lpl.data.files import stamp_of, status_of
 from lpl.data.sources.base import captions_of
-from lpl.data.sources.listing import Listing, stamp_of, status_of
+from lpl.data.sources.listing import Listing
 
 
 class Names:
@@ -47,7 +48,7 @@ class Names:
         if self._places is None:
             self._places = {os.path.realpath(os.path.join(self._root, known)): known for known in sorted(files)[::-1]}
         name = self._places.setdefault(os.path.realpath(whole), name if prefix is None else prefix + base)
-        files.setdefault(name, stamp_of(status))
+        files.setdefault(name, stamp_of(status, whole))
         return name
 
 

@@ -44,7 +44,7 @@ class StreamSource:
         self.name = f"--dataset_name {config.dataset_name}"
         self.identity, self.versions = identity_of("stream", config), Versions()
         require(
-            not was_saved(os.path.expanduser(config.dataset_name)),
+            not was_saved(config.dataset_name),
             f"--streaming: {self.name} was saved by save_to_disk, so it is on this disk as it is: drop --streaming",
         )
         arguments = arguments_of(config.dataset_name, config.dataset_config_name, self.name)

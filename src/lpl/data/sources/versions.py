@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import logging
-import os
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Mapping
@@ -14,11 +13,10 @@ from hashlib import blake2b
 from typing import Any
 from urllib.parse import urlsplit
 
-from lpl.data.files import probe
+from lpl.data.files import stamp_of, status_of
 
 THREADS = 16
 TIMEOUT = 20.0
-GONE = "gone"
 SILENT = ""
 """Of a URL whose server says nothing that changes with the file."""
 
@@ -42,7 +40,7 @@ class Versions:
         self._unanswered: dict[str, str] = {}
 
     def __call__(self, name: str) -> str | None:
-        """The version of a file or URL; GONE, SILENT, or None where its server does not answer."""
+        """The version of a file (see stamp_of) or URL; SILENT, or None where its server does not answer."""
         if name not in self._known:
             self._known[name] = self._look_up(name)
         return self._known[name]
@@ -80,7 +78,7 @@ class Versions:
     def _look_up(self, name: str) -> str | None:
         address = self._addresses.get(name, name)
         if "://" not in address:
-            return stamp_of(address)
+            return stamp_of(status_of(address), address)
         host = urlsplit(address).netloc
         if host in self._down:  # a machine without network must not wait for each file
             self._unanswered[name] = "nor did others there"
@@ -106,15 +104,6 @@ def is_http(url: str) -> bool:
 def request_of(url: str, **headers: str) -> urllib.request.Request:
     """A request for a file as it is stored."""
     return urllib.request.Request(url, headers={"User-Agent": "lpl", "Accept-Encoding": "identity"} | headers)
-
-
-def stamp_of(path: str) -> str:
-    """Size, time of change and a hash of some of a file; GONE if it cannot be looked at."""
-    try:
-        status = os.stat(path)
-        return f"{status.st_size:x}.{status.st_mtime_ns:x}.{probe(path)}"
-    except (OSError, ValueError):
-        return GONE
 
 
 def version_in(headers: Message) -> str:
