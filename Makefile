@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
-.PHONY: demo test soak lint bench quality demo-weights clean
+.PHONY: demo test soak lint same house bench quality demo-weights clean
 
 demo: .venv/installed
 	$(OFFLINE) OMP_WAIT_POLICY=PASSIVE $(BIN)/lpl demo --output_dir lpl-demo
@@ -24,6 +24,14 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Runs the same commands with an older commit (BASE=..., else where this branch left main), and compares what they leave.
+same: .venv/installed
+	$(BIN)/python tools/same_results.py $(if $(BASE),--base $(BASE)) $(SAME)
+
+# Size, rooms and circles of the code, and how far options spread.
+house: .venv/installed
+	$(BIN)/python tools/house.py --frames
 
 # The figures of docs/performance.md: over half an hour on two CPU cores.
 bench: .venv/installed
