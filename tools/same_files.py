@@ -12,16 +12,19 @@ from typing import Any, NamedTuple
 
 import yaml
 
-IGNORED = re.compile(r"environment|.*seconds.*|samples_per_second|header modelspec\.date|.*_kohya\.safetensors")
-"""Keys of JSON and YAML, of files' headers and of logs, that say when, where and how fast (the last: the digest of a
-file with a date); that they are there is compared."""
+IGNORED = re.compile(
+    r"environment|.*seconds.*|samples_per_second|header modelspec\.date|.*_(kohya|lora_weights)\.safetensors"
+)
+"""Keys of JSON and YAML, of files' headers and of logs, that say when, where and how fast (the last: digests of files
+whose headers have a date or no order); that they are there is compared."""
 TEXT: tuple[tuple[str, str], ...] = (
+    (r"\x1b\[\w|(?<=\S)\s*\n {8,}(?=\S)", " "),
     (r"\b\d+(\.\d+)? s\b", "TIME"),
     (r"Written \d{4}-\d\d-\d\d \d\d:\d\d", "Written DATE"),
     (r'(<th scope="row">git</th><td>)[^<]*', r"\1COMMIT"),
     (r"<figure(?:(?!</figure>)[\s\S])*(?:over training time|per second)(?:(?!</figure>)[\s\S])*", "<figure of times"),
 )
-"""Patterns, and what stands for them when texts are compared."""
+"""Patterns, and what stands for them when texts are compared; where a line is wrapped depends on the times in it."""
 MOMENT = re.compile(r"(?<=tfevents\.).*|\b\d{10}(\.\d+)?\b")
 """In names of TensorBoard's files and folders."""
 RENAMED: dict[str, str] = {}
