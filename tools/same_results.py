@@ -33,8 +33,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "datasets", "numpy", "pillow", "tensorboard")
 PRELOADED = (*PACKAGES[:6], "numpy", "PIL.Image", "tensorboard", "torch.utils.tensorboard", "tyro", "pyarrow.parquet")
 """Loaded once a side, before a process is forked for each command; no part of lpl is among them."""
-SHOWN = 5
-"""Differences of a case that are printed."""
+SHOWN = 10
+"""Files of a case whose first difference is printed."""
 TRAINING = ("train", "cache", "check", "compare", "data")
 UNKNOWN = ("error: unknown option", "error: unknown command")
 
@@ -171,10 +171,12 @@ def compare(older: Path, newer: Path, cases: list[str], text: bool) -> bool:
         found, number = differences(older / case, newer / case, text)
         compared += number
         equal &= not found
-        for difference in found[:SHOWN]:
-            print(f"{case}: {difference.file}: {difference.key}: {difference.what}")
-        if len(found) > SHOWN:
-            print(f"{case}: ... {len(found) - SHOWN} more differences")
+        files = list(dict.fromkeys(item.file for item in found))
+        for file in files[:SHOWN]:
+            first, *more = (item for item in found if item.file == file)
+            print(f"{case}: {file}: {first.key}: {first.what}" + (f" (and {len(more)} more)" if more else ""))
+        if len(files) > SHOWN:
+            print(f"{case}: ... and {len(files) - SHOWN} more files")
     print(f"{'equal' if equal else 'DIFFERENT'}: {compared:,} files in {len(cases)} cases")
     return equal
 
@@ -219,7 +221,11 @@ def main() -> None:
     commit = git("rev-parse", "--verify", f"{options.base or default_base()}^{{commit}}")
     work = work_folder(options.work)
     with (work / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another run of this tool in {work}", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         inputs = work / "inputs"
         if not inputs.is_dir():
             made = Path(tempfile.mkdtemp(dir=work))
