@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
-.PHONY: demo test soak lint options bench quality demo-weights clean
+.PHONY: demo test soak lint options same house bench quality demo-weights clean
 
 demo: .venv/installed
 	$(OFFLINE) OMP_WAIT_POLICY=PASSIVE $(BIN)/lpl demo --output_dir lpl-demo
@@ -28,6 +28,14 @@ lint: .venv/installed
 # docs/options.md, made of what is declared beside the options.
 options: .venv/installed
 	$(BIN)/python tools/options_page.py
+
+# Runs the same commands with an older commit (BASE=..., else where this branch left main), and compares what they leave.
+same: .venv/installed
+	$(BIN)/python tools/same_results.py $(if $(BASE),--base $(BASE)) $(SAME)
+
+# Size, rooms and circles of the code, and how far options spread.
+house: .venv/installed
+	$(BIN)/python tools/house.py --frames
 
 # The figures of docs/performance.md: over half an hour on two CPU cores.
 bench: .venv/installed

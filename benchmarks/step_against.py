@@ -1,79 +1,121 @@
-"""An optimizer step of the demo's model, every default on, in steps of another checkout: alternating, median ratio.
+"""A step of the demo's model, the start of a run and `lpl --help` against another checkout: alternating, median ratios.
 
     git worktree add ../older COMMIT
     OMP_NUM_THREADS=1 python benchmarks/step_against.py ../older [steps]
 
-Each checkout runs in a process of its own and waits while the other steps.
+Only the command line is used. For the steps each checkout trains in a process of its own and waits after each of its
+optimizer's steps while the other makes one. The start is a run of one step whose cache is filled.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
 HERE = Path(__file__).resolve().parents[1]
+STARTS, HELPS = 6, 12
 WORKER = """
-import inspect, sys, time
-from pathlib import Path
-out = sys.stdout
-sys.stdout = sys.stderr
-from lpl.cli import parse_train
-from lpl.demo.photographs import export_data
-from lpl.demo.weights import export_model
-from lpl.training.preflight import preflight
-from lpl.training.trainer import Trainer
-folder, steps = Path(sys.argv[1]), sys.argv[2]
-model, data = export_model(folder / "model"), export_data(folder / "data")
-config = parse_train(["--config=demo", f"--pretrained_model_name_or_path={model}", f"--train_data_dir={data}",
-    f"--output_dir={folder}/run", f"--latent_cache_dir={folder}/cache", f"--max_train_steps={steps}",
-    "--report_to=none"])
-more = []
-if "stop" in inspect.signature(Trainer).parameters:
-    from lpl.training.stopping import Stop
-    more = [Stop()]
-trainer = Trainer(config, preflight(config), *more)
-print("ready", file=out, flush=True)
-for _ in sys.stdin:
-    start = time.perf_counter()
-    trainer._optimizer_step()
-    trainer.step += 1
-    print(time.perf_counter() - start, file=out, flush=True)
+import runpy, sys, time
+from torch.optim.optimizer import register_optimizer_step_post_hook
+answers, sys.stdout, began = sys.stdout, sys.stderr, None
+def wait(*_):
+    global began
+    print("ready" if began is None else time.perf_counter() - began, file=answers, flush=True)
+    sys.stdin.readline()
+    began = time.perf_counter()
+register_optimizer_step_post_hook(wait)
+sys.argv[0] = "lpl"
+runpy.run_module("lpl", run_name="__main__", alter_sys=True)
 """
 
 
-def start(checkout: Path, folder: str, steps: int) -> subprocess.Popen[str]:
-    """A process that makes a step for every line it is sent, and answers with its seconds."""
-    environment = os.environ | {"PYTHONPATH": str(checkout / "src"), "ACCELERATE_USE_CPU": "true"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", WORKER, folder, str(steps)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,
-    )  # fmt: skip
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n", f"{checkout} does not start"
-    return process
+def environment(checkout: Path) -> dict[str, str]:
+    """What lpl of a checkout is run with."""
+    return os.environ | {"PYTHONPATH": str(checkout / "src"), "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
+
+
+def training(folder: Path, checkout: Path, steps: int) -> list[str]:
+    """Words of a command that trains the demo's model into a folder of this checkout."""
+    own = folder / ("now" if checkout == HERE else "older")
+    return [
+        "train", "--config=demo", f"--pretrained_model_name_or_path={folder}/model", f"--train_data_dir={folder}/data",
+        f"--output_dir={own}/run-{steps}", f"--latent_cache_dir={own}/cache", f"--max_train_steps={steps}",
+        "--report_to=none", f"--checkpointing_steps={10**6}",
+    ]  # fmt: skip
+
+
+def lpl(checkout: Path, *argv: str) -> None:
+    """Runs a command of a checkout to its end."""
+    command = [sys.executable, "-m", "lpl", *argv]
+    subprocess.run(command, check=True, env=environment(checkout), capture_output=True)
+
+
+class Steps:
+    """A run that makes one optimizer step each time it is called."""
+
+    def __init__(self, folder: Path, checkout: Path, steps: int) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", WORKER, *training(folder, checkout, steps)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            env=environment(checkout),
+        )  # fmt: skip
+        assert self._answer() == "ready\n", f"{checkout} does not start"
+
+    def _answer(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline()
+
+    def __call__(self) -> float:
+        """Makes a step; returns its seconds."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("step\n")
+        self.process.stdin.flush()
+        return float(self._answer())
+
+
+def timed(call: Callable[[], None]) -> float:
+    """Seconds of a call."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def report(what: str, older: Callable[[], float], now: Callable[[], float], repeats: int) -> None:
+    """Takes both times in turn, once more than asked for without counting it, and prints the median of their ratio."""
+    ratios = []
+    for repeat in range(repeats + 1):
+        first, second = (older, now) if repeat % 2 else (now, older)
+        times = [first(), second()]
+        before, after = times if repeat % 2 else times[::-1]
+        if repeat:
+            ratios.append(after / before)
+    ratios.sort()
+    quarters = f"quartiles {ratios[len(ratios) // 4]:.3f}, {ratios[3 * len(ratios) // 4]:.3f}"
+    print(f"{what}: {median(ratios):.3f} of the older's ({quarters}; {repeats} pairs)", flush=True)
 
 
 def main(older: Path, steps: int) -> None:
-    with tempfile.TemporaryDirectory() as a, tempfile.TemporaryDirectory() as b:
-        processes = [start(checkout, folder, steps + 2) for checkout, folder in ((older, a), (HERE, b))]
-        ratios = []
-        for step in range(steps + 1):
-            times = []
-            for process in processes if step % 2 else processes[::-1]:
-                assert process.stdin is not None
-                assert process.stdout is not None
-                process.stdin.write("step\n")
-                process.stdin.flush()
-                times.append(float(process.stdout.readline()))
-            before, now = times if step % 2 else times[::-1]
-            if step:
-                ratios.append(now / before)
-        for process in processes:
-            process.kill()
-        quarters = sorted(ratios)[len(ratios) // 4], sorted(ratios)[3 * len(ratios) // 4]
-        print(f"step in steps of {older}: {median(ratios):.3f} (quartiles {quarters[0]:.3f}, {quarters[1]:.3f})")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        lpl(HERE, "demo", f"--export_model={folder}/model")
+        lpl(HERE, "demo", f"--export_data={folder}/data")
+        report("lpl --help", *(lambda c=c: timed(lambda: lpl(c, "--help")) for c in (older, HERE)), HELPS)
+
+        def start(checkout: Path) -> float:
+            argv = training(folder, checkout, 1)
+            shutil.rmtree(folder / ("now" if checkout == HERE else "older") / "run-1", ignore_errors=True)
+            return timed(lambda: lpl(checkout, *argv))
+
+        report("a run of one step", lambda: start(older), lambda: start(HERE), STARTS)
+        runs = [Steps(folder, checkout, steps + 3) for checkout in (older, HERE)]
+        report("step", *runs, steps)
+        for run in runs:
+            run.process.kill()
 
 
 if __name__ == "__main__":
