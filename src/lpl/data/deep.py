@@ -12,7 +12,7 @@ from PIL.ImageFile import ImageFile
 
 from lpl.data.bad_image import BadImageError
 
-BITS, PLANAR = 258, 284  # TIFF tags
+BITS_PER_SAMPLE, PLANAR = 258, 284  # TIFF tags
 ENDS = ("16B", "16L", "16N")
 OTHER_BYTE = {"16B": "16L", "16L": "16B", "16N": "16B" if sys.byteorder == "little" else "16L"}
 """Read in the other byte order, a sample's low byte is taken for its high one."""
@@ -25,7 +25,7 @@ def is_deep(image: ImageFile) -> bool:
         BadImageError: samples of more than 8 bits in separate, uncompressed planes, which Pillow takes for 8 bits.
     """
     tags = getattr(image, "tag_v2", {})
-    if tags.get(PLANAR) == 2 and max(tags.get(BITS, (1,))) > 8 and any(tile.codec_name == "raw" for tile in image.tile):
+    if tags.get(PLANAR) == 2 and max(tags.get(BITS_PER_SAMPLE, (1,))) > 8 and any(tile.codec_name == "raw" for tile in image.tile):
         raise BadImageError("TIFF of more than 8 bits a sample in separate planes, uncompressed: cannot be read")
     return image.mode in ("RGB", "RGBA", "CMYK") and any(_raw_mode(tile).endswith(ENDS) for tile in image.tile)
 

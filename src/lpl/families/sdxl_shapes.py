@@ -33,7 +33,7 @@ UNET: Shape = {
     "norm_eps?": number(0, 1),
     "dropout?": number(0, 0.999),
 }
-VAE: Shape = {
+VAE_CONFIG: Shape = {
     "scaling_factor?": ABOVE_0,
     "shift_factor?": (number(-1e6, 1e6), NULL),
     "latents_mean?": ([number(-1e6, 1e6)], NULL),
@@ -75,7 +75,7 @@ INDEX: Shape = {
 SHAPES = {
     "model_index.json": INDEX,
     "unet/config.json": UNET,
-    "vae/config.json": VAE,
+    "vae/config.json": VAE_CONFIG,
     "scheduler/scheduler_config.json": SCHEDULER,
     "text_encoder/config.json": TEXT_ENCODER,
     "text_encoder_2/config.json": TEXT_ENCODER,
