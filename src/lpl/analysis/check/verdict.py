@@ -41,7 +41,7 @@ def verdict_of(found: dict[str, Any], config: TrainConfig) -> Verdict:
         return _idles("--lpl_weight is 0; give auto, or a number above 0")
     if p_gate < LEAST_GATED or own["gradient"] == "none":
         return _idles(
-            f"{_percent(p_gate)} of the samples pass the gate ({gate}); give a wider one, such as "
+            f"{_whole_percent(p_gate)} of the samples pass the gate ({gate}); give a wider one, such as "
             "--lpl_sigma_threshold 3, or draw less noise (--timestep_bias_strategy earlier)"
         )
     if own["gradient"] == "zero":
@@ -63,14 +63,14 @@ def verdict_of(found: dict[str, Any], config: TrainConfig) -> Verdict:
     share = lpl.lpl_target_share if auto else share
     weight = own["lpl_weight"] if auto else float(lpl.lpl_weight)
     flag = "--lpl_target_share" if auto else "--lpl_weight"
-    has = f"{flag} {lpl.lpl_target_share if auto else lpl.lpl_weight} gives it {_percent(share)} of the gradient"
+    has = f"{flag} {lpl.lpl_target_share if auto else lpl.lpl_weight} gives it {_whole_percent(share)} of the gradient"
     if share < LOW_SHARE:
         return _idles(f"{has}; raise it" + ("" if auto else ", or use auto"))
     if share > HIGH_SHARE:
         return _harms(f"{has}; lower it" + ("" if auto else ", or use auto"))
     return Verdict(
         "acts",
-        f"LPL will act: it gets {_percent(share)} of the gradient on {_percent(p_gate)} of the samples, with a weight "
+        f"LPL will act: it gets {_whole_percent(share)} of the gradient on {_whole_percent(p_gate)} of the samples, with a weight "
         f"of {'about ' if auto else ''}{weight:.3g}, and {_direction(cosine, own['cosine_interval'])}; nothing needs "
         "to be changed",
     )
@@ -91,5 +91,5 @@ def _harms(why: str) -> Verdict:
     return Verdict("harms", f"LPL will likely harm: {why}")
 
 
-def _percent(part: float) -> str:
+def _whole_percent(part: float) -> str:
     return f"{100 * part:.0f} %" if part >= 0.01 else f"{100 * part:.2g} %"
