@@ -22,10 +22,10 @@ import torch
 from lpl.config import DataConfig
 from lpl.data.captions import CaptionRules
 from lpl.data.catalogue import Catalogue, Row, Samples
+from lpl.data.crops import Views
 from lpl.data.dataset import TrainingData
 from lpl.data.filling import Caches, caption_key
 from lpl.data.sampler import BatchOrder
-from lpl.data.views import Views
 
 BATCH, PIECE, SHARD_ROWS, ROUNDS = 16, 1024, 256, 5
 LATENT = (4, 64, 64)

@@ -28,13 +28,13 @@ from torch.nn.functional import avg_pool2d
 from lpl.config import DataConfig
 from lpl.data import reading
 from lpl.data.catalogue import Catalogue, Row
+from lpl.data.crops import Views
 from lpl.data.filling import Caches, caption_key
 from lpl.data.prepare import prepare_data
 from lpl.data.sampler import BatchOrder
 from lpl.data.sources import Sample, open_source
 from lpl.data.sources.base import PIECE_SIZE
-from lpl.data.sources.versions import Versions
-from lpl.data.views import Views
+from lpl.data.sources.remote import Versions
 
 BATCH = 16
 

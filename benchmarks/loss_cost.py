@@ -16,8 +16,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from lpl import LatentPerceptualLoss
-from lpl.analysis.counter import StepCounter
-from lpl.analysis.fused_attention import FusedAttention
+from lpl.analysis.counter import FusedAttention, StepCounter
 
 sys.path[:0] = [str(Path(__file__).parents[1] / "tests"), str(Path(__file__).parent)]
 from saved_bytes import count_saved_bytes  # noqa: E402

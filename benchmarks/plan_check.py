@@ -101,7 +101,7 @@ def model_configs(case: Case) -> dict[str, Any]:
 
 def options(case: Case) -> Any:
     """The run's configuration: a constant weight, and a gate that lets all samples pass."""
-    from lpl.parsing import parse_train
+    from lpl.config.command_line import parse_train
 
     gate = [] if "--no_use_lpl" in case.flags else ["--lpl_weight=1.0", "--lpl_t_threshold=1000"]
     return parse_train([*case.flags.split(), *gate])
@@ -137,13 +137,12 @@ def take_steps(case: Case) -> None:
 
     from lpl.data.dataset import Batch
     from lpl.families import blueprint
-    from lpl.training.ema import Average
-    from lpl.training.engine import build_accelerator, build_objective
-    from lpl.training.fused_backward import FusedBackward
-    from lpl.training.lora import add_lora
+    from lpl.training.engine import add_lora, build_accelerator, build_objective
+    from lpl.training.one_by_one import FusedBackward
     from lpl.training.optim import build_optimizer
     from lpl.training.step import TrainingStep
     from lpl.training.trainer import WEIGHT_DTYPES
+    from lpl.training.weights import Average
 
     config, plan = options(case), blueprint(model_configs(case))
     AcceleratorState._reset_state(reset_partial_state=True)

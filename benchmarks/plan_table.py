@@ -11,8 +11,8 @@ import sys
 from lpl.analysis.alternatives import RANK, cheapest, smallest
 from lpl.analysis.rehearsal import Rehearsal
 from lpl.config import TrainConfig
+from lpl.config.command_line import parse_train
 from lpl.families import blueprint, plan_configs
-from lpl.parsing import parse_train
 
 FIXED = (f"--rank {RANK}", "--no_use_lpl")
 KINDS = {

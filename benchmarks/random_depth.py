@@ -15,7 +15,7 @@ import torch
 
 from lpl import LatentPerceptualLoss
 from lpl.demo.weights import load_pipeline
-from lpl.perceptual.random_depth import REACH, best_reach, mean_cost, mean_square
+from lpl.perceptual.subsampling import REACH, best_reach, mean_cost, mean_square
 
 sys.path.insert(0, str(Path(__file__).parent))
 from loss_cost import DOCS, count_lpl, decode_flops, sdxl_vae

@@ -10,9 +10,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from lpl.config.command_line import parse_train
 from lpl.demo.photographs import export_data
 from lpl.demo.weights import export_model
-from lpl.parsing import parse_train
 from lpl.perceptual.loss import LatentPerceptualLoss
 from lpl.training.preflight import preflight
 from lpl.training.stopping import Stop

@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 from statistics import median
 
+from lpl.config.command_line import parse_train
 from lpl.demo.photographs import export_data
 from lpl.demo.weights import export_model
-from lpl.parsing import parse_train
 from lpl.training.preflight import preflight
 from lpl.training.stopping import Stop
 

@@ -24,9 +24,8 @@ from statistics import median
 REPOSITORY = Path(__file__).resolve().parents[1]
 SOURCE = REPOSITORY / "src"
 ROOMS = (
-    "errors", "progress", "keywords", "base", "diffusion", "perceptual", "presets", "config", "written_files",
-    "config_io", "families", "data", "evaluation", "report", "training", "analysis", "comparison", "exporting",
-    "command_options", "demo", "parsing", "cli", "testing", "__main__",
+    "base", "diffusion", "perceptual", "presets", "config", "data", "families", "training", "evaluation", "report",
+    "analysis", "comparison", "demo", "cli", "__main__",
 )  # fmt: skip
 """Packages and modules of lpl from the ground up: none may import one to its right."""
 OPTIONS = re.compile(r"\w+(Config|Options)")

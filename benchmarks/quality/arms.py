@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from benchmarks.quality.variants import OPTIONS as VARIANT_OPTIONS
-from lpl.errors import UserError
+from lpl.base.errors import UserError
 
 ARMS = Path(__file__).parent / "arms.yaml"
 Options = dict[str, Any]

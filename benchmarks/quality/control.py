@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lpl.perceptual.forward_gradient import WithGradient
 from lpl.perceptual.loss import LPLOutput
+from lpl.perceptual.sweep import WithGradient
 
 
 class LatentDistance:

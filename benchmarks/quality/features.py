@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from benchmarks.quality.pictures import SIDE
-from lpl.data.files import write_atomically
+from lpl.base.files import write_atomically
 from tools.demo_weights.training_run import TrainingRun
 
 FILE, JUDGED = "features.safetensors", "features.json"

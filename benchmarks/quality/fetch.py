@@ -13,8 +13,8 @@ import subprocess
 from pathlib import Path
 
 from benchmarks.quality.pictures import CLIP_ART, EMOJI, STAMPS, Picture, caption, selected, vocabulary
-from lpl.data.files import write_atomically
-from lpl.errors import UserError
+from lpl.base.errors import UserError
+from lpl.base.files import write_atomically
 
 PACKAGES = {
     STAMPS: ("2022.06.04-1", "6db6c1bfc870a47f1499d6203b083522eacb57c5f9c87d468f2e92eb6d9d5f34"),

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 
 from benchmarks.quality.kept import FOLDER, kept_pipeline, read_kept
 from benchmarks.quality.summary import FEW, FILE, MANY, Row, floor_of, reported, tried
-from lpl.comparison.points import mean_interval
+from lpl.evaluation.comparing import mean_interval
 
 DOCS = Path(__file__).parents[2] / "docs"
 COLORS = {
@@ -133,7 +133,7 @@ def draw_vae(data: Path) -> None:
     """Held-out views, and below each its reconstruction."""
     from benchmarks.quality.kept import kept_vae
     from benchmarks.quality.measure import spread_rows
-    from lpl.evaluation.pictures import read_picture
+    from lpl.evaluation.images import read_picture
     from lpl.evaluation.reference import reconstruct
 
     rows = spread_rows(data / "held-out")[: 2 * COLUMNS]

@@ -21,9 +21,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lpl.data.files import write_atomically
+from lpl.base.errors import UserError
+from lpl.base.files import write_atomically
 from lpl.demo.architecture import build_scheduler, build_text_encoders, build_tokenizers, build_unet, build_vae
-from lpl.errors import UserError
 
 FOLDER = Path(__file__).parent / "weights"
 PIPELINE = "pipeline.json"

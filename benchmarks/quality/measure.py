@@ -27,15 +27,13 @@ from torch import Tensor
 
 from benchmarks.quality.features import FILE, FeatureNetwork
 from benchmarks.quality.pictures import SIDE
-from lpl.data.files import write_atomically
+from lpl.base.errors import UserError
+from lpl.base.files import write_atomically
 from lpl.diffusion.draws import keyed_uniform
-from lpl.errors import UserError
-from lpl.evaluation.distances import Moments, frechet_distance
 from lpl.evaluation.features import EfficientNetLite0, Extractor
-from lpl.evaluation.manifold import precision_recall
-from lpl.evaluation.pictures import pictures_digest, read_picture
+from lpl.evaluation.images import pictures_digest, read_picture
+from lpl.evaluation.metrics import BANDS, Moments, frechet_distance, log_error, power_spectrum, precision_recall
 from lpl.evaluation.reference import reconstruct
-from lpl.evaluation.spectrum import BANDS, log_error, power_spectrum
 
 Row = dict[str, Any]
 BATCH, FEATURE_BATCH = 64, 16

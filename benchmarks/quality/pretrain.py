@@ -23,10 +23,10 @@ from safetensors.torch import save_file
 
 from benchmarks.quality.kept import PARTS, kept_pipeline, read_kept
 from benchmarks.quality.pictures import Picture, selected
+from lpl.base.errors import UserError
 from lpl.demo.architecture import build_scheduler, build_tokenizers, build_vae
 from lpl.demo.photographs import to_tensor
 from lpl.demo.weights import load_component
-from lpl.errors import UserError
 from lpl.families.base import weights_hash
 from tools.demo_weights.base import BaseModel, EncodedCrops, encode_crops, fit_base
 from tools.demo_weights.training_run import TrainingRun

@@ -12,9 +12,9 @@ from typing import Any
 
 from benchmarks.quality.arms import Run
 from lpl import __version__
-from lpl.config_io import environment
-from lpl.data.files import write_atomically
-from lpl.errors import UserError
+from lpl.base.errors import UserError
+from lpl.base.files import write_atomically
+from lpl.config.files import environment
 
 Row = dict[str, Any]
 

@@ -20,7 +20,7 @@ from benchmarks.quality.results import Results
 from benchmarks.quality.stages import Stages
 from benchmarks.quality.summary import FILE, summary
 from benchmarks.quality.workers import ROOT, STOPPED, BudgetSpentError, Workers
-from lpl.errors import UserError
+from lpl.base.errors import UserError
 
 STAGES = ("fetch", "vae", "denoiser", "features", "search", "report")
 """In this order; the denoiser's first measurement trains the feature space, beside the denoiser."""

@@ -21,8 +21,8 @@ from benchmarks.quality.measure import Judge, Request, next_points, training_sec
 from benchmarks.quality.pretrain import captions_of, trained_steps
 from benchmarks.quality.results import Results, Row
 from benchmarks.quality.workers import DivergedError, Workers
-from lpl.errors import UserError
-from lpl.written_files import FINISHED
+from lpl.base.errors import UserError
+from lpl.base.written_files import FINISHED
 
 ARMS = ("baseline", "lpl")
 FEW = "-few"

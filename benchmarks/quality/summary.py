@@ -16,8 +16,8 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from benchmarks.quality.measure import FIGURES
-from lpl.comparison.points import Interval, chosen_guidance, mean_interval, paired_ratio
 from lpl.config import TrainConfig
+from lpl.evaluation.comparing import Interval, chosen_guidance, mean_interval, paired_ratio
 
 FILE = Path(__file__).parent / "results.json"
 Row = dict[str, Any]

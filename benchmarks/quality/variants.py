@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lpl.data.files import write_atomically
+from lpl.base.errors import StopRequestedError, TrainingStoppedError, UserError
+from lpl.base.files import write_atomically
 from lpl.diffusion.draws import keyed_uniform
-from lpl.errors import StopRequestedError, TrainingStoppedError, UserError
 
 MEASURED_SAMPLES = 256
 STATE = "variant.json"

@@ -19,8 +19,8 @@ from typing import Any
 
 from benchmarks.quality.measure import Request, as_json
 from benchmarks.quality.variants import OPTIONS as VARIANT_OPTIONS
-from lpl.config_io import as_flags
-from lpl.errors import UserError
+from lpl.base.errors import UserError
+from lpl.config.files import as_flags
 
 ROOT = Path(__file__).parents[2]
 DIVERGED, STOPPED = 3, 4

@@ -10,17 +10,14 @@ from pathlib import Path
 from typing import NoReturn
 
 from lpl import __version__
-from lpl.analysis.check.options import CheckConfig
+from lpl.base.errors import StopRequestedError, TrainingStoppedError, UserError
 from lpl.base.terminal import one_line, printable_streams
-from lpl.command_options import DataReportConfig, DemoConfig, PruneConfig, VerifyConfig
 from lpl.config import TrainConfig
-from lpl.config_io import DATA_REPORT, environment, nearest
-from lpl.errors import StopRequestedError, TrainingStoppedError, UserError
-from lpl.evaluation.options import EvalConfig
-from lpl.exporting.options import ExportConfig
-from lpl.parsing import parse, parse_compare, parse_data, parse_options, parse_plan, parse_train
+from lpl.config.command_line import parse, parse_compare, parse_data, parse_options, parse_plan, parse_train
+from lpl.config.commands import CheckConfig, DataReportConfig, DemoConfig, PruneConfig, ReportConfig, VerifyConfig
+from lpl.config.files import DATA_REPORT, environment, nearest
+from lpl.config.model_commands import EvalConfig, ExportConfig
 from lpl.presets import list_presets, preset_text
-from lpl.report.options import ReportConfig
 
 COMMANDS = {
     "train": "fine-tune a model with the Latent Perceptual Loss",
@@ -122,9 +119,16 @@ def _dispatch(argv: list[str]) -> None:
         print(__version__)
     elif argv[0] == "train":
         config = parse_train(argv[1:])
-        from lpl.training.run import run_train
+        if config.run.dry_run:
+            from lpl.analysis.plan import describe
+            from lpl.training.preflight import preflight
 
-        run_train(config)
+            checked = preflight(config)
+            print(describe(checked.config, checked))
+        else:
+            from lpl.training.run import run_train
+
+            run_train(config)
     elif argv[0] == "cache":
         run_cache(argv[1:])
     elif argv[0] == "plan":
@@ -195,7 +199,7 @@ def run_cache(argv: list[str]) -> None:
 def run_export(argv: list[str]) -> None:
     """Writes a model or a run's result in another form, and says what was written."""
     options = parse(ExportConfig, argv, "lpl export", list(ExportConfig.__dataclass_fields__))
-    from lpl.exporting.export import export
+    from lpl.families.export import export
 
     print(export(options))
 

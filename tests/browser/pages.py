@@ -12,14 +12,14 @@ import torch
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
+from lpl.base.text import Prompt
 from lpl.comparison.arms import Arm
 from lpl.comparison.measures import Figures, measure_run
-from lpl.comparison.options import CompareConfig
 from lpl.comparison.run import result
 from lpl.config import DataConfig, LoggingConfig, LPLConfig, OptimConfig, RunConfig, TrainConfig
-from lpl.config_io import write_config
-from lpl.data.picture_cells import KEY, cells_note
-from lpl.data.prompts import Prompt
+from lpl.config.commands import CompareConfig
+from lpl.config.files import write_config
+from lpl.data.sheets import KEY, cells_note
 from lpl.training.validation_images import label_grid
 
 ARMS = {"baseline": 0.0, "lpl": -0.03, "lpl-strong": 0.05, "same": 0.0}

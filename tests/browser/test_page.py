@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from browser.pages import four_arms
 
-from lpl.report.options import ReportConfig
+from lpl.config.commands import ReportConfig
 from lpl.report.page import write_report
 
 SCREENSHOTS = Path(__file__).parent / "screenshots"

@@ -13,7 +13,7 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 
 from lpl import cli
-from lpl.analysis.check import cost, reconstruction
+from lpl.analysis.check import cost, precision
 from lpl.perceptual.decoders.autoencoder_kl import AutoencoderKLTaps
 
 
@@ -156,7 +156,7 @@ def test_a_walk_that_is_not_the_decoder_ends_with_an_error_after_the_report(
         def finish(self, x: torch.Tensor) -> torch.Tensor:
             return super().finish(x) + 0.5
 
-    monkeypatch.setattr(reconstruction, "decoder_taps", Skips)
+    monkeypatch.setattr(precision, "decoder_taps", Skips)
     found, out, err = check(code=2)
     assert found["walk_equals_decode"] == pytest.approx(0.5, abs=1e-4)
     assert "faults       LPL's walk" in out
@@ -256,7 +256,7 @@ def test_running_out_of_gpu_memory_is_one_line(check: Any, monkeypatch: pytest.M
             "is free. Process 1 has 7 GiB memory in use."
         )
 
-    monkeypatch.setattr(reconstruction, "reconstruct", fail)
+    monkeypatch.setattr(precision, "reconstruct", fail)
     _, _, err = check(code=3)
     last = err.strip().splitlines()[-1]
     assert last.startswith("error: out of GPU memory (CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from lpl.command_options import MOST_SHOWN
-from lpl.errors import UserError
-from lpl.parsing import parse_data, parse_train
+from lpl.base.errors import UserError
+from lpl.config.command_line import parse_data, parse_train
+from lpl.config.commands import MOST_SHOWN
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from lpl.data.picture_cells import read_cells
+from lpl.base.errors import StopRequestedError
+from lpl.data.sheets import read_cells
 from lpl.demo import run, samples
-from lpl.errors import StopRequestedError
 
 ARMS = [run.WITHOUT, run.WITH]
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lpl.base.errors import UserError
 from lpl.cli import OTHERS_WAIT_S
-from lpl.errors import UserError
 
 Refused = Callable[..., str]
 

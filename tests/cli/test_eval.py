@@ -315,8 +315,8 @@ def test_further_networks(evaluate: Any, whole: Any, model: Path, tmp_path: Path
     frechet, score = found["metrics"]["fd_dinov2"], found["metrics"]["clip_score"]
     assert frechet["floor"] > 0
     assert frechet["note"] is None  # 50 images, 16 features
-    from lpl.evaluation.clip_score import ClipScore
-    from lpl.evaluation.pictures import batches, list_pictures, read_picture
+    from lpl.evaluation.features import ClipScore
+    from lpl.evaluation.images import batches, list_pictures, read_picture
 
     files = list_pictures(whole[0] / "images", "--images")
     read = (read_picture(file, 16, "--images") for file in files)
@@ -468,7 +468,7 @@ def test_errors_are_one_line(
 
 @pytest.mark.parametrize(("resolution", "together"), [(16, 64), (256, 64), (512, 16), (1024, 4), (4096, 1)])
 def test_batches_by_resolution(options: dict[str, Any], resolution: int, together: int) -> None:
-    from lpl.evaluation.options import EvalConfig
+    from lpl.config.model_commands import EvalConfig
     from lpl.evaluation.planning import check_eval
 
     found = {k: str(v) if isinstance(v, Path) else v for k, v in options.items() if k != "sample_batch_size"}

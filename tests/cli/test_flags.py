@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from lpl.base.errors import UserError
 from lpl.config import TrainConfig
-from lpl.errors import UserError
-from lpl.parsing import parse_train
+from lpl.config.command_line import parse_train
 
 HERE = Path(__file__).parent
 FLAGS: list[dict[str, Any]] = json.loads((HERE / "flags.json").read_text())

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tiny_models import tiny_images
 
-from lpl.base.locks import alone_at, alone_in
+from lpl.base.files import alone_at, alone_in
 
 
 @pytest.fixture(scope="module")

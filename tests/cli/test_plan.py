@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from lpl.command_options import PlanConfig
+from lpl.base.errors import UserError
+from lpl.config.command_line import parse_plan, parse_train
+from lpl.config.commands import PlanConfig
 from lpl.data import filling
-from lpl.errors import UserError
-from lpl.parsing import parse_plan, parse_train
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 

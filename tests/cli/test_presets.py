@@ -14,8 +14,8 @@ import torch
 import yaml
 
 from lpl.config import TrainConfig
-from lpl.config_io import RECORD
-from lpl.parsing import parse_train
+from lpl.config.command_line import parse_train
+from lpl.config.files import RECORD
 from lpl.presets import presets
 
 PRESETS = ["demo", "diffusers-lpl", "sdxl", "sdxl-lora"]

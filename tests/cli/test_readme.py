@@ -13,8 +13,8 @@ from tiny_models import tiny_vae
 
 from lpl.cli import main
 from lpl.config import TrainConfig
-from lpl.config_io import REFUSED
-from lpl.parsing import parse_train
+from lpl.config.command_line import parse_train
+from lpl.config.files import REFUSED
 from lpl.presets import presets
 
 ROOT = Path(__file__).parents[2]

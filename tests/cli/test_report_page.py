@@ -159,7 +159,7 @@ def test_refusals_of_evaluations_are_shown(run: Path, run_cli: Any, tmp_path: Pa
 
 @pytest.mark.parametrize(("difference", "tone"), [(0.02, "good"), (0.0201, "bad")])
 def test_the_walk_is_judged_as_by_the_check(difference: float, tone: str, tmp_path: Path) -> None:
-    from lpl.analysis.check.judge import faults_of
+    from lpl.analysis.check.table import faults_of
     from lpl.report.page import render
     from lpl.report.sources import Inputs, Result
 

@@ -17,7 +17,7 @@ from PIL import Image
 import lpl.families.sdxl as sdxl
 from lpl.data.dataset import TrainingData
 from lpl.training import trainer
-from lpl.training.held_out_loss import HeldOutLoss
+from lpl.training.validation import HeldOutLoss
 from lpl.training.validation_images import ImageDrawer, image_seed
 
 HELD = {"validation_samples": 2, "validation_steps": 2, "max_train_steps": 4, "use_lpl": True}
@@ -362,7 +362,7 @@ def test_a_gate_that_nothing_passes_is_said(train: Any) -> None:
 
 
 def test_seeds_are_the_runs_or_the_prompts() -> None:
-    from lpl.data.prompts import Prompt
+    from lpl.base.text import Prompt
 
     assert image_seed(Prompt("a", seed=5), 0, 3, 2) == 7
     drawn = {image_seed(Prompt("a"), run, prompt, image) for run in (0, 1) for prompt in (0, 1) for image in (0, 1)}

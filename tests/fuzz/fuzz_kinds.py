@@ -97,9 +97,9 @@ def of_run(name: str) -> Callable[[Base], tuple[Path, Act]]:
 
 def differences(base: Base) -> tuple[Path, Act]:
     """A run's config.yaml, by the run that would continue it, and as --config."""
-    from lpl.config_io import CONFIG_FILE, differences
-    from lpl.errors import UserError
-    from lpl.parsing import parse_train
+    from lpl.base.errors import UserError
+    from lpl.config.command_line import parse_train
+    from lpl.config.files import CONFIG_FILE, differences
 
     run = base.copy("run")
 
@@ -140,7 +140,7 @@ def config(base: Base) -> tuple[Path, Act]:
 def arms(base: Base) -> tuple[Path, Act]:
     """--arms of lpl compare."""
     from lpl.comparison.arms import read_arms
-    from lpl.parsing import parse_compare
+    from lpl.config.command_line import parse_compare
 
     file = base.folder / "arms.yaml"
     file.write_text(
@@ -214,7 +214,7 @@ def prompts(ending: str) -> Callable[[Base], tuple[Path, Act]]:
     """Prompts of evaluations and of validation."""
 
     def prepare(base: Base) -> tuple[Path, Act]:
-        from lpl.data.prompts import read_prompts
+        from lpl.base.text import read_prompts
 
         file = base.folder / f"prompts{ending}"
         rows = [{"prompt": "a fox", "seed": 3}, {"text": ["snow", "ice"]}]
@@ -368,8 +368,8 @@ def statistics(base: Base) -> tuple[Path, Act]:
     """Statistics of a reference."""
     import torch
 
+    from lpl.evaluation.images import ImageSet
     from lpl.evaluation.reference import _cached
-    from lpl.evaluation.statistics import ImageSet
 
     make = lambda: ImageSet(torch.zeros(4, 3), torch.zeros(4, 5))  # noqa: E731
     _cached(base.folder, "key", make)
@@ -387,8 +387,8 @@ def sheet(base: Base) -> tuple[Path, Act]:
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
-    from lpl.data.bad_image import BadImageError
-    from lpl.data.picture_cells import KEY, Cell, read_cells
+    from lpl.data.bad_files import BadImageError
+    from lpl.data.sheets import KEY, Cell, read_cells
 
     note = base.folder / "note.json"
     note.write_text(json.dumps([Cell("raw", "a fox", 3, (0, 0, 4, 4))._asdict()]))

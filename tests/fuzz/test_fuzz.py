@@ -20,7 +20,7 @@ import pytest
 from fuzz_kinds import KINDS, Base, Kind
 from fuzz_mutations import mutated
 
-from lpl.errors import StopRequestedError, TrainingStoppedError, UserError
+from lpl.base.errors import StopRequestedError, TrainingStoppedError, UserError
 
 SECONDS, STUCK = 30, 300
 """For one file; and after which even what Python cannot interrupt ends."""

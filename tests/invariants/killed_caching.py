@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d
 
 from lpl.config import DataConfig
-from lpl.data import filling, staging
+from lpl.data import filling
 from lpl.data.prepare import Processes, prepare_data
 from lpl.data.sources import folder as folder_module
 from lpl.data.sources import open_regularisation, open_source
@@ -107,7 +107,7 @@ class Caching:
         monkeypatch.setattr(folder_module, "PIECE_SIZE", 16)
         monkeypatch.setattr(filling, "ENCODE_PIXELS", BATCH * 32 * 32)
         monkeypatch.setattr(filling, "CAPTION_BATCH", BATCH)
-        monkeypatch.setattr(staging, "SHARD_BYTES", 10 * 2**9)
+        monkeypatch.setattr(filling, "SHARD_BYTES", 10 * 2**9)
         self.root, self.counters = root, Counters()
         make_photos(root / "photos", photos)
         make_photos(root / "regularisation", 8)

@@ -113,7 +113,7 @@ def test_a_kill_while_a_checkpoint_is_written_loses_nothing(train: Any, monkeypa
         with pytest.raises(Killed):
             train(**options)
     with monkeypatch.context() as patch:
-        patch.setattr("lpl.training.manifest.sync", dying)
+        patch.setattr("lpl.training.output.sync", dying)
         with pytest.raises(Killed):
             train(**options)
     folder = whole.folder.parent / "out"

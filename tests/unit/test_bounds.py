@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from lpl.command_options import VerifyConfig
+from lpl.base.errors import UserError
 from lpl.config import TrainConfig
 from lpl.config.checks import MOST, facts_of
-from lpl.errors import UserError
-from lpl.parsing import parse_train
+from lpl.config.command_line import parse_train
+from lpl.config.commands import VerifyConfig
 
 
 def test_a_resolution_of_a_hundred_million_is_refused_at_once(run_cli: Any) -> None:

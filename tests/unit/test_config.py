@@ -7,20 +7,11 @@ from typing import Any
 
 import pytest
 
-from lpl.command_options import DemoConfig, PruneConfig, VerifyConfig
-from lpl.config import (
-    DataConfig,
-    LPLConfig,
-    ModelConfig,
-    OptimConfig,
-    RunConfig,
-    TrainConfig,
-    require,
-)
+from lpl.base.errors import UserError, require
+from lpl.config import DataConfig, LPLConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from lpl.config.checks import facts_of
-from lpl.errors import UserError
-from lpl.exporting.options import ExportConfig
-from lpl.report.options import ReportConfig
+from lpl.config.commands import DemoConfig, PruneConfig, ReportConfig, VerifyConfig
+from lpl.config.model_commands import ExportConfig
 
 
 def test_every_option_has_one_name_and_a_help_text() -> None:

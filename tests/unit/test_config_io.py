@@ -9,11 +9,20 @@ from typing import Any
 import pytest
 import yaml
 
+from lpl.base.errors import UserError
 from lpl.config import LoggingConfig, LPLConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
-from lpl.config.perceptual import GATES
-from lpl.config_io import CONFIG_FILE, RECORD, as_flags, differences, environment, nearest, read_options, write_config
-from lpl.errors import UserError
-from lpl.parsing import parse_train
+from lpl.config.command_line import parse_train
+from lpl.config.files import (
+    CONFIG_FILE,
+    RECORD,
+    as_flags,
+    differences,
+    environment,
+    nearest,
+    read_options,
+    write_config,
+)
+from lpl.config.loss import GATES
 
 
 def round_trip(config: TrainConfig, folder: Path) -> TrainConfig:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from lpl.base.errors import UserError
 from lpl.config import DataConfig, TrainConfig, declared, idle_options, needs_in_words
-from lpl.errors import UserError
-from lpl.parsing import parse_train
+from lpl.config.command_line import parse_train
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {field.name for field in fields(DataConfig)}

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
-from lpl.base.json_files import parse_row, read_object
-from lpl.base.shapes import FLAG, NULL, NUMBER, REST, TEXT, difference, whole
-from lpl.errors import UserError
+from lpl.base.errors import UserError
+from lpl.base.json_files import NULL, NUMBER, REST, SWITCH, TEXT, difference, parse_row, read_object, whole
 
 
 @pytest.mark.parametrize(
@@ -47,7 +46,7 @@ def test_texts_that_nothing_can_store_are_refused(line: str) -> None:
     assert parse_row('{"a": "\\ud83d\\ude00"}', "line 3") == {"a": "\U0001f600"}
 
 
-SHAPE = {"a": NUMBER, "b?": ([{"c": (TEXT, NULL)}], NULL), "n?": whole(0, 9), "m?": {REST: FLAG}}
+SHAPE = {"a": NUMBER, "b?": ([{"c": (TEXT, NULL)}], NULL), "n?": whole(0, 9), "m?": {REST: SWITCH}}
 
 
 @pytest.mark.parametrize(

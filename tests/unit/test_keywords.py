@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from lpl.errors import UserError
-from lpl.keywords import parse_keywords
+from lpl.base.errors import UserError
+from lpl.base.text import parse_keywords
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from lpl.base.locks import LOCK, alone_at, alone_in
+from lpl.base.errors import UserError
+from lpl.base.files import LOCK, alone_at, alone_in
 from lpl.base.output_folder import RECORD, Names, OutputFolder, check_apart
 from lpl.data.lock import in_use, maintenance
-from lpl.errors import UserError
 
 NAMES = Names(
     {"config.yaml": lambda path: path.read_text() == "ours", "checkpoint-#/": None, "logs/": None, "rows.jsonl": None},
@@ -186,7 +186,7 @@ def elsewhere(code: str) -> subprocess.Popen[str]:
 def test_one_command_at_a_time_and_none_after_a_kill(tmp_path: Path) -> None:
     out, cache, file = tmp_path / "out", tmp_path / "cache", tmp_path / "x.safetensors"
     child = elsewhere(
-        "from lpl.base.locks import alone_in, alone_at\nfrom lpl.data.lock import in_use\n"
+        "from lpl.base.files import alone_in, alone_at\nfrom lpl.data.lock import in_use\n"
         f"with alone_in(Path({str(out)!r})), in_use(Path({str(cache)!r})), alone_at(Path({str(file)!r}), ''):"
     )
     with pytest.raises(UserError, match=f"^--output_dir {out}: another lpl command is at work in it"), alone_in(out):

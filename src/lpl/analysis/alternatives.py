@@ -7,12 +7,11 @@ from dataclasses import replace
 from itertools import combinations, pairwise
 from typing import Any, NamedTuple
 
-from lpl.analysis.needs import Needs
+from lpl.analysis.needs import Needs, launched_estimate, launched_floor
 from lpl.analysis.rehearsal import Rehearsal
-from lpl.analysis.split import launched_estimate, launched_floor
+from lpl.base.errors import UserError
 from lpl.config import TrainConfig
-from lpl.errors import UserError
-from lpl.training.small_cards import suits
+from lpl.training.checks import suits
 
 HEADROOM = 0.05
 """Share of the device's memory that is left for what is not counted."""

@@ -1,15 +1,60 @@
-"""Counts what runs under it: floating-point operations, and the bytes of the tensors that are alive."""
+"""Weights that exist on a fake CPU, where autocast acts, and take no memory."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+
+def make_fake(module: nn.Module, mode: FakeTensorMode) -> None:
+    """Puts fake tensors in the place of a module's parameters and buffers, of their shapes and dtypes.
+
+    Fake tensors refuse module.to(): what they are to be is settled before, on the meta device.
+    """
+    for part in module.modules():
+        for name, t in [*part._parameters.items(), *part._buffers.items()]:
+            if t is not None:
+                with mode:
+                    fake = torch.empty(t.shape, dtype=t.dtype)
+                    setattr(part, name, nn.Parameter(fake, t.requires_grad) if name in part._parameters else fake)
+
+
+class FusedAttention(TorchFunctionMode):
+    """While it is active, scaled_dot_product_attention keeps no scores, also where torch would write them out."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        function = _attention if func is scaled_dot_product_attention else func
+        return function(*args, **(kwargs or {}))
+
+
+def checkpoint(function: Any, *args: Any) -> Any:
+    """What diffusers checkpoints with, and the mode again where it recomputes: backward() runs without modes."""
+    return torch_checkpoint(function, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), FusedAttention()))
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    fused: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return fused(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+
 
 aten: Any = torch.ops.aten
 

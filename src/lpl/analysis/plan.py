@@ -7,17 +7,16 @@ from dataclasses import replace
 from typing import Any
 
 from lpl.analysis.alternatives import HEADROOM, Change, Choice, cheapest, fits, neighbours, smallest
-from lpl.analysis.needs import Needs
+from lpl.analysis.needs import Needs, launched_estimate
 from lpl.analysis.rehearsal import Rehearsal
-from lpl.analysis.split import launched_estimate
+from lpl.base.errors import UserError
+from lpl.base.terminal import progress
 from lpl.config import TrainConfig
 from lpl.data.buckets import image_sizes
-from lpl.errors import UserError
 from lpl.families import blueprint, native_resolution, plan_configs
-from lpl.progress import progress
+from lpl.training.checks import check_small_cards
 from lpl.training.launch import check_launch, processes, splits
 from lpl.training.preflight import Checked, check_options
-from lpl.training.small_cards import check_small_cards
 
 
 def plan(config: TrainConfig, memory: int) -> str:

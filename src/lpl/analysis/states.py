@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from lpl.analysis.counter import StepCounter
+from lpl.base.errors import UserError
 from lpl.config import OPTIMIZERS, OptimConfig
-from lpl.errors import UserError
 from lpl.training.one_by_one import PIECE
 from lpl.training.optim import build_optimizer
 from lpl.training.optimizers import FAILURES, averages_itself

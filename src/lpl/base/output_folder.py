@@ -15,10 +15,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lpl.base.json_files import object_in, read_object
-from lpl.base.shapes import REST, TEXT, Shape, require_shape
-from lpl.data.files import checksum, sync_file, write_atomically
-from lpl.errors import UserError
+from lpl.base.errors import UserError
+from lpl.base.files import checksum, sync_file, write_atomically
+from lpl.base.json_files import REST, TEXT, Shape, object_in, read_object, require_shape
 
 RECORD = ".lpl.json"
 RECORDED: Shape = {REST: {"names": [TEXT], "result": [TEXT], "files": {REST: [TEXT]}}}

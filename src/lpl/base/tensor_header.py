@@ -6,9 +6,8 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from lpl.base.json_files import parse_json
-from lpl.base.shapes import NULL, REST, TEXT, Kind, Shape, require_shape, whole
-from lpl.errors import UserError
+from lpl.base.errors import UserError
+from lpl.base.json_files import NULL, REST, TEXT, Kind, Shape, parse_json, require_shape, whole
 
 METADATA = "__metadata__"
 LONGEST = 100_000_000

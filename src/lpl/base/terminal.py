@@ -6,8 +6,10 @@ import contextlib
 import logging
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
+
+from tqdm import tqdm
 
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 """Control characters but tab and newline, separators of lines, what turns the direction of writing, half pairs."""
@@ -80,3 +82,16 @@ def _as_one_line(record: logging.LogRecord) -> bool:
 def as_it_is() -> contextlib.AbstractContextManager[Any]:
     """For text of the program's own that is drawn with a terminal's means, such as the colours of --help."""
     return contextlib.redirect_stdout(getattr(sys.stdout, "raw", sys.stdout))
+
+
+QUIET = 2.0
+"""Seconds before a bar shows."""
+
+
+def progress(
+    items: Iterable[Any] | None = None, *, desc: str, unit: str = "it", total: int | None = None, show: bool = True
+) -> Any:
+    """A tqdm bar over items, or of so many in all, on stderr."""
+    return tqdm(
+        items, desc=one_line(desc), unit=unit, total=total, delay=QUIET, leave=False, disable=not show, file=sys.stderr
+    )

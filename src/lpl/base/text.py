@@ -7,15 +7,16 @@ with a newline (any system's) alone: U+2028, a vertical tab and other separators
 
 from __future__ import annotations
 
+import ast
 import codecs
 import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
+from lpl.base.errors import UserError, require
 from lpl.base.json_files import parse_row
-from lpl.errors import UserError
 
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -119,3 +120,90 @@ def _decoded(file: BinaryIO, encoding: str, where: str) -> Iterator[str]:
 def _unreadable(where: str, error: OSError | ValueError) -> UserError:
     reason = getattr(error, "strerror", None) or str(error)
     return UserError(f"{where}: cannot be read ({reason}): correct the path or its permissions")
+
+
+def parse_keywords(flag: str, text: str | None) -> dict[str, Any]:
+    """The keywords of a text such as `d_coef=2.0, betas=(0.9, 0.99)`; values are Python literals (ast.literal_eval).
+
+    Args:
+        flag: the option that it was given to, for the message.
+        text: None is the same as an empty text.
+
+    Raises:
+        UserError: anything but keywords with literal values, or one given twice.
+    """
+    if not text:
+        return {}
+    expected = f"--{flag} {text}: expected key=value, ... with numbers, True, False, None, 'texts' or (tuples)"
+    try:
+        call = ast.parse(f"f({text})", mode="eval").body
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
+            raise UserError(expected)
+        found = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords if keyword.arg}
+    except (SyntaxError, ValueError, RecursionError, MemoryError, TypeError) as error:
+        raise UserError(expected) from error
+    if len(found) != len(call.keywords):
+        raise UserError(f"{expected}, each once")
+    return found
+
+
+KEYS = ("prompt", "negative_prompt", "seed")
+
+
+class Prompt(NamedTuple):
+    """What a sample shows."""
+
+    text: str
+    negative: str = ""
+    """What guidance leads away from; empty: the model's own idea of no prompt."""
+    seed: int | None = None
+    """Of the first image, one more for each further image; None: drawn for the prompt's number."""
+
+
+def read_prompts(file: Path, flag: str = "--prompts") -> list[Prompt]:
+    """The prompts of a file in order.
+
+    A .txt file has a prompt a line. A line of a .jsonl file is an object with `prompt` and, as one likes,
+    `negative_prompt` and `seed`; or with `text`, a caption or a list of them of which the first is taken, and whatever
+    else a metadata.jsonl has. Blank lines are passed over.
+
+    Raises:
+        UserError: a file that cannot be read, of another kind or without prompts, or a line that is none, by number.
+    """
+    where, kind = f"{flag} {file}", file.suffix.lower()
+    require(kind in (".txt", ".jsonl"), f"{where}: expected .txt with a prompt a line, or .jsonl")
+    if kind == ".txt":
+        found = [Prompt(line) for _, line in read_lines(file, where)]
+    else:
+        found = [_prompt_of(row, place) for place, row in read_rows(file, where)]
+    require(bool(found), f"{where}: no prompt in it: write one a line")
+    return found
+
+
+def text_of(row: dict[str, Any], where: str) -> str | None:
+    """The caption of a row: its "text", or the first of a list of them; None: it has none.
+
+    Raises:
+        UserError: a "text" that is neither.
+    """
+    text = row.get("text")
+    first = (text or [None])[0] if isinstance(text, list) else text
+    require(first is None or isinstance(first, str), f'{where}: "text" is neither a text nor a list of texts')
+    return first
+
+
+def _prompt_of(row: dict[str, Any], where: str) -> Prompt:
+    given = row.get("prompt")
+    if given is None:
+        given = text_of(row, where)
+        require(given is not None, f'{where}: no "prompt" and no "text" in it; its keys: {", ".join(row) or "none"}')
+    else:
+        # A row of metadata may have anything else; here a misspelt key would be lost.
+        unknown = sorted(row.keys() - set(KEYS))
+        require(not unknown, f"{where}: unknown key {', '.join(unknown)}; known: {', '.join(KEYS)}")
+    negative, seed = row.get("negative_prompt"), row.get("seed")
+    negative = "" if negative is None else negative
+    require(isinstance(given, str) and isinstance(negative, str), f"{where}: prompts must be strings")
+    whole = isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 2**32
+    require(seed is None or whole, f"{where}: seed must be a whole number in 0..{2**32 - 1}, not {seed!r}")
+    return Prompt(str(given), negative, seed)

@@ -1,22 +1,77 @@
-"""The arms: named sets of options over those that all share, read and checked before anything is trained."""
+"""Runs are compared in pairs only where both were trained on the same images and captions."""
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 
+from lpl.base.errors import UserError
 from lpl.base.text import read_text
-from lpl.comparison.options import FILE, CompareConfig, check_logs
-from lpl.comparison.yardsticks import other_yardsticks
+from lpl.base.written_files import FINISHED, read_finished
 from lpl.config import TrainConfig, declared
-from lpl.config.perceptual import acting
-from lpl.config_io import as_flags, nearest, read_strings, why_refused, without_replaced
-from lpl.errors import UserError
-from lpl.parsing import parse_train
-from lpl.report.options import PAGE
+from lpl.config.command_line import parse_train
+from lpl.config.commands import FILE, PAGE, CompareConfig, check_logs
+from lpl.config.files import as_flags, nearest, read_strings, why_refused, without_replaced
+from lpl.config.loss import acting
+from lpl.evaluation.comparing import SAMPLES
+
+logger = logging.getLogger("lpl")
+
+
+def check_same_data(run: Path, baseline: Path) -> None:
+    """Compares the digests of the samples that two finished runs of one seed were trained on.
+
+    Args:
+        run, baseline: folders; one for both is fine.
+
+    Raises:
+        UserError: other images or captions, or others held out, as when files were changed between the runs.
+    """
+    digests = {folder: _digest(folder) for folder in (run, baseline)}
+    for folder, digest in digests.items():
+        if digest is None:
+            logger.warning("%s: %s does not say on which data it was trained; that is not compared", folder, FINISHED)
+    if None in digests.values() or digests[run] == digests[baseline]:
+        return
+    older, newer = sorted(digests, key=lambda folder: (folder / FINISHED).stat().st_mtime)
+    raise UserError(
+        f"{newer}: was trained on other images or captions than {older}, which was finished before it, or others were "
+        f"held out, so they are no pair: restore the data and remove {newer}, or remove {older} and all runs as old, "
+        "or compare in another --output_dir"
+    )
+
+
+def _digest(folder: Path) -> str | None:
+    return (read_finished(folder) or {}).get("data")
+
+
+SAME_VALUES = {"channel_detached": "channel"}
+"""Norms that differ in their gradients alone."""
+
+
+def other_yardsticks(config: TrainConfig, baseline: TrainConfig) -> dict[str, tuple[str, ...]]:
+    """The options by which figures of two runs have different definitions, by the kind of figure (see kind_of).
+
+    Kinds without any are left out, and LPL where one of the runs has none to measure.
+    """
+    (told, own), (told_before, before) = ((c.flat(), _defining(c)) for c in (config, baseline))
+    changed = {name for name in told if told[name] != told_before[name] and own.get(name) != before.get(name)}
+    kinds = ["diffusion_loss", SAMPLES, *["lpl"] * (config.lpl.use_lpl and baseline.lpl.use_lpl)]
+    found = {kind: tuple(sorted(name for name in changed if kind in declared()[name].defines)) for kind in kinds}
+    return {kind: options for kind, options in found.items() if options}
+
+
+def _defining(config: TrainConfig) -> dict[str, Any]:
+    """All options, those that come to the same spelled alike."""
+    found = acting(config.flat())
+    if "lpl_norm_type" in found:
+        found["lpl_norm_type"] = SAME_VALUES.get(found["lpl_norm_type"], found["lpl_norm_type"])
+    return found
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lpl.base.errors import UserError, require
 from lpl.base.json_files import read_object
-from lpl.comparison.options import CompareConfig
-from lpl.comparison.points import Row, rows_of
-from lpl.config import TrainConfig, require
-from lpl.errors import UserError
-from lpl.evaluation.points import FOLDER, as_tuple
+from lpl.base.written_files import FINISHED, read_result
+from lpl.config import TrainConfig
+from lpl.config.commands import CompareConfig
+from lpl.config.points import FOLDER, as_tuple
+from lpl.evaluation.comparing import Row, rows_of
 from lpl.report.curves import final_kind
 from lpl.report.run_folder import RunFolder, read_run, training_clock
-from lpl.written_files import FINISHED, read_result
 
 if TYPE_CHECKING:
     from lpl.evaluation.planning import Inputs
@@ -197,7 +197,7 @@ def check_metrics(options: CompareConfig, config: TrainConfig, ended: Sequence[T
     from lpl.evaluation.command import check_reference
     from lpl.evaluation.evaluate import FEWEST
     from lpl.evaluation.generate import check_settings
-    from lpl.evaluation.pictures import list_pictures
+    from lpl.evaluation.images import list_pictures
 
     source, folder = str(config.model.pretrained_model_name_or_path), Path(config.run.output_dir) / EVAL
     wanted = eval_options(source, folder, options, config)
@@ -219,7 +219,7 @@ def check_metrics(options: CompareConfig, config: TrainConfig, ended: Sequence[T
 
 def eval_options(source: str, output: Path, options: CompareConfig, config: TrainConfig) -> Any:
     """Options of `lpl eval` for a run: equal for all of them but for the model and where its images go."""
-    from lpl.evaluation.options import EvalConfig
+    from lpl.config.model_commands import EvalConfig
 
     return EvalConfig(
         pretrained_model_name_or_path=source,

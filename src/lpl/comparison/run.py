@@ -14,23 +14,19 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lpl import __version__
-from lpl.base.locks import alone_in
+from lpl.base.errors import StopRequestedError, TrainingStoppedError, UserError
+from lpl.base.files import alone_in, write_atomically
 from lpl.base.output_folder import Names, OutputFolder, check_real, kind_of
 from lpl.comparison import measures
-from lpl.comparison.arms import Arm, read_arms
+from lpl.comparison.arms import Arm, check_same_data, read_arms
 from lpl.comparison.measures import EVAL, NO_FIGURES, Measured, measure_run
-from lpl.comparison.options import FILE, CompareConfig
-from lpl.comparison.points import at_best
-from lpl.comparison.same_data import check_same_data
-from lpl.comparison.sentences import edge_notes, verdict_on
-from lpl.comparison.table import result_table
 from lpl.comparison.verdict import compare_arm, repeated_noise
-from lpl.comparison.yardsticks import SAMPLES
 from lpl.config import TrainConfig
-from lpl.config_io import CONFIG_FILE, environment
-from lpl.data.files import write_atomically
-from lpl.errors import StopRequestedError, TrainingStoppedError, UserError
-from lpl.report.options import PAGE, ReportConfig
+from lpl.config.commands import FILE, PAGE, CompareConfig, ReportConfig
+from lpl.config.files import CONFIG_FILE, environment
+from lpl.evaluation.comparing import SAMPLES, at_best
+from lpl.evaluation.sentences import edge_notes, verdict_on
+from lpl.report.findings import result_table
 from lpl.training.run import run_train
 
 logger = logging.getLogger("lpl")

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lpl.comparison.measures import Curve, Measured, at, by_seconds, lower_is_better
-from lpl.comparison.statistics import bootstrap_interval, mean, noise_floor, root_mean_square, t_interval
-from lpl.comparison.yardsticks import kind_of
+from lpl.evaluation.comparing import kind_of
+from lpl.evaluation.intervals import bootstrap_interval, mean, noise_floor, root_mean_square, t_interval
 
 NO_DIFFERENCE = "no measurable difference"
 CLOSE = 0.1

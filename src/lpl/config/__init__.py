@@ -11,14 +11,11 @@ from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Any
 
-from lpl.config.checks import Facts, Needs, facts_of, require
+from lpl.config.checks import Facts, Needs, facts_of
 from lpl.config.data import DataConfig
-from lpl.config.diffusion import DiffusionConfig
-from lpl.config.logging import LoggingConfig
-from lpl.config.model import ModelConfig
+from lpl.config.loss import DiffusionConfig, LPLConfig
 from lpl.config.optim import OPTIMIZERS, OptimConfig
-from lpl.config.perceptual import LPLConfig
-from lpl.config.run import RunConfig
+from lpl.config.run import LoggingConfig, ModelConfig, RunConfig
 
 __all__ = [
     "OPTIMIZERS",
@@ -35,7 +32,6 @@ __all__ = [
     "declared",
     "idle_options",
     "needs_in_words",
-    "require",
 ]
 
 

@@ -9,7 +9,7 @@ from math import isfinite
 from os.path import expanduser
 from typing import Any, NamedTuple
 
-from lpl.errors import UserError
+from lpl.base.errors import UserError, require
 
 MOST = 10**12
 """Of a whole number that declares no bound of its own."""
@@ -17,12 +17,6 @@ MOST_PIXELS = 2**12
 """Side of the largest images: a plan, whose time grows with the area, answers within a minute or two."""
 LONGEST_NAME, LONGEST_PATH = 255, 4095
 """Bytes that file systems take."""
-
-
-def require(condition: bool, message: str) -> None:
-    """Raises UserError(message) unless the condition holds."""
-    if not condition:
-        raise UserError(message)
 
 
 class Needs(NamedTuple):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from lpl.config.checks import MOST_PIXELS, Facts, check_declared, option, require
+from lpl.base.errors import require
+from lpl.config.checks import MOST_PIXELS, Facts, check_declared, option
 
 HELD_OUT = ("diffusion_loss", "lpl")
 """Figures of validation, which are measured on what the run holds out."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lpl.config.checks import Needs, check_declared, option, require
-from lpl.keywords import parse_keywords
+from lpl.base.errors import require
+from lpl.base.text import parse_keywords
+from lpl.config.checks import Needs, check_declared, option
 
 OPTIMI = "optimi."
 """How the classes of the package optimi begin, which step parameter by parameter and sum with compensation."""

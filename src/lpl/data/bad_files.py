@@ -1,4 +1,4 @@
-"""Images that cannot be used: counted, listed with the reason, and too many of them stop the run."""
+"""The errors of an image file that gives no pixels."""
 
 from __future__ import annotations
 
@@ -8,9 +8,26 @@ from decimal import ROUND_CEILING, Context, Decimal
 from pathlib import Path
 from typing import NamedTuple
 
+from lpl.base.errors import UserError
+from lpl.base.files import write_atomically
 from lpl.base.json_files import parse_json
-from lpl.data.files import write_atomically
-from lpl.errors import UserError
+
+
+class BadImageError(Exception):
+    """An image file that gives no pixels.
+
+    Attributes:
+        reason: why, in one line, without the file's name.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class UnreadImageError(BadImageError):
+    """A file that could not be read, or not here: no property of it, so the next run tries again."""
+
 
 FILE = "bad_files.jsonl"
 ALWAYS_ALLOWED = 3

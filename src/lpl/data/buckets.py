@@ -7,8 +7,8 @@ from bisect import bisect_left
 
 import numpy as np
 
+from lpl.base.errors import UserError
 from lpl.config import DataConfig
-from lpl.errors import UserError
 
 
 class Buckets:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from lpl.data.files import write_cached
+from lpl.base.files import write_cached
 from lpl.data.shard import damaged_file, unusable_file
 from lpl.data.sources import Piece, Source
 

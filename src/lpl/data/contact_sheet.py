@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from lpl.data.crops import Crop, render
-from lpl.data.lettering import font_for, shorten, wrap
 from lpl.data.prepare import REGULARISATION
+from lpl.data.sheets import font_for, shorten, wrap
 from lpl.data.survey import Draw, Survey, look_again, look_at_masks
 
 CELL = 256

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from lpl.data.captions import CaptionRules
 from lpl.data.catalogue import Row, Samples
-from lpl.data.crops import Crop
+from lpl.data.crops import Crop, Views
 from lpl.data.filling import Caches, caption_key
 from lpl.data.held_out import Split
 from lpl.data.masks import location_weights, mask_key
-from lpl.data.views import Views
 from lpl.diffusion.draws import fill_normal
 
 

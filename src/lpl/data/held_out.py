@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lpl.base.errors import UserError
 from lpl.config import DataConfig
 from lpl.data.catalogue import Samples
-from lpl.data.repeats import parse_repeats
+from lpl.data.sampler import parse_repeats
 from lpl.diffusion.draws import keyed_seed
-from lpl.errors import UserError
 
 VALIDATION = "validation/"
 """Put before the ids and folders of images of --validation_data_dir."""

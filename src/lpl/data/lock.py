@@ -1,7 +1,4 @@
-"""Who may change a cache: one filler of a source at a time, and no maintenance while a run uses it.
-
-All locks are the operating system's, so a killed process leaves none behind.
-"""
+"""Where caches are."""
 
 from __future__ import annotations
 
@@ -15,7 +12,20 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from lpl.errors import UserError
+from lpl.base.errors import UserError
+from lpl.config import DataConfig
+
+
+def default_cache_dir() -> Path:
+    """The user's cache folder for this package: $XDG_CACHE_HOME/lpl, or ~/.cache/lpl."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "lpl"
+
+
+def cache_dir(config: DataConfig) -> Path:
+    """--latent_cache_dir, or the default."""
+    return Path(config.latent_cache_dir) if config.latent_cache_dir else default_cache_dir()
+
 
 LOCK = "lock"
 IN_USE, RUN = "in-use", ".run"

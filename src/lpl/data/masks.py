@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from lpl.config import DataConfig
-from lpl.data.bad_image import BadImageError
+from lpl.data.bad_files import BadImageError
 from lpl.data.crops import Crop, render
 from lpl.data.decode import decode_image
 from lpl.data.shard import KEY_BYTES

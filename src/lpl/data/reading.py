@@ -12,13 +12,13 @@ from typing import NamedTuple, TypeVar
 from torch import Tensor
 
 from lpl.config import DataConfig
-from lpl.data.bad_image import BadImageError, UnreadImageError
+from lpl.data.bad_files import BadImageError, UnreadImageError
 from lpl.data.catalogue import Catalogue, Row
 from lpl.data.crops import Crop, render
 from lpl.data.decode import decode_with_alpha, parse_color
 from lpl.data.masks import Mask, crop_mask, mask_keys, mask_of
 from lpl.data.sources import Sample
-from lpl.data.sources.versions import Versions
+from lpl.data.sources.remote import Versions
 
 MAX_THREADS = 8
 NOTHING = hashlib.sha256(b"").digest()

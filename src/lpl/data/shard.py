@@ -20,8 +20,8 @@ import xxhash
 from safetensors.torch import save
 from torch import Tensor
 
+from lpl.base.errors import DamagedCacheError, UnreadCacheError, UserError
 from lpl.base.tensor_header import METADATA, parse_header
-from lpl.errors import DamagedCacheError, UnreadCacheError, UserError
 
 SUFFIX = ".safetensors"
 KEY_BYTES = 20

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lpl.data.files import write_cached
+from lpl.base.errors import DamagedCacheError
+from lpl.base.files import write_cached
 from lpl.data.shard import KEY_BYTES, SUFFIX, Layout, Shard, damaged_file, pack
-from lpl.errors import DamagedCacheError
 
 INDEX = "index.npz"
 MAPPED_BYTES = 2**28

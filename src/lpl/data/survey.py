@@ -14,12 +14,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
+from lpl.base.errors import UserError
+from lpl.base.terminal import progress
 from lpl.config import DataConfig, TrainConfig
-from lpl.data.bad_files import Bad, BadFiles
-from lpl.data.bad_image import BadImageError
+from lpl.data.bad_files import Bad, BadFiles, BadImageError
 from lpl.data.captions import CaptionRules
 from lpl.data.catalogue import MASKED, SCHEMA, Row, Samples, table_of
-from lpl.data.crops import Crop
+from lpl.data.crops import Crop, Views
 from lpl.data.decode import decode_with_alpha, parse_color
 from lpl.data.held_out import VALIDATION, Split, split_repeats, split_samples
 from lpl.data.masks import Mask, mask_of
@@ -27,9 +28,6 @@ from lpl.data.prepare import REGULARISATION
 from lpl.data.reading import Reader, in_order, threads_of
 from lpl.data.sampler import BatchOrder
 from lpl.data.sources import Piece, Sample, Source, open_validation
-from lpl.data.views import Views
-from lpl.errors import UserError
-from lpl.progress import progress
 
 T = TypeVar("T")
 

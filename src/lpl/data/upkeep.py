@@ -11,15 +11,14 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from lpl.base.errors import DamagedCacheError, UnreadCacheError, UserError
+from lpl.base.files import cache_writing
+from lpl.base.terminal import progress
 from lpl.data.catalogue import FORMAT, read_table
 from lpl.data.catalogue import SUFFIX as TABLE
-from lpl.data.files import cache_writing
-from lpl.data.folders import default_cache_dir
-from lpl.data.lock import maintenance
+from lpl.data.lock import default_cache_dir, maintenance
 from lpl.data.shard import SUFFIX, Shard
 from lpl.data.store import INDEX, verify_index
-from lpl.errors import DamagedCacheError, UnreadCacheError, UserError
-from lpl.progress import progress
 
 DAY = 24 * 3600
 HASHED = re.compile(r"([0-9a-f]{32}|stride-\d+)(-\w+)*")

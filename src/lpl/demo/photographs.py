@@ -12,7 +12,9 @@ import importlib.util
 import json
 import math
 import random
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -21,7 +23,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lpl.demo.exports import replacing
+from lpl.base.files import alone_in
+from lpl.base.output_folder import OutputFolder
 
 IMAGE_SIZE = 64
 WORKING_SIZE = 640  # longest side a photograph is shrunk to before it is cut
@@ -34,6 +37,27 @@ HELD_OUT_CROPS_PER_PHOTOGRAPH = 8
 
 Box = tuple[int, int, int, int]
 """Left, upper, right and lower edge in pixels of the shrunk photograph, as PIL takes them."""
+
+
+STAGED = ".lpl-export"
+
+
+@contextmanager
+def replacing(folder: str | Path, flag: str) -> Iterator[Path]:
+    """Gives a folder to write into, whose content then takes the place of the export before it.
+
+    Raises:
+        UserError: something else has one of the names, and is left as it is.
+    """
+    with alone_in(Path(folder), flag):
+        staged = Path(folder) / STAGED
+        shutil.rmtree(staged, ignore_errors=True)
+        staged.mkdir()
+        try:
+            yield staged
+            OutputFolder(folder, "lpl demo", flag=flag).put({path.name: path for path in sorted(staged.iterdir())})
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from lpl.base.locks import alone_in
+from lpl.base.errors import UserError
+from lpl.base.files import alone_in, write_atomically
 from lpl.base.output_folder import Names, OutputFolder, check_real
-from lpl.data.files import write_atomically
-from lpl.data.picture_cells import cells_note
-from lpl.errors import UserError
+from lpl.data.sheets import cells_note
 
 WITHOUT, WITH = "without-lpl", "with-lpl"
 ARMS = f"{WITHOUT}: {{use_lpl: false}}\n{WITH}: {{}}\n"
@@ -58,9 +57,9 @@ def _compare_and_show(folder: Path, max_train_steps: int | None) -> None:
     _export(str(model), str(data))
 
     from lpl.comparison.run import run_compare
+    from lpl.config.command_line import parse_compare
+    from lpl.config.commands import ReportConfig
     from lpl.demo.samples import export_views
-    from lpl.parsing import parse_compare
-    from lpl.report.options import ReportConfig
     from lpl.report.page import write_report
 
     export_views(views)

@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from lpl.data.lettering import font_for
-from lpl.data.picture_cells import Cell
+from lpl.data.sheets import Cell, font_for
 from lpl.demo.photographs import export_crops, random_crops, training_crops
 
 SEED = 7

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lpl.demo.architecture import build_pipeline
-from lpl.demo.exports import replacing
+from lpl.demo.photographs import replacing
 
 WEIGHTS_FOLDER = Path(__file__).parent / "weights"
 COMPONENTS = ("vae", "unet", "text_encoder", "text_encoder_2")

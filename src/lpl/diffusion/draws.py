@@ -5,10 +5,15 @@ float32. Process, worker, batch position, device and LPL itself do not enter, so
 same crops, noise and timesteps, and a resumed run needs no random state.
 """
 
-import hashlib
+from __future__ import annotations
 
+import hashlib
+from functools import lru_cache
+
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 
 def keyed_seed(*key: int | str) -> int:
@@ -120,3 +125,98 @@ def _logit_normal(num_timesteps: int, mean: float, std: float) -> Tensor:
 def _tail(x: Tensor) -> Tensor:
     """The probability that a standard normal number is above x; torch.special.ndtr rounds small ones to 0."""
     return torch.erfc(x / 2**0.5) / 2
+
+
+@lru_cache(maxsize=4)
+def balanced_order(size: int) -> tuple[int, ...]:
+    """Positions 0..size - 1 in such an order that the first k, and the last k, lie evenly in every split, for every k.
+
+    A share is {i : floor(i / b) mod P = p}, b P | size. Of the first k, two shares of a split differ by one at most
+    where size is a prime or a power of two (tested to 1024). For other sizes no order need do that for all splits
+    at once (for 6 none does), and they differ by a few: by 2 at most to size 28, by 4 to 192.
+
+    Each position is the one that keeps the sum over shares of max(0, taken - k / P)^2 least, the lowest of several; in
+    integers, so that every machine finds the same. Found once a run, in 2 seconds for 2048, in 15 for 4096.
+
+    Args:
+        size: G, at least 1.
+    """
+    splits = [
+        (block, parts)
+        for block in range(1, size + 1)
+        if size % block == 0
+        for parts in range(2, size // block + 1)
+        if size // block % parts == 0
+    ]
+    positions = np.arange(size)
+    share = np.array([positions // block % parts for block, parts in splits], dtype=np.int32).reshape(-1, size)
+    fair = np.array([size // parts for _, parts in splits], dtype=np.int64)[:, None]
+    taken = np.zeros(share.shape, dtype=np.int64)  # of the share that each position lies in
+    free = np.ones(size, dtype=bool)
+    order: list[int] = []
+    for k in range(1, size + 1):
+        lead = np.maximum((taken + 1) * size - k * fair, 0)
+        cost = np.square(lead).sum(0)
+        cost[~free] = np.iinfo(np.int64).max
+        chosen = int(cost.argmin())
+        free[chosen] = False
+        taken += share == share[:, chosen : chosen + 1]
+        order.append(chosen)
+    return tuple(order)
+
+
+@lru_cache(maxsize=4)
+def strata(size: int, seed: int, step: int) -> tuple[int, ...]:
+    """The stratum of each position of a step's global batch, a permutation of 0..size - 1, keyed by (seed, step).
+
+    Source: stratified sampling; the order is this package's own. Each step turns it by a map that takes the shares of
+    every split to each other: i -> i XOR x with a random x where size is a power of two, which makes every stratum of a
+    position equally likely; else i -> size - 1 - i at random. Strata are counted from the top at random, too.
+
+    Args:
+        size: G, samples of an optimizer step over all processes and micro-batches.
+        seed: of the run.
+        step: optimizer step.
+    """
+    key = keyed_seed(seed, "stratum", step)
+    downwards, turn = key & 1, key >> 1
+    power_of_two = size & (size - 1) == 0
+    mask, mirrored = (turn % size, False) if power_of_two else (0, bool(turn & 1))
+    of_position = [0] * size
+    for rank, position in enumerate(balanced_order(size)):
+        place = size - 1 - position if mirrored else position ^ mask
+        of_position[place] = size - 1 - rank if downwards else rank
+    return tuple(of_position)
+
+
+def pyramid_noise(noise: Tensor, iterations: int, discount: float, *key: int | str) -> Tensor:
+    """Adds `iterations` levels of coarser noise to one sample's white noise.
+
+        n = noise + sum_i discount^i * upsample(normal(C, h / r_i^i, w / r_i^i))    r_i uniform in [2, 4), i = 0, 1, ...
+        n / std(n)
+
+    It ends at the first level with a side of one cell. Level 0 has the full resolution, as kohya's has.
+
+    Source: J. Whitaker, "Multi-Resolution Noise for Diffusion Model Training" (2023), as kohya-ss/sd-scripts'
+    --multires_noise_iterations does it. Differs from kohya: the standard deviation is a sample's own, not the
+    batch's, and draws are keyed, so the noise of a sample does not depend on the batch it is in.
+
+    Args:
+        noise: (C, h, w), standard normal, float32, on the CPU.
+        iterations: levels at most.
+        discount: factor from one level to the next, in (0, 1].
+        key: of the draws, such as (seed, "pyramid", sample_id, count).
+
+    Returns:
+        (C, h, w), float32, of standard deviation 1.
+    """
+    channels, height, width = noise.shape
+    total = noise.clone()
+    for level in range(iterations):
+        ratio = (2 + 2 * keyed_uniform(*key, "ratio", level)) ** level
+        size = max(1, int(height / ratio)), max(1, int(width / ratio))
+        coarse = torch.randn((1, channels, *size), generator=keyed_generator(*key, level), dtype=torch.float32)
+        total += interpolate(coarse, (height, width), mode="bilinear")[0] * discount**level
+        if min(size) == 1:
+            break
+    return total / total.std()

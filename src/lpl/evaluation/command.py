@@ -1,4 +1,4 @@
-"""`lpl eval`: checks what is cheap to check, draws samples or takes them, measures, writes eval.json and a table."""
+"""What one process of a launch finds out ends all of them alike, instead of leaving the others to wait for it."""
 
 from __future__ import annotations
 
@@ -8,26 +8,63 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 
-from lpl.base.locks import alone_in
-from lpl.config import ModelConfig, require
-from lpl.data.files import write_atomically
-from lpl.errors import StopRequestedError, UserError
+from lpl.base.errors import StopRequestedError, UserError, require
+from lpl.base.files import alone_in, write_atomically
+from lpl.base.terminal import progress
+from lpl.config import ModelConfig
+from lpl.config.model_commands import EvalConfig
 from lpl.evaluation.generate import check_settings, generate_into, image_name, write_settings
-from lpl.evaluation.kept_figures import figures_key, keep_figures, read_figures
-from lpl.evaluation.measuring import Judge, Measured, measure_all, open_judges, read_references
-from lpl.evaluation.options import EvalConfig
-from lpl.evaluation.pictures import CAPTIONS
+from lpl.evaluation.images import CAPTIONS
+from lpl.evaluation.measuring import (
+    Judge,
+    Measured,
+    figures_key,
+    keep_figures,
+    measure_all,
+    open_judges,
+    read_figures,
+    read_references,
+)
 from lpl.evaluation.planning import IMAGES, RESULT, Plan, check_eval, check_output, claim_output, with_flag
-from lpl.evaluation.result import eval_result
-from lpl.evaluation.table import format_table
-from lpl.evaluation.together import stop_together, together
-from lpl.progress import progress
+from lpl.evaluation.result import eval_result, format_table
+
+T = TypeVar("T")
+
+
+def together(act: Callable[[], T]) -> T:
+    """Calls act, which waits for no other process; returns when all processes have called this.
+
+    Raises:
+        UserError: in every process, where act raised one in any: the first's.
+    """
+    found: list[T] = []
+    fault: UserError | None = None
+    try:
+        found.append(act())
+    except UserError as error:
+        fault = error
+    told: list[str | None] = gather_object([None if fault is None else str(fault)])
+    first = next((line for line in told if line is not None), None)
+    if first is not None:
+        raise UserError(first) from fault
+    return found[0]
+
+
+def stop_together(is_late: Callable[[], bool], message: str) -> None:
+    """Processes' clocks differ; every process must call this.
+
+    Raises:
+        StopRequestedError: in every process, where it is late in any.
+    """
+    if any(gather_object([is_late()])):
+        raise StopRequestedError(message)
+
 
 logger = logging.getLogger("lpl")
 

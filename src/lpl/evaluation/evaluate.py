@@ -10,12 +10,26 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lpl.evaluation.distances import frechet_distance, kernel_distance, kernel_distance_subsets
-from lpl.evaluation.manifold import density_coverage, precision_recall
-from lpl.evaluation.pictures import batches, list_pictures, read_picture
+from lpl.evaluation.images import (
+    BATCH,
+    ImageSet,
+    batches,
+    interval,
+    list_pictures,
+    measure,
+    read_picture,
+    resample_counts,
+)
+from lpl.evaluation.metrics import (
+    BANDS,
+    density_coverage,
+    frechet_distance,
+    kernel_distance,
+    kernel_distance_subsets,
+    log_error,
+    precision_recall,
+)
 from lpl.evaluation.reference import Reference
-from lpl.evaluation.spectrum import BANDS, log_error
-from lpl.evaluation.statistics import BATCH, ImageSet, interval, measure, resample_counts
 
 METRICS = ("frechet", "kernel", "precision_recall", "density_coverage", "spectrum")
 FEWEST = {"frechet": 50, "kernel": 10, "precision_recall": 50, "density_coverage": 50, "spectrum": 10}

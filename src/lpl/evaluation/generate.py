@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lpl.base.errors import UserError, require
+from lpl.base.files import write_atomically
 from lpl.base.json_files import object_in, read_object
-from lpl.config import require
-from lpl.data.files import write_atomically
+from lpl.base.terminal import progress
 from lpl.diffusion.draws import keyed_generator
-from lpl.errors import UserError
-from lpl.evaluation.pictures import CAPTIONS, as_png
-from lpl.progress import progress
+from lpl.evaluation.images import CAPTIONS, as_png
 
 PER_FOLDER = 1000
 SETTINGS = "samples.json"

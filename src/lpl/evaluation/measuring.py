@@ -1,21 +1,80 @@
-"""All figures of one command: in the features of each network at hand, then the CLIP score."""
+"""Figures of a point's samples, kept beside them, so that a continued command measures what is missing alone."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lpl import __version__
+from lpl.base.errors import UserError
+from lpl.base.files import write_atomically
+from lpl.base.json_files import read_object
+from lpl.config.model_commands import EvalConfig
 from lpl.evaluation.evaluate import Subsets, evaluate_images, measure_images
 from lpl.evaluation.features import EFFICIENTNET, INCEPTION_FILE, DINOv2, EfficientNetLite0, Extractor, Inception
-from lpl.evaluation.options import EvalConfig
-from lpl.evaluation.pictures import batches, count_smaller, list_pictures, pictures_digest, read_captions, read_picture
+from lpl.evaluation.images import (
+    BATCH,
+    batches,
+    count_smaller,
+    interval,
+    list_pictures,
+    pictures_digest,
+    read_captions,
+    read_picture,
+    resample_counts,
+)
+from lpl.evaluation.metrics import frequencies
 from lpl.evaluation.reference import Reference, reconstruct
-from lpl.evaluation.spectrum import frequencies
-from lpl.evaluation.statistics import BATCH, interval, resample_counts
+
+FILE = "figures.json"
+NOT_ACTING = ("guidance_scale", "num_inference_steps", "output_dir", "sample_batch_size", "reference_cache_dir")
+"""Options that figures of given images do not follow from."""
+
+
+def figures_key(
+    options: EvalConfig, files: list[Path], prompts: Sequence[str] | None, judges: Sequence[Judge], vae: Any
+) -> str:
+    """A hash of all that decides figures: options, samples, prompts, networks, reference and VAE."""
+    from lpl.families.base import weights_hash
+
+    acting = {name: value for name, value in asdict(options).items() if name not in NOT_ACTING}
+    parts: list[Any] = [__version__, acting, pictures_digest(files, f"--output_dir {options.output_dir}"), prompts]
+    for judge in judges:
+        parts += [judge.extractor.key, judge.reference.size, judge.reference.digest]
+    folder = Path(str(options.reference_dir))
+    parts.append(None if vae is None else weights_hash(vae))
+    real = list_pictures(folder, "--reference_dir") if options.clip else []
+    parts.append(read_captions(folder, real, "--reference_dir"))
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+
+def read_figures(folder: Path, key: str) -> Measured | None:
+    """What is kept in a point's folder under a key; None: nothing, or of something else."""
+    try:
+        found = read_object(folder / FILE)
+        return Measured(**found["figures"]) if found.get("key") == key else None
+    except (UserError, KeyError, TypeError):
+        return None  # measured again: nothing is lost
+
+
+def keep_figures(folder: Path, key: str, found: Measured) -> None:
+    """Keeps figures in a point's folder.
+
+    Raises:
+        UserError: it cannot be written to.
+    """
+    text = json.dumps({"key": key, "figures": found._asdict()}, indent=1, ensure_ascii=False, allow_nan=False)
+    try:
+        write_atomically(folder / FILE, (text + "\n").encode())
+    except OSError as error:
+        raise UserError(f"--output_dir {folder}: cannot be written ({error.strerror})") from error
 
 
 class Measured(NamedTuple):
@@ -167,7 +226,7 @@ def _clip_score(
     device: torch.device,
     flag: str,
 ) -> dict[str, Any]:
-    from lpl.evaluation.clip_score import ClipScore
+    from lpl.evaluation.features import ClipScore
 
     def read(paths: list[Path], flag: str) -> Iterator[Tensor]:
         return batches((read_picture(file, resolution, flag) for file in paths), BATCH)

@@ -10,18 +10,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lpl.base.errors import UserError, require
 from lpl.base.json_files import read_object
 from lpl.base.output_folder import Names, OutputFolder, check_apart, kind_of
-from lpl.config import ModelConfig, require
-from lpl.data.prompts import read_prompts
-from lpl.errors import UserError
+from lpl.base.text import read_prompts
+from lpl.config import ModelConfig
+from lpl.config.model_commands import DEFAULT_SAMPLES, EvalConfig, ExportConfig
+from lpl.config.points import FOLDER, Point, as_tuple
 from lpl.evaluation.evaluate import FEWEST
 from lpl.evaluation.features import check_efficientnet, find_inception
 from lpl.evaluation.generate import SETTINGS, Sampling, are_settings, check_settings, image_name, settings_of
-from lpl.evaluation.options import DEFAULT_SAMPLES, EvalConfig
-from lpl.evaluation.pictures import CAPTIONS, list_pictures, pictures_digest, read_captions, shortest_side
-from lpl.evaluation.points import FOLDER, Point, as_tuple
-from lpl.exporting.options import ExportConfig, Request, resolve
+from lpl.evaluation.images import CAPTIONS, list_pictures, pictures_digest, read_captions, shortest_side
+from lpl.families.export import Request, resolve
 
 logger = logging.getLogger("lpl")
 

@@ -14,14 +14,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from lpl.config import require
+from lpl.base.errors import UserError, require
+from lpl.base.files import write_atomically
 from lpl.data.crops import to_float
-from lpl.data.files import write_atomically
-from lpl.data.folders import default_cache_dir
-from lpl.errors import UserError
+from lpl.data.lock import default_cache_dir
 from lpl.evaluation.features import Extractor
-from lpl.evaluation.pictures import batches, list_pictures, pictures_digest, read_picture
-from lpl.evaluation.statistics import BATCH, ImageSet, measure
+from lpl.evaluation.images import BATCH, ImageSet, batches, list_pictures, measure, pictures_digest, read_picture
 from lpl.families.base import config_settings, weights_hash
 
 logger = logging.getLogger("lpl")

@@ -69,7 +69,7 @@ def as_trained(config: ModelConfig, lora: Path) -> ModelConfig:
 
 def kohya_lora(lora: Path, config: ModelConfig, title: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """A LoRA file of diffusers' naming as kohya and ComfyUI name it, and its metadata."""
-    from lpl.families.sdxl_kohya import to_kohya
+    from lpl.families.sdxl_lora import to_kohya
 
     return to_kohya(lora, plan_configs(config), title)
 

@@ -12,11 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lpl.base.json_files import read_object
-from lpl.base.shapes import whole
-from lpl.config import ModelConfig, require
+from lpl.base.errors import UserError, require
+from lpl.base.json_files import read_object, whole
+from lpl.config import ModelConfig
 from lpl.diffusion.latent_space import LatentSpace
-from lpl.errors import UserError
 from lpl.families.sdxl_check import check_model, native_resolution
 from lpl.families.sdxl_configs import PUBLISHED
 from lpl.families.sdxl_file import FLAG, check_weights, file_schedule, read_header

@@ -21,12 +21,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+from lpl.base.errors import UserError
 from lpl.config import ModelConfig
 from lpl.diffusion.latent_space import LatentSpace
-from lpl.errors import UserError
 from lpl.families.base import DECODED_PIXELS, TrainedOn, config_settings, weights_hash
-from lpl.families.sdxl_kohya import METADATA, lora_metadata, to_kohya
-from lpl.families.sdxl_lora import LORA_TARGETS, WITH_TEXT, adapter_of
+from lpl.families.sdxl_lora import LORA_TARGETS, METADATA, WITH_TEXT, adapter_of, lora_metadata, to_kohya
 from lpl.families.sdxl_schedule import build_scheduler, set_schedule
 from lpl.families.sdxl_text import PromptEncoder, guided
 from lpl.families.sdxl_trainee import SDXLTrainee, denoise, parts_of, token_fields

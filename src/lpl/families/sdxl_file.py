@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lpl.base import tensor_header
+from lpl.base.errors import UserError
 from lpl.config import ModelConfig
-from lpl.errors import UserError
 
 logger = logging.getLogger("lpl")
 

@@ -9,8 +9,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from lpl.errors import UserError
+from lpl.base.errors import UserError
 
+ARCHITECTURE = "stable-diffusion-xl-v1-base"
+IMPLEMENTATION = "https://github.com/Stability-AI/generative-models"
+PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
 CLIP_L = "conditioner.embedders.0.transformer.text_model."

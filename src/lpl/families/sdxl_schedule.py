@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lpl.base.errors import UserError
 from lpl.config import ModelConfig
-from lpl.errors import UserError
 from lpl.families.sdxl_file import FLAG, ZERO_SNR, file_schedule, warn
 
 NOISE = (

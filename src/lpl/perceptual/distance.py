@@ -1,27 +1,8 @@
-"""The distance of two feature maps at one tap, and its gradient, by hand and strip by strip.
+"""Decoder outliers: isolated extreme activations of the last layers that would dominate a distance."""
 
-    d_i = mean over channels of  sum(count * |u|^p) / sum(count),    u = (norm(x) - norm(y)),  p = 2 (mse) or 1 (l1)
+from __future__ import annotations
 
-x: the prediction's features, y: the target's, count: 1 or 0 where outliers are masked, times the caller's mask.
-
-    default            x / (|x| + 1e-10) - y / (|y| + 1e-10), lengths over channels at each location
-    shared             (x - y) / (|y| + 1e-6)
-    batch              (x - y) / (std + 1e-6), the target's standard deviation per channel over batch and space
-    channel            the same with the prediction's per sample and channel, gradient through it
-    channel_detached   the same, detached
-    own                (x - mean) / (std + 1e-6) - (y - mean) / (std + 1e-6), each side by its own mean and
-                       deviation per sample and channel, gradient through the prediction's: structure without contrast
-
-But for `own`, means cancel: both are standardised with one mean. Standard deviations divide by n - 1; masked values are
-zeros where lengths and deviations are taken: those of y, and with `own`, those of x at the same places, so that equal
-maps have distance 0. Where a length or deviation is 0 its gradient is 0. A channel without anything that counts has
-distance 0.
-
-Source: Berrada et al., ICLR 2025. Differs from the paper: it standardises per channel with the prediction's statistics
-(`channel`); whether the gradient passes through them is not settled by its text, so both are options. `own` is ours.
-`default` and `shared` are the diffusers project's, and `batch` what it is meant to be there.
-"""
-
+import math
 from typing import NamedTuple
 
 import torch
@@ -29,8 +10,92 @@ from torch import Tensor
 
 from lpl.perceptual.convolution import Rows, rows_of
 from lpl.perceptual.frozen import Fuse
-from lpl.perceptual.outliers import HALO, MAX_STRIDE, inlier_mask, inlier_range
 from lpl.perceptual.strips import arithmetic, channel_moments, spans
+
+MAX_STRIDE = 2
+"""Layers with more pixels per cell than this have no outliers to remove."""
+SAMPLE = 2**16
+"""Order statistics of a larger map are estimated from a regular grid of at least this many of its values."""
+HALO = 4
+"""Rows around a strip that its mask depends on, rounded up to an even number."""
+
+
+def inlier_range(y: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+    """The open interval of a target's inliers per sample and channel, two of (B, C, 1, 1).
+
+    With q_lo and q_hi the max(1, floor(0.02 n))-th and max(1, floor(0.98 n))-th smallest of the n values of a map and
+    m = 2 * std: from q_lo - m to q_hi + m. Where n is over 65,536, q_lo and q_hi are those of a regular grid of at
+    least so many values (the mask then differs on under 0.1 % of the values).
+
+    Source: Berrada et al., ICLR 2025, section 3.2 and appendix. Differs from the paper: maps of under 50 values are
+    handled, large ones sampled.
+
+    Args:
+        y: (B, C, H, W).
+        std: (B, C, 1, 1), float32 or float64, dividing by n - 1.
+    """
+    step = max(1, math.isqrt(y.shape[2] * y.shape[3] // SAMPLE))
+    grid = y[:, :, ::step, ::step]
+    n = grid.shape[2] * grid.shape[3]
+    low, high = max(1, n * 2 // 100), max(1, n * 98 // 100)
+    parts = []
+    for block in grid.split(64, 1):  # a block's values are copied
+        values = block.flatten(2).to(arithmetic(y)).contiguous()
+        parts.append(torch.stack([_kth(values, low, largest=False), _kth(values, n - high + 1, largest=True)]))
+    q_low, q_high = torch.cat(parts, 2)[..., None, None].unbind()
+    margin = 2 * std if y.shape[2] * y.shape[3] > 1 else torch.ones_like(std)
+    return q_low - margin, q_high + margin
+
+
+def _kth(values: Tensor, k: int, largest: bool) -> Tensor:
+    """The k-th largest (or smallest) of the last axis.
+
+    The k largest lie in the k blocks of 8 with the largest maxima, so only these are looked through.
+    """
+    n = values.shape[-1]
+    if n % 8 == 0 and n >= 32 * k:
+        blocks = values.unflatten(-1, (8, -1))
+        ends = blocks.amax(-2) if largest else blocks.amin(-2)
+        chosen = ends.topk(k, largest=largest, sorted=False).indices.unsqueeze(-2)
+        values = blocks.gather(-1, chosen.expand(*chosen.shape[:-2], 8, k)).flatten(-2)
+    found = values.topk(k, largest=largest, sorted=False).values
+    return found.amin(-1) if largest else found.amax(-1)
+
+
+def inlier_mask(y: Tensor, low: Tensor, high: Tensor, stride: float) -> Tensor:
+    """True where a target feature is no outlier, (B, C, H, W).
+
+    The inliers low < y < high are dilated with a window of ceil(3 / stride) and eroded with one of ceil(5 / stride),
+    each made odd (2 -> 1, 2 -> 3): at stride 1 holes of up to 2 values close and larger ones grow a margin; at stride 2
+    all grow. Beyond the map's edge there is nothing to spread.
+
+    Differs from the paper: windows follow the stride in pixels, not the index of the block.
+
+    Args:
+        y: (B, C, H, W), rows of a map with HALO more on either side where the map has them.
+        low, high: from inlier_range.
+        stride: pixels of the image per cell of y.
+    """
+    inliers = (y > low) & (y < high)
+    inliers = _dilate(inliers, _odd(math.ceil(3 / stride), down=True))
+    return ~_dilate(~inliers, _odd(math.ceil(5 / stride), down=False))
+
+
+def _odd(width: int, down: bool) -> int:
+    return width if width % 2 else width + (-1 if down else 1)
+
+
+def _dilate(mask: Tensor, width: int) -> Tensor:
+    """True where any value of a window of so many rows and columns is."""
+    for axis in (2, 3):
+        out, size = mask.clone(), mask.shape[axis]
+        for shift in range(1, min(width // 2, size - 1) + 1):
+            rest = size - shift
+            out.narrow(axis, shift, rest).logical_or_(mask.narrow(axis, 0, rest))
+            out.narrow(axis, 0, rest).logical_or_(mask.narrow(axis, shift, rest))
+        mask = out
+    return mask
+
 
 NORM_TYPES = ("default", "shared", "batch", "channel", "channel_detached", "own")
 

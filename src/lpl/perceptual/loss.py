@@ -18,15 +18,12 @@ from torch.amp import autocast, is_autocast_available
 from torch.nn.functional import interpolate
 
 from lpl.diffusion.latent_space import LatentSpace
-from lpl.perceptual.crop import Crop
 from lpl.perceptual.decoders import decoder_taps
 from lpl.perceptual.defaults import NORM_TYPE
 from lpl.perceptual.distance import NORM_TYPES, FeatureDistance, batch_scale
-from lpl.perceptual.forward_gradient import WithGradient
 from lpl.perceptual.input_checks import check_mask, check_mask_values, given
-from lpl.perceptual.random_depth import reach_probabilities
-from lpl.perceptual.segment import Segment
-from lpl.perceptual.sweep import compare, see_target
+from lpl.perceptual.subsampling import Crop, reach_probabilities
+from lpl.perceptual.sweep import Segment, WithGradient, compare, see_target
 
 logger = logging.getLogger(__name__)
 

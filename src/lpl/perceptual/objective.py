@@ -1,15 +1,10 @@
-"""LPL as a term of a training loss: gate, scale, reduction, weight and gradient meter, for any loop.
+"""What an objective gives for a micro-batch: LPL, weighted, and what is logged of it."""
 
-    total = L_diffusion + lpl_weight * sum_i gate_i * scale_i * L_i / (B * p_gate)
-
-Source: Berrada et al., ICLR 2025. Differs from the paper: it averages over all samples, zeros included, so its weight
-is lpl_weight / p_gate. Differs from the diffusers project: that divides by the gated samples of each micro-batch
-(lpl_reduction="gated"), which makes the weight depend on the batch size.
-"""
+from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +19,7 @@ from lpl.diffusion.prediction import (
     signal_to_noise,
     x0_from_output,
 )
-from lpl.perceptual.auto_weight import AutoWeight
+from lpl.perceptual.auto_weight import AutoWeight, count_zero_gradients, gradient_of, zero_gradient
 from lpl.perceptual.defaults import TARGET_SHARE
 from lpl.perceptual.gate import Gate, snr_scale
 from lpl.perceptual.input_checks import (
@@ -38,10 +33,49 @@ from lpl.perceptual.input_checks import (
     diffusion_gradient,
     per_sample,
 )
-from lpl.perceptual.loss import LatentPerceptualLoss
-from lpl.perceptual.random_depth import depth_of
-from lpl.perceptual.term import PerceptualTerm, describe
-from lpl.perceptual.zero_gradient import count_zero_gradients, gradient_of
+from lpl.perceptual.loss import LatentPerceptualLoss, LPLOutput
+from lpl.perceptual.subsampling import depth_of
+
+
+class PerceptualTerm(NamedTuple):
+    """LPL of one micro-batch."""
+
+    loss: Tensor
+    """Scalar, weighted: add it to the diffusion loss. An exact 0 without graph where no sample passed the gate."""
+    metrics: dict[str, Tensor | float]
+    """Scalars on the device, detached: reading one synchronises, keeping it does not. See read()."""
+    num_samples: int
+    """Samples that went through the decoder."""
+
+    def read(self) -> dict[str, float]:
+        """The metrics as numbers, for where they are logged. Synchronises.
+
+        Raises:
+            RuntimeError: LPL's gradient is exactly 0 for every gated sample that has a weight, a mask and a value
+                that are not: it trains nothing.
+        """
+        numbers = {name: float(value) for name, value in self.metrics.items()}
+        if fault := zero_gradient(numbers):
+            raise RuntimeError(fault)
+        return numbers
+
+
+def describe(out: LPLOutput, snr: Tensor) -> dict[str, Tensor | float]:
+    """Metrics of the samples that went through the decoder, under the diffusers project's names; snr: (B,)."""
+    metrics: dict[str, Tensor | float] = {
+        "lpl/loss": out.per_sample.detach().mean(),
+        "lpl/snr_mean": snr.mean(),
+        "lpl/snr_min": snr.min(),
+        "lpl/snr_max": snr.max(),
+    }
+    for i, tap in enumerate(out.per_layer):
+        prefix = f"lpl/features/layer_{i}"
+        metrics[f"{prefix}/distance"] = out.per_layer[tap].mean()
+        metrics[f"{prefix}/outlier_ratio"] = out.outlier_fraction[tap].mean()
+        metrics[f"{prefix}/mean"] = out.feature_mean[tap].mean()
+        metrics[f"{prefix}/std"] = out.feature_std[tap].mean()
+    return metrics
+
 
 logger = logging.getLogger(__name__)
 

@@ -1,19 +1,109 @@
-"""Two latents through the decoder, the distances at its taps, and the gradient: by hand, without autograd.
+"""A value whose gradient is known already."""
 
-The target goes through first and leaves a boundary per tap (see segment.py) and a few statistics. The prediction
-follows and keeps what its backward pass needs. From the last tap back, each step makes the target's map again from its
-boundary, strip by strip, adds the tap's gradient, and runs backward to the tap before. So no two taps' maps of both
-branches exist at a time, and each distance is computed once, together with its gradient.
-"""
+from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from lpl.perceptual.convolution import Operation, Upsampling
 from lpl.perceptual.distance import FeatureDistance, TargetStatistics, batch_scale
-from lpl.perceptual.segment import Segment
+from lpl.perceptual.frozen import Identity
+
+
+class WithGradient(torch.autograd.Function):
+    """values (B,) with dvalues_i/dx_i = gradient_i for x and gradient (B, C, h, w): one opaque operation for autograd.
+
+    Nothing but the gradient is kept for the backward pass. Differentiable once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, values: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return values.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return grad_output.view(-1, *[1] * (gradient.dim() - 1)) * gradient, None, None
+
+
+class Segment:
+    """From one tap to the next: the upsampling that makes the earlier tap's map, then operations up to the next one.
+
+    A tap's map may be the output of an upsampling, four times the size of its input. What is handed from segment to
+    segment (a "boundary") is that input: it is what is worth keeping, and the map is made again where it is needed.
+
+    Args:
+        head: from the boundary to the tap's map.
+        operations: from there to the next boundary.
+    """
+
+    def __init__(self, head: Identity | Upsampling, operations: Sequence[Operation]) -> None:
+        self.head, self.operations = head, operations
+
+    def open(self, boundary: Tensor) -> Tensor:
+        """The earlier tap's map."""
+        return self.head.forward(boundary, keep=False)[0]
+
+    def run(self, x: Tensor) -> Tensor:
+        """The next boundary, from the earlier tap's map; keeps nothing."""
+        for operation in self.operations:
+            x, _ = operation.forward(x, keep=False)
+        return x
+
+    def run_and_keep(self, boundary: Tensor, checkpoint: str) -> tuple[Tensor, list[Any]]:
+        """The next boundary, and what `backward` needs.
+
+        Args:
+            checkpoint: "none" keeps what the operations need; "segment" keeps the boundary alone and runs forward once
+                more in backward; "operation" keeps the input of every operation, to do the same one at a time.
+        """
+        if checkpoint == "segment":
+            return self.run(self.open(boundary)), [boundary]
+        x = self.open(boundary)
+        saved: list[Any] = [x] if checkpoint == "none" else []
+        for operation in self.operations:
+            if checkpoint == "operation":
+                saved.append(x if saved else boundary)
+                x, _ = operation.forward(x, keep=False)
+            else:
+                x, kept = operation.forward(x, keep=True)
+                saved.append(kept)
+        return x, saved
+
+    def backward(self, saved: list[Any], grads: list[Tensor], checkpoint: str) -> tuple[Tensor, Tensor]:
+        """The map of the earlier tap, and the gradient with respect to it.
+
+        Args:
+            saved: from run_and_keep; emptied.
+            grads: the gradient with respect to the next boundary, alone in a list that is emptied, so that it is freed
+                on the way.
+            checkpoint: as there.
+        """
+        grad, remaining = grads.pop(), self.operations
+        if checkpoint == "operation":
+            for operation in reversed(self.operations[1:]):
+                kept = operation.forward(saved.pop(), keep=True)[1]
+                grad = operation.backward(kept, grad)
+            remaining = self.operations[:1]
+        if checkpoint == "none":
+            x = saved[0]
+        else:
+            x = self.open(saved.pop())
+            saved, y = [x], x
+            for operation in remaining:
+                y, kept = operation.forward(y, keep=True)
+                saved.append(kept)
+            del y
+        for operation in reversed(remaining):
+            grad = operation.backward(saved.pop(), grad)
+        saved.clear()
+        return x, grad
 
 
 class Comparison(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.resources import files
 
-from lpl.errors import UserError
+from lpl.base.errors import UserError
 
 
 def presets() -> list[str]:

@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
-from lpl.report.marks import Chart, Line
-from lpl.report.plots import line_chart
+from lpl.report.plots import Chart, Line, line_chart
 from lpl.report.run_folder import RunFolder, seconds_at, training_clock
 from lpl.report.sources import Group
 

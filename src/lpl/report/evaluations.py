@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lpl.comparison.statistics import mean, t_interval
-from lpl.comparison.yardsticks import SAMPLES
+from lpl.evaluation.comparing import SAMPLES
+from lpl.evaluation.intervals import mean, t_interval
 from lpl.report.findings import metric_name
-from lpl.report.marks import Chart, Line, Row, Table
-from lpl.report.plots import interval_chart, line_chart
+from lpl.report.plots import Chart, Line, Row, Table, interval_chart, line_chart
 from lpl.report.sources import Group, Result, shortest_ends
 
 

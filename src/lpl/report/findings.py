@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lpl.report.marks import Chart, Line, Row
-from lpl.report.plots import interval_chart, line_chart
+from lpl.config.points import plain
+from lpl.evaluation.comparing import DIFFERENCES
+from lpl.report.plots import Chart, Line, Row, interval_chart, line_chart
 from lpl.report.scales import short
 from lpl.report.sources import Group, Result
 
@@ -112,3 +113,216 @@ def _layer_line(layer: dict[str, Any], key: str, slot: str, factor: float) -> Li
     bins = layer["bins"]
     x = [(b["t_low"] + b["t_high"]) / 2 for b in bins]
     return Line(str(layer["tap"]), slot, x, [None if b[key] is None else factor * b[key] for b in bins])
+
+
+OUTCOMES = ("better", "worse", "below", "none", "unknown")
+"""Of a figure; "below": a difference smaller than the noise."""
+
+TONES = {"helps": "good", "harms": "bad", "mixed": "mixed"}
+"""How an arm is coloured, by the outcome of its sentence."""
+
+
+def shown_entries(content: dict[str, Any], final: str | None) -> list[dict[str, Any]]:
+    """The paired figures that the page draws: of validation, those of the weights that the results are made of.
+
+    Args:
+        content: of compare.json.
+        final: "raw" or "ema"; None: not known, all are shown.
+    """
+    paired: list[dict[str, Any]] = content.get("paired", [])
+    kept = [e for e in paired if not e["metric"].startswith("validation/") or e["metric"].split("/")[1] == final]
+    return paired if final is None else kept
+
+
+def verdicts(
+    content: dict[str, Any], paired: Sequence[dict[str, Any]], arms: Mapping[str, Group]
+) -> list[dict[str, Any]]:
+    """For each arm against the baseline: a headline, the figures behind it and the options.
+
+    Args:
+        content: of compare.json.
+        paired: its figures that count.
+        arms: by their names in compare.json.
+    """
+    found, told = [], {entry["arm"]: entry["outcome"] for entry in content.get("verdicts", [])}
+    for arm in content.get("arms", []):
+        own = [entry for entry in paired if entry["arm"] == arm["name"]]
+        if arm.get("baseline") or not own:
+            continue
+        repeats = bool(arm.get("repeats"))
+        overrides = ", ".join(f"{name} {value}" for name, value in arm.get("overrides", {}).items())
+        group = arms[arm["name"]]
+        headlines, details = [], []
+        for abscissa, at in ABSCISSAE.items():
+            entries = [entry for entry in own if entry["abscissa"] == abscissa]
+            if entries:
+                alone = all(entry["metric"].startswith("validation/") for entry in entries)
+                where = f"Validation {at}" if alone else f"{at[0].upper()}{at[1:]}"
+                headlines.append(f"{where}: {headline(entries, repeats)}")
+                details += _details(entries, at, repeats)
+        found.append(
+            {
+                "arm": group.name,
+                "slot": group.slot,
+                "unpaired": arm.get("unpaired"),
+                "overrides": "nothing is changed: a repeat of the baseline" if repeats else overrides,
+                "tone": "" if repeats else TONES.get(told[arm["name"]], "") if arm["name"] in told else tone(own),
+                "headlines": headlines,
+                "details": details,
+            }
+        )
+    return found
+
+
+def outcome_of(entry: dict[str, Any]) -> str:
+    """One of OUTCOMES."""
+    outcome, noise = str(entry.get("outcome")), entry.get("noise")
+    within = noise is not None and abs(entry["difference"]) < noise
+    return "below" if outcome in ("better", "worse") and within else outcome
+
+
+def tone(entries: Sequence[dict[str, Any]]) -> str:
+    """ "good", "bad", "mixed" or nothing, from all outcomes of an arm that are beyond the noise."""
+    found = {outcome_of(entry) for entry in entries}
+    if {"better", "worse"} <= found:
+        return "mixed"
+    return "good" if "better" in found else "bad" if "worse" in found else ""
+
+
+def headline(entries: Sequence[dict[str, Any]], repeats: bool = False) -> str:
+    """The outcomes of an arm's figures at one abscissa, counted.
+
+    Args:
+        entries: of compare.json's "paired".
+        repeats: the arm has the options of the baseline.
+    """
+    outcomes = [outcome_of(entry) for entry in entries]
+    number = {outcome: outcomes.count(outcome) for outcome in OUTCOMES}
+    if number["unknown"] == len(entries):
+        one = all(entry.get("seeds", 1) == 1 for entry in entries)
+        return "one seed, so no interval and no verdict" if one else "no interval is known, so no verdict"
+    if number["none"] == len(entries):
+        return "no measurable difference"
+    of = f"of {len(entries)} figure{'s' if len(entries) > 1 else ''}"
+    if repeats:
+        other = number["better"] + number["worse"] + number["below"]
+        parts = [f"another in {other} {of}, by rounding alone"] if other else []
+    else:
+        parts = [f"{key} in {number[key]} {of}" for key in ("better", "worse") if number[key]]
+        if number["below"]:
+            parts.append(f"{number['below']} {of} differ{'s' * (number['below'] == 1)} by less than {_noise(entries)}")
+    if number["none"]:
+        parts.append(f"no measurable difference in {number['none']}")
+    if number["unknown"]:
+        parts.append(f"no verdict in {number['unknown']}")
+    return ", ".join(parts)
+
+
+def _noise(entries: Sequence[dict[str, Any]]) -> str:
+    """What differences are below, in words."""
+    sources = dict.fromkeys(e.get("noise_from") or "seeds" for e in entries if outcome_of(e) == "below")
+    return " or ".join(NOISE_FROM[source] for source in sources)
+
+
+def _details(entries: Sequence[dict[str, Any]], at: str, repeats: bool) -> list[str]:
+    """The figures that differ, a line for each outcome."""
+    told: dict[tuple[str, ...], str] = {("better",): "Better", ("worse",): "Worse", ("below",): "Within the noise"}
+    if repeats:
+        told = {("better", "worse", "below"): "Another"}
+    return [f"{words} {at}: {text}" for outcomes, words in told.items() if (text := _listed(entries, outcomes))]
+
+
+def _listed(entries: Sequence[dict[str, Any]], outcomes: Sequence[str]) -> str:
+    told = []
+    for e in entries:
+        if outcome_of(e) in outcomes:
+            size = 100 * e["difference"] / abs(e["baseline"]) if e.get("baseline") else None
+            told.append(metric_name(e["metric"]) + ("" if size is None else f" {signed(size, 2)} %"))
+    return "; ".join(told)
+
+
+AT = {"steps": "equal steps", "seconds": "equal time"}
+NOISE = {"repeat": "of the repeat", "seeds": "between seeds"}
+
+
+def result_table(content: dict[str, Any]) -> str:
+    """Every metric by arm as text: differences to the baseline, intervals, noise and verdicts.
+
+    Args:
+        content: of compare.json.
+    """
+    lines = []
+    for arm in content["arms"]:
+        runs = arm["runs"]
+        what = ", ".join(f"{name} {value}" for name, value in arm["overrides"].items()) or "as given"
+        told = " (baseline)" if arm["baseline"] else ""
+        timed = f"{sum(run['seconds'] for run in runs) / len(runs):.1f} s of training each" if runs else "none finished"
+        lines.append(f"{arm['name']}{told}: {what}; {len(runs)} runs, {timed}")
+    unpaired = {arm["name"]: arm["unpaired"] for arm in content["arms"]}
+    for arm_name in dict.fromkeys(entry["arm"] for entry in content["paired"]):
+        paired = "paired by seed" if unpaired[arm_name] is None else f"not paired ({unpaired[arm_name]})"
+        lines += ["", f"{arm_name} against the baseline, {paired}:"]
+        header = ["metric", "at", "baseline", "difference", "95 % (t)", "95 % (bootstrap)", "noise", "verdict"]
+        lines += _columns([header, *(_row(e) for e in content["paired"] if e["arm"] == arm_name)])
+    for arm_name in dict.fromkeys(entry["arm"] for entry in content["at_best"]):
+        own = [entry for entry in content["at_best"] if entry["arm"] == arm_name]
+        several = any(len(entry["scales"]) > 1 for entry in own)
+        chosen = f", each at its own best guidance, chosen on the {_chosen_on(own[0])}" if several else ""
+        lines += ["", f"samples of {arm_name} against the baseline's{chosen}:"]
+        header = ["steps", "guidance", "Fréchet, ratio", "95 % (t)", "precision", "recall", "high-band error"]
+        lines += _columns([header, *map(_best_row, own)])
+    if content["notes"]:
+        lines += ["", "to be known:", *(f"  {line}" for line in content["notes"])]
+    if content["refused"]:
+        lines += ["", "left out:", *(f"  {line}" for line in content["refused"])]
+    if by_chance := chance_line(content["paired"]):
+        lines += ["", by_chance]
+    return "\n".join(lines)
+
+
+def chance_line(paired: Sequence[dict[str, Any]]) -> str:
+    """How many verdicts would find a difference where there is none: one in 20, as intervals are of 95 %.
+
+    Args:
+        paired: of compare.json; nothing is said where none has a verdict.
+    """
+    compared = sum(entry.get("outcome", "unknown") != "unknown" for entry in paired)
+    told = "1 verdict" if compared == 1 else f"{compared} verdicts"
+    return f"of {told}, about {compared / 20:.3g} would find a difference by chance alone" if compared else ""
+
+
+def _row(entry: dict[str, Any]) -> list[str]:
+    ends = [
+        "-" if interval is None else f"[{interval[0]:+.3g}, {interval[1]:+.3g}]"
+        for interval in (entry["interval"], entry["bootstrap"])
+    ]
+    noise = "-" if entry["noise"] is None else f"{entry['noise']:.3g} {NOISE[entry['noise_from']]}"
+    first = [entry["metric"], AT[entry["abscissa"]], f"{entry['baseline']:.5g}", f"{entry['difference']:+.3g}"]
+    return [*first, *ends, noise, entry["verdict"]]
+
+
+def _chosen_on(entry: dict[str, Any]) -> str:
+    return "other seeds" if entry["chosen_on"] == "other seeds" else "only seed itself"
+
+
+def _best_row(entry: dict[str, Any]) -> list[str]:
+    frechet = entry.get("frechet")
+    ends = None if frechet is None else frechet["interval"]
+    shown = [
+        "-" if frechet is None else f"{frechet['ratio']:.3f}",
+        "-" if ends is None else f"[{ends[0]:.3f}, {ends[1]:.3f}]",
+        *(f"{entry[name]['difference']:+.3g}" if name in entry else "-" for name in DIFFERENCES),
+    ]
+    return [str(entry["sampling_steps"]), best_scales(entry), *shown]
+
+
+def best_scales(entry: dict[str, Any]) -> str:
+    """The guidance of an entry of "at_best", of the baseline and of the arm."""
+    sides = [sorted(set(entry[side]) - {None}) for side in ("baseline_guidance", "guidance")]
+    return " → ".join("/".join(map(plain, side)) or "its own" for side in sides)
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
+    return ["  " + "  ".join(row).rstrip() for row in padded]

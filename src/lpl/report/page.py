@@ -10,16 +10,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from lpl import __version__
+from lpl.base.errors import UserError
+from lpl.base.files import write_atomically
 from lpl.base.terminal import printable
-from lpl.comparison.table import NOISE, chance_line
-from lpl.data.files import write_atomically
-from lpl.errors import UserError
-from lpl.report.cards import TONES, shown_entries, verdicts
+from lpl.config.commands import ReportConfig
 from lpl.report.curves import loss_charts, share_charts
 from lpl.report.evaluations import evaluation_table, metric_charts, refused_figures, spectrum_charts
-from lpl.report.findings import paired_charts
-from lpl.report.gallery import build_gallery
-from lpl.report.options import ReportConfig
+from lpl.report.findings import NOISE, TONES, chance_line, paired_charts, shown_entries, verdicts
+from lpl.report.pictures import build_gallery
 from lpl.report.points import point_charts, point_tables
 from lpl.report.sources import Group, Inputs, Result, read_inputs
 from lpl.report.words import checks, configuration, overview, tiles, title, versions
@@ -129,7 +127,7 @@ def _shown(value: Any) -> Any:
 
 
 def _environment() -> Environment:
-    from lpl.analysis.check.options import WALK_TOLERANCE
+    from lpl.config.commands import WALK_TOLERANCE
     from lpl.report.findings import ABSCISSAE, metric_name, signed
     from lpl.report.scales import short
 

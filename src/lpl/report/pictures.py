@@ -1,18 +1,99 @@
-"""The pictures of the page, in rows by prompt and seed and in columns by what made them."""
+"""Pictures as data URIs, sized so that all of them together stay within the page's budget."""
 
 from __future__ import annotations
 
+import base64
+import io
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
 
-from lpl.data.bad_image import BadImageError
+from lpl.data.bad_files import BadImageError
 from lpl.data.decode import decode_image
-from lpl.data.picture_cells import Cell, read_cells
+from lpl.data.sheets import Cell, read_cells
 from lpl.report.run_folder import RunFolder, inside
 from lpl.report.sources import Group, Inputs, Result
+
+TRIES = ((1024, 88), (768, 86), (640, 84), (512, 82), (384, 80), (256, 78), (160, 70))
+"""(longest side in pixels, WebP quality), tried until all fit."""
+LOSSLESS_BELOW = 128 * 128 + 1
+"""Pixels; small pictures are kept exactly."""
+SHEET = 2
+"""A whole sheet may be so many times larger than a single picture."""
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A picture within the page."""
+
+    uri: str
+    width: int
+    height: int
+    """In pixels, as embedded."""
+    original: tuple[int, int]
+    """Its size in the file."""
+
+
+def embed_all(pictures: Sequence[Picture], budget: int) -> tuple[list[Embedded | None], list[str]]:
+    """Encodes all pictures at the largest size at which they fit the budget.
+
+    Args:
+        pictures: to encode.
+        budget: bytes of all data URIs together.
+
+    Returns:
+        Each picture (None: it cannot be read), and lines on what was left out or made smaller.
+    """
+    read: list[Image.Image | None] = []
+    notes = []
+    for picture in pictures:
+        try:
+            read.append(picture.read())
+        except (OSError, BadImageError) as error:
+            read.append(None)
+            if (note := f"{picture.file}: cannot be shown ({error})") not in notes:
+                notes.append(note)
+    for side, quality in TRIES:
+        found = _encode_all(read, [p.box is None for p in pictures], side, quality, budget)
+        if found is not None:
+            smaller = sum(e is not None and (e.width, e.height) != e.original for e in found)
+            if smaller:
+                notes.append(f"{smaller} pictures are shown smaller than they are, at most {side} pixels a side")
+            return found, notes
+    notes.append(f"{len(pictures)} pictures are left out: they do not fit the page's size (--max_megabytes)")
+    return [None] * len(pictures), notes
+
+
+def _encode_all(
+    pictures: Sequence[Image.Image | None], whole: Sequence[bool], side: int, quality: int, budget: int
+) -> list[Embedded | None] | None:
+    found: list[Embedded | None] = []
+    for picture, is_whole in zip(pictures, whole, strict=True):
+        encoded = None if picture is None else encode(picture, side * (SHEET if is_whole else 1), quality)
+        budget -= 0 if encoded is None else len(encoded.uri)
+        if budget < 0:
+            return None
+        found.append(encoded)
+    return found
+
+
+def encode(picture: Image.Image, side: int, quality: int) -> Embedded:
+    """One picture as WebP, at most side pixels wide and high; small ones without loss."""
+    original = picture.size
+    if max(original) > side:
+        picture = picture.copy()
+        picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+    content = io.BytesIO()
+    if picture.width * picture.height < LOSSLESS_BELOW:
+        picture.save(content, "WEBP", lossless=True)
+    else:
+        picture.save(content, "WEBP", quality=quality, method=4)
+    uri = "data:image/webp;base64," + base64.b64encode(content.getvalue()).decode()
+    return Embedded(uri, picture.width, picture.height, original)
+
 
 SHEETS = "samples"
 MOST_ROWS = 16
@@ -165,3 +246,126 @@ def _add_eval(table: Pictures, group: Group, result: Result) -> None:
             gone += 1
     if gone:
         table.notes.append(f"{result.file}: {gone} of its {len(images)} images are gone from {root}")
+
+
+LONG = 10**7
+"""Seeds from here on were drawn, not given."""
+SMALL = 160
+"""Pictures up to so many pixels wide are shown enlarged, pixel by pixel."""
+
+
+@dataclass
+class Place:
+    """A place in the grid."""
+
+    column: int
+    image: Embedded
+    alt: str
+
+    @property
+    def small(self) -> bool:
+        """Whether it is shown pixel by pixel."""
+        return self.image.width <= SMALL
+
+
+@dataclass
+class GalleryRow:
+    """A prompt and seed."""
+
+    title: str
+    cells: list[Place]
+
+
+@dataclass
+class Gallery:
+    """What the section of pictures shows."""
+
+    columns: list[str] = field(default_factory=list)
+    rows: list[GalleryRow] = field(default_factory=list)
+    left: int = 0
+    """Column that the slider's left half shows at first."""
+    right: int = 0
+    slides: bool = False
+    """Whether any row has two pictures to slide between."""
+    of_checks: list[tuple[str, Embedded]] = field(default_factory=list)
+    """What lpl check drew, with captions."""
+    notes: list[str] = field(default_factory=list)
+
+
+def build_gallery(inputs: Inputs, budget: int) -> Gallery:
+    """Gathers and embeds the pictures.
+
+    Args:
+        inputs: of the page.
+        budget: bytes for all of them.
+    """
+    table = gather_pictures(inputs)
+    places = [(key, column) for key, row in table.rows.items() for column in row]
+    pictures = [table.rows[key][column] for key, column in places]
+    drawn, missing = _check_pictures(inputs)
+    embedded, notes = embed_all([*pictures, *(picture for _, picture in drawn)], budget)
+    found = dict(zip(places, embedded, strict=False))
+    gallery = Gallery(list(table.columns), notes=[*table.notes, *missing, *notes])
+    for key, row in table.rows.items():
+        title = _title(key, list(table.rows))
+        cells = [
+            Place(i, image, f"{title}: {column}")
+            for i, column in enumerate(table.columns)
+            if column in row and (image := found[key, column]) is not None
+        ]
+        if cells:
+            gallery.rows.append(GalleryRow(title, cells))
+    for (caption, _), image in zip(drawn, embedded[len(places) :], strict=True):
+        if image is not None:
+            gallery.of_checks.append((caption, image))
+    gallery.slides = any(len(row.cells) > 1 for row in gallery.rows)
+    gallery.left, gallery.right = _ends(gallery, inputs)
+    return gallery
+
+
+def _title(key: Key, keys: list[Key]) -> str:
+    """The prompt, with the seed; a drawn seed is too long to read, so such images are numbered."""
+    name = key.prompt or "(empty prompt)"
+    if key.number is not None:
+        return f"{name} · sample {key.number}" + ("" if key.seed is None else f", seed {key.seed}")
+    if key.seed is None:
+        return name
+    if key.seed < LONG:
+        return f"{name} · seed {key.seed}"
+    number = [other for other in keys if other.prompt == key.prompt].index(key) + 1
+    return f"{name} · image {number}"
+
+
+def _check_pictures(inputs: Inputs) -> tuple[list[tuple[str, Picture]], list[str]]:
+    """Captions and pictures that the checks name, and lines on those that are gone."""
+    here, lost = [], []
+    for check in inputs.checks:
+        content, folder = check.content, check.file.parent
+        named = [
+            ("What the VAE loses: real images, and decoded again", content.get("reconstruction") or {}),
+            ("The model's estimates, by noise level", content.get("estimates") or {}),
+            *((f"{drawn['tap']}, timestep {drawn['t']}", drawn) for drawn in content.get("maps") or []),
+        ]
+        for caption, drawn in named:
+            if name := drawn.get("file"):
+                file = inside(folder, name)
+                if file is not None and file.is_file():
+                    here.append((caption, Picture(file)))
+                else:
+                    lost.append(f"{folder / name}: the picture is gone")
+    return here, lost
+
+
+def _ends(gallery: Gallery, inputs: Inputs) -> tuple[int, int]:
+    """The baseline against the next arm of its comparison; for a run alone, before against after."""
+    for baseline in (group for group in inputs.groups if group.baseline and group.name in gallery.columns):
+        arms = [g.name for g in inputs.groups if g.comparison == baseline.comparison and g is not baseline]
+        shown = [i for i, name in enumerate(gallery.columns) if name in arms]
+        if shown:
+            return gallery.columns.index(baseline.name), shown[0]
+    others = [i for i, name in enumerate(gallery.columns) if name != "real"]
+    after = [i for i in others if not gallery.columns[i].startswith(BEFORE)]
+    before = [i for i in others if i not in after]
+    if before and after:
+        return before[0], after[0]
+    return (others[0], others[-1]) if others else (0, 0)

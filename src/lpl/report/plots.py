@@ -1,19 +1,77 @@
-"""Plots as inline SVG: lines over an axis, and values with intervals. Colours and fonts come from the page's CSS.
-
-matplotlib's SVG is ten times as large, has its colours fixed and its letters as outlines; this follows the reader's
-colour scheme, and its text is text.
-"""
+"""What plots are made of, lines and rows of values, and what becomes of them; and tables."""
 
 from __future__ import annotations
 
 import html
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import count
+from typing import NamedTuple
 
 from lpl.base.terminal import printable
-from lpl.report.marks import Chart, Line, Row
 from lpl.report.scales import Scale, scale_for, short
+
+
+class Line(NamedTuple):
+    """A line of a plot."""
+
+    label: str
+    slot: str
+    """Its colour and dashes: "1".."8", "ink", "floor"."""
+    x: Sequence[float]
+    y: Sequence[float | None]
+    """None: nothing was measured there."""
+    low: Sequence[float | None] | None = None
+    """With high: the edges of a band around the line."""
+    high: Sequence[float | None] | None = None
+    best: float | None = None
+    """Where its best point is, to be marked."""
+
+
+class Row(NamedTuple):
+    """A value with its interval."""
+
+    label: str
+    slot: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+    text: str = ""
+    """What stands beside the label; empty: the numbers."""
+    points: Sequence[float] = ()
+    """Single values behind it."""
+    noise: float | None = None
+    noise_is: str = "what another seed alone changes"
+    """Half the width of a band around the zero line: what chance alone does; and that in words."""
+    mark: float | None = None
+    mark_is: str = "the VAE's own floor"
+    """A place to set against; and that in words."""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A plot with its legend, text alternative and numbers."""
+
+    title: str
+    note: str
+    svg: str
+    legend: list[tuple[str, str]]
+    """(label, slot)."""
+    header: list[str]
+    rows: list[list[str]]
+    thinned: str = ""
+    """What the table leaves out."""
+    key: list[tuple[str, str]] = field(default_factory=list)
+    """(class, text) of marks that are no line."""
+
+
+class Table(NamedTuple):
+    """A table of text."""
+
+    header: list[str]
+    rows: list[list[str]]
+
 
 WIDTH, HEIGHT = 440, 270
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 24, 42

@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from lpl.comparison.points import DIFFERENCES, rows_of
-from lpl.comparison.statistics import mean, t_interval
-from lpl.comparison.table import best_scales
-from lpl.comparison.yardsticks import SAMPLES
-from lpl.evaluation.points import frechet_of, plain
+from lpl.config.points import frechet_of, plain
+from lpl.evaluation.comparing import DIFFERENCES, SAMPLES, rows_of
+from lpl.evaluation.intervals import mean, t_interval
 from lpl.report.evaluations import Setting, by_setting, told_apart
-from lpl.report.findings import signed
-from lpl.report.marks import Chart, Line, Table
-from lpl.report.plots import line_chart
+from lpl.report.findings import best_scales, signed
+from lpl.report.plots import Chart, Line, Table, line_chart
 from lpl.report.scales import short
 from lpl.report.sources import Group, Inputs, Result
 

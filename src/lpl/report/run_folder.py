@@ -7,10 +7,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from lpl.base.errors import UserError
+from lpl.base.written_files import VALIDATION, read_finished, read_validated
 from lpl.config import TrainConfig
-from lpl.config_io import CONFIG_FILE, is_config_of_run, read_record
-from lpl.errors import UserError
-from lpl.written_files import VALIDATION, read_finished, read_validated
+from lpl.config.files import CONFIG_FILE, is_config_of_run, read_record
 
 RATE = "samples_per_second"
 

@@ -8,8 +8,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from lpl import written_files
-from lpl.errors import UserError
+from lpl.base import written_files
+from lpl.base.errors import UserError
 from lpl.report.run_folder import RunFolder, inside, is_run, read_run
 
 KINDS = {"eval": "eval.json", "check": "check.json", "compare": "compare.json"}

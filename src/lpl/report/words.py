@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from lpl.config import TrainConfig
 from lpl.report.curves import NAMES, final_kind, rows_of
 from lpl.report.findings import signed
-from lpl.report.marks import Table
+from lpl.report.plots import Table
 from lpl.report.run_folder import training_clock
 from lpl.report.scales import short
 from lpl.report.sources import Group, Inputs

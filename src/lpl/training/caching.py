@@ -10,8 +10,7 @@ import torch
 from lpl.base.output_folder import Names, OutputFolder
 from lpl.config import TrainConfig
 from lpl.data.bad_files import FILE, is_list
-from lpl.data.folders import cache_dir
-from lpl.data.lock import in_use
+from lpl.data.lock import cache_dir, in_use
 from lpl.data.prepare import Processes, prepare_data
 from lpl.data.sources import open_regularisation, open_source, open_validation
 from lpl.families import load_family

@@ -22,16 +22,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lpl.base.json_files import read_object
-from lpl.base.shapes import ANY, REST, TEXT, WHOLE, Shape, require_shape, whole
-from lpl.errors import TrainingStoppedError, UserError
-from lpl.training.ema import Average
-from lpl.training.manifest import FILE as MANIFEST
-from lpl.training.manifest import damage, sync, unlisted, write_manifest
-from lpl.training.optimizer_state import join_optimizer, load_optimizer, split_optimizer
+from lpl.base.errors import TrainingStoppedError, UserError
+from lpl.base.files import sync_file as sync
+from lpl.base.json_files import ANY, REST, TEXT, WHOLE, Shape, read_object, require_shape, whole
+from lpl.training.manifest import MANIFEST, RESULT, damage, unlisted, write_manifest
 from lpl.training.optimizers import bare, label
-from lpl.training.output import RESULT
-from lpl.training.sharded import gathered, joined, local, put, split
+from lpl.training.sharded import gathered, join_optimizer, joined, load_optimizer, local, put, split, split_optimizer
+from lpl.training.weights import Average
 
 logger = logging.getLogger("lpl")
 

@@ -1,4 +1,4 @@
-"""What a run is built from: accelerate's engine and the LPL term."""
+"""A LoRA or DoRA on the denoiser, through peft."""
 
 from __future__ import annotations
 
@@ -6,22 +6,102 @@ import importlib.util
 import logging
 import os
 import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from peft import LoraConfig
 
-from lpl.config import TrainConfig
-from lpl.errors import UserError
+from lpl.base.errors import UserError
+from lpl.config import ModelConfig, TrainConfig
+from lpl.data.dataset import Batch, TrainingData
+from lpl.data.sampler import BatchOrder, share
+from lpl.diffusion.draws import keyed_seed, strata
 from lpl.perceptual.loss import LatentPerceptualLoss
 from lpl.perceptual.objective import PerceptualObjective
-from lpl.training.optimizers import check_class, check_steps
+from lpl.training.checks import check_processes
+from lpl.training.optim import check_steps
+from lpl.training.optimizers import check_class
 from lpl.training.sharded import set_precision
-from lpl.training.small_cards import check_processes
 from lpl.training.step import timestep_weights
+
+
+def add_lora(denoiser: Any, options: ModelConfig, targets: Mapping[str, tuple[str, ...]], seed: int) -> None:
+    """Freezes the denoiser and adds a trainable float32 adapter to the layers of --lora_targets.
+
+    LoRA (Hu et al., 2021, eq. 3): W + (alpha / rank) B A, with B = 0 at the start, so that nothing changes, and A
+    normal with standard deviation 1 / rank (peft's "gaussian"; the paper says only: normal). A is drawn from the seed,
+    on the CPU, whatever the device. With --use_dora (Liu et al., 2024, eq. 5): m V / |V|, V = W + (alpha / rank) B A,
+    |V| being the norm of each output's weights, without gradient; m is trained too and starts as |W|.
+
+    Args:
+        denoiser: a diffusers model.
+        options: rank, lora_alpha (None: the rank), lora_dropout (of the adapter's input), lora_targets and use_dora.
+        targets: names of layers by --lora_targets, matched at the end of a module's name.
+        seed: of the run.
+    """
+    assert options.rank is not None
+    denoiser.requires_grad_(False)
+    config = LoraConfig(
+        r=options.rank,
+        lora_alpha=options.alpha,
+        lora_dropout=options.lora_dropout,
+        use_dora=options.use_dora,
+        init_lora_weights="gaussian",
+        target_modules=list(targets[options.lora_targets]),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(keyed_seed(seed, "lora"))
+        denoiser.add_adapter(config)
+    for parameter in denoiser.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+T = TypeVar("T")
+
+
+class Batches:
+    """The micro-batches of a run.
+
+    Args:
+        config: the run's.
+        data: its samples.
+        accelerator: the engine.
+    """
+
+    def __init__(self, config: TrainConfig, data: TrainingData, accelerator: Accelerator) -> None:
+        run, processes = config.run, accelerator.num_processes
+        self._config, self._data, self._accelerator = config, data, accelerator
+        self.samples_per_step = run.train_batch_size * run.gradient_accumulation_steps * processes
+        self._order = BatchOrder(run.seed, data.buckets, data.repeats, self.samples_per_step)
+        self.steps_per_epoch = self._order.epoch_size / self.samples_per_step
+        self.num_steps = config.num_steps(self._order.epoch_size, processes)
+
+    def batch(self, step: int, micro_batch: int) -> Batch:
+        """The samples of a micro-batch of an optimizer step, in this process."""
+        batch = self._data.batch(list(self._share(self._order.batch(step), micro_batch)))
+        if self._config.diffusion.timestep_sampling == "independent":
+            return batch
+        numbers = strata(self.samples_per_step, self._config.run.seed, step)
+        return replace(batch, strata=(self._share(numbers, micro_batch), self.samples_per_step))
+
+    def _share(self, batch: Sequence[T], micro_batch: int) -> Sequence[T]:
+        run, accelerator = self._config.run, self._accelerator
+        return share(
+            batch,
+            micro_batch,
+            accelerator.process_index,
+            run.train_batch_size,
+            run.gradient_accumulation_steps,
+            accelerator.num_processes,
+        )
+
 
 logger = logging.getLogger("lpl")
 

@@ -6,7 +6,8 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
-from lpl.config import TrainConfig, require
+from lpl.base.errors import require
+from lpl.config import TrainConfig
 
 UNSHARDED = ("adafactor", "adamw8bit", "prodigy")
 """Optimizers whose state does not have the shape of a parameter, or whose step is no function of its elements."""

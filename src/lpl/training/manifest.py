@@ -8,15 +8,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from lpl.base.json_files import parse_json, read_object
+from lpl.base.errors import UserError
+from lpl.base.files import checksum
+from lpl.base.files import sync_file as sync
+from lpl.base.json_files import REST, TEXT, difference, parse_json, read_object, whole
 from lpl.base.output_folder import JUNK
-from lpl.base.shapes import REST, TEXT, difference, whole
-from lpl.data.files import checksum
-from lpl.data.files import sync_file as sync
-from lpl.errors import UserError
 
-MANIFEST = {REST: {"bytes": whole(0), "xxh3_128": TEXT}}
-FILE = "manifest.json"
+ENTRIES = {REST: {"bytes": whole(0), "xxh3_128": TEXT}}
+MANIFEST = "manifest.json"
+RESULT = ".tmp-result"
+"""A result that is being written."""
 
 
 def write_manifest(folder: Path) -> None:
@@ -28,8 +29,8 @@ def write_manifest(folder: Path) -> None:
     for path in folder.iterdir():
         sync(path)
     files = {p.name: {"bytes": p.stat().st_size, "xxh3_128": checksum(p)} for p in sorted(folder.iterdir())}
-    (folder / FILE).write_text(json.dumps(files, indent=1))
-    sync(folder / FILE)
+    (folder / MANIFEST).write_text(json.dumps(files, indent=1))
+    sync(folder / MANIFEST)
     sync(folder)
 
 
@@ -41,10 +42,10 @@ def damage(folder: Path, read: bool = True) -> str | None:
         read: read every byte; else only sizes are compared.
     """
     try:
-        files = parse_json((folder / FILE).read_bytes(), FILE)
-        fault = difference(files, MANIFEST)
+        files = parse_json((folder / MANIFEST).read_bytes(), MANIFEST)
+        fault = difference(files, ENTRIES)
         if fault is not None:
-            return f"{FILE} is not what was written"
+            return f"{MANIFEST} is not what was written"
         for name, expected in files.items():
             size = (folder / name).stat().st_size
             if size != expected["bytes"]:
@@ -56,14 +57,14 @@ def damage(folder: Path, read: bool = True) -> str | None:
     except OSError as error:
         return f"{Path(error.filename or folder).name} cannot be read: {error.strerror}"
     except (UserError, ValueError):  # ValueError: a name with a NUL
-        return f"{FILE} is not what was written"
+        return f"{MANIFEST} is not what was written"
     return None
 
 
 def unlisted(folder: Path) -> str | None:
     """Something in a folder that write_manifest has described which it did not find there; None: nothing is."""
     try:
-        files = read_object(folder / FILE)
-        return next((p.name for p in sorted(folder.iterdir()) if p.name not in {FILE, *JUNK, *files}), None)
+        files = read_object(folder / MANIFEST)
+        return next((p.name for p in sorted(folder.iterdir()) if p.name not in {MANIFEST, *JUNK, *files}), None)
     except (OSError, UserError):
         return None

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lpl.config import TrainConfig
-from lpl.config_io import CONFIG_FILE
+from lpl.config.files import CONFIG_FILE
 from lpl.data.dataset import Batch
 
 logger = logging.getLogger("lpl")

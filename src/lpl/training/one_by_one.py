@@ -13,7 +13,7 @@ parameter of their own.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lpl.base.errors import TrainingStoppedError, UserError
 from lpl.config import OptimConfig
-from lpl.errors import UserError
+from lpl.training.optimizers import bare
 
 PIECE = 2**22
 """Values that are rounded at once: torchao writes out five tensors for them."""
@@ -141,3 +142,50 @@ def rounding() -> Callable[[Tensor], Tensor]:
             f"--weights_dtype bfloat16 needs torchao with its stochastic rounding ({error}): "
             "pip install 'latent-perceptual-loss[optim]'"
         ) from error
+
+
+class FusedBackward:
+    """Makes the backward pass step the weights.
+
+    What differs from a step after it: the norm of the gradient is known only when every weight has moved. So nothing is
+    clipped, and a gradient that is not finite although the loss is cannot be left out: it stops the run.
+
+    Args:
+        parameters: that are trained.
+        optimizer: over them, with a step_one; accelerate's wrapper or not.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], optimizer: Any) -> None:
+        self._optimizer, self._norms = bare(optimizer), list[Tensor]()
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(self._step)
+
+    def _step(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        self._norms.append(torch.linalg.vector_norm(parameter.grad, dtype=torch.float32))
+        self._optimizer.step_one(parameter)
+        parameter.grad = None
+
+    def __call__(self, backward: Callable[[Tensor], None], loss: Tensor, step: int) -> Tensor:
+        """Steps every weight by the gradient of a loss that is finite. Synchronises.
+
+        Args:
+            backward: accelerate's.
+            loss: scalar.
+            step: of the run, counted from 1.
+
+        Returns:
+            The norm of the gradient, on its device.
+
+        Raises:
+            TrainingStoppedError: the norm is not finite; the weights are spoilt and must not be saved.
+        """
+        self._norms.clear()
+        backward(loss)
+        norm = torch.linalg.vector_norm(torch.stack(self._norms))
+        if not bool(torch.isfinite(norm)):
+            raise TrainingStoppedError(
+                f"the gradient was not finite at step {step}, though the loss was, and --fused_backward_pass has "
+                "put it into the weights already, so they are not saved"
+            )
+        return norm

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from diffusers.optimization import get_scheduler
+from torch import nn
 
+from lpl.base.errors import UserError
 from lpl.config import OptimConfig, TrainConfig
-from lpl.errors import UserError
 from lpl.training.one_by_one import of_optimi, suited
-from lpl.training.optimizers import optimizer_class, optimizer_keywords, parameter_groups
+from lpl.training.optimizers import FAILURES, averages_itself, optimizer_class, optimizer_keywords, parameter_groups
+from lpl.training.sharded import join_optimizer, split_optimizer
 
 
 def build_optimizer(
@@ -97,3 +99,28 @@ def component_rates(optimizer: Any, rates: list[float]) -> dict[str, float]:
 def _scale(config: TrainConfig, num_processes: int) -> int:
     run = config.run
     return run.gradient_accumulation_steps * run.train_batch_size * num_processes if config.optim.scale_lr else 1
+
+
+def check_steps(config: OptimConfig, device: torch.device) -> None:
+    """Lets the optimizer take two steps on two small tensors, and its state go through a checkpoint.
+
+    Raises:
+        UserError: values that the optimizer refuses, one that needs more than gradients, or one whose state is not
+            made of numbers and tensors.
+    """
+    try:
+        dtype = getattr(torch, config.weights_dtype)
+        parameters = [nn.Parameter(torch.ones(size, device=device, dtype=dtype)) for size in ((64, 64), (64,))]
+        optimizer = build_optimizer(parameters, config, config.learning_rate or 1e-4)
+        if averages_itself(optimizer):
+            optimizer.train()
+        for _ in range(2):
+            for p in parameters:
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+        tensors, rest = split_optimizer(optimizer.state_dict())
+        optimizer.load_state_dict(join_optimizer(tensors, rest))
+    except FAILURES as error:
+        given = f" --optimizer_args {config.optimizer_args}" if config.optimizer_args else ""
+        message = " ".join(str(error).split())[:300]
+        raise UserError(f"--optimizer {config.optimizer_name}{given}: {type(error).__name__}: {message}") from error

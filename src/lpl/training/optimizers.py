@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lpl.base.errors import UserError
 from lpl.config import OptimConfig
-from lpl.config_io import nearest
-from lpl.errors import UserError
+from lpl.config.files import nearest
 
 
 class Known(NamedTuple):
@@ -143,34 +143,6 @@ def parameter_groups(
     kept = [p for p in parameters if not (decay_all or p.ndim > 1 or not takes_decay)]
     groups: list[dict[str, Any]] = [{"params": decayed}, {"params": kept, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
-
-
-def check_steps(config: OptimConfig, device: torch.device) -> None:
-    """Lets the optimizer take two steps on two small tensors, and its state go through a checkpoint.
-
-    Raises:
-        UserError: values that the optimizer refuses, one that needs more than gradients, or one whose state is not
-            made of numbers and tensors.
-    """
-    from lpl.training.optim import build_optimizer
-    from lpl.training.optimizer_state import join_optimizer, split_optimizer
-
-    try:
-        dtype = getattr(torch, config.weights_dtype)
-        parameters = [nn.Parameter(torch.ones(size, device=device, dtype=dtype)) for size in ((64, 64), (64,))]
-        optimizer = build_optimizer(parameters, config, config.learning_rate or 1e-4)
-        if averages_itself(optimizer):
-            optimizer.train()
-        for _ in range(2):
-            for p in parameters:
-                p.grad = torch.ones_like(p)
-            optimizer.step()
-        tensors, rest = split_optimizer(optimizer.state_dict())
-        optimizer.load_state_dict(join_optimizer(tensors, rest))
-    except FAILURES as error:
-        given = f" --optimizer_args {config.optimizer_args}" if config.optimizer_args else ""
-        message = " ".join(str(error).split())[:300]
-        raise UserError(f"--optimizer {config.optimizer_name}{given}: {type(error).__name__}: {message}") from error
 
 
 def coefficients(optimizer: Any) -> list[dict[str, Any]]:

@@ -5,21 +5,20 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from lpl.base.errors import UserError
 from lpl.base.output_folder import Names, OutputFolder, Proof, check_apart, matches
+from lpl.base.written_files import FINISHED, VALIDATION, read_finished
 from lpl.config import TrainConfig
-from lpl.config_io import CONFIG_FILE, differences, is_config_of_run
+from lpl.config.files import CONFIG_FILE, differences, is_config_of_run
 from lpl.data.bad_files import FILE as BAD_FILES
 from lpl.data.bad_files import is_list
-from lpl.errors import UserError
 from lpl.families import RESULT_NAMES
 from lpl.training.launch import processes
-from lpl.training.manifest import FILE as MANIFEST
-from lpl.training.manifest import unlisted
-from lpl.written_files import FINISHED, VALIDATION, read_finished
+from lpl.training.manifest import MANIFEST, RESULT, unlisted
 
 logger = logging.getLogger("lpl")
 
-SAMPLES, SAVED, RESULT = "samples", "saved", ".tmp-result"
+SAMPLES, SAVED = "samples", "saved"
 CHECKPOINTS = "checkpoint-#/"
 KOHYA = "_kohya.safetensors"
 """How the file's name ends that has a LoRA under the names that kohya's programs gave them."""

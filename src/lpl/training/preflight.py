@@ -1,4 +1,4 @@
-"""Every check that needs no weights and (with few exceptions) no torch: bad input costs a second and loses nothing."""
+"""Checks of the options of validation, before anything loads."""
 
 from __future__ import annotations
 
@@ -10,22 +10,46 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lpl.base.locks import alone_in
-from lpl.config import ModelConfig, TrainConfig, idle_options
-from lpl.config.perceptual import GATES
+from lpl.base.errors import UserError
+from lpl.base.files import alone_in
+from lpl.base.text import Prompt, read_prompts
+from lpl.config import LoggingConfig, ModelConfig, TrainConfig, idle_options
+from lpl.config.loss import GATES
 from lpl.data.buckets import image_sizes
 from lpl.data.decode import parse_color
-from lpl.data.folders import cache_dir
-from lpl.data.lock import in_use
+from lpl.data.lock import cache_dir, in_use
 from lpl.data.sources import Source, open_regularisation, open_source, open_validation
-from lpl.errors import UserError
 from lpl.families import model_configs, native_resolution, plan_configs
+from lpl.training.checks import check_small_cards, warn_of_objective, warn_of_steps
 from lpl.training.launch import check_launch, processes
-from lpl.training.objective_checks import warn_of_objective
 from lpl.training.output import check_inputs_apart, check_output, check_writable
-from lpl.training.small_cards import check_small_cards
-from lpl.training.step_checks import warn_of_steps
-from lpl.training.validation_checks import check_validation
+
+
+def check_validation(config: TrainConfig, source: Source) -> None:
+    """Refuses to hold out everything, and prompts that cannot be read.
+
+    Raises:
+        UserError: so.
+    """
+    held = config.data.validation_samples
+    if held and source.size is not None and held >= source.size:
+        raise UserError(
+            f"--validation_samples {held}: {source.name} has {source.size} images, which leaves none to train on: hold "
+            "out fewer"
+        )
+    validation_prompts(config.logging)
+
+
+def validation_prompts(config: LoggingConfig) -> list[Prompt]:
+    """The prompts of validation images in order; none if no images are asked for.
+
+    Raises:
+        UserError: a file that is none of prompts.
+    """
+    if config.validation_prompts is None:
+        return [] if config.validation_prompt is None else [Prompt(config.validation_prompt)]
+    return read_prompts(Path(config.validation_prompts), "--validation_prompts")
+
 
 logger = logging.getLogger("lpl")
 

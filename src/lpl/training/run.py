@@ -6,16 +6,12 @@ from lpl.config import TrainConfig
 
 
 def run_train(config: TrainConfig) -> None:
-    """Checks everything that is cheap to check, then trains, or prints the plan under --dry_run."""
+    """Checks everything that is cheap to check, then trains."""
     from lpl.training.preflight import alone, preflight
 
     checked = preflight(config)
     config = checked.config
-    if config.run.dry_run:
-        from lpl.analysis.plan import describe
-
-        print(describe(config, checked))
-    elif checked.has_ended:
+    if checked.has_ended:
         print(f"nothing to do: {config.run.output_dir} holds this run, finished at step {checked.finished_step}")
     else:
         with alone(checked):

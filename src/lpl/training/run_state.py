@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from lpl.base.shapes import FLAG, NULL, REST, TEXT, Kind, Shape, require_shape, whole
+from lpl.base.errors import UserError
+from lpl.base.json_files import NULL, REST, SWITCH, TEXT, Kind, Shape, require_shape, whole
+from lpl.base.written_files import MEASURED
 from lpl.config import TrainConfig
-from lpl.errors import UserError
 from lpl.perceptual.objective import PerceptualObjective
 from lpl.training.checkpoint import (
     STATE,
@@ -23,13 +24,11 @@ from lpl.training.checkpoint import (
     recover,
     save_checkpoint,
 )
-from lpl.training.lpl_totals import LPLTotals
 from lpl.training.nonfinite import FiniteGuard
 from lpl.training.optimizers import bare, coefficients
 from lpl.training.output import finished_at
-from lpl.training.tracking import Tracker
-from lpl.training.trained import Trained
-from lpl.written_files import MEASURED
+from lpl.training.tracking import LPLTotals, Tracker
+from lpl.training.weights import Trained
 
 logger = logging.getLogger("lpl")
 
@@ -44,11 +43,11 @@ KEPT: Shape = {
         "logged_at": COUNT,
         "squares": TWO,
         "gated": MEASURED,
-        "warned": FLAG,
+        "warned": SWITCH,
         "lpl?": {**dict.fromkeys((f.name for f in fields(LPLTotals)), MEASURED), "since": COUNT},
     },
     "schedule": {"last_epoch": COUNT},
-    "auto_weight": ({"fixed": FLAG, "measured": COUNT, "weight": MEASURED, "squares": (TWO, NULL)}, NULL),
+    "auto_weight": ({"fixed": SWITCH, "measured": COUNT, "weight": MEASURED, "squares": (TWO, NULL)}, NULL),
     "scaler": ({}, NULL),
 }
 """What a run keeps in state.json."""

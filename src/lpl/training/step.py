@@ -7,16 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lpl.base.errors import UserError
 from lpl.config import DiffusionConfig
 from lpl.data.dataset import Batch
-from lpl.diffusion.diffusion_loss import diffusion_loss, min_snr_weight
-from lpl.diffusion.draws import draw_normal, draw_timestep, keyed_uniform, timestep_probabilities
-from lpl.diffusion.huber import huber_threshold
+from lpl.diffusion.draws import draw_normal, draw_timestep, keyed_uniform, pyramid_noise, timestep_probabilities
 from lpl.diffusion.latent_space import LatentSpace
+from lpl.diffusion.losses import debiased_weight, diffusion_loss, huber_threshold, min_snr_weight, p2_weight
 from lpl.diffusion.prediction import add_noise, alpha_sigma_table, signal_to_noise, target_of
-from lpl.diffusion.pyramid_noise import pyramid_noise
-from lpl.diffusion.weighting import debiased_weight, p2_weight
-from lpl.errors import UserError
 from lpl.families.base import Family
 from lpl.perceptual.objective import PerceptualObjective
 

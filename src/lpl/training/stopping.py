@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from lpl.errors import StopRequestedError
+from lpl.base.errors import StopRequestedError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 ECHO_S = 5.0

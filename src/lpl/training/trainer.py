@@ -13,37 +13,34 @@ import torch
 from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 
+from lpl.base.errors import DamagedCacheError, StopRequestedError, TrainingStoppedError
 from lpl.config import TrainConfig
-from lpl.config_io import write_config
+from lpl.config.files import write_config
 from lpl.data.bad_files import FILE as BAD_FILES
 from lpl.data.prepare import Processes, prepare_data
 from lpl.diffusion.draws import keyed_seed
-from lpl.errors import DamagedCacheError, StopRequestedError, TrainingStoppedError
-from lpl.exporting.options import LORA_FILE
 from lpl.families import load_family
 from lpl.families.base import TrainedOn
-from lpl.training import hub
-from lpl.training.batches import Batches
+from lpl.families.export import LORA_FILE
+from lpl.training import saving
 from lpl.training.checkpoint import full_disk, last_checkpoint
-from lpl.training.engine import build_accelerator, build_objective
-from lpl.training.fused_backward import FusedBackward
-from lpl.training.held_out_loss import HeldOutLoss
+from lpl.training.checks import warn_of_steps
+from lpl.training.engine import Batches, build_accelerator, build_objective
 from lpl.training.nonfinite import FiniteGuard, spoil
+from lpl.training.one_by_one import FusedBackward
 from lpl.training.optim import component_rates, scaled_learning_rate
 from lpl.training.optimizers import adapted_rate
 from lpl.training.output import claim_output, lora_name, output_of
-from lpl.training.preflight import Checked
+from lpl.training.preflight import Checked, validation_prompts
 from lpl.training.run_state import RunState
 from lpl.training.saving import ALL_WEIGHTS, save_result, save_weights, write_beside
 from lpl.training.sharded import autocast_dtype, whole
 from lpl.training.step import TrainingStep
-from lpl.training.step_checks import warn_of_steps
 from lpl.training.stopping import Stop, stoppable
 from lpl.training.tracking import Tracker
-from lpl.training.trained import build_trained
-from lpl.training.validation import Validation
-from lpl.training.validation_checks import validation_prompts
+from lpl.training.validation import HeldOutLoss, Validation
 from lpl.training.validation_images import ImageDrawer
+from lpl.training.weights import build_trained
 
 logger = logging.getLogger("lpl")
 
@@ -73,7 +70,7 @@ class Trainer:
         run = config.run
         self.accelerator = accelerator = build_accelerator(config)
         set_seed(run.seed)
-        self.repository = hub.create_repository(config) if config.logging.push_to_hub else None
+        self.repository = saving.create_repository(config) if config.logging.push_to_hub else None
         weight_dtype = WEIGHT_DTYPES[accelerator.mixed_precision]
         self.family = family = load_family(config.model, accelerator.device, weight_dtype)
         self.data = prepare_data(
@@ -330,7 +327,7 @@ class Trainer:
         accelerator.wait_for_everyone()  # what reads the result next finds it, in whichever process
         if main:
             if self.repository is not None:
-                hub.push(self.config, self.repository)
+                saving.push(self.config, self.repository)
             logger.info(
                 "done: the result is in %s (%s weights): %s", self.folder, self.trained.weights.final, self.for_whom
             )

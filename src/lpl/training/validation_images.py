@@ -12,12 +12,11 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from PIL import Image, ImageDraw
 
-from lpl.data.lettering import font_for, wrap
-from lpl.data.picture_cells import KEY, Cell
-from lpl.data.prompts import Prompt
+from lpl.base.terminal import progress
+from lpl.base.text import Prompt
+from lpl.data.sheets import KEY, Cell, font_for, wrap
 from lpl.diffusion.draws import keyed_seed
 from lpl.families.base import Family
-from lpl.progress import progress
 
 MOST_PIXELS = 2**26
 """Of a grid; cells shrink beyond it."""

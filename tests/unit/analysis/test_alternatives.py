@@ -12,9 +12,9 @@ from lpl.analysis.alternatives import HEADROOM, cheapest, fits, neighbours, savi
 from lpl.analysis.needs import estimate
 from lpl.analysis.rehearsal import Rehearsal
 from lpl.config import TrainConfig
+from lpl.config.command_line import parse_train
 from lpl.data import filling
 from lpl.families import blueprint, model_configs
-from lpl.parsing import parse_train
 
 
 @pytest.fixture(scope="module")

@@ -13,14 +13,14 @@ import torch
 from PIL import Image
 from tiny_models import tiny_images, tiny_vae
 
-from lpl.analysis.check import maps, reconstruction
+from lpl.analysis.check import maps, precision
 from lpl.analysis.check.images import Encoded, Picture, read_pictures, same_size, spread
-from lpl.analysis.check.judge import faults_of, warnings_of
+from lpl.analysis.check.table import faults_of, warnings_of
+from lpl.base.errors import UserError
 from lpl.config import DataConfig, RunConfig, TrainConfig
 from lpl.data.crops import plan_crop
 from lpl.data.prepare import prepare_data
 from lpl.data.sources import open_source
-from lpl.errors import UserError
 from lpl.perceptual.decoders.autoencoder_kl import AutoencoderKLTaps
 from lpl.perceptual.loss import LatentPerceptualLoss
 
@@ -136,14 +136,14 @@ def test_psnr_by_hand() -> None:
         decode=lambda z: SimpleNamespace(sample=(z[:, :1, :1, :1] / 127.5 - 1 + 0.1).expand(1, 3, 8, 8))
     )
     encoded = pictures_of([0, 100, 255])
-    found = reconstruction.reconstruct(vae, encoded, torch.device("cpu"))
+    found = precision.reconstruct(vae, encoded, torch.device("cpu"))
     assert found.psnr == pytest.approx([10 * math.log10(400), 10 * math.log10(400), math.inf], rel=1e-4)
-    sheet = reconstruction.draw_losses(encoded, found)
+    sheet = precision.draw_losses(encoded, found)
     assert sheet.width > 6 * 256
 
 
 def test_the_nearest_to_the_median_is_most_typical() -> None:
-    assert reconstruction.Reconstructions([], [20.0, 50.0, 30.0, 31.0, 10.0]).typical[0] == 2
+    assert precision.Reconstructions([], [20.0, 50.0, 30.0, 31.0, 10.0]).typical[0] == 2
 
 
 COMPONENTS = {"vae_decoder": {name: {"finite": True, "max_abs": 1.0} for name in ("float32", "bfloat16", "float16")}}
@@ -151,7 +151,7 @@ COMPONENTS = {"vae_decoder": {name: {"finite": True, "max_abs": 1.0} for name in
 
 def test_the_walk_is_the_decoder_and_a_broken_one_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     vae, latents = tiny_vae(), torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
-    found = reconstruction.walk_difference(vae, latents)
+    found = precision.walk_difference(vae, latents)
     assert found < 1e-4
     assert faults_of({"components": COMPONENTS, "walk_equals_decode": found}) == []
 
@@ -162,8 +162,8 @@ def test_the_walk_is_the_decoder_and_a_broken_one_is_a_fault(monkeypatch: pytest
             super().__init__(vae)
             self._post_quant_conv = None
 
-    monkeypatch.setattr(reconstruction, "decoder_taps", Skips)
-    found = reconstruction.walk_difference(vae, latents)
+    monkeypatch.setattr(precision, "decoder_taps", Skips)
+    found = precision.walk_difference(vae, latents)
     assert found > 0.02
     (fault,) = faults_of({"components": COMPONENTS, "walk_equals_decode": found})
     assert fault.startswith("LPL's walk through the decoder differs from vae.decode by ")

@@ -12,7 +12,7 @@ from diffusers import DDPMScheduler
 
 from lpl.analysis.check.levels import Levels
 from lpl.analysis.check.suggest import reduction_factor, share_at, suggestion, supported_threshold, weight_for
-from lpl.analysis.check.verdict import verdict_of
+from lpl.analysis.check.table import verdict_of
 from lpl.config import LPLConfig, RunConfig, TrainConfig
 from lpl.perceptual.gate import Gate
 

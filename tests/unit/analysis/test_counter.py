@@ -10,9 +10,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from lpl.analysis.counter import StepCounter
-from lpl.analysis.fused_attention import FusedAttention
-from lpl.analysis.fused_attention import checkpoint as fused_checkpoint
+from lpl.analysis.counter import FusedAttention, StepCounter
+from lpl.analysis.counter import checkpoint as fused_checkpoint
 
 KIB = 1024
 

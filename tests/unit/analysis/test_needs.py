@@ -13,10 +13,10 @@ from diffusers.training_utils import EMAModel
 from lpl.analysis.counter import StepCounter
 from lpl.analysis.needs import Needs, decoded_share, estimate, fixed_costs, floor, optimizer_workspace
 from lpl.analysis.rehearsal import Rehearsal
+from lpl.base.errors import UserError
 from lpl.config import TrainConfig
-from lpl.errors import UserError
+from lpl.config.command_line import parse_train
 from lpl.families import blueprint, model_configs
-from lpl.parsing import parse_train
 from lpl.training.optim import build_optimizer
 
 

@@ -11,14 +11,13 @@ import torch
 from lpl.analysis.counter import StepCounter
 from lpl.analysis.rehearsal import Rehearsal
 from lpl.config import TrainConfig
+from lpl.config.command_line import parse_train
 from lpl.data.filling import batch_of
-from lpl.diffusion.diffusion_loss import diffusion_loss
+from lpl.diffusion.losses import diffusion_loss
 from lpl.families import blueprint, model_configs
 from lpl.families.sdxl_configs import PUBLISHED
-from lpl.parsing import parse_train
-from lpl.training.engine import build_loss
-from lpl.training.fused_backward import FusedBackward
-from lpl.training.lora import add_lora
+from lpl.training.engine import add_lora, build_loss
+from lpl.training.one_by_one import FusedBackward
 from lpl.training.optim import build_optimizer
 
 

@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from lpl.analysis.needs import estimate
+from lpl.analysis.needs import estimate, gathered_sizes, launched_estimate, launched_floor, split_estimate
 from lpl.analysis.rehearsal import Rehearsal
-from lpl.analysis.split import gathered_sizes, launched_estimate, launched_floor, split_estimate
 from lpl.config import TrainConfig
+from lpl.config.command_line import parse_train
 from lpl.families import blueprint, model_configs
-from lpl.parsing import parse_train
 from lpl.training.launch import as_launched
 
 

@@ -6,8 +6,8 @@ import pytest
 
 from lpl.analysis.needs import estimate
 from lpl.analysis.rehearsal import Rehearsal
+from lpl.config.command_line import parse_train
 from lpl.families import blueprint, plan_configs
-from lpl.parsing import parse_train
 
 LEAN = ("--gradient_checkpointing", "--mixed_precision=bf16")
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from lpl.base.errors import UserError
 from lpl.base.json_files import parse_json
 from lpl.base.text import decode, read_lines, read_rows, read_text
-from lpl.errors import UserError
 
 TEXT = '{"text": "café, 一 \U0001f98a"}\nsecond\u2028still second\x0bstill\x85too\n'
 

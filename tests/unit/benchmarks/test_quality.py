@@ -18,9 +18,9 @@ from benchmarks.quality.measure import PictureSet, Request, next_points
 from benchmarks.quality.results import Results
 from benchmarks.quality.stages import Stages
 from benchmarks.quality.workers import BudgetSpentError, DivergedError, Workers
-from lpl.config_io import as_flags
-from lpl.errors import UserError
-from lpl.parsing import parse_train
+from lpl.base.errors import UserError
+from lpl.config.command_line import parse_train
+from lpl.config.files import as_flags
 
 # What is run.
 
@@ -147,9 +147,7 @@ def features_of(count: int, seed: int, shift: float = 0.0) -> PictureSet:
 
 
 def test_figures_are_those_of_the_evaluation() -> None:
-    from lpl.evaluation.distances import Moments, frechet_distance
-    from lpl.evaluation.manifold import precision_recall
-    from lpl.evaluation.spectrum import log_error
+    from lpl.evaluation.metrics import Moments, frechet_distance, log_error, precision_recall
 
     samples, held_out, same = features_of(30, 1), features_of(50, 2, 0.5), features_of(40, 3)
     found = measure.figures(samples, measure.Target(held_out), measure.Target(same))

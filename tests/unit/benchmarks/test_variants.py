@@ -13,8 +13,8 @@ from torch import Tensor
 from benchmarks.quality import variants
 from benchmarks.quality.control import LatentDistance
 from benchmarks.quality.variants import LossShare, Recording, Variant, VariantObjective, parse
+from lpl.base.errors import UserError
 from lpl.diffusion.prediction import alpha_sigma_table, x0_from_output
-from lpl.errors import UserError
 from lpl.perceptual.objective import PerceptualObjective
 
 SIGMA = 3.0

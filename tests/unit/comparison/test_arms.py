@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from lpl.base.errors import UserError
 from lpl.comparison.arms import Arm, read_arms
-from lpl.comparison.yardsticks import kind_of
-from lpl.errors import UserError
-from lpl.parsing import parse_compare, parse_train
+from lpl.config.command_line import parse_compare, parse_train
+from lpl.evaluation.comparing import kind_of
 
 
 def read(tmp_path: Path, text: str, *argv: str) -> list[Arm]:

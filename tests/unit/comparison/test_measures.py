@@ -12,17 +12,16 @@ import pytest
 from process_state import fresh_process_state
 from tiny_models import tiny_images
 
+from lpl.base.errors import UserError
 from lpl.comparison import measures
-from lpl.comparison.arms import Arm
+from lpl.comparison.arms import Arm, check_same_data
 from lpl.comparison.measures import Measured
 from lpl.comparison.run import _json, result
-from lpl.comparison.same_data import check_same_data
-from lpl.comparison.table import result_table
 from lpl.config import ModelConfig
-from lpl.errors import UserError
+from lpl.config.command_line import parse_compare
 from lpl.evaluation.planning import prompts_digest
 from lpl.families import sampling
-from lpl.parsing import parse_compare
+from lpl.report.findings import result_table
 
 LOSS = "validation/raw/diffusion_loss"
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lpl.comparison.points import at_best, chosen_guidance, curve_of, edges, paired_ratio, rows_of
+from lpl.evaluation.comparing import at_best, chosen_guidance, curve_of, edges, paired_ratio, rows_of
 
 Values = dict[int, dict[float, float]]
 

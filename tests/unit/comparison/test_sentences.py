@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from lpl.comparison.points import at_best
-from lpl.comparison.sentences import edge_notes, seeds_needed, verdict_on
-from lpl.comparison.statistics import deviation
 from lpl.comparison.verdict import Noise, Pair, entry
+from lpl.evaluation.comparing import at_best
+from lpl.evaluation.intervals import deviation
+from lpl.evaluation.sentences import edge_notes, seeds_needed, verdict_on
 
 GUIDANCE = (1.0, 3.0, 5.0)
 ARM = {"name": "lpl", "overrides": {"lpl_weight": "auto"}, "repeats": False}
@@ -107,7 +107,7 @@ def test_seeds_that_would_tell() -> None:
     assert seeds_needed(0.02, 0.05) < number < seeds_needed(0.05, 0.02)
     assert seeds_needed(0.05, 0.0) is None
     assert seeds_needed(1.0, 0.001) is None
-    from lpl.comparison.statistics import t_interval
+    from lpl.evaluation.intervals import t_interval
 
     draw = random.Random(0)
 

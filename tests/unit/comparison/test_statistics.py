@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lpl.comparison.statistics import (
+from lpl.evaluation.intervals import (
     bootstrap_interval,
     deviation,
     noise_floor,

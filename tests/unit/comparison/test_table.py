@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lpl.comparison.table import chance_line, result_table
 from lpl.comparison.verdict import Pair, entry
+from lpl.report.findings import chance_line, result_table
 
 
 @pytest.mark.parametrize(

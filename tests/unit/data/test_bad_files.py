@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from lpl.base.errors import UserError
 from lpl.config import DataConfig
 from lpl.data.bad_files import Bad, BadFiles
-from lpl.errors import UserError
 
 
 def judged(limit: float, bad: int, total: int, path: Path) -> str | None:

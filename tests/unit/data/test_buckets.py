@@ -5,8 +5,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
+from lpl.base.errors import UserError
 from lpl.data.buckets import Buckets
-from lpl.errors import UserError
 
 SETTINGS = [
     (1024 * 1024, 64, 2.0), (1024 * 1024, 64, 4.0), (512 * 512, 64, 2.0), (1_000_000, 64, 1.5), (512 * 512, 8, 2.0),

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from lpl.base.errors import DamagedCacheError
 from lpl.data.catalogue import Catalogue, Row
-from lpl.errors import DamagedCacheError
 
 ROWS = [
     Row(f"{i}.png", ["a fox", "snow"], "", f"n{i}", "s", b"d" * 32, 20, 20, None if i % 7 else "bad") for i in range(40)

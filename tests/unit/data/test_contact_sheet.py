@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
+from lpl.base.errors import UserError
 from lpl.config import DataConfig, RunConfig, TrainConfig
 from lpl.data.contact_sheet import (
     CELL,
@@ -28,11 +29,10 @@ from lpl.data.contact_sheet import (
     fit,
 )
 from lpl.data.crops import render
-from lpl.data.lettering import font_for, fonts, printable, shorten, wrap
 from lpl.data.report_numbers import most_cropped
+from lpl.data.sheets import font_for, fonts, printable, shorten, wrap
 from lpl.data.sources import open_source
 from lpl.data.survey import Survey, first_draws, read_through
-from lpl.errors import UserError
 
 Picture = Callable[[int, int, int], Image.Image]
 

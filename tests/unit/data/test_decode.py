@@ -15,10 +15,10 @@ from odd_file import BACKGROUND, Odd, grey, noise
 from odd_images import sound_images
 from PIL import Image, PngImagePlugin
 
+from lpl.base.errors import UserError
 from lpl.data import decode
-from lpl.data.bad_image import BadImageError
+from lpl.data.bad_files import BadImageError
 from lpl.data.decode import decode_image, parse_color
-from lpl.errors import UserError
 
 # pytest puts its own filters of warnings in place of the module's; what users see has a test of its own.
 pytestmark = pytest.mark.filterwarnings("ignore:Corrupt EXIF data", "ignore:Truncated File Read")

@@ -13,20 +13,19 @@ import pytest
 import torch
 from PIL import Image
 
+from lpl.base.errors import UserError
 from lpl.config import DataConfig
 from lpl.data import filling
 from lpl.data.crops import plan_crop, render, to_float
 from lpl.data.dataset import TrainingData
 from lpl.data.decode import decode_image
-from lpl.data.filling import caption_key
-from lpl.data.folders import default_cache_dir
+from lpl.data.filling import Staging, caption_key
+from lpl.data.lock import default_cache_dir
 from lpl.data.prepare import Mark, Processes, prepare_data
 from lpl.data.sources import folder as folder_module
 from lpl.data.sources import open_source
-from lpl.data.staging import Staging
 from lpl.data.store import TensorStore
 from lpl.data.upkeep import verify_cache
-from lpl.errors import UserError
 
 Encode = Callable[..., TrainingData]
 
@@ -605,7 +604,7 @@ def test_another_users_cache_is_used_and_said(
     def refused(path: Path, *_: Any) -> None:
         raise PermissionError(1, "Operation not permitted", str(path))
 
-    monkeypatch.setattr("lpl.data.mark.os.utime", refused)
+    monkeypatch.setattr("lpl.data.prepare.os.utime", refused)
     assert len(encode()) == 5
     assert len([line for line in lines() if "is another user's" in line and "lpl cache prune" in line]) == 1
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
+from lpl.base.errors import UserError
 from lpl.config import DataConfig
-from lpl.data.bad_image import BadImageError
+from lpl.data.bad_files import BadImageError
 from lpl.data.sources import Sample, Source, open_source
 from lpl.data.sources import listing as module
 from lpl.data.sources.folder import FolderSource
 from lpl.data.sources.listing import list_images
-from lpl.errors import UserError
 
 
 def samples_of(source: Source) -> list[Sample]:

@@ -14,9 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
+from lpl.base.errors import UserError
 from lpl.data.dataset import TrainingData
 from lpl.data.sampler import BatchOrder
-from lpl.errors import UserError
 
 
 def add(folder: Path, picture: Callable[..., Image.Image], numbers: range) -> None:

@@ -13,10 +13,10 @@ import datasets
 import pytest
 from PIL import Image
 
+from lpl.base.errors import UserError
 from lpl.config import DataConfig
-from lpl.data.bad_image import BadImageError
+from lpl.data.bad_files import BadImageError
 from lpl.data.sources import Sample, Source, open_source
-from lpl.errors import UserError
 
 
 def png(value: int) -> bytes:

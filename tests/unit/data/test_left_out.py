@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from lpl.base.errors import UserError
 from lpl.config import DataConfig
 from lpl.data.sources import Sample, open_regularisation, open_source, open_validation
 from lpl.data.sources.folder import FolderSource
 from lpl.data.sources.listing import list_images
-from lpl.errors import UserError
-from lpl.evaluation.pictures import list_pictures
+from lpl.evaluation.images import list_pictures
 
 Told = Callable[[Path], str]
 

@@ -14,13 +14,13 @@ import torch
 from mask_images import messages
 from PIL import Image
 
+from lpl.base.errors import UserError
 from lpl.config import DataConfig
-from lpl.data import staging
+from lpl.data import filling
 from lpl.data.dataset import TrainingData
 from lpl.data.prepare import Processes, prepare_data
 from lpl.data.sources import open_source
 from lpl.data.upkeep import prune_cache, verify_cache
-from lpl.errors import UserError
 
 Encode = Callable[..., TrainingData]
 
@@ -100,7 +100,7 @@ def test_second_start_opens_nothing_and_one_changed_mask_is_made_again(
 def test_what_a_killed_run_leaves_becomes_the_same_store(
     encode: Encode, masked: Path, tmp_path: Path, encoder: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(staging, "MASKS_AT_ONCE", 1)
+    monkeypatch.setattr(filling, "MASKS_AT_ONCE", 1)
     options = {"masked_loss": "files", "crop_variants": 3, "random_flip": True, "dataloader_num_workers": 0}
     encode(latent_cache_dir=str(tmp_path / "whole"), **options)
     config = DataConfig(train_data_dir=str(masked), resolution=32, latent_cache_dir=str(tmp_path / "c"), **options)

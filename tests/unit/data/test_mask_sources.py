@@ -12,11 +12,11 @@ import torch
 from mask_images import blobs, messages, png
 from PIL import Image
 
+from lpl.base.errors import UserError
 from lpl.config import DataConfig
 from lpl.data.dataset import TrainingData
 from lpl.data.masks import crop_mask
 from lpl.data.sources import open_source
-from lpl.errors import UserError
 
 Encode = Callable[..., TrainingData]
 

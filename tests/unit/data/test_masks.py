@@ -12,11 +12,11 @@ import torch
 from mask_images import blobs, messages, png
 from PIL import Image
 
-from lpl.data.bad_image import BadImageError
+from lpl.base.errors import UserError
+from lpl.data.bad_files import BadImageError
 from lpl.data.crops import Crop
 from lpl.data.dataset import TrainingData
 from lpl.data.masks import crop_mask, decode_mask, location_weights
-from lpl.errors import UserError
 
 Encode = Callable[..., TrainingData]
 

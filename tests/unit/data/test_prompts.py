@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from lpl.base.errors import UserError
+from lpl.base.text import Prompt, read_prompts
 from lpl.config import LoggingConfig
-from lpl.data.prompts import Prompt, read_prompts
-from lpl.errors import UserError
-from lpl.evaluation.options import EvalConfig
+from lpl.config.model_commands import EvalConfig
 from lpl.evaluation.planning import _prompts as eval_prompts
-from lpl.training.validation_checks import validation_prompts
+from lpl.training.preflight import validation_prompts
 
 ODD = "one\u2028two\x85three\x0bfour\x0cfive"
 

@@ -16,10 +16,10 @@ import datasets
 import pytest
 from PIL import Image
 
+from lpl.base.errors import UserError
 from lpl.config import DataConfig
 from lpl.data.prepare import prepare_data
-from lpl.data.sources import Source, download, open_source
-from lpl.errors import UserError
+from lpl.data.sources import Source, open_source, remote
 
 
 def tar_of(*keys: str, image: Callable[[str], bytes] = lambda key: b"image " + key.encode()) -> bytes:
@@ -86,7 +86,7 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(download, "PAUSE", 0.01)
+    monkeypatch.setattr(remote, "PAUSE", 0.01)
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     server = Server()
@@ -153,8 +153,8 @@ def test_what_goes_wrong_always_is_given_up(server: Server, failure: str, expect
 
 def test_pauses_grow(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr(download.time, "sleep", pauses.append)
-    monkeypatch.setattr(download, "PAUSE", 1.0)
+    monkeypatch.setattr(remote.time, "sleep", pauses.append)
+    monkeypatch.setattr(remote, "PAUSE", 1.0)
     server.failures["/0.tar"] = ["busy"] * 9
     message(source_of(f"{server.url}/0.tar"))
     assert pauses == [1.0, 2.0]

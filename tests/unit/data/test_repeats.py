@@ -5,8 +5,8 @@ import logging
 import numpy as np
 import pytest
 
-from lpl.data.repeats import parse_repeats
-from lpl.errors import UserError
+from lpl.base.errors import UserError
+from lpl.data.sampler import parse_repeats
 
 FOLDERS = ["", "dogs", "dogs/small", "dogs/small/old", "dogsled", "cats"]
 

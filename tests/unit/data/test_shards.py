@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from lpl.data.sources.shards import expand_braces, labels, list_shards, without_secrets
-from lpl.errors import UserError
+from lpl.base.errors import UserError
+from lpl.data.sources.webdataset import expand_braces, labels, list_shards, without_secrets
 
 
 @pytest.mark.parametrize(

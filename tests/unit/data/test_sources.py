@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 
+from lpl.base.errors import UserError
 from lpl.config import DataConfig
 from lpl.data.sources import Sample, open_regularisation, open_source
-from lpl.data.sources.base import captions_of, digest, one_line
-from lpl.data.sources.first import cut
-from lpl.errors import UserError
+from lpl.data.sources.base import captions_of, cut, digest, one_line
 
 
 def test_nothing_given() -> None:

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lpl.data import files as files_module
+from lpl.base import files as files_module
+from lpl.base.errors import DamagedCacheError, UserError
 from lpl.data import store as store_module
 from lpl.data.shard import SUFFIX, Shard
 from lpl.data.store import INDEX, TensorStore, read_index, verify_index
-from lpl.errors import DamagedCacheError, UserError
 
 
 def key(name: str) -> bytes:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lpl.data.sources.versions import Versions
+from lpl.data.sources.remote import Versions
 
 
 def swap(a: Path, b: Path) -> None:

@@ -11,10 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from lpl.base.errors import UserError
 from lpl.data import shard
 from lpl.data.dataset import TrainingData
 from lpl.data.upkeep import prune_cache, unused, verify_cache
-from lpl.errors import UserError
 
 Encode = Callable[..., TrainingData]
 

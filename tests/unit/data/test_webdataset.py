@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
+from lpl.base.errors import UserError
 from lpl.config import DataConfig
-from lpl.data.bad_image import BadImageError
+from lpl.data.bad_files import BadImageError
 from lpl.data.sources import Sample, Source, open_source
-from lpl.errors import UserError
 
 
 def write_tar(path: Path, members: dict[str, bytes | str], tar_format: int = tarfile.PAX_FORMAT) -> Path:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lpl.diffusion.diffusion_loss import diffusion_loss, min_snr_weight
+from lpl.diffusion.losses import diffusion_loss, min_snr_weight
 from lpl.diffusion.prediction import PREDICTION_TYPES, output_sensitivity, target_of
 
 

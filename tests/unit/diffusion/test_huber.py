@@ -6,8 +6,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from lpl.diffusion.diffusion_loss import diffusion_loss
-from lpl.diffusion.huber import huber_threshold
+from lpl.diffusion.losses import diffusion_loss, huber_threshold
 from lpl.diffusion.prediction import alpha_sigma_table
 
 

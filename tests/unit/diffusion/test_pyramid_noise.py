@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from lpl.diffusion.draws import draw_normal, keyed_uniform
-from lpl.diffusion.pyramid_noise import pyramid_noise
+from lpl.diffusion.draws import draw_normal, keyed_uniform, pyramid_noise
 
 KEY = (0, "pyramid", "cat", 2)
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from lpl.data.sampler import share
-from lpl.diffusion.draws import draw_timestep, timestep_probabilities
-from lpl.diffusion.strata import balanced_order, strata
+from lpl.diffusion.draws import balanced_order, draw_timestep, strata, timestep_probabilities
 
 
 def splits(size):

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from lpl.diffusion.diffusion_loss import diffusion_loss
+from lpl.diffusion.losses import debiased_weight, diffusion_loss, p2_weight
 from lpl.diffusion.prediction import add_noise, output_sensitivity, target_of, x0_from_output
-from lpl.diffusion.weighting import debiased_weight, p2_weight
 
 KINDS = ("epsilon", "v_prediction", "sample")
 SNR = [0.25, 1.0, 4.0, 900.0, 1000.0, 4000.0]

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from lpl.evaluation.distances import Moments, frechet_distance, kernel_distance, kernel_distance_subsets
-from lpl.evaluation.statistics import interval, resample_counts
+from lpl.evaluation.images import interval, resample_counts
+from lpl.evaluation.metrics import Moments, frechet_distance, kernel_distance, kernel_distance_subsets
 
 
 class Flat(nn.Module):
@@ -79,7 +79,7 @@ def test_kernel_is_the_sum_over_pairs_and_unbiased(monkeypatch: pytest.MonkeyPat
     across = sum(k(a, b) for a in x for b in y)
     expected = within[0] / 42 + within[1] / 20 - 2 * across / 35
     assert float(kernel_distance(x, y)) == pytest.approx(expected, rel=1e-9)
-    monkeypatch.setattr("lpl.evaluation.distances.ROWS", 3)
+    monkeypatch.setattr("lpl.evaluation.metrics.ROWS", 3)
     assert float(kernel_distance(x, y)) == pytest.approx(expected, rel=1e-9)
     same = [float(kernel_distance(draw(60, 2 * s) / 100, draw(60, 2 * s + 1) / 100)) for s in range(40)]
     assert min(same) < 0 < max(same)

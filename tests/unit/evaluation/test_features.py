@@ -12,9 +12,8 @@ import torch
 from tiny_networks import tiny_clip, tiny_dinov2
 from torch import Tensor, nn
 
-from lpl.errors import UserError
-from lpl.evaluation.clip_score import ClipScore
-from lpl.evaluation.features import DINOv2, EfficientNetLite0, Inception, find_inception
+from lpl.base.errors import UserError
+from lpl.evaluation.features import ClipScore, DINOv2, EfficientNetLite0, Inception, find_inception
 
 
 def pixels(count: int, size: int, seed: int = 0) -> Tensor:

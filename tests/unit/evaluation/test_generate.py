@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from lpl.base.errors import UserError
 from lpl.config import ModelConfig
-from lpl.errors import UserError
 from lpl.evaluation.generate import (
     Sampling,
     check_settings,

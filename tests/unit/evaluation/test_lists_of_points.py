@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from lpl.errors import UserError
-from lpl.evaluation.options import check_points
-from lpl.evaluation.points import Point, best_points, edge_line, shown_point
+from lpl.base.errors import UserError
+from lpl.config.model_commands import check_points
+from lpl.config.points import Point, best_points, edge_line, shown_point
 
 
 def point(

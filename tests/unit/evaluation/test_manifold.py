@@ -7,9 +7,9 @@ import torch
 from prdc import compute_prdc
 from torch import Tensor
 
-from lpl.evaluation import manifold
-from lpl.evaluation.manifold import density_coverage, precision_recall
-from lpl.evaluation.statistics import resample_counts
+from lpl.evaluation import metrics
+from lpl.evaluation.images import resample_counts
+from lpl.evaluation.metrics import density_coverage, precision_recall
 
 
 def draw(count: int, seed: int, scale: float = 1.0) -> Tensor:
@@ -19,7 +19,7 @@ def draw(count: int, seed: int, scale: float = 1.0) -> Tensor:
 @pytest.mark.parametrize("k", [1, 3, 5])
 @pytest.mark.parametrize(("n", "m", "rows"), [(200, 150, 1024), (60, 150, 64)])
 def test_equals_prdc(monkeypatch: pytest.MonkeyPatch, k: int, n: int, m: int, rows: int) -> None:
-    monkeypatch.setattr(manifold, "ROWS", rows)
+    monkeypatch.setattr(metrics, "ROWS", rows)
     samples, reference = draw(n, 0, 1.3), draw(m, 1)
     expected = compute_prdc(reference.double().numpy(), samples.double().numpy(), nearest_k=k)
     found = [

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from tiny_models import tiny_images
 
+from lpl.base.errors import UserError
 from lpl.config import ModelConfig
-from lpl.errors import UserError
-from lpl.evaluation.options import EvalConfig
-from lpl.evaluation.pictures import list_pictures, read_captions
+from lpl.config.model_commands import EvalConfig
+from lpl.evaluation.images import list_pictures, read_captions
 from lpl.evaluation.planning import Plan, check_eval, read_inputs
 from lpl.families.sampling import CLASSIFIER_FREE, PipelineSampler, vae_stride
 

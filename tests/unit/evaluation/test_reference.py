@@ -12,12 +12,11 @@ import torch
 from tiny_models import tiny_vae
 from torch import Tensor
 
-from lpl.errors import UserError
-from lpl.evaluation.distances import kernel_distance_subsets
+from lpl.base.errors import UserError
 from lpl.evaluation.evaluate import Subsets, evaluate_images, measure_images
-from lpl.evaluation.pictures import as_png, count_smaller, list_pictures
+from lpl.evaluation.images import ImageSet, as_png, count_smaller, list_pictures
+from lpl.evaluation.metrics import kernel_distance_subsets
 from lpl.evaluation.reference import Reference, reconstruct
-from lpl.evaluation.statistics import ImageSet
 
 NAMES = [
     "frechet_grid",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lpl.evaluation.spectrum import BANDS, frequencies, log_error, power_spectrum
+from lpl.evaluation.metrics import BANDS, frequencies, log_error, power_spectrum
 
 
 def coloured(count: int, size: int, exponent: float, seed: int = 0) -> Tensor:

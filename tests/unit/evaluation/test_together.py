@@ -9,8 +9,8 @@ from accelerate import Accelerator, debug_launcher
 from launching import environment
 from process_state import fresh_process_state
 
-from lpl.errors import StopRequestedError, UserError
-from lpl.evaluation.together import stop_together, together
+from lpl.base.errors import StopRequestedError, UserError
+from lpl.evaluation.command import stop_together, together
 
 
 def test_alone_it_is_the_call_itself() -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from lpl.base.errors import UserError
 from lpl.config import ModelConfig
-from lpl.errors import UserError
 from lpl.families import load_family, model_configs
 
 

@@ -17,8 +17,8 @@ from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from lpl.base.errors import UserError
 from lpl.config import ModelConfig
-from lpl.errors import UserError
 from lpl.families import blueprint, model_configs, plan_configs
 from lpl.families.sdxl import GUIDANCE_SCALE, SAMPLING_STEPS, SDXL
 from lpl.families.sdxl_configs import NAME

@@ -5,8 +5,8 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
+from lpl.base.errors import UserError
 from lpl.config import ModelConfig
-from lpl.errors import UserError
 from lpl.families.sdxl import load_pipeline
 from lpl.families.sdxl_export import SDXLExport
 

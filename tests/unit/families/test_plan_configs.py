@@ -10,8 +10,8 @@ import pytest
 from safetensors.torch import save_file
 from torch import zeros
 
+from lpl.base.errors import UserError
 from lpl.config import ModelConfig
-from lpl.errors import UserError
 from lpl.families import model_configs, plan_configs
 from lpl.families.sdxl_configs import NAME, PUBLISHED
 

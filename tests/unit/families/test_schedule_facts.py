@@ -23,11 +23,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import lpl
+from lpl.base.errors import UserError
+from lpl.base.tensor_file import write_tensors
 from lpl.config import ModelConfig
-from lpl.errors import UserError
-from lpl.exporting.options import ExportConfig, resolve
-from lpl.exporting.tensor_file import write_tensors
+from lpl.config.model_commands import ExportConfig
 from lpl.families import check_export, load_family, model_configs, plan_configs, sdxl_file
+from lpl.families.export import resolve
 from lpl.families.sampling import check_sampling, load_for_sampling
 from lpl.families.sdxl_export import SDXLExport
 from lpl.families.sdxl_schedule import build_scheduler

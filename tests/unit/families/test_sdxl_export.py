@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import randomize, tiny_sdxl
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
+from lpl.base.errors import UserError
+from lpl.base.tensor_file import write_tensors
 from lpl.config import ModelConfig
-from lpl.errors import UserError
-from lpl.exporting.tensor_file import write_tensors
 from lpl.families.sdxl_export import SDXLExport, lora_parts, stored_dtype
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")

@@ -8,10 +8,10 @@ import pytest
 import torch
 from diffusers.loaders import single_file_utils as diffusers_converter
 
-from lpl.errors import UserError
+from lpl.base.errors import UserError
 from lpl.families import blueprint, sdxl_names
 from lpl.families.sdxl_configs import PUBLISHED
-from lpl.families.sdxl_single_file import _clip_g, _clip_l, _unet, _vae
+from lpl.families.sdxl_export import _clip_g, _clip_l, _unet, _vae
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from tiny_models import tiny_sdxl
 
+from lpl.base.errors import UserError
 from lpl.config import ModelConfig
-from lpl.errors import UserError
 from lpl.families import model_configs, noise_scheduler, plan_configs
 
 V = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}

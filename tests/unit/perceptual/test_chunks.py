@@ -8,9 +8,9 @@ from lpl import LatentPerceptualLoss
 from lpl.analysis.counter import StepCounter
 from lpl.perceptual import strips
 from lpl.perceptual.convolution import Convolution, Upsampling
-from lpl.perceptual.crop import Crop
 from lpl.perceptual.distance import NORM_TYPES
 from lpl.perceptual.frozen import Attention, Plain, Resnet
+from lpl.perceptual.subsampling import Crop
 
 
 def equal(a, b, rtol=1e-5):

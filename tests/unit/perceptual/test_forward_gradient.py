@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lpl.perceptual.forward_gradient import WithGradient
+from lpl.perceptual.sweep import WithGradient
 
 
 def test_value_and_gradient_are_the_given_ones():

@@ -10,8 +10,8 @@ from torch import nn
 
 import lpl.perceptual.loss
 from lpl import LatentPerceptualLoss, PerceptualObjective
+from lpl.diffusion.draws import pyramid_noise
 from lpl.diffusion.prediction import add_noise, alpha_sigma_table
-from lpl.diffusion.pyramid_noise import pyramid_noise
 from lpl.perceptual.input_checks import FirstCalls, check_mask_values
 from lpl.perceptual.loss import LPLOutput
 

@@ -12,7 +12,7 @@ from lpl import LatentPerceptualLoss
 from lpl.diffusion.latent_space import LatentSpace
 from lpl.perceptual.distance import NORM_TYPES, FeatureDistance
 from lpl.perceptual.frozen import Identity
-from lpl.perceptual.segment import Segment
+from lpl.perceptual.sweep import Segment
 
 
 def value_and_gradient(per_sample, pred):

@@ -2,8 +2,8 @@ import pytest
 import torch
 from textbook_lpl import inlier_mask as textbook_mask
 
-from lpl.perceptual import outliers
-from lpl.perceptual.outliers import HALO, inlier_range
+from lpl.perceptual import distance
+from lpl.perceptual.distance import HALO, inlier_range
 from lpl.perceptual.strips import channel_moments
 
 
@@ -13,7 +13,7 @@ def standard_deviation(y):
 
 
 def inlier_mask(y, stride):
-    return outliers.inlier_mask(y, *inlier_range(y, standard_deviation(y)), stride).to(y.dtype)
+    return distance.inlier_mask(y, *inlier_range(y, standard_deviation(y)), stride).to(y.dtype)
 
 
 def masked_block(height, width, stride, value=100.0):
@@ -114,11 +114,11 @@ def test_rows_with_their_halo_have_the_mask_of_the_whole_map(stride):
     y = torch.randn(2, 4, 40, 24, generator=torch.Generator().manual_seed(3)) ** 5
     y[:, :, 8:11, 3:7] = 1e4
     found = inlier_range(y, standard_deviation(y))
-    whole = outliers.inlier_mask(y, *found, stride)
+    whole = distance.inlier_mask(y, *found, stride)
     assert not whole.all()
     for first, last in ((0, 6), (6, 12), (12, 30), (38, 40)):
         low, high = max(0, first - HALO), min(40, last + HALO)
-        rows = outliers.inlier_mask(y[:, :, low:high], *found, stride)[:, :, first - low : last - low]
+        rows = distance.inlier_mask(y[:, :, low:high], *found, stride)[:, :, first - low : last - low]
         assert torch.equal(rows, whole[:, :, first:last])
 
 
@@ -132,7 +132,7 @@ def test_sampled_order_statistics_differ_on_under_a_thousandth(shape):
         y += torch.nn.functional.interpolate(coarse, shape, mode="bilinear")
     y = y**3
     std = standard_deviation(y)
-    sampled = outliers.inlier_mask(y, *inlier_range(y, std), 1)
+    sampled = distance.inlier_mask(y, *inlier_range(y, std), 1)
     exact = textbook_mask(y, 1).bool()
     assert not exact.all()
     assert (sampled != exact).double().mean() < 1e-3
@@ -156,4 +156,4 @@ def test_kth_value_is_exact(n, k, largest):
         torch.arange(n).float().expand(3, 2, n),
     ):
         expected = values.sort(-1, descending=largest).values[..., k - 1]
-        assert torch.equal(outliers._kth(values, k, largest), expected)
+        assert torch.equal(distance._kth(values, k, largest), expected)

@@ -5,7 +5,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from lpl import LatentPerceptualLoss, PerceptualObjective
-from lpl.perceptual.random_depth import (
+from lpl.perceptual.subsampling import (
     REACH,
     best_reach,
     depth_of,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lpl.comparison.verdict import Noise, Pair, entry
-from lpl.report.cards import headline, tone, verdicts
+from lpl.report.findings import headline, tone, verdicts
 from lpl.report.page import render
 from lpl.report.sources import Group, Inputs, Result
 

@@ -10,11 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lpl.data.picture_cells import KEY, Cell, cells_note, read_cells
-from lpl.data.prompts import Prompt
-from lpl.report.gallery import build_gallery
-from lpl.report.images import embed_all, encode
-from lpl.report.pictures import Key, Picture, gather_pictures
+from lpl.base.text import Prompt
+from lpl.data.sheets import KEY, Cell, cells_note, read_cells
+from lpl.report.pictures import Key, Picture, build_gallery, embed_all, encode, gather_pictures
 from lpl.report.run_folder import RunFolder
 from lpl.report.sources import Group, Inputs, Result
 from lpl.training.validation_images import label_grid

@@ -7,8 +7,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from lpl.report.marks import Line, Row
-from lpl.report.plots import MOST_POINTS, interval_chart, line_chart
+from lpl.report.plots import MOST_POINTS, Line, Row, interval_chart, line_chart
 
 SPACE = "{http://www.w3.org/2000/svg}"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lpl.config import TrainConfig
-from lpl.config_io import write_config
+from lpl.config.files import write_config
 from lpl.report.evaluations import metric_charts
 from lpl.report.page import render
 from lpl.report.sources import read_inputs

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from lpl.base.errors import UserError
 from lpl.config import TrainConfig
-from lpl.config_io import write_config
-from lpl.errors import UserError
+from lpl.config.files import write_config
 from lpl.report.curves import loss_charts
 from lpl.report.run_folder import RunFolder, is_run, read_run, seconds_at, training_clock
 from lpl.report.sources import Group, Inputs

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
+from lpl.base.errors import UserError
+from lpl.base.written_files import read_finished, read_result
 from lpl.config import TrainConfig
-from lpl.config_io import differences, read_record, write_config
-from lpl.errors import UserError
+from lpl.config.files import differences, read_record, write_config
 from lpl.report.page import render
 from lpl.report.sources import Inputs, read_inputs
 from lpl.training.manifest import damage
 from lpl.training.validation import read_rows
-from lpl.written_files import read_finished, read_result
 
 ORIGINALS = Path(__file__).parents[2] / "fuzz" / "originals"
 MISSING = object()

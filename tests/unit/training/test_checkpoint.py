@@ -11,8 +11,8 @@ import pytest
 import safetensors.torch
 import torch
 
+from lpl.base.errors import TrainingStoppedError, UserError
 from lpl.config import OptimConfig
-from lpl.errors import TrainingStoppedError, UserError
 from lpl.training.checkpoint import (
     find_checkpoint,
     full_disk,
@@ -21,7 +21,7 @@ from lpl.training.checkpoint import (
     recover,
     save_checkpoint,
 )
-from lpl.training.ema import Average
+from lpl.training.weights import Average
 
 
 class Training:

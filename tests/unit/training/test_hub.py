@@ -11,8 +11,8 @@ import yaml
 from PIL import Image
 
 from lpl.config import DataConfig, LoggingConfig, LPLConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
-from lpl.config_io import write_config
-from lpl.training.hub import write_model_card
+from lpl.config.files import write_config
+from lpl.training.saving import write_model_card
 
 
 def card(folder: Path, **groups: Any) -> tuple[dict[str, Any], str]:

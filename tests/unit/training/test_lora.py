@@ -16,7 +16,7 @@ from torch import nn
 from lpl.config import ModelConfig
 from lpl.families import sdxl
 from lpl.families.sdxl_lora import LORA_TARGETS
-from lpl.training.lora import add_lora
+from lpl.training.engine import add_lora
 
 LAYERS = {"attention": 32, "attention_mlp": 40, "all": 79}
 """How many of the tiny model's layers: in four transformers, 8 attention projections each, and 2 matrices of the MLP;

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from lpl.testing import tiny_vae
+from tiny_models import tiny_vae
 
 from lpl import LatentPerceptualLoss, PerceptualObjective
 from lpl.training.tracking import Tracker

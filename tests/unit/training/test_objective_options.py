@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from lpl.base.errors import UserError
+from lpl.config.command_line import parse_train
 from lpl.diffusion.draws import draw_normal, timestep_probabilities
-from lpl.errors import UserError
-from lpl.parsing import parse_train
 from lpl.training.step import Drawn, StepLoss, TrainingStep
 
 BASE = {"train_batch_size": 4, "max_train_steps": 2}

@@ -9,8 +9,8 @@ import pytest
 import torch
 from diffusers.optimization import SchedulerType, get_scheduler
 
+from lpl.base.errors import UserError
 from lpl.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
-from lpl.errors import UserError
 from lpl.training.optim import build_optimizer, build_schedule, scaled_learning_rate
 
 SCHEDULES: dict[str, dict[str, Any]] = {

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from lpl.base.locks import alone_in
+from lpl.base.errors import TrainingStoppedError, UserError
+from lpl.base.files import alone_in
 from lpl.base.output_folder import RECORD
-from lpl.errors import TrainingStoppedError, UserError
-from lpl.parsing import parse_train
+from lpl.config.command_line import parse_train
 from lpl.training.output import output_of
 from lpl.training.run_state import RunState
 from lpl.training.saving import save_result

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from lpl.parsing import parse_train
+from lpl.config.command_line import parse_train
 from lpl.training.preflight import preflight
 
 

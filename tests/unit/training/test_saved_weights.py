@@ -16,8 +16,7 @@ from torch import nn
 
 import lpl.families.sdxl as sdxl
 from lpl.config import OptimConfig
-from lpl.training.ema import Average
-from lpl.training.weights import Weights
+from lpl.training.weights import Average, Weights
 
 
 def same(a: dict[str, Any], b: dict[str, Any]) -> bool:

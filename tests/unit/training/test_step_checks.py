@@ -4,9 +4,9 @@ import logging
 
 import pytest
 
-from lpl.parsing import parse_train
+from lpl.config.command_line import parse_train
+from lpl.training.checks import warn_of_steps
 from lpl.training.preflight import preflight
-from lpl.training.step_checks import warn_of_steps
 
 EMA = ["--use_ema"]
 PROMPT = ["--validation_prompt=x"]

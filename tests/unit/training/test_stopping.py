@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import lpl.families.sdxl as sdxl
+from lpl.base.errors import DamagedCacheError, StopRequestedError
 from lpl.data.filling import Filler
-from lpl.errors import DamagedCacheError, StopRequestedError
 from lpl.training import stopping
-from lpl.training.batches import Batches
+from lpl.training.engine import Batches
 from lpl.training.trainer import Trainer
 
 STEPS = 6

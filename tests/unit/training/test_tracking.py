@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from lpl.errors import TrainingStoppedError
+from lpl.base.errors import TrainingStoppedError
 from lpl.training.tracking import MetricWindow, Tracker
 
 

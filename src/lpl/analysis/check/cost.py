@@ -12,10 +12,10 @@ from lpl.analysis.alternatives import fits
 from lpl.analysis.check.images import Encoded, same_size
 from lpl.analysis.needs import Needs, estimate
 from lpl.analysis.rehearsal import Device, Rehearsal
+from lpl.base.errors import UserError
 from lpl.config import TrainConfig
-from lpl.errors import UserError
 from lpl.families import blueprint
-from lpl.training.lora import add_lora
+from lpl.training.engine import add_lora
 from lpl.training.step import TrainingStep
 
 REPEATS = 2

@@ -12,10 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lpl.base.errors import UserError
+from lpl.base.terminal import progress
 from lpl.config import TrainConfig
-from lpl.data.bad_image import BadImageError
+from lpl.data.bad_files import BadImageError
 from lpl.data.captions import CaptionRules
-from lpl.data.crops import Crop, render, to_float
+from lpl.data.crops import Crop, Views, render, to_float
 from lpl.data.dataset import Batch
 from lpl.data.decode import decode_with_alpha, parse_color
 from lpl.data.filling import CAPTION_BATCH, batch_of
@@ -23,11 +25,8 @@ from lpl.data.masks import Mask, crop_mask, location_weights, mask_of
 from lpl.data.reading import in_order, threads_of
 from lpl.data.sources import Piece, Sample, Source
 from lpl.data.sources.base import PIECE_SIZE
-from lpl.data.views import Views
 from lpl.diffusion.draws import fill_normal
-from lpl.errors import UserError
 from lpl.families.base import Family
-from lpl.progress import progress
 
 MOST_PIECES = 16
 """Pieces of a source that are opened: a shard may have to be fetched."""

@@ -23,13 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from lpl.analysis.check.images import Encoded, same_size
+from lpl.base.terminal import progress
 from lpl.data.dataset import Batch
 from lpl.diffusion.draws import keyed_uniform
 from lpl.diffusion.prediction import add_noise, signal_to_noise, target_of, x0_from_output
 from lpl.perceptual.gate import snr_scale
 from lpl.perceptual.loss import LatentPerceptualLoss
 from lpl.perceptual.objective import PerceptualObjective
-from lpl.progress import progress
 from lpl.training.step import TrainingStep
 
 BINS = 10

@@ -9,11 +9,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lpl.analysis.check.reconstruction import to_image
+from lpl.analysis.check.precision import to_image
 from lpl.data.contact_sheet import GREY, INK, Cell, compose, fit
-from lpl.perceptual.distance import FeatureDistance, batch_scale
+from lpl.perceptual.distance import FeatureDistance, batch_scale, inlier_mask
 from lpl.perceptual.loss import LatentPerceptualLoss
-from lpl.perceptual.outliers import inlier_mask
 from lpl.perceptual.strips import channel_moments, spans
 
 ANCHORS = (

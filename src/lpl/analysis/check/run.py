@@ -18,21 +18,17 @@ from PIL import Image
 from lpl import __version__
 from lpl.analysis.check import cost, levels, precision, reconstruction
 from lpl.analysis.check.images import Encoded, read_pictures
-from lpl.analysis.check.judge import faults_of, warnings_of
 from lpl.analysis.check.maps import draw_estimates, draw_maps, layer_maps
-from lpl.analysis.check.options import FEWEST, CheckConfig
 from lpl.analysis.check.suggest import suggestion
-from lpl.analysis.check.table import table
-from lpl.analysis.check.verdict import verdict_of
-from lpl.base.locks import alone_in
+from lpl.analysis.check.table import faults_of, table, verdict_of, warnings_of
+from lpl.base.errors import UserError
+from lpl.base.files import alone_in, write_atomically
 from lpl.base.output_folder import Names, OutputFolder, kind_of
 from lpl.config import TrainConfig
-from lpl.config_io import CHECK_REPORT, environment
-from lpl.data.files import write_atomically
-from lpl.data.lettering import printable
-from lpl.errors import UserError
+from lpl.config.commands import FEWEST, PAGE, CheckConfig, ReportConfig
+from lpl.config.files import CHECK_REPORT, environment
+from lpl.data.sheets import printable
 from lpl.families import load_family, plan_configs
-from lpl.report.options import PAGE, ReportConfig
 from lpl.training.engine import build_accelerator, build_objective
 from lpl.training.preflight import Checked, check_data, processes
 from lpl.training.step import TrainingStep

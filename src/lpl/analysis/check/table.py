@@ -1,11 +1,171 @@
-"""A check as text for the terminal."""
+"""What of a check's figures speaks against a run, and which option helps."""
 
 from __future__ import annotations
 
 import math
 import textwrap
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
+
+from lpl.analysis.check import precision
+from lpl.analysis.check.suggest import INFORMED
+from lpl.config import TrainConfig
+from lpl.config.commands import WALK_TOLERANCE
+from lpl.perceptual.auto_weight import MEASURED_SAMPLES
+from lpl.perceptual.defaults import HIGH_SHARE, LOW_SHARE
+
+LEAST_PSNR = 25.0
+"""In dB; below, what the VAE loses is plainly seen."""
+MOST_OUTLIERS = 0.1
+"""Share of a layer's values; more is no few extreme activations."""
+
+
+def faults_of(found: dict[str, Any]) -> list[str]:
+    """Why no run should start; needs "components" and "walk_equals_decode"."""
+    faults = [
+        f"{name} is not finite in float32: its weights are damaged, take another model"
+        for name, by_dtype in found["components"].items()
+        if by_dtype["float32"]["finite"] is False
+    ]
+    walk = found["walk_equals_decode"]
+    if not faults and not walk <= WALK_TOLERANCE:
+        faults.append(
+            f"LPL's walk through the decoder differs from vae.decode by {walk:.3g}: LPL would compare features of "
+            "another image; take another VAE with --pretrained_vae_model_name_or_path, and report this one"
+        )
+    return faults
+
+
+def warnings_of(found: dict[str, Any], config: TrainConfig, samples: int | None) -> list[str]:
+    """What to look at before a run; sections that are missing say nothing.
+
+    Args:
+        found: check.json so far.
+        config: the options.
+        samples: images of the data, if known.
+    """
+    lines = precision.warnings_of(found["components"], str(config.run.mixed_precision), config.lpl.lpl_dtype)
+    if "reconstruction" not in found:
+        return lines
+    psnr = found["reconstruction"]["psnr_mean"]
+    if psnr < LEAST_PSNR:
+        lines.append(
+            f"the VAE gives images back with {psnr:.1f} dB: what it loses outweighs what LPL can sharpen; another VAE "
+            "(--pretrained_vae_model_name_or_path) or a larger --resolution helps more"
+        )
+    for layer in found["layers"]:
+        fractions = [row["outlier_fraction"] for row in layer["bins"]]
+        most = max((value for value in fractions if math.isfinite(value)), default=0.0)
+        if most > MOST_OUTLIERS:
+            lines.append(
+                f"{layer['tap']} has {most:.1%} of its values masked as outliers, which are meant to be few: look at "
+                "its map, try --no_lpl_remove_outliers or a smaller --lpl_num_blocks"
+            )
+    lines += _gate_warnings(found, config, samples)
+    return lines
+
+
+def _gate_warnings(found: dict[str, Any], config: TrainConfig, samples: int | None) -> list[str]:
+    lines: list[str] = []
+    p_gate, gate, run = found["p_gate"], found["gate"], config.run
+    if samples is None and run.max_train_steps is None:
+        return lines
+    drawn = run.train_batch_size * run.gradient_accumulation_steps * config.num_steps(samples or 1, 1)
+    if config.lpl.lpl_weight == "auto" and p_gate * drawn < MEASURED_SAMPLES:
+        lines.append(
+            f"about {p_gate * drawn:.0f} of the run's {drawn:,} samples pass the gate {gate}, fewer than the "
+            f"{MEASURED_SAMPLES} that --lpl_weight auto measures on: give the weight as a number, or train longer"
+        )
+    return lines
+
+
+LEAST_GATED = 0.05
+"""Probability of passing the gate."""
+
+
+class Verdict(NamedTuple):
+    """As check.json has it."""
+
+    outcome: Literal["acts", "idles", "harms"]
+    verdict: str
+
+
+def verdict_of(found: dict[str, Any], config: TrainConfig) -> Verdict:
+    """The verdict on a run.
+
+    Args:
+        found: check.json so far; where pictures were not measured, faults say why.
+        config: the options.
+    """
+    if found["faults"]:
+        return _harms(found["faults"][0])
+    lpl, gate, p_gate, own = config.lpl, found["gate"], found["p_gate"], found["suggestion"]["own_gate"]
+    cosine, share = own["cosine"], found["suggestion"]["own_share"]
+    if own["gradient"] == "not finite":
+        better = (
+            "keep --lpl_dtype float32"
+            if lpl.lpl_dtype != "float32"
+            else "take another --pretrained_vae_model_name_or_path"
+        )
+        return _harms(f"it is not finite with --lpl_dtype {lpl.lpl_dtype} within the gate ({gate}); {better}")
+    if lpl.lpl_weight == 0:
+        return _idles("--lpl_weight is 0; give auto, or a number above 0")
+    if p_gate < LEAST_GATED or own["gradient"] == "none":
+        return _idles(
+            f"{_whole_percent(p_gate)} of the samples pass the gate ({gate}); give a wider one, such as "
+            "--lpl_sigma_threshold 3, or draw less noise (--timestep_bias_strategy earlier)"
+        )
+    if own["gradient"] == "zero":
+        return _idles(
+            f"its gradient is exactly 0 for all that passes the gate ({gate}), which would stop the run; compare other "
+            "layers (--lpl_num_blocks), or look at the masks"
+        )
+    least = found["suggestion"]["uninformed"]
+    if least is not None and least["interval"][0] > INFORMED:
+        return _harms(
+            f"even where noise is least the model's estimate is as far from the picture as {least['share']:.2f} of one "
+            "that knows nothing of it; see that model, VAE and --prediction_type belong together"
+        )
+    if own["cosine_interval"] is not None and own["cosine_interval"][1] < 0:
+        narrower = found["suggestion"]["lpl_t_threshold"]
+        change = "drop LPL here (--no_use_lpl)" if narrower is None else f"give --lpl_t_threshold {narrower}"
+        return _harms(f"it pulls against the diffusion loss within the gate ({gate}): cosine {cosine:.2f}; {change}")
+    auto = lpl.lpl_weight == "auto"
+    share = lpl.lpl_target_share if auto else share
+    weight = own["lpl_weight"] if auto else float(lpl.lpl_weight)
+    flag = "--lpl_target_share" if auto else "--lpl_weight"
+    has = f"{flag} {lpl.lpl_target_share if auto else lpl.lpl_weight} gives it {_whole_percent(share)} of the gradient"
+    if share < LOW_SHARE:
+        return _idles(f"{has}; raise it" + ("" if auto else ", or use auto"))
+    if share > HIGH_SHARE:
+        return _harms(f"{has}; lower it" + ("" if auto else ", or use auto"))
+    return Verdict(
+        "acts",
+        f"LPL will act: it gets {_whole_percent(share)} of the gradient on {_whole_percent(p_gate)} of the "
+        f"samples, with a weight "
+        f"of {'about ' if auto else ''}{weight:.3g}, and {_direction(cosine, own['cosine_interval'])}; nothing needs "
+        "to be changed",
+    )
+
+
+def _direction(cosine: float, interval: list[float] | None) -> str:
+    told = f"(cosine {cosine:.2f})"
+    if interval is not None and interval[0] > 0:
+        return f"pulls the same way as the diffusion loss {told}"
+    return f"neither follows the diffusion loss nor opposes it, as far as can be told {told}"
+
+
+def _idles(why: str) -> Verdict:
+    return Verdict("idles", f"LPL will idle: {why}")
+
+
+def _harms(why: str) -> Verdict:
+    return Verdict("harms", f"LPL will likely harm: {why}")
+
+
+def _whole_percent(part: float) -> str:
+    return f"{100 * part:.0f} %" if part >= 0.01 else f"{100 * part:.2g} %"
+
 
 INDENT, WIDTH = 13, 118
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from lpl.base.errors import UserError
 from lpl.config import DataConfig
 from lpl.data.sources.base import Piece, Sample, Source
 from lpl.data.sources.folder import FolderSource
 from lpl.data.sources.webdataset import WebDatasetSource
-from lpl.errors import UserError
 
 __all__ = ["Piece", "Sample", "Source", "open_regularisation", "open_source", "open_validation"]
 
@@ -45,7 +45,7 @@ def open_source(config: DataConfig, cache_dir: str | None) -> Source:
         )
     # datasets takes seconds to load: folders and shards do without.
     if config.streaming:
-        from lpl.data.sources.streaming import StreamSource
+        from lpl.data.sources.hub import StreamSource
 
         return StreamSource(config, cache_dir)
     from lpl.data.sources.hub import HubSource

@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from lpl.config import require
-from lpl.data.bad_image import UnreadImageError
-from lpl.data.sources.versions import Versions
+from lpl.base.errors import require
+from lpl.data.bad_files import UnreadImageError
+from lpl.data.sources.remote import Versions
 
 IMAGE_SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".gif", ".jfif", ".jpe", ".jif", ".jfi", ".apng"
@@ -151,3 +151,67 @@ def digest(*parts: str) -> str:
     """A short hash of strings, each told from the next."""
     text = "".join(f"{len(part)}:{part}" for part in parts)
     return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+
+
+class FirstSamples:
+    """The first samples of several pieces, as one piece: where the cut lies is known only once they have been read.
+
+    Pieces behind the cut are never opened. The stamp covers all pieces.
+
+    Args:
+        pieces: in order.
+        count: how many samples at most.
+    """
+
+    size = None
+
+    def __init__(self, pieces: Sequence[Piece], count: int) -> None:
+        self._pieces, self._count = pieces, count
+        self.key = f"first {count}"
+        self.stamp = digest(*(part for piece in pieces for part in (piece.key, piece.stamp)))
+
+    def samples(self) -> Generator[Sample, None, None]:
+        """See Piece."""
+        left = self._count
+        for piece in self._pieces:
+            samples = piece.samples()
+            try:
+                for sample in samples:
+                    yield sample
+                    left -= 1
+                    if left == 0:
+                        return
+            finally:
+                if isinstance(samples, Generator):
+                    samples.close()
+
+
+def cut(pieces: Sequence[Piece], count: int | None) -> Sequence[Piece]:
+    """The pieces themselves, or one piece with their first `count` samples."""
+    return pieces if count is None else [FirstSamples(pieces, count)]
+
+
+class Prompted:
+    """A piece in which images without a caption have the instance prompt.
+
+    That is in the piece's stamp, so that another prompt reads the captions anew; it is not in those of the samples, so
+    that no image is opened again for it.
+
+    Args:
+        piece: yields the prompt where there is no caption.
+        prompt: the instance prompt.
+    """
+
+    def __init__(self, piece: Piece, prompt: str) -> None:
+        self._piece = piece
+        self.key, self.size = piece.key, piece.size
+        self.stamp = digest(piece.stamp, prompt)
+
+    def samples(self) -> Generator[Sample, None, None]:
+        """See Piece."""
+        return self._piece.samples()
+
+
+def with_prompt(pieces: Sequence[Piece], prompt: str | None) -> Sequence[Piece]:
+    """The pieces themselves, or such pieces of them."""
+    return pieces if prompt is None else [Prompted(piece, prompt) for piece in pieces]

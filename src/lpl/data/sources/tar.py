@@ -9,12 +9,11 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from typing import BinaryIO, NamedTuple
 
+from lpl.base.errors import UserError, require
 from lpl.base.json_files import parse_row
 from lpl.base.text import decode
-from lpl.config import require
 from lpl.data.sources.base import IMAGE_SUFFIXES, captions_of, one_line
 from lpl.data.sources.listing import PICTURE_SUFFIXES
-from lpl.errors import UserError
 
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _BLOCK = 512

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lpl.perceptual.convolution import Convolution, Operation, Upsampling
 from lpl.perceptual.decoders.base import DecoderTaps, Tap
 from lpl.perceptual.frozen import Attention, Fuse, Identity, Plain, Resnet
-from lpl.perceptual.segment import Segment
+from lpl.perceptual.sweep import Segment
 
 logger = logging.getLogger("lpl")
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lpl.perceptual.frozen import Fuse, Identity, Plain
-from lpl.perceptual.segment import Segment
+from lpl.perceptual.sweep import Segment
 
 
 class Tap(NamedTuple):

@@ -1,0 +1,201 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import takewhile
+from pathlib import Path
+
+import xxhash
+from filelock import BaseFileLock, FileLock, Timeout
+
+from lpl.base.errors import UserError
+
+TEMPORARY = ".tmp"
+BLOCK = 2**24
+PROBED = 4096
+GONE = "gone"
+"""The stamp of what is not there, or cannot be looked at."""
+
+
+def write_atomically(path: Path, data: bytes, scratch: Path | None = None) -> None:
+    """Writes a file under a temporary name, syncs and renames it; makes the folders.
+
+    Args:
+        path: the file.
+        data: its content.
+        scratch: folder on the same file system for the temporary file, which stays there if the process is killed;
+            None: beside the file.
+
+    Raises:
+        OSError: it cannot be written; nothing is left behind then.
+    """
+    scratch = scratch or path.parent
+    for folder in (scratch, path.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    temporary = scratch / f".{uuid.uuid4().hex}{TEMPORARY}"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def write_cached(path: Path, data: bytes, scratch: Path | None = None) -> None:
+    """write_atomically for a file of the cache.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    with cache_writing(path.parent):
+        write_atomically(path, data, scratch)
+
+
+@contextmanager
+def cache_writing(folder: Path) -> Iterator[None]:
+    """Turns what goes wrong while writing a folder of the cache into one line.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cache {folder} cannot be written ({error.strerror}): make room there, or name another folder with "
+            "--latent_cache_dir"
+        ) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames in a folder survive a loss of power, where the system can."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def sync_file(path: Path) -> None:
+    """Waits until a file, or a folder's list of files, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def probe(path: str | Path) -> str:
+    """A hash of a file's first, middle and last 4 KiB: tells files apart that have one size and one time of change.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    found = xxhash.xxh3_64()
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        for start in sorted({0, max(0, size // 2 - PROBED // 2), max(0, size - PROBED)}):
+            file.seek(start)
+            found.update(file.read(PROBED))
+    return found.hexdigest()
+
+
+def status_of(file: os.DirEntry[str] | str) -> os.stat_result | None:
+    """Of what a link leads to; None where there is nothing."""
+    try:
+        return os.stat(file) if isinstance(file, str) else file.stat()
+    except (OSError, ValueError):  # ValueError: a name with a NUL
+        return None
+
+
+def stamp_of(status: os.stat_result | None, path: str | None = None) -> str:
+    """What tells the versions of a file apart, without spaces: its size and time of change, or GONE.
+
+    Args:
+        status: of the file.
+        path: where it is, for a probe of it beside these; None: none.
+    """
+    try:
+        probed = "" if status is None or path is None else f".{probe(path)}"
+    except OSError:
+        return GONE
+    return GONE if status is None else f"{status.st_size:x}.{status.st_mtime_ns:x}{probed}"
+
+
+def checksum(path: Path) -> str:
+    """XXH3 (128 bits) of a file's content."""
+    found = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            found.update(block)
+    return found.hexdigest()
+
+
+LOCK = ".lpl.lock"
+
+
+@contextmanager
+def alone_in(folder: Path, flag: str = "--output_dir") -> Iterator[None]:
+    """Holds a folder's lock for as long as a command writes into it; of a launch the first process does for all.
+
+    The folder is made, and removed again where nothing else came into it.
+
+    Raises:
+        UserError: another command is at work there, or the folder cannot be written.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / LOCK, timeout=0)
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(
+            f"{flag} {folder}: another lpl command is at work in it: wait for its end, or name another folder"
+        ) from error
+    except OSError as error:
+        raise UserError(f"{flag} {folder}: cannot be written ({error.strerror})") from error
+    try:
+        yield
+    finally:
+        _end(lock)
+        for path in takewhile(lambda path: not os.listdir(path), made):
+            path.rmdir()
+
+
+@contextmanager
+def alone_at(file: Path, flag: str) -> Iterator[None]:
+    """The same for a single file or folder that appears whole; the lock is beside it, and goes with its end.
+
+    Raises:
+        UserError: another command is writing it, or nothing can be written there.
+    """
+    lock = FileLock(file.with_name(f".{file.name}{LOCK}"), timeout=0)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(f"{flag} {file}: another lpl command is writing it") from error
+    except OSError as error:
+        raise UserError(f"{flag} {file}: cannot be written ({error.strerror})") from error
+    try:
+        yield
+    finally:
+        _end(lock)
+
+
+def _end(lock: BaseFileLock) -> None:
+    """Releases a lock and leaves no file; who has opened that file already sees that it is gone, and tries anew."""
+    if os.name == "posix":  # elsewhere an open file cannot be removed
+        Path(lock.lock_file).unlink()
+    lock.release()

@@ -1,0 +1,310 @@
+"""Options as YAML: presets, --config files, and the config.yaml that every run leaves beside its output."""
+
+from __future__ import annotations
+
+import difflib
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lpl.base.errors import UserError
+from lpl.base.files import write_atomically
+from lpl.base.json_files import REST, Shape, require_shape, whole
+from lpl.base.text import read_text
+from lpl.base.written_files import PLAIN
+from lpl.config import Facts, TrainConfig, declared
+from lpl.config.checks import check_path, check_text
+from lpl.config.loss import GATES, acting
+from lpl.presets import preset_text, presets
+
+RECORD = "environment"
+"""Key of config.yaml that holds versions and git state; it is read over."""
+
+CONFIG_FILE = "config.yaml"
+DATA_REPORT = "data-report"
+"""Folder of --output_dir that `lpl data` writes to; it shows training images, so it is never published."""
+
+CHECK_REPORT = "check-report"
+"""The same of `lpl check`."""
+
+EMPTY = ("null", "~", "")
+"""How YAML says None."""
+
+UNSAID_GATE = ("lpl_t_threshold", 200)
+"""The gate of a run whose config.yaml states none: it was written while this was the default."""
+
+REFUSED = {
+    "enable_xformers_memory_efficient_attention": "PyTorch's own memory-efficient attention is always used",
+    "enable_npu_flash_attention": "PyTorch's own memory-efficient attention is always used",
+    "local_rank": "start several processes with `accelerate launch -m lpl train` or torchrun",
+    "debug_loss": "every logged step already has the losses, by term and layer (--log_every 1)",
+}
+"""Flags of the diffusers scripts that are not taken, and what replaces each."""
+
+CACHED = "latents and text embeddings are always cached: --latent_cache_dir says where"
+ELSEWHERE = {
+    "network_module": "--rank trains a LoRA, --use_dora a DoRA",
+    "network_args": "--lora_targets and --use_dora say what is trained",
+    "network_train_unet_only": "that is what happens without --train_text_encoder",
+    "network_weights": "runs begin with the model; merge the LoRA into it first (lpl export)",
+    "output_name": "--output_dir names the run's folder, and its files are named after that",
+    "save_model_as": "every result is .safetensors",
+    "save_precision": "results are float32; lpl export writes other precisions",
+    "dataset_config": "--train_data_dir, --repeats and --resolution say the same",
+    "xformers": "PyTorch's own memory-efficient attention is always used",
+    "sdpa": "PyTorch's own memory-efficient attention is always used",
+    "mem_eff_attn": "PyTorch's own memory-efficient attention is always used",
+    **dict.fromkeys(("cache_latents", "cache_latents_to_disk", "cache_text_encoder_outputs"), CACHED),
+}
+"""Flags of kohya's scripts and SimpleTuner that have no counterpart, and what to do."""
+
+
+def why_refused(name: str) -> str | None:
+    """What to do instead of an option of other trainers that has no counterpart; None: it is not known to be one."""
+    return REFUSED.get(name) or ELSEWHERE.get(name)
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """A hint at the option that other trainers call so, or at the closest known name, or nothing."""
+    here = next((own for own, facts in declared().items() if name in facts.elsewhere and own in known), None)
+    if here is not None:
+        return f": here it is --{here}"
+    close = difflib.get_close_matches(name, known, 1, 0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def read_options(name: str) -> dict[str, str]:
+    """The options of a preset or of a YAML file, as written (every value a string).
+
+    Raises:
+        UserError: neither a preset nor a file, not a mapping, or a key that is no option or is there twice.
+    """
+    check_text("--config", name, path=True)
+    check_path("--config", name)
+    path = Path(name)
+    if name in presets():
+        text = preset_text(name)
+    elif path.is_file():
+        text = read_text(path, f"--config {name}")
+    else:
+        raise UserError(f"--config {name}: neither a file nor a preset; presets: {', '.join(presets())}")
+    options = read_strings(text, f"--config {name}") or {}
+    if not isinstance(options, dict):
+        raise UserError(f"--config {name}: expected lines of `option: value`")
+    is_record = options.pop(RECORD, None) is not None
+    known = list(TrainConfig().flat())
+    for key, value in options.items():
+        why = why_refused(key)
+        if why is not None:
+            raise UserError(f"--config {name}: {key} is not taken: {why}")
+        if key not in known:
+            raise UserError(f"--config {name}: unknown key {key}{nearest(key, known)}")
+        if not isinstance(value, str):
+            raise UserError(f"--config {name}: {key} takes a single value")
+    return _as_run(options) if is_record else options
+
+
+def _as_run(options: dict[str, str]) -> dict[str, str]:
+    """The options of a run's config.yaml that acted in that run, with its gate, whatever the defaults are by now."""
+    given = TrainConfig().flat() | {key: None if value.lower() in EMPTY else value for key, value in options.items()}
+    given["use_lpl"] = options.get("use_lpl", "true").lower() != "false"
+    acted = acting(given, UNSAID_GATE)
+    gates = {name: str(acted[name]) for name in GATES if acted.get(name) is not None}
+    return {key: value for key, value in options.items() if key in acted} | gates
+
+
+def without_replaced(options: dict[str, str], argv: list[str]) -> dict[str, str]:
+    """Options without those that flags replace though they are others: the gate, and the share of --lpl_weight auto."""
+    flags: dict[str, str] = {}
+    for token, following in zip(argv, [*argv[1:], ""], strict=False):
+        name, joined, value = token.removeprefix("--").partition("=")
+        if token.startswith("--"):
+            flags[name.replace("-", "_")] = value if joined else following
+    given = {name for name, value in flags.items() if value.lower() not in (*EMPTY, "none")}
+    replaced = set(GATES) if given & set(GATES) else set()
+    if flags.get("lpl_weight", "auto") != "auto":
+        replaced.add("lpl_target_share")
+    return {name: value for name, value in options.items() if name not in replaced}
+
+
+class _WithoutAliases:
+    """Refuses what repeats a part of the file: nothing here needs it, and a few lines of it grow without bound."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):  # type: ignore[attr-defined]
+            mark = self.peek_event().start_mark  # type: ignore[attr-defined]
+            raise UserError(f"line {mark.line + 1}: an alias (*): write the value itself")
+        return super().compose_node(parent, index)  # type: ignore[misc]
+
+
+class _PlainLoader(_WithoutAliases, yaml.SafeLoader):
+    """Values as YAML means them."""
+
+
+class _OnceLoader(_WithoutAliases, yaml.BaseLoader):
+    """Every value a string; a key that is given twice is refused, where YAML's own loaders keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise UserError(f"line {key.start_mark.line + 1}: {key.value} is given twice: drop one")
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
+        return super().construct_mapping(node, deep)
+
+
+def read_strings(text: str, where: str) -> Any:
+    """What YAML holds, every value a string as it is written.
+
+    Args:
+        text: YAML.
+        where: flag and file, for errors.
+
+    Raises:
+        UserError: not YAML, or a key that is given twice.
+    """
+    return _load(text, _OnceLoader, where)
+
+
+def _load(text: str, loader: Any, where: str) -> Any:
+    try:
+        return yaml.load(text, loader)
+    except RecursionError as error:
+        raise UserError(f"{where}: lists or mappings within each other, too deep to be read") from error
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # the last two: of a date or character that is none
+        raise UserError(f"{where}: not YAML: {' '.join(str(error).split())[:300]}") from error
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+RECORDED: Shape = {
+    RECORD: {"processes?": whole(1, 10**6), REST: PLAIN},
+    "train_batch_size?": whole(1, 10**9),
+    "gradient_accumulation_steps?": whole(1, 10**9),
+    REST: PLAIN,
+}
+"""config.yaml of a run."""
+
+
+def read_record(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options and the versions that a run's config.yaml holds.
+
+    Raises:
+        UserError: it cannot be read, or was not written by lpl train.
+    """
+    try:
+        found = _load(file.read_text(encoding="utf-8"), _PlainLoader, str(file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read ({' '.join(str(error).split())})") from error
+    if not isinstance(found, dict) or RECORD not in found:
+        raise UserError(f"{file}: was not written by lpl train")
+    found = {str(key): value for key, value in found.items()}
+    require_shape(found, RECORDED, f"{file}: was not written by lpl train")
+    return found, found.pop(RECORD)
+
+
+def as_flags(options: dict[str, str]) -> list[str]:
+    """Options as command-line flags; booleans become --x or --no_x."""
+    defaults = TrainConfig().flat()
+    flags = []
+    for key, value in options.items():
+        if isinstance(defaults[key], bool):
+            if value.lower() not in ("true", "false"):
+                raise UserError(f"{key}: expected true or false, not {value!r}")
+            flags.append(f"--{key}" if value.lower() == "true" else f"--no_{key}")
+        elif value.lower() in EMPTY and isinstance(defaults[key], str):
+            raise UserError(f"{key} is given empty: give a value, or leave it out")
+        else:
+            flags.append(f"--{key}={'None' if value.lower() in EMPTY else value}")
+    return flags
+
+
+def write_config(config: TrainConfig, folder: Path, processes: int = 1) -> None:
+    """Makes the folder and writes its config.yaml; `--config` reads it.
+
+    It has every option but the token, LPL's gate also where it is the default, and versions.
+    """
+    stated = config.flat() | {key: value for key, value in acting(config.flat()).items() if key in GATES}
+    options = {name: value for name, value in stated.items() if declared()[name].recorded}
+    text = yaml.safe_dump(options | {RECORD: environment() | {"processes": processes}}, sort_keys=False)
+    try:
+        write_atomically(folder / CONFIG_FILE, text.encode())
+    except OSError as error:
+        raise UserError(f"--output_dir {folder}: cannot be written ({error.strerror})") from error
+
+
+def is_config_of_run(path: Path) -> bool:
+    """Whether a file is a config.yaml that write_config has written, by its last part."""
+    try:
+        return f"\n{RECORD}:" in path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def differences(config: TrainConfig, folder: Path, processes: int = 1) -> list[str]:
+    """What of the trajectory differs from the run whose config.yaml lies in folder, as `--flag old -> new`.
+
+    An option that the file does not have had its default; what does nothing beside the others is not compared. Of batch
+    size, accumulation and processes only the product counts, the samples of a step.
+
+    Raises:
+        UserError: a config.yaml of something else, which a run would overwrite.
+    """
+    try:
+        old, versions = read_record(folder / CONFIG_FILE)
+    except UserError as error:
+        raise UserError(f"--output_dir {folder}: {error}; choose another folder") from error
+    before = TrainConfig().flat() | old
+    acted, now = acting(before, UNSAID_GATE), acting(config.flat())
+    told = [
+        f"--{key} {acted[key]} -> {now[key]}"
+        for key in now
+        if key in acted
+        and acted[key] != now[key]
+        and not _same_path(declared()[key], acted[key], now[key])
+        and not (declared()[key].free or declared()[key].divides)
+    ]
+    samples = [_samples(before, versions.get("processes", processes)), _samples(config.flat(), processes)]
+    return told if samples[0] == samples[1] else [*told, f"samples a step {samples[0]} -> {samples[1]}"]
+
+
+def _samples(options: dict[str, Any], processes: int) -> int:
+    return int(options["train_batch_size"] * options["gradient_accumulation_steps"] * processes)
+
+
+def _same_path(facts: Facts, old: Any, new: Any) -> bool:
+    """Whether two spellings of a path name one folder that is there."""
+    if not facts.path or not isinstance(old, str) or not isinstance(new, str):
+        return False
+    return Path(new).exists() and Path(old).expanduser().resolve() == Path(new).resolve()
+
+
+def environment() -> dict[str, Any]:
+    """Versions of what a run stands on, and the git state of this package where it runs from a checkout."""
+    packages = ("latent-perceptual-loss", "torch", "diffusers", "transformers", "accelerate", "peft", "datasets")
+    found = {name: metadata.version(name) for name in packages if _installed(name)}
+    return {"python": platform.python_version(), **found, "git": _git_state()}
+
+
+def _installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _git_state() -> str | None:
+    folder = str(Path(__file__).parent)
+    try:
+        run = lambda *a: subprocess.run(["git", "-C", folder, *a], capture_output=True, text=True, timeout=10)  # noqa: E731
+        tracked, commit = run("ls-files", "--error-unmatch", __file__), run("rev-parse", "HEAD")
+        if tracked.returncode or commit.returncode:
+            return None
+        return commit.stdout.strip() + (" (modified)" if run("status", "--porcelain", folder).stdout.strip() else "")
+    except (OSError, subprocess.TimeoutExpired):
+        return None

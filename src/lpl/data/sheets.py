@@ -1,0 +1,172 @@
+"""Letters on pictures: a font that has them, and lines of a given width."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image, ImageFont, PngImagePlugin, features
+
+from lpl.base.errors import UserError
+from lpl.base.json_files import parse_json
+from lpl.data.bad_files import BadImageError
+from lpl.data.decode import DECODE_ERRORS
+
+FONTS = (
+    "DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "NotoSans-Regular.ttf", "Arial Unicode.ttf", "arialuni.ttf",
+    "msyh.ttc", "PingFang.ttc", "meiryo.ttc", "segoeui.ttf", "arial.ttf",
+)  # fmt: skip
+"""Tried in turn where Pillow's own font, which has Latin letters only, lacks a letter."""
+LETTERS_OF_A_LINE = 2000
+"""No line that is drawn holds as many; longer texts are not measured, as that takes time with their length."""
+MISSING = "\U0010ffff"
+"""A character of no font: it shows what a font draws instead."""
+
+
+@cache
+def fonts(size: int) -> tuple[ImageFont.FreeTypeFont, ...]:
+    """Pillow's own font, then those of FONTS that are installed, at a size in pixels.
+
+    Raises:
+        UserError: a Pillow without FreeType.
+    """
+    if not features.check("freetype2"):
+        raise UserError("Pillow was built without FreeType, which draws text: pip install --force-reinstall pillow")
+    own = ImageFont.load_default(size)
+    assert isinstance(own, ImageFont.FreeTypeFont)
+    found = [own]
+    for name in FONTS:
+        try:
+            found.append(ImageFont.truetype(name, size))
+        except OSError:
+            continue
+    return tuple(found)
+
+
+def font_for(text: str, size: int) -> ImageFont.FreeTypeFont:
+    """The first font that has every letter of a text, or else the one that lacks fewest."""
+    letters = {letter for letter in text if not letter.isspace()}
+    return min(fonts(size), key=lambda font: sum(not _has(font, letter) for letter in letters))
+
+
+@cache
+def _has(font: ImageFont.FreeTypeFont, letter: str) -> bool:
+    drawn, instead = font.getmask(letter), font.getmask(MISSING)
+    return (drawn.size, bytes(drawn)) != (instead.size, bytes(instead))
+
+
+def printable(text: str) -> str:
+    """One line without control characters."""
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+
+
+def wrap(text: str, width: int, size: int, most: int) -> list[str]:
+    """Cuts a text into lines of at most so many pixels, between words where it can; "..." ends the last of `most`."""
+    font = font_for(text, size)
+    lines: list[str] = []
+    line = ""
+    for word in printable(text).split(" "):
+        joined = f"{line} {word}" if line else word
+        if _fits(font, joined, width):
+            line = joined
+            continue
+        if len(lines) > most:
+            break  # nothing of it is shown
+        if line:
+            lines.append(line)
+        line = word
+        while not _fits(font, line, width) and len(lines) <= most:
+            fitting = _fitting(font, line, width)
+            lines.append(line[:fitting])
+            line = line[fitting:]
+    lines.append(line)
+    if len(lines) <= most:
+        return lines
+    last = lines[most - 1] + " ..."
+    return [*lines[: most - 1], last if font.getlength(last) <= width else shorten(last, width, size, end=0)]
+
+
+def shorten(text: str, width: int, size: int, end: float = 0.6) -> str:
+    """Cuts out of a line what is too much for so many pixels, and keeps so large a share of the rest at its end."""
+    text, font = printable(text), font_for(text, size)
+    if _fits(font, text, width):
+        return text
+
+    def cut(kept: int) -> str:
+        tail = int(kept * end)
+        return f"{text[: kept - tail].rstrip()}...{text[len(text) - tail :]}" if kept > 2 else "..."
+
+    low, high = 2, min(len(text), LETTERS_OF_A_LINE) - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if _fits(font, cut(middle), width) else (low, middle - 1)
+    return cut(low)
+
+
+def _fits(font: ImageFont.FreeTypeFont, text: str, width: int) -> bool:
+    return len(text) <= LETTERS_OF_A_LINE and font.getlength(text) <= width
+
+
+def _fitting(font: ImageFont.FreeTypeFont, text: str, width: int) -> int:
+    """How many letters of a text fit, at least one."""
+    low, high = 1, min(len(text), LETTERS_OF_A_LINE)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if font.getlength(text[:middle]) <= width else (low, middle - 1)
+    return low
+
+
+KEY = "lpl-cells"
+
+
+class Cell(NamedTuple):
+    """One picture of a sheet."""
+
+    kind: str
+    """What made it: "raw" or "ema" weights, "before", "after", "real"."""
+    prompt: str
+    seed: int | None
+    box: tuple[int, int, int, int]
+    """Left, upper, right, lower, in pixels of the sheet; right and lower are outside."""
+
+
+def cells_note(cells: Sequence[Cell]) -> PngImagePlugin.PngInfo:
+    """What `Image.save(..., "PNG", pnginfo=...)` takes to note the cells."""
+    note = PngImagePlugin.PngInfo()
+    note.add_text(KEY, json.dumps([cell._asdict() for cell in cells]))
+    return note
+
+
+def read_cells(path: Path) -> list[Cell]:
+    """The cells that a PNG notes; none where it notes nothing that can be read.
+
+    Raises:
+        BadImageError: it is gone, or no picture.
+    """
+    try:
+        with Image.open(path) as picture:
+            text, (width, height) = picture.info.get(KEY), picture.size
+    except DECODE_ERRORS as error:
+        raise BadImageError(" ".join(str(error).split()) or type(error).__name__) from error
+    if not isinstance(text, str):
+        return []
+    try:
+        cells = [
+            Cell(str(c["kind"]), str(c["prompt"]), None if c["seed"] is None else int(c["seed"]), _box(c["box"]))
+            for c in parse_json(text, KEY)
+        ]
+    except (UserError, ValueError, TypeError, KeyError, OverflowError):
+        return []
+    return cells if all(_inside(cell.box, width, height) for cell in cells) else []
+
+
+def _box(corners: list[int]) -> tuple[int, int, int, int]:
+    left, upper, right, lower = map(int, corners)
+    return left, upper, right, lower
+
+
+def _inside(box: tuple[int, ...], width: int, height: int) -> bool:
+    return 0 <= box[0] < box[2] <= width and 0 <= box[1] < box[3] <= height

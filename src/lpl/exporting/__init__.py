@@ -1,1 +1,0 @@
-"""`lpl export`: results in the forms that other programs read."""
