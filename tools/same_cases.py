@@ -107,7 +107,7 @@ CASES: dict[str, list[str]] = {
     ],
 }  # fmt: skip
 
-BUILD_MODEL = "import sys; from lpl.testing import tiny_sdxl; tiny_sdxl(sys.argv[1])"
+BUILD_MODEL = "import sys; from tiny_models import tiny_sdxl; tiny_sdxl(sys.argv[1])"
 """Run with this working tree's source (and tests) on the path."""
 
 
