@@ -389,11 +389,11 @@ def test_a_run_that_diverged_is_noted_and_not_tried_again(tmp_path: Path, monkey
 
 def test_arms_begin_with_the_kept_weights_only(tmp_path: Path) -> None:
     stages = Stages(read_arms(), tmp_path, Results(tmp_path / "results.json"), Workers())
-    with pytest.raises(UserError, match="has no denoiser, not one of 60000: run --stage denoiser first"):
+    with pytest.raises(UserError, match="has no denoiser, not one of 30000: run --stage denoiser first"):
         stages._base()
     stages.weights.mkdir()
     (stages.weights / kept.PIPELINE).write_text(json.dumps({"steps": 12000}))
-    with pytest.raises(UserError, match="has a denoiser of 12000 steps, not one of 60000"):
+    with pytest.raises(UserError, match="has a denoiser of 12000 steps, not one of 30000"):
         stages._base()
 
 
