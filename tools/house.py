@@ -20,6 +20,7 @@ import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SOURCE = REPOSITORY / "src"
@@ -124,6 +125,36 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
     return [nodes for nodes in found if len(nodes) > 1]
 
 
+class Edges(NamedTuple):
+    """How modules and rooms import each other."""
+
+    number: int
+    module_circles: list[list[str]]
+    room_circles: list[list[str]]
+    upwards: list[tuple[str, str]]
+    """(importing, imported), of a room that stands later in ROOMS."""
+
+
+def read_edges(trees: dict[str, ast.Module]) -> Edges:
+    """What the modules, by name, import of each other; every import counts, also those within functions."""
+    graph = {module: set(imports(module, tree, set(trees))) for module, tree in trees.items()}
+    unplaced = {room_of(module) for module in graph} - {"", *ROOMS}
+    if unplaced:
+        sys.exit(f"ROOMS lacks {', '.join(sorted(unplaced))}")
+    rank = {room: number for number, room in enumerate(ROOMS)} | {"": -1}
+    edges = [(a, b) for a in sorted(graph) for b in sorted(graph[a]) if room_of(a)]
+    among_rooms: dict[str, set[str]] = {room: set() for room in rank}
+    for a, b in edges:
+        among_rooms[room_of(a)] |= {room_of(b)} - {room_of(a), ""}
+    upwards = [(a, b) for a, b in edges if rank[room_of(b)] > rank[room_of(a)]]
+    return Edges(len(edges), circles(graph), circles(among_rooms), upwards)
+
+
+def read_trees() -> dict[str, ast.Module]:
+    """Every module of lpl, parsed."""
+    return {module_of(file): ast.parse(file.read_text()) for file in sorted((SOURCE / "lpl").rglob("*.py"))}
+
+
 def option_names(trees: dict[str, ast.Module]) -> list[str]:
     """Fields of the data classes of options, but for those that are groups of others."""
     found: set[str] = set()
@@ -176,24 +207,17 @@ def main() -> None:
     print(f"lines              {sum(lengths.values()):,}; of code {code - imported:,}, of imports {imported:,}")
     print(f"files              {len(files)}; longest {longest}, {lengths[longest]} lines")
 
-    graph = {module: set(imports(module, tree, set(texts))) for module, tree in trees.items()}
-    unplaced = {room_of(module) for module in graph} - {"", *ROOMS}
-    if unplaced:
-        sys.exit(f"ROOMS lacks {', '.join(sorted(unplaced))}")
-    rank = {room: number for number, room in enumerate(ROOMS)} | {"": -1}
-    edges = [(a, b) for a in sorted(graph) for b in sorted(graph[a]) if room_of(a)]
-    upwards = [(a, b) for a, b in edges if rank[room_of(b)] > rank[room_of(a)]]
-    among_rooms: dict[str, set[str]] = {room: set() for room in rank}
-    for a, b in edges:
-        among_rooms[room_of(a)] |= {room_of(b)} - {room_of(a), ""}
-    modules, rooms = circles(graph), circles(among_rooms)
+    built = read_edges(trees)
+    modules, rooms = built.module_circles, built.room_circles
     told = (
         f"{len(modules)} of modules ({sum(map(len, modules))} in them), {len(rooms)} of rooms ({sum(map(len, rooms))})"
     )
-    print(f"circles            {told}\nupward imports     {len(upwards)} of {len(edges)}")
+    print(f"circles            {told}\nupward imports     {len(built.upwards)} of {built.number}")
     if asked.edges:
         print(
-            "\n".join([*(f"  circle: {', '.join(c)}" for c in modules + rooms), *(f"  {a} -> {b}" for a, b in upwards)])
+            "\n".join(
+                [*(f"  circle: {', '.join(c)}" for c in modules + rooms), *(f"  {a} -> {b}" for a, b in built.upwards)]
+            )
         )
 
     found = {name: spread(name, texts) for name in option_names(trees)}

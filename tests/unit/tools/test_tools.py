@@ -71,3 +71,21 @@ def test_the_code_is_measured(monkeypatch: Any, capsys: pytest.CaptureFixture[st
         "circles",
         "options",
     }
+
+
+def test_rooms_import_downwards_alone() -> None:
+    """No circle among modules or rooms, no import of a room above, no file over 400 lines."""
+    built = house.read_edges(house.read_trees())
+    assert built.number > 500
+    assert (built.module_circles, built.room_circles, built.upwards) == ([], [], [])
+    long = {file.name for file in (house.SOURCE / "lpl").rglob("*.py") if file.read_text().count("\n") > 400}
+    assert not long
+
+
+def test_a_circle_and_an_import_upwards_are_seen() -> None:
+    trees = house.read_trees()
+    trees["lpl.base.text"] = ast.parse("def f():\n    from lpl.config import TrainConfig")
+    built = house.read_edges(trees)
+    assert ("lpl.base.text", "lpl.config") in built.upwards
+    assert any("lpl.base.text" in circle for circle in built.module_circles)
+    assert any({"base", "config"} <= set(circle) for circle in built.room_circles)
