@@ -89,3 +89,18 @@ def test_a_circle_and_an_import_upwards_are_seen() -> None:
     assert ("lpl.base.text", "lpl.config") in built.upwards
     assert any("lpl.base.text" in circle for circle in built.module_circles)
     assert any({"base", "config"} <= set(circle) for circle in built.room_circles)
+
+
+def test_what_the_architecture_page_names_is_there() -> None:
+    """Files of rooms, tests and tools; and functions behind a file's name."""
+    text = (house.REPOSITORY / "docs" / "architecture.md").read_text()
+    named = re.findall(r"`((?:[a-z_]+/)*[a-z_]+\.py)`(?:[^`\n|]{0,12}`([A-Za-z_.]+)`)?", text)
+    files = {path: path.read_text() for path in house.REPOSITORY.rglob("*.py") if ".venv" not in path.parts}
+    assert len(named) > 40
+    for name, what in named:
+        found = [source for path, source in files.items() if path.as_posix().endswith(f"/{name}")]
+        assert found, name
+        word = what.split(".")[-1]
+        assert not word or word.endswith("py") or any(word in source for source in found), (name, what)
+    for room in house.ROOMS[:-2]:
+        assert f"| `{room}` |" in text, room
