@@ -1,4 +1,4 @@
-# `make demo` and `make test` each work alone on a machine with Python 3.10+, pip and venv.
+# `make demo` and `make test` each work alone on a machine with Python 3.11+, pip and venv.
 PYTHON ?= python3
 BIN := .venv/bin
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
