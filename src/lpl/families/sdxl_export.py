@@ -69,7 +69,7 @@ def modelspec(pipeline: Any, title: str, resolution: int) -> dict[str, str]:
         "architecture": names.ARCHITECTURE,
         "implementation": names.IMPLEMENTATION,
         "title": title,
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "resolution": f"{resolution}x{resolution}",
         "prediction_type": prediction_of(pipeline.scheduler.config),
     }

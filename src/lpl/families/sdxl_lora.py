@@ -166,5 +166,5 @@ def _metadata(rank: int, alpha: float, title: str) -> dict[str, str]:
         "modelspec.architecture": f"{ARCHITECTURE}/lora",
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": title,
-        "modelspec.date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "modelspec.date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
