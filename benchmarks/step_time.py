@@ -29,28 +29,22 @@ ARMS = {
 
 
 def main(steps: int) -> None:
-    import lpl.presets
     from lpl.training.trainer import Trainer
 
     with tempfile.TemporaryDirectory() as folder:
         model, data = export_model(Path(folder) / "model"), export_data(Path(folder) / "data")
-        preset = Path(folder) / "demo.yaml"
-        text = (Path(lpl.presets.__file__).parent / "demo.yaml").read_text()
-        preset.write_text("\n".join(line for line in text.splitlines() if "lpl_sigma_threshold" not in line))
         seconds: dict[str, list[float]] = {name: [] for name in ARMS}
         trainers = {}
         for name, flags in ARMS.items():
-            gate = [] if "t < 200" in name else ["--lpl_sigma_threshold=3.0"]
             config = parse_train(
                 [
-                    f"--config={preset}",
+                    "--config=demo",
                     f"--pretrained_model_name_or_path={model}",
                     f"--train_data_dir={data}",
                     f"--output_dir={folder}/{len(trainers)}",
                     f"--latent_cache_dir={folder}/cache",
                     f"--max_train_steps={steps + 1}",
                     "--report_to=none",
-                    *gate,
                     *flags,
                 ]
             )
