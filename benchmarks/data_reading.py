@@ -85,7 +85,7 @@ def make(folder: Path, entries: int, text: dict[str, tuple[int, ...]]) -> tuple[
             entry = {name: value[n].clone() for name, value in (fields | embeds if text is TEXT else fields).items()}
             files.append(folder / f"{start + n}.pt")
             torch.save(entry, files[-1])
-    samples = Samples(tables, [1.0] * len(tables), [""] * len(tables))
+    samples = Samples([(tables, 1.0, "")])
     buckets = views.buckets.assign(samples.sizes[:, 0], samples.sizes[:, 1])
     return TrainingData(samples, views, rules, caches, 0, buckets, torch.ones(entries).numpy()), files
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from lpl.data.captions import CaptionRules
 from lpl.data.catalogue import Row, Samples
 from lpl.data.crops import Crop, Views
-from lpl.data.filling import Caches, caption_key
+from lpl.data.filling import Caches, caption_key, cast_floats
 from lpl.data.held_out import Split
 from lpl.data.masks import location_weights, mask_key
 from lpl.diffusion.draws import fill_normal
@@ -125,10 +125,7 @@ class TrainingData:
             sample_ids=[row.id for row in rows],
             counts=[count for _, count in draws],
             raw_latents=raw,
-            text={
-                name: values.float() if values.is_floating_point() else values
-                for name, values in self.caches.text.gather(texts).items()
-            },
+            text=cast_floats(self.caches.text.gather(texts), torch.float32),
             sizes=torch.tensor(sizes, dtype=torch.float32),
             weights=weights,
             mask=mask,

@@ -1,4 +1,4 @@
-"""Encoded batches that wait on disk until their piece of the source is whole, and then become shards."""
+"""Encodes what the caches lack of a source: batches wait on disk until their piece is whole, and then become shards."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -17,12 +18,11 @@ from torch import Tensor
 from lpl.base.errors import UserError
 from lpl.base.files import cache_writing
 from lpl.base.terminal import progress
-from lpl.config import DataConfig
 from lpl.data.bad_files import BadFiles
 from lpl.data.captions import CaptionRules
 from lpl.data.catalogue import FORMAT, Catalogue, Row, unsettled
 from lpl.data.crops import Crop, Views, to_float
-from lpl.data.masks import mask_keys
+from lpl.data.masks import mask_keys, mask_source
 from lpl.data.reading import Reader, in_order, threads_of
 from lpl.data.shard import KEY_BYTES
 from lpl.data.sources import Piece, Source
@@ -157,7 +157,6 @@ class Caches(NamedTuple):
     folder: Path
     latents: TensorStore
     text: TensorStore
-
     dtype: torch.dtype
     """In which latents and text embeddings are stored."""
 
@@ -181,6 +180,11 @@ class Caches(NamedTuple):
             TensorStore(folder / "masks" / f"stride-{encoder.latent_stride}{FORMAT}") if masks else None,
         )
 
+    def refresh(self) -> None:
+        """Takes up what other processes have written."""
+        for store in self.stores:
+            store.refresh()
+
     def staging(self, source: Source) -> Path:
         """Where unfinished pieces of a source wait."""
         name = "\0".join((source.identity, self.latents.folder.name, self.text.folder.name))
@@ -192,53 +196,54 @@ def caption_key(caption: str) -> bytes:
     return hashlib.blake2b(caption.encode("utf-8", "surrogatepass"), digest_size=KEY_BYTES).digest()
 
 
+@dataclass
 class Filler:
     """Brings one source into the caches.
 
-    Args:
+    Attributes:
         source: images and captions.
-        config: the options of the data.
-        views: which crops are cached.
+        views: the options of the data, and which crops are cached.
         rules: which captions are cached.
         encoder: the encoders.
         caches: where to.
-        catalogue: what is known of the source.
         bad: counts what cannot be used, and stops the run if there is too much of it.
         prefix: put before ids wherever something is drawn for them, as `Samples` does.
         proceed: called between batches and images; raises to stop there.
+        catalogue: what is known of the source.
+        always: captions that are cached whatever the samples say.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        config: DataConfig,
-        views: Views,
-        rules: CaptionRules,
-        encoder: Encoder,
-        caches: Caches,
-        catalogue: Catalogue,
-        bad: BadFiles,
-        prefix: str = "",
-        proceed: Callable[[], None] = lambda: None,
-    ) -> None:
-        self.prefix, self.proceed = prefix, proceed
-        self.source, self.config, self.views, self.rules = source, config, views, rules
-        self.encoder, self.caches, self.catalogue, self.bad = encoder, caches, catalogue, bad
-        self.encoded_images = self.encoded_captions = self.made_masks = self.empty_masks = 0
-        self.always = [""] if config.proportion_empty_prompts > 0 else []
-        """Captions that are cached whatever the samples say."""
+    source: Source
+    views: Views
+    rules: CaptionRules
+    encoder: Encoder
+    caches: Caches
+    bad: BadFiles
+    prefix: str
+    proceed: Callable[[], None]
+    encoded_images: int = 0
+    encoded_captions: int = 0
+    made_masks: int = 0
+    empty_masks: int = 0
+
+    def __post_init__(self) -> None:
+        self.config = self.views.config
+        self.catalogue = Catalogue(self.caches.folder, self.source, mask_source(self.config))
+        self.always = [""] if self.config.proportion_empty_prompts > 0 else []
 
     def crops(self, sample: str, digest: bytes, width: int, height: int) -> dict[bytes, Crop]:
         """Every crop of an image that is cached, by key."""
         return self.views.crops(self.prefix + sample, digest, width, height)
 
-    def masks(self, row: dict[str, Any], crops: dict[bytes, Crop]) -> list[bytes]:
-        """Keys of the masks of these crops of a sample of the catalogue."""
-        return list(mask_keys(self.config, row.get("mask", b""), crops))
-
     def texts(self, sample: str, captions: Sequence[str]) -> list[str]:
         """Every text of a sample that is cached."""
         return self.rules.variants(self.prefix + sample, captions)
+
+    def entries(self, row: dict[str, Any]) -> tuple[Iterable[bytes], list[bytes], Iterable[bytes]]:
+        """Keys of what is cached of a usable sample of the catalogue: latents, texts, masks."""
+        crops = self.crops(row["id"], row["digest"], row["width"], row["height"])
+        texts = [caption_key(text) for text in self.texts(row["id"], row["captions"])]
+        return crops, texts, mask_keys(self.config, row.get("mask", b""), crops)
 
     def missing(self, piece: Piece) -> int:
         """Crops of a piece that are not cached or not known.
@@ -253,12 +258,10 @@ class Filler:
         absent = int(unsettled(table).sum()) * self.views.per_image
         for row in table.to_pylist():
             if row["reason"] is None:
-                crops = self.crops(row["id"], row["digest"], row["width"], row["height"])
+                crops, texts, masks = self.entries(row)
                 absent += sum(key not in self.caches.latents for key in crops)
-                if any(self.caches.masks is None or key not in self.caches.masks for key in self.masks(row, crops)):
-                    absent += 1
-                texts = self.texts(row["id"], row["captions"])
-                if any(caption_key(text) not in self.caches.text for text in texts):
+                absent += any(self.caches.masks is None or key not in self.caches.masks for key in masks)
+                if any(key not in self.caches.text for key in texts):
                     return -1
         return absent
 
@@ -288,21 +291,14 @@ class Filler:
         folder = self.caches.staging(self.source) / self.catalogue.path(piece).stem
         latents = Staging(self.caches.latents, folder / "latents")
         text = Staging(self.caches.text, folder / "text")
+        stagings: list[Staging] = [latents, text]
         known = None if self.config.rehash else self.catalogue
-        store = self.caches.masks
-        masks = None if store is None else MaskStaging(store, folder / "masks")
-        mask_cached, stride = (
-            ((lambda _: True), 1) if masks is None else (masks.__contains__, self.encoder.latent_stride)
-        )
-        reader = Reader(
-            self.crops,
-            self.config,
-            latents.__contains__,
-            known,
-            mask_cached,
-            stride,
-            self.source.versions,
-        )
+        reader = Reader(self.crops, self.config, latents.__contains__, known, versions=self.source.versions)
+        masks: MaskStaging | None = None
+        if self.caches.masks is not None:
+            masks = MaskStaging(self.caches.masks, folder / "masks")
+            reader = replace(reader, mask_cached=masks.__contains__, stride=self.encoder.latent_stride)
+            stagings.append(masks)
         rows: list[Row] = []
         waiting: dict[tuple[int, ...], list[tuple[bytes, Tensor, str]]] = {}
         with closing(piece.samples()) as samples:
@@ -324,12 +320,10 @@ class Filler:
             self.proceed()
             self._encode_images(queue, latents)
         self._encode_captions(rows, text)
-        stagings: list[Staging] = [latents, text]
         if masks is not None:
             masks.flush()
             self.made_masks += masks.made
             self.empty_masks += masks.empty
-            stagings.append(masks)
         for staging in stagings:
             staging.commit()
         for staging in stagings:
@@ -358,17 +352,18 @@ class Filler:
             self.proceed()
             batch = lacking[start : start + CAPTION_BATCH]
             encoded = self.encoder.encode_text([text for _, text in batch])
-            # Tokens stay the integers that they are.
-            fields = {
-                name: values.to(self.caches.dtype) if values.is_floating_point() else values
-                for name, values in encoded.items()
-            }
+            fields = cast_floats(encoded, self.caches.dtype)
             for position, (_, text) in enumerate(batch):
                 values = [values[position] for values in fields.values()]
                 name = f"caption {text[:60]!r}"
                 _require_finite(values, name, "the text encoder", "--pretrained_model_name_or_path")
             staging.add([key for key, _ in batch], fields)
             self.encoded_captions += len(batch)
+
+
+def cast_floats(fields: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Tensors in another precision; tokens stay the integers that they are."""
+    return {name: values.to(dtype) if values.is_floating_point() else values for name, values in fields.items()}
 
 
 def batch_of(shape: Sequence[int]) -> int:

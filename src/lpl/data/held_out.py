@@ -62,8 +62,8 @@ def split_samples(samples: Samples, config: DataConfig, seed: int) -> Split:
     trained = np.fromiter((digest not in images for digest in digests), bool, len(digests))
     if not (trained & (prefixes == "")).any():
         raise UserError(
-            f"{option(config)}: leaves none of the {int((prefixes == '').sum())} training images (copies counted) to "
-            "train on: hold out fewer"
+            f"{holding_option(config)}: leaves none of the {int((prefixes == '').sum())} training images (copies "
+            "counted) to train on: hold out fewer"
         )
     return Split(trained, held)
 
@@ -80,7 +80,7 @@ def split_repeats(samples: Samples, split: Split, config: DataConfig) -> np.ndar
     return repeats
 
 
-def option(config: DataConfig) -> str:
+def holding_option(config: DataConfig) -> str:
     """What holds samples out, for messages."""
     if config.validation_data_dir is not None:
         return f"--validation_data_dir {config.validation_data_dir}"

@@ -35,7 +35,7 @@ class Mask(NamedTuple):
     """Mode L, of the upright image's size; 255 counts in full."""
 
 
-def identity(config: DataConfig) -> str:
+def mask_source(config: DataConfig) -> str:
     """Where masks are from, as part of a catalogue's name; "" where they are not in use."""
     if config.masked_loss != "files":
         return "" if config.masked_loss == "none" else f" masks {config.masked_loss}"

@@ -35,7 +35,7 @@ def source_of(*shards: Path | str, **options: Any) -> Source:
 
 
 def samples_of(source: Source) -> list[Sample]:
-    return [sample for piece in source.pieces() for sample in piece.samples()]
+    return [sample for piece in source.pieces for sample in piece.samples()]
 
 
 def message(*shards: Path | str, **options: Any) -> str:
@@ -64,7 +64,7 @@ def test_samples_in_the_order_of_the_tar(shards: tuple[Path, Path]) -> None:
     assert [sample.group for sample in samples] == ["photos-000", "photos-000", "photos-001"]
     assert [sample.name for sample in samples] == ["photos-000.tar: b", "photos-000.tar: a", "photos-001.tar: b"]
     assert [sample.read() for sample in samples] == [b"image b", b"image a", b"other b"]
-    assert [(piece.key, piece.size) for piece in source.pieces()] == [("photos-000", None), ("photos-001", None)]
+    assert [(piece.key, piece.size) for piece in source.pieces] == [("photos-000", None), ("photos-001", None)]
     assert source.size is None
     assert source.name == f"--webdataset {shards[0]}::{shards[1]}"
     assert [s.id for s in samples_of(source_of(shards[0].parent / "photos-{000..001}.tar"))] == [s.id for s in samples]
@@ -201,7 +201,7 @@ def test_images_are_read_from_many_threads_and_after_the_end(tmp_path: Path) -> 
 def test_stamps_stay_and_follow_the_tar(shards: tuple[Path, Path]) -> None:
     def stamps() -> list[str]:
         source = source_of(*shards)
-        pieces = [piece.stamp for piece in source.pieces()]
+        pieces = [piece.stamp for piece in source.pieces]
         assert [sample.stamp for sample in samples_of(source)] == [pieces[0], pieces[0], pieces[1]]
         return pieces
 
@@ -217,11 +217,11 @@ def test_max_train_samples_opens_no_further_shard(shards: tuple[Path, Path]) -> 
     whole = samples_of(source_of(*shards))
     shards[1].write_bytes(b"not a tar")
     source = source_of(*shards, max_train_samples=2)
-    (piece,) = source.pieces()
+    (piece,) = source.pieces
     assert next(iter(piece.samples()))._replace(read=bytes) == whole[0]._replace(read=bytes)
     assert [sample.id for sample in piece.samples()] == ["photos-000/b", "photos-000/a"]
-    assert piece.stamp == source_of(*shards, max_train_samples=2).pieces()[0].stamp
-    assert piece.key != source_of(*shards, max_train_samples=1).pieces()[0].key
+    assert piece.stamp == source_of(*shards, max_train_samples=2).pieces[0].stamp
+    assert piece.key != source_of(*shards, max_train_samples=1).pieces[0].key
     assert "photos-001.tar: damaged" in message(*shards, max_train_samples=3)
 
 
@@ -231,7 +231,7 @@ def test_an_instance_prompt_serves_images_without_a_caption(tmp_path: Path) -> N
     assert "--instance_prompt" in message(path)
     sources = [source_of(path, instance_prompt=prompt) for prompt in ("sks", "sks", "other")]
     assert [s.captions for s in samples_of(sources[0])] == [("sks",), ("sks",), ("own",), ("sks",)]
-    first, again, other = (source.pieces()[0] for source in sources)
+    first, again, other = (source.pieces[0] for source in sources)
     assert first.stamp == again.stamp != other.stamp
     # no image is opened again for another prompt
     assert [s.stamp for s in first.samples()] == [s.stamp for s in other.samples()]
@@ -291,7 +291,7 @@ def test_damaged_tars_give_no_samples(tmp_path: Path, damage: Callable[[bytes], 
     members: dict[str, bytes | str] = {"0.txt": "x", "0.jpg": b"0" * 900, "1.jpg": b"1" * 900, "1.txt": "x"}
     path = write_tar(tmp_path / "x.tar", members)
     path.write_bytes(damage(path.read_bytes()))
-    samples = source_of(path).pieces()[0].samples()
+    samples = source_of(path).pieces[0].samples()
     with pytest.raises(UserError) as caught:
         next(samples)
     assert re.match(rf"--webdataset {path}: damaged or cut short \(.*({expected})", str(caught.value))
@@ -321,4 +321,4 @@ def test_tar_that_shrinks_or_vanishes(shards: tuple[Path, Path]) -> None:
         "cannot be read (No such file or directory)",
     ]
     with pytest.raises(UserError, match=r"photos-001\.tar: cannot be read \(No such file or directory\)"):
-        list(source.pieces()[1].samples())
+        list(source.pieces[1].samples())
