@@ -173,7 +173,9 @@ class Samples:
     def __init__(self, sources: Iterable[tuple[Sequence[pa.Table], float, str]]) -> None:
         parts = [(table, weight, prefix) for tables, weight, prefix in sources for table in tables]
         self._tables = [[_whole(column) for column in table.columns] for table, _, _ in parts]
-        self.weights, self._prefixes = [weight for _, weight, _ in parts], [prefix for _, _, prefix in parts]
+        self._weights, self._prefixes = [weight for _, weight, _ in parts], [prefix for _, _, prefix in parts]
+        self.weighted = any(weight != 1.0 for weight in self._weights)
+        """Whether any sample has another loss weight than 1."""
         pieces, rows, sizes = [np.empty(0, np.int32)], [np.empty(0, np.int32)], [np.empty((0, 2), np.int32)]
         for number, (table, _, _) in enumerate(parts):
             usable = np.flatnonzero(_whole(table.column("reason")).is_null().to_numpy(zero_copy_only=False))
@@ -201,7 +203,7 @@ class Samples:
 
     def weight(self, index: int) -> float:
         """Loss weight of a sample."""
-        return self.weights[int(self._piece[index])]
+        return self._weights[int(self._piece[index])]
 
     def prefixes(self) -> np.ndarray:
         """What stands before the id of each sample, (N,)."""

@@ -25,9 +25,8 @@ from lpl.data.bad_files import BadFiles
 from lpl.data.captions import CaptionRules
 from lpl.data.catalogue import PROOF, Samples, bad_in, unsettled
 from lpl.data.crops import Views
-from lpl.data.dataset import TrainingData
+from lpl.data.dataset import VALIDATION, TrainingData, holding_option, split_repeats, split_samples
 from lpl.data.filling import Caches, Encoder, Filler, caption_key
-from lpl.data.held_out import VALIDATION, holding_option, split_repeats, split_samples
 from lpl.data.lock import LOCK, cache_dir, locked
 from lpl.data.sources import Piece, Source
 

@@ -21,8 +21,8 @@ from lpl.data.bad_files import Bad, BadFiles, BadImageError
 from lpl.data.captions import CaptionRules
 from lpl.data.catalogue import MASKED, SCHEMA, Row, Samples, bad_in, table_of
 from lpl.data.crops import Crop, Views
+from lpl.data.dataset import VALIDATION, split_repeats, split_samples
 from lpl.data.decode import decode_with_alpha, parse_color
-from lpl.data.held_out import VALIDATION, split_repeats, split_samples
 from lpl.data.masks import Mask, mask_of
 from lpl.data.prepare import REGULARISATION, none_usable
 from lpl.data.reading import Reader, in_order, threads_of
