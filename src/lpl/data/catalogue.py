@@ -70,16 +70,11 @@ class Row(NamedTuple):
 
 
 class Catalogue:
-    """The files of one source, in a folder of the cache named for it.
+    """The files of one source, in a folder of the cache named for it and for where its masks are from (mask_source).
 
     A file is named for its piece and the piece's stamp, so a changed piece has another file, and the old one still
     tells what was known of the samples that have not changed. Behind the table it holds a checksum of itself and its
     name.
-
-    Args:
-        cache: the cache folder.
-        source: the source.
-        masks: where its masks are from (mask_source); "": it has none.
     """
 
     def __init__(self, cache: Path, source: Source, masks: str = "") -> None:
@@ -100,9 +95,7 @@ class Catalogue:
         return self.folder / f"{name}{SUFFIX}"
 
     def find(self, piece: Piece) -> pa.Table | None:
-        """The rows of a piece, mapped into memory; None if the piece is new or has changed.
-
-        Files that samples name may have changed, see Versions.differ.
+        """The rows of a piece, mapped into memory; None if the piece is new or has changed (but see Versions.differ).
 
         Raises:
             DamagedCacheError: the file is damaged.
@@ -142,9 +135,9 @@ class Catalogue:
         self._hashes, self._places = found[order], np.concatenate(places)[order]
 
     def known(self, sample: str, stamp: str, versions: Sequence[str | None]) -> dict[str, Any] | None:
-        """The columns KNOWN of a sample that any piece had with this stamp and these versions.
+        """The columns KNOWN of a sample that any piece had with this stamp and these versions; only after load_known.
 
-        None also where `unsettled` says so. Only after load_known.
+        None also where `unsettled` says so.
         """
         names = [name for name in self.schema.names if name in ("id", "stamp", "versions", *KNOWN)]
         wanted = hash((sample, stamp))

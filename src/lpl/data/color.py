@@ -33,11 +33,7 @@ def is_deep(image: ImageFile) -> bool:
 
 
 def read_deep(image: ImageFile, again: ImageFile) -> tuple[Image.Image, Image.Image | None]:
-    """All 16 bits, by decoding twice, rounded to 8.
-
-    Args:
-        image: opened, not yet loaded.
-        again: the same file, opened once more.
+    """All 16 bits, by decoding twice (the file opened two times, not yet loaded), rounded to 8.
 
     Returns:
         Colour of mode L, RGB or CMYK, and opacity of mode L; None: opaque.

@@ -146,7 +146,7 @@ def parse_color(text: str) -> tuple[int, int, int]:
 
 
 def decode_image(data: bytes, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
-    """Decodes a PNG, JPEG, WebP, AVIF, BMP, TIFF or GIF file as a viewer would show it.
+    """Decodes a PNG, JPEG, WebP, AVIF, BMP, TIFF or GIF file to mode RGB, as a viewer would show it.
 
     Upright by its EXIF orientation; its colour profile converted to sRGB (relative colorimetric, black point
     compensated), unless that is broken, made for another kind of pixels, or sRGB already: then the values stand as
@@ -154,13 +154,6 @@ def decode_image(data: bytes, background: tuple[int, int, int] = (255, 255, 255)
     becomes (1 - ink)(1 - black); JPEGs hold CMYK inverted, as all viewers take them to. Grey floats are 0..1, grey
     integers beyond 16 bits 0..65535. Of several frames or pages the first is used.
     PNG's gAMA and cHRM and the video colour codes (cICP, nclx) are not applied.
-
-    Args:
-        data: the encoded file.
-        background: red, green, blue, 0 to 255, under transparent pixels.
-
-    Returns:
-        An image of mode RGB.
 
     Raises:
         BadImageError: not such a file, cut short or damaged, above MAX_PIXELS, or below MIN_SIDE. Damage inside a
@@ -172,11 +165,7 @@ def decode_image(data: bytes, background: tuple[int, int, int] = (255, 255, 255)
 def decode_with_alpha(
     data: bytes, background: tuple[int, int, int] = (255, 255, 255)
 ) -> tuple[Image.Image, Image.Image | None]:
-    """decode_image, and the image's opacity, upright, of mode L; None: it has none.
-
-    Raises:
-        BadImageError: as decode_image.
-    """
+    """decode_image (errors too), and the image's opacity, upright, of mode L; None: it has none."""
     kind = _kind(data)
     try:
         image = _open(kind, data)
@@ -230,10 +219,7 @@ def _open(kind: str, data: bytes) -> ImageFile:
 
 
 def _orientation(image: ImageFile) -> int:
-    """EXIF orientation still to be applied to a loaded image.
-
-    Asked after loading: a PNG may have it behind its pixels, and Pillow turns a TIFF itself.
-    """
+    """EXIF orientation still to be applied; asked after loading, as a PNG may have it last and Pillow turns TIFFs."""
     try:
         return int(image.getexif().get(ORIENTATION, 1))
     except DECODE_ERRORS:

@@ -34,15 +34,11 @@ MASKS_AT_ONCE = 64
 
 
 class Staging:
-    """One piece's entries on their way into a store.
+    """One piece's entries on their way into a store; they wait in a folder, which one process at a time may use.
 
     Each batch is a small file of its own as soon as it is encoded, so a kill loses one batch at most; a restart finds
     the batches there and goes on. Shards are written in the order in which keys were claimed, so the store ends up the
     same, byte for byte, however often the piece was interrupted.
-
-    Args:
-        store: where the entries end up.
-        folder: where batches wait; one process at a time may use it.
     """
 
     def __init__(self, store: TensorStore, folder: Path) -> None:
@@ -201,11 +197,6 @@ class Filler:
     """Brings one source into the caches.
 
     Attributes:
-        source: images and captions.
-        views: the options of the data, and which crops are cached.
-        rules: which captions are cached.
-        encoder: the encoders.
-        caches: where to.
         bad: counts what cannot be used, and stops the run if there is too much of it.
         prefix: put before ids wherever something is drawn for them, as `Samples` does.
         proceed: called between batches and images; raises to stop there.
@@ -246,10 +237,7 @@ class Filler:
         return crops, texts, mask_keys(self.config, row.get("mask", b""), crops)
 
     def missing(self, piece: Piece) -> int:
-        """Crops of a piece that are not cached or not known.
-
-        -1 if the piece itself is not known, has changed, or its captions are not cached.
-        """
+        """Crops of a piece that are not cached or not known; -1 if the piece is new or changed, or lacks captions."""
         table = None if self.config.rehash else self.catalogue.find(piece)
         if table is None or self.changed([table]):
             return -1

@@ -75,11 +75,7 @@ class Mark:
         return not self._filler.changed(tables)
 
     def make(self, tables: Sequence[pa.Table], show: bool) -> None:
-        """Looks every entry up and makes the note.
-
-        Raises:
-            UserError: an entry that another process has encoded is not there.
-        """
+        """Looks every entry up and makes the note; raises UserError if one that another process encoded is not there."""
         filler = self._filler
         stores = filler.caches.stores
         found: list[set[str]] = [set() for _ in stores]
@@ -166,15 +162,10 @@ def prepare_data(
     nothing has changed since an earlier run, no image is opened.
 
     Args:
-        source: images and captions.
-        regularisation: of --reg_data_dir; None: none.
-        config: the options of the data.
-        encoder: the encoders.
+        source, regularisation, validation: training images; those of --reg_data_dir and --validation_data_dir.
         seed: seed of the run; crops and what is cached do not depend on it.
         bad_files: where images that cannot be used are listed.
         processes: which one this is; the barrier is called several times.
-        show_progress: whether to show progress bars.
-        validation: of --validation_data_dir; None: none.
 
     Raises:
         UserError: too many bad images, an encoder that makes NaN or Inf, a cache that cannot be used, too little room.

@@ -30,13 +30,7 @@ INDENT = 13
 
 
 def text(found: dict[str, Any], files: Sequence[Path], bad_files: Path) -> str:
-    """What `lpl data` prints.
-
-    Args:
-        found: report_numbers.numbers.
-        files: those that were written.
-        bad_files: the list of what cannot be used.
-    """
+    """What `lpl data` prints of report_numbers.numbers, the files written, and where bad files are listed."""
     lines: list[str] = []
     for part in found["parts"]:
         lines += _part(part)
@@ -165,9 +159,6 @@ def make_report(
 
     Args:
         config: the options, with a resolution.
-        source: images and captions.
-        regularisation: of --reg_data_dir; None: none.
-        folder: where to.
         num_shown: draws on the contact sheet; 0: no pictures.
 
     Returns:

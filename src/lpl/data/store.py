@@ -45,9 +45,7 @@ class TensorStore:
     The entries of a shard have one shape. Opening reads an index of keys, shards and rows (28 bytes an entry), and of
     shards that are newer than it their keys; tensors are mapped into memory and read on demand. A shard appears whole
     or not at all. Whatever the index says, an entry is handed out only if the shard's own key and checksum are its.
-
-    Args:
-        folder: where the shards are; made when something is first written.
+    The folder is made when something is first written.
 
     Raises:
         DamagedCacheError: a shard that is damaged.
@@ -70,11 +68,7 @@ class TensorStore:
         return self._find(key) is not None
 
     def shard_of(self, key: bytes) -> str:
-        """Name of the shard that holds an entry.
-
-        Raises:
-            KeyError: no such entry.
-        """
+        """Name of the shard that holds an entry; KeyError: no such entry."""
         return self.shards[self._at(key)[0]]
 
     def layout(self, key: bytes) -> Layout:
@@ -120,12 +114,9 @@ class TensorStore:
         return stacked
 
     def write(self, keys: Sequence[bytes], fields: Mapping[str, Tensor], scratch: Path | None = None) -> None:
-        """Stores N entries in one new shard, and returns when it is safely on disk.
+        """Stores N entries, fields (N, ...), in one new shard, and returns when it is safely on disk.
 
-        Args:
-            keys: N of 20 bytes.
-            fields: (N, ...) each.
-            scratch: folder for the temporary file, on the same file system; None: beside the shards.
+        `scratch` is as in write_atomically.
 
         Raises:
             UserError: the folder cannot be written.
@@ -139,11 +130,7 @@ class TensorStore:
             self._add([name])
 
     def refresh(self) -> None:
-        """Takes up shards that other processes have written since.
-
-        Raises:
-            DamagedCacheError: a shard that is damaged.
-        """
+        """Takes up shards that other processes have written since; raises DamagedCacheError for a damaged one."""
         there = sorted(_shards_in(self.folder))
         if not self.shards and there:
             self._read_index(set(there))
@@ -151,11 +138,7 @@ class TensorStore:
         self._add([name for name in there if name not in have])
 
     def save_index(self, scratch: Path | None = None) -> None:
-        """Writes the index beside the shards, so that the next opening need not look into each.
-
-        Raises:
-            UserError: the folder cannot be written.
-        """
+        """Writes the index beside the shards, so that the next opening need not look into each."""
         if not self.shards or self.shards == self._indexed:
             return
         by_name = np.argsort(np.asarray(self.shards))

@@ -33,8 +33,6 @@ T = TypeVar("T")
 
 
 class Part(NamedTuple):
-    """What one source holds."""
-
     source: Source
     pieces: list[Piece]
     rows: pa.Table
@@ -113,8 +111,7 @@ def read_through(
 
     Args:
         config: the options, with a resolution.
-        source: images and captions.
-        regularisation: of --reg_data_dir; None: none.
+        source, regularisation: training images, and those of --reg_data_dir.
         bad_files: where images that cannot be used are listed; removed if there are none.
         processes: how many processes the run will have.
 
@@ -177,10 +174,8 @@ def first_draws(survey: Survey, number: int) -> list[Draw]:
 def look_again(survey: Survey, jobs: Mapping[int, Callable[[Image.Image, Image.Image | None], T]]) -> dict[int, T]:
     """Decodes chosen images once more; only pieces with one of them are opened, up to the last of them.
 
-    Args:
-        survey: which images there are.
-        jobs: by number of the sample, what is to be made of its upright RGB image and its mask (mode L and of its size;
-            None: it has none); called in threads.
+    `jobs` says by number of the sample what is to be made, in threads, of its upright RGB image and its mask (mode
+    L, of its size; None: it has none).
 
     Raises:
         UserError: an image or mask that is no longer what it was.

@@ -26,8 +26,6 @@ HASHED = re.compile(r"([0-9a-f]{32}|stride-\d+)(-\w+)*")
 
 
 class Unused(NamedTuple):
-    """What pruning removes."""
-
     paths: list[Path]
     size: int
     """In bytes."""
@@ -96,8 +94,7 @@ def damaged(cache: Path) -> tuple[int, list[tuple[Path, str]], list[str]]:
     """Reads every file of a cache and compares it with its checksums, and indices with the shards.
 
     Returns:
-        How many files there are; of those that are damaged the path and what is wrong; what is said of those that could
-        not be read.
+        How many files there are; path and fault of those that are damaged; faults of those that could not be read.
     """
     found: dict[Path, str] = {}
     unread: dict[Path, str] = {}
@@ -136,11 +133,7 @@ def unused(cache: Path, days: float) -> Unused:
 
 
 def remove(paths: list[Path]) -> None:
-    """Removes files and folders, and folders that are empty then.
-
-    Raises:
-        UserError: the cache cannot be written.
-    """
+    """Removes files and folders, and folders that are empty then; raises UserError if the cache cannot be written."""
     for path in paths:
         parent = path.parent
         with cache_writing(parent):

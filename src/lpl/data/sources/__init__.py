@@ -14,9 +14,7 @@ __all__ = ["Piece", "Sample", "Source", "open_regularisation", "open_source", "o
 def open_source(config: DataConfig, cache_dir: str | None) -> Source:
     """The samples that --train_data_dir, --dataset_name or --webdataset names, cut to --max_train_samples.
 
-    Args:
-        config: the options of the data.
-        cache_dir: where `datasets` keeps downloads; None: its own default.
+    `cache_dir` is where `datasets` keeps downloads; None: its own default.
 
     Raises:
         UserError: nothing named, not found, or without the images and captions that are needed.

@@ -108,11 +108,7 @@ def one_line(text: str) -> str:
 
 
 def read_file(path: str | Path) -> bytes:
-    """An image file.
-
-    Raises:
-        UnreadImageError: it cannot be read.
-    """
+    """An image file; raises UnreadImageError where it cannot be read."""
     try:
         return Path(path).read_bytes()
     except OSError as error:

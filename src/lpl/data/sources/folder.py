@@ -30,9 +30,7 @@ from lpl.data.sources.listing import Listing, list_images, tell_left_out
 class Names:
     """One name for each file that metadata can name, however it is written: relative, absolute, or through links.
 
-    Args:
-        root: the folder.
-        listing: its files; those that are named but not in it (of other endings, or elsewhere) are added.
+    Files that are named but not in the listing (of other endings, or elsewhere) are added to it.
     """
 
     def __init__(self, root: str, listing: Listing) -> None:
@@ -69,12 +67,9 @@ class Names:
 def read_metadata(
     root: str, names: Names, caption_column: str, may_lack: bool, may_have_prompt: bool
 ) -> dict[str, tuple[str, ...]]:
-    """Captions by image, relative to the root and with /.
+    """Captions by image, relative to the root and with /; `file_name` is relative to its metadata.jsonl's own folder.
 
     Args:
-        root: the folder.
-        names: its files; `file_name` in a metadata.jsonl is relative to that one's own folder.
-        caption_column: key of a caption or a list of captions.
         may_lack: a row may have no caption; there is none of its image then.
         may_have_prompt: --instance_prompt would make up for that.
 

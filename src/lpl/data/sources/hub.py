@@ -166,13 +166,7 @@ def _identity(kind: str, name: str, config: DataConfig) -> str:
 def _arguments(name: str, config_name: str | None, flag: str) -> dict[str, Any]:
     """What `datasets` is to load: `path`, `name` and `data_files` of load_dataset.
 
-    Args:
-        name: a name on the Hub, a local folder, a parquet file, or a pattern of such files.
-        config_name: the configuration.
-        flag: what to call the data set in a message.
-
-    Raises:
-        UserError: no such parquet files, or a configuration of something that has none.
+    The name is one on the Hub, a local folder, a parquet file, or a pattern of such files.
     """
     if os.path.isdir(name) or not _names_parquet(name):
         return {"path": name, "name": config_name}
@@ -233,9 +227,6 @@ def _check_columns(features: Features, flag: str, config: DataConfig) -> None:
     """Refuses columns that are missing, or that hold no images or captions.
 
     With --instance_prompt there need be no column of captions, unless another than the default is asked for.
-
-    Raises:
-        UserError: such a column.
     """
     caption_column = config.caption_column
     there = ", ".join(features)
@@ -272,10 +263,7 @@ def open_stream(name: str, config: DataConfig, cache_dir: str | None) -> Source:
     """The train split of a data set, one piece for each of its own shards, opened when its turn comes.
 
     A sample's id is the numbers of its shard and of its row in it. Rows with an image in place hold its bytes in hand;
-    rows that name a file or URL read that when asked.
-
-    Raises:
-        UserError: no such data set, split or column, or a column of another kind.
+    rows that name a file or URL read that when asked. Errors as of open_dataset.
     """
     flag, identity = f"--dataset_name {name}", _identity("stream", name, config)
     require(

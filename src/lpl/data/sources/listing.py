@@ -48,9 +48,7 @@ class Listing(NamedTuple):
 
 
 def list_images(root: str) -> Listing:
-    """The files below a folder; hidden ones are left out.
-
-    Links to folders come after all else, so that a folder goes by its own path where that is below the root too.
+    """The files below a folder; hidden ones are left out. A folder goes by its own path rather than by a link to it.
 
     Raises:
         UserError: a folder that cannot be listed, or a name that is not UTF-8.
@@ -191,12 +189,7 @@ def _require_utf8(root: str, prefix: str, name: str) -> None:
 
 
 def tell_left_out(listing: Listing, shadowed: Sequence[str] = ()) -> str:
-    """What of a folder is left out; "" if nothing is.
-
-    Args:
-        listing: the folder; what metadata names is among its images.
-        shadowed: images with a caption in metadata.jsonl and a caption file beside.
-    """
+    """What of a folder is left out; "" if nothing is. `shadowed`: images in metadata.jsonl with a caption file, too."""
     unread = sorted(name for name in listing.unread if name not in listing.images)
     endings = ", ".join(sorted({os.path.splitext(name)[1].lower() or "none" for name in unread})[:5])
     groups = (

@@ -27,15 +27,10 @@ _BUSY = (408, 425, 429)
 
 
 def download(url: str, file: BinaryIO, shard: str) -> str:
-    """Writes what is at a URL to a file, and checks its length against what the server said.
-
-    Args:
-        url: any URL that urllib or fsspec opens.
-        file: an empty file, opened for reading and writing; at its start afterwards.
-        shard: what to call the URL in a message.
+    """Writes what is at a URL (of urllib or fsspec) to an empty file, and checks its length against the server's answer.
 
     Returns:
-        The version of what was written, see Versions.
+        The version of what was written, see Versions; the file is at its start.
 
     Raises:
         UserError: it cannot be fetched, in several attempts where trying again may help, or there is no room for it.
@@ -111,10 +106,7 @@ class Versions:
     """Versions of files and URLs, each looked up once in a run, before it is read or with it.
 
     So what is noted is never newer than what was read, and a file that is replaced in between is read again by the next
-    run.
-
-    Args:
-        addresses: what to open for some of the names; the others are paths and URLs themselves.
+    run. `addresses` says what to open for some of the names; the others are paths and URLs themselves.
     """
 
     def __init__(self, addresses: Mapping[str, str] | None = None) -> None:
