@@ -55,7 +55,7 @@ class Buckets:
         return bisect_left(self._limits, float(width) * float(width) / (float(height) * float(height)))
 
     def assign(self, widths: np.ndarray, heights: np.ndarray) -> np.ndarray:
-        """`nearest` for many images, sizes (N,), whole numbers from 1 to 94 million: (N,), int64, indices into `sizes`."""
+        """`nearest` for many images, sides (N,) of 1 to 94 million pixels: (N,), int64, indices into `sizes`."""
         squared = np.asarray(widths, np.float64) ** 2 / np.asarray(heights, np.float64) ** 2
         return np.searchsorted(self._bounds, squared, side="left")
 

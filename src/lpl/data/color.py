@@ -1,4 +1,4 @@
-"""Colour of 16 bits a sample, of which Pillow keeps the high byte alone."""
+"""Pixels of any mode to 8-bit colour and opacity, 16-bit samples included, and colour profiles to sRGB."""
 
 from __future__ import annotations
 

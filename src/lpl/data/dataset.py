@@ -1,4 +1,4 @@
-"""Training samples out of the caches: which are held out; which crop, flip, caption and posterior sample a draw sees."""
+"""Training samples out of the caches: which are held out; which crop, caption and posterior sample a draw sees."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Pillow leaves unchecked in a PNG: the checksum of its pixels, and whether there are as many as it says."""
+"""From an encoded image file to RGB pixels as a viewer would show them, or to the reason why it gives none."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import io
 import logging
+import re
 import struct
 import warnings
 import zlib
@@ -85,32 +86,21 @@ MIN_SIDE = 2
 """Images of fewer pixels across are tracking pixels and rules, not pictures."""
 
 # Pillow's classes are called rather than Image.open, which tries every format it knows and warns as it goes.
-READERS: dict[str, type[ImageFile]] = {
-    "PNG": PngImagePlugin.PngImageFile,
-    "JPEG": JpegImagePlugin.JpegImageFile,
-    "WebP": WebPImagePlugin.WebPImageFile,
-    "AVIF": AvifImagePlugin.AvifImageFile,
-    "BMP": BmpImagePlugin.BmpImageFile,
-    "TIFF": TiffImagePlugin.TiffImageFile,
-    "GIF": GifImagePlugin.GifImageFile,
+KINDS: dict[str, tuple[type[ImageFile], bytes]] = {
+    "PNG": (PngImagePlugin.PngImageFile, rb"\x89PNG\r\n\x1a\n"),
+    "JPEG": (JpegImagePlugin.JpegImageFile, rb"\xff\xd8\xff"),
+    "WebP": (WebPImagePlugin.WebPImageFile, rb"RIFF....WEBP"),
+    "AVIF": (AvifImagePlugin.AvifImageFile, rb"....ftyp(avif|avis|mif1|msf1)"),
+    "BMP": (BmpImagePlugin.BmpImageFile, rb"BM"),
+    "TIFF": (TiffImagePlugin.TiffImageFile, rb"II[*+]\0|MM\0[*+]"),
+    "GIF": (GifImagePlugin.GifImageFile, rb"GIF8[79]a"),
 }
+"""What reads each kind of file, and how such files begin."""
 
 # What Pillow raises on files that are cut short, corrupt, or too large to be meant well.
-DECODE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    LookupError,
-    EOFError,
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    RuntimeError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
+DECODE_ERRORS: tuple[type[Exception], ...] = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError)
+DECODE_ERRORS += (ArithmeticError, AssertionError, AttributeError, RuntimeError, struct.error, zlib.error)
+DECODE_ERRORS += (Image.DecompressionBombError,)
 
 ORIENTATION = 0x0112
 UPRIGHT = {
@@ -188,28 +178,17 @@ def decode_with_alpha(
 def _kind(data: bytes) -> str:
     if not data:
         raise BadImageError("the file is empty")
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "PNG"
-    if data.startswith(b"\xff\xd8\xff"):
-        return "JPEG"
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "WebP"
-    if data[4:12] in (b"ftypavif", b"ftypavis", b"ftypmif1", b"ftypmsf1"):
-        if not AvifImagePlugin.SUPPORTED:
-            raise UnreadImageError("AVIF, which this Pillow was built without")
-        return "AVIF"
-    if data[:2] == b"BM":
-        return "BMP"
-    if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-        return "TIFF"
-    if data[:6] in (b"GIF87a", b"GIF89a"):
-        return "GIF"
-    raise BadImageError(f"not a {', '.join(READERS)} file (begins with {data[:12]!r})")
+    for kind, (_, beginning) in KINDS.items():
+        if re.match(beginning, data, re.DOTALL):
+            if kind == "AVIF" and not AvifImagePlugin.SUPPORTED:
+                raise UnreadImageError("AVIF, which this Pillow was built without")
+            return kind
+    raise BadImageError(f"not a {', '.join(KINDS)} file (begins with {data[:12]!r})")
 
 
 def _open(kind: str, data: bytes) -> ImageFile:
     """Reads the header alone."""
-    image = READERS[kind](io.BytesIO(data))
+    image = KINDS[kind][0](io.BytesIO(data))
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise BadImageError(f"too large: {width} x {height} pixels, more than {MAX_PIXELS:,}")

@@ -75,7 +75,7 @@ class Mark:
         return not self._filler.changed(tables)
 
     def make(self, tables: Sequence[pa.Table], show: bool) -> None:
-        """Looks every entry up and makes the note; raises UserError if one that another process encoded is not there."""
+        """Looks every entry up and makes the note; raises UserError if one of another process is missing."""
         filler = self._filler
         stores = filler.caches.stores
         found: list[set[str]] = [set() for _ in stores]

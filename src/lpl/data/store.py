@@ -65,7 +65,11 @@ class TensorStore:
 
     def __contains__(self, key: bytes) -> bool:
         """Whether an entry is there."""
-        return self._find(key) is not None
+        try:
+            self._at(key)
+        except KeyError:
+            return False
+        return True
 
     def shard_of(self, key: bytes) -> str:
         """Name of the shard that holds an entry; KeyError: no such entry."""
@@ -133,7 +137,10 @@ class TensorStore:
         """Takes up shards that other processes have written since; raises DamagedCacheError for a damaged one."""
         there = sorted(_shards_in(self.folder))
         if not self.shards and there:
-            self._read_index(set(there))
+            found = read_index(self.folder)
+            if found is not None and set(found[0]) <= set(there):
+                self.shards, self._indexed = found[0], list(found[0])
+                self._index = _sorted_index(*found[1:])
         have = set(self.shards)
         self._add([name for name in there if name not in have])
 
@@ -151,13 +158,6 @@ class TensorStore:
         write_cached(self.folder / INDEX, buffer.getvalue(), scratch)
         self._indexed = list(self.shards)
 
-    def _read_index(self, there: set[str]) -> None:
-        found = read_index(self.folder)
-        if found is not None and set(found[0]) <= there:
-            shards, keys, places = found
-            self.shards, self._indexed = shards, list(shards)
-            self._index = _sorted_index(keys, places)
-
     def _add(self, names: Sequence[str]) -> None:
         keys, places = [], []
         for name in names:
@@ -171,17 +171,6 @@ class TensorStore:
             at = np.searchsorted(old.prefixes, new.prefixes, side="right")  # merged: most often few come to many
             self._index = Index(*(np.insert(a, at, b, axis=0) for a, b in zip(old, new, strict=True)))
 
-    def _find(self, key: bytes) -> tuple[int, int] | None:
-        prefixes, keys, places = self._index
-        prefix = np.frombuffer(key, np.uint64, 1)[0]
-        at = int(np.searchsorted(prefixes, prefix))
-        while at < len(prefixes) and prefixes[at] == prefix:
-            if keys[at].tobytes() == key:
-                shard, row = places[at]
-                return int(shard), int(row)
-            at += 1
-        return None
-
     def _places(self, keys: Sequence[bytes]) -> list[tuple[int, int]]:
         """`_at` of many keys."""
         prefixes, own, places = self._index
@@ -193,10 +182,16 @@ class TensorStore:
         return [self._at(key) for key in keys]  # one is not there, or two begin alike
 
     def _at(self, key: bytes) -> tuple[int, int]:
-        place = self._find(key)
-        if place is None:
-            raise KeyError(key.hex())
-        return place
+        """Shard and row of a key; KeyError: it is not there."""
+        prefixes, keys, places = self._index
+        prefix = np.frombuffer(key, np.uint64, 1)[0]
+        at = int(np.searchsorted(prefixes, prefix))
+        while at < len(prefixes) and prefixes[at] == prefix:
+            if keys[at].tobytes() == key:
+                shard, row = places[at].tolist()
+                return shard, row
+            at += 1
+        raise KeyError(key.hex())
 
     def _shard(self, number: int) -> Shard:
         shard = self._open.get(number)
