@@ -33,36 +33,59 @@ SHARD_BYTES = 2**25
 MASKS_AT_ONCE = 64
 
 
+Item = tuple[bytes, Any, str]
+"""Key of an entry, what it is encoded from (pixels, a mask, a caption), and what to call it in a message."""
+
+
 class Staging:
     """One piece's entries on their way into a store; they wait in a folder, which one process at a time may use.
 
     Each batch is a small file of its own as soon as it is encoded, so a kill loses one batch at most; a restart finds
-    the batches there and goes on. Shards are written in the order in which keys were claimed, so the store ends up the
+    the batches there and goes on. Shards are written in the order in which keys were put, so the store ends up the
     same, byte for byte, however often the piece was interrupted.
+
+    Args:
+        store: where the entries end up.
+        folder: where batches wait.
+        encode: makes a batch's fields.
+        at_once: how many values of a shape are encoded together.
     """
 
-    def __init__(self, store: TensorStore, folder: Path) -> None:
-        self._store, self.folder = store, folder
+    def __init__(
+        self,
+        store: TensorStore,
+        folder: Path,
+        encode: Callable[[list[Item]], Mapping[str, Tensor]],
+        at_once: Callable[[Sequence[int]], int],
+    ) -> None:
+        self._store, self.folder, self._encode, self._at_once = store, folder, encode, at_once
         self._staged = TensorStore(folder)
         self._claimed: dict[bytes, None] = {}
+        self._waiting: dict[tuple[int, ...], list[Item]] = {}
 
     def __contains__(self, key: bytes) -> bool:
         """Whether an entry need not be encoded: it is in the store, or waits here."""
         return key in self._store or key in self._staged
 
-    def claim(self, key: bytes) -> bool:
-        """Takes a key into the piece, unless the store has it; returns whether its entry must be encoded now."""
+    def put(self, key: bytes, value: Any, name: str) -> None:
+        """Takes an entry into the piece, unless the store has it; `value` may be None where it waits here already."""
         if key in self._claimed or key in self._store:
-            return False
+            return
         self._claimed[key] = None
-        return key not in self._staged
+        if key not in self._staged:
+            shape = tuple(getattr(value, "shape", ()))
+            queue = self._waiting.setdefault(shape, [])
+            queue.append((key, value, name))
+            if len(queue) >= self._at_once(shape):
+                self._encode_all(queue)
 
-    def add(self, keys: Sequence[bytes], fields: Mapping[str, Tensor]) -> None:
-        """Keeps an encoded batch, of keys that were claimed."""
-        self._staged.write(keys, fields)
+    def flush(self) -> None:
+        """Encodes what still waits for others of its shape."""
+        for _, queue in sorted(self._waiting.items()):
+            self._encode_all(queue)
 
     def commit(self) -> None:
-        """Moves everything that was claimed into shards of the store, entries of one shape together."""
+        """Moves everything that was put into shards of the store, entries of one shape together."""
         by_shape: dict[str, list[bytes]] = {}
         for key in self._claimed:
             by_shape.setdefault(str(self._staged.layout(key)), []).append(key)
@@ -76,37 +99,9 @@ class Staging:
         """Removes the batches that waited."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-
-class MaskStaging(Staging):
-    """Masks on their way into their store: small, so that many of one size wait in memory for a file of theirs."""
-
-    def __init__(self, store: TensorStore, folder: Path) -> None:
-        super().__init__(store, folder)
-        self._waiting: dict[tuple[int, ...], list[tuple[bytes, Tensor]]] = {}
-        self.made = 0
-        """Masks taken so far that were not there yet."""
-        self.empty = 0
-        """Those of them that are 0 everywhere."""
-
-    def take(self, keys: Iterable[bytes], masks: Mapping[bytes, Tensor]) -> None:
-        """Claims the masks of a sample's crops and keeps those, (1, h, w), that are missing."""
-        for key in keys:
-            if self.claim(key):
-                self.made += 1
-                self.empty += not bool(masks[key].any())
-                queue = self._waiting.setdefault(tuple(masks[key].shape), [])
-                queue.append((key, masks[key]))
-                if len(queue) >= MASKS_AT_ONCE:
-                    self._write(queue)
-
-    def flush(self) -> None:
-        """Keeps what still waits in memory."""
-        for _, queue in sorted(self._waiting.items()):
-            self._write(queue)
-
-    def _write(self, queue: list[tuple[bytes, Tensor]]) -> None:
+    def _encode_all(self, queue: list[Item]) -> None:
         if queue:
-            self.add([key for key, _ in queue], {"mask": torch.stack([mask for _, mask in queue])})
+            self._staged.write([key for key, _, _ in queue], self._encode(queue))
             queue.clear()
 
 
@@ -277,41 +272,34 @@ class Filler:
 
     def _fill_piece(self, piece: Piece, bar: Any) -> None:
         folder = self.caches.staging(self.source) / self.catalogue.path(piece).stem
-        latents = Staging(self.caches.latents, folder / "latents")
-        text = Staging(self.caches.text, folder / "text")
-        stagings: list[Staging] = [latents, text]
+        latents = Staging(self.caches.latents, folder / "latents", self._encode_images, batch_of)
+        text = Staging(self.caches.text, folder / "text", self._encode_captions, lambda _: CAPTION_BATCH)
+        stagings = [latents, text]
         known = None if self.config.rehash else self.catalogue
         reader = Reader(self.crops, self.config, latents.__contains__, known, versions=self.source.versions)
-        masks: MaskStaging | None = None
+        masks: Staging | None = None
         if self.caches.masks is not None:
-            masks = MaskStaging(self.caches.masks, folder / "masks")
+            masks = Staging(self.caches.masks, folder / "masks", self._stack_masks, lambda _: MASKS_AT_ONCE)
             reader = replace(reader, mask_cached=masks.__contains__, stride=self.encoder.latent_stride)
             stagings.append(masks)
         rows: list[Row] = []
-        waiting: dict[tuple[int, ...], list[tuple[bytes, Tensor, str]]] = {}
         with closing(piece.samples()) as samples:
             for read in in_order(reader, samples, threads_of(self.config)):
                 self.proceed()
                 rows.append(read.row)
                 self.bad.count(read.row.id, read.row.name, read.row.reason)
                 for key in read.keys:
-                    if latents.claim(key):
-                        queue = waiting.setdefault(tuple(read.pixels[key].shape), [])
-                        queue.append((key, read.pixels[key], read.row.name))
-                        if len(queue) >= batch_of(queue[0][1].shape):
-                            self._encode_images(queue, latents)
-                            queue.clear()
+                    latents.put(key, read.pixels.get(key), read.row.name)
                 if masks is not None:
-                    masks.take(read.mask_keys, read.masks)
+                    for key in read.mask_keys:
+                        masks.put(key, read.masks.get(key), read.row.name)
                 bar.update()
-        for _, queue in sorted(waiting.items()):
-            self.proceed()
-            self._encode_images(queue, latents)
-        self._encode_captions(rows, text)
-        if masks is not None:
-            masks.flush()
-            self.made_masks += masks.made
-            self.empty_masks += masks.empty
+        latents.flush()
+        captions = (caption for row in rows if row.reason is None for caption in self.texts(row.id, row.captions))
+        for caption in (*self.always, *captions):
+            text.put(caption_key(caption), caption, f"caption {caption[:60]!r}")
+        for staging in stagings:
+            staging.flush()
         for staging in stagings:
             staging.commit()
         for staging in stagings:
@@ -320,33 +308,29 @@ class Filler:
         with cache_writing(folder):
             shutil.rmtree(folder)
 
-    def _encode_images(self, batch: Sequence[tuple[bytes, Tensor, str]], staging: Staging) -> None:
-        if not batch:
-            return
+    def _encode_images(self, batch: list[Item]) -> dict[str, Tensor]:
+        self.proceed()
         encoded = self.encoder.encode_images(to_float(torch.stack([pixels for _, pixels, _ in batch])))
         mean, std = (values.to(self.caches.dtype) for values in encoded)
         for (_, _, name), own_mean, own_std in zip(batch, mean, std, strict=True):
             _require_finite((own_mean, own_std), name, "the VAE", "--pretrained_vae_model_name_or_path")
-        staging.add([key for key, _, _ in batch], {"mean": mean, "std": std})
         self.encoded_images += len(batch)
+        return {"mean": mean, "std": std}
 
-    def _encode_captions(self, rows: Sequence[Row], staging: Staging) -> None:
-        texts = list(self.always)
-        for row in rows:
-            if row.reason is None:
-                texts += self.texts(row.id, row.captions)
-        lacking = [(key, text) for text in texts if staging.claim(key := caption_key(text))]
-        for start in range(0, len(lacking), CAPTION_BATCH):
-            self.proceed()
-            batch = lacking[start : start + CAPTION_BATCH]
-            encoded = self.encoder.encode_text([text for _, text in batch])
-            fields = cast_floats(encoded, self.caches.dtype)
-            for position, (_, text) in enumerate(batch):
-                values = [values[position] for values in fields.values()]
-                name = f"caption {text[:60]!r}"
-                _require_finite(values, name, "the text encoder", "--pretrained_model_name_or_path")
-            staging.add([key for key, _ in batch], fields)
-            self.encoded_captions += len(batch)
+    def _stack_masks(self, batch: list[Item]) -> dict[str, Tensor]:
+        masks = torch.stack([mask for _, mask, _ in batch])
+        self.made_masks += len(masks)
+        self.empty_masks += int((masks.flatten(1) == 0).all(1).sum())
+        return {"mask": masks}
+
+    def _encode_captions(self, batch: list[Item]) -> dict[str, Tensor]:
+        self.proceed()
+        fields = cast_floats(self.encoder.encode_text([caption for _, caption, _ in batch]), self.caches.dtype)
+        for position, (_, _, name) in enumerate(batch):
+            values = [values[position] for values in fields.values()]
+            _require_finite(values, name, "the text encoder", "--pretrained_model_name_or_path")
+        self.encoded_captions += len(batch)
+        return fields
 
 
 def cast_floats(fields: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -8,21 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from reading_sources import samples_of, source_of
 
 from lpl.base.errors import UserError
 from lpl.config import DataConfig
 from lpl.data.bad_files import BadImageError
-from lpl.data.sources import Sample, Source, open_source
+from lpl.data.sources import Source, open_source
 from lpl.data.sources import listing as module
 from lpl.data.sources.listing import list_images
 
 
 def folder_source(root: Path, **options: Any) -> Source:
-    return open_source(DataConfig(train_data_dir=str(root), **options), None)
-
-
-def samples_of(source: Source) -> list[Sample]:
-    return [sample for piece in source.pieces for sample in piece.samples()]
+    return source_of(train_data_dir=root, **options)
 
 
 def captions(source: Source) -> dict[str, tuple[str, ...]]:
@@ -36,10 +33,9 @@ def stamps(root: Path) -> tuple[list[str], dict[str, str]]:
 
 def message(root: Path, **options: Any) -> str:
     with pytest.raises(UserError) as caught:
-        open_source(DataConfig(train_data_dir=str(root), **options), None)
-    text = str(caught.value)
-    assert "\n" not in text
-    return text
+        folder_source(root, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 def write_metadata(root: Path, *lines: str) -> Path:

@@ -1,6 +1,5 @@
 """Data sets read row by row: what they yield, and the one line each fault gives."""
 
-import io
 import json
 import os
 import subprocess
@@ -11,30 +10,19 @@ from typing import Any
 
 import datasets
 import pytest
-from PIL import Image
+from reading_sources import png, samples_of
 
 from lpl.base.errors import UserError
 from lpl.config import DataConfig
 from lpl.data.bad_files import BadImageError
-from lpl.data.sources import Sample, Source, open_source
-
-
-def png(value: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), (value, 0, 0)).save(buffer, "png")
-    return buffer.getvalue()
-
-
-def samples_of(source: Source) -> list[Sample]:
-    return [sample for piece in source.pieces for sample in piece.samples()]
+from lpl.data.sources import open_source
 
 
 def message(config: DataConfig, cache: Path | None = None) -> str:
     with pytest.raises(UserError) as caught:
         samples_of(open_source(config, None if cache is None else str(cache)))
-    text = str(caught.value)
-    assert "\n" not in text
-    return text
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 @pytest.fixture

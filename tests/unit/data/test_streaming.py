@@ -1,6 +1,5 @@
 """Data sets read as streams, shard by shard."""
 
-import io
 import json
 import os
 from pathlib import Path
@@ -8,26 +7,16 @@ from typing import Any
 
 import datasets
 import pytest
-from PIL import Image
+from reading_sources import png, samples_of
 
 from lpl.base.errors import UserError
 from lpl.config import DataConfig
 from lpl.data.bad_files import BadImageError
-from lpl.data.sources import Sample, Source, open_source
-
-
-def png(value: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), (value, 0, 0)).save(buffer, "png")
-    return buffer.getvalue()
+from lpl.data.sources import Source, open_source
 
 
 def stream(tmp_path: Path, name: Path | str, **options: Any) -> Source:
     return open_source(DataConfig(dataset_name=str(name), streaming=True, **options), str(tmp_path / "hf"))
-
-
-def samples_of(source: Source) -> list[Sample]:
-    return [sample for piece in source.pieces for sample in piece.samples()]
 
 
 def write_parquet(path: Path, start: int, captions: list[Any] | None = None) -> None:

@@ -99,7 +99,7 @@ def _version_of(filesystem: Any, path: str) -> str:
 def _filesystem(url: str) -> tuple[Any, str]:
     import fsspec
 
-    return fsspec.core.url_to_fs(url)  # type: ignore[no-any-return]
+    return fsspec.core.url_to_fs(url)
 
 
 THREADS = 16
