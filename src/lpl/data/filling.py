@@ -117,29 +117,23 @@ class Encoder(Protocol):
     @property
     def latent_key(self) -> str:
         """Hex hash of the image encoder's weights and settings."""
-        ...
 
     @property
     def latent_stride(self) -> int:
         """Pixels per latent, in height and in width."""
-        ...
 
     @property
     def text_key(self) -> str:
         """Hex hash of the text encoders' weights and settings."""
-        ...
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior mean and std, (B, C, h, w), float32, CPU, raw latent space, of pixels (B, 3, H, W) in [-1, 1]."""
-        ...
 
     def encode_text(self, captions: list[str]) -> dict[str, Tensor]:
         """By field, (B, ...) on the CPU, for B captions."""
-        ...
 
     def entry_bytes(self, height: int, width: int) -> tuple[int, int]:
         """Bytes of what is cached in float32 of an image of this size, in pixels, and of a caption."""
-        ...
 
 
 class Caches(NamedTuple):

@@ -1,4 +1,4 @@
-"""Where caches are."""
+"""Where the cache folder is, and the locks by which runs and maintenance share it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The numbers of `lpl data` as plain text."""
+"""The report of `lpl data`: its numbers as plain text, and the files that it writes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How often an epoch draws each image: what --repeats says of the folders they lie in."""
+"""What each step of a run draws, and how often an epoch draws each image (--repeats)."""
 
 from __future__ import annotations
 

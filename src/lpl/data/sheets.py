@@ -1,4 +1,4 @@
-"""Letters on pictures: a font that has them, and lines of a given width."""
+"""Letters on sheets of pictures, and the note in a sheet of what each of its pictures shows."""
 
 from __future__ import annotations
 

@@ -34,12 +34,10 @@ T = TypeVar("T")
 
 class Part(NamedTuple):
     source: Source
-    pieces: list[Piece]
     rows: pa.Table
     """The usable samples, in order."""
-    seen: int
-    """Samples in all."""
     bad: list[Bad]
+    """The others."""
     start: int
     """Number of its first sample among those of all sources."""
 
@@ -53,8 +51,6 @@ class Survey:
         parts: the training images, then the regularisation images if there are any.
         samples: the usable samples of all parts.
         buckets: (N,), bucket of each sample.
-        groups: folders of the samples.
-        codes: (N,), folder of each sample.
         repeats: (N,), how often an epoch draws each.
         order: what each step draws; None if nothing is usable.
         processes: how many processes share a step.
@@ -68,8 +64,6 @@ class Survey:
     views: Views
     rules: CaptionRules
     buckets: np.ndarray
-    groups: list[str]
-    codes: np.ndarray
     repeats: np.ndarray
     order: BatchOrder | None
     processes: int
@@ -135,11 +129,10 @@ def read_through(
             bad.settle(found, len(whole))
         except UserError as error:
             fault = fault or error
-        parts.append(Part(own, list(own.pieces), usable, len(whole), found, sum(len(part.rows) for part in parts)))
+        parts.append(Part(own, usable, found, sum(len(part.rows) for part in parts)))
         tables.append((read, weight, prefix))
     bad.write()
     samples = Samples(tables)
-    groups, codes = samples.groups()
     buckets = views.buckets.assign(samples.sizes[:, 0], samples.sizes[:, 1])
     repeats, order, left_out = np.zeros(0), None, 0
     if len(samples):
@@ -153,9 +146,7 @@ def read_through(
         order = BatchOrder(run.seed, buckets, repeats, per_step)
     else:
         fault = fault or none_usable(source, bad_files)
-    return Survey(
-        config, parts, samples, views, rules, buckets, groups, codes, repeats, order, processes, fault, left_out
-    )
+    return Survey(config, parts, samples, views, rules, buckets, repeats, order, processes, fault, left_out)
 
 
 def first_draws(survey: Survey, number: int) -> list[Draw]:
@@ -199,7 +190,7 @@ def look_again(survey: Survey, jobs: Mapping[int, Callable[[Image.Image, Image.I
         return index, jobs[index](image, None if mask is None else mask.image)
 
     made: dict[int, T] = {}
-    pieces = [(part, piece) for part in survey.parts for piece in part.pieces]
+    pieces = [(part, piece) for part in survey.parts for piece in part.source.pieces]
     with progress(desc="drawing", unit="image", total=len(jobs)) as bar:
         for number, wanted in by_piece.items():
             part, piece = pieces[number]

@@ -114,9 +114,7 @@ def test_numbers_are_those_counted_by_hand(counted: Path, report: Any) -> None:
             "first": str(counted / "cats" / "broken.png"),
         }
     ]
-    assert found["buckets"] == [
-        {"width": 32, "height": 32, "images": 6, "share": 1.0, "draws": 11, "steps": 2.75},
-    ]
+    assert found["buckets"] == [{"width": 32, "height": 32, "images": 6, "share": 1.0, "draws": 11, "steps": 2.75}]
     copies = [str(counted / "dogs" / name) for name in ("b again.png", "b.png")]
     assert found["duplicates"] == {"images": 1, "sets": [copies]}
 
@@ -316,7 +314,7 @@ def test_draws_are_those_of_training(folder: Path, encode: Any, encoder: Any) ->
 def test_what_is_shown_is_read_no_further_than_needed(folder: Path) -> None:
     config = config_of(folder)
     survey = read_through(config, open_source(config.data, None), None, folder.parent / "bad.jsonl")
-    (piece,) = survey.parts[0].pieces
+    (piece,) = survey.parts[0].source.pieces
     seen = []
 
     def counting() -> Any:
@@ -324,7 +322,7 @@ def test_what_is_shown_is_read_no_further_than_needed(folder: Path) -> None:
             seen.append(sample.id)
             yield sample
 
-    survey.parts[0].pieces[:] = [replace(piece, samples=counting)]
+    survey.parts[0].source.pieces[:] = [replace(piece, samples=counting)]
     look_again(survey, {0: lambda image, _: image.size, 2: lambda image, _: image.size})
     assert seen == ["0.png", "1.png", "2.png"]
 

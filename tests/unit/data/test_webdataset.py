@@ -312,9 +312,6 @@ def test_tar_that_shrinks_or_vanishes(shards: tuple[Path, Path]) -> None:
         with pytest.raises(BadImageError) as caught:
             sample.read()
         reasons.append(caught.value.reason)
-    assert reasons == [
-        "cannot be read (the shard has become shorter)",
-        "cannot be read (No such file or directory)",
-    ]
+    assert reasons == ["cannot be read (the shard has become shorter)", "cannot be read (No such file or directory)"]
     with pytest.raises(UserError, match=r"photos-001\.tar: cannot be read \(No such file or directory\)"):
         list(source.pieces[1].samples())

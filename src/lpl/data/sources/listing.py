@@ -193,16 +193,8 @@ def tell_left_out(listing: Listing, shadowed: Sequence[str] = ()) -> str:
     unread = sorted(name for name in listing.unread if name not in listing.images)
     endings = ", ".join(sorted({os.path.splitext(name)[1].lower() or "none" for name in unread})[:5])
     groups = (
-        (
-            unread,
-            ("file is", "files are"),
-            f"left out, as {endings} is not read: convert pictures to PNG or JPEG",
-        ),
-        (
-            listing.orphans,
-            ("caption file is", "caption files are"),
-            "not read, as no image beside has that name",
-        ),
+        (unread, ("file is", "files are"), f"left out, as {endings} is not read: convert pictures to PNG or JPEG"),
+        (listing.orphans, ("caption file is", "caption files are"), "not read, as no image beside has that name"),
         (
             [*listing.doubled, *shadowed],
             ("caption file is", "caption files are"),

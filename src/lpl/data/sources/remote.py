@@ -1,4 +1,4 @@
-"""Fetches a file: http and https by urllib, all else by fsspec."""
+"""Fetches files (http and https by urllib, all else by fsspec) and tells whether they have changed."""
 
 from __future__ import annotations
 
