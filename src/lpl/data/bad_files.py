@@ -42,6 +42,8 @@ def is_list(path: Path) -> bool:
 
 
 class Bad(NamedTuple):
+    """An image that cannot be used."""
+
     id: str
     name: str
     reason: str

@@ -33,6 +33,8 @@ T = TypeVar("T")
 
 
 class Part(NamedTuple):
+    """What one source holds."""
+
     source: Source
     rows: pa.Table
     """The usable samples, in order."""
