@@ -71,9 +71,9 @@ class BadFiles:
         if self._seen >= SEEN_FIRST:
             self._check(self._size or self._seen, self._seen)
 
-    def settle(self, bad: Sequence[Bad], total: int) -> None:
+    def settle(self, name: str, bad: Sequence[Bad], total: int) -> None:
         """Takes the bad images of a whole source instead of those counted; raises UserError if they are too many."""
-        self._bad = list(bad)
+        self._name, self._bad = name, list(bad)
         self._check(total, total)
         self.found += self._bad
 

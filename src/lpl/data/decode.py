@@ -28,7 +28,7 @@ from PIL.ImageFile import ImageFile
 
 from lpl.base.errors import UserError
 from lpl.data.bad_files import BadImageError, UnreadImageError
-from lpl.data.color import is_deep, on_background, read_deep, split_alpha, to_srgb
+from lpl.data.color import has_16_bits, on_background, read_16_bits, split_alpha, to_srgb
 
 SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
@@ -159,8 +159,8 @@ def decode_with_alpha(
     kind = _kind(data)
     try:
         image = _open(kind, data)
-        deep = is_deep(image)
-        color, alpha = read_deep(image, _open(kind, data)) if deep else split_alpha(image)
+        is_wide = has_16_bits(image)
+        color, alpha = read_16_bits(image, _open(kind, data)) if is_wide else split_alpha(image)
         if kind == "PNG":
             check_png(data, image)
         orientation = _orientation(image)

@@ -250,8 +250,7 @@ def _fill(filler: Filler, processes: Processes, show: bool) -> list[pa.Table]:
                 raise _unseen(caches.folder)
             tables.append(table)
         if first:
-            bad.begin(source.name, source.size)
-            bad.settle(bad_in(tables), sum(map(len, tables)))
+            bad.settle(source.name, bad_in(tables), sum(map(len, tables)))
             source.versions.tell(source.name)
             if not whole and unwritable is None:
                 for store in caches.stores:

@@ -126,9 +126,8 @@ def read_through(
         read = _read(own, views)
         whole = pa.concat_tables(read)
         usable, found = whole.filter(pc.is_null(whole.column("reason"))), bad_in(read)
-        bad.begin(own.name, own.size)
         try:
-            bad.settle(found, len(whole))
+            bad.settle(own.name, found, len(whole))
         except UserError as error:
             fault = fault or error
         parts.append(Part(own, usable, found, sum(len(part.rows) for part in parts)))
