@@ -114,17 +114,12 @@ CAPTION_BATCH = 32
 class Encoder(Protocol):
     """What turns images and captions into what is cached."""
 
-    @property
-    def latent_key(self) -> str:
-        """Hex hash of the image encoder's weights and settings."""
-
-    @property
-    def latent_stride(self) -> int:
-        """Pixels per latent, in height and in width."""
-
-    @property
-    def text_key(self) -> str:
-        """Hex hash of the text encoders' weights and settings."""
+    latent_key: str
+    """Hex hash of the image encoder's weights and settings."""
+    latent_stride: int
+    """Pixels per latent, in height and in width."""
+    text_key: str
+    """Hex hash of the text encoders' weights and settings."""
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior mean and std, (B, C, h, w), float32, CPU, raw latent space, of pixels (B, 3, H, W) in [-1, 1]."""
