@@ -56,7 +56,8 @@ def list_images(root: str) -> Listing:
     found = Listing({}, [], {}, [], [], [], [])
     folders = [("", os.path.realpath(root))]
     links: list[str] = []
-    bar = progress(desc="listing", unit="file", show=os.environ.get("LOCAL_RANK", "0") == "0")
+    show = os.environ.get("LOCAL_RANK", "0") == "0"
+    bar = progress(desc="listing", unit="file", show=show)
     while folders or links:
         if folders:
             prefix, real = folders.pop()
@@ -94,11 +95,11 @@ def list_images(root: str) -> Listing:
         _match(found, prefix, images, texts, others)
     bar.close()
     found.metadata.sort()
-    _tell_apart(root, found.images)
+    _tell_apart(root, found.images, show)
     return found
 
 
-def _tell_apart(root: str, images: dict[str, str]) -> None:
+def _tell_apart(root: str, images: dict[str, str], show: bool) -> None:
     """Adds a hash of what is in them to the stamps of files that have the size and the time of change of another.
 
     Archives and copies give many files one time: two of one size could else change places without anyone noticing.
@@ -109,9 +110,7 @@ def _tell_apart(root: str, images: dict[str, str]) -> None:
         for part in stamp.split(" ")[:2]:
             (twins if part in seen else seen).add(part)
     alike = [name for name, stamp in images.items() if not twins.isdisjoint(stamp.split(" ")[:2])] if twins else []
-    for name in progress(
-        alike, desc="telling alike files apart", unit="file", show=os.environ.get("LOCAL_RANK", "0") == "0"
-    ):
+    for name in progress(alike, desc="telling alike files apart", unit="file", show=show):
         parts = images[name].split(" ")
         text = os.path.splitext(name)[0] + (parts[2] if len(parts) > 2 else ".txt")
         for place, file in enumerate((name, text)[: len(parts)]):

@@ -15,7 +15,6 @@ import re
 import tarfile
 import tempfile
 from collections.abc import Generator, Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -241,17 +240,14 @@ class _Shard:
             yield sample, members["image"], members.get(_MASK) if masks else None
 
 
-@contextmanager
-def _temporary_file(shard: str) -> Iterator[BinaryIO]:
-    with ExitStack() as stack:
-        try:
-            file = stack.enter_context(tempfile.TemporaryFile(prefix="lpl-"))
-        except OSError as error:
-            raise UserError(
-                f"{shard}: the folder for temporary files cannot be written ({error.strerror}): name another one with "
-                "the environment variable TMPDIR"
-            ) from None
-        yield cast(BinaryIO, file)
+def _temporary_file(shard: str) -> BinaryIO:
+    try:
+        return cast(BinaryIO, tempfile.TemporaryFile(prefix="lpl-"))
+    except OSError as error:
+        raise UserError(
+            f"{shard}: the folder for temporary files cannot be written ({error.strerror}): name another one with the "
+            "environment variable TMPDIR"
+        ) from None
 
 
 def _read_image(path: str, span: _Span) -> bytes:
