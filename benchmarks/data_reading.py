@@ -23,7 +23,7 @@ from lpl.config import DataConfig
 from lpl.data.captions import CaptionRules
 from lpl.data.catalogue import Catalogue, Row, Samples
 from lpl.data.crops import Views
-from lpl.data.dataset import TrainingData
+from lpl.data.dataset import TrainingData, split_repeats, split_samples
 from lpl.data.filling import Caches, caption_key
 from lpl.data.sampler import BatchOrder
 
@@ -85,9 +85,10 @@ def make(folder: Path, entries: int, text: dict[str, tuple[int, ...]]) -> tuple[
             entry = {name: value[n].clone() for name, value in (fields | embeds if text is TEXT else fields).items()}
             files.append(folder / f"{start + n}.pt")
             torch.save(entry, files[-1])
-    samples = Samples(tables, [1.0] * len(tables), [""] * len(tables))
+    samples = Samples([(tables, 1.0, "")])
     buckets = views.buckets.assign(samples.sizes[:, 0], samples.sizes[:, 1])
-    return TrainingData(samples, views, rules, caches, 0, buckets, torch.ones(entries).numpy()), files
+    split = split_samples(samples, config, 0)
+    return TrainingData(samples, views, rules, caches, 0, buckets, split_repeats(samples, split, config), split), files
 
 
 def keys(data: TrainingData, draws: list[tuple[int, int]]) -> tuple[list[bytes], list[bytes]]:

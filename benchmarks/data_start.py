@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -32,9 +33,8 @@ from lpl.data.crops import Views
 from lpl.data.filling import Caches, caption_key
 from lpl.data.prepare import prepare_data
 from lpl.data.sampler import BatchOrder
-from lpl.data.sources import Sample, open_source
+from lpl.data.sources import Piece, Sample, Source, open_source
 from lpl.data.sources.base import PIECE_SIZE
-from lpl.data.sources.remote import Versions
 
 BATCH = 16
 
@@ -59,31 +59,18 @@ class Pooling:
         return 32 * (height // self.stride) * (width // self.stride), 128
 
 
-class Stream:
+def stream(size: int) -> Source:
     """Images that are made when they are read, so that any number of them takes no room."""
 
-    name = identity = "made up"
-
-    def __init__(self, size: int) -> None:
-        self.size, self.versions = size, Versions()
-
-    def pieces(self) -> list["StreamPiece"]:
-        return [StreamPiece(start, min(start + PIECE_SIZE, self.size)) for start in range(0, self.size, PIECE_SIZE)]
-
-
-class StreamPiece:
-    """Some of them."""
-
-    stamp = ""
-
-    def __init__(self, start: int, end: int) -> None:
-        self.key, self.size, self._range = str(start), end - start, range(start, end)
-
-    def samples(self):
-        for n in self._range:
+    def samples(numbers: range) -> Iterator[Sample]:
+        for n in numbers:
             yield Sample(
                 f"{n:08}.png", (f"photograph number {n}",), "", "", f"/photographs/{n:08}.png", partial(png, n)
             )
+
+    parts = [range(start, min(start + PIECE_SIZE, size)) for start in range(0, size, PIECE_SIZE)]
+    pieces = [Piece(str(part.start), "", len(part), partial(samples, part)) for part in parts]
+    return Source("made up", "made up", pieces, size)
 
 
 def png(n: int, side: int = 8) -> bytes:
@@ -108,7 +95,7 @@ def start(photos: str, cache: str, resolution: str) -> None:
     torch.randn(4) + 1
     config = DataConfig(train_data_dir=photos, latent_cache_dir=cache, resolution=int(resolution))
     began = time.perf_counter()
-    source = Stream(int(photos)) if photos.isdigit() else open_source(config, None)
+    source = stream(int(photos)) if photos.isdigit() else open_source(config, None)
     listed = time.perf_counter()
     data = prepare_data(source, None, config, Pooling(min(8, int(resolution))), 0, Path(cache) / "bad_files.jsonl")
     prepared = time.perf_counter()
@@ -176,7 +163,7 @@ def pretend(photos: str, cache: str) -> None:
     config = DataConfig(train_data_dir=photos, latent_cache_dir=cache, resolution=8)
     source, views = open_source(config, None), Views(config)
     caches, catalogue = Caches.open(Path(cache), Pooling(8)), Catalogue(Path(cache), source)
-    for piece in source.pieces():
+    for piece in source.pieces:
         rows, keys = [], []
         for id_, captions, group, stamp, name, *_ in piece.samples():
             rows.append(Row(id_, list(captions), group, name, stamp, hashlib.sha256(id_.encode()).digest(), 8, 8, None))

@@ -205,7 +205,7 @@ def shard(base: Base) -> tuple[Path, Act]:
 
 
 def _read(source: Any) -> None:
-    for piece in source.pieces():
+    for piece in source.pieces:
         for sample in piece.samples():
             sample.read()
 

@@ -14,11 +14,7 @@ from lpl.base.json_files import parse_json
 
 
 class BadImageError(Exception):
-    """An image file that gives no pixels.
-
-    Attributes:
-        reason: why, in one line, without the file's name.
-    """
+    """An image file that gives no pixels; `reason` says why, in one line, without the file's name."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -46,7 +42,7 @@ def is_list(path: Path) -> bool:
 
 
 class Bad(NamedTuple):
-    """One of them."""
+    """An image that cannot be used."""
 
     id: str
     name: str
@@ -54,12 +50,7 @@ class Bad(NamedTuple):
 
 
 class BadFiles:
-    """Counts the bad images of a run.
-
-    Args:
-        limit: share of all images that may be bad (--max_bad_fraction), ALWAYS_ALLOWED in any case.
-        path: the list that is written.
-    """
+    """Counts the bad images of a run, and lists them in a file: `limit` is the share of all that may be bad."""
 
     def __init__(self, limit: float, path: Path) -> None:
         self.limit, self.path = limit, path
@@ -72,11 +63,7 @@ class BadFiles:
         self._seen = 0
 
     def count(self, sample: str, name: str, reason: str | None) -> None:
-        """Takes note of an image of the source.
-
-        Raises:
-            UserError: too many are bad; those found so far are in the list.
-        """
+        """Takes note of an image of the source; raises UserError if too many are bad, and lists those found so far."""
         self._seen += 1
         if reason is None:
             return
@@ -84,13 +71,9 @@ class BadFiles:
         if self._seen >= SEEN_FIRST:
             self._check(self._size or self._seen, self._seen)
 
-    def settle(self, bad: Sequence[Bad], total: int) -> None:
-        """Takes the bad images of a whole source instead of those counted.
-
-        Raises:
-            UserError: too many are bad.
-        """
-        self._bad = list(bad)
+    def settle(self, name: str, bad: Sequence[Bad], total: int) -> None:
+        """Takes the bad images of a whole source instead of those counted; raises UserError if they are too many."""
+        self._name, self._bad = name, list(bad)
         self._check(total, total)
         self.found += self._bad
 

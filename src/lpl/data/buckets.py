@@ -12,11 +12,7 @@ from lpl.config import DataConfig
 
 
 class Buckets:
-    """A set of crop sizes.
-
-    Attributes:
-        sizes: (height, width) in pixels, from tall to wide, no two of the same aspect.
-    """
+    """Crop sizes, (height, width) in pixels, from tall to wide, no two of the same aspect."""
 
     sizes: list[tuple[int, int]]
 
@@ -59,15 +55,7 @@ class Buckets:
         return bisect_left(self._limits, float(width) * float(width) / (float(height) * float(height)))
 
     def assign(self, widths: np.ndarray, heights: np.ndarray) -> np.ndarray:
-        """`nearest` for many images at once.
-
-        Args:
-            widths: (N,), integers from 1 to 94 million, pixels.
-            heights: (N,), likewise.
-
-        Returns:
-            (N,), int64, indices into `sizes`.
-        """
+        """`nearest` for many images, sides (N,) of 1 to 94 million pixels: (N,), int64, indices into `sizes`."""
         squared = np.asarray(widths, np.float64) ** 2 / np.asarray(heights, np.float64) ** 2
         return np.searchsorted(self._bounds, squared, side="left")
 
@@ -85,11 +73,7 @@ def _floor(sides: float) -> int:
 
 
 def image_sizes(config: DataConfig) -> Buckets:
-    """The sizes that images are cropped to: buckets under --buckets, else the one square.
-
-    Raises:
-        UserError: no bucket fits.
-    """
+    """The sizes that images are cropped to: under --buckets those, else one square. Raises UserError if none fits."""
     if not config.buckets:
         return Buckets.single(config.crop_size, config.crop_size)
     return Buckets(config.bucket_area or config.crop_size**2, config.bucket_step, config.bucket_max_aspect)

@@ -36,33 +36,24 @@ class CaptionRules:
     """
 
     def __init__(self, config: DataConfig, seed: int) -> None:
-        self._seed = seed
-        self._dropout = config.proportion_empty_prompts
-        self._first = config.caption_choice == "first"
-        self._shuffle = config.shuffle_caption
-        self._keep = config.keep_tokens
-        self._separator = config.caption_separator
-        self._orders = config.caption_variants
+        self._config, self._seed = config, seed
+        self._first, self._shuffle = config.caption_choice == "first", config.shuffle_caption
         self._prefix = (config.caption_prefix or "").strip()
-        shuffling = (seed, self._keep, self._separator, self._orders) if self._shuffle else ()
+        order = (seed, config.keep_tokens, config.caption_separator, config.caption_variants)
         self.settings: tuple[str | int | bool | None, ...] = (
             self._first,
             self._prefix,
-            self._dropout >= 1,
-            self._shuffle,
-            *shuffling,
+            config.proportion_empty_prompts >= 1,
+            config.shuffle_caption,
+            *(order if config.shuffle_caption else ()),
         )
 
     def variants(self, sample: str, captions: Sequence[str]) -> list[str]:
-        """Every text that a draw of a sample may take, each once, always in the same order.
+        """Every text that a draw of a sample (id, at least one caption) may take, each once, in the same order.
 
         The empty text of a dropped caption is not among them; that of a caption which is empty itself is.
-
-        Args:
-            sample: id of the sample.
-            captions: its captions, at least one.
         """
-        if self._dropout >= 1:
+        if self._config.proportion_empty_prompts >= 1:
             return []
         chosen = captions[:1] if self._first else captions
         texts = dict.fromkeys(
@@ -73,14 +64,9 @@ class CaptionRules:
         return list(texts)
 
     def draw(self, sample: str, captions: Sequence[str], count: int) -> str:
-        """The text of a draw; "" if its caption is dropped.
-
-        Args:
-            sample: id of the sample.
-            captions: its captions, at least one.
-            count: how often the sample has been drawn before.
-        """
-        if self._dropout > 0 and keyed_uniform(self._seed, "dropout", sample, count) < self._dropout:
+        """The text of draw number `count` of a sample (id, at least one caption); "" if its caption is dropped."""
+        dropout = self._config.proportion_empty_prompts
+        if dropout > 0 and keyed_uniform(self._seed, "dropout", sample, count) < dropout:
             return ""
         number = 0
         if len(captions) > 1 and not self._first:
@@ -101,19 +87,19 @@ class CaptionRules:
         return islice(self._orders_of(sample, number, tags), self._number_of_orders(tags))
 
     def _tags(self, caption: str) -> list[str]:
-        return [tag for part in caption.split(self._separator) if (tag := part.strip())]
+        return [tag for part in caption.split(self._config.caption_separator) if (tag := part.strip())]
 
     def _number_of_orders(self, tags: Sequence[str]) -> int:
-        movable = tags[self._keep :]
+        movable = tags[self._config.keep_tokens :]
         possible = factorial(len(movable))
         for times in Counter(movable).values():
             possible //= factorial(times)
-        return min(self._orders, possible)
+        return min(self._config.caption_variants, possible)
 
     def _orders_of(self, sample: str, number: int, tags: Sequence[str]) -> Iterator[str]:
         """The caption in order 0, 1, 2 ...: as many as differ, after which it must not be asked for more."""
-        joint = f"{self._separator.strip()} "
-        kept, movable = tags[: self._keep], tags[self._keep :]
+        joint = f"{self._config.caption_separator.strip()} "
+        kept, movable = tags[: self._config.keep_tokens], tags[self._config.keep_tokens :]
         if self._prefix:
             kept = [self._prefix, *kept]
         seen: set[tuple[str, ...]] = set()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import xxhash
 
 from lpl.base.files import write_cached
+from lpl.data.bad_files import Bad
 from lpl.data.shard import damaged_file, unusable_file
 from lpl.data.sources import Piece, Source
 
@@ -40,7 +41,7 @@ SCHEMA = pa.schema(
         ("versions", pa.list_(pa.string())),
     ]
 )
-KNOWN = ("digest", "width", "height", "reason")
+KNOWN = ("digest", "width", "height", "reason", "mask")
 MASKED = SCHEMA.append(pa.field("mask", pa.binary()))
 """The columns where masks are in use; runs without them keep their catalogues."""
 
@@ -69,16 +70,11 @@ class Row(NamedTuple):
 
 
 class Catalogue:
-    """The files of one source, in a folder of the cache named for it.
+    """The files of one source, in a folder of the cache named for it and for where its masks are from (mask_source).
 
     A file is named for its piece and the piece's stamp, so a changed piece has another file, and the old one still
     tells what was known of the samples that have not changed. Behind the table it holds a checksum of itself and its
     name.
-
-    Args:
-        cache: the cache folder.
-        source: the source.
-        masks: masks.identity: where its masks are from; "": it has none.
     """
 
     def __init__(self, cache: Path, source: Source, masks: str = "") -> None:
@@ -99,9 +95,7 @@ class Catalogue:
         return self.folder / f"{name}{SUFFIX}"
 
     def find(self, piece: Piece) -> pa.Table | None:
-        """The rows of a piece, mapped into memory; None if the piece is new or has changed.
-
-        Files that samples name may have changed, see Versions.differ.
+        """The rows of a piece, mapped into memory; None if the piece is new or has changed (but see Versions.differ).
 
         Raises:
             DamagedCacheError: the file is damaged.
@@ -130,7 +124,7 @@ class Catalogue:
         there = filter(Path.is_file, self.folder.glob(f"[!.]*{SUFFIX}"))  # no link to nothing
         paths = sorted(there, key=lambda path: (-path.stat().st_mtime_ns, path.name))
         self._tables = [read_table(path, self.schema) for path in paths]
-        self._unsettled = [unsettled(table) for table in self._tables]
+        self._unsettled = list(map(unsettled, self._tables))
         hashes, places = [np.empty(0, np.int64)], [np.empty((0, 2), np.int32)]
         for number, table in enumerate(self._tables):
             pairs = zip(table.column("id").to_pylist(), table.column("stamp").to_pylist(), strict=True)
@@ -140,21 +134,19 @@ class Catalogue:
         order = np.argsort(found, kind="stable")
         self._hashes, self._places = found[order], np.concatenate(places)[order]
 
-    def known(
-        self, sample: str, stamp: str, versions: Sequence[str | None] = ()
-    ) -> tuple[bytes, int, int, str | None, bytes] | None:
-        """(digest, width, height, reason, mask) of a sample that any piece had with this stamp and these versions.
+    def known(self, sample: str, stamp: str, versions: Sequence[str | None]) -> dict[str, Any] | None:
+        """The columns KNOWN of a sample that any piece had with this stamp and these versions; only after load_known.
 
-        None also where `unsettled` says so. Only after load_known.
+        None also where `unsettled` says so.
         """
+        names = [name for name in self.schema.names if name in ("id", "stamp", "versions", *KNOWN)]
         wanted = hash((sample, stamp))
         first, end = (int(np.searchsorted(self._hashes, wanted, side)) for side in ("left", "right"))
         for number, row in self._places[first:end].tolist():
-            names = [name for name in self.schema.names if name in ("id", "stamp", "versions", *KNOWN, "mask")]
-            found = {"mask": b""} | {name: self._tables[number].column(name)[row].as_py() for name in names}
+            found = {name: self._tables[number].column(name)[row].as_py() for name in names}
             same = (found["id"], found["stamp"], found["versions"]) == (sample, stamp, list(versions))
             if same and not self._unsettled[number][row]:
-                return tuple(found[name] for name in (*KNOWN, "mask"))
+                return {name: found[name] for name in names if name in KNOWN}
         return None
 
     def forget_known(self) -> None:
@@ -167,26 +159,25 @@ class Samples:
     """The usable samples of one or several sources, by number; columns stay in the mapped files.
 
     Args:
-        tables: rows of every piece, in order.
-        weights: loss weight of each table's samples.
-        prefixes: put before each table's ids and groups, so that samples of two sources are told apart.
+        sources: of each, the rows of its pieces in order; the loss weight of its samples; and what is put before their
+            ids and groups, so that samples of two sources are told apart.
     """
 
-    def __init__(self, tables: Sequence[pa.Table], weights: Sequence[float], prefixes: Sequence[str]) -> None:
-        self._tables = [[_whole(column) for column in table.columns] for table in tables]
-        self.weights, self._prefixes = list(weights), list(prefixes)
-        pieces, rows = [], []
-        sizes = []
-        for number, table in enumerate(tables):
+    def __init__(self, sources: Iterable[tuple[Sequence[pa.Table], float, str]]) -> None:
+        parts = [(table, weight, prefix) for tables, weight, prefix in sources for table in tables]
+        self._tables = [[_whole(column) for column in table.columns] for table, _, _ in parts]
+        self._weights, self._prefixes = [weight for _, weight, _ in parts], [prefix for _, _, prefix in parts]
+        self.weighted = any(weight != 1.0 for weight in self._weights)
+        """Whether any sample has another loss weight than 1."""
+        pieces, rows, sizes = [np.empty(0, np.int32)], [np.empty(0, np.int32)], [np.empty((0, 2), np.int32)]
+        for number, (table, _, _) in enumerate(parts):
             usable = np.flatnonzero(_whole(table.column("reason")).is_null().to_numpy(zero_copy_only=False))
             pieces.append(np.full(len(usable), number, np.int32))
             rows.append(usable.astype(np.int32))
             columns = [table.column(name).to_numpy()[usable] for name in ("width", "height")]
             sizes.append(np.stack(columns, 1).astype(np.int32))
-        self._piece = np.concatenate(pieces) if pieces else np.empty(0, np.int32)
-        self._row = np.concatenate(rows) if rows else np.empty(0, np.int32)
-        self.sizes = np.concatenate(sizes) if sizes else np.empty((0, 2), np.int32)
-        """(N, 2), width and height of each upright image, in pixels."""
+        self._piece, self._row, self.sizes = np.concatenate(pieces), np.concatenate(rows), np.concatenate(sizes)
+        """`sizes`: (N, 2), width and height of each upright image, in pixels."""
 
     def __len__(self) -> int:
         """Number of usable samples."""
@@ -205,7 +196,7 @@ class Samples:
 
     def weight(self, index: int) -> float:
         """Loss weight of a sample."""
-        return self.weights[int(self._piece[index])]
+        return self._weights[int(self._piece[index])]
 
     def prefixes(self) -> np.ndarray:
         """What stands before the id of each sample, (N,)."""
@@ -213,27 +204,24 @@ class Samples:
 
     def digests(self) -> list[bytes]:
         """sha256 of each sample's image file."""
-        found: list[bytes] = []
-        for number, columns in enumerate(self._tables):
-            rows = self._row[slice(*np.searchsorted(self._piece, [number, number + 1]))]
-            found += columns[SCHEMA.get_field_index("digest")].take(pa.array(rows)).to_pylist()
-        return found
+        place = SCHEMA.get_field_index("digest")
+        return [digest for columns, rows in self._by_table() for digest in columns[place].take(rows).to_pylist()]
 
     def groups(self) -> tuple[list[str], np.ndarray]:
         """The groups there are, and which of them each sample is in, (N,)."""
         names: dict[str, int] = {}
-        codes = np.empty(len(self), np.int32)
-        start = 0
-        for number, columns in enumerate(self._tables):
-            rows = self._row[slice(*np.searchsorted(self._piece, [number, number + 1]))]
+        codes = [np.empty(0, np.int32)]
+        for prefix, (columns, rows) in zip(self._prefixes, self._by_table(), strict=True):
             encoded = columns[SCHEMA.get_field_index("group")].dictionary_encode()
-            own = [
-                names.setdefault(self._prefixes[number] + str(g), len(names)) for g in encoded.dictionary.to_pylist()
-            ]
-            indices = np.asarray(encoded.indices.to_numpy(zero_copy_only=False), np.int64)[rows]
-            codes[start : start + len(rows)] = np.asarray(own, np.int32)[indices] if len(rows) else []
-            start += len(rows)
-        return list(names), codes
+            own = [names.setdefault(prefix + str(group), len(names)) for group in encoded.dictionary.to_pylist()]
+            codes.append(np.asarray(own, np.int32)[encoded.indices.take(rows).to_numpy(zero_copy_only=False)])
+        return list(names), np.concatenate(codes)
+
+    def _by_table(self) -> Iterator[tuple[list[pa.Array], pa.Array]]:
+        """The columns of each table, and which of its rows are samples."""
+        bounds = np.searchsorted(self._piece, np.arange(len(self._tables) + 1))
+        for columns, start, end in zip(self._tables, bounds, bounds[1:], strict=False):
+            yield columns, pa.array(self._row[start:end])
 
     def digest(self) -> str:
         """A hash of all ids, captions and image contents, in order: what a resumed run must find again."""
@@ -261,6 +249,12 @@ def _flat(column: pa.Array) -> Iterator[Any]:
     for buffer in pa.concat_arrays([column]).buffers():
         if buffer is not None:
             yield memoryview(buffer)
+
+
+def bad_in(tables: Sequence[pa.Table]) -> list[Bad]:
+    """The samples that cannot be used."""
+    found = (table.filter(pc.is_valid(table.column("reason"))).select(Bad._fields) for table in tables)
+    return [Bad(**row) for part in found for row in part.to_pylist()]
 
 
 def unsettled(table: pa.Table) -> np.ndarray:

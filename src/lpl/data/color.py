@@ -1,4 +1,4 @@
-"""Colour of 16 bits a sample, of which Pillow keeps the high byte alone."""
+"""Pixels of any mode to 8-bit colour and opacity, 16-bit samples included, and colour profiles to sRGB."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OTHER_BYTE = {"16B": "16L", "16L": "16B", "16N": "16B" if sys.byteorder == "litt
 """Read in the other byte order, a sample's low byte is taken for its high one."""
 
 
-def is_deep(image: ImageFile) -> bool:
+def has_16_bits(image: ImageFile) -> bool:
     """Whether an opened image, not yet loaded, has colours of 16-bit samples, which Pillow would cut to 8.
 
     Raises:
@@ -32,12 +32,8 @@ def is_deep(image: ImageFile) -> bool:
     return image.mode in ("RGB", "RGBA", "CMYK") and any(_raw_mode(tile).endswith(ENDS) for tile in image.tile)
 
 
-def read_deep(image: ImageFile, again: ImageFile) -> tuple[Image.Image, Image.Image | None]:
-    """All 16 bits, by decoding twice, rounded to 8.
-
-    Args:
-        image: opened, not yet loaded.
-        again: the same file, opened once more.
+def read_16_bits(image: ImageFile, again: ImageFile) -> tuple[Image.Image, Image.Image | None]:
+    """All 16 bits, by decoding twice (the file opened two times, not yet loaded), rounded to 8.
 
     Returns:
         Colour of mode L, RGB or CMYK, and opacity of mode L; None: opaque.
@@ -109,7 +105,7 @@ def split_alpha(image: ImageFile) -> tuple[Image.Image, Image.Image | None]:
     if image.mode == "RGB" and transparent is None:
         return image, None
     if image.mode == "F" or image.mode.startswith("I"):
-        return _deep_grey(image), _opacity(image, transparent, 1)
+        return _grey_to_8_bits(image), _opacity(image, transparent, 1)
     if image.mode in ("1", "L", "RGB"):
         scale = UNPACKED.get(str(tiles[0].args), 1) if tiles else 1
         color = image.convert("L") if image.mode == "1" else image
@@ -200,7 +196,7 @@ def _uncovered(
     return color, covered
 
 
-def _deep_grey(image: ImageFile) -> Image.Image:
+def _grey_to_8_bits(image: ImageFile) -> Image.Image:
     """Grey of more than 8 bits to L; Pillow itself would clip it at 255."""
     tags = getattr(image, "tag_v2", {})
     bits = tags.get(BITS, (16,))

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from lpl.data.crops import Crop, render
 from lpl.data.prepare import REGULARISATION
 from lpl.data.sheets import font_for, shorten, wrap
-from lpl.data.survey import Draw, Survey, look_again, look_at_masks
+from lpl.data.survey import Draw, Survey, look_again
 
 CELL = 256
 """Side of the square that a picture is put into, in pixels."""
@@ -44,7 +44,7 @@ def draw_sheet(survey: Survey, draws: Sequence[Draw]) -> Image.Image:
         UserError: an image that is no longer what it was when the survey was made.
     """
     jobs = {draw.index: _renders(survey, [d for d in draws if d.index == draw.index]) for draw in draws}
-    pictures = look_at_masks(survey, jobs)
+    pictures = look_again(survey, jobs)
     cells = []
     for draw in draws:
         picture, counted = pictures[draw.index][draw.crop]
@@ -164,12 +164,12 @@ def _draw_lines(survey: Survey, draw: Draw) -> list[Line]:
     ]
 
 
-def _outlines(survey: Survey, index: int) -> Callable[[Image.Image], Image.Image]:
+def _outlines(survey: Survey, index: int) -> Callable[[Image.Image, Image.Image | None], Image.Image]:
     row, views = survey.samples[index], survey.views
     variants = range(survey.config.data.crop_variants)
     crops = [views.crop(row.id, row.width, row.height, variant, False) for variant in variants]
 
-    def make(image: Image.Image) -> Image.Image:
+    def make(image: Image.Image, _mask: Image.Image | None) -> Image.Image:
         whole = fit(image)
         boxes = []
         for crop in crops:

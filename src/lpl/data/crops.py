@@ -128,11 +128,7 @@ CROP_SEED = 0
 
 
 class Views:
-    """The crops of every image under the options of the data.
-
-    Args:
-        config: resolution, buckets, crops, flips, interpolation and background.
-    """
+    """The crops of every image under the options of the data."""
 
     def __init__(self, config: DataConfig) -> None:
         self.config = config

@@ -1,22 +1,94 @@
-"""Training samples out of the caches: which crop, flip, caption and posterior sample each draw sees."""
+"""Training samples out of the caches: which are held out; which crop, caption and posterior sample a draw sees."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lpl.base.errors import UserError
+from lpl.config import DataConfig
 from lpl.data.captions import CaptionRules
 from lpl.data.catalogue import Row, Samples
 from lpl.data.crops import Crop, Views
-from lpl.data.filling import Caches, caption_key
-from lpl.data.held_out import Split
+from lpl.data.filling import Caches, caption_key, cast_floats
 from lpl.data.masks import location_weights, mask_key
-from lpl.diffusion.draws import fill_normal
+from lpl.data.sampler import parse_repeats
+from lpl.diffusion.draws import fill_normal, keyed_seed
+
+VALIDATION = "validation/"
+"""Put before the ids and folders of images of --validation_data_dir."""
+
+
+class Split(NamedTuple):
+    """Training samples and held-out ones; copies of a held-out image (of the same bytes) are neither."""
+
+    trained: np.ndarray
+    """(N,), bool: samples that training may draw."""
+    held_out: np.ndarray
+    """Numbers of the samples that validation is made with, rising."""
+
+    @property
+    def copies(self) -> int:
+        """Samples that are left out of training because a held-out image has the same bytes."""
+        return len(self.trained) - int(self.trained.sum()) - len(self.held_out)
+
+
+def split_samples(samples: Samples, config: DataConfig, seed: int) -> Split:
+    """Holds out the images of --validation_data_dir, or --validation_samples of the training images.
+
+    Of the different images (by sha256 of their files) among the training images, those are held out whose keyed hash of
+    (seed, "held_out", sha256) is lowest. So an image that is added can take the place of one held-out image at most,
+    and neither order nor names enter. Every sample with the bytes of a held-out image, regularisation images included,
+    is kept out of training.
+
+    Raises:
+        UserError: nothing is left to train on.
+    """
+    if config.validation_data_dir is None and not config.validation_samples:
+        return Split(np.ones(len(samples), bool), np.empty(0, np.int64))
+    prefixes, digests = samples.prefixes(), samples.digests()
+    if config.validation_data_dir is not None:
+        held = np.flatnonzero(prefixes == VALIDATION)
+        images = {digests[index] for index in held.tolist()}
+    else:
+        first: dict[bytes, int] = {}
+        for index in np.flatnonzero(prefixes == "").tolist():
+            first.setdefault(digests[index], index)
+        ranked = sorted(first, key=lambda digest: keyed_seed(seed, "held_out", digest.hex()))
+        images = set(ranked[: config.validation_samples])
+        held = np.array(sorted(first[digest] for digest in images), np.int64)
+    trained = np.fromiter((digest not in images for digest in digests), bool, len(digests))
+    if not (trained & (prefixes == "")).any():
+        raise UserError(
+            f"{holding_option(config)}: leaves none of the {int((prefixes == '').sum())} training images (copies "
+            "counted) to train on: hold out fewer"
+        )
+    return Split(trained, held)
+
+
+def split_repeats(samples: Samples, split: Split, config: DataConfig) -> np.ndarray:
+    """How often an epoch draws each sample, (N,); 0 where training may not draw it.
+
+    Raises:
+        UserError: --repeats that does not go with the folders of what is left to training.
+    """
+    groups, codes = samples.groups()
+    repeats = np.zeros(len(samples))
+    repeats[split.trained] = parse_repeats(config.repeats, groups, codes[split.trained])
+    return repeats
+
+
+def holding_option(config: DataConfig) -> str:
+    """What holds samples out, for messages."""
+    if config.validation_data_dir is not None:
+        return f"--validation_data_dir {config.validation_data_dir}"
+    return f"--validation_samples {config.validation_samples}"
 
 
 @dataclass(frozen=True)
@@ -45,10 +117,11 @@ class Batch:
     mask: Tensor | None = None
 
 
+@dataclass(frozen=True)
 class TrainingData:
     """Samples with their cached crops and captions.
 
-    Args:
+    Attributes:
         samples: what there is.
         views: which crops of each are cached.
         rules: which caption a draw takes.
@@ -56,24 +129,17 @@ class TrainingData:
         seed: seed of the run.
         buckets: (N,), bucket of each sample.
         repeats: (N,), how often an epoch draws it; 0 for what is held out.
-        split: what is held out; None: nothing.
+        split: what is held out.
     """
 
-    def __init__(
-        self,
-        samples: Samples,
-        views: Views,
-        rules: CaptionRules,
-        caches: Caches,
-        seed: int,
-        buckets: np.ndarray,
-        repeats: np.ndarray,
-        split: Split | None = None,
-    ) -> None:
-        self.samples, self.views, self.rules, self.caches = samples, views, rules, caches
-        self.seed, self.buckets, self.repeats = seed, buckets, repeats
-        self.split = split or Split(np.ones(len(samples), bool), np.empty(0, np.int64))
-        self._weighted = any(weight != 1.0 for weight in samples.weights)
+    samples: Samples
+    views: Views
+    rules: CaptionRules
+    caches: Caches
+    seed: int
+    buckets: np.ndarray
+    repeats: np.ndarray
+    split: Split
 
     def __len__(self) -> int:
         """Number of samples that training may draw."""
@@ -116,7 +182,7 @@ class TrainingData:
         for own, row, (_, count) in zip(noise, rows, draws, strict=True):
             fill_normal(own, self.seed, stream, row.id, count)
         raw += noise.mul_(std)
-        weights = torch.tensor([self.samples.weight(index) for index, _ in draws]) if self._weighted else None
+        weights = torch.tensor([self.samples.weight(index) for index, _ in draws]) if self.samples.weighted else None
         mask = self._mask(rows, crops)
         if mask is not None:
             mask, own = location_weights(mask, self.views.config.unmasked_weight)
@@ -125,10 +191,7 @@ class TrainingData:
             sample_ids=[row.id for row in rows],
             counts=[count for _, count in draws],
             raw_latents=raw,
-            text={
-                name: values.float() if values.is_floating_point() else values
-                for name, values in self.caches.text.gather(texts).items()
-            },
+            text=cast_floats(self.caches.text.gather(texts), torch.float32),
             sizes=torch.tensor(sizes, dtype=torch.float32),
             weights=weights,
             mask=mask,

@@ -1,4 +1,4 @@
-"""What Pillow leaves unchecked in a PNG: the checksum of its pixels, and whether there are as many as it says."""
+"""From an encoded image file to RGB pixels as a viewer would show them, or to the reason why it gives none."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import io
 import logging
+import re
 import struct
 import warnings
 import zlib
@@ -27,7 +28,7 @@ from PIL.ImageFile import ImageFile
 
 from lpl.base.errors import UserError
 from lpl.data.bad_files import BadImageError, UnreadImageError
-from lpl.data.color import is_deep, on_background, read_deep, split_alpha, to_srgb
+from lpl.data.color import has_16_bits, on_background, read_16_bits, split_alpha, to_srgb
 
 SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
@@ -85,32 +86,21 @@ MIN_SIDE = 2
 """Images of fewer pixels across are tracking pixels and rules, not pictures."""
 
 # Pillow's classes are called rather than Image.open, which tries every format it knows and warns as it goes.
-READERS: dict[str, type[ImageFile]] = {
-    "PNG": PngImagePlugin.PngImageFile,
-    "JPEG": JpegImagePlugin.JpegImageFile,
-    "WebP": WebPImagePlugin.WebPImageFile,
-    "AVIF": AvifImagePlugin.AvifImageFile,
-    "BMP": BmpImagePlugin.BmpImageFile,
-    "TIFF": TiffImagePlugin.TiffImageFile,
-    "GIF": GifImagePlugin.GifImageFile,
+KINDS: dict[str, tuple[type[ImageFile], bytes]] = {
+    "PNG": (PngImagePlugin.PngImageFile, rb"\x89PNG\r\n\x1a\n"),
+    "JPEG": (JpegImagePlugin.JpegImageFile, rb"\xff\xd8\xff"),
+    "WebP": (WebPImagePlugin.WebPImageFile, rb"RIFF....WEBP"),
+    "AVIF": (AvifImagePlugin.AvifImageFile, rb"....ftyp(avif|avis|mif1|msf1)"),
+    "BMP": (BmpImagePlugin.BmpImageFile, rb"BM"),
+    "TIFF": (TiffImagePlugin.TiffImageFile, rb"II[*+]\0|MM\0[*+]"),
+    "GIF": (GifImagePlugin.GifImageFile, rb"GIF8[79]a"),
 }
+"""What reads each kind of file, and how such files begin."""
 
 # What Pillow raises on files that are cut short, corrupt, or too large to be meant well.
-DECODE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    LookupError,
-    EOFError,
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    RuntimeError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
+DECODE_ERRORS: tuple[type[Exception], ...] = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError)
+DECODE_ERRORS += (ArithmeticError, AssertionError, AttributeError, RuntimeError, struct.error, zlib.error)
+DECODE_ERRORS += (Image.DecompressionBombError,)
 
 ORIENTATION = 0x0112
 UPRIGHT = {
@@ -146,7 +136,7 @@ def parse_color(text: str) -> tuple[int, int, int]:
 
 
 def decode_image(data: bytes, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
-    """Decodes a PNG, JPEG, WebP, AVIF, BMP, TIFF or GIF file as a viewer would show it.
+    """Decodes a PNG, JPEG, WebP, AVIF, BMP, TIFF or GIF file to mode RGB, as a viewer would show it.
 
     Upright by its EXIF orientation; its colour profile converted to sRGB (relative colorimetric, black point
     compensated), unless that is broken, made for another kind of pixels, or sRGB already: then the values stand as
@@ -154,13 +144,6 @@ def decode_image(data: bytes, background: tuple[int, int, int] = (255, 255, 255)
     becomes (1 - ink)(1 - black); JPEGs hold CMYK inverted, as all viewers take them to. Grey floats are 0..1, grey
     integers beyond 16 bits 0..65535. Of several frames or pages the first is used.
     PNG's gAMA and cHRM and the video colour codes (cICP, nclx) are not applied.
-
-    Args:
-        data: the encoded file.
-        background: red, green, blue, 0 to 255, under transparent pixels.
-
-    Returns:
-        An image of mode RGB.
 
     Raises:
         BadImageError: not such a file, cut short or damaged, above MAX_PIXELS, or below MIN_SIDE. Damage inside a
@@ -172,16 +155,12 @@ def decode_image(data: bytes, background: tuple[int, int, int] = (255, 255, 255)
 def decode_with_alpha(
     data: bytes, background: tuple[int, int, int] = (255, 255, 255)
 ) -> tuple[Image.Image, Image.Image | None]:
-    """decode_image, and the image's opacity, upright, of mode L; None: it has none.
-
-    Raises:
-        BadImageError: as decode_image.
-    """
+    """decode_image (errors too), and the image's opacity, upright, of mode L; None: it has none."""
     kind = _kind(data)
     try:
         image = _open(kind, data)
-        deep = is_deep(image)
-        color, alpha = read_deep(image, _open(kind, data)) if deep else split_alpha(image)
+        is_wide = has_16_bits(image)
+        color, alpha = read_16_bits(image, _open(kind, data)) if is_wide else split_alpha(image)
         if kind == "PNG":
             check_png(data, image)
         orientation = _orientation(image)
@@ -199,28 +178,17 @@ def decode_with_alpha(
 def _kind(data: bytes) -> str:
     if not data:
         raise BadImageError("the file is empty")
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "PNG"
-    if data.startswith(b"\xff\xd8\xff"):
-        return "JPEG"
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "WebP"
-    if data[4:12] in (b"ftypavif", b"ftypavis", b"ftypmif1", b"ftypmsf1"):
-        if not AvifImagePlugin.SUPPORTED:
-            raise UnreadImageError("AVIF, which this Pillow was built without")
-        return "AVIF"
-    if data[:2] == b"BM":
-        return "BMP"
-    if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-        return "TIFF"
-    if data[:6] in (b"GIF87a", b"GIF89a"):
-        return "GIF"
-    raise BadImageError(f"not a {', '.join(READERS)} file (begins with {data[:12]!r})")
+    for kind, (_, beginning) in KINDS.items():
+        if re.match(beginning, data, re.DOTALL):
+            if kind == "AVIF" and not AvifImagePlugin.SUPPORTED:
+                raise UnreadImageError("AVIF, which this Pillow was built without")
+            return kind
+    raise BadImageError(f"not a {', '.join(KINDS)} file (begins with {data[:12]!r})")
 
 
 def _open(kind: str, data: bytes) -> ImageFile:
     """Reads the header alone."""
-    image = READERS[kind](io.BytesIO(data))
+    image = KINDS[kind][0](io.BytesIO(data))
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise BadImageError(f"too large: {width} x {height} pixels, more than {MAX_PIXELS:,}")
@@ -230,10 +198,7 @@ def _open(kind: str, data: bytes) -> ImageFile:
 
 
 def _orientation(image: ImageFile) -> int:
-    """EXIF orientation still to be applied to a loaded image.
-
-    Asked after loading: a PNG may have it behind its pixels, and Pillow turns a TIFF itself.
-    """
+    """EXIF orientation still to be applied; asked after loading, as a PNG may have it last and Pillow turns TIFFs."""
     try:
         return int(image.getexif().get(ORIENTATION, 1))
     except DECODE_ERRORS:

@@ -1,4 +1,4 @@
-"""Encoded batches that wait on disk until their piece of the source is whole, and then become shards."""
+"""Encodes what the caches lack of a source: batches wait on disk until their piece is whole, and then become shards."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -17,12 +18,11 @@ from torch import Tensor
 from lpl.base.errors import UserError
 from lpl.base.files import cache_writing
 from lpl.base.terminal import progress
-from lpl.config import DataConfig
 from lpl.data.bad_files import BadFiles
 from lpl.data.captions import CaptionRules
 from lpl.data.catalogue import FORMAT, Catalogue, Row, unsettled
 from lpl.data.crops import Crop, Views, to_float
-from lpl.data.masks import mask_keys
+from lpl.data.masks import mask_keys, mask_source
 from lpl.data.reading import Reader, in_order, threads_of
 from lpl.data.shard import KEY_BYTES
 from lpl.data.sources import Piece, Source
@@ -33,40 +33,59 @@ SHARD_BYTES = 2**25
 MASKS_AT_ONCE = 64
 
 
+Item = tuple[bytes, Any, str]
+"""Key of an entry, what it is encoded from (pixels, a mask, a caption), and what to call it in a message."""
+
+
 class Staging:
-    """One piece's entries on their way into a store.
+    """One piece's entries on their way into a store; they wait in a folder, which one process at a time may use.
 
     Each batch is a small file of its own as soon as it is encoded, so a kill loses one batch at most; a restart finds
-    the batches there and goes on. Shards are written in the order in which keys were claimed, so the store ends up the
+    the batches there and goes on. Shards are written in the order in which keys were put, so the store ends up the
     same, byte for byte, however often the piece was interrupted.
 
     Args:
         store: where the entries end up.
-        folder: where batches wait; one process at a time may use it.
+        folder: where batches wait.
+        encode: makes a batch's fields.
+        at_once: how many values of a shape are encoded together.
     """
 
-    def __init__(self, store: TensorStore, folder: Path) -> None:
-        self._store, self.folder = store, folder
+    def __init__(
+        self,
+        store: TensorStore,
+        folder: Path,
+        encode: Callable[[list[Item]], Mapping[str, Tensor]],
+        at_once: Callable[[Sequence[int]], int],
+    ) -> None:
+        self._store, self.folder, self._encode, self._at_once = store, folder, encode, at_once
         self._staged = TensorStore(folder)
         self._claimed: dict[bytes, None] = {}
+        self._waiting: dict[tuple[int, ...], list[Item]] = {}
 
     def __contains__(self, key: bytes) -> bool:
         """Whether an entry need not be encoded: it is in the store, or waits here."""
         return key in self._store or key in self._staged
 
-    def claim(self, key: bytes) -> bool:
-        """Takes a key into the piece, unless the store has it; returns whether its entry must be encoded now."""
+    def put(self, key: bytes, value: Any, name: str) -> None:
+        """Takes an entry into the piece, unless the store has it; `value` may be None where it waits here already."""
         if key in self._claimed or key in self._store:
-            return False
+            return
         self._claimed[key] = None
-        return key not in self._staged
+        if key not in self._staged:
+            shape = tuple(getattr(value, "shape", ()))
+            queue = self._waiting.setdefault(shape, [])
+            queue.append((key, value, name))
+            if len(queue) >= self._at_once(shape):
+                self._encode_all(queue)
 
-    def add(self, keys: Sequence[bytes], fields: Mapping[str, Tensor]) -> None:
-        """Keeps an encoded batch, of keys that were claimed."""
-        self._staged.write(keys, fields)
+    def flush(self) -> None:
+        """Encodes what still waits for others of its shape."""
+        for _, queue in sorted(self._waiting.items()):
+            self._encode_all(queue)
 
     def commit(self) -> None:
-        """Moves everything that was claimed into shards of the store, entries of one shape together."""
+        """Moves everything that was put into shards of the store, entries of one shape together."""
         by_shape: dict[str, list[bytes]] = {}
         for key in self._claimed:
             by_shape.setdefault(str(self._staged.layout(key)), []).append(key)
@@ -80,37 +99,9 @@ class Staging:
         """Removes the batches that waited."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-
-class MaskStaging(Staging):
-    """Masks on their way into their store: small, so that many of one size wait in memory for a file of theirs."""
-
-    def __init__(self, store: TensorStore, folder: Path) -> None:
-        super().__init__(store, folder)
-        self._waiting: dict[tuple[int, ...], list[tuple[bytes, Tensor]]] = {}
-        self.made = 0
-        """Masks taken so far that were not there yet."""
-        self.empty = 0
-        """Those of them that are 0 everywhere."""
-
-    def take(self, keys: Iterable[bytes], masks: Mapping[bytes, Tensor]) -> None:
-        """Claims the masks of a sample's crops and keeps those, (1, h, w), that are missing."""
-        for key in keys:
-            if self.claim(key):
-                self.made += 1
-                self.empty += not bool(masks[key].any())
-                queue = self._waiting.setdefault(tuple(masks[key].shape), [])
-                queue.append((key, masks[key]))
-                if len(queue) >= MASKS_AT_ONCE:
-                    self._write(queue)
-
-    def flush(self) -> None:
-        """Keeps what still waits in memory."""
-        for _, queue in sorted(self._waiting.items()):
-            self._write(queue)
-
-    def _write(self, queue: list[tuple[bytes, Tensor]]) -> None:
+    def _encode_all(self, queue: list[Item]) -> None:
         if queue:
-            self.add([key for key, _ in queue], {"mask": torch.stack([mask for _, mask in queue])})
+            self._staged.write([key for key, _, _ in queue], self._encode(queue))
             queue.clear()
 
 
@@ -123,32 +114,21 @@ CAPTION_BATCH = 32
 class Encoder(Protocol):
     """What turns images and captions into what is cached."""
 
-    @property
-    def latent_key(self) -> str:
-        """Hex hash of the image encoder's weights and settings."""
-        ...
-
-    @property
-    def latent_stride(self) -> int:
-        """Pixels per latent, in height and in width."""
-        ...
-
-    @property
-    def text_key(self) -> str:
-        """Hex hash of the text encoders' weights and settings."""
-        ...
+    latent_key: str
+    """Hex hash of the image encoder's weights and settings."""
+    latent_stride: int
+    """Pixels per latent, in height and in width."""
+    text_key: str
+    """Hex hash of the text encoders' weights and settings."""
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior mean and std, (B, C, h, w), float32, CPU, raw latent space, of pixels (B, 3, H, W) in [-1, 1]."""
-        ...
 
     def encode_text(self, captions: list[str]) -> dict[str, Tensor]:
         """By field, (B, ...) on the CPU, for B captions."""
-        ...
 
     def entry_bytes(self, height: int, width: int) -> tuple[int, int]:
         """Bytes of what is cached in float32 of an image of this size, in pixels, and of a caption."""
-        ...
 
 
 class Caches(NamedTuple):
@@ -157,7 +137,6 @@ class Caches(NamedTuple):
     folder: Path
     latents: TensorStore
     text: TensorStore
-
     dtype: torch.dtype
     """In which latents and text embeddings are stored."""
 
@@ -181,6 +160,11 @@ class Caches(NamedTuple):
             TensorStore(folder / "masks" / f"stride-{encoder.latent_stride}{FORMAT}") if masks else None,
         )
 
+    def refresh(self) -> None:
+        """Takes up what other processes have written."""
+        for store in self.stores:
+            store.refresh()
+
     def staging(self, source: Source) -> Path:
         """Where unfinished pieces of a source wait."""
         name = "\0".join((source.identity, self.latents.folder.name, self.text.folder.name))
@@ -192,59 +176,52 @@ def caption_key(caption: str) -> bytes:
     return hashlib.blake2b(caption.encode("utf-8", "surrogatepass"), digest_size=KEY_BYTES).digest()
 
 
+@dataclass
 class Filler:
     """Brings one source into the caches.
 
-    Args:
-        source: images and captions.
-        config: the options of the data.
-        views: which crops are cached.
-        rules: which captions are cached.
-        encoder: the encoders.
-        caches: where to.
-        catalogue: what is known of the source.
+    Attributes:
         bad: counts what cannot be used, and stops the run if there is too much of it.
         prefix: put before ids wherever something is drawn for them, as `Samples` does.
         proceed: called between batches and images; raises to stop there.
+        catalogue: what is known of the source.
+        always: captions that are cached whatever the samples say.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        config: DataConfig,
-        views: Views,
-        rules: CaptionRules,
-        encoder: Encoder,
-        caches: Caches,
-        catalogue: Catalogue,
-        bad: BadFiles,
-        prefix: str = "",
-        proceed: Callable[[], None] = lambda: None,
-    ) -> None:
-        self.prefix, self.proceed = prefix, proceed
-        self.source, self.config, self.views, self.rules = source, config, views, rules
-        self.encoder, self.caches, self.catalogue, self.bad = encoder, caches, catalogue, bad
-        self.encoded_images = self.encoded_captions = self.made_masks = self.empty_masks = 0
-        self.always = [""] if config.proportion_empty_prompts > 0 else []
-        """Captions that are cached whatever the samples say."""
+    source: Source
+    views: Views
+    rules: CaptionRules
+    encoder: Encoder
+    caches: Caches
+    bad: BadFiles
+    prefix: str
+    proceed: Callable[[], None]
+    encoded_images: int = 0
+    encoded_captions: int = 0
+    made_masks: int = 0
+    empty_masks: int = 0
+
+    def __post_init__(self) -> None:
+        self.config = self.views.config
+        self.catalogue = Catalogue(self.caches.folder, self.source, mask_source(self.config))
+        self.always = [""] if self.config.proportion_empty_prompts > 0 else []
 
     def crops(self, sample: str, digest: bytes, width: int, height: int) -> dict[bytes, Crop]:
         """Every crop of an image that is cached, by key."""
         return self.views.crops(self.prefix + sample, digest, width, height)
 
-    def masks(self, row: dict[str, Any], crops: dict[bytes, Crop]) -> list[bytes]:
-        """Keys of the masks of these crops of a sample of the catalogue."""
-        return list(mask_keys(self.config, row.get("mask", b""), crops))
-
     def texts(self, sample: str, captions: Sequence[str]) -> list[str]:
         """Every text of a sample that is cached."""
         return self.rules.variants(self.prefix + sample, captions)
 
-    def missing(self, piece: Piece) -> int:
-        """Crops of a piece that are not cached or not known.
+    def entries(self, row: dict[str, Any]) -> tuple[Iterable[bytes], list[bytes], Iterable[bytes]]:
+        """Keys of what is cached of a usable sample of the catalogue: latents, texts, masks."""
+        crops = self.crops(row["id"], row["digest"], row["width"], row["height"])
+        texts = [caption_key(text) for text in self.texts(row["id"], row["captions"])]
+        return crops, texts, mask_keys(self.config, row.get("mask", b""), crops)
 
-        -1 if the piece itself is not known, has changed, or its captions are not cached.
-        """
+    def missing(self, piece: Piece) -> int:
+        """Crops of a piece that are not cached or not known; -1 if the piece is new or changed, or lacks captions."""
         table = None if self.config.rehash else self.catalogue.find(piece)
         if table is None or self.changed([table]):
             return -1
@@ -253,12 +230,10 @@ class Filler:
         absent = int(unsettled(table).sum()) * self.views.per_image
         for row in table.to_pylist():
             if row["reason"] is None:
-                crops = self.crops(row["id"], row["digest"], row["width"], row["height"])
+                crops, texts, masks = self.entries(row)
                 absent += sum(key not in self.caches.latents for key in crops)
-                if any(self.caches.masks is None or key not in self.caches.masks for key in self.masks(row, crops)):
-                    absent += 1
-                texts = self.texts(row["id"], row["captions"])
-                if any(caption_key(text) not in self.caches.text for text in texts):
+                absent += any(self.caches.masks is None or key not in self.caches.masks for key in masks)
+                if any(key not in self.caches.text for key in texts):
                     return -1
         return absent
 
@@ -286,50 +261,34 @@ class Filler:
 
     def _fill_piece(self, piece: Piece, bar: Any) -> None:
         folder = self.caches.staging(self.source) / self.catalogue.path(piece).stem
-        latents = Staging(self.caches.latents, folder / "latents")
-        text = Staging(self.caches.text, folder / "text")
+        latents = Staging(self.caches.latents, folder / "latents", self._encode_images, batch_of)
+        text = Staging(self.caches.text, folder / "text", self._encode_captions, lambda _: CAPTION_BATCH)
+        stagings = [latents, text]
         known = None if self.config.rehash else self.catalogue
-        store = self.caches.masks
-        masks = None if store is None else MaskStaging(store, folder / "masks")
-        mask_cached, stride = (
-            ((lambda _: True), 1) if masks is None else (masks.__contains__, self.encoder.latent_stride)
-        )
-        reader = Reader(
-            self.crops,
-            self.config,
-            latents.__contains__,
-            known,
-            mask_cached,
-            stride,
-            self.source.versions,
-        )
+        reader = Reader(self.crops, self.config, latents.__contains__, known, versions=self.source.versions)
+        masks: Staging | None = None
+        if self.caches.masks is not None:
+            masks = Staging(self.caches.masks, folder / "masks", self._stack_masks, lambda _: MASKS_AT_ONCE)
+            reader = replace(reader, mask_cached=masks.__contains__, stride=self.encoder.latent_stride)
+            stagings.append(masks)
         rows: list[Row] = []
-        waiting: dict[tuple[int, ...], list[tuple[bytes, Tensor, str]]] = {}
         with closing(piece.samples()) as samples:
             for read in in_order(reader, samples, threads_of(self.config)):
                 self.proceed()
                 rows.append(read.row)
                 self.bad.count(read.row.id, read.row.name, read.row.reason)
                 for key in read.keys:
-                    if latents.claim(key):
-                        queue = waiting.setdefault(tuple(read.pixels[key].shape), [])
-                        queue.append((key, read.pixels[key], read.row.name))
-                        if len(queue) >= batch_of(queue[0][1].shape):
-                            self._encode_images(queue, latents)
-                            queue.clear()
+                    latents.put(key, read.pixels.get(key), read.row.name)
                 if masks is not None:
-                    masks.take(read.mask_keys, read.masks)
+                    for key in read.mask_keys:
+                        masks.put(key, read.masks.get(key), read.row.name)
                 bar.update()
-        for _, queue in sorted(waiting.items()):
-            self.proceed()
-            self._encode_images(queue, latents)
-        self._encode_captions(rows, text)
-        stagings: list[Staging] = [latents, text]
-        if masks is not None:
-            masks.flush()
-            self.made_masks += masks.made
-            self.empty_masks += masks.empty
-            stagings.append(masks)
+        latents.flush()
+        captions = (caption for row in rows if row.reason is None for caption in self.texts(row.id, row.captions))
+        for caption in (*self.always, *captions):
+            text.put(caption_key(caption), caption, f"caption {caption[:60]!r}")
+        for staging in stagings:
+            staging.flush()
         for staging in stagings:
             staging.commit()
         for staging in stagings:
@@ -338,37 +297,34 @@ class Filler:
         with cache_writing(folder):
             shutil.rmtree(folder)
 
-    def _encode_images(self, batch: Sequence[tuple[bytes, Tensor, str]], staging: Staging) -> None:
-        if not batch:
-            return
+    def _encode_images(self, batch: list[Item]) -> dict[str, Tensor]:
+        self.proceed()
         encoded = self.encoder.encode_images(to_float(torch.stack([pixels for _, pixels, _ in batch])))
         mean, std = (values.to(self.caches.dtype) for values in encoded)
         for (_, _, name), own_mean, own_std in zip(batch, mean, std, strict=True):
             _require_finite((own_mean, own_std), name, "the VAE", "--pretrained_vae_model_name_or_path")
-        staging.add([key for key, _, _ in batch], {"mean": mean, "std": std})
         self.encoded_images += len(batch)
+        return {"mean": mean, "std": std}
 
-    def _encode_captions(self, rows: Sequence[Row], staging: Staging) -> None:
-        texts = list(self.always)
-        for row in rows:
-            if row.reason is None:
-                texts += self.texts(row.id, row.captions)
-        lacking = [(key, text) for text in texts if staging.claim(key := caption_key(text))]
-        for start in range(0, len(lacking), CAPTION_BATCH):
-            self.proceed()
-            batch = lacking[start : start + CAPTION_BATCH]
-            encoded = self.encoder.encode_text([text for _, text in batch])
-            # Tokens stay the integers that they are.
-            fields = {
-                name: values.to(self.caches.dtype) if values.is_floating_point() else values
-                for name, values in encoded.items()
-            }
-            for position, (_, text) in enumerate(batch):
-                values = [values[position] for values in fields.values()]
-                name = f"caption {text[:60]!r}"
-                _require_finite(values, name, "the text encoder", "--pretrained_model_name_or_path")
-            staging.add([key for key, _ in batch], fields)
-            self.encoded_captions += len(batch)
+    def _stack_masks(self, batch: list[Item]) -> dict[str, Tensor]:
+        masks = torch.stack([mask for _, mask, _ in batch])
+        self.made_masks += len(masks)
+        self.empty_masks += int((masks.flatten(1) == 0).all(1).sum())
+        return {"mask": masks}
+
+    def _encode_captions(self, batch: list[Item]) -> dict[str, Tensor]:
+        self.proceed()
+        fields = cast_floats(self.encoder.encode_text([caption for _, caption, _ in batch]), self.caches.dtype)
+        for position, (_, _, name) in enumerate(batch):
+            values = [values[position] for values in fields.values()]
+            _require_finite(values, name, "the text encoder", "--pretrained_model_name_or_path")
+        self.encoded_captions += len(batch)
+        return fields
+
+
+def cast_floats(fields: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Tensors in another precision; tokens stay the integers that they are."""
+    return {name: values.to(dtype) if values.is_floating_point() else values for name, values in fields.items()}
 
 
 def batch_of(shape: Sequence[int]) -> int:

@@ -1,4 +1,4 @@
-"""Where caches are."""
+"""Where the cache folder is, and the locks by which runs and maintenance share it."""
 
 from __future__ import annotations
 
@@ -91,11 +91,7 @@ def in_use(cache: Path) -> Iterator[None]:
 
 @contextmanager
 def maintenance(cache: Path) -> Iterator[None]:
-    """Keeps runs from beginning to use a cache.
-
-    Raises:
-        UserError: one is using it, or other maintenance goes on.
-    """
+    """Keeps runs from beginning to use a cache; raises UserError if one is using it, or other maintenance goes on."""
     folder, flag = cache / IN_USE, f"--latent_cache_dir {cache}"
     with ExitStack() as stack:
         try:

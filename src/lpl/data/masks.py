@@ -35,7 +35,7 @@ class Mask(NamedTuple):
     """Mode L, of the upright image's size; 255 counts in full."""
 
 
-def identity(config: DataConfig) -> str:
+def mask_source(config: DataConfig) -> str:
     """Where masks are from, as part of a catalogue's name; "" where they are not in use."""
     if config.masked_loss != "files":
         return "" if config.masked_loss == "none" else f" masks {config.masked_loss}"
@@ -44,13 +44,7 @@ def identity(config: DataConfig) -> str:
 
 
 def mask_of(config: DataConfig, sample: Sample, image: Mask, alpha: Image.Image | None) -> Mask | None:
-    """The mask of a sample; None: all of it counts.
-
-    Args:
-        config: --masked_loss.
-        sample: the sample.
-        image: digest and pixels of its image.
-        alpha: the image's opacity, mode L.
+    """The mask of a sample by its file, or by its image's opacity (mode L); None: all of it counts.
 
     Raises:
         BadImageError: a mask that cannot be read, is of another aspect, or leaves nothing.
@@ -105,12 +99,7 @@ def mask_key(config: DataConfig, digest: bytes, crop: Crop) -> bytes:
 
 
 def crop_mask(mask: Image.Image, crop: Crop, stride: int) -> Tensor:
-    """The mask of a crop's latents.
-
-    Args:
-        mask: mode L, of the crop's original size.
-        crop: the image's.
-        stride: pixels per latent; divides the crop's target size.
+    """The mask of a crop's latents, from that of the whole image (mode L); `stride`: pixels per latent.
 
     Returns:
         (1, H / stride, W / stride), uint8, 0..255: the mean over each latent's pixels.

@@ -1,4 +1,4 @@
-"""A note that a source is cached whole, so that a run which starts need not look at each image again."""
+"""Brings the data of a run into the caches, with a note where a source is cached whole, and returns its samples."""
 
 from __future__ import annotations
 
@@ -21,15 +21,13 @@ from lpl.base.files import cache_writing, write_cached
 from lpl.base.json_files import TEXT, Shape, difference, object_in
 from lpl.base.terminal import progress
 from lpl.config import DataConfig
-from lpl.data.bad_files import Bad, BadFiles
+from lpl.data.bad_files import BadFiles
 from lpl.data.captions import CaptionRules
-from lpl.data.catalogue import PROOF, Catalogue, Samples, unsettled
+from lpl.data.catalogue import PROOF, Samples, bad_in, unsettled
 from lpl.data.crops import Views
-from lpl.data.dataset import TrainingData
+from lpl.data.dataset import VALIDATION, TrainingData, holding_option, split_repeats, split_samples
 from lpl.data.filling import Caches, Encoder, Filler, caption_key
-from lpl.data.held_out import VALIDATION, option, split_repeats, split_samples
 from lpl.data.lock import LOCK, cache_dir, locked
-from lpl.data.masks import identity as mask_identity
 from lpl.data.sources import Piece, Source
 
 logger = logging.getLogger("lpl")
@@ -77,30 +75,23 @@ class Mark:
         return not self._filler.changed(tables)
 
     def make(self, tables: Sequence[pa.Table], show: bool) -> None:
-        """Looks every entry up and makes the note.
-
-        Raises:
-            UserError: an entry that another process has encoded is not there.
-        """
+        """Looks every entry up and makes the note; raises UserError if one of another process is missing."""
         filler = self._filler
-        found: list[set[str]] = [set() for _ in filler.caches.stores]
+        stores = filler.caches.stores
+        found: list[set[str]] = [set() for _ in stores]
         try:
             found[1].update(filler.caches.text.shard_of(caption_key(text)) for text in filler.always)
             for table in progress(tables, desc="checking the cache", unit="piece", show=show):
                 for row in table.to_pylist():
                     if row["reason"] is None:
-                        crops = filler.crops(row["id"], row["digest"], row["width"], row["height"])
-                        texts = filler.texts(row["id"], row["captions"])
-                        found[0].update(map(filler.caches.latents.shard_of, crops))
-                        found[1].update(filler.caches.text.shard_of(caption_key(text)) for text in texts)
-                        if filler.caches.masks is not None:
-                            found[2].update(map(filler.caches.masks.shard_of, filler.masks(row, crops)))
+                        for store, shards, keys in zip(stores, found, filler.entries(row), strict=False):
+                            shards.update(map(store.shard_of, keys))
         except KeyError as error:
-            raise UserError(unseen(filler.caches.folder)) from error
-        shards = [sorted(names) for names in found]
-        self._use(shards)
+            raise _unseen(filler.caches.folder) from error
+        names = list(map(sorted, found))
+        self._use(names)
         if not any(unsettled(table).any() for table in tables):
-            note = json.dumps({"shards": shards, "catalogue": _proofs(tables)})
+            note = json.dumps({"shards": names, "catalogue": _proofs(tables)})
             write_cached(self._path, note.encode(), filler.caches.staging(filler.source))
 
     def remove(self) -> None:
@@ -131,9 +122,9 @@ def _proofs(tables: Sequence[pa.Table]) -> list[str]:
     return [table.schema.metadata[PROOF].hex() for table in tables]
 
 
-def unseen(folder: Path) -> str:
-    """The message where a process does not find what another one has written."""
-    return (
+def _unseen(folder: Path) -> UserError:
+    """The error of a process that does not find what another one has written."""
+    return UserError(
         f"cache {folder} lacks entries that other processes have encoded: name a folder that all of them see with "
         "--latent_cache_dir"
     )
@@ -171,15 +162,10 @@ def prepare_data(
     nothing has changed since an earlier run, no image is opened.
 
     Args:
-        source: images and captions.
-        regularisation: of --reg_data_dir; None: none.
-        config: the options of the data.
-        encoder: the encoders.
+        source, regularisation, validation: training images; those of --reg_data_dir and --validation_data_dir.
         seed: seed of the run; crops and what is cached do not depend on it.
         bad_files: where images that cannot be used are listed.
         processes: which one this is; the barrier is called several times.
-        show_progress: whether to show progress bars.
-        validation: of --validation_data_dir; None: none.
 
     Raises:
         UserError: too many bad images, an encoder that makes NaN or Inf, a cache that cannot be used, too little room.
@@ -187,25 +173,19 @@ def prepare_data(
     caches = Caches.open(cache_dir(config), encoder, config.cache_dtype, config.masked_loss != "none")
     views, rules = Views(config), CaptionRules(config, seed)
     bad = BadFiles(config.max_bad_fraction, bad_files)
-    tables: list[pa.Table] = []
-    weights: list[float] = []
-    prefixes: list[str] = []
+    parts: list[tuple[list[pa.Table], float, str]] = []
     others = (regularisation, config.prior_loss_weight, REGULARISATION), (validation, 1.0, VALIDATION)
     for part, weight, prefix in ((source, 1.0, ""), *others):
         if part is not None:
-            catalogue = Catalogue(caches.folder, part, mask_identity(config))
-            filler = Filler(part, config, views, rules, encoder, caches, catalogue, bad, prefix, processes.proceed)
-            own = _fill(filler, processes, show_progress)
-            tables += own
-            weights += [weight] * len(own)
-            prefixes += [prefix] * len(own)
+            filler = Filler(part, views, rules, encoder, caches, bad, prefix, processes.proceed)
+            parts.append((_fill(filler, processes, show_progress), weight, prefix))
     if processes.rank == 0:
         bad.write()
         if bad.found:
             logger.warning("%d images cannot be used and are left out: %s lists them", len(bad.found), bad_files)
-    samples = Samples(tables, weights, prefixes)
+    samples = Samples(parts)
     if not len(samples):
-        raise UserError(f"{source.name}: no image in it can be used: {bad_files} says why")
+        raise none_usable(source, bad_files)
     buckets = views.buckets.assign(samples.sizes[:, 0], samples.sizes[:, 1])
     if processes.rank == 0:
         _warn_upscaled(samples, views, buckets)
@@ -213,16 +193,21 @@ def prepare_data(
     if len(split.held_out):
         logger.info(
             "%s: %d samples are held out of training, and %d copies of them left out",
-            *(option(config), len(split.held_out), split.copies),
+            *(holding_option(config), len(split.held_out), split.copies),
         )
     repeats = split_repeats(samples, split, config)
     return TrainingData(samples, views, rules, caches, seed, buckets, repeats, split)
 
 
+def none_usable(source: Source, bad_files: Path) -> UserError:
+    """The error of a source without a usable image."""
+    return UserError(f"{source.name}: no image in it can be used: {bad_files} says why")
+
+
 def _fill(filler: Filler, processes: Processes, show: bool) -> list[pa.Table]:
     """Fills the caches from one source; returns the rows of its pieces."""
     source, catalogue, caches, bad = filler.source, filler.catalogue, filler.caches, filler.bad
-    pieces, staging = list(source.pieces()), caches.staging(source)
+    pieces, staging = list(source.pieces), caches.staging(source)
     mark, own = Mark(pieces, filler), pieces[processes.rank :: processes.size]
     first = processes.rank == 0
     unwritable: UserError | None = None
@@ -234,7 +219,7 @@ def _fill(filler: Filler, processes: Processes, show: bool) -> list[pa.Table]:
                 stack.enter_context(locked(staging, f"caching {source.name}", processes.proceed))
             except UserError as error:  # no matter, if everything is there
                 unwritable, own = error, pieces
-            _refresh(caches)  # what the run that was waited for has written
+            caches.refresh()  # what the run that was waited for has written
             whole = mark.holds()
             if not whole and unwritable is None:
                 try:
@@ -243,7 +228,7 @@ def _fill(filler: Filler, processes: Processes, show: bool) -> list[pa.Table]:
                     unwritable, own = error, pieces
         processes.barrier()
         if not first:
-            _refresh(caches)
+            caches.refresh()
             whole = mark.is_there()
         processes.barrier()  # nobody writes before all have looked
         if not whole:
@@ -257,15 +242,15 @@ def _fill(filler: Filler, processes: Processes, show: bool) -> list[pa.Table]:
             filler.fill([piece for piece, _ in lacking], show)
         processes.barrier()
         if not whole:
-            _refresh(caches)
+            caches.refresh()
         tables = []
         for piece in pieces:
             table = catalogue.find(piece)
             if table is None:
-                raise UserError(unseen(caches.folder))
+                raise _unseen(caches.folder)
             tables.append(table)
         if first:
-            _settle(source, bad, tables)
+            bad.settle(source.name, bad_in(tables), sum(map(len, tables)))
             source.versions.tell(source.name)
             if not whole and unwritable is None:
                 for store in caches.stores:
@@ -273,48 +258,36 @@ def _fill(filler: Filler, processes: Processes, show: bool) -> list[pa.Table]:
                 _clear(staging)
                 mark.make(tables, show)  # last: with it, nothing else is looked at again
             mark.touch()
-            share = " by the first process" if processes.size > 1 else ""
-            logger.info(
-                "%s: %d samples; %d crops and %d captions encoded%s, all else was in %s",
-                source.name, sum(map(len, tables)), filler.encoded_images, filler.encoded_captions, share,
-                caches.folder,
-            )  # fmt: skip
-            if caches.masks is not None:
-                _tell_masks(filler, tables, share)
-            _tell_prompt(filler, tables)
+            _tell(filler, tables, " by the first process" if processes.size > 1 else "")
         processes.barrier()
     return tables
 
 
-def _tell_prompt(filler: Filler, tables: Sequence[pa.Table]) -> None:
-    prompt = filler.config.instance_prompt
+def _tell(filler: Filler, tables: Sequence[pa.Table], share: str) -> None:
+    """Logs what was done and found; `share` says who of several processes did it."""
+    source, config, images = filler.source.name, filler.config, sum(map(len, tables))
+    logger.info(
+        "%s: %d samples; %d crops and %d captions encoded%s, all else was in %s",
+        *(source, images, filler.encoded_images, filler.encoded_captions, share, filler.caches.folder),
+    )
+    if filler.caches.masks is not None:
+        usable = [table.column("mask").filter(pc.is_null(table.column("reason"))) for table in tables]
+        masked = sum(pc.sum(pc.greater(pc.binary_length(masks), 0)).as_py() or 0 for masks in usable)
+        tell = logger.info if masked else logger.warning
+        tell(
+            "%s: --masked_loss %s: %d of %d images have a mask, the others count whole; %d masks made%s",
+            *(source, config.masked_loss, masked, sum(map(len, usable)), filler.made_masks, share),
+        )
+        if filler.empty_masks:
+            logger.warning(
+                "%s: %d of the %d masks made leave nothing in their crop: drawing it has the weight %g "
+                "(--unmasked_weight); --buckets crops away less",
+                *(source, filler.empty_masks, filler.made_masks, config.unmasked_weight),
+            )
+    prompt = config.instance_prompt
     if prompt is not None and filler.prefix != REGULARISATION:
         served = sum(captions == [prompt] for table in tables for captions in table.column("captions").to_pylist())
-        logger.info(
-            "%s: --instance_prompt is the caption of %d of %d images",
-            *(filler.source.name, served, sum(map(len, tables))),
-        )
-
-
-def _refresh(caches: Caches) -> None:
-    for store in caches.stores:
-        store.refresh()
-
-
-def _tell_masks(filler: Filler, tables: Sequence[pa.Table], share: str) -> None:
-    usable = [table.column("mask").filter(pc.is_null(table.column("reason"))) for table in tables]
-    masked = sum(pc.sum(pc.greater(pc.binary_length(masks), 0)).as_py() or 0 for masks in usable)
-    tell = logger.info if masked else logger.warning
-    tell(
-        "%s: --masked_loss %s: %d of %d images have a mask, the others count whole; %d masks made%s",
-        filler.source.name, filler.config.masked_loss, masked, sum(map(len, usable)), filler.made_masks, share,
-    )  # fmt: skip
-    if filler.empty_masks:
-        logger.warning(
-            "%s: %d of the %d masks made leave nothing in their crop: drawing it has the weight %g "
-            "(--unmasked_weight); --buckets crops away less",
-            *(filler.source.name, filler.empty_masks, filler.made_masks, filler.config.unmasked_weight),
-        )
+        logger.info("%s: --instance_prompt is the caption of %d of %d images", source, served, images)
 
 
 def _clear(staging: Path) -> None:
@@ -325,15 +298,6 @@ def _clear(staging: Path) -> None:
                 shutil.rmtree(left)
             elif left.name != LOCK:
                 left.unlink()
-
-
-def _settle(source: Source, bad: BadFiles, tables: Sequence[pa.Table]) -> None:
-    found = []
-    for table in tables:
-        rows = table.filter(pc.is_valid(table.column("reason"))).select(["id", "name", "reason"])
-        found += [Bad(**row) for row in rows.to_pylist()]
-    bad.begin(source.name, source.size)
-    bad.settle(found, sum(len(table) for table in tables))
 
 
 def _check_room(filler: Filler, todo: Sequence[tuple[Any, int]], processes: int) -> None:

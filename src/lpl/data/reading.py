@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 from torch import Tensor
@@ -43,12 +44,13 @@ class Read(NamedTuple):
     """uint8 (1, h, w) of those that were asked for."""
 
 
+@dataclass(frozen=True)
 class Reader:
     """Reads a sample no further than needed: a known one whose crops are all cached is not opened.
 
-    Args:
+    Attributes:
         crops: every crop of an image by key, from id, digest, width and height.
-        config: interpolation and background.
+        config: interpolation, background and masks.
         cached: whether a crop need not be rendered.
         catalogue: what is known of samples; None: read them all again.
         mask_cached: whether the mask of a crop need not be made.
@@ -56,50 +58,48 @@ class Reader:
         versions: of the files that samples name; None: they are not noted.
     """
 
-    def __init__(
-        self,
-        crops: Callable[[str, bytes, int, int], dict[bytes, Crop]],
-        config: DataConfig,
-        cached: Callable[[bytes], bool],
-        catalogue: Catalogue | None,
-        mask_cached: Callable[[bytes], bool] = lambda _: True,
-        stride: int = 1,
-        versions: Versions | None = None,
-    ) -> None:
-        self._versions = versions
-        self._config, self._mask_cached, self._stride = config, mask_cached, stride
-        self._crops, self._cached, self._catalogue = crops, cached, catalogue
-        self._background = parse_color(config.background_color)
-        self._interpolation = config.image_interpolation_mode
+    crops: Callable[[str, bytes, int, int], dict[bytes, Crop]]
+    config: DataConfig
+    cached: Callable[[bytes], bool]
+    catalogue: Catalogue | None = None
+    mask_cached: Callable[[bytes], bool] = lambda _: True
+    stride: int = 1
+    versions: Versions | None = None
 
     def __call__(self, sample: Sample) -> Read:
         """Reads one sample; a bad image comes back as a row with the reason."""
-        versions = [] if self._versions is None else list(map(self._versions, sample.files))
-        known = None if self._catalogue is None else self._catalogue.known(sample.id, sample.stamp, versions)
+        versions = [] if self.versions is None else list(map(self.versions, sample.files))
+        row = Row(
+            *(sample.id, list(sample.captions), sample.group, sample.name, sample.stamp),
+            *(NOTHING, 0, 0, None),  # of a sample that says itself that it holds no image
+            *(list(sample.files) if versions else [], versions),
+        )
+        known = None if self.catalogue is None else self.catalogue.known(sample.id, sample.stamp, versions)
         if known is not None:
-            digest, width, height, reason, mask_digest = known
-            crops = {} if reason else self._crops(sample.id, digest, width, height)
-            masks = mask_keys(self._config, mask_digest, crops)
-            if all(map(self._cached, crops)) and all(map(self._mask_cached, masks)):
-                row = _row(sample, versions, digest, width, height, reason, mask_digest)
-                return Read(row, list(crops), {}, list(masks), {})
-        digest = NOTHING  # of a sample that says itself that it holds no image
+            found = row._replace(**known)
+            crops = {} if found.reason else self.crops(sample.id, found.digest, found.width, found.height)
+            masks = mask_keys(self.config, found.mask, crops)
+            if all(map(self.cached, crops)) and all(map(self.mask_cached, masks)):
+                return Read(found, list(crops), {}, list(masks), {})
         try:
             data = sample.read()
-            digest = hashlib.sha256(data).digest()
-            image, alpha = decode_with_alpha(data, self._background)
-            mask = mask_of(self._config, sample, Mask(digest, image), alpha)
+            row = row._replace(digest=hashlib.sha256(data).digest())
+            image, alpha = decode_with_alpha(data, parse_color(self.config.background_color))
+            mask = mask_of(self.config, sample, Mask(row.digest, image), alpha)
         except BadImageError as error:
-            digest = b"" if isinstance(error, UnreadImageError) else digest
-            return Read(_row(sample, versions, digest, 0, 0, error.reason), [], {}, [], {})
-        crops = self._crops(sample.id, digest, image.width, image.height)
-        pixels = {key: render(image, crop, self._interpolation) for key, crop in crops.items() if not self._cached(key)}
-        row = _row(sample, versions, digest, image.width, image.height, None)
-        if mask is None:
-            return Read(row, list(crops), pixels, [], {})
-        masks = mask_keys(self._config, mask.digest, crops)
-        made = {k: crop_mask(mask.image, crop, self._stride) for k, crop in masks.items() if not self._mask_cached(k)}
-        return Read(row._replace(mask=mask.digest), list(crops), pixels, list(masks), made)
+            digest = b"" if isinstance(error, UnreadImageError) else row.digest
+            return Read(row._replace(digest=digest, reason=error.reason), [], {}, [], {})
+        row = row._replace(width=image.width, height=image.height, mask=b"" if mask is None else mask.digest)
+        crops = self.crops(sample.id, row.digest, image.width, image.height)
+        masks = mask_keys(self.config, row.mask, crops)
+        way = self.config.image_interpolation_mode
+        pixels = {key: render(image, crop, way) for key, crop in crops.items() if not self.cached(key)}
+        made = {
+            key: crop_mask(mask.image, crop, self.stride)
+            for key, crop in masks.items()
+            if mask is not None and not self.mask_cached(key)
+        }
+        return Read(row, list(crops), pixels, list(masks), made)
 
 
 def threads_of(config: DataConfig) -> int:
@@ -125,17 +125,3 @@ def in_order(function: Callable[[A], B], items: Iterable[A], threads: int) -> It
         finally:
             for future in waiting:
                 future.cancel()
-
-
-def _row(
-    sample: Sample,
-    versions: Sequence[str | None],
-    digest: bytes,
-    width: int,
-    height: int,
-    reason: str | None,
-    mask: bytes = b"",
-) -> Row:
-    captions, files = list(sample.captions), list(sample.files) if versions else []
-    known = digest, width, height, reason
-    return Row(sample.id, captions, sample.group, sample.name, sample.stamp, *known, files, versions, mask)

@@ -1,4 +1,4 @@
-"""The numbers of `lpl data` as plain text."""
+"""The report of `lpl data`: its numbers as plain text, and the files that it writes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
-
-from PIL import Image
 
 from lpl.base.errors import UserError
 from lpl.base.files import alone_in, write_atomically
@@ -30,19 +28,16 @@ INDENT = 13
 
 
 def text(found: dict[str, Any], files: Sequence[Path], bad_files: Path) -> str:
-    """What `lpl data` prints.
-
-    Args:
-        found: report_numbers.numbers.
-        files: those that were written.
-        bad_files: the list of what cannot be used.
-    """
+    """What `lpl data` prints of report_numbers.numbers, the files written, and where bad files are listed."""
     lines: list[str] = []
     for part in found["parts"]:
         lines += _part(part)
     if "epoch" in found:
-        lines += _length(found)
-        lines += _buckets(found)
+        epoch, run = found["epoch"], found["run"]
+        length = f"{epoch['draws']:,} draws, {_short(epoch['steps'])} steps of {found['batch_size']}"
+        lines += _labelled("epoch", [length])
+        lines += _labelled("run", [f"{run['steps']:,} steps, {_short(run['epochs'])} epochs"])
+        lines += _buckets(found["buckets"])
     if "left_out" in found:
         lines += _labelled("held out", [f"{found['left_out']:,} for validation, copies included: not trained on"])
     copies = found["duplicates"]
@@ -92,41 +87,23 @@ def _groups(groups: list[dict[str, Any]]) -> list[str]:
     if len(groups) > SHOWN:
         groups = sorted(groups, key=lambda g: -g["images"])
     rows = [["folder", "images", "repeats", "draws an epoch"]]
-    rows += [
-        [g["group"] or "(the root)", f"{g['images']:,}", _short(g["repeats"]), _short(g["draws"])]
-        for g in groups[:SHOWN]
-    ]
-    rest = groups[SHOWN:]
-    if rest:
+    for group in groups[:SHOWN]:
+        columns = f"{group['images']:,}", _short(group["repeats"]), _short(group["draws"])
+        rows.append([group["group"] or "(the root)", *columns])
+    if rest := groups[SHOWN:]:
         images, draws = (sum(g[key] for g in rest) for key in ("images", "draws"))
         rows.append([f"{len(rest):,} more", f"{images:,}", "", _short(draws)])
     return _table(rows)
 
 
-def _length(found: dict[str, Any]) -> list[str]:
-    epoch, run = found["epoch"], found["run"]
-    return [
-        *_labelled("epoch", [f"{epoch['draws']:,} draws, {_short(epoch['steps'])} steps of {found['batch_size']}"]),
-        *_labelled("run", [f"{run['steps']:,} steps, {_short(run['epochs'])} epochs"]),
-    ]
-
-
-def _buckets(found: dict[str, Any]) -> list[str]:
+def _buckets(buckets: list[dict[str, Any]]) -> list[str]:
+    if len(buckets) == 1:
+        return _labelled("crops", [f"{buckets[0]['width']} x {buckets[0]['height']}"])
     rows = [["width x height", "images", "share", "draws an epoch", "steps an epoch"]]
-    rows += [
-        [
-            f"{b['width']:5} x {b['height']}",
-            f"{b['images']:,}",
-            f"{b['share']:.1%}",
-            f"{b['draws']:,}",
-            f"{b['steps']:,.1f}",
-        ]
-        for b in found["buckets"]
-    ]
-    if len(rows) == 2:
-        size = found["buckets"][0]
-        return _labelled("crops", [f"{size['width']} x {size['height']}"])
-    return [*_labelled("buckets", [f"{len(rows) - 1}"]), *_table(rows)]
+    for bucket in buckets:
+        size, share = f"{bucket['width']:5} x {bucket['height']}", f"{bucket['share']:.1%}"
+        rows.append([size, f"{bucket['images']:,}", share, f"{bucket['draws']:,}", f"{bucket['steps']:,.1f}"])
+    return [*_labelled("buckets", [f"{len(buckets)}"]), *_table(rows)]
 
 
 def _reasons(parts: list[dict[str, Any]]) -> Iterator[str]:
@@ -165,9 +142,6 @@ def make_report(
 
     Args:
         config: the options, with a resolution.
-        source: images and captions.
-        regularisation: of --reg_data_dir; None: none.
-        folder: where to.
         num_shown: draws on the contact sheet; 0: no pictures.
 
     Returns:
@@ -178,17 +152,15 @@ def make_report(
     """
     output = OutputFolder(folder.parent, "lpl data", folder.name)
     names = Names({**dict.fromkeys((NUMBERS, DRAWS, CROPPED)), BAD_FILES: is_list})
-    is_old = lambda _: _is_report(folder / NUMBERS)  # noqa: E731
+
+    def is_old(_path: Path) -> bool:
+        return {"resolution", "bad_files", "parts", "warnings"} <= object_in(folder / NUMBERS).keys()
+
     output.check(names, is_old)
     with alone_in(folder):
         output.check(names, is_old)
         output.claim(names, is_old)
         return _write_report(config, source, regularisation, folder, num_shown)
-
-
-def _is_report(path: Path) -> bool:
-    """Whether a file is a data.json."""
-    return {"resolution", "bad_files", "parts", "warnings"} <= object_in(path).keys()
 
 
 def _write_report(
@@ -207,7 +179,9 @@ def _write_report(
             if cropped:
                 pictures[CROPPED] = crop_sheet(survey, cropped)
         for name, picture in pictures.items():
-            write_atomically(folder / name, _png(picture))
+            buffer = io.BytesIO()
+            picture.save(buffer, "PNG")
+            write_atomically(folder / name, buffer.getvalue())
         # What is no UTF-8 becomes an escape, which JSON reads as what it was.
         written = json.dumps(found, ensure_ascii=False, indent=1).encode("utf-8", "backslashreplace")
         write_atomically(folder / NUMBERS, written + b"\n")
@@ -218,9 +192,3 @@ def _write_report(
         ) from error
     files = [folder / name for name in (NUMBERS, *pictures)]
     return text(found, files, folder / BAD_FILES), survey.fault
-
-
-def _png(picture: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return buffer.getvalue()

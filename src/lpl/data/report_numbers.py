@@ -1,4 +1,4 @@
-"""What `lpl data` reports, as numbers; report_text.py makes them into text."""
+"""What `lpl data` reports, as numbers."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def _part(survey: Survey, part: Part, crops: list[Crop]) -> dict[str, Any]:
     found: dict[str, Any] = {
         "source": part.source.name,
         "regularisation": part is not survey.parts[0],
-        "seen": part.seen,
+        "seen": len(names) + len(part.bad),
         "images": len(names),
         "bad_files": [{"reason": r, "images": n, "first": first[r]} for r, n in reasons.most_common()],
     }
@@ -109,11 +109,12 @@ def _part(survey: Survey, part: Part, crops: list[Crop]) -> dict[str, Any]:
 
 def _groups(survey: Survey, part: Part) -> list[dict[str, Any]]:
     own = slice(part.start, part.start + len(part.rows))
-    codes, repeats = survey.codes[own], survey.repeats[own]
+    names, codes = survey.samples.groups()
+    codes, repeats = codes[own], survey.repeats[own]
     found = []
     for code in np.unique(codes):
         members = np.flatnonzero(codes == code)
-        group = {"group": survey.groups[code], "images": len(members), "repeats": float(repeats[members].max())}
+        group = {"group": names[code], "images": len(members), "repeats": float(repeats[members].max())}
         found.append(group | {"draws": float(repeats[members].sum())})
     return sorted(found, key=lambda group: group["group"])
 
@@ -153,10 +154,7 @@ def _scaled_up(crops: list[Crop], names: list[str]) -> dict[str, Any]:
 def _cropped_away(crops: list[Crop], names: list[str]) -> dict[str, Any]:
     lost = [crop.cropped_away for crop in crops]
     worst = sorted(range(len(lost)), key=lambda n: -lost[n])[:WORST]
-    return {
-        "mean": float(np.mean(lost)),
-        "worst": [{"name": names[n], "share": lost[n]} for n in worst if lost[n] > 0],
-    }
+    return {"mean": float(np.mean(lost)), "worst": [{"name": names[n], "share": lost[n]} for n in worst if lost[n] > 0]}
 
 
 def _buckets(survey: Survey) -> list[dict[str, Any]]:

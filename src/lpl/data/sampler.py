@@ -1,4 +1,4 @@
-"""How often an epoch draws each image: what --repeats says of the folders they lie in."""
+"""What each step of a run draws, and how often an epoch draws each image (--repeats)."""
 
 from __future__ import annotations
 
@@ -19,9 +19,7 @@ logger = logging.getLogger("lpl")
 SHOWN = 10
 
 
-def parse_repeats(
-    text: str | None, groups: Sequence[str] | np.ndarray, inverse: np.ndarray | None = None
-) -> np.ndarray:
+def parse_repeats(text: str | None, folders: Sequence[str], inverse: np.ndarray) -> np.ndarray:
     """Repeats of each sample, (N,), float64, 0 or more and not all 0.
 
     Args:
@@ -32,19 +30,13 @@ def parse_repeats(
             `balanced`: every folder as often as the largest, by largest size / size of the folder;
             `names`: the number that the name of the folder begins with, as in kohya's `10_dogs`, or else the name of
             the nearest folder above that begins so, or else 1. A number is what stands before the first _.
-        groups: folder of each sample relative to the root, with /, "" at the root; or, with `inverse`, every folder
-            once, in any order.
-        inverse: which of `groups` each sample lies in, (N,), integers.
+        folders: each once, in any order, relative to the root, with /, "" at the root.
+        inverse: which of them each sample lies in, (N,), integers.
 
     Raises:
         UserError: text that says none of this, a folder that is not there or is named twice, a number that is not 0
             or more, nothing left to draw, or more draws in an epoch than an order can hold.
     """
-    if inverse is None:
-        numbers = {group: number for number, group in enumerate(dict.fromkeys(map(str, groups)))}
-        inverse = np.fromiter((numbers[str(group)] for group in groups), dtype=np.int32, count=len(groups))
-        groups = list(numbers)
-    folders = [str(group) for group in groups]
     sizes = np.bincount(inverse, minlength=len(folders))
     used = {folder for folder, size in zip(folders, sizes, strict=True) if size}
     if text is None:
@@ -68,7 +60,7 @@ def parse_repeats(
     return repeats
 
 
-def _named_values(text: str, folders: list[str], used: set[str]) -> np.ndarray:
+def _named_values(text: str, folders: Sequence[str], used: set[str]) -> np.ndarray:
     named: dict[str, float] = {}
     for part in text.split(","):
         name, equals, value = (piece.strip() for piece in part.rpartition("="))
@@ -170,9 +162,6 @@ class BatchOrder:
         A count tells a sample's draws apart: no pair comes twice in a run. For a sample of repeats r in epoch e of its
         bucket it is e ceil(r) + copy, copy in 0..ceil(r) - 1; with repeats 1 it is e.
 
-        Args:
-            step: optimizer step, from 0.
-
         Raises:
             ValueError: a negative step.
         """
@@ -209,7 +198,7 @@ class BatchOrder:
         return self._sizes * epochs // self.batch_size
 
     def _shuffle(self, epoch: int, size: int) -> np.ndarray:
-        cached = self._shuffled
+        cached = self._shuffled  # read once: threads share it
         if cached[0] != epoch:
             self._shuffled = cached = epoch, _permutation(size, self.seed, "batches", epoch)
         return cached[1]
@@ -218,14 +207,8 @@ class BatchOrder:
 class BucketDraws:
     """The endless sequence of draws of one bucket.
 
-    Args:
-        seed: seed of the run.
-        number: number of the bucket, for the keys of its draws; None where there is only one.
-        members: indices of its samples, (M,), int32.
-        repeats: their repeats, (M,), above 0.
-
-    Attributes:
-        size: draws in an epoch.
+    `number` is the bucket's, for the keys of its draws, None where there is only one; `members` (M,), int32, are the
+    indices of its samples, `repeats` (M,) their repeats, above 0; `size` is the number of draws in an epoch.
     """
 
     def __init__(self, seed: int, number: int | None, members: np.ndarray, repeats: np.ndarray) -> None:

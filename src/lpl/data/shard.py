@@ -90,24 +90,12 @@ class Shard:
         return self._keys[row * KEY_BYTES : (row + 1) * KEY_BYTES]
 
     def check(self, row: int, parts: Sequence[Any]) -> None:
-        """Compares an entry that was read with its checksum.
-
-        Args:
-            row: which one.
-            parts: its bytes by field, in the order of the layout.
-
-        Raises:
-            DamagedCacheError: they differ; counts the entries of the file that are damaged.
-        """
+        """Compares an entry that was read (its bytes by field, in the order of the layout) with its checksum."""
         if checksum([self.key(row), *parts]) != self._checksums[row]:
             raise self._damaged(len(self.damaged_rows()))
 
     def verify(self) -> None:
-        """Reads all entries.
-
-        Raises:
-            DamagedCacheError: some do not match their checksums.
-        """
+        """Reads all entries; raises DamagedCacheError if some do not match their checksums."""
         if found := len(self.damaged_rows()):
             raise self._damaged(found)
 
@@ -128,12 +116,7 @@ class Shard:
 
 
 def _fields(data: mmap.mmap) -> dict[str, Field]:
-    """The tensors that a file's header names.
-
-    Raises:
-        UserError: no header.
-        ValueError: they are not those of a shard, or do not fill the file.
-    """
+    """The tensors that a file's header names; UserError: no header; ValueError: not those of a shard, or this file."""
     base = 8 + int.from_bytes(data[:8], "little")
     header = parse_header(data[8:base], "its header")
     fields, end = {}, base
@@ -157,15 +140,7 @@ def _fields(data: mmap.mmap) -> dict[str, Field]:
 
 
 def pack(keys: Sequence[bytes], fields: Mapping[str, Tensor]) -> tuple[str, bytes]:
-    """The name and the content of a shard.
-
-    Args:
-        keys: N of 20 bytes.
-        fields: (N, ...) each.
-
-    Raises:
-        ValueError: keys or fields that cannot be stored.
-    """
+    """The name and the content of a shard: N keys of 20 bytes, fields (N, ...); ValueError if they cannot be stored."""
     lengths = {len(tensor) for tensor in fields.values()}
     if lengths != {len(keys)} or any(len(key) != KEY_BYTES for key in keys) or set(RESERVED) & fields.keys():
         raise ValueError(f"cannot store {len(keys)} keys with fields {list(fields)} of lengths {lengths}")

@@ -1,9 +1,9 @@
-"""Letters on pictures: a font that has them, and lines of a given width."""
+"""Letters on sheets of pictures, and the note in a sheet of what each of its pictures shows."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -79,7 +79,7 @@ def wrap(text: str, width: int, size: int, most: int) -> list[str]:
             lines.append(line)
         line = word
         while not _fits(font, line, width) and len(lines) <= most:
-            fitting = _fitting(font, line, width)
+            fitting = _letters_that_fit(font, line, width)
             lines.append(line[:fitting])
             line = line[fitting:]
     lines.append(line)
@@ -99,23 +99,23 @@ def shorten(text: str, width: int, size: int, end: float = 0.6) -> str:
         tail = int(kept * end)
         return f"{text[: kept - tail].rstrip()}...{text[len(text) - tail :]}" if kept > 2 else "..."
 
-    low, high = 2, min(len(text), LETTERS_OF_A_LINE) - 1
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if _fits(font, cut(middle), width) else (low, middle - 1)
-    return cut(low)
+    return cut(_largest(2, min(len(text), LETTERS_OF_A_LINE) - 1, lambda kept: _fits(font, cut(kept), width)))
 
 
 def _fits(font: ImageFont.FreeTypeFont, text: str, width: int) -> bool:
     return len(text) <= LETTERS_OF_A_LINE and font.getlength(text) <= width
 
 
-def _fitting(font: ImageFont.FreeTypeFont, text: str, width: int) -> int:
-    """How many letters of a text fit, at least one."""
-    low, high = 1, min(len(text), LETTERS_OF_A_LINE)
+def _letters_that_fit(font: ImageFont.FreeTypeFont, text: str, width: int) -> int:
+    """At least one."""
+    return _largest(1, min(len(text), LETTERS_OF_A_LINE), lambda n: font.getlength(text[:n]) <= width)
+
+
+def _largest(low: int, high: int, fits: Callable[[int], bool]) -> int:
+    """The largest number up to `high` that fits; `low` if none does."""
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if font.getlength(text[:middle]) <= width else (low, middle - 1)
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
     return low
 
 
@@ -160,13 +160,11 @@ def read_cells(path: Path) -> list[Cell]:
         ]
     except (UserError, ValueError, TypeError, KeyError, OverflowError):
         return []
-    return cells if all(_inside(cell.box, width, height) for cell in cells) else []
+    boxes = [cell.box for cell in cells]
+    inside = all(0 <= left < right <= width and 0 <= upper < lower <= height for left, upper, right, lower in boxes)
+    return cells if inside else []
 
 
 def _box(corners: list[int]) -> tuple[int, int, int, int]:
     left, upper, right, lower = map(int, corners)
     return left, upper, right, lower
-
-
-def _inside(box: tuple[int, ...], width: int, height: int) -> bool:
-    return 0 <= box[0] < box[2] <= width and 0 <= box[1] < box[3] <= height

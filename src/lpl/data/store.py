@@ -45,9 +45,7 @@ class TensorStore:
     The entries of a shard have one shape. Opening reads an index of keys, shards and rows (28 bytes an entry), and of
     shards that are newer than it their keys; tensors are mapped into memory and read on demand. A shard appears whole
     or not at all. Whatever the index says, an entry is handed out only if the shard's own key and checksum are its.
-
-    Args:
-        folder: where the shards are; made when something is first written.
+    The folder is made when something is first written.
 
     Raises:
         DamagedCacheError: a shard that is damaged.
@@ -67,14 +65,14 @@ class TensorStore:
 
     def __contains__(self, key: bytes) -> bool:
         """Whether an entry is there."""
-        return self._find(key) is not None
+        try:
+            self._at(key)
+        except KeyError:
+            return False
+        return True
 
     def shard_of(self, key: bytes) -> str:
-        """Name of the shard that holds an entry.
-
-        Raises:
-            KeyError: no such entry.
-        """
+        """Name of the shard that holds an entry; KeyError: no such entry."""
         return self.shards[self._at(key)[0]]
 
     def layout(self, key: bytes) -> Layout:
@@ -120,12 +118,9 @@ class TensorStore:
         return stacked
 
     def write(self, keys: Sequence[bytes], fields: Mapping[str, Tensor], scratch: Path | None = None) -> None:
-        """Stores N entries in one new shard, and returns when it is safely on disk.
+        """Stores N entries, fields (N, ...), in one new shard, and returns when it is safely on disk.
 
-        Args:
-            keys: N of 20 bytes.
-            fields: (N, ...) each.
-            scratch: folder for the temporary file, on the same file system; None: beside the shards.
+        `scratch` is as in write_atomically.
 
         Raises:
             UserError: the folder cannot be written.
@@ -139,23 +134,18 @@ class TensorStore:
             self._add([name])
 
     def refresh(self) -> None:
-        """Takes up shards that other processes have written since.
-
-        Raises:
-            DamagedCacheError: a shard that is damaged.
-        """
+        """Takes up shards that other processes have written since; raises DamagedCacheError for a damaged one."""
         there = sorted(_shards_in(self.folder))
         if not self.shards and there:
-            self._read_index(set(there))
+            found = read_index(self.folder)
+            if found is not None and set(found[0]) <= set(there):
+                self.shards, self._indexed = found[0], list(found[0])
+                self._index = _sorted_index(*found[1:])
         have = set(self.shards)
         self._add([name for name in there if name not in have])
 
     def save_index(self, scratch: Path | None = None) -> None:
-        """Writes the index beside the shards, so that the next opening need not look into each.
-
-        Raises:
-            UserError: the folder cannot be written.
-        """
+        """Writes the index beside the shards, so that the next opening need not look into each."""
         if not self.shards or self.shards == self._indexed:
             return
         by_name = np.argsort(np.asarray(self.shards))
@@ -167,13 +157,6 @@ class TensorStore:
         np.savez(buffer, shards=np.asarray(self.shards)[by_name], keys=self._index.keys[order], places=places[order])
         write_cached(self.folder / INDEX, buffer.getvalue(), scratch)
         self._indexed = list(self.shards)
-
-    def _read_index(self, there: set[str]) -> None:
-        found = read_index(self.folder)
-        if found is not None and set(found[0]) <= there:
-            shards, keys, places = found
-            self.shards, self._indexed = shards, list(shards)
-            self._index = _sorted_index(keys, places)
 
     def _add(self, names: Sequence[str]) -> None:
         keys, places = [], []
@@ -188,17 +171,6 @@ class TensorStore:
             at = np.searchsorted(old.prefixes, new.prefixes, side="right")  # merged: most often few come to many
             self._index = Index(*(np.insert(a, at, b, axis=0) for a, b in zip(old, new, strict=True)))
 
-    def _find(self, key: bytes) -> tuple[int, int] | None:
-        prefixes, keys, places = self._index
-        prefix = np.frombuffer(key, np.uint64, 1)[0]
-        at = int(np.searchsorted(prefixes, prefix))
-        while at < len(prefixes) and prefixes[at] == prefix:
-            if keys[at].tobytes() == key:
-                shard, row = places[at]
-                return int(shard), int(row)
-            at += 1
-        return None
-
     def _places(self, keys: Sequence[bytes]) -> list[tuple[int, int]]:
         """`_at` of many keys."""
         prefixes, own, places = self._index
@@ -210,10 +182,16 @@ class TensorStore:
         return [self._at(key) for key in keys]  # one is not there, or two begin alike
 
     def _at(self, key: bytes) -> tuple[int, int]:
-        place = self._find(key)
-        if place is None:
-            raise KeyError(key.hex())
-        return place
+        """Shard and row of a key; KeyError: it is not there."""
+        prefixes, keys, places = self._index
+        prefix = np.frombuffer(key, np.uint64, 1)[0]
+        at = int(np.searchsorted(prefixes, prefix))
+        while at < len(prefixes) and prefixes[at] == prefix:
+            if keys[at].tobytes() == key:
+                shard, row = places[at].tolist()
+                return shard, row
+            at += 1
+        raise KeyError(key.hex())
 
     def _shard(self, number: int) -> Shard:
         shard = self._open.get(number)

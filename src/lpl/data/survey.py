@@ -16,15 +16,15 @@ from PIL import Image
 
 from lpl.base.errors import UserError
 from lpl.base.terminal import progress
-from lpl.config import DataConfig, TrainConfig
+from lpl.config import TrainConfig
 from lpl.data.bad_files import Bad, BadFiles, BadImageError
 from lpl.data.captions import CaptionRules
-from lpl.data.catalogue import MASKED, SCHEMA, Row, Samples, table_of
+from lpl.data.catalogue import MASKED, SCHEMA, Row, Samples, bad_in, table_of
 from lpl.data.crops import Crop, Views
+from lpl.data.dataset import VALIDATION, split_repeats, split_samples
 from lpl.data.decode import decode_with_alpha, parse_color
-from lpl.data.held_out import VALIDATION, Split, split_repeats, split_samples
 from lpl.data.masks import Mask, mask_of
-from lpl.data.prepare import REGULARISATION
+from lpl.data.prepare import REGULARISATION, none_usable
 from lpl.data.reading import Reader, in_order, threads_of
 from lpl.data.sampler import BatchOrder
 from lpl.data.sources import Piece, Sample, Source, open_validation
@@ -36,12 +36,10 @@ class Part(NamedTuple):
     """What one source holds."""
 
     source: Source
-    pieces: list[Piece]
     rows: pa.Table
     """The usable samples, in order."""
-    seen: int
-    """Samples in all."""
     bad: list[Bad]
+    """The others."""
     start: int
     """Number of its first sample among those of all sources."""
 
@@ -55,8 +53,6 @@ class Survey:
         parts: the training images, then the regularisation images if there are any.
         samples: the usable samples of all parts.
         buckets: (N,), bucket of each sample.
-        groups: folders of the samples.
-        codes: (N,), folder of each sample.
         repeats: (N,), how often an epoch draws each.
         order: what each step draws; None if nothing is usable.
         processes: how many processes share a step.
@@ -70,8 +66,6 @@ class Survey:
     views: Views
     rules: CaptionRules
     buckets: np.ndarray
-    groups: list[str]
-    codes: np.ndarray
     repeats: np.ndarray
     order: BatchOrder | None
     processes: int
@@ -101,7 +95,6 @@ class Draw:
     count: int
     """How often the sample has been drawn before."""
     row: Row
-    bucket: int
     crop: Crop
     caption: str
     """What the text encoder gets; empty if dropped."""
@@ -114,71 +107,47 @@ def read_through(
 
     Args:
         config: the options, with a resolution.
-        source: images and captions.
-        regularisation: of --reg_data_dir; None: none.
+        source, regularisation: training images, and those of --reg_data_dir.
         bad_files: where images that cannot be used are listed; removed if there are none.
         processes: how many processes the run will have.
 
     Raises:
         UserError: a source that cannot be read, captions of another kind, --repeats that does not go with the folders.
     """
-    data = config.data
-    views, rules = Views(data), CaptionRules(data, config.run.seed)
+    data, run = config.data, config.run
+    views, rules = Views(data), CaptionRules(data, run.seed)
     bad = BadFiles(data.max_bad_fraction, bad_files)
     parts: list[Part] = []
-    tables: list[pa.Table] = []
-    weights: list[float] = []
-    prefixes: list[str] = []
-    faults: list[UserError] = []
+    tables: list[tuple[list[pa.Table], float, str]] = []
+    fault: UserError | None = None
     for own, weight, prefix in ((source, 1.0, ""), (regularisation, data.prior_loss_weight, REGULARISATION)):
         if own is None:
             continue
-        pieces = list(own.pieces())
-        read = _read(own, pieces, views, data)
+        read = _read(own, views)
         whole = pa.concat_tables(read)
-        usable = whole.filter(pc.is_null(whole.column("reason")))
-        named = whole.filter(pc.is_valid(whole.column("reason"))).select(["id", "name", "reason"])
-        found = [Bad(**row) for row in named.to_pylist()]
-        bad.begin(own.name, own.size)
+        usable, found = whole.filter(pc.is_null(whole.column("reason"))), bad_in(read)
         try:
-            bad.settle(found, len(whole))
+            bad.settle(own.name, found, len(whole))
         except UserError as error:
-            faults.append(error)
-        parts.append(Part(own, pieces, usable, len(whole), found, sum(len(part.rows) for part in parts)))
-        tables += read
-        weights += [weight] * len(read)
-        prefixes += [prefix] * len(read)
+            fault = fault or error
+        parts.append(Part(own, usable, found, sum(len(part.rows) for part in parts)))
+        tables.append((read, weight, prefix))
     bad.write()
-    samples = Samples(tables, weights, prefixes)
-    groups, codes = samples.groups()
+    samples = Samples(tables)
     buckets = views.buckets.assign(samples.sizes[:, 0], samples.sizes[:, 1])
-    repeats, order = np.zeros(0), None
-    left_out = 0
+    repeats, order, left_out = np.zeros(0), None, 0
     if len(samples):
-        split = _split(config, tables, weights, prefixes, views)
+        folder = open_validation(data)
+        more = [] if folder is None else [(_read(folder, views), 1.0, VALIDATION)]
+        everything = Samples([*tables, *more])
+        split = split_samples(everything, data, run.seed)
+        split = split._replace(trained=split.trained[everything.prefixes() != VALIDATION])
         repeats, left_out = split_repeats(samples, split, data), int((~split.trained).sum())
-        run = config.run
         per_step = run.train_batch_size * run.gradient_accumulation_steps * processes
         order = BatchOrder(run.seed, buckets, repeats, per_step)
-    elif not faults:
-        faults.append(UserError(f"{source.name}: no image in it can be used: {bad_files} says why"))
-    fault = faults[0] if faults else None
-    return Survey(
-        config, parts, samples, views, rules, buckets, groups, codes, repeats, order, processes, fault, left_out
-    )
-
-
-def _split(
-    config: TrainConfig, tables: list[pa.Table], weights: list[float], prefixes: list[str], views: Views
-) -> Split:
-    """What is held out of the sources; images of --validation_data_dir themselves are in no part."""
-    folder, own = open_validation(config.data), []
-    if folder is not None:
-        own = _read(folder, list(folder.pieces()), views, config.data)
-    more = len(own)
-    samples = Samples([*tables, *own], [*weights, *[1.0] * more], [*prefixes, *[VALIDATION] * more])
-    split = split_samples(samples, config.data, config.run.seed)
-    return split._replace(trained=split.trained[samples.prefixes() != VALIDATION])
+    else:
+        fault = fault or none_usable(source, bad_files)
+    return Survey(config, parts, samples, views, rules, buckets, repeats, order, processes, fault, left_out)
 
 
 def first_draws(survey: Survey, number: int) -> list[Draw]:
@@ -190,28 +159,15 @@ def first_draws(survey: Survey, number: int) -> list[Draw]:
             row = survey.samples[index]
             crop = survey.views.draw(survey.config.run.seed, row.id, row.width, row.height, count)
             caption = survey.rules.draw(row.id, row.captions, count)
-            draws.append(Draw(step, index, count, row, int(survey.buckets[index]), crop, caption))
+            draws.append(Draw(step, index, count, row, crop, caption))
     return draws[:number]
 
 
-def look_again(survey: Survey, jobs: Mapping[int, Callable[[Image.Image], T]]) -> dict[int, T]:
+def look_again(survey: Survey, jobs: Mapping[int, Callable[[Image.Image, Image.Image | None], T]]) -> dict[int, T]:
     """Decodes chosen images once more; only pieces with one of them are opened, up to the last of them.
 
-    Args:
-        jobs: by number of the sample, what is to be made of its upright RGB image; called in threads.
-
-    Raises:
-        UserError: an image that is no longer what it was.
-    """
-    return look_at_masks(survey, {index: _without_mask(job) for index, job in jobs.items()})
-
-
-def _without_mask(job: Callable[[Image.Image], T]) -> Callable[[Image.Image, Image.Image | None], T]:
-    return lambda image, _: job(image)
-
-
-def look_at_masks(survey: Survey, jobs: Mapping[int, Callable[[Image.Image, Image.Image | None], T]]) -> dict[int, T]:
-    """look_again with the mask of each image, mode L and of its size; None: it has none.
+    `jobs` says by number of the sample what is to be made, in threads, of its upright RGB image and its mask (mode
+    L, of its size; None: it has none).
 
     Raises:
         UserError: an image or mask that is no longer what it was.
@@ -235,7 +191,7 @@ def look_at_masks(survey: Survey, jobs: Mapping[int, Callable[[Image.Image, Imag
         return index, jobs[index](image, None if mask is None else mask.image)
 
     made: dict[int, T] = {}
-    pieces = [(part, piece) for part in survey.parts for piece in part.pieces]
+    pieces = [(part, piece) for part in survey.parts for piece in part.source.pieces]
     with progress(desc="drawing", unit="image", total=len(jobs)) as bar:
         for number, wanted in by_piece.items():
             part, piece = pieces[number]
@@ -274,11 +230,12 @@ def _changed(row: Row) -> UserError:
     return UserError(f"{row.name} has changed while the data were read: run again")
 
 
-def _read(source: Source, pieces: list[Piece], views: Views, config: DataConfig) -> list[pa.Table]:
-    reader = Reader(views.crops, config, lambda _: True, None)  # as if all crops were cached: none is rendered
+def _read(source: Source, views: Views) -> list[pa.Table]:
+    config = views.config
+    reader = Reader(views.crops, config, lambda _: True)  # as if all crops were cached: none is rendered
     tables = []
     with progress(desc="reading", unit="image", total=source.size) as bar:
-        for piece in pieces:
+        for piece in source.pieces:
             rows = []
             with closing(piece.samples()) as samples:
                 for read in in_order(reader, samples, threads_of(config)):

@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import stat
 import time
-from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import NamedTuple
 
 from lpl.base.errors import DamagedCacheError, UnreadCacheError, UserError
 from lpl.base.files import cache_writing
@@ -23,14 +22,6 @@ from lpl.data.store import INDEX, verify_index
 DAY = 24 * 3600
 HASHED = re.compile(r"([0-9a-f]{32}|stride-\d+)(-\w+)*")
 """Names of the folders that caching makes; others are somebody else's."""
-
-
-class Unused(NamedTuple):
-    """What pruning removes."""
-
-    paths: list[Path]
-    size: int
-    """In bytes."""
 
 
 def verify_cache(folder: str | None, delete: bool) -> None:
@@ -76,10 +67,9 @@ def _existing(folder: str | None) -> Path:
     return cache
 
 
-def stores(cache: Path) -> Iterator[Path]:
+def stores(cache: Path) -> list[Path]:
     """Folders of shards within a cache folder."""
-    for kind in ("latents", "text", "masks"):
-        yield from _hashed(cache / kind)
+    return [path for kind in ("latents", "text", "masks") for path in _hashed(cache / kind)]
 
 
 def _hashed(folder: Path) -> list[Path]:
@@ -96,8 +86,7 @@ def damaged(cache: Path) -> tuple[int, list[tuple[Path, str]], list[str]]:
     """Reads every file of a cache and compares it with its checksums, and indices with the shards.
 
     Returns:
-        How many files there are; of those that are damaged the path and what is wrong; what is said of those that could
-        not be read.
+        How many files there are; path and fault of those that are damaged; faults of those that could not be read.
     """
     found: dict[Path, str] = {}
     unread: dict[Path, str] = {}
@@ -122,25 +111,21 @@ def damaged(cache: Path) -> tuple[int, list[tuple[Path, str]], list[str]]:
     return len(shards) + len(tables) + len(indices), list(found.items()), list(unread.values())
 
 
-def unused(cache: Path, days: float) -> Unused:
-    """Shards and catalogues that no run has used for so many days, and what killed runs have left.
+def unused(cache: Path, days: float) -> tuple[list[Path], int]:
+    """Shards and catalogues that no run has used for so many days, and what killed runs have left; and its bytes.
 
     A run that starts marks what it uses by the files' time of change.
     """
     limit = time.time() - days * DAY
-    paths = [path for folder in stores(cache) for path in folder.iterdir() if path.name != INDEX]
-    paths += [path for folder in _hashed(cache / "catalogues") for path in folder.iterdir()]
+    folders = [*stores(cache), *_hashed(cache / "catalogues")]
+    paths = [path for folder in folders for path in folder.iterdir() if path.name != INDEX]
     paths += _hashed(cache / "staged")
-    old = [path for path in sorted(paths) if _last_change(path) < limit]
-    return Unused(old, sum(_size(path) for path in old))
+    old = [path for path in sorted(paths) if max((s.st_mtime for s in _statuses(path)), default=0.0) < limit]
+    return old, sum(s.st_size for path in old for s in _statuses(path) if not stat.S_ISDIR(s.st_mode))
 
 
 def remove(paths: list[Path]) -> None:
-    """Removes files and folders, and folders that are empty then.
-
-    Raises:
-        UserError: the cache cannot be written.
-    """
+    """Removes files and folders, and folders that are empty then; raises UserError if the cache cannot be written."""
     for path in paths:
         parent = path.parent
         with cache_writing(parent):
@@ -152,19 +137,14 @@ def remove(paths: list[Path]) -> None:
                 shutil.rmtree(parent)
 
 
-def _last_change(path: Path) -> float:
+def _statuses(path: Path) -> list[os.stat_result]:
+    """Of a file, or of a folder and all that is in it, without what a run has removed since."""
     inside = path.rglob("*") if path.is_dir() else ()
-    return max((status.st_mtime for each in (path, *inside) if (status := _status(each)) is not None), default=0.0)
-
-
-def _size(path: Path) -> int:
-    files = path.rglob("*") if path.is_dir() else (path,)
-    found = (_status(file) for file in files if not file.is_dir())
-    return sum(status.st_size for status in found if status is not None)
+    return [status for each in (path, *inside) if (status := _status(each)) is not None]
 
 
 def _status(path: Path) -> os.stat_result | None:
-    """Of what a link leads to, or of the link where that is nothing; None: a run has removed the file since."""
+    """Of what a link leads to, or of the link where that is nothing; None: it is gone."""
     for follow in (True, False):
         with suppress(FileNotFoundError):
             return path.stat(follow_symlinks=follow)

@@ -15,6 +15,7 @@ from torch.nn.functional import avg_pool2d
 from lpl.config import DataConfig
 from lpl.data.dataset import TrainingData
 from lpl.data.prepare import Processes, prepare_data
+from lpl.data.sources import folder as folder_module
 from lpl.data.sources import open_regularisation, open_source
 
 
@@ -103,3 +104,17 @@ def masked(folder: Path) -> Path:
     left.paste(255, (0, 0, 20, 33))
     left.save(folder / "sub" / "9-masklabel.png")
     return folder
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the images that are read from here on."""
+    names: list[str] = []
+    read_file = folder_module.read_file
+
+    def watched(path: str) -> bytes:
+        names.append(Path(path).name)
+        return read_file(path)
+
+    monkeypatch.setattr(folder_module, "read_file", watched)
+    return names

@@ -16,7 +16,7 @@ def judged(limit: float, bad: int, total: int, path: Path) -> str | None:
     try:
         for number in range(total):
             files.count(str(number), f"{number}.png", "broken" if number < bad else None)
-        files.settle([Bad(str(number), f"{number}.png", "broken") for number in range(bad)], total)
+        files.settle("--x", [Bad(str(number), f"{number}.png", "broken") for number in range(bad)], total)
     except UserError as error:
         return str(error)
     return None

@@ -32,8 +32,9 @@ def test_one_caption_and_no_option_is_the_caption_as_it_is() -> None:
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
 def test_dropout_is_keyed_by_seed_sample_and_draw(share: float) -> None:
     """The same draws as before captions had rules: reference runs depend on them."""
+    dropping = rules(7, proportion_empty_prompts=share)
     for sample in ("a.png", "sub/b.png"):
-        found = [rules(7, proportion_empty_prompts=share).draw(sample, ["c"], count) for count in range(1000)]
+        found = [dropping.draw(sample, ["c"], count) for count in range(1000)]
         dropped = [keyed_uniform(7, "dropout", sample, count) < share for count in range(1000)]
         assert [text == "" for text in found] == dropped
         assert abs(sum(dropped) / 1000 - share) < 0.04
@@ -41,12 +42,12 @@ def test_dropout_is_keyed_by_seed_sample_and_draw(share: float) -> None:
 
 
 def test_several_captions_are_drawn_alike_and_anew_each_time() -> None:
-    captions = ["a", "b", "c"]
-    found = [rules(3).draw("x", captions, count) for count in range(3000)]
+    captions, three, four = ["a", "b", "c"], rules(3), rules(4)
+    found = [three.draw("x", captions, count) for count in range(3000)]
     assert found == [captions[int(keyed_uniform(3, "caption", "x", count) * 3)] for count in range(3000)]
     assert all(abs(found.count(caption) / 3000 - 1 / 3) < 0.04 for caption in captions)
-    assert found != [rules(3).draw("y", captions, count) for count in range(3000)]
-    assert found != [rules(4).draw("x", captions, count) for count in range(3000)]
+    assert found != [three.draw("y", captions, count) for count in range(3000)]
+    assert found != [four.draw("x", captions, count) for count in range(3000)]
 
 
 def test_first_caption_only() -> None:

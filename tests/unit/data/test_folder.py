@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from reading_sources import samples_of, source_of
 
 from lpl.base.errors import UserError
 from lpl.config import DataConfig
 from lpl.data.bad_files import BadImageError
-from lpl.data.sources import Sample, Source, open_source
+from lpl.data.sources import Source, open_source
 from lpl.data.sources import listing as module
-from lpl.data.sources.folder import FolderSource
 from lpl.data.sources.listing import list_images
 
 
-def samples_of(source: Source) -> list[Sample]:
-    return [sample for piece in source.pieces() for sample in piece.samples()]
+def folder_source(root: Path, **options: Any) -> Source:
+    return source_of(train_data_dir=root, **options)
 
 
 def captions(source: Source) -> dict[str, tuple[str, ...]]:
@@ -27,16 +27,15 @@ def captions(source: Source) -> dict[str, tuple[str, ...]]:
 
 
 def stamps(root: Path) -> tuple[list[str], dict[str, str]]:
-    source = FolderSource(str(root))
-    return [piece.stamp for piece in source.pieces()], {sample.id: sample.stamp for sample in samples_of(source)}
+    source = folder_source(root)
+    return [piece.stamp for piece in source.pieces], {sample.id: sample.stamp for sample in samples_of(source)}
 
 
 def message(root: Path, **options: Any) -> str:
     with pytest.raises(UserError) as caught:
-        open_source(DataConfig(train_data_dir=str(root), **options), None)
-    text = str(caught.value)
-    assert "\n" not in text
-    return text
+        folder_source(root, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 def write_metadata(root: Path, *lines: str) -> Path:
@@ -47,7 +46,7 @@ def write_metadata(root: Path, *lines: str) -> Path:
 
 
 def test_samples_are_sorted_nested_and_read_verbatim(folder: Path) -> None:
-    source = FolderSource(str(folder))
+    source = folder_source(folder)
     samples = samples_of(source)
     assert [sample.id for sample in samples] == ["0.png", "1.png", "2.png", "3.png", "sub/9.png"]
     assert [sample.captions for sample in samples] == [(f"caption {n}",) for n in (0, 1, 2, 3, 9)]
@@ -64,7 +63,7 @@ def test_pieces_are_slices_in_the_order_of_paths(tmp_path: Path) -> None:
     for n in range(257):
         (tmp_path / f"{n:04d}.png").write_bytes(b"")
         (tmp_path / f"{n:04d}.txt").write_bytes(b"")
-    pieces = FolderSource(str(tmp_path)).pieces()
+    pieces = folder_source(tmp_path).pieces
     assert [(piece.key, piece.size) for piece in pieces] == [("0", 256), ("1", 1)]
     assert [sample.id for sample in pieces[1].samples()] == ["0256.png"]
     assert [sample.captions for sample in pieces[1].samples()] == [("",)]
@@ -93,7 +92,7 @@ def test_listing_opens_no_image_and_no_caption(folder: Path, monkeypatch: pytest
     monkeypatch.setattr("builtins.open", note(open))
     monkeypatch.setattr(io, "open", note(io.open))
     monkeypatch.setattr(os, "open", note(os.open))
-    pieces = FolderSource(str(folder)).pieces()
+    pieces = folder_source(folder).pieces
     assert opened == ["metadata.jsonl"]
     samples = pieces[0].samples()
     first, second = next(samples), next(samples)
@@ -112,7 +111,7 @@ def test_each_file_is_looked_at_once(folder: Path, monkeypatch: pytest.MonkeyPat
         return status(file)
 
     monkeypatch.setattr(module, "status_of", note)
-    FolderSource(str(folder))
+    folder_source(folder)
     assert sorted(seen) == sorted(path.name for path in folder.rglob("*.*"))
 
 
@@ -123,7 +122,7 @@ def test_every_suffix_is_taken_and_hidden_files_are_left(tmp_path: Path) -> None
     (tmp_path / ".hidden").mkdir()
     (tmp_path / ".hidden" / "i.png").write_bytes(b"")
     (tmp_path / "folder.png").mkdir()
-    assert [sample.id for sample in samples_of(FolderSource(str(tmp_path)))] == [
+    assert [sample.id for sample in samples_of(folder_source(tmp_path))] == [
         "a.JPG", "b.jpeg", "c.webp", "d.bmp", "e.tif", "f.TIFF", "g.avif",
     ]  # fmt: skip
 
@@ -139,14 +138,14 @@ def test_links_are_followed_once_and_not_in_circles(folder: Path, tmp_path: Path
     (folder / "linked_too").symlink_to(other / "deep")
     (folder / "self").symlink_to(folder / "self")
     (folder / "sub" / "circle").symlink_to(folder)
-    ids = [sample.id for sample in samples_of(FolderSource(str(folder)))]
+    ids = [sample.id for sample in samples_of(folder_source(folder))]
     assert ids[4:] == ["linked/deep/y.png", "linked/x.png", "sub/9.png"]
 
 
 def test_link_to_no_image_is_kept_and_says_so(folder: Path) -> None:
     (folder / "2.png").unlink()
     (folder / "2.png").symlink_to(folder / "nowhere")
-    sample = samples_of(FolderSource(str(folder)))[2]
+    sample = samples_of(folder_source(folder))[2]
     with pytest.raises(BadImageError) as caught:
         sample.read()
     assert caught.value.reason == "cannot be read (No such file or directory)"
@@ -173,18 +172,18 @@ def test_max_train_samples_needs_no_captions_beyond(folder: Path) -> None:
 
 
 def test_max_train_samples_does_not_make_it_another_source(folder: Path) -> None:
-    whole = FolderSource(str(folder))
-    part = FolderSource(str(folder), max_samples=3)
+    whole = folder_source(folder)
+    part = folder_source(folder, max_train_samples=3)
     assert whole.identity == part.identity
-    assert whole.pieces()[0].stamp != part.pieces()[0].stamp
-    assert FolderSource(str(folder), "other").identity != whole.identity
+    assert whole.pieces[0].stamp != part.pieces[0].stamp
+    assert folder_source(folder, caption_column="other").identity != whole.identity
 
 
 def test_metadata_wins_over_text_and_may_hold_several_captions(folder: Path) -> None:
     lines = [{"file_name": "0.png", "prompt": "from metadata"}, {"file_name": "./1.png", "prompt": ["one", "two"]}]
     (folder / "metadata.jsonl").write_text("\ufeff" + "\n".join(map(json.dumps, lines)) + "\r\n\n")
     (folder / "sub" / "metadata.jsonl").write_text('{"file_name": "9.png", "prompt": ""}')
-    assert captions(FolderSource(str(folder), "prompt")) == {
+    assert captions(folder_source(folder, caption_column="prompt")) == {
         "0.png": ("from metadata",),
         "1.png": ("one", "two"),
         "2.png": ("caption 2",),
@@ -196,7 +195,7 @@ def test_metadata_wins_over_text_and_may_hold_several_captions(folder: Path) -> 
 def test_metadata_may_name_what_the_listing_leaves_out(folder: Path) -> None:
     (folder / "x.gif").write_bytes(b"gif")
     (folder / "metadata.jsonl").write_text('{"file_name": "x.gif", "text": "x"}')
-    sample = samples_of(FolderSource(str(folder)))[-1]
+    sample = samples_of(folder_source(folder))[-1]
     assert (sample.id, sample.captions, sample.read()) == ("x.gif", ("x",), b"gif")
 
 
@@ -204,9 +203,9 @@ def test_a_text_file_is_one_caption_on_one_line(folder: Path) -> None:
     (folder / "1.txt").write_text("\ufeff a cat,\n\non a mat \n")
     (folder / "2.txt").write_text("")
     (folder / "3.caption").write_text("not read")
-    assert captions(FolderSource(str(folder)))["1.png"] == ("a cat, on a mat",)
-    assert captions(FolderSource(str(folder)))["2.png"] == ("",)
-    assert captions(FolderSource(str(folder)))["3.png"] == ("caption 3",)
+    assert captions(folder_source(folder))["1.png"] == ("a cat, on a mat",)
+    assert captions(folder_source(folder))["2.png"] == ("",)
+    assert captions(folder_source(folder))["3.png"] == ("caption 3",)
 
 
 def test_stamps_stay_and_follow_image_and_text(folder: Path) -> None:
@@ -291,14 +290,14 @@ def test_missing_metadata_key_names_the_flag(folder: Path) -> None:
 def test_captions_that_are_not_utf8(folder: Path) -> None:
     (folder / "1.txt").write_bytes(b"caf\xe9")
     with pytest.raises(UserError, match=r"1\.txt, line 1: not UTF-8 text \(byte 3 of the file\): save it as UTF-8"):
-        captions(FolderSource(str(folder)))
+        captions(folder_source(folder))
     (folder / "metadata.jsonl").write_bytes(b'\n{"\xe9')
     assert "metadata.jsonl, line 2: not UTF-8 text (byte 3 of the file)" in message(folder)
 
 
 def test_image_and_caption_that_vanish(folder: Path) -> None:
-    source = FolderSource(str(folder))
-    samples = source.pieces()[0].samples()
+    source = folder_source(folder)
+    samples = source.pieces[0].samples()
     os.remove(folder / "0.png")
     os.remove(folder / "1.txt")
     sample = next(samples)

@@ -1,6 +1,5 @@
 """Data sets read row by row: what they yield, and the one line each fault gives."""
 
-import io
 import json
 import os
 import subprocess
@@ -11,30 +10,19 @@ from typing import Any
 
 import datasets
 import pytest
-from PIL import Image
+from reading_sources import png, samples_of
 
 from lpl.base.errors import UserError
 from lpl.config import DataConfig
 from lpl.data.bad_files import BadImageError
-from lpl.data.sources import Sample, Source, open_source
-
-
-def png(value: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), (value, 0, 0)).save(buffer, "png")
-    return buffer.getvalue()
-
-
-def samples_of(source: Source) -> list[Sample]:
-    return [sample for piece in source.pieces() for sample in piece.samples()]
+from lpl.data.sources import open_source
 
 
 def message(config: DataConfig, cache: Path | None = None) -> str:
     with pytest.raises(UserError) as caught:
         samples_of(open_source(config, None if cache is None else str(cache)))
-    text = str(caught.value)
-    assert "\n" not in text
-    return text
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 @pytest.fixture
@@ -84,7 +72,7 @@ def test_saved_dataset_gives_encoded_bytes_and_all_captions(saved: Path) -> None
 def test_stamps_of_saved_data_sets_stay_and_follow_the_data(saved: Path) -> None:
     def stamps(**options: Any) -> list[str]:
         source = open_source(hub(saved, **options), None)
-        return [piece.stamp for piece in source.pieces()] + [sample.stamp for sample in samples_of(source)]
+        return [piece.stamp for piece in source.pieces] + [sample.stamp for sample in samples_of(source)]
 
     before = stamps()
     assert stamps() == before
@@ -100,15 +88,15 @@ def test_pieces_are_slices_of_rows(tmp_path: Path) -> None:
     rows = {"image": [{"bytes": b"%d" % n, "path": None} for n in range(1030)], "text": [str(n) for n in range(1030)]}
     datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "saved"))
     source = open_source(DataConfig(dataset_name=str(tmp_path / "saved")), None)
-    assert [(piece.key, piece.size) for piece in source.pieces()] == [
+    assert [(piece.key, piece.size) for piece in source.pieces] == [
         ("0", 256),
         ("256", 256),
         ("512", 256),
         ("768", 256),
         ("1024", 6),
     ]
-    assert source.pieces()[0].stamp != source.pieces()[1].stamp
-    last = list(source.pieces()[-1].samples())[-1]
+    assert source.pieces[0].stamp != source.pieces[1].stamp
+    last = list(source.pieces[-1].samples())[-1]
     assert (last.id, last.captions, last.read()) == ("1029", ("1029",), b"1029")
     with ThreadPoolExecutor(8) as threads:
         read = list(threads.map(lambda sample: sample.read(), samples_of(source)))
@@ -165,11 +153,11 @@ def test_parquet_stamps_are_equal_in_another_process_and_follow_the_file(tmp_pat
     path = write_parquet(tmp_path / "x.parquet", 0)
 
     def stamp(cache: str) -> str:
-        return open_source(DataConfig(dataset_name=str(path)), str(tmp_path / cache)).pieces()[0].stamp
+        return open_source(DataConfig(dataset_name=str(path)), str(tmp_path / cache)).pieces[0].stamp
 
     code = (
         "import sys; from lpl.config import DataConfig; from lpl.data.sources import open_source; "
-        "print(open_source(DataConfig(dataset_name=sys.argv[1]), sys.argv[2]).pieces()[0].stamp)"
+        "print(open_source(DataConfig(dataset_name=sys.argv[1]), sys.argv[2]).pieces[0].stamp)"
     )
     argv = [sys.executable, "-c", code, str(path), str(tmp_path / "other")]
     other = subprocess.run(argv, check=True, capture_output=True, text=True).stdout.strip()
@@ -243,7 +231,7 @@ def test_an_instance_prompt_serves_rows_and_tables_without_captions(tmp_path: Pa
                 config = DataConfig(dataset_name=str(path), streaming=streaming, instance_prompt=prompt)
                 source = open_source(config, str(tmp_path / "hf"))
                 assert [sample.captions for sample in samples_of(source)] == [(text,) for text in expected]
-            stamps.append((source.pieces()[0].stamp, samples_of(source)[0].stamp))
+            stamps.append((source.pieces[0].stamp, samples_of(source)[0].stamp))
         assert stamps[0][0] != stamps[1][0]  # the captions are read anew
         assert stamps[0][1] == stamps[1][1]  # and no image
     misspelt = DataConfig(dataset_name=str(captioned), caption_column="txet", instance_prompt="sks")

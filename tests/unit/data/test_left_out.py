@@ -11,7 +11,6 @@ import pytest
 from lpl.base.errors import UserError
 from lpl.config import DataConfig
 from lpl.data.sources import Sample, open_regularisation, open_source, open_validation
-from lpl.data.sources.folder import FolderSource
 from lpl.data.sources.listing import list_images
 from lpl.evaluation.images import list_pictures
 
@@ -19,8 +18,8 @@ Told = Callable[[Path], str]
 
 
 def samples_of(root: Path, prompt: str | None = None) -> dict[str, Sample]:
-    source = FolderSource(str(root), instance_prompt=prompt)
-    return {sample.id: sample for piece in source.pieces() for sample in piece.samples()}
+    source = open_source(DataConfig(train_data_dir=str(root), instance_prompt=prompt), None)
+    return {sample.id: sample for piece in source.pieces for sample in piece.samples()}
 
 
 def captions(root: Path, prompt: str | None = None) -> dict[str, str]:
@@ -37,7 +36,7 @@ def told(caplog: pytest.LogCaptureFixture) -> Told:
     def call(root: Path) -> str:
         caplog.clear()
         with caplog.at_level(logging.WARNING, "lpl"):
-            FolderSource(str(root))
+            open_source(DataConfig(train_data_dir=str(root)), None)
         assert len(caplog.records) <= 1
         return caplog.text
 

@@ -16,9 +16,10 @@ from PIL import Image
 
 from lpl.base.errors import UserError
 from lpl.config import DataConfig
-from lpl.data import filling
+from lpl.data import filling, prepare
 from lpl.data.dataset import TrainingData
 from lpl.data.prepare import Processes, prepare_data
+from lpl.data.sources import folder as folder_module
 from lpl.data.sources import open_source
 from lpl.data.upkeep import prune_cache, verify_cache
 
@@ -64,13 +65,8 @@ def test_caches_of_runs_without_masks_stay_and_are_used(
 
 
 def test_second_start_opens_nothing_and_one_changed_mask_is_made_again(
-    encode: Encode, encoder: Any, masked: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    encode: Encode, encoder: Any, masked: Path, caplog: pytest.LogCaptureFixture, opened: list[str]
 ) -> None:
-    from lpl.data.sources import folder as folder_module
-
-    opened: list[str] = []
-    read_file = folder_module.read_file
-    monkeypatch.setattr(folder_module, "read_file", lambda path: (opened.append(Path(path).name), read_file(path))[1])
     caplog.set_level(logging.INFO, "lpl")
     first = encode(masked_loss="files", center_crop=True)
     assert len(opened) == 7
@@ -135,8 +131,6 @@ def test_crops_that_miss_the_mark_are_said(encode: Encode, masked: Path, caplog:
 def test_room_is_not_asked_for_latents_that_are_there(
     encode: Encode, masked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lpl.data import prepare
-
     usage = prepare.shutil.disk_usage
     encode()
     monkeypatch.setattr(prepare.shutil, "disk_usage", lambda path: usage(path)._replace(free=100))
@@ -170,9 +164,11 @@ def test_masks_are_verified_and_pruned(
     assert encoder.images == 5
 
 
-def test_two_processes_share_the_masks(masked: Path, tmp_path: Path, encoder: Any, picture: Any) -> None:
-    """300 images make two pieces, one for each process."""
-    for n in range(300):
+def test_two_processes_share_the_masks(
+    masked: Path, tmp_path: Path, encoder: Any, picture: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder_module, "PIECE_SIZE", 10)
+    for n in range(15):
         picture(n, 8, 8).save(masked / f"x{n:03}.bmp")
         (masked / f"x{n:03}.txt").write_text("x")
         mask = Image.new("L", (8, 8), 0)

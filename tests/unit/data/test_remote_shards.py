@@ -105,7 +105,7 @@ def source_of(spec: str, **options: Any) -> Source:
 
 def message(source: Source) -> str:
     with pytest.raises(UserError) as caught:
-        deque(itertools.chain.from_iterable(piece.samples() for piece in source.pieces()))
+        deque(itertools.chain.from_iterable(piece.samples() for piece in source.pieces))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -116,7 +116,7 @@ def open_files() -> int:
 
 def test_shards_are_fetched_when_their_turn_comes(server: Server) -> None:
     source = source_of(f"{server.url}/{{0..1}}.tar?signature=secret")
-    first, second = source.pieces()
+    first, second = source.pieces
     assert server.requests == []
     samples = list(first.samples())
     assert server.requests == ["/0.tar?signature=secret"]
@@ -129,13 +129,13 @@ def test_shards_are_fetched_when_their_turn_comes(server: Server) -> None:
     assert (first.stamp, samples[0].stamp) == (f"{server.url}/0.tar",) * 2
     assert (second.key, second.stamp, second.size) == ("1", f"{server.url}/1.tar", None)
     assert "secret" not in source.name + source.identity
-    assert first.stamp == source_of(f"{server.url}/0.tar?signature=other").pieces()[0].stamp
+    assert first.stamp == source_of(f"{server.url}/0.tar?signature=other").pieces[0].stamp
 
 
 @pytest.mark.parametrize("failure", ["cut", "busy"])
 def test_what_goes_wrong_once_is_tried_again(server: Server, failure: str) -> None:
     server.failures["/0.tar"] = [failure, failure]
-    samples = list(source_of(f"{server.url}/0.tar").pieces()[0].samples())
+    samples = list(source_of(f"{server.url}/0.tar").pieces[0].samples())
     assert [sample.read() for sample in samples] == [b"image 0a", b"image 0b"]
     assert len(server.requests) == 3
 
@@ -177,7 +177,7 @@ def test_cut_short_where_no_length_was_said(server: Server) -> None:
 
 def test_closing_early_frees_the_file(server: Server) -> None:
     before = open_files()
-    samples = source_of(f"{server.url}/0.tar").pieces()[0].samples()
+    samples = source_of(f"{server.url}/0.tar").pieces[0].samples()
     sample = next(samples)
     assert open_files() >= before
     samples.close()  # type: ignore[attr-defined]
@@ -186,7 +186,7 @@ def test_closing_early_frees_the_file(server: Server) -> None:
 
 
 def test_max_train_samples_fetches_no_further_shard(server: Server) -> None:
-    (piece,) = source_of(f"{server.url}/{{0..2}}.tar", max_train_samples=3).pieces()
+    (piece,) = source_of(f"{server.url}/{{0..2}}.tar", max_train_samples=3).pieces
     assert [sample.id for sample in piece.samples()] == ["0/0a", "0/0b", "1/1a"]
     assert server.requests == ["/0.tar", "/1.tar"]
 
@@ -313,7 +313,7 @@ def test_other_schemes_go_through_fsspec(server: Server) -> None:
 
     with fsspec.open("memory://shards/7.tar", "wb") as file:
         file.write(tar_of("x"))
-    (sample,) = source_of("memory://shards/7.tar").pieces()[0].samples()
+    (sample,) = source_of("memory://shards/7.tar").pieces[0].samples()
     assert (sample.id, sample.captions, sample.read()) == ("7/x", ("caption x",), b"image x")
     assert "memory://shards/8.tar: cannot be fetched (" in message(source_of("memory://shards/8.tar"))
     assert "foo://shards/8.tar: cannot be opened (" in message(source_of("foo://shards/8.tar"))

@@ -6,6 +6,7 @@ import io
 import json
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,9 +114,7 @@ def test_numbers_are_those_counted_by_hand(counted: Path, report: Any) -> None:
             "first": str(counted / "cats" / "broken.png"),
         }
     ]
-    assert found["buckets"] == [
-        {"width": 32, "height": 32, "images": 6, "share": 1.0, "draws": 11, "steps": 2.75},
-    ]
+    assert found["buckets"] == [{"width": 32, "height": 32, "images": 6, "share": 1.0, "draws": 11, "steps": 2.75}]
     copies = [str(counted / "dogs" / name) for name in ("b again.png", "b.png")]
     assert found["duplicates"] == {"images": 1, "sets": [copies]}
 
@@ -312,32 +311,35 @@ def test_draws_are_those_of_training(folder: Path, encode: Any, encoder: Any) ->
         assert torch.equal(batch.text["prompt_embeds"], text["prompt_embeds"])
 
 
-def test_what_is_shown_is_read_no_further_than_needed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_shown_is_read_no_further_than_needed(folder: Path) -> None:
     config = config_of(folder)
     survey = read_through(config, open_source(config.data, None), None, folder.parent / "bad.jsonl")
-    (piece,) = survey.parts[0].pieces
-    samples, seen = type(piece).samples, []
+    (piece,) = survey.parts[0].source.pieces
+    seen = []
 
-    def counting(self: Any) -> Any:
-        for sample in samples(self):
+    def counting() -> Any:
+        for sample in piece.samples():
             seen.append(sample.id)
             yield sample
 
-    monkeypatch.setattr(type(piece), "samples", counting)
-    look_again(survey, {0: lambda image: image.size, 2: lambda image: image.size})
+    survey.parts[0].source.pieces[:] = [replace(piece, samples=counting)]
+    look_again(survey, {0: lambda image, _: image.size, 2: lambda image, _: image.size})
     assert seen == ["0.png", "1.png", "2.png"]
 
 
 def test_an_image_that_changes_meanwhile_is_an_error(folder: Path) -> None:
     config = config_of(folder)
     survey = read_through(config, open_source(config.data, None), None, folder.parent / "bad.jsonl")
-    assert look_again(survey, {1: lambda image: image.size, 4: lambda image: image.size}) == {1: (32, 32), 4: (70, 33)}
+    assert look_again(survey, {1: lambda image, _: image.size, 4: lambda image, _: image.size}) == {
+        1: (32, 32),
+        4: (70, 33),
+    }
     Image.new("RGB", (32, 32)).save(folder / "1.png")
     with pytest.raises(UserError, match=r"1\.png has changed while the data were read: run again"):
-        look_again(survey, {1: lambda image: image.size})
+        look_again(survey, {1: lambda image, _: image.size})
     (folder / "1.png").unlink()
     with pytest.raises(UserError, match=r"1\.png has changed"):
-        look_again(survey, {1: lambda image: image.size})
+        look_again(survey, {1: lambda image, _: image.size})
 
 
 def encoded(image: Image.Image) -> bytes:

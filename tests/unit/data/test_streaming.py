@@ -1,6 +1,5 @@
 """Data sets read as streams, shard by shard."""
 
-import io
 import json
 import os
 from pathlib import Path
@@ -8,26 +7,16 @@ from typing import Any
 
 import datasets
 import pytest
-from PIL import Image
+from reading_sources import png, samples_of
 
 from lpl.base.errors import UserError
 from lpl.config import DataConfig
 from lpl.data.bad_files import BadImageError
-from lpl.data.sources import Sample, Source, open_source
-
-
-def png(value: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), (value, 0, 0)).save(buffer, "png")
-    return buffer.getvalue()
+from lpl.data.sources import Source, open_source
 
 
 def stream(tmp_path: Path, name: Path | str, **options: Any) -> Source:
     return open_source(DataConfig(dataset_name=str(name), streaming=True, **options), str(tmp_path / "hf"))
-
-
-def samples_of(source: Source) -> list[Sample]:
-    return [sample for piece in source.pieces() for sample in piece.samples()]
 
 
 def write_parquet(path: Path, start: int, captions: list[Any] | None = None) -> None:
@@ -47,7 +36,7 @@ def tables(tmp_path: Path) -> Path:
 
 def test_pieces_are_the_shards(tmp_path: Path, tables: Path) -> None:
     source = stream(tmp_path, tables / "*.parquet")
-    assert [(piece.key, piece.size) for piece in source.pieces()] == [("0", None), ("1", None), ("2", None)]
+    assert [(piece.key, piece.size) for piece in source.pieces] == [("0", None), ("1", None), ("2", None)]
     samples = samples_of(source)
     assert [sample.id for sample in samples] == ["0/0", "0/1", "1/0", "1/1", "2/0", "2/1"]
     assert [sample.captions for sample in samples] == [(f"caption {n}", "second") for n in range(6)]
@@ -55,22 +44,22 @@ def test_pieces_are_the_shards(tmp_path: Path, tables: Path) -> None:
     assert {sample.group for sample in samples} == {""}
     assert samples[3].name == f"row 1 of shard 1 of {tables}/*.parquet"
     assert (source.name, source.size) == (f"--dataset_name {tables}/*.parquet", None)
-    assert [sample.id for sample in source.pieces()[1].samples()] == ["1/0", "1/1"]
+    assert [sample.id for sample in source.pieces[1].samples()] == ["1/0", "1/1"]
 
 
 def test_a_shard_is_opened_when_its_turn_comes_and_bytes_are_in_hand(tmp_path: Path, tables: Path) -> None:
     source = stream(tmp_path, tables)
-    samples = list(source.pieces()[0].samples())
+    samples = list(source.pieces[0].samples())
     for n in range(3):
         (tables / f"{n}.parquet").unlink()
     assert [sample.read() for sample in samples] == [png(0), png(1)]
     with pytest.raises(UserError, match=r"--dataset_name .*: shard 1 cannot be read \(.*1.parquet"):
-        list(source.pieces()[1].samples())
+        list(source.pieces[1].samples())
 
 
 def test_stamps_stay_and_follow_the_files(tmp_path: Path, tables: Path) -> None:
     def stamps() -> list[str]:
-        return [piece.stamp for piece in stream(tmp_path, tables).pieces()]
+        return [piece.stamp for piece in stream(tmp_path, tables).pieces]
 
     before = stamps()
     assert stamps() == before

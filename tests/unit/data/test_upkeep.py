@@ -70,11 +70,11 @@ def test_leftovers_of_killed_runs_go(encode: Encode, tmp_path: Path) -> None:
     left = cache / "staged" / ("c" * 32) / "piece" / "latents"
     left.mkdir(parents=True)
     (left / ".half.tmp").write_bytes(b"1234")
-    assert [path.name for path in unused(cache, 1).paths] == []
+    assert unused(cache, 1) == ([], 0)
     age(cache / "staged", 2)
-    found = unused(cache, 1)
-    assert "c" * 32 in [path.name for path in found.paths]
-    assert found.size == 4
+    paths, size = unused(cache, 1)
+    assert "c" * 32 in [path.name for path in paths]
+    assert size == 4
     prune_cache(str(cache), 0, dry_run=False)
     assert [path for path in cache.rglob("*") if path.is_file() and path.name != "lock"] == []
 

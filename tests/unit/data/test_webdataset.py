@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from reading_sources import fault_of, samples_of, source_of
 
 from lpl.base.errors import UserError
-from lpl.config import DataConfig
 from lpl.data.bad_files import BadImageError
-from lpl.data.sources import Sample, Source, open_source
+from lpl.data.sources import Source
 
 
 def write_tar(path: Path, members: dict[str, bytes | str], tar_format: int = tarfile.PAX_FORMAT) -> Path:
@@ -30,20 +30,16 @@ def write_tar(path: Path, members: dict[str, bytes | str], tar_format: int = tar
     return path
 
 
-def source_of(*shards: Path | str, **options: Any) -> Source:
-    return open_source(DataConfig(webdataset="::".join(map(str, shards)), **options), None)
+def spec(*shards: Path | str) -> str:
+    return "::".join(map(str, shards))
 
 
-def samples_of(source: Source) -> list[Sample]:
-    return [sample for piece in source.pieces() for sample in piece.samples()]
+def shards_of(*shards: Path | str, **options: Any) -> Source:
+    return source_of(webdataset=spec(*shards), **options)
 
 
 def message(*shards: Path | str, **options: Any) -> str:
-    with pytest.raises(UserError) as caught:
-        samples_of(source_of(*shards, **options))
-    text = str(caught.value)
-    assert "\n" not in text
-    return text
+    return fault_of(webdataset=spec(*shards), **options)
 
 
 @pytest.fixture
@@ -57,24 +53,24 @@ def shards(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def test_samples_in_the_order_of_the_tar(shards: tuple[Path, Path]) -> None:
-    source = source_of(*shards)
+    source = shards_of(*shards)
     samples = samples_of(source)
     assert [sample.id for sample in samples] == ["photos-000/b", "photos-000/a", "photos-001/b"]
     assert [sample.captions for sample in samples] == [("a cat, on a mat",), ("one", "two"), ("other",)]
     assert [sample.group for sample in samples] == ["photos-000", "photos-000", "photos-001"]
     assert [sample.name for sample in samples] == ["photos-000.tar: b", "photos-000.tar: a", "photos-001.tar: b"]
     assert [sample.read() for sample in samples] == [b"image b", b"image a", b"other b"]
-    assert [(piece.key, piece.size) for piece in source.pieces()] == [("photos-000", None), ("photos-001", None)]
+    assert [(piece.key, piece.size) for piece in source.pieces] == [("photos-000", None), ("photos-001", None)]
     assert source.size is None
     assert source.name == f"--webdataset {shards[0]}::{shards[1]}"
-    assert [s.id for s in samples_of(source_of(shards[0].parent / "photos-{000..001}.tar"))] == [s.id for s in samples]
+    assert [s.id for s in samples_of(shards_of(shards[0].parent / "photos-{000..001}.tar"))] == [s.id for s in samples]
 
 
 def test_identity_is_the_same_from_another_folder(shards: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(shards[0].parent)
-    assert source_of("photos-000.tar").identity == source_of(shards[0]).identity
-    assert source_of(shards[0], caption_column="other").identity != source_of(shards[0]).identity
-    assert source_of("https://host/x.tar?a=1").identity == source_of("https://host/x.tar?a=2").identity
+    assert shards_of("photos-000.tar").identity == shards_of(shards[0]).identity
+    assert shards_of(shards[0], caption_column="other").identity != shards_of(shards[0]).identity
+    assert shards_of("https://host/x.tar?a=1").identity == shards_of("https://host/x.tar?a=2").identity
 
 
 def test_keys_and_extensions_as_webdataset_defines_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -97,7 +93,7 @@ def test_keys_and_extensions_as_webdataset_defines_them(tmp_path: Path, caplog: 
         },
     )
     with caplog.at_level(logging.WARNING, "lpl"):
-        samples = samples_of(source_of(path))
+        samples = samples_of(shards_of(path))
     assert {sample.id: (sample.captions, sample.read()) for sample in samples} == {
         "x/a/0": (("zero",), b"0"),
         "x/b.c/0": (("",), b"0 of b.c"),
@@ -113,7 +109,7 @@ def test_keys_and_extensions_as_webdataset_defines_them(tmp_path: Path, caplog: 
 def test_keys_without_image_are_mentioned_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tars = [write_tar(tmp_path / f"{n}.tar", {"a.txt": "x", "b.png": b"", "b.txt": ""}) for n in range(3)]
     with caplog.at_level(logging.WARNING, "lpl"):
-        assert len(samples_of(source_of(*tars))) == 3
+        assert len(samples_of(shards_of(*tars))) == 3
     assert len(caplog.records) == 1
 
 
@@ -121,7 +117,7 @@ def test_images_are_counted_and_not_their_keys(tmp_path: Path, caplog: pytest.Lo
     members: dict[str, bytes | str] = {"ok.png": b"", "ok.txt": "", "ok.mask.png": b"", "x.HEIC": b"", "x.txt": ""}
     for n in range(4):
         members |= {f"img.{n}.png": b"", f"img.{n}.txt": ""}
-    assert len(samples_of(source_of(write_tar(tmp_path / "x.tar", members)))) == 1
+    assert len(samples_of(shards_of(write_tar(tmp_path / "x.tar", members)))) == 1
     (record,) = caplog.records
     for expected in ("1 pictures are left out", "(first: x.HEIC)", "4 images are left out", "(first: img.0.png)"):
         assert expected in record.getMessage()
@@ -132,7 +128,7 @@ def test_images_are_counted_and_not_their_keys(tmp_path: Path, caplog: pytest.Lo
 def test_long_names_in_every_format(tmp_path: Path, tar_format: int) -> None:
     key = f"{'d' * 99}/{'k' * 90}" if tar_format == tarfile.USTAR_FORMAT else f"{'d' * 200}/{'k' * 200}"
     path = write_tar(tmp_path / "x.tar", {f"{key}.jpg": b"image", f"{key}.txt": "x"}, tar_format)
-    (sample,) = samples_of(source_of(path))
+    (sample,) = samples_of(shards_of(path))
     assert (sample.id, sample.read()) == (f"x/{key}", b"image")
 
 
@@ -143,7 +139,7 @@ def test_hard_links_lead_to_their_data(tmp_path: Path) -> None:
             member.type, member.linkname = (tarfile.LNKTYPE, link) if link else (tarfile.REGTYPE, "")
             member.size = 0 if link else 5
             archive.addfile(member, io.BytesIO(name.encode()))
-    samples = samples_of(source_of(tmp_path / "x.tar"))
+    samples = samples_of(shards_of(tmp_path / "x.tar"))
     assert [(s.id, s.captions, s.read()) for s in samples] == [
         ("x/a", ("a.txt",), b"a.jpg"),
         ("x/b", ("a.txt",), b"a.jpg"),
@@ -179,7 +175,7 @@ def test_opening_reads_nothing_and_indexing_no_image(tmp_path: Path, monkeypatch
         return Counting(file) if str(name) == str(path) else file
 
     monkeypatch.setattr("builtins.open", note)
-    source = source_of(path)
+    source = shards_of(path)
     assert count == [0]
     samples = samples_of(source)
     assert 0 < count[0] < 30_000
@@ -192,7 +188,7 @@ def test_images_are_read_from_many_threads_and_after_the_end(tmp_path: Path) -> 
     members: dict[str, bytes | str] = {}
     for n in range(200):
         members |= {f"{n}.jpg": b"%d" % n * (n + 1), f"{n}.txt": str(n)}
-    samples = samples_of(source_of(write_tar(tmp_path / "x.tar", members)))
+    samples = samples_of(shards_of(write_tar(tmp_path / "x.tar", members)))
     with ThreadPoolExecutor(8) as threads:
         read = list(threads.map(lambda sample: sample.read(), samples[::-1]))
     assert read == [b"%d" % n * (n + 1) for n in reversed(range(200))]
@@ -200,8 +196,8 @@ def test_images_are_read_from_many_threads_and_after_the_end(tmp_path: Path) -> 
 
 def test_stamps_stay_and_follow_the_tar(shards: tuple[Path, Path]) -> None:
     def stamps() -> list[str]:
-        source = source_of(*shards)
-        pieces = [piece.stamp for piece in source.pieces()]
+        source = shards_of(*shards)
+        pieces = [piece.stamp for piece in source.pieces]
         assert [sample.stamp for sample in samples_of(source)] == [pieces[0], pieces[0], pieces[1]]
         return pieces
 
@@ -214,14 +210,14 @@ def test_stamps_stay_and_follow_the_tar(shards: tuple[Path, Path]) -> None:
 
 
 def test_max_train_samples_opens_no_further_shard(shards: tuple[Path, Path]) -> None:
-    whole = samples_of(source_of(*shards))
+    whole = samples_of(shards_of(*shards))
     shards[1].write_bytes(b"not a tar")
-    source = source_of(*shards, max_train_samples=2)
-    (piece,) = source.pieces()
+    source = shards_of(*shards, max_train_samples=2)
+    (piece,) = source.pieces
     assert next(iter(piece.samples()))._replace(read=bytes) == whole[0]._replace(read=bytes)
     assert [sample.id for sample in piece.samples()] == ["photos-000/b", "photos-000/a"]
-    assert piece.stamp == source_of(*shards, max_train_samples=2).pieces()[0].stamp
-    assert piece.key != source_of(*shards, max_train_samples=1).pieces()[0].key
+    assert piece.stamp == shards_of(*shards, max_train_samples=2).pieces[0].stamp
+    assert piece.key != shards_of(*shards, max_train_samples=1).pieces[0].key
     assert "photos-001.tar: damaged" in message(*shards, max_train_samples=3)
 
 
@@ -229,9 +225,9 @@ def test_an_instance_prompt_serves_images_without_a_caption(tmp_path: Path) -> N
     members = {"0.jpg": b"", "1.jpg": b"", "1.json": "{}", "2.jpg": b"", "2.json": '{"text": null}', "2.txt": "own"}
     path = write_tar(tmp_path / "x.tar", {**members, "3.jpg": b"", "3.json": '{"text": []}'})
     assert "--instance_prompt" in message(path)
-    sources = [source_of(path, instance_prompt=prompt) for prompt in ("sks", "sks", "other")]
+    sources = [shards_of(path, instance_prompt=prompt) for prompt in ("sks", "sks", "other")]
     assert [s.captions for s in samples_of(sources[0])] == [("sks",), ("sks",), ("own",), ("sks",)]
-    first, again, other = (source.pieces()[0] for source in sources)
+    first, again, other = (source.pieces[0] for source in sources)
     assert first.stamp == again.stamp != other.stamp
     # no image is opened again for another prompt
     assert [s.stamp for s in first.samples()] == [s.stamp for s in other.samples()]
@@ -241,7 +237,7 @@ def test_captions_of_json_win_where_it_has_the_key(tmp_path: Path) -> None:
     fields = json.dumps({"caption": "of json", "text": "other"})
     path = write_tar(tmp_path / "x.tar", {"0.jpg": b"", "0.json": fields, "0.txt": "of txt"})
     for column, expected in (("caption", "of json"), ("text", "other"), ("title", "of txt")):
-        assert samples_of(source_of(path, caption_column=column))[0].captions == (expected,)
+        assert samples_of(shards_of(path, caption_column=column))[0].captions == (expected,)
 
 
 @pytest.mark.parametrize(
@@ -291,7 +287,7 @@ def test_damaged_tars_give_no_samples(tmp_path: Path, damage: Callable[[bytes], 
     members: dict[str, bytes | str] = {"0.txt": "x", "0.jpg": b"0" * 900, "1.jpg": b"1" * 900, "1.txt": "x"}
     path = write_tar(tmp_path / "x.tar", members)
     path.write_bytes(damage(path.read_bytes()))
-    samples = source_of(path).pieces()[0].samples()
+    samples = shards_of(path).pieces[0].samples()
     with pytest.raises(UserError) as caught:
         next(samples)
     assert re.match(rf"--webdataset {path}: damaged or cut short \(.*({expected})", str(caught.value))
@@ -307,7 +303,7 @@ def test_compressed_tars_are_refused(shards: tuple[Path, Path]) -> None:
 
 
 def test_tar_that_shrinks_or_vanishes(shards: tuple[Path, Path]) -> None:
-    source = source_of(*shards)
+    source = shards_of(*shards)
     samples = samples_of(source)
     shards[0].write_bytes(shards[0].read_bytes()[:600])
     shards[1].unlink()
@@ -316,9 +312,6 @@ def test_tar_that_shrinks_or_vanishes(shards: tuple[Path, Path]) -> None:
         with pytest.raises(BadImageError) as caught:
             sample.read()
         reasons.append(caught.value.reason)
-    assert reasons == [
-        "cannot be read (the shard has become shorter)",
-        "cannot be read (No such file or directory)",
-    ]
+    assert reasons == ["cannot be read (the shard has become shorter)", "cannot be read (No such file or directory)"]
     with pytest.raises(UserError, match=r"photos-001\.tar: cannot be read \(No such file or directory\)"):
-        list(source.pieces()[1].samples())
+        list(source.pieces[1].samples())

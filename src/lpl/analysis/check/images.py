@@ -95,7 +95,7 @@ def spread(source: Source, count: int) -> list[tuple[Piece, list[int]]]:
 
     Of each piece its first PIECE_SIZE samples are considered, of pieces that do not say their size the very first.
     """
-    pieces = list(source.pieces())
+    pieces = list(source.pieces)
     pieces = [pieces[i] for i in _even(len(pieces), min(MOST_PIECES, count))]
     each = -(-count // max(1, len(pieces)))
     reach = [min(each if piece.size is None else piece.size, PIECE_SIZE) for piece in pieces]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from lpl.base.errors import UserError
 from lpl.config import DataConfig
 from lpl.data.sources.base import Piece, Sample, Source
-from lpl.data.sources.folder import FolderSource
-from lpl.data.sources.webdataset import WebDatasetSource
+from lpl.data.sources.folder import TRAIN_FLAG, open_folder
+from lpl.data.sources.webdataset import open_shards
 
 __all__ = ["Piece", "Sample", "Source", "open_regularisation", "open_source", "open_validation"]
 
@@ -14,43 +14,23 @@ __all__ = ["Piece", "Sample", "Source", "open_regularisation", "open_source", "o
 def open_source(config: DataConfig, cache_dir: str | None) -> Source:
     """The samples that --train_data_dir, --dataset_name or --webdataset names, cut to --max_train_samples.
 
-    Args:
-        config: the options of the data.
-        cache_dir: where `datasets` keeps downloads; None: its own default.
+    `cache_dir` is where `datasets` keeps downloads; None: its own default.
 
     Raises:
         UserError: nothing named, not found, or without the images and captions that are needed.
     """
     if config.train_data_dir is not None:
-        masks = config.masked_loss == "files"
-        return FolderSource(
-            config.train_data_dir,
-            config.caption_column,
-            config.max_train_samples,
-            masks=masks,
-            mask_dir=config.mask_dir,
-            instance_prompt=config.instance_prompt,
-        )
+        return open_folder(config.train_data_dir, config, TRAIN_FLAG)
     if config.webdataset is not None:
-        return WebDatasetSource(
-            config.webdataset,
-            config.caption_column,
-            config.max_train_samples,
-            config.masked_loss == "files",
-            config.instance_prompt,
-        )
+        return open_shards(config.webdataset, config)
     if config.dataset_name is None:
         raise UserError(
             "no data: give --train_data_dir (an image folder), --dataset_name (a data set) or --webdataset (shards)"
         )
     # datasets takes seconds to load: folders and shards do without.
-    if config.streaming:
-        from lpl.data.sources.hub import StreamSource
+    from lpl.data.sources import hub
 
-        return StreamSource(config, cache_dir)
-    from lpl.data.sources.hub import HubSource
-
-    return HubSource(config, cache_dir)
+    return (hub.open_stream if config.streaming else hub.open_dataset)(config.dataset_name, config, cache_dir)
 
 
 def open_regularisation(config: DataConfig) -> Source | None:
@@ -61,21 +41,14 @@ def open_regularisation(config: DataConfig) -> Source | None:
     Raises:
         UserError: not found, or without the images and captions that are needed.
     """
-    return _open_folder(config, "reg_data_dir")
+    return None if config.reg_data_dir is None else open_folder(config.reg_data_dir, config, "--reg_data_dir")
 
 
 def open_validation(config: DataConfig) -> Source | None:
-    """The folder that --validation_data_dir names; None where it is not given.
+    """The folder that --validation_data_dir names, whole; None where it is not given.
 
     Raises:
         UserError: as open_regularisation.
     """
-    return _open_folder(config, "validation_data_dir")
-
-
-def _open_folder(config: DataConfig, option: str) -> Source | None:
-    folder = getattr(config, option)
-    if folder is None:
-        return None
-    masks, prompt = config.masked_loss == "files", None if option == "reg_data_dir" else config.instance_prompt
-    return FolderSource(folder, config.caption_column, flag=f"--{option}", masks=masks, instance_prompt=prompt)
+    folder = config.validation_data_dir
+    return None if folder is None else open_folder(folder, config, "--validation_data_dir")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from lpl.base.errors import require
 from lpl.data.bad_files import UnreadImageError
@@ -41,57 +43,34 @@ class Sample(NamedTuple):
     """Files and URLs that it is read from and that its stamp does not cover; Source.versions has their versions."""
 
 
-class Piece(Protocol):
+@dataclass(frozen=True)
+class Piece:
     """A part of a source that is read in one go."""
 
-    @property
-    def key(self) -> str:
-        """Names the piece within its source, the same from run to run."""
-        ...
-
-    @property
-    def stamp(self) -> str:
-        """Where it is equal to an earlier one, nothing in the piece has changed."""
-        ...
-
-    @property
-    def size(self) -> int | None:
-        """Number of samples, if known without opening it."""
-        ...
-
-    def samples(self) -> Generator[Sample, None, None]:
-        """The samples in order; may be called again. A generator: close() frees what it holds.
-
-        Raises:
-            UserError: a caption that is missing or none, or a shard that cannot be read.
-        """
-        ...
+    key: str
+    """Names the piece within its source, the same from run to run."""
+    stamp: str
+    """Where it is equal to an earlier one, nothing in the piece has changed."""
+    size: int | None
+    """Number of samples, if known without opening it."""
+    samples: Callable[[], Generator[Sample, None, None]]
+    """The samples in order; may be called again. A generator: close() frees what it holds. Raises UserError for a
+    caption that is missing or none, or a shard that cannot be read."""
 
 
-class Source(Protocol):
+@dataclass(frozen=True)
+class Source:
     """Samples in a fixed order, in pieces."""
 
-    versions: Versions
+    name: str
+    """What to call it in a message: the flag and its value."""
+    identity: str
+    """Which source this is: absolute path, name or URL, and the options that decide its ids and captions."""
+    pieces: Sequence[Piece]
+    size: int | None = None
+    """Number of samples; None: not known before all shards have been read."""
+    versions: Versions = field(default_factory=Versions)
     """Of the files that samples name."""
-
-    @property
-    def name(self) -> str:
-        """What to call it in a message: the flag and its value."""
-        ...
-
-    @property
-    def identity(self) -> str:
-        """Which source this is: absolute path, name or URL, and the options that decide its ids and captions."""
-        ...
-
-    @property
-    def size(self) -> int | None:
-        """Number of samples; None: not known before all shards have been read."""
-        ...
-
-    def pieces(self) -> Sequence[Piece]:
-        """The pieces in order."""
-        ...
 
 
 def captions_of(
@@ -100,13 +79,11 @@ def captions_of(
     """The captions in a field that holds a string, or a list of at least one string.
 
     Args:
-        value: what the field holds.
-        where: what to call the field in a message.
         instance_prompt: what nothing, or an empty list, stands for.
         may_have_prompt: the source takes one.
 
     Raises:
-        UserError: anything else.
+        UserError: anything else; names `where`.
     """
     absent = value is None or (isinstance(value, list | tuple) and not value)
     if absent and instance_prompt is not None:
@@ -131,11 +108,7 @@ def one_line(text: str) -> str:
 
 
 def read_file(path: str | Path) -> bytes:
-    """An image file.
-
-    Raises:
-        UnreadImageError: it cannot be read.
-    """
+    """An image file; raises UnreadImageError where it cannot be read."""
     try:
         return Path(path).read_bytes()
     except OSError as error:
@@ -153,65 +126,31 @@ def digest(*parts: str) -> str:
     return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
 
-class FirstSamples:
-    """The first samples of several pieces, as one piece: where the cut lies is known only once they have been read.
+def cut(pieces: Sequence[Piece], count: int | None) -> Sequence[Piece]:
+    """The pieces themselves, or one piece with their first `count` samples: only reading them tells where the cut lies.
 
     Pieces behind the cut are never opened. The stamp covers all pieces.
-
-    Args:
-        pieces: in order.
-        count: how many samples at most.
     """
-
-    size = None
-
-    def __init__(self, pieces: Sequence[Piece], count: int) -> None:
-        self._pieces, self._count = pieces, count
-        self.key = f"first {count}"
-        self.stamp = digest(*(part for piece in pieces for part in (piece.key, piece.stamp)))
-
-    def samples(self) -> Generator[Sample, None, None]:
-        """See Piece."""
-        left = self._count
-        for piece in self._pieces:
-            samples = piece.samples()
-            try:
-                for sample in samples:
-                    yield sample
-                    left -= 1
-                    if left == 0:
-                        return
-            finally:
-                if isinstance(samples, Generator):
-                    samples.close()
+    if count is None:
+        return pieces
+    stamp = digest(*(part for piece in pieces for part in (piece.key, piece.stamp)))
+    return [Piece(f"first {count}", stamp, None, partial(_first, pieces, count))]
 
 
-def cut(pieces: Sequence[Piece], count: int | None) -> Sequence[Piece]:
-    """The pieces themselves, or one piece with their first `count` samples."""
-    return pieces if count is None else [FirstSamples(pieces, count)]
-
-
-class Prompted:
-    """A piece in which images without a caption have the instance prompt.
-
-    That is in the piece's stamp, so that another prompt reads the captions anew; it is not in those of the samples, so
-    that no image is opened again for it.
-
-    Args:
-        piece: yields the prompt where there is no caption.
-        prompt: the instance prompt.
-    """
-
-    def __init__(self, piece: Piece, prompt: str) -> None:
-        self._piece = piece
-        self.key, self.size = piece.key, piece.size
-        self.stamp = digest(piece.stamp, prompt)
-
-    def samples(self) -> Generator[Sample, None, None]:
-        """See Piece."""
-        return self._piece.samples()
+def _first(pieces: Sequence[Piece], left: int) -> Generator[Sample, None, None]:
+    for piece in pieces:
+        with closing(piece.samples()) as samples:
+            for sample in samples:
+                yield sample
+                left -= 1
+                if left == 0:
+                    return
 
 
 def with_prompt(pieces: Sequence[Piece], prompt: str | None) -> Sequence[Piece]:
-    """The pieces themselves, or such pieces of them."""
-    return pieces if prompt is None else [Prompted(piece, prompt) for piece in pieces]
+    """Pieces whose images have the instance prompt where they have no caption of their own.
+
+    It enters the stamp of each piece, so that another prompt reads the captions anew; not that of its samples, so that
+    no image is opened again for it.
+    """
+    return pieces if prompt is None else [replace(piece, stamp=digest(piece.stamp, prompt)) for piece in pieces]

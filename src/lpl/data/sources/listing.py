@@ -48,9 +48,7 @@ class Listing(NamedTuple):
 
 
 def list_images(root: str) -> Listing:
-    """The files below a folder; hidden ones are left out.
-
-    Links to folders come after all else, so that a folder goes by its own path where that is below the root too.
+    """The files below a folder; hidden ones are left out. A folder goes by its own path rather than by a link to it.
 
     Raises:
         UserError: a folder that cannot be listed, or a name that is not UTF-8.
@@ -58,7 +56,8 @@ def list_images(root: str) -> Listing:
     found = Listing({}, [], {}, [], [], [], [])
     folders = [("", os.path.realpath(root))]
     links: list[str] = []
-    bar = progress(desc="listing", unit="file", show=os.environ.get("LOCAL_RANK", "0") == "0")
+    show = os.environ.get("LOCAL_RANK", "0") == "0"
+    bar = progress(desc="listing", unit="file", show=show)
     while folders or links:
         if folders:
             prefix, real = folders.pop()
@@ -96,11 +95,11 @@ def list_images(root: str) -> Listing:
         _match(found, prefix, images, texts, others)
     bar.close()
     found.metadata.sort()
-    _tell_apart(root, found.images)
+    _tell_apart(root, found.images, show)
     return found
 
 
-def _tell_apart(root: str, images: dict[str, str]) -> None:
+def _tell_apart(root: str, images: dict[str, str], show: bool) -> None:
     """Adds a hash of what is in them to the stamps of files that have the size and the time of change of another.
 
     Archives and copies give many files one time: two of one size could else change places without anyone noticing.
@@ -111,9 +110,7 @@ def _tell_apart(root: str, images: dict[str, str]) -> None:
         for part in stamp.split(" ")[:2]:
             (twins if part in seen else seen).add(part)
     alike = [name for name, stamp in images.items() if not twins.isdisjoint(stamp.split(" ")[:2])] if twins else []
-    for name in progress(
-        alike, desc="telling alike files apart", unit="file", show=os.environ.get("LOCAL_RANK", "0") == "0"
-    ):
+    for name in progress(alike, desc="telling alike files apart", unit="file", show=show):
         parts = images[name].split(" ")
         text = os.path.splitext(name)[0] + (parts[2] if len(parts) > 2 else ".txt")
         for place, file in enumerate((name, text)[: len(parts)]):
@@ -191,25 +188,12 @@ def _require_utf8(root: str, prefix: str, name: str) -> None:
 
 
 def tell_left_out(listing: Listing, shadowed: Sequence[str] = ()) -> str:
-    """What of a folder is left out; "" if nothing is.
-
-    Args:
-        listing: the folder; what metadata names is among its images.
-        shadowed: images with a caption in metadata.jsonl and a caption file beside.
-    """
+    """What of a folder is left out; "" if nothing is. `shadowed`: images in metadata.jsonl with a caption file, too."""
     unread = sorted(name for name in listing.unread if name not in listing.images)
     endings = ", ".join(sorted({os.path.splitext(name)[1].lower() or "none" for name in unread})[:5])
     groups = (
-        (
-            unread,
-            ("file is", "files are"),
-            f"left out, as {endings} is not read: convert pictures to PNG or JPEG",
-        ),
-        (
-            listing.orphans,
-            ("caption file is", "caption files are"),
-            "not read, as no image beside has that name",
-        ),
+        (unread, ("file is", "files are"), f"left out, as {endings} is not read: convert pictures to PNG or JPEG"),
+        (listing.orphans, ("caption file is", "caption files are"), "not read, as no image beside has that name"),
         (
             [*listing.doubled, *shadowed],
             ("caption file is", "caption files are"),

@@ -1,4 +1,4 @@
-"""Fetches a file: http and https by urllib, all else by fsspec."""
+"""Fetches files (http and https by urllib, all else by fsspec) and tells whether they have changed."""
 
 from __future__ import annotations
 
@@ -27,15 +27,10 @@ _BUSY = (408, 425, 429)
 
 
 def download(url: str, file: BinaryIO, shard: str) -> str:
-    """Writes what is at a URL to a file, and checks its length against what the server said.
-
-    Args:
-        url: any URL that urllib or fsspec opens.
-        file: an empty file, opened for reading and writing; at its start afterwards.
-        shard: what to call the URL in a message.
+    """Writes what is at a URL (of urllib or fsspec) to an empty file; its length must be what the server says.
 
     Returns:
-        The version of what was written, see Versions.
+        The version of what was written, see Versions; the file is at its start.
 
     Raises:
         UserError: it cannot be fetched, in several attempts where trying again may help, or there is no room for it.
@@ -84,19 +79,27 @@ def _fetch(url: str, file: BinaryIO, shard: str) -> str:
 @contextmanager
 def _opened(url: str, shard: str) -> Iterator[tuple[Any, int | None, str]]:
     """A stream to read from, its length if that is known, and its version."""
-    if is_http(url):
-        with urllib.request.urlopen(request_of(url), timeout=_TIMEOUT) as response:
-            yield response, response.length, version_in(response.headers)
+    if _is_http(url):
+        with _ask(url, _TIMEOUT) as response:
+            yield response, response.length, _version_in(response.headers)
         return
-    import fsspec
-
     try:
-        filesystem, path = fsspec.core.url_to_fs(url)
+        filesystem, path = _filesystem(url)
     except (ImportError, ValueError) as error:
         raise UserError(f"{shard}: cannot be opened ({error}): install what it needs, or correct the URL") from None
-    version = version_of(filesystem, path)
+    version = _version_of(filesystem, path)
     with filesystem.open(path, "rb") as stream:
         yield stream, filesystem.size(path), version
+
+
+def _version_of(filesystem: Any, path: str) -> str:
+    return _short(str(filesystem.ukey(path)))
+
+
+def _filesystem(url: str) -> tuple[Any, str]:
+    import fsspec
+
+    return fsspec.core.url_to_fs(url)
 
 
 THREADS = 16
@@ -111,10 +114,7 @@ class Versions:
     """Versions of files and URLs, each looked up once in a run, before it is read or with it.
 
     So what is noted is never newer than what was read, and a file that is replaced in between is read again by the next
-    run.
-
-    Args:
-        addresses: what to open for some of the names; the others are paths and URLs themselves.
+    run. `addresses` says what to open for some of the names; the others are paths and URLs themselves.
     """
 
     def __init__(self, addresses: Mapping[str, str] | None = None) -> None:
@@ -168,51 +168,37 @@ class Versions:
             self._unanswered[name] = "nor did others there"
             return None
         try:
-            return _of_http(address) if is_http(address) else _of_other(address)
+            if not _is_http(address):
+                return _version_of(*_filesystem(address))
+            # Of one byte, since a URL that is signed for reading answers to nothing else.
+            with _ask(address, TIMEOUT, Range="bytes=0-0") as response:
+                return _version_in(response.headers)
         except urllib.error.HTTPError as error:
             error.close()
             self._unanswered[name] = f"HTTP {error.code} {error.reason}"
             return None
         except (OSError, http.client.HTTPException, ImportError, ValueError) as error:
             self._unanswered[name] = (str(error) or type(error).__name__).splitlines()[0]
-            if is_http(address):
+            if _is_http(address):
                 self._down.add(host)
             return None
 
 
-def is_http(url: str) -> bool:
-    """Whether urllib opens it."""
+def _is_http(url: str) -> bool:
     return url.lower().startswith(("http://", "https://"))
 
 
-def request_of(url: str, **headers: str) -> urllib.request.Request:
-    """A request for a file as it is stored."""
-    return urllib.request.Request(url, headers={"User-Agent": "lpl", "Accept-Encoding": "identity"} | headers)
+def _ask(url: str, timeout: float, **headers: str) -> Any:
+    """A server's answer to a request for a file as it is stored."""
+    headers = {"User-Agent": "lpl", "Accept-Encoding": "identity"} | headers
+    return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout)
 
 
-def version_in(headers: Message) -> str:
+def _version_in(headers: Message) -> str:
     """The version that a server's answer tells: length, and ETag or else date; SILENT if it tells none."""
     length = (headers.get("Content-Range") or "").rpartition("/")[2] or headers.get("Content-Length")
     parts = length, headers.get("ETag") or headers.get("Last-Modified")
     return _short(" ".join(part for part in parts if part not in (None, "*")))
-
-
-def version_of(filesystem: Any, path: str) -> str:
-    """The version of a file of fsspec's."""
-    return _short(str(filesystem.ukey(path)))
-
-
-def _of_http(url: str) -> str:
-    # Of one byte, since a URL that is signed for reading answers to nothing else.
-    with urllib.request.urlopen(request_of(url, Range="bytes=0-0"), timeout=TIMEOUT) as response:
-        return version_in(response.headers)
-
-
-def _of_other(url: str) -> str:
-    import fsspec
-
-    filesystem, path = fsspec.core.url_to_fs(url)
-    return version_of(filesystem, path)
 
 
 def _short(text: str) -> str:

@@ -1,4 +1,8 @@
-"""Lists of shards: what --webdataset names."""
+"""WebDataset's shards: what --webdataset names, and the images and captions in each tar.
+
+Of a tar only headers are read to begin with, never the data of a member; members of other kinds (.npy, .pth, .pyd, .cls
+...) are left alone.
+"""
 
 from __future__ import annotations
 
@@ -8,24 +12,44 @@ import logging
 import math
 import os
 import re
+import tarfile
 import tempfile
-import threading
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
 from urllib.parse import urlsplit
 
 from lpl.base.errors import UserError, require
+from lpl.base.files import stamp_of
+from lpl.base.json_files import parse_row
+from lpl.base.text import decode
+from lpl.config import DataConfig
 from lpl.data.bad_files import UnreadImageError
-from lpl.data.sources.base import Piece, Sample, cut, in_hand, with_prompt
+from lpl.data.sources.base import (
+    IMAGE_SUFFIXES,
+    Piece,
+    Sample,
+    Source,
+    captions_of,
+    cut,
+    in_hand,
+    one_line,
+    with_prompt,
+)
+from lpl.data.sources.listing import PICTURE_SUFFIXES
 from lpl.data.sources.remote import Versions, download
-from lpl.data.sources.tar import LeftOut, Span, captions_in, index_tar, read_span
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _MOST_SHARDS = 1_000_000
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_BLOCK = 512
+_MASK = "mask.png"
+"""What stands behind the key in the name of a mask."""
+
+logger = logging.getLogger("lpl")
 
 
 def is_url(shard: str) -> bool:
@@ -44,8 +68,7 @@ def without_secrets(shard: str) -> str:
 def list_shards(spec: str) -> list[str]:
     """Paths and URLs that a specification stands for, in its order.
 
-    Args:
-        spec: paths or URLs joined by `::`; each may hold {000..099} or {a,b}, a path also * ? [..] and ** (sorted).
+    It joins paths and URLs by `::`; each may hold {000..099} or {a,b}, a path also * ? [..] and ** (sorted).
 
     Raises:
         UserError: nothing there, braces that are none, or a shard named twice.
@@ -58,11 +81,11 @@ def list_shards(spec: str) -> list[str]:
         for shard in expand_braces(part, flag):
             shards += [shard] if is_url(shard) else _local(os.path.expanduser(shard), flag)
     missing = [shard for shard in shards if not is_url(shard) and not os.path.isfile(shard)]
-    require(
-        not missing,
-        f"--webdataset {missing[0] if missing else ''}: no such file ({len(missing)} of {len(shards)} shards are "
-        "missing): correct the path",
-    )
+    if missing:
+        raise UserError(
+            f"--webdataset {missing[0]}: no such file ({len(missing)} of {len(shards)} shards are missing): correct "
+            "the path"
+        )
     names = list(map(absolute, shards))
     twice = len(set(names)) < len(names) and next(name for name in names if names.count(name) > 1)
     require(not twice, f"--webdataset {twice}: this shard is named twice: name it once")
@@ -83,12 +106,10 @@ def _local(path: str, flag: str) -> list[str]:
 def expand_braces(text: str, flag: str) -> list[str]:
     """What a text with any number of {first..last} and {one,other} stands for, the last brace running fastest.
 
-    Args:
-        text: the text; numbers keep the width of the first one where that begins with 0.
-        flag: what to call it in a message.
+    Numbers keep the width of the first one where that begins with 0.
 
     Raises:
-        UserError: braces that hold neither, or too many shards.
+        UserError: braces that hold neither, or too many shards; names `flag`.
     """
     pieces = _BRACES.split(text)
     choices = [[piece] if n % 2 == 0 else _choices(piece, flag) for n, piece in enumerate(pieces)]
@@ -129,157 +150,228 @@ def labels(shards: list[str]) -> list[str]:
     return names if len(set(names)) == len(names) else whole
 
 
-logger = logging.getLogger("lpl")
+def open_shards(spec: str, config: DataConfig) -> Source:
+    """Shards of WebDataset's layout, one piece each, in the order in which they are named (see list_shards).
 
-
-class WebDatasetSource:
-    """Shards of WebDataset's layout, one piece each, in the order in which they are named.
-
-    A sample's id is its shard's name and its key. Its captions are in its .json (under caption_column), or else its
-    .txt. Keys without an image are left out, and counted in the log.
-
-    Args:
-        spec: paths and URLs, see shards.list_shards.
-        caption_column: key of the captions in the .json of a sample.
-        max_samples: use only the first so many samples.
-        masks: samples have the masks in their .mask.png.
-        instance_prompt: caption of the images that have none; None: there must be no such image.
+    A sample's id is its shard's name and its key. Its captions are in its .json (under --caption_column), or else its
+    .txt; its mask is its .mask.png. Keys without an image are left out, and counted in the log.
 
     Raises:
         UserError: a shard on this machine that is not there.
     """
-
-    size = None
-
-    def __init__(
-        self,
-        spec: str,
-        caption_column: str = "text",
-        max_samples: int | None = None,
-        masks: bool = False,
-        instance_prompt: str | None = None,
-    ) -> None:
-        self.name = "--webdataset " + "::".join(map(without_secrets, spec.split("::")))
-        self.identity = f"webdataset {'::'.join(map(absolute, spec.split('::')))} {caption_column}"
-        shards = list_shards(spec)
-        self.versions = Versions({without_secrets(shard): shard for shard in shards if is_url(shard)})
-        warning = OnceWarning()
-        rules = Rules(caption_column, masks, instance_prompt)
-        pieces: list[Piece] = []
-        for shard, label in zip(shards, labels(shards), strict=True):
-            options = shard, label, rules, warning
-            pieces.append(RemoteShard(*options, self.versions) if is_url(shard) else LocalShard(*options))
-        self._pieces = cut(with_prompt(pieces, instance_prompt), max_samples)
-
-    def pieces(self) -> Sequence[Piece]:
-        """The shards; with max_samples, one piece."""
-        return self._pieces
+    parts, shards = spec.split("::"), list_shards(spec)
+    versions = Versions({without_secrets(shard): shard for shard in shards if is_url(shard)})
+    told: list[str] = []
+    named = zip(shards, labels(shards), strict=True)
+    pieces = with_prompt(
+        [_Shard(shard, label, config, versions, told).piece() for shard, label in named], config.instance_prompt
+    )
+    return Source(
+        "--webdataset " + "::".join(map(without_secrets, parts)),
+        f"webdataset {'::'.join(map(absolute, parts))} {config.caption_column}",
+        cut(pieces, config.max_train_samples),
+        versions=versions,
+    )
 
 
-class OnceWarning:
-    """Says once in a run what of a shard is no sample."""
+class _Span(NamedTuple):
+    """Where a member's data are, in bytes."""
 
-    def __init__(self) -> None:
-        self._lock, self._said = threading.Lock(), False
-
-    def left_out(self, shard: str, found: LeftOut) -> None:
-        """Logs what a shard leaves out, unless that of another one has been logged."""
-        with self._lock:
-            if any(found) and not self._said:
-                self._said = True
-                logger.warning("%s: %s; further shards go unmentioned", shard, found.tell())
+    offset: int
+    size: int
 
 
-class Rules(NamedTuple):
-    """What of a shard's members is used."""
-
-    caption_column: str
-    masks: bool
-    instance_prompt: str | None
-
-
+@dataclass(frozen=True)
 class _Shard:
-    """What both kinds of shards share."""
+    """A tar: a path or URL, its label among the others, and the shard of which it was told what is left out."""
 
-    size = None
-    stamp: str
+    shard: str
+    label: str
+    config: DataConfig
+    versions: Versions
+    told: list[str]
 
-    def __init__(self, shard: str, label: str, rules: Rules, warning: OnceWarning) -> None:
-        self._shard, self._rules, self._warning = shard, rules, warning
-        self._where = f"--webdataset {without_secrets(shard)}"
-        self.key = label
+    @property
+    def where(self) -> str:
+        return f"--webdataset {without_secrets(self.shard)}"
 
-    def _samples(self, file: BinaryIO) -> Iterator[tuple[Sample, Span, Span | None]]:
+    def piece(self) -> Piece:
+        """The stamp of a URL leaves out its query, which for signed URLs is new each time."""
+        if is_url(self.shard):
+            return Piece(self.label, without_secrets(self.shard), None, self._fetched)
+        try:
+            stamp = stamp_of(os.stat(self.shard))
+        except OSError as error:
+            raise UserError(f"{self.where}: cannot be read ({error.strerror}): correct its permissions") from None
+        return Piece(self.label, stamp, None, partial(self._on_disk, stamp))
+
+    def _on_disk(self, stamp: str) -> Generator[Sample, None, None]:
+        """Images are read from their place in the tar, at any time and in any order."""
+        try:
+            with open(self.shard, "rb") as file:
+                for sample, image, mask in self._samples(file, stamp):
+                    read_mask = None if mask is None else partial(_read_image, self.shard, mask)
+                    yield sample._replace(read=partial(_read_image, self.shard, image), read_mask=read_mask)
+        except OSError as error:
+            raise UserError(f"{self.where}: cannot be read ({error.strerror}): restore it, then run again") from None
+
+    def _fetched(self) -> Generator[Sample, None, None]:
+        """Fetches the tar whole to a nameless temporary file, which is gone at the end; samples hold their bytes.
+
+        It is a file that each sample names, so that it has a version beside the stamp.
+        """
+        stamp = without_secrets(self.shard)
+        with _temporary_file(self.where) as file:
+            self.versions.note(stamp, download(self.shard, file, self.where))
+            for sample, image, mask in self._samples(file, stamp):
+                read_mask = None if mask is None else in_hand(_read_span(file, mask))
+                yield sample._replace(read=in_hand(_read_span(file, image)), read_mask=read_mask, files=(stamp,))
+
+    def _samples(self, file: BinaryIO, stamp: str) -> Iterator[tuple[Sample, _Span, _Span | None]]:
         """Samples that cannot be read yet, and where their images and masks are."""
-        entries, left_out = index_tar(file, self._where)
-        self._warning.left_out(self._where, left_out)
-        column, masks, prompt = self._rules
-        name = os.path.basename(without_secrets(self._shard))
-        for entry in entries:
-            captions = captions_in(file, entry, column, f"{self._where}: {entry.key}", prompt)
-            sample = Sample(f"{self.key}/{entry.key}", captions, self.key, self.stamp, f"{name}: {entry.key}", bytes)
-            yield sample, entry.image, entry.mask if masks else None
+        keys, left_out = _index(file, self.where)
+        if left_out and not self.told:
+            self.told.append(self.shard)
+            logger.warning("%s: %s; further shards go unmentioned", self.where, left_out)
+        name, masks = os.path.basename(without_secrets(self.shard)), self.config.masked_loss == "files"
+        for key, members in keys.items():
+            captions = _captions_in(file, members, self.config, f"{self.where}: {key}")
+            sample = Sample(f"{self.label}/{key}", captions, self.label, stamp, f"{name}: {key}", bytes)
+            yield sample, members["image"], members.get(_MASK) if masks else None
 
 
-class LocalShard(_Shard):
-    """A tar on this machine: images are read from their place in it, at any time and in any order."""
-
-    def __init__(self, shard: str, label: str, rules: Rules, warning: OnceWarning) -> None:
-        super().__init__(shard, label, rules, warning)
-        try:
-            status = os.stat(shard)
-        except OSError as error:
-            raise UserError(f"{self._where}: cannot be read ({error.strerror}): correct its permissions") from None
-        self.stamp = f"{status.st_size:x}.{status.st_mtime_ns:x}"
-
-    def samples(self) -> Generator[Sample, None, None]:
-        """See Piece; the headers of the tar are read first."""
-        try:
-            with open(self._shard, "rb") as file:
-                for sample, image, mask in self._samples(file):
-                    read_mask = None if mask is None else partial(_read_image, self._shard, mask)
-                    yield sample._replace(read=partial(_read_image, self._shard, image), read_mask=read_mask)
-        except OSError as error:
-            raise UserError(f"{self._where}: cannot be read ({error.strerror}): restore it, then run again") from None
+def _temporary_file(shard: str) -> BinaryIO:
+    try:
+        return cast(BinaryIO, tempfile.TemporaryFile(prefix="lpl-"))
+    except OSError as error:
+        raise UserError(
+            f"{shard}: the folder for temporary files cannot be written ({error.strerror}): name another one with the "
+            "environment variable TMPDIR"
+        ) from None
 
 
-class RemoteShard(_Shard):
-    """A tar at a URL: fetched whole to a nameless temporary file, which is gone when samples() ends or is closed.
-
-    Samples hold their image's bytes. The stamp is the URL without its query, which for signed URLs is new each time; as
-    a file that each sample names, it has a version besides.
-    """
-
-    def __init__(self, shard: str, label: str, rules: Rules, warning: OnceWarning, versions: Versions) -> None:
-        super().__init__(shard, label, rules, warning)
-        self.stamp, self._versions = without_secrets(shard), versions
-
-    def samples(self) -> Generator[Sample, None, None]:
-        """See Piece; the shard is fetched first."""
-        with _temporary_file(self._where) as file:
-            self._versions.note(self.stamp, download(self._shard, file, self._where))
-            for sample, image, mask in self._samples(file):
-                read_mask = None if mask is None else in_hand(read_span(file, mask))
-                image_bytes = in_hand(read_span(file, image))
-                yield sample._replace(read=image_bytes, read_mask=read_mask, files=(self.stamp,))
-
-
-@contextmanager
-def _temporary_file(shard: str) -> Iterator[BinaryIO]:
-    with ExitStack() as stack:
-        try:
-            file = stack.enter_context(tempfile.TemporaryFile(prefix="lpl-"))
-        except OSError as error:
-            raise UserError(
-                f"{shard}: the folder for temporary files cannot be written ({error.strerror}): name another one with "
-                "the environment variable TMPDIR"
-            ) from None
-        yield cast(BinaryIO, file)
-
-
-def _read_image(path: str, span: Span) -> bytes:
+def _read_image(path: str, span: _Span) -> bytes:
     try:
         with open(path, "rb") as file:
-            return read_span(file, span)
+            return _read_span(file, span)
     except OSError as error:
         raise UnreadImageError(f"cannot be read ({error.strerror})") from None
+
+
+def _index(file: BinaryIO, shard: str) -> tuple[dict[str, dict[str, _Span]], str]:
+    """The members of each key with an image, in the order of their first, and in words what is left out.
+
+    A key is a member's path up to the first dot of its file name, as WebDataset defines it; what follows that dot, in
+    any case, says what it is: "image", "txt", "json" or "mask.png". Members of one key need not be neighbours.
+
+    Raises:
+        UserError: compressed, damaged or cut short, or two images of one key.
+    """
+    keys: dict[str, dict[str, _Span]] = {}
+    pictures: list[str] = []
+    dotted: list[str] = []
+    pictured: set[str] = set()
+    for name, span in _members(file, shard):
+        folder, slash, base = name.rpartition("/")
+        stem, dot, extension = base.partition(".")
+        if not stem or not dot:
+            continue
+        key = folder + slash + stem
+        kind = "image" if f".{extension.lower()}" in IMAGE_SUFFIXES else extension.lower()
+        members = keys.setdefault(key, {})
+        if kind in ("image", "txt", "json", _MASK):
+            require(
+                kind not in members,
+                f"{shard}: two {'images' if kind == 'image' else f'.{kind} files'} of the key {key}: give each image a "
+                "key of its own",
+            )
+            members[kind] = span
+        last = f".{kind.rpartition('.')[2]}"
+        if last in PICTURE_SUFFIXES or (last in IMAGE_SUFFIXES and kind != _MASK):
+            (pictures if last in PICTURE_SUFFIXES else dotted).append(name)
+            pictured.add(key)
+    without = [key for key, members in keys.items() if "image" not in members and key not in pictured]
+    groups = (
+        (without, "keys have no image and are left out"),
+        (pictures, "pictures are left out, as their endings are not read: convert them to PNG or JPEG"),
+        (
+            dotted,
+            "images are left out, as their names have further dots, and a key ends at the first: rename those that "
+            "are to be trained on",
+        ),
+    )
+    left_out = "; ".join(f"{len(names)} {what} (first: {names[0]})" for names, what in groups if names)
+    return {key: members for key, members in keys.items() if "image" in members}, left_out
+
+
+def _captions_in(file: BinaryIO, members: dict[str, _Span], config: DataConfig, where: str) -> tuple[str, ...]:
+    """Captions of an image: of its .json, where that has the key, else of its .txt, which holds one.
+
+    Raises:
+        UserError: no captions, or ones that cannot be read.
+    """
+    keys, column, prompt = "", config.caption_column, config.instance_prompt
+    if "json" in members:
+        text = decode(_read_span(file, members["json"]), f"{where}.json")
+        fields = parse_row(text, f"{where}.json", "make the shard anew")
+        if fields.get(column) is not None or (column in fields and "txt" not in members):
+            return captions_of(fields[column], f"{where}.json", prompt)
+        keys = f" (keys of its .json: {', '.join(fields) or 'none'})"
+    if "txt" in members:
+        return (one_line(decode(_read_span(file, members["txt"]), f"{where}.txt")),)
+    if prompt is not None:
+        return (prompt,)
+    raise UserError(
+        f"{where} has no caption{keys}: put a .txt beside it, name the captions' key in its .json with "
+        "--caption_column, or give all images without one the same with --instance_prompt"
+    )
+
+
+def _read_span(file: BinaryIO, span: _Span) -> bytes:
+    """The data of a member; raises OSError where the file has become shorter."""
+    file.seek(span.offset)
+    data = file.read(span.size)
+    if len(data) < span.size:
+        raise OSError(0, "the shard has become shorter")
+    return data
+
+
+def _members(file: BinaryIO, shard: str) -> Iterator[tuple[str, _Span]]:
+    """Names and places of the files in a tar; hard links lead to what they link to."""
+    start = file.read(max(map(len, _COMPRESSED)))
+    for magic, kind in _COMPRESSED.items():
+        require(
+            not start.startswith(magic),
+            f"{shard}: compressed ({kind}), which makes images no smaller and hides where they are: unpack it to a "
+            "plain .tar",
+        )
+    file.seek(0)
+    spans: dict[str, _Span] = {}
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as archive:
+            for member in archive:
+                if member.issparse():
+                    raise tarfile.ReadError(f"{member.name} is a sparse file")
+                if member.isreg():
+                    spans[member.name] = _Span(member.offset_data, member.size)
+                    yield member.name, spans[member.name]
+                elif member.islnk() and member.linkname in spans:
+                    yield member.name, spans[member.linkname]
+            _check_end(file, archive.offset)
+    except (tarfile.TarError, OSError, ValueError) as error:
+        raise UserError(
+            f"{shard}: damaged or cut short ({error}): fetch or make it anew, or leave it out of the list"
+        ) from None
+
+
+def _check_end(file: BinaryIO, offset: int) -> None:
+    """tarfile stops without a word at a header it cannot read; only zeros may follow the last member, and must."""
+    file.seek(offset)
+    block = file.read(_BLOCK)
+    if len(block) < _BLOCK:
+        raise tarfile.ReadError("its end mark is missing")
+    while block:
+        if block.count(0) < len(block):
+            raise tarfile.ReadError(f"no header of a member at byte {offset}")
+        offset += len(block)
+        block = file.read(1 << 20)
