@@ -26,10 +26,10 @@ def test_every_number_has_a_bound() -> None:
     """Of every option that takes whole numbers, what is far beyond its bound is refused by name."""
     tried = 0
     for group in TrainConfig().groups():
-        for declared in fields(group):
+        for declared, facts in zip(fields(group), facts_of(group).values(), strict=True):
             if "int" in str(declared.type):
                 tried += 1
-                beyond = (facts_of(group, declared).most or MOST) + 1
+                beyond = (facts.most or MOST) + 1
                 for value in (beyond, 10**400):
                     with pytest.raises(UserError, match=f"--{declared.name} "):
                         type(group)(**{declared.name: value})
@@ -39,12 +39,12 @@ def test_every_number_has_a_bound() -> None:
 def test_names_that_no_file_can_have() -> None:
     tried = 0
     for group in (*TrainConfig().groups(), VerifyConfig()):
-        for declared in fields(group):
-            if facts_of(group, declared).path:
+        for name, facts in facts_of(group).items():
+            if facts.path:
                 tried += 1
                 for given in ("n" * 256, "a/" + "ü" * 130, "a/" * 2100):
-                    with pytest.raises(UserError, match=f"--{declared.name} .*too many for a file's name"):
-                        type(group)(**{declared.name: given})
+                    with pytest.raises(UserError, match=f"--{name} .*too many for a file's name"):
+                        type(group)(**{name: given})
     assert tried > 12
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lpl.base.errors import UserError
-from lpl.config import DataConfig, TrainConfig, declared, idle_options, needs_in_words
+from lpl.config import DataConfig, TrainConfig, declared, idle_options
 from lpl.config.command_line import parse_train
 
 ROOT = Path(__file__).parents[2]
@@ -77,14 +77,15 @@ def test_not_recorded() -> None:
 def test_what_is_needed_are_options() -> None:
     """No option needs one that is not there, or a value that another never takes."""
     for name, facts in declared().items():
-        if isinstance(facts.needs, str):
-            for part in facts.needs.split(" & "):
-                needed, _, values = part.partition("=")
-                for value in values.split("|") if values else []:
-                    assert parse_train([f"--{needed}={value}"]).flat()[needed] == value, name
+        if facts.needs is not None and facts.needs.words.startswith("--") and "," not in facts.needs.words:
+            for part in facts.needs.words.split(" and "):
+                needed, _, values = part.removeprefix("--").partition(" ")
                 assert needed in declared(), name
-    assert needs_in_words(declared()["mask_dir"]) == "--masked_loss files and --train_data_dir"
-    assert needs_in_words(declared()["timestep_bias_portion"]) == "--timestep_bias_strategy earlier or later"
+                for value in values.split(" or ") if values else []:
+                    assert "--" in value or parse_train([f"--{needed}={value}"]).flat()[needed] == value, name
+    words = {name: facts.needs.words for name, facts in declared().items() if facts.needs}
+    assert words["mask_dir"] == "--masked_loss files and --train_data_dir"
+    assert words["timestep_bias_portion"] == "--timestep_bias_strategy earlier or later"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from lpl.base.errors import require
 from lpl.base.text import parse_keywords
-from lpl.config.checks import Needs, check_declared, option
+from lpl.config.checks import Needs, Options, option
 
 OPTIMI = "optimi."
 """How the classes of the package optimi begin, which step parameter by parameter and sum with compensation."""
@@ -26,7 +26,7 @@ WARM_UP = Needs("a schedule with warm-up (constant_with_warmup)", lambda config:
 
 
 @dataclass(frozen=True)
-class OptimConfig:
+class OptimConfig(Options):
     """Optimizer and schedule."""
 
     learning_rate: float | None = option(None, above=0, elsewhere=("unet_lr", "lr"))
@@ -104,7 +104,7 @@ class OptimConfig:
     """Another one for the second text encoder (CLIP-G); unset: --text_encoder_lr's."""
 
     def __post_init__(self) -> None:
-        check_declared(self)
+        super().__post_init__()
         self._check_optimizer()
         for name, owner, default in (
             ("lr_num_cycles", "cosine_with_restarts", 1),
