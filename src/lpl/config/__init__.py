@@ -94,7 +94,7 @@ class TrainConfig:
 @cache
 def declared(command: Any = TrainConfig) -> dict[str, Facts]:
     """What is known of every option of a command, by its flag's name."""
-    groups = {f.name: f.default_factory for f in fields(command) if f.default_factory is not MISSING}
+    groups: dict[str, Any] = {f.name: f.default_factory for f in fields(command) if f.default_factory is not MISSING}
     own = {name: facts for name, facts in facts_of(command).items() if name not in groups}
     return {name: facts for group in groups.values() for name, facts in declared(group).items()} | own
 
