@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cache
 from typing import Any
 
@@ -85,6 +85,15 @@ class TrainConfig:
     def flat(self) -> dict[str, Any]:
         """Every option by its flag's name."""
         return {f.name: getattr(group, f.name) for group in self.groups() for f in fields(group)}
+
+    def changed(self, **values: Any) -> TrainConfig:
+        """The options with other values of some, each by its flag's name."""
+        assert values.keys() <= self.flat().keys()
+        groups = {}
+        for f in fields(self):
+            group = getattr(self, f.name)
+            groups[f.name] = replace(group, **{g.name: values[g.name] for g in fields(group) if g.name in values})
+        return replace(self, **groups)
 
     def groups(self) -> list[Any]:
         """The groups of options, in order."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import platform
 import subprocess
@@ -37,9 +38,10 @@ EMPTY = ("null", "~", "")
 UNSAID_GATE = ("lpl_t_threshold", 200)
 """The gate of a run whose config.yaml states none: it was written while this was the default."""
 
+MEMORY_EFFICIENT = "PyTorch's own memory-efficient attention is always used"
 REFUSED = {
-    "enable_xformers_memory_efficient_attention": "PyTorch's own memory-efficient attention is always used",
-    "enable_npu_flash_attention": "PyTorch's own memory-efficient attention is always used",
+    "enable_xformers_memory_efficient_attention": MEMORY_EFFICIENT,
+    "enable_npu_flash_attention": MEMORY_EFFICIENT,
     "local_rank": "start several processes with `accelerate launch -m lpl train` or torchrun",
     "debug_loss": "every logged step already has the losses, by term and layer (--log_every 1)",
 }
@@ -55,9 +57,7 @@ ELSEWHERE = {
     "save_model_as": "every result is .safetensors",
     "save_precision": "results are float32; lpl export writes other precisions",
     "dataset_config": "--train_data_dir, --repeats and --resolution say the same",
-    "xformers": "PyTorch's own memory-efficient attention is always used",
-    "sdpa": "PyTorch's own memory-efficient attention is always used",
-    "mem_eff_attn": "PyTorch's own memory-efficient attention is always used",
+    **dict.fromkeys(("xformers", "sdpa", "mem_eff_attn"), MEMORY_EFFICIENT),
     **dict.fromkeys(("cache_latents", "cache_latents_to_disk", "cache_text_encoder_outputs"), CACHED),
 }
 """Flags of kohya's scripts and SimpleTuner that have no counterpart, and what to do."""
@@ -158,11 +158,7 @@ class _OnceLoader(_WithoutAliases, yaml.BaseLoader):
 
 
 def read_strings(text: str, where: str) -> Any:
-    """What YAML holds, every value a string as it is written.
-
-    Args:
-        text: YAML.
-        where: flag and file, for errors.
+    """What YAML holds, every value a string as it is written; `where` is flag and file, for errors.
 
     Raises:
         UserError: not YAML, or a key that is given twice.
@@ -268,43 +264,37 @@ def differences(config: TrainConfig, folder: Path, processes: int = 1) -> list[s
         and not _same_path(declared()[key], acted[key], now[key])
         and not (declared()[key].free or declared()[key].divides)
     ]
-    samples = [_samples(before, versions.get("processes", processes)), _samples(config.flat(), processes)]
-    return told if samples[0] == samples[1] else [*told, f"samples a step {samples[0]} -> {samples[1]}"]
-
-
-def _samples(options: dict[str, Any], processes: int) -> int:
-    return int(options["train_batch_size"] * options["gradient_accumulation_steps"] * processes)
+    samples, new_samples = (
+        int(options["train_batch_size"] * options["gradient_accumulation_steps"] * number)
+        for options, number in ((before, versions.get("processes", processes)), (config.flat(), processes))
+    )
+    return told if samples == new_samples else [*told, f"samples a step {samples} -> {new_samples}"]
 
 
 def _same_path(facts: Facts, old: Any, new: Any) -> bool:
     """Whether two spellings of a path name one folder that is there."""
-    if not facts.path or not isinstance(old, str) or not isinstance(new, str):
-        return False
-    return Path(new).exists() and Path(old).expanduser().resolve() == Path(new).resolve()
+    are_paths = facts.path and isinstance(old, str) and isinstance(new, str)
+    return are_paths and Path(new).exists() and Path(old).expanduser().resolve() == Path(new).resolve()
 
 
 def environment() -> dict[str, Any]:
     """Versions of what a run stands on, and the git state of this package where it runs from a checkout."""
-    packages = ("latent-perceptual-loss", "torch", "diffusers", "transformers", "accelerate", "peft", "datasets")
-    found = {name: metadata.version(name) for name in packages if _installed(name)}
-    return {"python": platform.python_version(), **found, "git": _git_state()}
-
-
-def _installed(name: str) -> bool:
-    try:
-        metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
+    found = {"python": platform.python_version()}
+    for name in ("latent-perceptual-loss", "torch", "diffusers", "transformers", "accelerate", "peft", "datasets"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return {**found, "git": _git_state()}
 
 
 def _git_state() -> str | None:
     folder = str(Path(__file__).parent)
+
+    def git(*argv: str) -> str:
+        command = ["git", "-C", folder, *argv]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
     try:
-        run = lambda *a: subprocess.run(["git", "-C", folder, *a], capture_output=True, text=True, timeout=10)  # noqa: E731
-        tracked, commit = run("ls-files", "--error-unmatch", __file__), run("rev-parse", "HEAD")
-        if tracked.returncode or commit.returncode:
-            return None
-        return commit.stdout.strip() + (" (modified)" if run("status", "--porcelain", folder).stdout.strip() else "")
-    except (OSError, subprocess.TimeoutExpired):
+        git("ls-files", "--error-unmatch", __file__)
+        return git("rev-parse", "HEAD") + (" (modified)" if git("status", "--porcelain", folder) else "")
+    except (OSError, subprocess.SubprocessError):
         return None

@@ -124,10 +124,6 @@ class OptimConfig(Options):
             self.lr_step_rules is None or _are_step_rules(self.lr_step_rules),
             f"--lr_step_rules {self.lr_step_rules}: expected rules such as 1:10,0.1:20,0.01",
         )
-        self._check_average()
-        self._check_component_rates()
-
-    def _check_average(self) -> None:
         require(
             self.ema_min_decay <= self.ema_decay,
             f"--ema_min_decay must lie in 0..{self.ema_decay} (--ema_decay), not {self.ema_min_decay}",
@@ -136,8 +132,6 @@ class OptimConfig(Options):
             self.final_weights != "ema" or self.use_ema,
             "--final_weights ema needs --use_ema: there is no average without it",
         )
-
-    def _check_component_rates(self) -> None:
         for name in ("text_encoder_lr", "text_encoder_2_lr"):
             rate = getattr(self, name)
             require(
