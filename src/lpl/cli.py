@@ -139,7 +139,7 @@ def _dispatch(argv: list[str]) -> None:
         with as_launched(planned.num_processes, planned.sharding == "fsdp2"):
             print(plan(planned.train, planned.memory_bytes))
     elif command == "data":
-        _data(parse_options(commands.Datacommands.ReportConfig, rest, "lpl data"))
+        _data(parse_options(commands.DataReportConfig, rest, "lpl data"))
     elif command == "check":
         check = parse_options(commands.CheckConfig, rest, "lpl check")
         # Read when torch loads: threads that wait sleep, instead of spinning on cores that others use.
@@ -199,7 +199,7 @@ def _cache(argv: list[str]) -> None:
         fill_cache(config)
 
 
-def _data(options: commands.Datacommands.ReportConfig) -> None:
+def _data(options: commands.DataReportConfig) -> None:
     """Reads the data through, writes the report and the pictures, prints the report, and only then refuses the data."""
     from lpl.training.preflight import check_data
 

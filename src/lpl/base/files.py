@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import uuid
 from collections.abc import Iterator
@@ -107,8 +106,11 @@ def stamp_of(status: os.stat_result | None, path: str | None = None) -> str:
 
 def checksum(path: Path) -> str:
     """XXH3 (128 bits) of a file's content."""
+    found = xxhash.xxh3_128()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+        while block := file.read(2**24):
+            found.update(block)
+    return found.hexdigest()
 
 
 LOCK = ".lpl.lock"

@@ -102,7 +102,9 @@ def _seal(file: Path) -> None:
     with file.open("r+b") as out:
         (length,) = struct.unpack("<Q", out.read(8))
         place = 8 + out.read(length).index(UNKNOWN.encode())
-        digest = hashlib.file_digest(out, "sha256")
+        digest = hashlib.sha256()
+        while block := out.read(2**24):
+            digest.update(block)
         out.seek(place)
         out.write(f"0x{digest.hexdigest()}".encode())
         out.flush()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import dropwhile, takewhile
 from pathlib import Path
 from typing import TypeVar
@@ -36,7 +36,7 @@ def parse_compare(argv: list[str]) -> CompareConfig:
     return parse_options(CompareConfig, argv, "lpl compare")
 
 
-def parse_options(command: type[T], argv: list[str], name: str) -> T:
+def parse_options(command: Callable[..., T], argv: list[str], name: str) -> T:
     """Options of a command; one that takes those of `lpl train` also takes --config (a file or preset): flags win.
 
     Args:
