@@ -179,9 +179,7 @@ class OutputFolder:
 
     def _all(self) -> dict[str, Any]:
         file = self.folder / RECORD
-        if not file.is_file():
-            return {}
-        found = read_object(file, then=ELSEWHERE)
+        found = read_object(file, then=ELSEWHERE) if file.is_file() else {}
         require_shape(found, RECORDED, str(file), ELSEWHERE)
         return found
 
@@ -194,11 +192,7 @@ class OutputFolder:
 
 
 def check_real(given: Path, path: Path, flag: str) -> None:
-    """Refuses a path below the folder that the user named that is not really below it.
-
-    Raises:
-        UserError: a part of it is a symbolic link.
-    """
+    """Raises UserError where a part of a path below the folder that the user named is a symbolic link."""
     part = given
     for name in path.relative_to(given).parts:
         part /= name

@@ -124,7 +124,13 @@ class Options:
         for declared, facts in zip(fields(self), facts_of(self).values(), strict=True):  # type: ignore[arg-type]
             values = getattr(self, declared.name)
             for value in values if isinstance(values, tuple) else (values,):
-                _check_value(f"--{declared.name}", value, facts, "'auto'" in str(declared.type))
+                flag = f"--{declared.name}"
+                if isinstance(value, str):
+                    check_text(flag, value, facts.path)
+                    if facts.path:
+                        check_path(flag, value)
+                elif isinstance(value, int | float) and not isinstance(value, bool):
+                    _check_number(flag, value, facts, "be auto, or " * ("'auto'" in str(declared.type)))
             if facts.path and isinstance(values, str | tuple):
                 at_home = expanduser(values) if isinstance(values, str) else tuple(map(expanduser, values))
                 object.__setattr__(self, declared.name, at_home)
@@ -136,24 +142,9 @@ class Options:
                 require(facts.needs.are_met(self), f"--{name} acts with {facts.needs.words}")
 
 
-def _check_value(flag: str, value: Any, facts: Facts, or_auto: bool) -> None:
-    if isinstance(value, bool):
-        return
-    if isinstance(value, int | float):
-        _check_number(flag, value, facts, "be auto, or " * or_auto)
-    elif isinstance(value, str):
-        check_text(flag, value, facts.path)
-        if facts.path:
-            check_path(flag, value)
-
-
 def _check_number(flag: str, value: float, facts: Facts, auto: str) -> None:
-    fits = (
-        (facts.least is None or value >= facts.least)
-        and (facts.above is None or value > facts.above)
-        and (facts.most is None or value <= facts.most)
-        and (facts.below is None or value < facts.below)
-    )
+    within = (facts.least is None or value >= facts.least) and (facts.most is None or value <= facts.most)
+    fits = within and (facts.above is None or value > facts.above) and (facts.below is None or value < facts.below)
     require(fits, f"{flag} must {auto}{facts.range()}, not {str(value)[:40]}")
     require(isinstance(value, int) or isfinite(value), f"{flag} must {auto}be a finite number, not {value}")
     require(

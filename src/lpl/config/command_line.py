@@ -15,7 +15,7 @@ from lpl.base.errors import UserError
 from lpl.base.terminal import as_it_is
 from lpl.config import Facts, TrainConfig, declared
 from lpl.config.commands import CompareConfig
-from lpl.config.files import as_flags, nearest, read_options, why_refused, without_replaced
+from lpl.config.files import REFUSED, as_flags, nearest, read_options, without_replaced
 from lpl.presets import presets
 
 T = TypeVar("T")
@@ -99,7 +99,7 @@ def _check_flags(argv: list[str], known: Mapping[str, Facts]) -> None:
         if not token.startswith("--") or token == "--help":
             continue
         name = token[2:].split("=", 1)[0].replace("-", "_")
-        why = why_refused(name)
+        why = REFUSED.get(name)
         if why is not None:
             raise UserError(f"--{name} is not taken: {why}")
         plain = name.removeprefix("no_")

@@ -26,11 +26,8 @@ RECORD = "environment"
 """Key of config.yaml that holds versions and git state; it is read over."""
 
 CONFIG_FILE = "config.yaml"
-DATA_REPORT = "data-report"
-"""Folder of --output_dir that `lpl data` writes to; it shows training images, so it is never published."""
-
-CHECK_REPORT = "check-report"
-"""The same of `lpl check`."""
+DATA_REPORT, CHECK_REPORT = "data-report", "check-report"
+"""Folders of --output_dir that `lpl data` and `lpl check` write to; training images are in them: never published."""
 
 EMPTY = ("null", "~", "")
 """How YAML says None."""
@@ -38,17 +35,11 @@ EMPTY = ("null", "~", "")
 UNSAID_GATE = ("lpl_t_threshold", 200)
 """The gate of a run whose config.yaml states none: it was written while this was the default."""
 
+CACHED = "latents and text embeddings are always cached: --latent_cache_dir says where"
 MEMORY_EFFICIENT = "PyTorch's own memory-efficient attention is always used"
 REFUSED = {
-    "enable_xformers_memory_efficient_attention": MEMORY_EFFICIENT,
-    "enable_npu_flash_attention": MEMORY_EFFICIENT,
     "local_rank": "start several processes with `accelerate launch -m lpl train` or torchrun",
     "debug_loss": "every logged step already has the losses, by term and layer (--log_every 1)",
-}
-"""Flags of the diffusers scripts that are not taken, and what replaces each."""
-
-CACHED = "latents and text embeddings are always cached: --latent_cache_dir says where"
-ELSEWHERE = {
     "network_module": "--rank trains a LoRA, --use_dora a DoRA",
     "network_args": "--lora_targets and --use_dora say what is trained",
     "network_train_unet_only": "that is what happens without --train_text_encoder",
@@ -57,15 +48,11 @@ ELSEWHERE = {
     "save_model_as": "every result is .safetensors",
     "save_precision": "results are float32; lpl export writes other precisions",
     "dataset_config": "--train_data_dir, --repeats and --resolution say the same",
-    **dict.fromkeys(("xformers", "sdpa", "mem_eff_attn"), MEMORY_EFFICIENT),
     **dict.fromkeys(("cache_latents", "cache_latents_to_disk", "cache_text_encoder_outputs"), CACHED),
+    **dict.fromkeys(("xformers", "enable_xformers_memory_efficient_attention"), MEMORY_EFFICIENT),
+    **dict.fromkeys(("sdpa", "mem_eff_attn", "enable_npu_flash_attention"), MEMORY_EFFICIENT),
 }
-"""Flags of kohya's scripts and SimpleTuner that have no counterpart, and what to do."""
-
-
-def why_refused(name: str) -> str | None:
-    """What to do instead of an option of other trainers that has no counterpart; None: it is not known to be one."""
-    return REFUSED.get(name) or ELSEWHERE.get(name)
+"""Flags of the diffusers scripts, kohya's and SimpleTuner that have no counterpart, and what to do instead."""
 
 
 def nearest(name: str, known: list[str]) -> str:
@@ -98,7 +85,7 @@ def read_options(name: str) -> dict[str, str]:
     is_record = options.pop(RECORD, None) is not None
     known = list(TrainConfig().flat())
     for key, value in options.items():
-        why = why_refused(key)
+        why = REFUSED.get(key)
         if why is not None:
             raise UserError(f"--config {name}: {key} is not taken: {why}")
         if key not in known:

@@ -162,6 +162,5 @@ def test_each_part_is_counted_once(plan_of: Any, monkeypatch: pytest.MonkeyPatch
     def again(*_: Any) -> None:
         raise AssertionError("counted again")
 
-    monkeypatch.setattr(Rehearsal, "_denoiser", again)
-    monkeypatch.setattr(Rehearsal, "_loss", again)
+    monkeypatch.setattr(StepCounter, "__enter__", again)
     assert (rehearsal.denoiser(options("--use_ema")), rehearsal.loss(options("--use_8bit_adam"))) == first
