@@ -21,12 +21,6 @@ from lpl.training.one_by_one import FusedBackward
 from lpl.training.optim import build_optimizer
 
 
-@pytest.fixture(scope="module")
-def plan_of(model: Path) -> Any:
-    """The tiny model's blueprint."""
-    return blueprint(model_configs(options(f"--pretrained_model_name_or_path={model}").model))
-
-
 def options(*flags: str) -> TrainConfig:
     return parse_train(["--resolution=64", "--train_batch_size=2", *flags])
 
