@@ -192,7 +192,7 @@ def test_every_number_has_a_bound() -> None:
     """Of every option that takes whole numbers, what is far beyond its bound is refused by name."""
     tried = 0
     for group in TrainConfig().groups():
-        for field, facts in zip(fields(group), facts_of(group).values(), strict=True):
+        for field, facts in zip(fields(group), facts_of(type(group)).values(), strict=True):
             if "int" in str(field.type):
                 tried += 1
                 beyond = (facts.most or MOST) + 1
@@ -205,7 +205,7 @@ def test_every_number_has_a_bound() -> None:
 def test_names_that_no_file_can_have() -> None:
     tried = 0
     for group in (*TrainConfig().groups(), VerifyConfig()):
-        for name, facts in facts_of(group).items():
+        for name, facts in facts_of(type(group)).items():
             if facts.path:
                 tried += 1
                 for given in ("n" * 256, "a/" + "ü" * 130, "a/" * 2100):

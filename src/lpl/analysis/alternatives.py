@@ -56,20 +56,18 @@ def savings(config: TrainConfig) -> list[Change]:
     """What saves memory, as far as it changes anything; each is a no-op where an earlier one has said the same."""
     batch, steps = config.run.train_batch_size, config.run.gradient_accumulation_steps
     crop = max(8, config.data.crop_size // 2)
+    half = "bf16" if config.run.mixed_precision in (None, "no") else config.run.mixed_precision
     no_lpl, no_average = (lambda c: not c.lpl.use_lpl), (lambda c: not c.optim.use_ema)
+    not_plain_adamw = lambda c: c.optim.optimizer_name != "adamw" or bool(c.optim.optimizer_args)  # noqa: E731
     changes = [
         setting(32, use_lpl=False),
         setting(16, rank=config.model.rank or RANK),
         setting(1, gradient_checkpointing=True),
         setting(1, idle=lambda c: no_lpl(c) or c.lpl_checkpointing, lpl_checkpointing="true"),
         adafactor(config, 5),
-        setting(
-            4, idle=lambda c: c.optim.optimizer_name != "adamw" or bool(c.optim.optimizer_args), use_8bit_adam=True
-        ),
+        setting(4, idle=not_plain_adamw, use_8bit_adam=True),
         bfloat16_weights(config, 5),
-        setting(
-            2, mixed_precision="bf16" if config.run.mixed_precision in (None, "no") else config.run.mixed_precision
-        ),
+        setting(2, mixed_precision=half),
         setting(2, idle=no_lpl, lpl_dtype="bfloat16" if config.lpl.lpl_dtype == "float32" else config.lpl.lpl_dtype),
         setting(2, train_batch_size=1, gradient_accumulation_steps=batch * steps),  # the same trajectory
         setting(4, idle=lambda c: c.optim.final_weights == "ema", use_ema=False),

@@ -88,11 +88,13 @@ class TrainConfig:
 
     def changed(self, **values: Any) -> TrainConfig:
         """The options with other values of some, each by its flag's name."""
-        assert values.keys() <= self.flat().keys()
         groups = {}
         for f in fields(self):
             group = getattr(self, f.name)
-            groups[f.name] = replace(group, **{g.name: values[g.name] for g in fields(group) if g.name in values})
+            own = {name: values.pop(name) for name in vars(group) if name in values}
+            if own:
+                groups[f.name] = replace(group, **own)
+        assert not values
         return replace(self, **groups)
 
     def groups(self) -> list[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from math import isfinite
 from os.path import expanduser
 from typing import Any, NamedTuple
@@ -104,8 +105,9 @@ def _named(options: str) -> Needs:
     return Needs(" and ".join(words), are_met)
 
 
+@cache
 def facts_of(group: Any) -> dict[str, Facts]:
-    """What is known of each option of a group; its USUALLY holds for all that do not say otherwise."""
+    """What is known of each option of a class of options; its USUALLY holds for all that do not say otherwise."""
     usually = getattr(group, "USUALLY", Facts())
     return {f.name: replace(usually, **{"default": f.default} | dict(f.metadata)) for f in fields(group)}
 
@@ -121,7 +123,8 @@ class Options:
         Raises:
             UserError: the first value that does not fit.
         """
-        for declared, facts in zip(fields(self), facts_of(self).values(), strict=True):  # type: ignore[arg-type]
+        own: Any = type(self)
+        for declared, facts in zip(fields(own), facts_of(own).values(), strict=True):
             values = getattr(self, declared.name)
             for value in values if isinstance(values, tuple) else (values,):
                 flag = f"--{declared.name}"
@@ -137,7 +140,8 @@ class Options:
 
     def require_acting(self) -> None:
         """Raises UserError for an option that is given and cannot act beside the others."""
-        for name, facts in facts_of(self).items():
+        own: Any = type(self)
+        for name, facts in facts_of(own).items():
             if facts.needs is not None and getattr(self, name) != facts.default:
                 require(facts.needs.are_met(self), f"--{name} acts with {facts.needs.words}")
 
