@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from lpl.config import TrainConfig, declared, needs_in_words
+from lpl.config import TrainConfig, declared
 
 PAGE = Path(__file__).parents[1] / "docs" / "options.md"
 HEAD = """# Options of `lpl train`
@@ -47,7 +47,7 @@ def row(name: str, default: Any, kind: str, text: str) -> str:
             f"`{choice}`" for choice in ast.literal_eval(kind.split("]")[0].removeprefix("Literal") + "]")
         )
     resume = "yes" if facts.free else "=" if facts.divides else ""
-    cells = [f"`{name}`", shown(default), bounds, text, needs_in_words(facts), resume]
+    cells = [f"`{name}`", shown(default), bounds, text, facts.needs.words if facts.needs else "", resume]
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 

@@ -12,9 +12,8 @@ from typing import NoReturn
 from lpl import __version__
 from lpl.base.errors import StopRequestedError, TrainingStoppedError, UserError
 from lpl.base.terminal import one_line, printable_streams
-from lpl.config import TrainConfig
-from lpl.config.command_line import parse, parse_compare, parse_data, parse_options, parse_plan, parse_train
-from lpl.config.commands import CheckConfig, DataReportConfig, DemoConfig, PruneConfig, ReportConfig, VerifyConfig
+from lpl.config import TrainConfig, commands
+from lpl.config.command_line import parse_compare, parse_options, parse_train
 from lpl.config.files import DATA_REPORT, environment, nearest
 from lpl.config.model_commands import EvalConfig, ExportConfig
 from lpl.presets import list_presets, preset_text
@@ -88,7 +87,7 @@ def _run(argv: list[str]) -> None:
         sys.exit(130)
 
 
-def _fail(error: Exception, code: int, kind: str = "error: ") -> None:
+def _fail(error: Exception, code: int, kind: str = "error: ") -> NoReturn:
     # A launcher ends all processes with the first that ends: where all have failed, the first process speaks for them;
     # where it has not, it is still there.
     if os.environ.get("RANK", "0") != "0":
@@ -111,14 +110,15 @@ def _out_of_memory(error: Exception) -> NoReturn:
 
 
 def _dispatch(argv: list[str]) -> None:
-    if not argv or argv[0] in ("-h", "--help"):
+    command, rest = (*argv, "--help")[0], argv[1:]
+    if command in ("-h", "--help"):
         print(f"usage: lpl COMMAND [options]\n\nlpl {__version__}: Latent Perceptual Loss\n\ncommands:")
         print("\n".join(f"  {name:7} {text}" for name, text in COMMANDS.items()))
         print("\n`lpl COMMAND --help` lists its options.")
-    elif argv[0] == "--version":
+    elif command == "--version":
         print(__version__)
-    elif argv[0] == "train":
-        config = parse_train(argv[1:])
+    elif command == "train":
+        config = parse_train(rest)
         if config.run.dry_run:
             from lpl.analysis.plan import describe
             from lpl.training.preflight import preflight
@@ -129,87 +129,78 @@ def _dispatch(argv: list[str]) -> None:
             from lpl.training.run import run_train
 
             run_train(config)
-    elif argv[0] == "cache":
-        run_cache(argv[1:])
-    elif argv[0] == "plan":
-        options = parse_plan(argv[1:])
+    elif command == "cache":
+        _cache(rest)
+    elif command == "plan":
+        planned = parse_options(commands.PlanConfig, rest, "lpl plan")
         from lpl.analysis.plan import plan
         from lpl.training.launch import as_launched
 
-        with as_launched(options.num_processes, options.sharding == "fsdp2"):
-            print(plan(options.train, options.memory_bytes))
-    elif argv[0] == "data":
-        run_data(parse_data(argv[1:]))
-    elif argv[0] == "check":
-        check = parse_options(CheckConfig, argv[1:], "lpl check", [*TrainConfig().flat(), "num_images"])
+        with as_launched(planned.num_processes, planned.sharding == "fsdp2"):
+            print(plan(planned.train, planned.memory_bytes))
+    elif command == "data":
+        _data(parse_options(commands.DataReportConfig, rest, "lpl data"))
+    elif command == "check":
+        check = parse_options(commands.CheckConfig, rest, "lpl check")
         # Read when torch loads: threads that wait sleep, instead of spinning on cores that others use.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         from lpl.analysis.check.run import run_check
 
         run_check(check)
-    elif argv[0] == "export":
-        run_export(argv[1:])
-    elif argv[0] == "compare":
+    elif command == "export":
+        exported = parse_options(ExportConfig, rest, "lpl export")
+        from lpl.families.export import export
+
+        print(export(exported))
+    elif command == "compare":
         from lpl.comparison.run import run_compare
 
-        run_compare(parse_compare(argv[1:]))
-    elif argv[0] == "report":
+        run_compare(parse_compare(rest))
+    elif command == "report":
         from lpl.report.page import write_report
 
-        write_report(parse(ReportConfig, argv[1:], "lpl report", list(ReportConfig.__dataclass_fields__)))
-    elif argv[0] == "eval":
-        evaluation = parse(EvalConfig, argv[1:], "lpl eval", [*EvalConfig.__dataclass_fields__, "no_floor"])
+        write_report(parse_options(commands.ReportConfig, rest, "lpl report"))
+    elif command == "eval":
+        evaluation = parse_options(EvalConfig, rest, "lpl eval")
         from lpl.evaluation.command import run_eval
 
         run_eval(evaluation)
-    elif argv[0] == "demo":
-        demo = parse(DemoConfig, argv[1:], "lpl demo", list(DemoConfig.__dataclass_fields__))
+    elif command == "demo":
+        demo = parse_options(commands.DemoConfig, rest, "lpl demo")
         from lpl.demo.run import run_demo
 
-        run_demo(demo.output_dir, demo.export_model, demo.export_data, demo.max_train_steps)
-    elif argv[0] == "presets":
-        print(preset_text(argv[1]) if len(argv) == 2 else list_presets())
-    elif argv[0] == "env":
+        run_demo(demo)
+    elif command == "presets":
+        print(preset_text(rest[0]) if len(rest) == 1 else list_presets())
+    elif command == "env":
         print("\n".join(f"{key}: {value}" for key, value in environment().items()))
     else:
-        raise UserError(f"unknown command {argv[0]!r}{nearest(argv[0], list(COMMANDS))}; known: {', '.join(COMMANDS)}")
+        raise UserError(f"unknown command {command!r}{nearest(command, list(COMMANDS))}; known: {', '.join(COMMANDS)}")
 
 
-def run_cache(argv: list[str]) -> None:
+def _cache(argv: list[str]) -> None:
     """Fills the cache of a run, or verifies or prunes a cache."""
     if argv[:1] == ["verify"]:
-        verify = parse(VerifyConfig, argv[1:], "lpl cache verify", list(VerifyConfig.__dataclass_fields__))
+        verify = parse_options(commands.VerifyConfig, argv[1:], "lpl cache verify")
         from lpl.data.upkeep import verify_cache
 
         verify_cache(verify.latent_cache_dir, verify.delete)
     elif argv[:1] == ["prune"]:
-        prune = parse(PruneConfig, argv[1:], "lpl cache prune", list(PruneConfig.__dataclass_fields__))
+        prune = parse_options(commands.PruneConfig, argv[1:], "lpl cache prune")
         from lpl.data.upkeep import prune_cache
 
         prune_cache(prune.latent_cache_dir, prune.days, prune.dry_run)
     else:
         if argv and not argv[0].startswith("-"):
             raise UserError(f"unknown command cache {argv[0]!r}{nearest(argv[0], ['verify', 'prune'])}")
-        config = parse_options(TrainConfig, argv, "lpl cache", list(TrainConfig().flat()))
+        config = parse_options(TrainConfig, argv, "lpl cache")
         from lpl.training.caching import fill_cache
 
         fill_cache(config)
 
 
-def run_export(argv: list[str]) -> None:
-    """Writes a model or a run's result in another form, and says what was written."""
-    options = parse(ExportConfig, argv, "lpl export", list(ExportConfig.__dataclass_fields__))
-    from lpl.families.export import export
-
-    print(export(options))
-
-
-def run_data(options: DataReportConfig) -> None:
-    """Reads the data through, writes the report and the pictures, and prints the report.
-
-    Raises:
-        UserError: bad input; where a run would refuse the data, only after the report.
-    """
+def _data(options: commands.DataReportConfig) -> None:
+    """Reads the data through, writes the report and the pictures, prints the report, and only then refuses the data."""
     from lpl.training.preflight import check_data
 
     folder = Path(options.train.run.output_dir) / DATA_REPORT

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from lpl.base.errors import UserError
-from lpl.config.command_line import parse_data, parse_train
-from lpl.config.commands import MOST_SHOWN
+from lpl.config.command_line import parse_options, parse_train
+from lpl.config.commands import MOST_SHOWN, DataReportConfig
 
 
 @pytest.fixture
@@ -108,8 +108,8 @@ def test_too_many_bad_files_fail_after_the_report(run_cli: Any, data: Path, tmp_
 
 def test_data_takes_the_options_of_train() -> None:
     given = ["--config", "sdxl", "--train_data_dir", "x", "--buckets"]
-    assert parse_data(given).train == parse_train(given)
-    assert parse_data(given).num_shown == 24
+    parsed = parse_options(DataReportConfig, given, "lpl data")
+    assert (parsed.train, parsed.num_shown) == (parse_train(given), 24)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from tiny_models import tiny_images
 from tiny_networks import tiny_clip, tiny_dinov2
 
 THERE: dict[str, Any] = dict.fromkeys(("num_inference_steps", "guidance_scale", "sample_batch_size"))
-"""Takes back what acts on drawn samples alone."""
+"""Takes back what acts with drawn samples alone."""
 NO_MODEL: dict[str, Any] = {"pretrained_model_name_or_path": None}
 
 METRICS = {
@@ -431,22 +431,22 @@ def test_a_pipeline_of_another_family(evaluate: Any, model: Path, tmp_path: Path
         ({"pretrained_model_name_or_path": None}, "--pretrained_model_name_or_path is missing"),
         ({"pretrained_model_name_or_path": "./nowhere"}, "--pretrained_model_name_or_path ./nowhere: no such folder"),
         ({"prompts": "nowhere.txt"}, "--prompts nowhere.txt: cannot be read (No such file or directory)"),
-        ({"images": ".", "prompts": "p.txt"}, "--prompts acts on drawn samples"),
-        ({"images": ".", **THERE, "guidance_scale": 2.0}, "--guidance_scale acts on drawn samples"),
+        ({"images": ".", "prompts": "p.txt"}, "--prompts acts with drawn samples"),
+        ({"images": ".", **THERE, "guidance_scale": 2.0}, "--guidance_scale acts with drawn samples"),
         ({"images": ".", **THERE, "floor": False}, "has no use with --no_floor"),
         (
-            {"images": ".", **THERE, "pretrained_model_name_or_path": None, "variant": "fp16"},
-            "--variant acts on a model",
+            {"images": ".", **THERE, **NO_MODEL, "variant": "fp16"},
+            "--variant acts with --pretrained_model_name_or_path",
         ),
         ({"kernel_subsets": 5, "metrics": "frechet"}, "--kernel_subsets acts on the kernel distance"),
         ({"against": "reconstructions", "images": ".", **THERE, **NO_MODEL}, "needs a VAE"),
         ({"resolution": 20}, "--resolution 20: models draw multiples of 8"),
-        ({"num_inference_steps": 0}, "--num_inference_steps must be at least 1, not 0"),
+        ({"num_inference_steps": 0}, "--num_inference_steps must lie in 1..10000, not 0"),
         ({"guidance_scale": -1.0}, "--guidance_scale must be 0 or more, not -1.0"),
-        ({"num_samples": 0}, "--num_samples must be at least 1, not 0"),
+        ({"num_samples": 0}, "--num_samples must lie in 1..1000000, not 0"),
         ({"num_samples": 9}, "--num_samples: 9 samples and 52 images in --reference_dir, of which every metric"),
         ({"metrics": "frechet", "num_samples": 49}, "asked for needs at least 50"),
-        ({"kernel_subset_size": 20}, "--kernel_subset_size acts with --kernel_subsets above 0"),
+        ({"kernel_subset_size": 20}, "--kernel_subset_size acts with --kernel_subsets"),
         ({"kernel_subsets": 5}, "--kernel_subset_size 1000: there are 50 samples and 52"),
         ({"dtype": "float16"}, "--dtype float16 needs a GPU"),
         ({"lora": "nowhere.safetensors"}, "--lora nowhere.safetensors: no such file"),

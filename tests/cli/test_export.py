@@ -208,7 +208,7 @@ def test_refusals_name_the_option(export: Any, runs: dict[str, Any], model: Path
         ((full, "--lora_scale", 2, "--output", out), "--lora_scale needs a LoRA"),
         ((full, "--to", "kohya", "--output", out), "--to kohya needs a LoRA"),
         ((lora, "--lora", lora, "--output", out), f"--lora {lora}: "),
-        ((lora, "--to", "kohya", "--dtype", "float16", "--output", out), "--dtype acts on a merged model"),
+        ((lora, "--to", "kohya", "--dtype", "float16", "--output", out), "--dtype acts with a merged model"),
         ((dora, "--to", "kohya", "--output", out), f"{dora / LORA}: a DoRA"),
         ((model, "--lora", strange, "--output", out), f"--lora {strange}: holds x"),
         ((model, "--lora", tmp_path / "nix.safetensors", "--output", out), "nix.safetensors: no such file"),

@@ -223,7 +223,7 @@ def test_a_check_is_shown_by_its_folder_or_the_one_above(run_cli: Any, tmp_path:
         (["{empty}"], "no config.yaml of a run in it"),
         (["{broken}"], "cannot be read"),
         (["{other}"], "was not written by lpl eval"),
-        (["{run}", "--max_megabytes=0.5"], "--max_megabytes must be at least 1"),
+        (["{run}", "--max_megabytes=0.5"], "--max_megabytes must lie in 1..10000, not 0.5"),
         (["{run}", "--output={file}/x.html"], "cannot be written"),
     ],
 )

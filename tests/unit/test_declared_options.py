@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 import sys
+import time
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lpl.base.errors import UserError
-from lpl.config import DataConfig, TrainConfig, declared, idle_options, needs_in_words
-from lpl.config.command_line import parse_train
+from lpl.config import DataConfig, TrainConfig, declared, idle_options
+from lpl.config.checks import MOST, facts_of
+from lpl.config.command_line import parse_options, parse_train
+from lpl.config.commands import (
+    CheckConfig,
+    CompareConfig,
+    DataReportConfig,
+    DemoConfig,
+    PlanConfig,
+    PruneConfig,
+    ReportConfig,
+    VerifyConfig,
+)  # fmt: skip
+from lpl.config.model_commands import EvalConfig
 
 ROOT = Path(__file__).parents[2]
+COMMANDS: Any = (
+    TrainConfig, PlanConfig, DataReportConfig, CheckConfig, CompareConfig, DemoConfig, PruneConfig, ReportConfig,
+    EvalConfig,
+)  # fmt: skip
 SETTINGS = {field.name for field in fields(DataConfig)}
 UNSEEN = {
     "crop_variants", "random_flip", "caption_choice", "caption_variants", "proportion_empty_prompts", "repeats",
@@ -77,14 +95,15 @@ def test_not_recorded() -> None:
 def test_what_is_needed_are_options() -> None:
     """No option needs one that is not there, or a value that another never takes."""
     for name, facts in declared().items():
-        if isinstance(facts.needs, str):
-            for part in facts.needs.split(" & "):
-                needed, _, values = part.partition("=")
-                for value in values.split("|") if values else []:
-                    assert parse_train([f"--{needed}={value}"]).flat()[needed] == value, name
+        if facts.needs is not None and facts.needs.words.startswith("--") and "," not in facts.needs.words:
+            for part in facts.needs.words.split(" and "):
+                needed, _, values = part.removeprefix("--").partition(" ")
                 assert needed in declared(), name
-    assert needs_in_words(declared()["mask_dir"]) == "--masked_loss files and --train_data_dir"
-    assert needs_in_words(declared()["timestep_bias_portion"]) == "--timestep_bias_strategy earlier or later"
+                for value in values.split(" or ") if values else []:
+                    assert "--" in value or parse_train([f"--{needed}={value}"]).flat()[needed] == value, name
+    words = {name: facts.needs.words for name, facts in declared().items() if facts.needs}
+    assert words["mask_dir"] == "--masked_loss files and --train_data_dir"
+    assert words["timestep_bias_portion"] == "--timestep_bias_strategy earlier or later"
 
 
 @pytest.mark.parametrize(
@@ -112,9 +131,12 @@ def test_idle_options(argv: list[str], idle: str | None) -> None:
 def test_bounds_are_checked_on_both_sides() -> None:
     """Of every option with bounds: what lies beyond is refused by name, with its value."""
     tried = 0
-    default = TrainConfig().flat()
-    for name, facts in declared().items():
-        whole = isinstance(default[name], int) or (default[name] is None and facts.least is not None)
+    options = [(command, name, facts) for command in COMMANDS for name, facts in declared(command).items()]
+    for command, name, facts in options:
+        if command is not TrainConfig and name in declared():
+            continue
+        default = facts.default[0] if isinstance(facts.default, tuple) else facts.default
+        whole = isinstance(default, int) or (default is None and facts.least is not None)
         beyond = {
             facts.least and facts.least - 1 if facts.least is not None else None,
             None if facts.most is None else facts.most * 2 + 1,
@@ -125,9 +147,9 @@ def test_bounds_are_checked_on_both_sides() -> None:
         for value in beyond - {None, 0 if facts.above is None else None}:
             given = f"{int(value)}" if whole and float(value).is_integer() else f"{value}"
             with pytest.raises(UserError, match=rf"^--{name} must .*not {given.split('.')[0]}"):
-                parse_train([f"--{name}={given}"])
+                parse_options(command, [*["run"] * (command is ReportConfig), f"--{name}={given}"], "lpl")
             tried += 1
-    assert tried > 60
+    assert tried > 75
 
 
 @pytest.mark.parametrize(
@@ -157,3 +179,59 @@ def test_the_page_is_what_is_declared() -> None:
     finally:
         sys.path.pop(0)
     assert PAGE.read_text(encoding="utf-8") == page(), "run: make options"
+
+
+def test_a_resolution_of_a_hundred_million_is_refused_at_once(run_cli: Any) -> None:
+    started = time.monotonic()
+    code, _, err = run_cli(["train", "--resolution=100000000", "--dry_run"])
+    assert (code, err) == (2, "error: --resolution must lie in 8..4096, not 100000000\n")
+    assert time.monotonic() - started < 10
+
+
+def test_every_number_has_a_bound() -> None:
+    """Of every option that takes whole numbers, what is far beyond its bound is refused by name."""
+    tried = 0
+    for group in TrainConfig().groups():
+        for field, facts in zip(fields(group), facts_of(type(group)).values(), strict=True):
+            if "int" in str(field.type):
+                tried += 1
+                beyond = (facts.most or MOST) + 1
+                for value in (beyond, 10**400):
+                    with pytest.raises(UserError, match=f"--{field.name} "):
+                        type(group)(**{field.name: value})
+    assert tried > 30
+
+
+def test_names_that_no_file_can_have() -> None:
+    tried = 0
+    for group in (*TrainConfig().groups(), VerifyConfig()):
+        for name, facts in facts_of(type(group)).items():
+            if facts.path:
+                tried += 1
+                for given in ("n" * 256, "a/" + "ü" * 130, "a/" * 2100):
+                    with pytest.raises(UserError, match=f"--{name} .*too many for a file's name"):
+                        type(group)(**{name: given})
+    assert tried > 12
+
+
+def test_texts_that_are_none(tmp_path: Any) -> None:
+    for written, told in (('"a\\ud800"', "ud800"), ('"a\\0"', "u0000")):
+        (tmp_path / "a.yaml").write_text(f"caption_prefix: {written}\n")
+        with pytest.raises(UserError, match=told):
+            parse_train(["--config", str(tmp_path / "a.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("[" * 100_000, "too deep"),
+        ("a: &x [1]\nb: *x\n", r"line 2: an alias \(\*\): write the value itself"),
+        ('seed: "\\UFFFFFFFF"\n', "not YAML"),
+    ],
+)
+def test_yaml_that_is_none_of_a_config(tmp_path: Any, text: str, told: str) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(UserError, match=told):
+        parse_train(["--config", str(tmp_path / "a.yaml")])
+    with pytest.raises(UserError, match="too many for a file's name"):
+        parse_train(["--config", "n" * 256])

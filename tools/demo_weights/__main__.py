@@ -12,12 +12,26 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import torch
 from diffusers import AutoencoderKL
+from safetensors.torch import save_file
+from torch import nn
 
 from lpl.demo.architecture import build_vae
-from lpl.demo.weights import load_component, save_component, shipped_scaling_factor
+from lpl.demo.weights import WEIGHTS_FOLDER, load_component, shipped_scaling_factor
 from tools.demo_weights.base import train_base
 from tools.demo_weights.vae import held_out_psnr, latent_std, refine_decoder, train_vae
+
+
+def save_component(name: str, module: nn.Module, metadata: dict[str, str] | None = None) -> Path:
+    """Write one network's weights, rounded to bfloat16, into the package; "vae" needs its "scaling_factor"."""
+    path = WEIGHTS_FOLDER / f"{name}.safetensors"
+    path.parent.mkdir(exist_ok=True)
+    tensors = {key: value.detach().to(torch.bfloat16).contiguous() for key, value in module.state_dict().items()}
+    partial = path.with_suffix(".partial")
+    save_file(tensors, partial, metadata={"format": "pt", **(metadata or {})})
+    partial.replace(path)
+    return path
 
 
 def _load_vae() -> AutoencoderKL:

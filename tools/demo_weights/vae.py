@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,16 @@ from PIL import Image
 from torch import nn
 
 from lpl.demo.architecture import build_vae
-from lpl.demo.photographs import held_out_crops, random_patches, to_tensor
+from lpl.demo.photographs import (
+    IMAGE_SIZE,
+    PHOTOGRAPHS,
+    Crop,
+    cut,
+    random_box,
+    shorter_side,
+    split_regions,
+    to_tensor,
+)  # fmt: skip
 from tools.demo_weights.training_run import TrainingRun
 
 BATCH_SIZE = 8
@@ -21,6 +31,30 @@ MSE_WEIGHT = 4.0
 FEATURE_WEIGHT = 0.05
 KL_WEIGHT = 2e-4
 Draw = Callable[[int, random.Random], list[Image.Image]]
+
+
+def held_out_crops() -> list[Crop]:
+    """Fixed crops of the held-out strips, eight of each photograph."""
+    crops = []
+    for photograph in PHOTOGRAPHS:
+        rng = random.Random(f"held out {photograph.name}")
+        _, region = split_regions(photograph)
+        for _ in range(8):
+            side = rng.randint(min(IMAGE_SIZE, shorter_side(region)), shorter_side(region))
+            crops.append(cut(photograph, random_box(region, side, rng), "close-up"))
+    return crops
+
+
+def random_patches(count: int, rng: random.Random) -> list[Image.Image]:
+    """Crops of the training regions for the autoencoder: from wide to one pixel a pixel, half of them mirrored."""
+    patches = []
+    for _ in range(count):
+        photograph = rng.choice(PHOTOGRAPHS)
+        region, _ = split_regions(photograph)
+        side = round(math.exp(rng.uniform(math.log(IMAGE_SIZE), math.log(0.85 * shorter_side(region)))))
+        image = cut(photograph, random_box(region, side, rng), "close-up").image
+        patches.append(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else image)
+    return patches
 
 
 class EarlyFeatures(nn.Module):

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from math import comb
-from typing import Any, NamedTuple
-
-from torch import nn
+from typing import NamedTuple
 
 from lpl.analysis.rehearsal import HALF, Rehearsal
 from lpl.analysis.states import state_name, state_size, workspace_size
@@ -55,15 +52,10 @@ class Needs(NamedTuple):
 
 
 def estimate(config: TrainConfig, rehearsal: Rehearsal, processes: int = 1) -> Needs:
-    """Adds up what a run needs on each device.
+    """Adds up what a run, with its resolution, needs on each device.
 
-    Weights, gradients and states are arithmetic; activations are counted. Left out: the device's context, workspace
-    inside kernels, fragmentation.
-
-    Args:
-        config: with its resolution.
-        rehearsal: of the model.
-        processes: of the run; several keep the gradients a second time, in the buckets they exchange.
+    Weights, gradients and states are arithmetic; activations are counted. Several processes keep the gradients a second
+    time, in the buckets they exchange. Left out: the device's context, workspace inside kernels, fragmentation.
     """
     denoiser, parameters = rehearsal.denoiser(config), rehearsal.parameters(config)
     loss = rehearsal.loss(config) if config.lpl.use_lpl else None
@@ -83,9 +75,15 @@ def estimate(config: TrainConfig, rehearsal: Rehearsal, processes: int = 1) -> N
         # Its difference from the weights, of bfloat16 ones one after another; gradients are gone by then.
         phases["EMA update"] = total + (4 * parameters.trained if parameters.itemsize == 4 else 8 * parameters.largest)
     if config.logging.draws_images:
-        phases["validation"] = total + _validation(config, rehearsal, stays[weights_name(rehearsal)])
-    p_gate = 0.0 if loss is None else gate_probability(config, rehearsal)
-    batch = config.run.train_batch_size
+        # For decoding, the denoiser waits on the CPU.
+        sampling, decoding = rehearsal.validation(config)
+        decoding += 0 if _keeps_vae(config, rehearsal) else rehearsal.vae()
+        phases["validation"] = total + max(sampling, decoding - (0 if rehearsal.device == "cpu" else parameters.size))
+    batch, p_gate = config.run.train_batch_size, 0.0
+    if loss is not None:
+        schedule, lpl = rehearsal.blueprint.noise_scheduler, config.lpl
+        gate = Gate(schedule, lpl.lpl_t_threshold, lpl.lpl_snr_threshold, lpl.lpl_sigma_threshold)
+        p_gate = gate.probability(timestep_weights(schedule.config.num_train_timesteps, config.diffusion))
     return Needs(
         parameters.base,
         parameters.trained,
@@ -106,7 +104,7 @@ def fixed_costs(config: TrainConfig, rehearsal: Rehearsal, processes: int) -> di
     """Bytes that are on the device throughout, without LPL's; arithmetic alone."""
     parameters = rehearsal.parameters(config)
     state = state_size(config.optim, parameters.shapes, rehearsal.device)
-    weights = weights_name(rehearsal)
+    weights = "UNet and text weights" if rehearsal.blueprint.trains_text else "UNet weights"
     stays = {weights: parameters.size, state_name(config.optim): state}
     if _averages_there(config, rehearsal):
         stays["EMA"] = 4 * parameters.trained
@@ -115,22 +113,9 @@ def fixed_costs(config: TrainConfig, rehearsal: Rehearsal, processes: int) -> di
     return stays | ({"VAE, float32": rehearsal.vae()} if _keeps_vae(config, rehearsal) else {})
 
 
-def weights_name(rehearsal: Rehearsal) -> str:
-    """The row of the denoiser's weights."""
-    return "UNet and text weights" if rehearsal.blueprint.trains_text else "UNet weights"
-
-
 def _keeps_vae(config: TrainConfig, rehearsal: Rehearsal) -> bool:
     """Whether the VAE stays on the device, not only while caching and decoding."""
     return config.lpl.use_lpl or rehearsal.device == "cpu"
-
-
-def _validation(config: TrainConfig, rehearsal: Rehearsal, weights: int) -> int:
-    """Peak of drawing validation images on top of what stays: for decoding, the denoiser waits on the CPU."""
-    sampling, decoding = rehearsal.validation(config)
-    if not _keeps_vae(config, rehearsal):
-        decoding += rehearsal.vae()
-    return max(sampling, decoding - (0 if rehearsal.device == "cpu" else weights))
 
 
 def optimizer_workspace(config: TrainConfig, rehearsal: Rehearsal) -> int:
@@ -150,13 +135,6 @@ def floor(config: TrainConfig, rehearsal: Rehearsal, processes: int = 1) -> int:
         return fixed
     parameters = rehearsal.parameters(config)
     return fixed + parameters.itemsize * parameters.trained + optimizer_workspace(config, rehearsal)
-
-
-def gate_probability(config: TrainConfig, rehearsal: Rehearsal) -> float:
-    """How likely a sample passes LPL's gate."""
-    schedule, options = rehearsal.blueprint.noise_scheduler, config.lpl
-    gate = Gate(schedule, options.lpl_t_threshold, options.lpl_snr_threshold, options.lpl_sigma_threshold)
-    return gate.probability(timestep_weights(schedule.config.num_train_timesteps, config.diffusion))
 
 
 def decoded_share(p_gate: float, batch: int, limit: int | None, stratified: bool = False) -> float:
@@ -191,17 +169,12 @@ def split_estimate(config: TrainConfig, rehearsal: Rehearsal, processes: int) ->
     Every process gathers the weights of one block while it computes with them and of the next meanwhile, and keeps
     those that belong to no block; in the backward pass a block's gradients are there whole, and again in float32 to be
     summed. Activations and LPL are a process's own. Gathering is taken at its largest everywhere: an upper bound.
-
-    Args:
-        config: with its resolution.
-        rehearsal: of the model.
-        processes: that the model is split over.
     """
     # Gradients that go as soon as they are there, as those of a block do once they are summed, and weights that need no
     # copy for autocast.
-    dtype: Any = "bfloat16" if config.run.mixed_precision in HALF and config.model.rank is None else "float32"
-    optim = replace(config.optim, fused_backward_pass=True, max_grad_norm=0.0, weights_dtype=dtype)
-    alone, parameters = estimate(replace(config, optim=optim), rehearsal), rehearsal.parameters(config)
+    dtype = "bfloat16" if config.run.mixed_precision in HALF and config.model.rank is None else "float32"
+    changed = config.changed(fused_backward_pass=True, max_grad_norm=0.0, weights_dtype=dtype)
+    alone, parameters = estimate(changed, rehearsal), rehearsal.parameters(config)
     blocks, rest = gathered_sizes(rehearsal, config)
     gathered = sum(sorted(blocks)[-2:]) + rest
     gradients = -(-4 * parameters.trained // processes)
@@ -224,19 +197,18 @@ def split_estimate(config: TrainConfig, rehearsal: Rehearsal, processes: int) ->
 def gathered_sizes(rehearsal: Rehearsal, config: TrainConfig) -> tuple[list[int], int]:
     """Bytes of each block's weights as they are gathered, and of those that belong to no block."""
     model = rehearsal.model(config)
-    names, itemsize = set(model._no_split_modules), 2 if config.run.mixed_precision in HALF else 4
-    blocks = {id(m): 0 for m in model.modules() if type(m).__name__ in names}
-    rest = _add_up(model, blocks, None, itemsize)
+    itemsize = 2 if config.run.mixed_precision in HALF else 4
+    blocks = {f"{name}.": 0 for name, m in model.named_modules() if type(m).__name__ in model._no_split_modules}
+    rest = 0
+    for name, parameter in model.named_parameters():
+        innermost = max((block for block in blocks if name.startswith(block)), key=len, default=None)
+        if innermost is None:
+            rest += itemsize * parameter.numel()
+        else:
+            blocks[innermost] += itemsize * parameter.numel()
     return list(blocks.values()), rest
 
 
-def _add_up(module: nn.Module, blocks: dict[int, int], inside: int | None, itemsize: int) -> int:
-    """Adds each weight to the innermost block around it; returns what has none."""
-    inside = id(module) if id(module) in blocks else inside
-    own = sum(itemsize * p.numel() for p in module.parameters(recurse=False))
-    rest: Any = 0
-    if inside is None:
-        rest = own
-    else:
-        blocks[inside] += own
-    return rest + sum(_add_up(child, blocks, inside, itemsize) for child in module.children())
+def readable(size: float) -> str:
+    """Bytes in GiB or MiB."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**29 else f"{size / 2**20:.1f} MiB"

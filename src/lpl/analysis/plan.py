@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
-from typing import Any
 
 from lpl.analysis.alternatives import HEADROOM, Change, Choice, cheapest, fits, neighbours, smallest
-from lpl.analysis.needs import Needs, launched_estimate
+from lpl.analysis.needs import Needs, launched_estimate, readable
 from lpl.analysis.rehearsal import Rehearsal
 from lpl.base.errors import UserError
 from lpl.base.terminal import progress
@@ -27,17 +25,15 @@ def plan(config: TrainConfig, memory: int) -> str:
     """
     configs = plan_configs(config.model)
     if config.data.resolution is None:
-        config = replace(config, data=replace(config.data, resolution=native_resolution(configs)))
+        config = config.changed(resolution=native_resolution(configs))
     config = _with_launched_precision(config)
     check_small_cards(config, packages=False)
     check_launch(config)
     check_options(config, configs)
     rehearsal, number = Rehearsal(blueprint(configs, config.model)), processes()
-    changes = [Change("as asked", lambda same: same), *neighbours(config)]
-    rows = []
+    changes = [Change("as asked", {}), *neighbours(config)]
     with progress(changes, desc="counting") as bar:
-        for change in bar:
-            rows.append(Choice(change.flags, launched_estimate(change.apply(config), rehearsal, number)))
+        rows = [Choice(c.flags, launched_estimate(c.apply(config), rehearsal, number)) for c in bar]
         asked = rows[0].needs
         verdict = _verdict(config, asked, memory, rehearsal, number)
     run = config.run
@@ -79,29 +75,26 @@ def describe(config: TrainConfig, checked: Checked) -> str:
     sizes = image_sizes(config.data).sizes
     shapes = f" in {len(sizes)} shapes" if len(sizes) > 1 else ""
     _, channels, side, _ = rehearsal.latents(config, 1)
+    rates = "".join(f", {part} {rate:g}" for part, rate in config.component_rates.items())
     lines = [
         f"model        {config.model.pretrained_model_name_or_path}",
         _trains(needs, config),
         f"data         {samples or 'a stream of'} samples at {config.data.crop_size} px{shapes}, latents {channels} x "
         f"{side} x {side}",
         f"steps        {length}",
-        f"rate         {_rates(config)}, {config.optim.lr_scheduler}; mixed precision {run.mixed_precision}",
+        f"rate         {config.learning_rate:g}{rates}, {config.optim.lr_scheduler}; mixed precision "
+        f"{run.mixed_precision}",
         *_details(needs, config),
     ]
     return "\n".join(lines)
 
 
-def _rates(config: TrainConfig) -> str:
-    own = "".join(f", {part} {rate:g}" for part, rate in config.component_rates.items())
-    return f"{config.learning_rate:g}{own}"
-
-
 def _with_launched_precision(config: TrainConfig) -> TrainConfig:
     """The precision that accelerate falls back to, in the place of an unset one."""
-    precision: Any = config.run.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    precision = config.run.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in ("no", "fp16", "bf16"):
         raise UserError(f"ACCELERATE_MIXED_PRECISION is {precision}: give --mixed_precision no, fp16 or bf16")
-    return replace(config, run=replace(config.run, mixed_precision=precision))
+    return config.changed(mixed_precision=precision)
 
 
 def _trains(needs: Needs, config: TrainConfig) -> str:
@@ -135,10 +128,10 @@ def _details(needs: Needs, config: TrainConfig) -> list[str]:
     return [
         *lines,
         flops,
-        f"memory       about {_readable(needs.peak)} on the GPU at its peak ({needs.phase}); parts:",
-        *(f"  {name:22} {_readable(size):>10}" for name, size in rows),
+        f"memory       about {readable(needs.peak)} on the GPU at its peak ({needs.phase}); parts:",
+        *(f"  {name:22} {readable(size):>10}" for name, size in rows),
         "peaks        on the GPU:",
-        *(f"  {phase:22} {_readable(peak):>10}" for phase, peak in needs.phases.items()),
+        *(f"  {phase:22} {readable(peak):>10}" for phase, peak in needs.phases.items()),
     ]
 
 
@@ -148,7 +141,7 @@ def _table(rows: list[Choice], memory: int) -> list[str]:
     for flags, needs in rows:
         flops = needs.step_flops + needs.decoded * needs.lpl_flops
         answer = "fits" if fits(needs.peak, memory) else "no"
-        lines.append(f"{flags:{width}}  {_readable(needs.peak):>10}  {needs.phase:14}  {_tera(flops):>5}  {answer}")
+        lines.append(f"{flags:{width}}  {readable(needs.peak):>10}  {needs.phase:14}  {_tera(flops):>5}  {answer}")
     return [
         *lines,
         f"TFLOP: of a sample, on average. What fits leaves {HEADROOM:.0%} for what is not counted: the CUDA context, "
@@ -162,8 +155,8 @@ def _verdict(config: TrainConfig, asked: Needs, memory: int, rehearsal: Rehearsa
     found = cheapest(config, memory, rehearsal, number)
     if found is None:
         least = smallest(config, rehearsal, number)
-        return f"does not fit {_memory(memory)}, nor does {least.flags} ({_readable(least.needs.peak)})"
-    peak = _readable(found.needs.peak)
+        return f"does not fit {_memory(memory)}, nor does {least.flags} ({readable(least.needs.peak)})"
+    peak = readable(found.needs.peak)
     return f"does not fit {_memory(memory)}; the cheapest change that does: {found.flags} ({peak})"
 
 
@@ -173,7 +166,3 @@ def _tera(flops: float) -> str:
 
 def _memory(size: int) -> str:
     return f"{size / 2**30:.4g} GiB"
-
-
-def _readable(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB" if size >= 2**29 else f"{size / 2**20:.1f} MiB"

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import wraps
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -16,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lpl.analysis.counter import FusedAttention, StepCounter, checkpoint, make_fake
 from lpl.analysis.states import one_step_size
-from lpl.config import ModelConfig, OptimConfig, TrainConfig
+from lpl.config import LPLConfig, ModelConfig, OptimConfig, TrainConfig
 from lpl.data.filling import CAPTION_BATCH, batch_of
 from lpl.diffusion.losses import diffusion_loss
 from lpl.families.base import DECODED_PIXELS, Blueprint
@@ -25,7 +26,20 @@ from lpl.training.engine import add_lora, build_loss
 
 Device = Literal["cuda", "cpu"]
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
+F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
+STEPPING = ("use_8bit_adam", "optimizer", "optimizer_args", "weights_dtype", "adam_beta1", "adam_beta2")
+"""Options that decide what a parameter's step takes."""
+
+
+class Weights(NamedTuple):
+    """What the options say of the denoiser's weights."""
+
+    lora: ModelConfig | None
+    precision: str
+    """Of the arithmetic."""
+    dtype: str
+    """Of what is trained."""
 
 
 class Parameters(NamedTuple):
@@ -69,6 +83,18 @@ class LossCost(NamedTuple):
     """Name, channels, stride and weight."""
 
 
+def _once(count: F) -> F:
+    """A method that counts once for the same arguments."""
+
+    @wraps(count)
+    def counted(self: Rehearsal, *key: Any) -> Any:
+        if (count, key) not in self._done:
+            self._done[count, key] = count(self, *key)
+        return self._done[count, key]
+
+    return counted  # type: ignore[return-value]
+
+
 class Rehearsal:
     """Counts parts of a run; a part that several plans share is counted once.
 
@@ -84,6 +110,7 @@ class Rehearsal:
         self.blueprint, self.device = blueprint, device
         self._fake = FakeTensorMode()
         self._done: dict[tuple[Any, ...], Any] = {}
+        self._told = False
 
     def latents(self, config: TrainConfig, batch: int) -> tuple[int, int, int, int]:
         """The shape of a batch of latents."""
@@ -92,55 +119,46 @@ class Rehearsal:
 
     def model(self, config: TrainConfig) -> Any:
         """The denoiser that is trained, without data."""
-        return self._model(_lora(config), _precision(config), config.optim.weights_dtype)
+        return self._model(_weights(config))
 
     def parameters(self, config: TrainConfig) -> Parameters:
         """How many there are."""
-        lora, precision, dtype = _lora(config), _precision(config), config.optim.weights_dtype
-        return self._once(("parameters", lora, precision, dtype), lambda: self._parameters(lora, precision, dtype))
+        return self._parameters(_weights(config))
 
-    def _parameters(self, lora: ModelConfig | None, precision: str, dtype: str) -> Parameters:
+    @_once
+    def _parameters(self, kind: Weights) -> Parameters:
         with torch.device("meta"):
             base = sum(p.numel() for p in self.blueprint.denoiser().parameters())
-        weights = list(self._model(lora, precision, dtype).parameters())
-        trained = [p.numel() for p in weights if p.requires_grad]
-        itemsize = max(p.element_size() for p in weights if p.requires_grad)
-        shapes = tuple(tuple(p.shape) for p in weights if p.requires_grad)
-        size = sum(p.numel() * p.element_size() for p in weights)
-        return Parameters(base, sum(trained), max(trained), size, shapes, itemsize)
+        model = self._model(kind)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        sizes, shapes = [p.numel() for p in trained], tuple(tuple(p.shape) for p in trained)
+        itemsize = max(p.element_size() for p in trained)
+        return Parameters(base, sum(sizes), max(sizes), _bytes(model), shapes, itemsize)
 
     def denoiser(self, config: TrainConfig) -> DenoiserCost:
         """One micro-batch, as the trainer runs it; with accumulation, gradients of earlier ones are there already."""
         run, shape = config.run, self.latents(config, config.run.train_batch_size)
-        held, lora, precision = run.gradient_accumulation_steps > 1, _lora(config), _precision(config)
-        fused = config.optim if config.optim.fused_backward_pass else None
-        dtype, stepped = config.optim.weights_dtype, fused and (fused.optimizer_name, fused.optimizer_args)
-        return self._once(
-            ("denoiser", lora, run.gradient_checkpointing, precision, dtype, shape, held, stepped),
-            lambda: self._denoiser(lora, run.gradient_checkpointing, precision, dtype, shape, held, fused),
-        )
+        held, fused = run.gradient_accumulation_steps > 1, None
+        if config.optim.fused_backward_pass:
+            named = {name: getattr(config.optim, name) for name in STEPPING}
+            fused = OptimConfig(**named)
+        return self._denoiser(_weights(config), run.gradient_checkpointing, shape, held, fused)
 
+    @_once
     def _denoiser(
-        self,
-        lora: ModelConfig | None,
-        checkpointing: bool,
-        precision: str,
-        dtype: str,
-        shape: tuple[int, ...],
-        held: bool,
-        fused: OptimConfig | None,
+        self, kind: Weights, checkpointing: bool, shape: tuple[int, ...], held: bool, fused: OptimConfig | None
     ) -> DenoiserCost:
-        denoiser = self._model(lora, precision, dtype)
+        denoiser = self._model(kind)
         denoiser.disable_gradient_checkpointing()
         if checkpointing:
             denoiser.enable_gradient_checkpointing(checkpoint)
         trained = [p for p in denoiser.parameters() if p.requires_grad]
-        with self._tensors(precision in HALF), FusedAttention():
+        with self._tensors(kind.precision in HALF), FusedAttention():
             inputs = self._inputs(shape)
             for parameter in trained:
                 parameter.grad = torch.empty_like(parameter) if held else None
             with StepCounter() as counter:
-                with _autocast(precision):
+                with _autocast(kind.precision):
                     output = self.blueprint.denoise(denoiser, *inputs)
                 loss = diffusion_loss(output.float(), inputs[0]).mean()
                 forward, kept = counter.peak, counter.live
@@ -168,11 +186,10 @@ class Rehearsal:
             for hook in hooks:
                 hook.remove()
 
-    def _model(self, lora: ModelConfig | None, precision: str, dtype: str = "float32") -> Any:
+    @_once
+    def _model(self, kind: Weights) -> Any:
         """The denoiser in training mode, as the trainer prepares it."""
-        return self._once(("model", lora, precision, dtype), lambda: self._build_model(lora, precision, dtype))
-
-    def _build_model(self, lora: ModelConfig | None, precision: str, dtype: str) -> Any:
+        lora, precision, dtype = kind
         with torch.device("meta"):
             denoiser = self.blueprint.denoiser().requires_grad_(True)
             if dtype != "float32":
@@ -202,20 +219,23 @@ class Rehearsal:
         chunk = max(1, CHUNK_PIXELS // config.data.crop_size**2) if options.lpl_chunk == "auto" else options.lpl_chunk
         limit = 2 * chunk if options.lpl_norm_type == "batch" else chunk
         batch = min(config.run.train_batch_size, options.lpl_max_samples or limit, limit)
-        shape = self.latents(config, batch)
-        return self._once(("loss", options, config.lpl_checkpointing, shape), lambda: self._loss(config, shape))
+        checkpointing: Any = str(config.lpl_checkpointing).lower()
+        return self._loss(replace(options, lpl_checkpointing=checkpointing), self.latents(config, batch))
 
-    def _loss(self, config: TrainConfig, shape: tuple[int, ...]) -> LossCost:
+    @_once
+    def _loss(self, options: LPLConfig, shape: tuple[int, ...]) -> LossCost:
+        config = TrainConfig(lpl=options)
         with torch.device("meta"), StepCounter() as counter:
             vae = self.blueprint.vae()
             before = counter.live
-            with _quiet(any(key[0] == "loss" for key in self._done)):  # what the loss has to say, it says once
+            with _quiet(self._told):  # what the loss has to say, it says once
                 loss = build_loss(config, vae)
             copy = counter.live - before
             # Built again on weights of its own precision, which can be made fake: it then copies nothing.
             _cast(vae, getattr(torch, config.lpl.lpl_dtype))
         if self.device == "cpu":
             make_fake(vae, self._fake)
+        self._told = True
         with _quiet(True):
             loss = build_loss(config, vae)
         # Where windows lie is read, which no fake tensor can be, and real tensors are not taken beside fake ones.
@@ -237,22 +257,23 @@ class Rehearsal:
         """Where new tensors come from: a fake CPU, or the meta device."""
         return self._fake if fake else torch.device("meta")
 
+    @_once
     def vae(self) -> int:
         """Bytes of the VAE's weights, float32."""
-        return self._once(("vae",), lambda: _bytes(self._on_meta(self.blueprint.vae)))
+        return _bytes(self._on_meta(self.blueprint.vae))
 
     def caching(self, config: TrainConfig) -> int:
         """Peak of filling the caches, weights of VAE and text encoders included: the denoiser is not there yet."""
-        size = config.data.crop_size
-        return self._once(("caching", size), lambda: self._caching(size, batch_of((3, size, size))))
+        return self._caching(config.data.crop_size)
 
-    def _caching(self, size: int, images: int) -> int:
+    @_once
+    def _caching(self, size: int) -> int:
         # Of captions whose encoders are trained, tokens are cached.
         encoders = [] if self.blueprint.trains_text else self._on_meta(self.blueprint.text_encoders)
         vae = self._on_meta(self.blueprint.vae)
         with torch.device("meta"), torch.no_grad(), FusedAttention():
             with StepCounter() as counter:
-                vae.encode(torch.empty(images, 3, size, size))
+                vae.encode(torch.empty(batch_of((3, size, size)), 3, size, size))
             for encoder in encoders:
                 with counter:
                     encoder(self.blueprint.tokens(CAPTION_BATCH), output_hidden_states=True)
@@ -260,20 +281,15 @@ class Rehearsal:
 
     def validation(self, config: TrainConfig) -> tuple[int, int]:
         """Peaks of sampling the latents of a validation image and of decoding them, on top of what was there before."""
-        precision, lora, dtype = _precision(config), _lora(config), config.optim.weights_dtype
-        shape = self.latents(config, 2)  # with and without the prompt
-        return self._once(
-            ("validation", lora, precision, dtype, shape), lambda: self._validation(lora, precision, dtype, shape)
-        )
+        return self._validation(_weights(config), self.latents(config, 2))  # with and without the prompt
 
-    def _validation(
-        self, lora: ModelConfig | None, precision: str, dtype: str, shape: tuple[int, ...]
-    ) -> tuple[int, int]:
-        denoiser = self._model(lora, precision, dtype)
+    @_once
+    def _validation(self, kind: Weights, shape: tuple[int, ...]) -> tuple[int, int]:
+        denoiser = self._model(kind)
         vae = self._on_meta(self.blueprint.vae)
         tile = [min(side, DECODED_PIXELS // self.blueprint.stride) for side in shape[2:]]
         with torch.no_grad(), FusedAttention():
-            with self._tensors(precision in HALF), StepCounter() as sampling, _autocast(precision):
+            with self._tensors(kind.precision in HALF), StepCounter() as sampling, _autocast(kind.precision):
                 self.blueprint.denoise(denoiser, *self._inputs(shape))
             with torch.device("meta"), StepCounter() as decoding:
                 vae.decode(torch.empty(1, shape[1], *tile))
@@ -284,11 +300,6 @@ class Rehearsal:
     def _on_meta(self, build: Callable[[], T]) -> T:
         with torch.device("meta"):
             return build()
-
-    def _once(self, key: tuple[Any, ...], count: Callable[[], T]) -> T:
-        if key not in self._done:
-            self._done[key] = count()
-        return self._done[key]
 
 
 @contextmanager
@@ -303,22 +314,12 @@ def _quiet(active: bool) -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _lora(config: TrainConfig) -> ModelConfig | None:
-    """The options of a LoRA, if there is one, alike for all models."""
-    model = config.model
-    if model.rank is None:
-        return None
-    return ModelConfig(
-        rank=model.rank,
-        lora_alpha=model.lora_alpha,
-        lora_dropout=model.lora_dropout,
-        lora_targets=model.lora_targets,
-        use_dora=model.use_dora,
-    )
-
-
-def _precision(config: TrainConfig) -> str:
-    return config.run.mixed_precision or "no"
+def _weights(config: TrainConfig) -> Weights:
+    """The options of a LoRA, if there is one, are alike for all models."""
+    names = ("rank", "lora_alpha", "lora_dropout", "lora_targets", "use_dora")
+    lora = {name: getattr(config.model, name) for name in names}
+    own = None if config.model.rank is None else ModelConfig(**lora)
+    return Weights(own, config.run.mixed_precision or "no", config.optim.weights_dtype)
 
 
 def _autocast(precision: str) -> AbstractContextManager[Any]:

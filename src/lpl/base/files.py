@@ -15,7 +15,6 @@ from filelock import BaseFileLock, FileLock, Timeout
 from lpl.base.errors import UserError
 
 TEMPORARY = ".tmp"
-BLOCK = 2**24
 PROBED = 4096
 GONE = "gone"
 """The stamp of what is not there, or cannot be looked at."""
@@ -24,11 +23,7 @@ GONE = "gone"
 def write_atomically(path: Path, data: bytes, scratch: Path | None = None) -> None:
     """Writes a file under a temporary name, syncs and renames it; makes the folders.
 
-    Args:
-        path: the file.
-        data: its content.
-        scratch: folder on the same file system for the temporary file, which stays there if the process is killed;
-            None: beside the file.
+    The temporary file is in `scratch`, on the same file system, or beside the file; it stays if the process is killed.
 
     Raises:
         OSError: it cannot be written; nothing is left behind then.
@@ -45,26 +40,18 @@ def write_atomically(path: Path, data: bytes, scratch: Path | None = None) -> No
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    sync_file(path.parent)
 
 
 def write_cached(path: Path, data: bytes, scratch: Path | None = None) -> None:
-    """write_atomically for a file of the cache.
-
-    Raises:
-        UserError: it cannot be written.
-    """
+    """write_atomically for a file of the cache; raises UserError."""
     with cache_writing(path.parent):
         write_atomically(path, data, scratch)
 
 
 @contextmanager
 def cache_writing(folder: Path) -> Iterator[None]:
-    """Turns what goes wrong while writing a folder of the cache into one line.
-
-    Raises:
-        UserError: it cannot be written.
-    """
+    """Turns what goes wrong while writing a folder of the cache into a UserError."""
     try:
         yield
     except OSError as error:
@@ -74,18 +61,10 @@ def cache_writing(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes renames in a folder survive a loss of power, where the system can."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
 def sync_file(path: Path) -> None:
-    """Waits until a file, or a folder's list of files, is on the disk."""
+    """Waits until a file is on the disk, or a folder's list of files, where the system can."""
+    if os.name != "posix" and path.is_dir():
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -117,12 +96,7 @@ def status_of(file: os.DirEntry[str] | str) -> os.stat_result | None:
 
 
 def stamp_of(status: os.stat_result | None, path: str | None = None) -> str:
-    """What tells the versions of a file apart, without spaces: its size and time of change, or GONE.
-
-    Args:
-        status: of the file.
-        path: where it is, for a probe of it beside these; None: none.
-    """
+    """What tells the versions of a file apart, without spaces: size, time of change, a probe of its path; or GONE."""
     try:
         probed = "" if status is None or path is None else f".{probe(path)}"
     except OSError:
@@ -134,7 +108,7 @@ def checksum(path: Path) -> str:
     """XXH3 (128 bits) of a file's content."""
     found = xxhash.xxh3_128()
     with open(path, "rb") as file:
-        while block := file.read(BLOCK):
+        while block := file.read(2**24):
             found.update(block)
     return found.hexdigest()
 
@@ -155,16 +129,8 @@ def alone_in(folder: Path, flag: str = "--output_dir") -> Iterator[None]:
         yield
         return
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / LOCK, timeout=0)
-        lock.acquire()
-    except Timeout as error:
-        raise UserError(
-            f"{flag} {folder}: another lpl command is at work in it: wait for its end, or name another folder"
-        ) from error
-    except OSError as error:
-        raise UserError(f"{flag} {folder}: cannot be written ({error.strerror})") from error
+    busy = "another lpl command is at work in it: wait for its end, or name another folder"
+    lock = _locked(folder / LOCK, f"{flag} {folder}", busy)
     try:
         yield
     finally:
@@ -180,18 +146,23 @@ def alone_at(file: Path, flag: str) -> Iterator[None]:
     Raises:
         UserError: another command is writing it, or nothing can be written there.
     """
-    lock = FileLock(file.with_name(f".{file.name}{LOCK}"), timeout=0)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout as error:
-        raise UserError(f"{flag} {file}: another lpl command is writing it") from error
-    except OSError as error:
-        raise UserError(f"{flag} {file}: cannot be written ({error.strerror})") from error
+    lock = _locked(file.with_name(f".{file.name}{LOCK}"), f"{flag} {file}", "another lpl command is writing it")
     try:
         yield
     finally:
         _end(lock)
+
+
+def _locked(file: Path, where: str, busy: str) -> BaseFileLock:
+    lock = FileLock(file, timeout=0)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(f"{where}: {busy}") from error
+    except OSError as error:
+        raise UserError(f"{where}: cannot be written ({error.strerror})") from error
+    return lock
 
 
 def _end(lock: BaseFileLock) -> None:

@@ -36,11 +36,8 @@ def number(least: float = -LARGEST, most: float = LARGEST) -> Kind:
 
 def whole(least: int = -(2**63), most: int = 2**63 - 1) -> Kind:
     """A whole number within bounds."""
-    told = "" if (least, most) == (-(2**63), 2**63 - 1) else f" in {least}..{most}"
-    return Kind(
-        f"a whole number{told}",
-        lambda v: isinstance(v, int) and not isinstance(v, bool) and least <= v <= most,
-    )
+    words = "a whole number" + ("" if (least, most) == (-(2**63), 2**63 - 1) else f" in {least}..{most}")
+    return Kind(words, lambda v: isinstance(v, int) and not isinstance(v, bool) and least <= v <= most)
 
 
 def one_of(*values: Any) -> Kind:
@@ -62,16 +59,10 @@ keys are let be unless REST describes them. A key with "?" may be missing."""
 
 
 def require_shape(value: Any, shape: Shape, where: str, then: str = "") -> None:
-    """Refuses a value of another shape; the first key at which it differs is named.
-
-    Args:
-        value: of a JSON file.
-        shape: what it must be.
-        where: the file (and line) that errors name.
-        then: what to do about it.
+    """Refuses a value of another shape.
 
     Raises:
-        UserError: it is of another shape.
+        UserError: it is of another shape; where it is, the first key at which it differs, and what to do then.
     """
     fault = difference(value, shape)
     if fault is not None:
@@ -111,23 +102,19 @@ def _expected(shape: Shape) -> str:
 
 def _told(value: Any) -> str:
     """A value as errors show it."""
-    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else ""
-    if isinstance(value, str):
-        text = repr(value)
-    elif isinstance(value, list | dict):
+    if isinstance(value, list | dict):
         text = f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
-    elif not text:
+    elif isinstance(value, str):
+        text = repr(value)
+    elif value is None or isinstance(value, bool):
+        text = "null" if value is None else str(value).lower()
+    else:
         text = f"{value:.6g}" if isinstance(value, float) or abs(value) < 10**15 else "a number beyond all measure"
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def parse_json(text: str | bytes, where: str, then: str = "") -> Any:
-    """What a JSON text holds.
-
-    Args:
-        text: JSON; bytes are UTF-8.
-        where: the flag or file (and line) that errors name.
-        then: what to do about it.
+    """What a JSON text holds; bytes are UTF-8. Errors say where it is, and what to do then.
 
     Raises:
         UserError: not JSON, or too deep or too large to be read.
@@ -162,31 +149,21 @@ def parse_row(line: str, where: str, then: str = "") -> dict[str, Any]:
     return row
 
 
-def read_json(file: Path, flag: str = "", then: str = "") -> Any:
-    """What a JSON file holds; see parse_json.
-
-    Raises:
-        UserError: it cannot be read, or is no JSON.
-    """
-    where = f"{flag} {file}".strip()
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise UserError(f"{where}: cannot be read ({error.strerror}){f': {then}' if then else ''}") from error
-    except MemoryError as error:
-        raise UserError(f"{where}: too large for the memory{f': {then}' if then else ''}") from error
-    return parse_json(content, where, then)
-
-
 def read_object(file: Path, flag: str = "", then: str = "") -> dict[str, Any]:
-    """What a file that is a JSON object holds.
+    """What a file that is a JSON object holds; `then`: what to do where it is none.
 
     Raises:
-        UserError: as read_json, or other JSON.
+        UserError: as parse_json, it cannot be read, or is other JSON.
     """
-    found = read_json(file, flag, then)
+    where, instead = f"{flag} {file}".strip(), f": {then}" if then else ""
+    try:
+        found = parse_json(file.read_bytes(), where, then)
+    except OSError as error:
+        raise UserError(f"{where}: cannot be read ({error.strerror}){instead}") from error
+    except MemoryError as error:
+        raise UserError(f"{where}: too large for the memory{instead}") from error
     if not isinstance(found, dict):
-        raise UserError(f"{f'{flag} {file}'.strip()}: not a JSON object{f': {then}' if then else ''}")
+        raise UserError(f"{where}: not a JSON object{instead}")
     return found
 
 

@@ -26,11 +26,8 @@ JUNK = {".DS_Store", "Thumbs.db", "desktop.ini"}
 """What file managers leave; nobody's."""
 COMPONENT = re.compile(r".*\.(json|safetensors|model)|merges\.txt|vocab\.txt")
 """Files of a model in diffusers' format."""
+ELSEWHERE = "move it away, or name another folder"
 Proof = Callable[[Path], bool]
-
-
-def _nothing(_path: Path) -> bool:
-    return False
 
 
 class Names(NamedTuple):
@@ -43,20 +40,13 @@ class Names(NamedTuple):
 
 
 class OutputFolder:
-    """A folder as one command sees it.
-
-    Args:
-        given: the folder that the user named.
-        command: whose names these are.
-        within: folder within the given one.
-        flag: how the user named it.
-    """
+    """A folder as one command sees it: `within` the one that the user has `given` by a flag."""
 
     def __init__(self, given: str | Path, command: str, within: str = "", flag: str = "--output_dir") -> None:
         self.given, self.command, self.flag = Path(given), command, flag
         self.folder = self.given / within
 
-    def check(self, names: Names, adopt: Proof = _nothing) -> None:
+    def check(self, names: Names, adopt: Proof | None = None) -> None:
         """Refuses what is in the way; changes nothing.
 
         Args:
@@ -68,28 +58,27 @@ class OutputFolder:
             UserError: a link, a file for a folder or the reverse, or what this command did not write.
         """
         check_real(self.given, self.folder, self.flag)
-        own = set(self._read()["names"])
-        adopt = _nothing if own else adopt
+        own = self._read()["names"]
+        adopt = None if own else adopt
         for path, name in self._found(names.kept):
             self._check_kind(path, name)
             if not (name in own or _is_proved(path, names.kept[name], adopt)):
                 raise self._foreign(path)
         self._check_results(names.results, adopt)
 
-    def claim(self, names: Names, adopt: Proof = _nothing) -> None:
+    def claim(self, names: Names, adopt: Proof | None = None) -> None:
         """Notes that these names are the command's from now on, but for those that something else has.
 
         Raises:
             UserError: the folder cannot be written.
         """
         record = self._read()
-        own = set(record["names"])
-        adopt = _nothing if own else adopt
+        adopt = None if record["names"] else adopt
         found = self._found(names.kept)
         taken = {name for path, name in found if not _is_proved(path, names.kept[name], adopt)}
-        record["names"] = sorted(own | names.kept.keys() - taken)
+        record["names"] = sorted({*record["names"]} | names.kept.keys() - taken)
         for path, _ in self._found(names.results):
-            if adopt(path):
+            if adopt and adopt(path):
                 record["files"] |= {self._name(file): [checksum(file)] for file in _files(path)}
         self._write(record)
 
@@ -104,17 +93,13 @@ class OutputFolder:
         Raises:
             UserError: something else has one of the names, and nothing was moved.
         """
-        new = {
-            str(Path(name) / file.relative_to(path)): checksum(file)
-            for name, path in staged.items()
-            for file in _files(path)
-        }
+        files = {str(Path(name) / f.relative_to(path)): f for name, path in staged.items() for f in _files(path)}
+        new = {name: checksum(file) for name, file in files.items()}
         self._check_results([f"{name}/" if path.is_dir() else name for name, path in staged.items()], also=new)
-        for path in staged.values():
-            for file in _files(path):
-                sync_file(file)
-        record, tops = self._read(), set(staged)
-        old = {name: known for name, known in record["files"].items() if name.split("/")[0] in tops}
+        for file in files.values():
+            sync_file(file)
+        record = self._read()
+        old = {name: known for name, known in record["files"].items() if name.split("/")[0] in staged}
         rest = {name: known for name, known in record["files"].items() if name not in old}
         # Both are known while one takes the place of the other.
         record["files"] = rest | old | {name: [*old.get(name, []), value] for name, value in new.items()}
@@ -130,7 +115,7 @@ class OutputFolder:
             parent.rmdir()
         record["files"] = rest | {name: [value] for name, value in new.items()}
         if done is not None:
-            record["result"] = sorted(tops)
+            record["result"] = sorted(staged)
         self._write(record)
         if done is not None:
             write_atomically(self.folder / done[0], done[1])
@@ -147,7 +132,7 @@ class OutputFolder:
         return bool(self._read()["names"])
 
     def _check_results(
-        self, names: Iterable[str], adopt: Proof = _nothing, also: Mapping[str, str] | None = None
+        self, names: Iterable[str], adopt: Proof | None = None, also: Mapping[str, str] | None = None
     ) -> None:
         known = self._read()["files"]
         for path, name in self._found(names):
@@ -157,9 +142,8 @@ class OutputFolder:
                 if file.is_symlink() or not file.is_file():
                     raise self._foreign(file)
                 expected = {*known.get(own, []), (also or {}).get(own)} - {None}
-                if not expected and COMPONENT.fullmatch(file.name) and adopt(path):
-                    continue
-                if not expected or checksum(file) not in expected:
+                adopted = adopt and not expected and COMPONENT.fullmatch(file.name) and adopt(path)
+                if not adopted and (not expected or checksum(file) not in expected):
                     raise self._foreign(file, changed=own in known)
 
     def _found(self, names: Iterable[str]) -> Iterator[tuple[Path, str]]:
@@ -178,33 +162,25 @@ class OutputFolder:
             found, wanted = ("folder", "file") if path.is_dir() else ("file", "folder")
             raise UserError(
                 f"{self.flag} {self.folder}: {path.name} in it is a {found}, where {self.command} writes a {wanted} of "
-                "that name: move it away, or name another folder"
+                f"that name: {ELSEWHERE}"
             )
 
     def _foreign(self, path: Path, changed: bool = False) -> UserError:
-        what = (
-            f"has been changed since {self.command} wrote it" if changed else f"is not what {self.command} wrote there"
-        )
-        return UserError(
-            f"{self.flag} {self.folder}: {self._name(path)} in it {what}, and would be replaced: move it away, or name "
-            "another folder"
-        )
+        told = "has been changed since {} wrote it" if changed else "is not what {} wrote there"
+        found = f"{self._name(path)} in it {told.format(self.command)}"
+        return UserError(f"{self.flag} {self.folder}: {found}, and would be replaced: {ELSEWHERE}")
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self.folder).as_posix()
 
     def _read(self) -> dict[str, Any]:
         """This command's part of the record."""
-        part = self._all().get(self.command, {})
-        return {"names": [], "files": {}, "result": []} | part
+        return {"names": [], "files": {}, "result": []} | self._all().get(self.command, {})
 
     def _all(self) -> dict[str, Any]:
         file = self.folder / RECORD
-        if not file.is_file():
-            return {}
-        then = "move it away, or name another folder"
-        found = read_object(file, then=then)
-        require_shape(found, RECORDED, str(file), then)
+        found = read_object(file, then=ELSEWHERE) if file.is_file() else {}
+        require_shape(found, RECORDED, str(file), ELSEWHERE)
         return found
 
     def _write(self, part: dict[str, Any]) -> None:
@@ -216,35 +192,22 @@ class OutputFolder:
 
 
 def check_real(given: Path, path: Path, flag: str) -> None:
-    """Refuses a path below the folder that the user named that is not really below it.
-
-    Raises:
-        UserError: a part of it is a symbolic link.
-    """
+    """Raises UserError where a part of a path below the folder that the user named is a symbolic link."""
     part = given
     for name in path.relative_to(given).parts:
         part /= name
         if part.is_symlink():
-            raise UserError(
-                f"{flag} {given}: {part.relative_to(given).as_posix()} in it is a symbolic link (to "
-                f"{os.readlink(part)}): move it away, or name another folder"
-            )
+            found = f"{part.relative_to(given).as_posix()} in it is a symbolic link (to {os.readlink(part)})"
+            raise UserError(f"{flag} {given}: {found}: {ELSEWHERE}")
 
 
-def check_apart(
-    given: Path,
-    names: Iterable[str],
-    inputs: Mapping[str, str | None],
-    flag: str = "--output_dir",
-    same: bool = True,
-) -> None:
+def check_apart(given: Path, names: Iterable[str], inputs: Mapping[str, str | None], same: bool = True) -> None:
     """Refuses an output that would land on what the command reads, by whatever path either is named.
 
     Args:
         given: the folder that is written to.
         names: of Names.
         inputs: by flag what is read: files, folders, or what is neither (a Hub id).
-        flag: of the folder.
         same: whether the folder itself may not be an input.
 
     Raises:
@@ -256,12 +219,12 @@ def check_apart(
             continue
         remedy = f"--{option} {value} would be overwritten: name another folder"
         if same and _same(path, given):
-            raise UserError(f"{flag} {given}: is the same folder, so {remedy}")
+            raise UserError(f"--output_dir {given}: is the same folder, so {remedy}")
         above = [path.resolve(), *path.resolve().parents]
         for name in names:
             for part, parent in pairwise(above):
                 if (matches(name, part.name) and _same(parent, given)) or _same(given / name, part):
-                    raise UserError(f"{flag} {given}: {part.name} in it is written to, so {remedy}")
+                    raise UserError(f"--output_dir {given}: {part.name} in it is written to, so {remedy}")
 
 
 def matches(name: str, entry: str) -> bool:
@@ -292,10 +255,7 @@ def _files(path: Path) -> Iterator[Path]:
             yield from _files(entry)
 
 
-def _is_empty(path: Path) -> bool:
-    return path.is_dir() and next(_files(path), None) is None
-
-
-def _is_proved(path: Path, proof: Proof | None, adopt: Proof) -> bool:
-    """Whether something that the record does not name may be replaced all the same."""
-    return _is_empty(path) or adopt(path) or (proof is not None and proof(path))
+def _is_proved(path: Path, *proofs: Proof | None) -> bool:
+    """Whether something that the record does not name may be replaced all the same; an empty folder may."""
+    is_empty = path.is_dir() and next(_files(path), None) is None
+    return is_empty or any(proof(path) for proof in proofs if proof is not None)

@@ -1,4 +1,4 @@
-"""Writes a safetensors file that carries the checksum of its content, under its own name only once it is whole."""
+"""Safetensors files: the header, read before anything is mapped, and a writer of whole files with a checksum."""
 
 from __future__ import annotations
 
@@ -7,27 +7,67 @@ import os
 import struct
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from lpl.base.errors import UserError
+from lpl.base.json_files import NULL, REST, TEXT, Kind, Shape, parse_json, require_shape, whole
 
 HASH = "modelspec.hash_sha256"
 UNKNOWN = "0x" + 64 * "0"
-PIECE = 2**24
+METADATA = "__metadata__"
+LONGEST = 100_000_000
+"""Bytes of a header; safetensors reads no longer one."""
+PLACE = whole(0, 2**62)
+HEADER: Shape = {
+    f"{METADATA}?": ({REST: TEXT}, NULL),
+    REST: {
+        "dtype": TEXT,
+        "shape": [PLACE],
+        "data_offsets": Kind("two places", lambda v: isinstance(v, list) and len(v) == 2 and all(map(PLACE.fits, v))),
+    },
+}
+
+
+def parse_header(content: bytes, where: str) -> dict[str, Any]:
+    """The header that the bytes behind those of its length are; `where` is the file that errors name.
+
+    Raises:
+        UserError: it is none.
+    """
+    found: dict[str, Any] = parse_json(content, where)
+    require_shape(found, HEADER, where)
+    return found
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The header of a file that holds all tensors it speaks of.
+
+    Raises:
+        UserError: it cannot be read, is something else, or is cut short.
+    """
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            size = path.stat().st_size
+            if length > min(size, LONGEST):
+                raise UserError(f"{path}: no safetensors file, or cut short")
+            header = parse_header(file.read(length), str(path))
+    except (OSError, struct.error) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    end = max((entry["data_offsets"][1] for name, entry in header.items() if name != METADATA), default=0)
+    if size < 8 + length + end:
+        raise UserError(f"{path}: cut short: {size} of {8 + length + end} bytes")
+    return header
 
 
 def write_tensors(tensors: Iterable[tuple[str, Tensor]], file: Path, metadata: dict[str, str]) -> int:
     """Writes tensors to a file under a temporary name, syncs and renames it.
 
     The metadata gain modelspec.hash_sha256, the SHA-256 of all that follows the header.
-
-    Args:
-        tensors: names and values; what is contiguous is written from where it lies.
-        file: where to; its folder is made.
-        metadata: texts by name.
 
     Returns:
         How many tensors were written.
@@ -63,8 +103,8 @@ def _seal(file: Path) -> None:
         (length,) = struct.unpack("<Q", out.read(8))
         place = 8 + out.read(length).index(UNKNOWN.encode())
         digest = hashlib.sha256()
-        while piece := out.read(PIECE):
-            digest.update(piece)
+        while block := out.read(2**24):
+            digest.update(block)
         out.seek(place)
         out.write(f"0x{digest.hexdigest()}".encode())
         out.flush()

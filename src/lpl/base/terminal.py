@@ -36,12 +36,7 @@ def _escape(letter: str) -> str:
 
 
 class Screen:
-    """A text stream that writes what is printable, and nothing that its encoding lacks.
-
-    Args:
-        raw: the stream below it; all else goes there.
-        bars: whether progress bars are drawn on it.
-    """
+    """A text stream that writes what is printable to another; `bars`: progress bars are drawn on it."""
 
     def __init__(self, raw: Any, bars: bool) -> None:
         self.raw, self._bars = raw, bars

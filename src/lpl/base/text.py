@@ -30,11 +30,7 @@ _CONTROL = re.compile("[\x00-\x08\x0e-\x1f]")
 
 
 def decode(data: bytes, where: str) -> str:
-    """The text of a file, its line ends as newlines.
-
-    Args:
-        data: the file.
-        where: what to call it in a message.
+    """The text of a file, which messages call `where`, its line ends as newlines.
 
     Raises:
         UserError: not UTF-8, nor UTF-16 or UTF-32 that can be told as such.
@@ -125,10 +121,6 @@ def _unreadable(where: str, error: OSError | ValueError) -> UserError:
 def parse_keywords(flag: str, text: str | None) -> dict[str, Any]:
     """The keywords of a text such as `d_coef=2.0, betas=(0.9, 0.99)`; values are Python literals (ast.literal_eval).
 
-    Args:
-        flag: the option that it was given to, for the message.
-        text: None is the same as an empty text.
-
     Raises:
         UserError: anything but keywords with literal values, or one given twice.
     """
@@ -145,9 +137,6 @@ def parse_keywords(flag: str, text: str | None) -> dict[str, Any]:
     if len(found) != len(call.keywords):
         raise UserError(f"{expected}, each once")
     return found
-
-
-KEYS = ("prompt", "negative_prompt", "seed")
 
 
 class Prompt(NamedTuple):
@@ -193,16 +182,16 @@ def text_of(row: dict[str, Any], where: str) -> str | None:
 
 
 def _prompt_of(row: dict[str, Any], where: str) -> Prompt:
+    keys = ("prompt", "negative_prompt", "seed")
     given = row.get("prompt")
     if given is None:
         given = text_of(row, where)
         require(given is not None, f'{where}: no "prompt" and no "text" in it; its keys: {", ".join(row) or "none"}')
     else:
         # A row of metadata may have anything else; here a misspelt key would be lost.
-        unknown = sorted(row.keys() - set(KEYS))
-        require(not unknown, f"{where}: unknown key {', '.join(unknown)}; known: {', '.join(KEYS)}")
-    negative, seed = row.get("negative_prompt"), row.get("seed")
-    negative = "" if negative is None else negative
+        unknown = sorted(row.keys() - set(keys))
+        require(not unknown, f"{where}: unknown key {', '.join(unknown)}; known: {', '.join(keys)}")
+    negative, seed = "" if row.get("negative_prompt") is None else row["negative_prompt"], row.get("seed")
     require(isinstance(given, str) and isinstance(negative, str), f"{where}: prompts must be strings")
     whole = isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 2**32
     require(seed is None or whole, f"{where}: seed must be a whole number in 0..{2**32 - 1}, not {seed!r}")

@@ -34,74 +34,58 @@ MEASURED = Kind(
 """What was measured while training, where a loss may be NaN."""
 PAIR = Kind("two numbers", lambda v: isinstance(v, list) and len(v) == 2 and all(map(NUMBER.fits, v)))
 TEXTS = ([TEXT], NULL)
-MAYBE = (NUMBER, NULL)
+MAYBE, MAYBE_TEXT, MAYBE_STEP = (NUMBER, NULL), (TEXT, NULL), (STEP, NULL)
 LARGE = (number(-1e300, 1e300), NULL)
 """The largest value of a network that overflows."""
 ENVIRONMENT = {REST: PLAIN}
 
-METRICS: Shape = {
-    REST: {
-        "value?": MAYBE,
-        "interval?": (PAIR, NULL),
-        "floor?": MAYBE,
-        "lower_is_better?": SWITCH,
-        "note?": (TEXT, NULL),
-    }
+METRIC: Shape = {
+    **dict.fromkeys(("value?", "floor?"), MAYBE),
+    "interval?": (PAIR, NULL),
+    "lower_is_better?": SWITCH,
+    "note?": MAYBE_TEXT,
 }
+METRICS: Shape = {REST: METRIC}
 POINT: Shape = {"guidance_scale": MAYBE, "num_inference_steps": STEP}
 DIFFERENCE: Shape = {"difference": NUMBER, "interval": (PAIR, NULL)}
 
+SPECTRUM = ("frequency", "samples", "reference")
 EVAL: Shape = {
     "kind": one_of("eval"),
     "environment?": ENVIRONMENT,
     "options?": ({"against?": one_of("images", "reconstructions")}, NULL),
     "refused?": [TEXT],
-    "model?": (TEXT, NULL),
-    "reference?": (TEXT, NULL),
-    "num_samples?": (STEP, NULL),
-    "num_reference?": (STEP, NULL),
-    "reference_digest?": (TEXT, NULL),
-    "resolution?": (STEP, NULL),
-    "features?": (TEXT, NULL),
+    **dict.fromkeys(("model?", "reference?", "reference_digest?", "features?", "image_root?"), MAYBE_TEXT),
+    **dict.fromkeys(("num_samples?", "num_reference?", "resolution?"), MAYBE_STEP),
     "metrics?": METRICS,
     "points?": [{**POINT, "metrics": METRICS}],
     "best?": [POINT],
-    "spectrum?": (
-        {"frequency": [NUMBER], "samples": [NUMBER], "reference": [NUMBER], "floor?": ([NUMBER], NULL)},
-        NULL,
-    ),
-    "image_root?": (TEXT, NULL),
-    "images?": ([{"file": TEXT, "prompt?": (TEXT, NULL), "seed?": (WHOLE, NULL), "index?": (WHOLE, NULL)}], NULL),
+    "spectrum?": ({**{key: [NUMBER] for key in SPECTRUM}, "floor?": ([NUMBER], NULL)}, NULL),
+    "images?": ([{"file": TEXT, "prompt?": MAYBE_TEXT, "seed?": (WHOLE, NULL), "index?": (WHOLE, NULL)}], NULL),
 }
+T_RANGE: Shape = {"t_low": NUMBER, "t_high": NUMBER}
 CHECK: Shape = {
     "kind": one_of("check"),
     "environment?": ENVIRONMENT,
     "refused?": [TEXT],
     "outcome?": (one_of("acts", "idles", "harms"), NULL),
-    "verdict?": (TEXT, NULL),
+    "verdict?": MAYBE_TEXT,
     "faults?": TEXTS,
     "warnings?": TEXTS,
-    "components?": (
-        {REST: {REST: {"finite": (SWITCH, NULL), "max_abs?": LARGE, "relative_error?": LARGE}}},
-        NULL,
-    ),
-    "suggestion?": ({"lpl_weight?": MAYBE, "lpl_t_threshold?": (STEP, NULL), "why?": TEXTS}, NULL),
-    "reconstruction?": ({"psnr_mean": MAYBE, "psnr_min": MAYBE, "file?": (TEXT, NULL)}, NULL),
+    "components?": ({REST: {REST: {"finite": (SWITCH, NULL), "max_abs?": LARGE, "relative_error?": LARGE}}}, NULL),
+    "suggestion?": ({"lpl_weight?": MAYBE, "lpl_t_threshold?": MAYBE_STEP, "why?": TEXTS}, NULL),
+    "reconstruction?": ({"psnr_mean": MAYBE, "psnr_min": MAYBE, "file?": MAYBE_TEXT}, NULL),
     "walk_equals_decode?": MAYBE,
-    "step?": ({"peak_bytes?": MAYBE, "flops?": MAYBE, "seconds?": MAYBE}, NULL),
-    "gradients?": ([{"t_low": NUMBER, "t_high": NUMBER, "ratio": MAYBE, "cosine": MAYBE}], NULL),
-    "layers?": (
-        [
-            {
-                "tap": (TEXT, WHOLE),
-                "bins": [{"t_low": NUMBER, "t_high": NUMBER, "distance": MAYBE, "outlier_fraction": MAYBE}],
-            }
-        ],
-        NULL,
-    ),
-    "estimates?": ({"file?": (TEXT, NULL)}, NULL),
+    "step?": (dict.fromkeys(("peak_bytes?", "flops?", "seconds?"), MAYBE), NULL),
+    "gradients?": ([{**T_RANGE, "ratio": MAYBE, "cosine": MAYBE}], NULL),
+    "layers?": ([{"tap": (TEXT, WHOLE), "bins": [{**T_RANGE, "distance": MAYBE, "outlier_fraction": MAYBE}]}], NULL),
+    "estimates?": ({"file?": MAYBE_TEXT}, NULL),
     "maps?": ([{"tap": (TEXT, WHOLE), "t": STEP, "file": TEXT}], NULL),
 }
+METRIC_NAME = Kind(
+    "the name of a metric", lambda v: isinstance(v, str) and (not v.startswith("validation/") or v.count("/") == 2)
+)
+BESIDE = ("precision?", "recall?", "high_band_log_error?")
 COMPARE: Shape = {
     "kind": one_of("compare"),
     "environment?": ENVIRONMENT,
@@ -113,7 +97,7 @@ COMPARE: Shape = {
             "overrides?": {REST: PLAIN},
             "baseline?": SWITCH,
             "repeats?": SWITCH,
-            "unpaired?": (TEXT, NULL),
+            "unpaired?": MAYBE_TEXT,
             "yardsticks?": ({REST: [TEXT]}, [TEXT]),
             "runs?": [{"seed": STEP, "folder": TEXT}],
         }
@@ -121,21 +105,15 @@ COMPARE: Shape = {
     "paired?": [
         {
             "arm": TEXT,
-            "metric": Kind(
-                "the name of a metric",
-                lambda v: isinstance(v, str) and (not v.startswith("validation/") or v.count("/") == 2),
-            ),
-            "abscissa": TEXT,
+            "metric": METRIC_NAME,
+            **dict.fromkeys(("abscissa", "verdict", "outcome?"), TEXT),
             "seeds?": STEP,
             "baseline?": MAYBE,
-            "difference": NUMBER,
-            "interval": (PAIR, NULL),
+            **DIFFERENCE,
             "bootstrap?": (PAIR, NULL),
             "noise": MAYBE,
             "noise_from?": (one_of("repeat", "seeds"), NULL),
             "lower_is_better?": SWITCH,
-            "outcome?": TEXT,
-            "verdict": TEXT,
         }
     ],
     "rows?": [
@@ -145,7 +123,7 @@ COMPARE: Shape = {
             "guidance": MAYBE,
             "sampling_steps": STEP,
             "frechet": MAYBE,
-            **{f"{name}?": MAYBE for name in ("precision", "recall", "high_band_log_error")},
+            **dict.fromkeys(BESIDE, MAYBE),
         }
     ],
     "at_best?": [
@@ -155,7 +133,7 @@ COMPARE: Shape = {
             "guidance": [MAYBE],
             "baseline_guidance": [MAYBE],
             "frechet?": {"ratio": NUMBER, "interval": (PAIR, NULL)},
-            **{f"{name}?": DIFFERENCE for name in ("precision", "recall", "high_band_log_error")},
+            **dict.fromkeys(BESIDE, DIFFERENCE),
         }
     ],
     "verdicts?": [{"arm": TEXT, "outcome": TEXT, "sentence": TEXT}],
@@ -189,11 +167,9 @@ def read_result(file: Path, kind: str) -> dict[str, Any]:
     if found.get("kind") != kind:
         raise UserError(f"{file}: was not written by lpl {kind}")
     require_shape(found, RESULTS[kind], str(file), then)
-    if kind == "eval" and found.get("spectrum"):
-        lengths = {
-            len(values) for key in ("frequency", "samples", "reference", "floor") if (values := _part(found, key))
-        }
-        if len(lengths) > 1:
+    if kind == "eval":
+        lists = [(found.get("spectrum") or {}).get(key) for key in (*SPECTRUM, "floor")]
+        if len({len(values) for values in lists if values}) > 1:
             raise UserError(f"{file}: spectrum: its lists are of different lengths: {then}")
     if kind == "compare":
         names = [arm["name"] for arm in found.get("arms", [])]
@@ -205,11 +181,6 @@ def read_result(file: Path, kind: str) -> dict[str, Any]:
                 told = f"{unknown[0][0]} has the arm {unknown[0][1]!r:.60}, which arms has not"
             raise UserError(f"{file}: {told}: {then}")
     return found
-
-
-def _part(found: dict[str, Any], key: str) -> list[Any]:
-    part: list[Any] = found["spectrum"].get(key) or []
-    return part
 
 
 def read_validated(line: bytes, where: str) -> dict[str, Any]:

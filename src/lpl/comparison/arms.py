@@ -16,7 +16,7 @@ from lpl.base.written_files import FINISHED, read_finished
 from lpl.config import TrainConfig, declared
 from lpl.config.command_line import parse_train
 from lpl.config.commands import FILE, PAGE, CompareConfig, check_logs
-from lpl.config.files import as_flags, nearest, read_strings, why_refused, without_replaced
+from lpl.config.files import REFUSED, as_flags, nearest, read_strings, without_replaced
 from lpl.config.loss import acting
 from lpl.evaluation.comparing import SAMPLES
 
@@ -159,7 +159,7 @@ def _read(file: Path) -> dict[str, dict[str, str]]:
 def _flags(overrides: dict[str, str], where: str) -> list[str]:
     known = list(TrainConfig().flat())
     for key in overrides:
-        why = why_refused(key) or (declared()[key].arms if key in known else None)
+        why = REFUSED.get(key) or (declared()[key].arms if key in known else None)
         if why is not None:
             raise UserError(f"{where}: {key} is not taken: {why}")
         if key not in known:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cache
 from typing import Any
 
-from lpl.config.checks import Facts, Needs, facts_of
+from lpl.config.checks import Facts, facts_of
 from lpl.config.data import DataConfig
 from lpl.config.loss import DiffusionConfig, LPLConfig
 from lpl.config.optim import OPTIMIZERS, OptimConfig
@@ -25,13 +25,11 @@ __all__ = [
     "LPLConfig",
     "LoggingConfig",
     "ModelConfig",
-    "Needs",
     "OptimConfig",
     "RunConfig",
     "TrainConfig",
     "declared",
     "idle_options",
-    "needs_in_words",
 ]
 
 
@@ -88,45 +86,34 @@ class TrainConfig:
         """Every option by its flag's name."""
         return {f.name: getattr(group, f.name) for group in self.groups() for f in fields(group)}
 
+    def changed(self, **values: Any) -> TrainConfig:
+        """The options with other values of some, each by its flag's name."""
+        groups = {}
+        for f in fields(self):
+            group = getattr(self, f.name)
+            own = {name: values.pop(name) for name in vars(group) if name in values}
+            if own:
+                groups[f.name] = replace(group, **own)
+        assert not values
+        return replace(self, **groups)
+
     def groups(self) -> list[Any]:
         """The groups of options, in order."""
         return [getattr(self, f.name) for f in fields(self)]
 
 
 @cache
-def declared() -> dict[str, Facts]:
-    """What is known of every option, by its flag's name."""
-    return {f.name: facts_of(group, f) for group in TrainConfig().groups() for f in fields(group)}
+def declared(command: Any = TrainConfig) -> dict[str, Facts]:
+    """What is known of every option of a command, by its flag's name."""
+    groups: dict[str, Any] = {f.name: f.default_factory for f in fields(command) if f.default_factory is not MISSING}
+    own = {name: facts for name, facts in facts_of(command).items() if name not in groups}
+    return {name: facts for group in groups.values() for name, facts in declared(group).items()} | own
 
 
 def idle_options(config: TrainConfig) -> Iterator[tuple[str, str]]:
     """Options that were given and cannot act in this run, each with what it needs, in words."""
-    given, usual = config.flat(), TrainConfig().flat()
+    given = config.flat()
     for name, facts in declared().items():
         # lr_warmup_steps 0 asks for nothing, and is what users of the constant schedule write.
-        if facts.needs is None or given[name] == usual[name] or given[name] == 0:
-            continue
-        needs = _needs(facts.needs)
-        if not needs.are_met(config):
-            yield name, needs.words
-
-
-def needs_in_words(facts: Facts) -> str:
-    """What an option needs; empty: nothing."""
-    return "" if facts.needs is None else _needs(facts.needs).words
-
-
-def _needs(given: str | Needs) -> Needs:
-    if isinstance(given, Needs):
-        return given
-    parts = [
-        (name, values.split("|") if values else None)
-        for name, _, values in (p.partition("=") for p in given.split(" & "))
-    ]
-    words = " and ".join(f"--{name}" + (f" {' or '.join(values)}" if values else "") for name, values in parts)
-
-    def are_met(config: TrainConfig) -> bool:
-        flat = config.flat()
-        return all(flat[n] in values if values else flat[n] not in (None, False, 0, "none") for n, values in parts)
-
-    return Needs(words, are_met)
+        if facts.needs is not None and given[name] not in (facts.default, 0) and not facts.needs.are_met(config):
+            yield name, facts.needs.words

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import Field, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from math import isfinite
 from os.path import expanduser
 from typing import Any, NamedTuple
@@ -25,19 +26,20 @@ class Needs(NamedTuple):
     words: str
     """As in "--x has no effect without ..."."""
     are_met: Callable[[Any], bool]
-    """Of a TrainConfig."""
+    """Of the options: a TrainConfig, or another command's."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of an option beside its name, type, default and help.
+    """What is known of an option beside its name, type and help.
 
     Attributes:
+        default: its value where it is not given.
         least, most: the smallest and the largest value that it takes.
         above, below: values that it must lie above and below.
         path: it names a file or folder (or may, beside a Hub id).
         may_be_empty: its value is a text that may be empty; elsewhere that is a variable that was not set, or a slip.
-        needs: without which it has no effect: other options by name, `a`, `a=this|that`, several joined by ` & `.
+        needs: without which it has no effect; as a text: other options by name, `a`, `a=this|that`, joined by ` & `.
         free: it changes the trajectory of a run by float rounding at most: a run may be continued with another.
         divides: with the number of processes it divides a step's samples; a run may be continued where their product
             is the same.
@@ -50,13 +52,14 @@ class Facts:
         elsewhere: what other trainers call it.
     """
 
+    default: Any = None
     least: float | None = None
     most: float | None = None
     above: float | None = None
     below: float | None = None
     path: bool = False
     may_be_empty: bool = False
-    needs: str | Needs | None = None
+    needs: Needs | None = None
     free: bool = False
     divides: bool = False
     recorded: bool = True
@@ -83,52 +86,69 @@ class Facts:
         return "" if self.most is None else f"be at most {self.most:.17g}"
 
 
-def option(default: Any, **facts: Any) -> Any:
+def option(default: Any, needs: str | Needs | None = None, **facts: Any) -> Any:
     """A field with what is known of it; the keywords are those of Facts."""
-    return field(default=default, metadata={"facts": facts})
+    return field(default=default, metadata=facts | {"needs": _named(needs) if isinstance(needs, str) else needs})
 
 
-def facts_of(group: Any, declared: Field[Any]) -> Facts:
-    """What is known of a field; a group's USUALLY holds for all of its fields that do not say otherwise."""
-    return replace(getattr(group, "USUALLY", Facts()), **declared.metadata.get("facts", {}))
+def _named(options: str) -> Needs:
+    parts = [part.partition("=") for part in options.split(" & ")]
+    wanted = {name: values.split("|") if values else None for name, _, values in parts}
+    words = (f"--{name}" + (f" {' or '.join(values)}" if values else "") for name, values in wanted.items())
+
+    def are_met(config: Any) -> bool:
+        given = config.flat() if hasattr(config, "flat") else vars(config)
+        return all(
+            given[n] in values if values else given[n] not in (None, False, 0, "none") for n, values in wanted.items()
+        )
+
+    return Needs(" and ".join(words), are_met)
 
 
-def check_declared(group: Any) -> None:
-    """Checks what is declared beside the fields of a group: numbers and their bounds, names that a system can have.
-
-    In paths ~ becomes the home folder, for which a shell does not always see to it (a YAML file, --option=~/x).
-
-    Raises:
-        UserError: the first value that does not fit.
-    """
-    for declared in fields(group):
-        facts = facts_of(group, declared)
-        values = getattr(group, declared.name)
-        for value in values if isinstance(values, tuple) else (values,):
-            _check_value(f"--{declared.name}", value, facts, "'auto'" in str(declared.type))
-        if facts.path and isinstance(values, str | tuple):
-            at_home = expanduser(values) if isinstance(values, str) else tuple(map(expanduser, values))
-            object.__setattr__(group, declared.name, at_home)
+@cache
+def facts_of(group: Any) -> dict[str, Facts]:
+    """What is known of each option of a class of options; its USUALLY holds for all that do not say otherwise."""
+    usually = getattr(group, "USUALLY", Facts())
+    return {f.name: replace(usually, **{"default": f.default} | dict(f.metadata)) for f in fields(group)}
 
 
-def _check_value(flag: str, value: Any, facts: Facts, or_auto: bool) -> None:
-    if isinstance(value, bool):
-        return
-    if isinstance(value, int | float):
-        _check_number(flag, value, facts, "be auto, or " * or_auto)
-    elif isinstance(value, str):
-        check_text(flag, value, facts.path)
-        if facts.path:
-            check_path(flag, value)
+class Options:
+    """A group of options, whose values are checked by what is declared beside them."""
+
+    def __post_init__(self) -> None:
+        """Checks bounds, and that texts and names are such that a system can have.
+
+        In paths ~ becomes the home folder, for which a shell does not always see to it (a YAML file, --option=~/x).
+
+        Raises:
+            UserError: the first value that does not fit.
+        """
+        own: Any = type(self)
+        for declared, facts in zip(fields(own), facts_of(own).values(), strict=True):
+            values = getattr(self, declared.name)
+            for value in values if isinstance(values, tuple) else (values,):
+                flag = f"--{declared.name}"
+                if isinstance(value, str):
+                    check_text(flag, value, facts.path)
+                    if facts.path:
+                        check_path(flag, value)
+                elif isinstance(value, int | float) and not isinstance(value, bool):
+                    _check_number(flag, value, facts, "be auto, or " * ("'auto'" in str(declared.type)))
+            if facts.path and isinstance(values, str | tuple):
+                at_home = expanduser(values) if isinstance(values, str) else tuple(map(expanduser, values))
+                object.__setattr__(self, declared.name, at_home)
+
+    def require_acting(self) -> None:
+        """Raises UserError for an option that is given and cannot act beside the others."""
+        own: Any = type(self)
+        for name, facts in facts_of(own).items():
+            if facts.needs is not None and getattr(self, name) != facts.default:
+                require(facts.needs.are_met(self), f"--{name} acts with {facts.needs.words}")
 
 
 def _check_number(flag: str, value: float, facts: Facts, auto: str) -> None:
-    fits = (
-        (facts.least is None or value >= facts.least)
-        and (facts.above is None or value > facts.above)
-        and (facts.most is None or value <= facts.most)
-        and (facts.below is None or value < facts.below)
-    )
+    within = (facts.least is None or value >= facts.least) and (facts.most is None or value <= facts.most)
+    fits = within and (facts.above is None or value > facts.above) and (facts.below is None or value < facts.below)
     require(fits, f"{flag} must {auto}{facts.range()}, not {str(value)[:40]}")
     require(isinstance(value, int) or isfinite(value), f"{flag} must {auto}be a finite number, not {value}")
     require(
@@ -138,13 +158,7 @@ def _check_number(flag: str, value: float, facts: Facts, auto: str) -> None:
 
 
 def check_text(flag: str, text: str, path: bool = False) -> None:
-    """Refuses a text that no file and no tokenizer takes: U+0000, or half of a surrogate pair.
-
-    Args:
-        flag: what gave it.
-        text: to check.
-        path: it names a file, whose name may have bytes that are no UTF-8.
-    """
+    """Refuses U+0000 and half of a surrogate pair, but for the bytes of a path that are no UTF-8."""
     for letter in text:
         escaped = path and "\udc80" <= letter <= "\udcff"
         if letter == "\0" or ("\ud800" <= letter <= "\udfff" and not escaped):

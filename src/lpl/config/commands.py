@@ -9,7 +9,7 @@ from typing import Literal
 
 from lpl.base.errors import UserError, require
 from lpl.config import TrainConfig
-from lpl.config.checks import check_declared, option
+from lpl.config.checks import Needs, Options, option
 from lpl.config.model_commands import EvalConfig, check_points
 
 MOST_SHOWN = 300
@@ -17,7 +17,7 @@ UNITS = {"gib": 2**30, "gb": 10**9, "mib": 2**20, "mb": 10**6}
 
 
 @dataclass(frozen=True)
-class PlanConfig:
+class PlanConfig(Options):
     """Say what a run needs, and what it would need with one option changed; no data and no weights are read.
 
     Takes every option of `lpl train`. Without --pretrained_model_name_or_path: SDXL base 1.0.
@@ -26,16 +26,14 @@ class PlanConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     memory: str = "24GiB"
     """Memory of the GPU: 24GiB or 24 (2^30 bytes each), 24GB (10^9)."""
-    num_processes: int | None = option(None, most=100_000)
+    num_processes: int | None = option(None, least=1, most=100_000)
     """GPUs; unset: as launched, or one."""
     sharding: Literal["none", "fsdp2"] = "none"
     """How they share the model: each has it whole, or it is split over them."""
 
     def __post_init__(self) -> None:
-        check_declared(self)
+        super().__post_init__()
         require(self.memory_bytes > 0, f"--memory must be above 0, not {self.memory}")
-        number = self.num_processes
-        require(number is None or number >= 1, f"--num_processes must be at least 1, not {number}")
 
     @property
     def memory_bytes(self) -> int:
@@ -52,7 +50,7 @@ class PlanConfig:
 
 
 @dataclass(frozen=True)
-class VerifyConfig:
+class VerifyConfig(Options):
     """Read every file of a cache and compare checksums; damage exits with 2."""
 
     latent_cache_dir: str | None = option(None, path=True)
@@ -60,44 +58,33 @@ class VerifyConfig:
     delete: bool = False
     """Remove what is damaged; the next run encodes it again."""
 
-    def __post_init__(self) -> None:
-        check_declared(self)
-
 
 @dataclass(frozen=True)
-class PruneConfig:
+class PruneConfig(Options):
     """Remove from a cache what no run has used for a while."""
 
     latent_cache_dir: str | None = option(None, path=True)
     """The cache; unset: the user's."""
-    days: float = 30.0
+    days: float = option(30.0, least=0)
     """For how long it must not have been used; 0: everything goes."""
     dry_run: bool = False
     """Only say what would go."""
 
-    def __post_init__(self) -> None:
-        check_declared(self)
-        require(self.days >= 0, f"--days must be 0 or more, not {self.days}")
-
 
 @dataclass(frozen=True)
-class DataReportConfig:
+class DataReportConfig(Options):
     """Read all images once, report on them and draw what the model will see; no weights are needed, nothing is cached.
 
     Takes every option of `lpl train`. Writes to OUTPUT_DIR/data-report. Streams are read anew for what is drawn.
     """
 
     train: TrainConfig = field(default_factory=TrainConfig)
-    num_shown: int = 24
+    num_shown: int = option(24, least=0, most=MOST_SHOWN)
     """Draws on the contact sheet, the first of the run; 0: no pictures."""
-
-    def __post_init__(self) -> None:
-        check_declared(self)
-        require(0 <= self.num_shown <= MOST_SHOWN, f"--num_shown must lie in 0..{MOST_SHOWN}, not {self.num_shown}")
 
 
 @dataclass(frozen=True)
-class DemoConfig:
+class DemoConfig(Options):
     """Train a small but real SDXL on photographs without and with LPL and compare them, or export its parts."""
 
     output_dir: str = option("lpl-demo", path=True)
@@ -106,31 +93,28 @@ class DemoConfig:
     """Only write the small SDXL to this folder, in diffusers' format."""
     export_data: str | None = option(None, path=True)
     """Only write its photographs to this folder, with metadata.jsonl."""
-    max_train_steps: int | None = None
+    max_train_steps: int | None = option(None, least=1, most=10**9)
     """Optimizer steps of each run; unset: the preset's."""
 
-    def __post_init__(self) -> None:
-        check_declared(self)
 
-
-FEWEST, MOST = 16, 64
+FEWEST = 16
 WALK_TOLERANCE = 2e-2
 """Largest difference of LPL's walk from vae.decode, of images that span 2: TF32 on a GPU stays below."""
 
 
 @dataclass(frozen=True)
-class CheckConfig:
+class CheckConfig(Options):
     """Measure on a few of the images whether LPL can work here, and suggest its gate and weight; nothing is trained.
 
     Takes every option of `lpl train`, measures with them and writes to OUTPUT_DIR/check-report. Nothing is cached.
     """
 
     train: TrainConfig = field(default_factory=TrainConfig)
-    num_images: int = 32
+    num_images: int = option(32, least=FEWEST, most=64)
     """Images to measure on, spread over the data; 16 to 64."""
 
     def __post_init__(self) -> None:
-        require(FEWEST <= self.num_images <= MOST, f"--num_images must lie in {FEWEST}..{MOST}, not {self.num_images}")
+        super().__post_init__()
         require(self.train.lpl.use_lpl, "lpl check measures LPL: drop --no_use_lpl")
 
 
@@ -138,20 +122,19 @@ PAGE = "report.html"
 
 
 @dataclass(frozen=True)
-class ReportConfig:
+class ReportConfig(Options):
     """Write one HTML page about runs, comparisons, evaluations and checks; it works from disk, without network."""
 
     runs: tuple[str, ...] = option(MISSING, path=True)
     """Folders that lpl train, compare, eval or check wrote; the first one named is what others are set against."""
     output: str | None = option(None, path=True)
     """The HTML file; unset: report.html in the first folder."""
-    max_megabytes: float = option(7.5, most=10_000.0)
+    max_megabytes: float = option(7.5, least=1, most=10_000.0)
     """Largest size of the page; pictures are made smaller to keep below it."""
 
     def __post_init__(self) -> None:
-        check_declared(self)
+        super().__post_init__()
         require(bool(self.runs), "name a folder to report on: lpl report RUN ...")
-        require(self.max_megabytes >= 1, f"--max_megabytes must be at least 1, not {self.max_megabytes}")
 
     @property
     def page(self) -> Path:
@@ -159,13 +142,15 @@ class ReportConfig:
         return Path(self.runs[0]) / PAGE if self.output is None else Path(self.output)
 
 
-DEFAULT_SAMPLES = 1000
 FILE = "compare.json"
 """What the comparison is written to, in --output_dir."""
+PROMPTS = Needs(
+    "--reference_dir (for images while training: --validation_prompts)", lambda config: config.reference_dir is not None
+)
 
 
 @dataclass(frozen=True)
-class CompareConfig:
+class CompareConfig(Options):
     """Train under several sets of options from one model, on the same draws, and say what differs measurably.
 
     Takes every option of `lpl train` for what all arms share; --output_dir gets ARM/seed-N for each run, compare.json
@@ -175,44 +160,31 @@ class CompareConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     arms: str | None = option(None, path=True)
     """YAML file of the arms: a line `name: {option: value, ...}` each, the baseline first."""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = option((0, 1, 2), least=0, most=2**32 - 1)
     """Every arm is run with each of these as --seed."""
     reference_dir: str | None = option(None, path=True)
     """Folder of real images: also measure every run as lpl eval does. Unset: validation losses alone."""
-    num_samples: int = option(DEFAULT_SAMPLES, most=10**6)
+    num_samples: int = option(1000, least=1, most=10**6, needs="reference_dir")
     """Samples of every run for --reference_dir."""
-    prompts: str | None = option(None, path=True)
+    prompts: str | None = option(None, path=True, needs=PROMPTS)
     """What they are of: a .txt file of a prompt a line, or a metadata.jsonl with "text"; unset: the captions of
     --reference_dir."""
 
-    num_inference_steps: int | tuple[int, ...] = option(EvalConfig.num_inference_steps, most=10_000)
+    num_inference_steps: int | tuple[int, ...] = option(
+        EvalConfig.num_inference_steps, least=1, most=10_000, needs="reference_dir"
+    )
     """Sampling steps, one or several, see guidance_scale."""
-    guidance_scale: float | tuple[float, ...] | None = None
+    guidance_scale: float | tuple[float, ...] | None = option(None, least=0, needs="reference_dir")
     """Of classifier-free guidance, as lpl eval takes it. With several scales or steps every run is measured at every
     pair, and arms are compared each at its own best guidance, for each number of steps."""
 
     def __post_init__(self) -> None:
-        check_declared(self)
+        super().__post_init__()
         require(self.arms is not None, "--arms is missing: a YAML file of `name: {option: value}`, the baseline first")
         require(bool(self.seeds), "--seeds is empty: give at least one, better three")
         require(len(set(self.seeds)) == len(self.seeds), f"--seeds: {self.seeds} has a seed twice")
-        bad = [seed for seed in self.seeds if not 0 <= seed < 2**32]
-        require(not bad, f"--seeds must lie in 0..{2**32 - 1}, not {bad}")
-        require(self.num_samples >= 1, f"--num_samples must be at least 1, not {self.num_samples}")
-        require(
-            self.reference_dir is not None or self.num_samples == DEFAULT_SAMPLES,
-            "--num_samples acts with --reference_dir",
-        )
-        require(
-            self.reference_dir is not None or self.prompts is None,
-            f"--prompts {self.prompts} acts with --reference_dir (for images while training: --validation_prompts)",
-        )
+        self.require_acting()
         check_points(self.guidance_scale, self.num_inference_steps)
-        for name in ("guidance_scale", "num_inference_steps"):
-            require(
-                self.reference_dir is not None or getattr(self, name) == getattr(EvalConfig, name),
-                f"--{name} acts with --reference_dir",
-            )
         require(
             self.train.run.seed == 0,
             f"--seed {self.train.run.seed}: lpl compare takes all its seeds together, as --seeds 0 1 2",

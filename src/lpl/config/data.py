@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from lpl.base.errors import require
-from lpl.config.checks import MOST_PIXELS, Facts, check_declared, option
+from lpl.config.checks import MOST_PIXELS, Facts, Options, option
 
 HELD_OUT = ("diffusion_loss", "lpl")
 """Figures of validation, which are measured on what the run holds out."""
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Options):
     """Data: images and captions, and how they are cropped and cached."""
 
     USUALLY: ClassVar[Facts] = Facts(draws=True, defines=HELD_OUT)
@@ -105,7 +105,7 @@ class DataConfig:
     """Caption of every image that has none of its own (not of --reg_data_dir's)."""
 
     def __post_init__(self) -> None:
-        check_declared(self)
+        super().__post_init__()
         require(
             not (self.center_crop and self.crop_variants > 1),
             "--crop_variants needs random crops: drop --center_crop or --crop_variants",

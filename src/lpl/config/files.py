@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import platform
 import subprocess
@@ -25,11 +26,8 @@ RECORD = "environment"
 """Key of config.yaml that holds versions and git state; it is read over."""
 
 CONFIG_FILE = "config.yaml"
-DATA_REPORT = "data-report"
-"""Folder of --output_dir that `lpl data` writes to; it shows training images, so it is never published."""
-
-CHECK_REPORT = "check-report"
-"""The same of `lpl check`."""
+DATA_REPORT, CHECK_REPORT = "data-report", "check-report"
+"""Folders of --output_dir that `lpl data` and `lpl check` write to; training images are in them: never published."""
 
 EMPTY = ("null", "~", "")
 """How YAML says None."""
@@ -37,16 +35,11 @@ EMPTY = ("null", "~", "")
 UNSAID_GATE = ("lpl_t_threshold", 200)
 """The gate of a run whose config.yaml states none: it was written while this was the default."""
 
+CACHED = "latents and text embeddings are always cached: --latent_cache_dir says where"
+MEMORY_EFFICIENT = "PyTorch's own memory-efficient attention is always used"
 REFUSED = {
-    "enable_xformers_memory_efficient_attention": "PyTorch's own memory-efficient attention is always used",
-    "enable_npu_flash_attention": "PyTorch's own memory-efficient attention is always used",
     "local_rank": "start several processes with `accelerate launch -m lpl train` or torchrun",
     "debug_loss": "every logged step already has the losses, by term and layer (--log_every 1)",
-}
-"""Flags of the diffusers scripts that are not taken, and what replaces each."""
-
-CACHED = "latents and text embeddings are always cached: --latent_cache_dir says where"
-ELSEWHERE = {
     "network_module": "--rank trains a LoRA, --use_dora a DoRA",
     "network_args": "--lora_targets and --use_dora say what is trained",
     "network_train_unet_only": "that is what happens without --train_text_encoder",
@@ -55,17 +48,11 @@ ELSEWHERE = {
     "save_model_as": "every result is .safetensors",
     "save_precision": "results are float32; lpl export writes other precisions",
     "dataset_config": "--train_data_dir, --repeats and --resolution say the same",
-    "xformers": "PyTorch's own memory-efficient attention is always used",
-    "sdpa": "PyTorch's own memory-efficient attention is always used",
-    "mem_eff_attn": "PyTorch's own memory-efficient attention is always used",
     **dict.fromkeys(("cache_latents", "cache_latents_to_disk", "cache_text_encoder_outputs"), CACHED),
+    **dict.fromkeys(("xformers", "enable_xformers_memory_efficient_attention"), MEMORY_EFFICIENT),
+    **dict.fromkeys(("sdpa", "mem_eff_attn", "enable_npu_flash_attention"), MEMORY_EFFICIENT),
 }
-"""Flags of kohya's scripts and SimpleTuner that have no counterpart, and what to do."""
-
-
-def why_refused(name: str) -> str | None:
-    """What to do instead of an option of other trainers that has no counterpart; None: it is not known to be one."""
-    return REFUSED.get(name) or ELSEWHERE.get(name)
+"""Flags of the diffusers scripts, kohya's and SimpleTuner that have no counterpart, and what to do instead."""
 
 
 def nearest(name: str, known: list[str]) -> str:
@@ -98,7 +85,7 @@ def read_options(name: str) -> dict[str, str]:
     is_record = options.pop(RECORD, None) is not None
     known = list(TrainConfig().flat())
     for key, value in options.items():
-        why = why_refused(key)
+        why = REFUSED.get(key)
         if why is not None:
             raise UserError(f"--config {name}: {key} is not taken: {why}")
         if key not in known:
@@ -158,11 +145,7 @@ class _OnceLoader(_WithoutAliases, yaml.BaseLoader):
 
 
 def read_strings(text: str, where: str) -> Any:
-    """What YAML holds, every value a string as it is written.
-
-    Args:
-        text: YAML.
-        where: flag and file, for errors.
+    """What YAML holds, every value a string as it is written; `where` is flag and file, for errors.
 
     Raises:
         UserError: not YAML, or a key that is given twice.
@@ -268,43 +251,37 @@ def differences(config: TrainConfig, folder: Path, processes: int = 1) -> list[s
         and not _same_path(declared()[key], acted[key], now[key])
         and not (declared()[key].free or declared()[key].divides)
     ]
-    samples = [_samples(before, versions.get("processes", processes)), _samples(config.flat(), processes)]
-    return told if samples[0] == samples[1] else [*told, f"samples a step {samples[0]} -> {samples[1]}"]
-
-
-def _samples(options: dict[str, Any], processes: int) -> int:
-    return int(options["train_batch_size"] * options["gradient_accumulation_steps"] * processes)
+    samples, new_samples = (
+        int(options["train_batch_size"] * options["gradient_accumulation_steps"] * number)
+        for options, number in ((before, versions.get("processes", processes)), (config.flat(), processes))
+    )
+    return told if samples == new_samples else [*told, f"samples a step {samples} -> {new_samples}"]
 
 
 def _same_path(facts: Facts, old: Any, new: Any) -> bool:
     """Whether two spellings of a path name one folder that is there."""
-    if not facts.path or not isinstance(old, str) or not isinstance(new, str):
-        return False
-    return Path(new).exists() and Path(old).expanduser().resolve() == Path(new).resolve()
+    are_paths = facts.path and isinstance(old, str) and isinstance(new, str)
+    return are_paths and Path(new).exists() and Path(old).expanduser().resolve() == Path(new).resolve()
 
 
 def environment() -> dict[str, Any]:
     """Versions of what a run stands on, and the git state of this package where it runs from a checkout."""
-    packages = ("latent-perceptual-loss", "torch", "diffusers", "transformers", "accelerate", "peft", "datasets")
-    found = {name: metadata.version(name) for name in packages if _installed(name)}
-    return {"python": platform.python_version(), **found, "git": _git_state()}
-
-
-def _installed(name: str) -> bool:
-    try:
-        metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
+    found = {"python": platform.python_version()}
+    for name in ("latent-perceptual-loss", "torch", "diffusers", "transformers", "accelerate", "peft", "datasets"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return {**found, "git": _git_state()}
 
 
 def _git_state() -> str | None:
     folder = str(Path(__file__).parent)
+
+    def git(*argv: str) -> str:
+        command = ["git", "-C", folder, *argv]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
     try:
-        run = lambda *a: subprocess.run(["git", "-C", folder, *a], capture_output=True, text=True, timeout=10)  # noqa: E731
-        tracked, commit = run("ls-files", "--error-unmatch", __file__), run("rev-parse", "HEAD")
-        if tracked.returncode or commit.returncode:
-            return None
-        return commit.stdout.strip() + (" (modified)" if run("status", "--porcelain", folder).stdout.strip() else "")
-    except (OSError, subprocess.TimeoutExpired):
+        git("ls-files", "--error-unmatch", __file__)
+        return git("rev-parse", "HEAD") + (" (modified)" if git("status", "--porcelain", folder) else "")
+    except (OSError, subprocess.SubprocessError):
         return None

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lpl.base.errors import require
-from lpl.config.checks import MOST_PIXELS, Needs, check_declared, option
+from lpl.config.checks import MOST_PIXELS, Needs, Options, option
 from lpl.perceptual import defaults
 
 
 @dataclass(frozen=True)
-class DiffusionConfig:
+class DiffusionConfig(Options):
     """Diffusion objective: the loss that LPL is added to."""
 
     snr_gamma: float | None = option(None, above=0, elsewhere=("min_snr_gamma",))
@@ -64,7 +64,7 @@ class DiffusionConfig:
     the same number of samples that pass LPL's gate."""
 
     def __post_init__(self) -> None:
-        check_declared(self)
+        super().__post_init__()
         require(
             self.snr_gamma is None or self.loss_weighting == "none",
             f"--snr_gamma {self.snr_gamma} and --loss_weighting {self.loss_weighting} are two weightings: drop one",
@@ -96,7 +96,7 @@ GATES = ("lpl_t_threshold", "lpl_snr_threshold", "lpl_sigma_threshold")
 
 
 @dataclass(frozen=True)
-class LPLConfig:
+class LPLConfig(Options):
     """Latent Perceptual Loss."""
 
     use_lpl: bool = True
@@ -151,7 +151,7 @@ class LPLConfig:
     """Optimizer steps over which LPL's weight rises linearly, from --lpl_start on; auto measures without this ramp."""
 
     def __post_init__(self) -> None:
-        check_declared(self)
+        super().__post_init__()
         weight = self.lpl_weight
         require(
             weight == "auto" or self.lpl_target_share == LPLConfig.lpl_target_share,

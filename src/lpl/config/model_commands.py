@@ -6,12 +6,14 @@ from dataclasses import MISSING, dataclass
 from typing import Literal
 
 from lpl.base.errors import require
-from lpl.config.checks import MOST_PIXELS, check_declared, option
+from lpl.config.checks import MOST_PIXELS, Needs, Options, option
 from lpl.config.points import as_tuple
+
+MERGED = Needs("a merged model: --to kohya writes the LoRA as it is", lambda config: config.to != "kohya")
 
 
 @dataclass(frozen=True)
-class ExportConfig:
+class ExportConfig(Options):
     """Write a model or the result of a run in the form another program reads.
 
     --to safetensors: one file as ComfyUI and A1111 read it, a LoRA merged into it. --to diffusers: a folder, a LoRA
@@ -28,11 +30,11 @@ class ExportConfig:
     """For a run that trained a LoRA: the model it belongs to; unset: the one in the run's config.yaml."""
     lora: str | None = option(None, path=True)
     """A LoRA file, of diffusers' or kohya's naming, or the folder of a run that trained one."""
-    lora_scale: float = 1.0
+    lora_scale: float = option(1.0, needs=MERGED)
     """Strength of the LoRA in the merge."""
-    dtype: Literal["float16", "bfloat16", "float32"] | None = None
+    dtype: Literal["float16", "bfloat16", "float32"] | None = option(None, needs=MERGED)
     """Precision of the result; unset: as the files of the model have it (one on the Hub: float32)."""
-    pretrained_vae_model_name_or_path: str | None = option(None, path=True)
+    pretrained_vae_model_name_or_path: str | None = option(None, path=True, needs=MERGED)
     """Another VAE than the model's own: a diffusers folder or a Hub id."""
     variant: str | None = None
     """Variant of the model's weight files, such as fp16."""
@@ -40,36 +42,22 @@ class ExportConfig:
     """For a .safetensors file without network: a diffusers folder with that model's configs and tokenizers."""
 
     def __post_init__(self) -> None:
-        check_declared(self)
-        require(abs(self.lora_scale) < float("inf"), f"--lora_scale must be a number, not {self.lora_scale}")
+        super().__post_init__()
         require(self.output is not None, "--output is missing: name the file (for --to diffusers the folder) to write")
-        if self.to == "kohya":
-            for name in ("dtype", "lora_scale", "pretrained_vae_model_name_or_path"):
-                idle = getattr(self, name) == ExportConfig.__dataclass_fields__[name].default
-                require(idle, f"--{name} acts on a merged model: --to kohya writes the LoRA as it is")
+        self.require_acting()
 
 
 MetricName = Literal["frechet", "kernel", "precision_recall", "density_coverage", "spectrum"]
-DRAWING = (
-    "prompts",
-    "lora",
-    "base",
-    "num_inference_steps",
-    "guidance_scale",
-    "scheduler",
-    "sample_batch_size",
-    "dtype",
-)
-"""Options that act on samples drawn here alone."""
-LOADING = ("variant", "single_file_config")
-"""Options that act on a model's files alone."""
+DRAWN = Needs("drawn samples; --images draws none: drop one", lambda config: config.images is None)
+LOADED = "pretrained_model_name_or_path"
+A_LORA = Needs("a LoRA", lambda config: config.lora is not None or config.pretrained_model_name_or_path is not None)
 DEFAULT_SAMPLES = 1000
 FEWEST_RESAMPLES = 100
 """Below, the ends of an interval, which 2.5 % of the resamples lie beyond, are one or two of them."""
 
 
 @dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(Options):
     """Draw samples of a model, or take images that are there, and measure them against real images.
 
     Writes images, eval.json and a table. The same command continues what was interrupted; `accelerate launch -m lpl
@@ -82,41 +70,41 @@ class EvalConfig:
     """Measure the images in this folder instead of drawing any."""
     reference_dir: str | None = option(None, path=True)
     """Folder of real images, best not those of the training."""
-    prompts: str | None = option(None, path=True)
+    prompts: str | None = option(None, path=True, needs=DRAWN)
     """A .txt file of a prompt a line, or a metadata.jsonl with "text"; unset: the captions of --reference_dir. Sample i
     is of prompt i, beginning again at the end."""
-    num_samples: int | None = option(None, most=10**6)
+    num_samples: int | None = option(None, least=1, most=10**6)
     """How many samples; unset: 1000, of --images all."""
     seed: int = option(0, most=2**63 - 1)
     """Of the samples (each has noise of its own, whatever the batch) and of the resamples for the intervals."""
     output_dir: str = option("lpl-eval", path=True)
     """Where images and eval.json go."""
-    resolution: int | None = option(None, most=MOST_PIXELS)
+    resolution: int | None = option(None, least=8, most=MOST_PIXELS)
     """Pixels of the square images that are compared; unset: the model's, or of --images the first one's shorter side,
     less what is no whole latent of the VAE."""
-    num_inference_steps: int | tuple[int, ...] = option(25, most=10_000)
+    num_inference_steps: int | tuple[int, ...] = option(25, least=1, most=10_000, needs=DRAWN)
     """Sampling steps. Several: samples of the same noise at each, with every guidance_scale; all pairs are measured."""
-    guidance_scale: float | tuple[float, ...] | None = None
+    guidance_scale: float | tuple[float, ...] | None = option(None, least=0, needs=DRAWN)
     """Of classifier-free guidance; 1: none, which is twice as fast. Several: as for num_inference_steps, and which is
     best. Unset: 5; a pipeline of a family whose guidance is not known here takes no such option: its own default
     acts."""
-    scheduler: Literal["model", "dpmsolver++"] = "model"
+    scheduler: Literal["model", "dpmsolver++"] = option("model", needs=DRAWN)
     """Sampler: the model's own, or DPM-Solver++(2M), for which 12 steps often do."""
-    sample_batch_size: int | None = option(None, most=2**12)
+    sample_batch_size: int | None = option(None, least=1, most=2**12, needs=DRAWN)
     """Samples that are drawn together; unset: what makes 4 megapixels, at most 64 (so 4 of 1024 pixels)."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", needs=DRAWN)
     """Precision of the model while it draws."""
     pretrained_vae_model_name_or_path: str | None = option(None, path=True)
     """Another VAE than the model's; with --images alone, the one whose floor is measured."""
-    lora: str | None = option(None, path=True)
+    lora: str | None = option(None, path=True, needs=DRAWN)
     """A LoRA file, of diffusers' or kohya's naming, or the folder of a run that trained one."""
-    lora_scale: float = 1.0
+    lora_scale: float = option(1.0, needs=A_LORA)
     """Strength of the LoRA."""
-    base: str | None = option(None, path=True)
+    base: str | None = option(None, path=True, needs=DRAWN)
     """For the folder of a run that trained a LoRA: the model it belongs to; unset: the one in the run's config.yaml."""
-    variant: str | None = None
+    variant: str | None = option(None, needs=LOADED)
     """Variant of the model's weight files, such as fp16."""
-    single_file_config: str | None = option(None, path=True)
+    single_file_config: str | None = option(None, path=True, needs=LOADED)
     """For a .safetensors file without network: a diffusers folder with that model's configs and tokenizers."""
     metrics: tuple[MetricName, ...] = ("frechet", "kernel", "precision_recall", "density_coverage", "spectrum")
     """What to measure, in features of an ImageNet EfficientNet-Lite0."""
@@ -124,11 +112,11 @@ class EvalConfig:
     """Compare with the real images, or with what the VAE makes of them, which takes its own blur out."""
     floor: bool = True
     """Measure beside every figure what the VAE alone costs: real images, encoded and decoded."""
-    num_bootstrap: int = option(200, most=10**6)
+    num_bootstrap: int = option(200, least=0, most=10**6)
     """Resamples of the samples for the 95 % intervals, at least 100; 0: no intervals."""
-    kernel_subsets: int = option(0, most=10**6)
+    kernel_subsets: int = option(0, least=0, most=10**6)
     """Kernel distance as the mean over so many random subsets; 0: over all pairs, once."""
-    kernel_subset_size: int = 1000
+    kernel_subset_size: int = option(1000, least=2, needs="kernel_subsets")
     """Images of such a subset."""
     inception_weights: str | None = option(None, path=True)
     """Also FID and KID: the weights of the FID's Inception network as torch-fidelity has them; unset: where
@@ -141,40 +129,20 @@ class EvalConfig:
     """Where statistics of references are kept, by content; unset: the user's cache."""
 
     def __post_init__(self) -> None:
-        check_declared(self)
+        super().__post_init__()
         model = self.pretrained_model_name_or_path
         require(self.reference_dir is not None, "--reference_dir is missing: give a folder of real images")
         require(
             model is not None or self.images is not None,
             "--pretrained_model_name_or_path is missing: give a model, or --images with images that are there",
         )
-        if self.images is not None:
-            for name in DRAWING:
-                require(self._is_default(name), f"--{name} acts on drawn samples; --images draws none: drop one")
-        for name in LOADING:
-            require(model is not None or self._is_default(name), f"--{name} acts on a model; none is given")
-        require(self.lora is not None or self.lora_scale == 1 or model is not None, "--lora_scale needs a LoRA")
-        for name, least in {
-            "num_samples": 1,
-            "resolution": 8,
-            "sample_batch_size": 1,
-            "num_bootstrap": 0,
-            "kernel_subsets": 0,
-            "kernel_subset_size": 2,
-        }.items():
-            value = getattr(self, name)
-            require(value is None or value >= least, f"--{name} must be at least {least}, not {value}")
+        self.require_acting()
         require(
             self.num_bootstrap == 0 or self.num_bootstrap >= FEWEST_RESAMPLES,
             f"--num_bootstrap {self.num_bootstrap}: the ends of a 95 % interval need {FEWEST_RESAMPLES} resamples or "
             "more; 0 leaves intervals out",
         )
         check_points(self.guidance_scale, self.num_inference_steps)
-        require(abs(self.lora_scale) < float("inf"), f"--lora_scale must be a number, not {self.lora_scale}")
-        require(
-            self.kernel_subsets > 0 or self._is_default("kernel_subset_size"),
-            "--kernel_subset_size acts with --kernel_subsets above 0",
-        )
         require(
             self.kernel_subsets == 0 or "kernel" in self.metrics or self.inception_weights is not None,
             "--kernel_subsets acts on the kernel distance, which --metrics leaves out",
@@ -184,20 +152,9 @@ class EvalConfig:
             "--metrics is empty and no other network is given, so nothing is measured",
         )
 
-    def _is_default(self, name: str) -> bool:
-        return bool(getattr(self, name) == EvalConfig.__dataclass_fields__[name].default)
-
 
 def check_points(guidance_scale: float | tuple[float, ...] | None, num_inference_steps: int | tuple[int, ...]) -> None:
-    """Refuses scales and numbers of steps that are none, or that are given twice.
-
-    Raises:
-        UserError: the first of them.
-    """
-    for scale in as_tuple(guidance_scale):
-        require(scale is None or 0 <= scale < float("inf"), f"--guidance_scale must be 0 or more, not {scale}")
-    for steps in as_tuple(num_inference_steps):
-        require(steps >= 1, f"--num_inference_steps must be at least 1, not {steps}")
+    """Raises UserError for a list of scales or of numbers of steps that is empty, or has one twice."""
     for name, values in (("guidance_scale", guidance_scale), ("num_inference_steps", num_inference_steps)):
         several = as_tuple(values)
         require(bool(several), f"--{name} is given empty: give a value, or leave it out")

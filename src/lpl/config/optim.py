@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from lpl.base.errors import require
 from lpl.base.text import parse_keywords
-from lpl.config.checks import Needs, check_declared, option
+from lpl.config.checks import Needs, Options, option
 
 OPTIMI = "optimi."
 """How the classes of the package optimi begin, which step parameter by parameter and sum with compensation."""
@@ -26,7 +26,7 @@ WARM_UP = Needs("a schedule with warm-up (constant_with_warmup)", lambda config:
 
 
 @dataclass(frozen=True)
-class OptimConfig:
+class OptimConfig(Options):
     """Optimizer and schedule."""
 
     learning_rate: float | None = option(None, above=0, elsewhere=("unet_lr", "lr"))
@@ -104,7 +104,7 @@ class OptimConfig:
     """Another one for the second text encoder (CLIP-G); unset: --text_encoder_lr's."""
 
     def __post_init__(self) -> None:
-        check_declared(self)
+        super().__post_init__()
         self._check_optimizer()
         for name, owner, default in (
             ("lr_num_cycles", "cosine_with_restarts", 1),
@@ -124,10 +124,6 @@ class OptimConfig:
             self.lr_step_rules is None or _are_step_rules(self.lr_step_rules),
             f"--lr_step_rules {self.lr_step_rules}: expected rules such as 1:10,0.1:20,0.01",
         )
-        self._check_average()
-        self._check_component_rates()
-
-    def _check_average(self) -> None:
         require(
             self.ema_min_decay <= self.ema_decay,
             f"--ema_min_decay must lie in 0..{self.ema_decay} (--ema_decay), not {self.ema_min_decay}",
@@ -136,8 +132,6 @@ class OptimConfig:
             self.final_weights != "ema" or self.use_ema,
             "--final_weights ema needs --use_ema: there is no average without it",
         )
-
-    def _check_component_rates(self) -> None:
         for name in ("text_encoder_lr", "text_encoder_2_lr"):
             rate = getattr(self, name)
             require(

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Literal
 
 from lpl.base.errors import require
-from lpl.config.checks import Needs, check_declared, option
+from lpl.config.checks import Needs, Options, option
 
 ONE_MODEL = "all arms begin with one model"
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Options):
     """Model: what is trained."""
 
     pretrained_model_name_or_path: str | None = option(None, path=True, arms=ONE_MODEL)
@@ -55,7 +55,7 @@ class ModelConfig:
     MLPs); see --text_encoder_lr."""
 
     def __post_init__(self) -> None:
-        check_declared(self)
+        super().__post_init__()
         require(
             not (self.use_dora and self.train_text_encoder),
             "--use_dora with --train_text_encoder: diffusers loads no magnitudes into text encoders; drop one of them",
@@ -69,7 +69,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Options):
     """Run: length, batches, precision, checkpoints."""
 
     output_dir: str = option("lpl-output", path=True, free=True, arms="every run has a folder of its own")
@@ -121,9 +121,6 @@ class RunConfig:
     allow_changes: bool = option(False, free=True)
     """Continue a run though options or data that change its trajectory have changed."""
 
-    def __post_init__(self) -> None:
-        check_declared(self)
-
 
 NOT_PUSHED = "runs of a comparison are not pushed"
 PROMPTS = "--validation_prompt or --validation_prompts"
@@ -135,7 +132,7 @@ VALIDATION = Needs(
 
 
 @dataclass(frozen=True)
-class LoggingConfig:
+class LoggingConfig(Options):
     """Validation images, logs and publishing."""
 
     validation_prompt: str | None = option(None, free=True, may_be_empty=True)
@@ -165,7 +162,7 @@ class LoggingConfig:
     negative_prompt and seed."""
 
     def __post_init__(self) -> None:
-        check_declared(self)
+        super().__post_init__()
         parts = Path(self.logging_dir).parts
         require(
             bool(parts) and not Path(self.logging_dir).is_absolute() and ".." not in parts,

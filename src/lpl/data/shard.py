@@ -21,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lpl.base.errors import DamagedCacheError, UnreadCacheError, UserError
-from lpl.base.tensor_header import METADATA, parse_header
+from lpl.base.tensor_file import METADATA, parse_header
 
 SUFFIX = ".safetensors"
 KEY_BYTES = 20

@@ -57,11 +57,7 @@ def build_vocabulary(captions: tuple[str, ...]) -> dict[str, int]:
 
 
 def build_tokenizers(captions: tuple[str, ...] | None = None) -> tuple[CLIPTokenizer, CLIPTokenizer]:
-    """SDXL's pair: one vocabulary, the first pads with the end token, the second with "!" (id 0).
-
-    Args:
-        captions: whose words are tokens; None: the demo's.
-    """
+    """SDXL's pair with one vocabulary, of the captions' words (None: the demo's); the second pads with "!" (id 0)."""
     captions = tuple(all_captions()) if captions is None else captions
     vocabulary = build_vocabulary(captions)
     merges: list = list(learn_merges(captions))  # pairs, though the signature says strings
@@ -99,11 +95,7 @@ def _text_config(width: int, activation: str, vocabulary: dict[str, int]) -> CLI
 def build_text_encoders(
     captions: tuple[str, ...] | None = None,
 ) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
-    """Two small CLIP text encoders with SDXL's activations; the second gives the pooled embedding too.
-
-    Args:
-        captions: see build_tokenizers.
-    """
+    """Two small CLIP text encoders with SDXL's activations; the second gives the pooled embedding too."""
     vocabulary = build_vocabulary(tuple(all_captions()) if captions is None else captions)
     return (
         CLIPTextModel(_text_config(TEXT_WIDTHS[0], "quick_gelu", vocabulary)),
@@ -112,11 +104,7 @@ def build_text_encoders(
 
 
 def build_vae(scaling_factor: float = 1.0) -> AutoencoderKL:
-    """A four-block autoencoder of stride 8 with quant_conv and post_quant_conv.
-
-    Args:
-        scaling_factor: 1 / standard deviation of its latents, once they are measured.
-    """
+    """A four-block autoencoder of stride 8; scaling_factor is 1 / standard deviation of its latents."""
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
@@ -136,9 +124,6 @@ def build_unet(widths: tuple[int, int] = UNET_WIDTHS) -> UNet2DConditionModel:
     """A two-level UNet, attention at the lower one, with SDXL's conditioning.
 
     Cross attention sees both text encoders side by side; pooled embedding and six size numbers join the timestep.
-
-    Args:
-        widths: channels of the two levels.
     """
     return UNet2DConditionModel(
         sample_size=IMAGE_SIZE // 8,
@@ -175,11 +160,7 @@ def build_scheduler() -> EulerDiscreteScheduler:
 
 
 def build_pipeline(scaling_factor: float = 1.0) -> StableDiffusionXLPipeline:
-    """The whole pipeline with fresh weights.
-
-    Args:
-        scaling_factor: of the autoencoder, see `build_vae`.
-    """
+    """The whole pipeline with fresh weights."""
     tokenizer, tokenizer_2 = build_tokenizers()
     text_encoder, text_encoder_2 = build_text_encoders()
     return StableDiffusionXLPipeline(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
-import math
 import random
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,7 +32,6 @@ HELD_OUT_GAP = 4  # pixels between the two regions: resampling mixes neighbours
 SCALES = ("wide", "medium", "close-up")
 SCALE_RANGES = {"wide": (0.65, 0.85), "medium": (0.42, 0.58), "close-up": (0.22, 0.32)}  # of the region's shorter side
 CROPS_PER_PHOTOGRAPH = {"wide": 4, "medium": 8, "close-up": 10}
-HELD_OUT_CROPS_PER_PHOTOGRAPH = 8
 
 Box = tuple[int, int, int, int]
 """Left, upper, right and lower edge in pixels of the shrunk photograph, as PIL takes them."""
@@ -156,27 +154,30 @@ def _place_of(box: Box, size: tuple[int, int]) -> str:
     return f"{('upper', '', 'lower')[row]} {('left', 'centre', 'right')[column]}".strip()
 
 
-def _cut(photograph: Photograph, box: Box, scale: str) -> Crop:
+def cut(photograph: Photograph, box: Box, scale: str) -> Crop:
+    """The box of a photograph, resized and captioned."""
     image = load_photograph(photograph)
     # cropped first: with resize(box=...) the filter would reach over the edge of the box
     pixels = image.crop(box).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR)
     return Crop(pixels, caption_of(photograph, scale, _place_of(box, image.size)), photograph.name, box)
 
 
-def _random_box(region: Box, side: int, rng: random.Random) -> Box:
+def random_box(region: Box, side: int, rng: random.Random) -> Box:
+    """A square within a region."""
     left = rng.randint(region[0], region[2] - side)
     upper = rng.randint(region[1], region[3] - side)
     return (left, upper, left + side, upper + side)
 
 
-def _shorter_side(region: Box) -> int:
+def shorter_side(region: Box) -> int:
+    """Of a region, in pixels."""
     return min(region[2] - region[0], region[3] - region[1])
 
 
 def _random_crop(photograph: Photograph, scale: str, rng: random.Random) -> Crop:
     region, _ = split_regions(photograph)
-    side = round(_shorter_side(region) * rng.uniform(*SCALE_RANGES[scale]))
-    return _cut(photograph, _random_box(region, max(side, IMAGE_SIZE), rng), scale)
+    side = round(shorter_side(region) * rng.uniform(*SCALE_RANGES[scale]))
+    return cut(photograph, random_box(region, max(side, IMAGE_SIZE), rng), scale)
 
 
 def training_crops() -> list[Crop]:
@@ -188,34 +189,10 @@ def training_crops() -> list[Crop]:
     return crops
 
 
-def held_out_crops() -> list[Crop]:
-    """Fixed crops of the held-out strips, eight of each photograph."""
-    crops = []
-    for photograph in PHOTOGRAPHS:
-        rng = random.Random(f"held out {photograph.name}")
-        _, region = split_regions(photograph)
-        for _ in range(HELD_OUT_CROPS_PER_PHOTOGRAPH):
-            side = rng.randint(min(IMAGE_SIZE, _shorter_side(region)), _shorter_side(region))
-            crops.append(_cut(photograph, _random_box(region, side, rng), "close-up"))
-    return crops
-
-
 def random_crops(count: int, rng: random.Random) -> list[Crop]:
     """Captioned crops drawn from the training regions, with the scales of `training_crops` at its proportions."""
     weights = list(CROPS_PER_PHOTOGRAPH.values())
     return [_random_crop(rng.choice(PHOTOGRAPHS), rng.choices(SCALES, weights)[0], rng) for _ in range(count)]
-
-
-def random_patches(count: int, rng: random.Random) -> list[Image.Image]:
-    """Crops of the training regions for the autoencoder: from wide to one pixel a pixel, half of them mirrored."""
-    patches = []
-    for _ in range(count):
-        photograph = rng.choice(PHOTOGRAPHS)
-        region, _ = split_regions(photograph)
-        side = round(math.exp(rng.uniform(math.log(IMAGE_SIZE), math.log(0.85 * _shorter_side(region)))))
-        image = _cut(photograph, _random_box(region, side, rng), "close-up").image
-        patches.append(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else image)
-    return patches
 
 
 def to_tensor(images: Sequence[Image.Image]) -> torch.Tensor:
@@ -225,13 +202,7 @@ def to_tensor(images: Sequence[Image.Image]) -> torch.Tensor:
 
 
 def export_data(folder: str | Path) -> Path:
-    """Write the training crops as an image folder: PNG files and metadata.jsonl (file_name, text).
-
-    Args:
-        folder: where to write; made if missing.
-
-    Returns:
-        The folder.
+    """Write the training crops as an image folder: PNG files and metadata.jsonl (file_name, text); returns the folder.
 
     Raises:
         RuntimeError: if scikit-image or scikit-learn is not installed.

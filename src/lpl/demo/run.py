@@ -8,6 +8,7 @@ from pathlib import Path
 from lpl.base.errors import UserError
 from lpl.base.files import alone_in, write_atomically
 from lpl.base.output_folder import Names, OutputFolder, check_real
+from lpl.config.commands import DemoConfig, ReportConfig
 from lpl.data.sheets import cells_note
 
 WITHOUT, WITH = "without-lpl", "with-lpl"
@@ -24,22 +25,18 @@ PARTS = ("model", "data", "views", "cache", "compared")
 """Folders in --output_dir."""
 
 
-def run_demo(output_dir: str, export_model: str | None, export_data: str | None, max_train_steps: int | None) -> None:
+def run_demo(options: DemoConfig) -> None:
     """Exports model or data, or runs the demo: export both, compare without and with LPL by the preset, show samples.
 
-    Args:
-        output_dir: gets the folders of PARTS, samples.png and, in compared/, the runs and report.html.
-        export_model: only write the model here.
-        export_data: only write the data here.
-        max_train_steps: instead of the preset's, of every run.
+    --output_dir gets the folders of PARTS, samples.png and, in compared/, the runs and report.html.
 
     Raises:
         UserError: the folder is in the way, or the photographs' packages are missing.
     """
-    if export_model is not None or export_data is not None:
-        _export(export_model, export_data)
+    if options.export_model is not None or options.export_data is not None:
+        _export(options.export_model, options.export_data)
         return
-    folder = Path(output_dir)
+    folder = Path(options.output_dir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {folder}: a file is in the way")
     for part in PARTS:
@@ -48,7 +45,7 @@ def run_demo(output_dir: str, export_model: str | None, export_data: str | None,
     output.check(names)
     with alone_in(folder):
         output.claim(names)
-        _compare_and_show(folder, max_train_steps)
+        _compare_and_show(folder, options.max_train_steps)
 
 
 def _compare_and_show(folder: Path, max_train_steps: int | None) -> None:
@@ -58,7 +55,6 @@ def _compare_and_show(folder: Path, max_train_steps: int | None) -> None:
 
     from lpl.comparison.run import run_compare
     from lpl.config.command_line import parse_compare
-    from lpl.config.commands import ReportConfig
     from lpl.demo.samples import export_views
     from lpl.report.page import write_report
 

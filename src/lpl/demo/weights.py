@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from diffusers import StableDiffusionXLPipeline
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from lpl.demo.architecture import build_pipeline
@@ -15,26 +13,6 @@ from lpl.demo.photographs import replacing
 
 WEIGHTS_FOLDER = Path(__file__).parent / "weights"
 COMPONENTS = ("vae", "unet", "text_encoder", "text_encoder_2")
-
-
-def save_component(name: str, module: nn.Module, metadata: dict[str, str] | None = None) -> Path:
-    """Write one network's weights, rounded to bfloat16, into the package.
-
-    Args:
-        name: one of `COMPONENTS`.
-        module: the network.
-        metadata: for the file's header; "vae" needs its "scaling_factor".
-
-    Returns:
-        The file.
-    """
-    path = WEIGHTS_FOLDER / f"{name}.safetensors"
-    path.parent.mkdir(exist_ok=True)
-    tensors = {key: value.detach().to(torch.bfloat16).contiguous() for key, value in module.state_dict().items()}
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"format": "pt", **(metadata or {})})
-    partial.replace(path)
-    return path
 
 
 def _find(name: str) -> Path:
@@ -45,11 +23,7 @@ def _find(name: str) -> Path:
 
 
 def load_component(name: str, module: nn.Module) -> None:
-    """Fill one network with its shipped weights, as float32.
-
-    Args:
-        name: one of `COMPONENTS`.
-        module: the network, as `lpl.demo.architecture` builds it.
+    """Fill one of `COMPONENTS`, as `lpl.demo.architecture` builds it, with its shipped weights, as float32.
 
     Raises:
         RuntimeError: if the file is missing or does not fit the network.
@@ -79,13 +53,7 @@ def load_pipeline() -> StableDiffusionXLPipeline:
 
 
 def export_model(folder: str | Path) -> Path:
-    """Write the pipeline in diffusers' format, for `StableDiffusionXLPipeline.from_pretrained` and `lpl train`.
-
-    Args:
-        folder: where to write; made if missing.
-
-    Returns:
-        The folder.
+    """Write the pipeline in diffusers' format, for `from_pretrained` and `lpl train`; returns the folder.
 
     Raises:
         UserError: it holds something else under these names.

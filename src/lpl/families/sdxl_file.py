@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lpl.base import tensor_header
+from lpl.base import tensor_file
 from lpl.base.errors import UserError
 from lpl.config import ModelConfig
 
@@ -34,7 +34,7 @@ PREDICTION, RESCALED = "lpl.prediction_type", "lpl.rescale_betas_zero_snr"
 def read_header(path: Path) -> dict[str, Any] | None:
     """The header of a safetensors file; None where it is none, cannot be read, or is cut short."""
     try:
-        return tensor_header.read_header(path)
+        return tensor_file.read_header(path)
     except UserError:
         return None
 

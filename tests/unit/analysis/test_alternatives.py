@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,15 +13,14 @@ from lpl.analysis.rehearsal import Rehearsal
 from lpl.config import TrainConfig
 from lpl.config.command_line import parse_train
 from lpl.data import filling
-from lpl.families import blueprint, model_configs
 
 
 @pytest.fixture(scope="module")
-def rehearsal(model: Path) -> Iterator[Rehearsal]:
+def rehearsal(plan_of: Any) -> Iterator[Rehearsal]:
     """Of a tiny model, and one crop at a time through its encoder: else filling the cache would be the peak."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(filling, "ENCODE_IMAGES", 1)
-        yield Rehearsal(blueprint(model_configs(options(f"--pretrained_model_name_or_path={model}").model)))
+        yield Rehearsal(plan_of)
 
 
 def options(*flags: str) -> TrainConfig:

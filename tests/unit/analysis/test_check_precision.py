@@ -22,7 +22,7 @@ def test_a_decoder_that_overflows_in_float16_is_named_with_its_layer_and_what_to
     vae = tiny_vae()
     with torch.no_grad():  # a norm follows: the output stays as it was
         vae.decoder.up_blocks[0].resnets[0].conv1.weight.mul_(1e6)
-    found = precision.compare_cast(vae, decode)
+    found = precision.compare(vae, decode)
     assert [found[name]["finite"] for name in ("float32", "bfloat16", "float16")] == [True, True, False]
     assert found["float16"]["first_nonfinite"] == "decoder.up_blocks.0.resnets.0.conv1"
     assert found["float32"]["max_abs"] > precision.FLOAT16_MAX
@@ -36,7 +36,7 @@ def test_a_decoder_that_overflows_in_float16_is_named_with_its_layer_and_what_to
 
 
 def test_a_sound_decoder_is_finite_in_all() -> None:
-    found = precision.compare_cast(tiny_vae(), decode)
+    found = precision.compare(tiny_vae(), decode)
     assert all(entry["finite"] for entry in found.values())
     assert found["float16"]["relative_error"] < found["bfloat16"]["relative_error"]
     assert precision.warnings_of({"vae_decoder": found}, "fp16", "float16") == []
@@ -53,7 +53,7 @@ class Quarter(nn.Module):
 
 def test_relative_error_and_largest_value_are_as_stated_and_a_missing_operation_is_no_failure() -> None:
     values = torch.tensor([3.0, -4.0])
-    found = precision.compare_cast(Quarter(), lambda module, dtype: [module(values.to(dtype))])
+    found = precision.compare(Quarter(), lambda module, dtype: [module(values.to(dtype))])
     assert found["float32"] == {"finite": True, "max_abs": 4.0, "relative_error": 0.0}
     assert found["bfloat16"] == {"finite": True, "max_abs": 5.0, "relative_error": pytest.approx(0.25)}
     assert found["float16"]["finite"] is found["float16"]["max_abs"] is None
@@ -61,7 +61,7 @@ def test_relative_error_and_largest_value_are_as_stated_and_a_missing_operation_
 
 
 def test_what_a_device_without_float16_would_overflow_is_foreseen() -> None:
-    found = precision.compare_cast(Quarter(), lambda module, dtype: [module(torch.tensor([1e5]).to(dtype))])
+    found = precision.compare(Quarter(), lambda module, dtype: [module(torch.tensor([1e5]).to(dtype))])
     (line,) = precision.warnings_of({"text_encoder": found}, "no", "float32")
     assert line.startswith("text_encoder has activations of 1e+05, above float16's 65504")
 
@@ -73,7 +73,7 @@ def test_other_errors_are_not_hidden() -> None:
         return [torch.zeros(1)]
 
     with pytest.raises(RuntimeError, match="out of memory"):
-        precision.compare_cast(nn.Identity(), run)
+        precision.compare(nn.Identity(), run)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_recorded_calls_run_again_in_another_precision() -> None:
 def test_where_only_one_precision_has_room_it_is_measured_against_none() -> None:
     layer = nn.Linear(4, 4)
     only = (torch.bfloat16, "no room")
-    found = precision.compare_autocast(layer, lambda _dtype: [layer(torch.ones(1, 4))], only)
+    found = precision.compare(layer, lambda own, _: [own(torch.ones(1, 4))], cast=False, only=only)
     nothing = {"finite": None, "max_abs": None, "relative_error": None, "note": "no room"}
     assert found["float32"] == found["float16"] == nothing
     assert found["bfloat16"]["finite"] is True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,22 +15,26 @@ from lpl.analysis.rehearsal import Rehearsal
 from lpl.base.errors import UserError
 from lpl.config import TrainConfig
 from lpl.config.command_line import parse_train
-from lpl.families import blueprint, model_configs
+from lpl.families import blueprint, plan_configs
 from lpl.training.optim import build_optimizer
-
-
-@pytest.fixture(scope="module")
-def plan_of(model: Path) -> Any:
-    return blueprint(model_configs(options(f"--pretrained_model_name_or_path={model}").model))
-
-
-@pytest.fixture(scope="module")
-def rehearsal(plan_of: Any) -> Rehearsal:
-    return Rehearsal(plan_of)
 
 
 def options(*flags: str) -> TrainConfig:
     return parse_train(["--resolution=64", "--train_batch_size=2", *flags])
+
+
+def check_two_steps(optimizer: Any, parameters: list[Any], config: TrainConfig, plan: Rehearsal, row: str) -> None:
+    """What the optimizer keeps after a step, and what it writes out in the next, are what is added up."""
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    with StepCounter() as counter:
+        optimizer.step()
+        state = counter.live
+        counter.reset_peak()
+        optimizer.step()
+    small = 64 * len(parameters)  # the step counts
+    assert state == pytest.approx(fixed_costs(config, plan, 1)[row], abs=small)
+    assert counter.peak - state == pytest.approx(optimizer_workspace(config, plan), abs=small)
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
@@ -40,16 +43,7 @@ def test_adamw_takes_what_its_arithmetic_says(plan_of: Any, device: Any) -> None
     rehearsal, config = Rehearsal(plan_of, device), options()
     parameters = list(plan_of.denoiser().parameters())
     optimizer = torch.optim.AdamW(parameters, foreach=device == "cuda")
-    for p in parameters:
-        p.grad = torch.zeros_like(p)
-    with StepCounter() as counter:
-        optimizer.step()
-        state = counter.live
-        counter.reset_peak()
-        optimizer.step()
-    small = 64 * len(parameters)  # the step counts
-    assert state == pytest.approx(fixed_costs(config, rehearsal, 1)["AdamW state"], abs=small)
-    assert counter.peak - state == pytest.approx(optimizer_workspace(config, rehearsal), abs=small)
+    check_two_steps(optimizer, parameters, config, rehearsal, "AdamW state")
 
 
 @pytest.mark.parametrize(
@@ -72,18 +66,10 @@ def test_other_optimizers_take_what_their_arithmetic_says(plan_of: Any, name: st
     rehearsal, parameters = Rehearsal(plan_of, "cpu"), list(plan_of.denoiser().parameters())
     for p in parameters:
         p.data.normal_()
-        p.grad = torch.ones_like(p)
     optimizer = build_optimizer(parameters, config.optim, 1e-4)
     if name == "schedulefree_adamw":
         optimizer.train()
-    with StepCounter() as counter:
-        optimizer.step()
-        state = counter.live
-        counter.reset_peak()
-        optimizer.step()
-    small = 64 * len(parameters)  # step counts
-    assert state == pytest.approx(fixed_costs(config, rehearsal, 1)[row], abs=small)
-    assert counter.peak - state == pytest.approx(optimizer_workspace(config, rehearsal), abs=small)
+    check_two_steps(optimizer, parameters, config, rehearsal, row)
 
 
 def test_ema_takes_a_copy_and_as_much_again_while_it_steps(plan_of: Any, rehearsal: Rehearsal) -> None:
@@ -230,3 +216,21 @@ def test_bfloat16_weights_and_fused_backward_halve_and_drop_what_they_say(rehear
     assert floor(config, rehearsal) <= fused.peak
     average = options(*half, "--weights_dtype=bfloat16", "--use_ema")
     assert fixed_costs(average, rehearsal, 1)["EMA"] == 4 * low.trained
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--rank=4", "--no_use_lpl", "--resolution=1024"),
+        pytest.param(("--rank=4", "--no_use_lpl", "--resolution=1536"), marks=pytest.mark.slow),
+    ],
+)
+def test_validation_stays_below_the_training_peak(flags: tuple[str, ...]) -> None:
+    """The leanest training: a small LoRA without LPL. A decoder beside the UNet would take 1 GiB more than it."""
+    config = parse_train(["--validation_prompt=x", "--gradient_checkpointing", "--mixed_precision=bf16", *flags])
+    rehearsal = Rehearsal(blueprint(plan_configs(config.model), config.model))
+    needs = estimate(config, rehearsal)
+    training = max(needs.phases[phase] for phase in ("forward pass", "backward pass", "optimizer step"))
+    assert needs.phases["validation"] < training
+    _, decoding = rehearsal.validation(config)
+    assert sum(needs.stays.values()) + rehearsal.vae() + decoding > training + 2**30

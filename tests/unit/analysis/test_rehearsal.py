@@ -21,12 +21,6 @@ from lpl.training.one_by_one import FusedBackward
 from lpl.training.optim import build_optimizer
 
 
-@pytest.fixture(scope="module")
-def plan_of(model: Path) -> Any:
-    """The tiny model's blueprint."""
-    return blueprint(model_configs(options(f"--pretrained_model_name_or_path={model}").model))
-
-
 def options(*flags: str) -> TrainConfig:
     return parse_train(["--resolution=64", "--train_batch_size=2", *flags])
 
@@ -162,6 +156,5 @@ def test_each_part_is_counted_once(plan_of: Any, monkeypatch: pytest.MonkeyPatch
     def again(*_: Any) -> None:
         raise AssertionError("counted again")
 
-    monkeypatch.setattr(Rehearsal, "_denoiser", again)
-    monkeypatch.setattr(Rehearsal, "_loss", again)
+    monkeypatch.setattr(StepCounter, "__enter__", again)
     assert (rehearsal.denoiser(options("--use_ema")), rehearsal.loss(options("--use_8bit_adam"))) == first

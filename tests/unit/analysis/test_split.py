@@ -12,7 +12,6 @@ from lpl.analysis.needs import estimate, gathered_sizes, launched_estimate, laun
 from lpl.analysis.rehearsal import Rehearsal
 from lpl.config import TrainConfig
 from lpl.config.command_line import parse_train
-from lpl.families import blueprint, model_configs
 from lpl.training.launch import as_launched
 
 
@@ -20,11 +19,6 @@ from lpl.training.launch import as_launched
 def config(model: Path) -> TrainConfig:
     argv = [f"--pretrained_model_name_or_path={model}", "--resolution=64", "--mixed_precision=no", "--use_ema"]
     return parse_train(argv)
-
-
-@pytest.fixture(scope="module")
-def rehearsal(config: TrainConfig) -> Rehearsal:
-    return Rehearsal(blueprint(model_configs(config.model), config.model))
 
 
 def test_every_weight_belongs_to_one_block_or_to_none(config: TrainConfig, rehearsal: Rehearsal) -> None:

@@ -140,7 +140,7 @@ def test_faults_are_one_line_with_the_file(tmp_path: Path, text: str, part: str)
         (["--arms=x", "--validation_samples=2", "--push_to_hub"], "--push_to_hub: every run would overwrite"),
         (["--arms=x", "--validation_samples=2", "--num_samples=9"], "--num_samples acts with --reference_dir"),
         (["--arms=x", "--validation_samples=2", "--dry_run"], "--dry_run"),
-        (["--arms=x", "--validation_samples=2", "--prompts=p.txt"], "--prompts p.txt acts with --reference_dir"),
+        (["--arms=x", "--validation_samples=2", "--prompts=p.txt"], "--prompts acts with --reference_dir"),
     ],
 )
 def test_options_are_checked(argv: list[str], part: str) -> None:

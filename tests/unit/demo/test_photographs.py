@@ -17,15 +17,14 @@ from lpl.demo.photographs import (
     PHOTOGRAPHS,
     all_captions,
     export_data,
-    held_out_crops,
     load_photograph,
     locate,
     random_crops,
-    random_patches,
     split_regions,
     to_tensor,
     training_crops,
 )
+from tools.demo_weights import vae
 
 HELD_OUT = {photograph.name: split_regions(photograph)[1] for photograph in PHOTOGRAPHS}
 
@@ -42,20 +41,15 @@ def test_training_crops_never_touch_the_held_out_strip() -> None:
 
 
 def test_patches_of_the_autoencoder_never_touch_the_held_out_strip(monkeypatch: pytest.MonkeyPatch) -> None:
-    boxes = []
-    cut = photographs._cut
-    monkeypatch.setattr(
-        photographs,
-        "_cut",
-        lambda photograph, box, scale: boxes.append((photograph, box)) or cut(photograph, box, scale),
-    )
-    assert len(random_patches(300, random.Random(0))) == 300
+    boxes, cut = [], vae.cut
+    monkeypatch.setattr(vae, "cut", lambda *given: boxes.append(given[:2]) or cut(*given))
+    assert len(vae.random_patches(300, random.Random(0))) == 300
     assert len(boxes) == 300
     assert not [box for photograph, box in boxes if overlaps(box, HELD_OUT[photograph.name])]
 
 
 def test_held_out_crops_lie_inside_the_strip() -> None:
-    crops = held_out_crops()
+    crops = vae.held_out_crops()
     assert Counter(crop.photograph for crop in crops) == {photograph.name: 8 for photograph in PHOTOGRAPHS}
     for crop in crops:
         left, upper, right, lower = HELD_OUT[crop.photograph]
@@ -87,9 +81,9 @@ def test_captions_are_short_and_tell_crops_apart() -> None:
 def test_a_caption_names_scale_and_place() -> None:
     cat = next(photograph for photograph in PHOTOGRAPHS if photograph.name == "chelsea")
     width, height = load_photograph(cat).size
-    corner = photographs._cut(cat, (0, 0, 90, 90), "close-up")
+    corner = photographs.cut(cat, (0, 0, 90, 90), "close-up")
     assert corner.caption == "a close-up photo of a tabby cat with green eyes, upper left"
-    middle = photographs._cut(cat, (width // 2 - 45, height // 2 - 45, width // 2 + 45, height // 2 + 45), "medium")
+    middle = photographs.cut(cat, (width // 2 - 45, height // 2 - 45, width // 2 + 45, height // 2 + 45), "medium")
     assert middle.caption == "a photo of a tabby cat with green eyes, centre"
 
 

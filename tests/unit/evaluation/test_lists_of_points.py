@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lpl.base.errors import UserError
-from lpl.config.model_commands import check_points
+from lpl.config.model_commands import EvalConfig
 from lpl.config.points import Point, best_points, edge_line, shown_point
 
 
@@ -58,11 +58,11 @@ def test_without_a_distance_everywhere_there_is_no_best() -> None:
         ((), 4, "--guidance_scale is given empty: give a value, or leave it out"),
         ((3.0, 3.0), 4, "--guidance_scale: 3.0 is given twice"),
         ((1.0, float("nan")), 4, "--guidance_scale must be 0 or more, not nan"),
-        (None, (4, 0), "--num_inference_steps must be at least 1, not 0"),
+        (None, (4, 0), "--num_inference_steps must lie in 1..10000, not 0"),
         (None, (4, 8, 4), "--num_inference_steps: 4 is given twice"),
     ],
 )
 def test_lists_that_are_none_are_refused(scales: Any, steps: Any, told: str) -> None:
     with pytest.raises(UserError) as caught:
-        check_points(scales, steps)
+        EvalConfig("model", reference_dir="real", guidance_scale=scales, num_inference_steps=steps)
     assert str(caught.value) == told

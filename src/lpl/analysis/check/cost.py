@@ -24,13 +24,7 @@ FLOAT32_SHARE = 0.75
 
 
 def count(config: TrainConfig, configs: dict[str, Any], device: torch.device) -> Needs:
-    """Counts what the run needs on one device of this kind.
-
-    Args:
-        config: with resolution and precision.
-        configs: of the model's components.
-        device: its type is what counts.
-    """
+    """Counts what the run needs on one device of this kind, by the configs of the model's components."""
     kind: Device = "cpu" if device.type == "cpu" else "cuda"
     return estimate(config, Rehearsal(blueprint(configs, config.model), kind))
 
@@ -38,11 +32,7 @@ def count(config: TrainConfig, configs: dict[str, Any], device: torch.device) ->
 def step_row(needs: Needs, config: TrainConfig, seconds: float | None, lpl_seconds: float) -> dict[str, Any]:
     """What check.json has under "step": of an optimizer step of one process.
 
-    Args:
-        needs: from count.
-        config: the options.
-        seconds: of a micro-batch forward and backward without LPL; None: not measured.
-        lpl_seconds: of LPL, for a sample.
+    Seconds are of a micro-batch forward and backward without LPL (None: not measured), lpl_seconds of LPL for a sample.
     """
     run = config.run
     samples = run.train_batch_size * run.gradient_accumulation_steps

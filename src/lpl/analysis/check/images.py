@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
@@ -46,16 +46,10 @@ class Picture(NamedTuple):
 
 
 def read_pictures(config: TrainConfig, source: Source, count: int, stride: int) -> tuple[list[Picture], list[str]]:
-    """Reads images from all over a source, with the crop, mirroring and caption of a run's first draw.
-
-    Args:
-        config: the options, with a resolution.
-        source: images and captions.
-        count: how many, at most.
-        stride: pixels per latent.
+    """Reads at most `count` images from all over a source, with crop, mirroring and caption of a run's first draw.
 
     Returns:
-        The pictures, and one line for each image that cannot be used.
+        The pictures, with masks of a cell for `stride` pixels, and one line for each image that cannot be used.
 
     Raises:
         UserError: none can be used.
@@ -79,8 +73,9 @@ def read_pictures(config: TrainConfig, source: Source, count: int, stride: int) 
     found = []
     with progress(desc="reading", unit="image", total=count) as bar:
         for piece, numbers in spread(source, count):
-            with closing(_chosen(piece, numbers)) as samples:
-                for made in in_order(make, samples, threads_of(data)):
+            with closing(piece.samples()) as samples:
+                chosen = (s for n, s in enumerate(islice(samples, numbers[-1] + 1)) if n in numbers)
+                for made in in_order(make, chosen, threads_of(data)):
                     found.append(made)
                     bar.update()
     pictures = [one for one in found if isinstance(one, Picture)]
@@ -107,13 +102,6 @@ def spread(source: Source, count: int) -> list[tuple[Piece, list[int]]]:
         if own:
             chosen.append((piece, own))
     return chosen
-
-
-def _chosen(piece: Piece, numbers: list[int]) -> Generator[Sample, None, None]:
-    with closing(piece.samples()) as samples:
-        for number, sample in enumerate(islice(samples, numbers[-1] + 1)):
-            if number in numbers:
-                yield sample
 
 
 def same_size(pictures: Sequence[Picture]) -> list[list[int]]:

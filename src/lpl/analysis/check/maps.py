@@ -71,15 +71,13 @@ def _compare(rule: FeatureDistance, x: Tensor, y: Tensor) -> tuple[Tensor, Tenso
         part = slice(first, last)
         mask = inliers[:, :, part].to(share)
         # Each location as a sample of its own, since the rule sums over space.
-        values = [_samples(v) for v in (x[:, :, part].to(share), y[:, :, part].to(share) * mask, share * mask)]
+        values = [
+            v[0].flatten(1).T[..., None, None]  # (1, C, H, W) to (H * W, C, 1, 1)
+            for v in (x[:, :, part].to(share), y[:, :, part].to(share) * mask, share * mask)
+        ]
         error, _ = rule.error(*values, scale, rule.norm_type, rule.loss_type, False)
         rows.append(error.sum((1, 2, 3)).view(last - first, -1))
     return 1 - inliers[0].to(share).mean(0), torch.cat(rows)
-
-
-def _samples(x: Tensor) -> Tensor:
-    """(1, C, H, W) to (H * W, C, 1, 1)."""
-    return x[0].flatten(1).T[..., None, None]
 
 
 def draw_maps(maps: LayerMaps, timestep: int, name: str) -> Image.Image:

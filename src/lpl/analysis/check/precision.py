@@ -12,6 +12,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -33,114 +34,73 @@ Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
 """Arguments of calls of a module."""
 
 
-class Extremes:
-    """The largest absolute value that any of a module's parts put out, and the first part that was not finite."""
+@contextmanager
+def watching(module: nn.Module, found: list[tuple[str, Tensor]]) -> Iterator[None]:
+    """Notes the largest absolute value of every output of a module's parts, by the part's name."""
 
-    def __init__(self) -> None:
-        self._found: list[tuple[str, Tensor]] = []
+    def look(name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.is_floating_point():
+            found.append((name, output.detach().abs().amax().float()))
 
-    @contextmanager
-    def watching(self, module: nn.Module) -> Iterator[None]:
-        """Looks at every part's output while it is active."""
-        with ExitStack() as stack:
-            for name, part in module.named_modules():
-                handle = part.register_forward_hook(self._hook(name))
-                stack.callback(handle.remove)
-            yield
-
-    def _hook(self, name: str) -> Callable[..., None]:
-        def look(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and output.is_floating_point():
-                self._found.append((name, output.detach().abs().amax().float()))
-
-        return look
-
-    def read(self) -> tuple[float, str | None]:
-        """The largest value (inf or nan if one was not finite) and the name of the first part that was not."""
-        if not self._found:
-            return 0.0, None
-        values = torch.stack([value for _, value in self._found]).cpu()
-        faulty = (~values.isfinite()).nonzero().flatten().tolist()
-        return float(values.max()), self._found[faulty[0]][0] if faulty else None
+    with ExitStack() as stack:
+        for name, part in module.named_modules():
+            stack.callback(part.register_forward_hook(partial(look, name)).remove)
+        yield
 
 
 @contextmanager
 def recording(modules: Iterable[nn.Module], calls: dict[int, Calls], most: int) -> Iterator[None]:
     """Keeps the arguments of the first calls of some modules, by the module's number."""
 
-    def keep(number: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
-            own = calls.setdefault(number, [])
-            if len(own) < most:
-                own.append((args, kwargs))
-
-        return hook
+    def keep(number: int, _module: nn.Module, args: Any, kwargs: Any) -> None:
+        own = calls.setdefault(number, [])
+        if len(own) < most:
+            own.append((args, kwargs))
 
     with ExitStack() as stack:
         for number, module in enumerate(modules):
-            stack.callback(module.register_forward_pre_hook(keep(number), with_kwargs=True).remove)
+            stack.callback(module.register_forward_pre_hook(partial(keep, number), with_kwargs=True).remove)
         yield
 
 
 @torch.no_grad()
-def compare_cast(module: nn.Module, run: Callable[[nn.Module, torch.dtype], list[Tensor]]) -> dict[str, Any]:
-    """A module in every precision, its weights cast.
-
-    Args:
-        module: float32, in eval mode; left as it is.
-        run: runs it, or its copy, on inputs of a precision; returns what it puts out.
-    """
-
-    def in_precision(dtype: torch.dtype, extremes: Extremes) -> list[Tensor]:
-        own = module if dtype == torch.float32 else nn.Module.to(copy.deepcopy(module), dtype)
-        with extremes.watching(own):
-            return run(own, dtype)
-
-    return _compare(in_precision)
-
-
-@torch.no_grad()
-def compare_autocast(
-    module: nn.Module, run: Callable[[torch.dtype | None], list[Tensor]], only: tuple[torch.dtype, str] | None = None
+def compare(
+    module: nn.Module,
+    run: Callable[[nn.Module, torch.dtype], list[Tensor]],
+    cast: bool = True,
+    only: tuple[torch.dtype, str] | None = None,
 ) -> dict[str, Any]:
-    """A module in every precision, under autocast.
+    """A module in every precision.
 
     Args:
-        module: in eval mode.
-        run: runs it under autocast to a precision, None: without; returns what it puts out.
+        module: in eval mode; left as it is.
+        run: runs it in a precision; returns what it puts out.
+        cast: whether it is given a copy with weights in that precision.
         only: the one precision that it can be run in, and why; then no error is known.
     """
-
-    def in_precision(dtype: torch.dtype, extremes: Extremes) -> list[Tensor]:
-        with extremes.watching(module):
-            return run(None if dtype == torch.float32 else dtype)
-
-    return _compare(in_precision, only)
-
-
-def _compare(
-    in_precision: Callable[[torch.dtype, Extremes], list[Tensor]], only: tuple[torch.dtype, str] | None = None
-) -> dict[str, Any]:
     found: dict[str, Any] = {}
     reference: list[Tensor] | None = None
     for name, dtype in DTYPES.items():
         if only is not None and dtype != only[0]:
             found[name] = _entry(None, None, None, note=only[1])
             continue
-        extremes = Extremes()
+        own = nn.Module.to(copy.deepcopy(module), dtype) if cast and dtype != torch.float32 else module
+        largest: list[tuple[str, Tensor]] = []
         try:
-            outputs = [output.float().cpu() for output in in_precision(dtype, extremes)]
+            with watching(own, largest):
+                outputs = [output.float().cpu() for output in run(own, dtype)]
         except RuntimeError as fault:
             if dtype == torch.float32 or "not implemented" not in str(fault):
                 raise
             found[name] = _entry(None, None, None, note=f"not on this device: {' '.join(str(fault).split())[:100]}")
             continue
-        largest, first = extremes.read()
+        values = torch.stack([value for _, value in largest]).cpu() if largest else torch.zeros(1)
+        first = next((part for (part, _), value in zip(largest, values, strict=False) if not value.isfinite()), None)
         finite = first is None and all(bool(output.isfinite().all()) for output in outputs)
         if dtype == torch.float32:
             reference = outputs
         error = None if reference is None else _distance(outputs, reference)
-        found[name] = _entry(finite, largest, error, first_nonfinite=first)
+        found[name] = _entry(finite, float(values.max()), error, first_nonfinite=first)
     return found
 
 
@@ -155,21 +115,18 @@ def _distance(outputs: list[Tensor], reference: list[Tensor]) -> float:
     return math.sqrt(square / of) if of > 0 else math.sqrt(square)
 
 
-def to_dtype(value: Any, dtype: torch.dtype) -> Any:
-    """A floating-point tensor in a precision; anything else as it is."""
-    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
 def replay(calls: Calls) -> Callable[[nn.Module, torch.dtype], list[Tensor]]:
     """Runs recorded calls again, in any precision; of what a call returns, its first tensor counts."""
     calls = list(calls)  # running them may be recorded in turn
 
+    def cast(value: Any, dtype: torch.dtype) -> Any:
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
     def run(module: nn.Module, dtype: torch.dtype) -> list[Tensor]:
-        outputs = []
-        for args, kwargs in calls:
-            own = {key: to_dtype(value, dtype) for key, value in kwargs.items()}
-            outputs.append(module(*(to_dtype(value, dtype) for value in args), **own)[0])
-        return outputs
+        return [
+            module(*(cast(value, dtype) for value in args), **{key: cast(v, dtype) for key, v in kwargs.items()})[0]
+            for args, kwargs in calls
+        ]
 
     return run
 
@@ -179,11 +136,10 @@ def warnings_of(components: dict[str, dict[str, Any]], mixed_precision: str, lpl
     lines = []
     for component, by_dtype in components.items():
         for dtype, found in by_dtype.items():
-            if found["finite"] is not False:
-                continue
-            where = f" (first in {found['first_nonfinite']})" if found.get("first_nonfinite") else ""
-            line = f"{component} is not finite in {dtype}{where}: "
-            lines.append(line + _advice(component, dtype, by_dtype, mixed_precision, lpl_dtype))
+            if found["finite"] is False:
+                where = f" (first in {found['first_nonfinite']})" if found.get("first_nonfinite") else ""
+                advice = _advice(component, dtype, by_dtype, mixed_precision, lpl_dtype)
+                lines.append(f"{component} is not finite in {dtype}{where}: {advice}")
     for component, by_dtype in components.items():
         largest, half = by_dtype["float32"]["max_abs"], by_dtype["float16"]
         if half["finite"] is None and largest is not None and largest > FLOAT16_MAX:
@@ -196,10 +152,8 @@ def warnings_of(components: dict[str, dict[str, Any]], mixed_precision: str, lpl
 
 def _advice(component: str, dtype: str, by_dtype: dict[str, Any], mixed_precision: str, lpl_dtype: str) -> str:
     if dtype == "float32":
-        flag = (
-            "--pretrained_vae_model_name_or_path" if component.startswith("vae") else "--pretrained_model_name_or_path"
-        )
-        return f"its weights are damaged, take others with {flag}"
+        kind = "vae_" * component.startswith("vae")
+        return f"its weights are damaged, take others with --pretrained_{kind}model_name_or_path"
     better = "bfloat16" if by_dtype["bfloat16"]["finite"] and dtype != "bfloat16" else "float32"
     if component == "denoiser":
         short = {"bfloat16": "bf16", "float32": "no"}[better]

@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import time
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from PIL import Image
 
 from lpl import __version__
-from lpl.analysis.check import cost, levels, precision, reconstruction
+from lpl.analysis.check import cost, levels, precision
 from lpl.analysis.check.images import Encoded, read_pictures
 from lpl.analysis.check.maps import draw_estimates, draw_maps, layer_maps
 from lpl.analysis.check.suggest import suggestion
@@ -24,7 +23,6 @@ from lpl.analysis.check.table import faults_of, table, verdict_of, warnings_of
 from lpl.base.errors import UserError
 from lpl.base.files import alone_in, write_atomically
 from lpl.base.output_folder import Names, OutputFolder, kind_of
-from lpl.config import TrainConfig
 from lpl.config.commands import FEWEST, PAGE, CheckConfig, ReportConfig
 from lpl.config.files import CHECK_REPORT, environment
 from lpl.data.sheets import printable
@@ -94,7 +92,7 @@ class Check:
         self.accelerator = build_accelerator(checked.config)
         self.device = self.accelerator.device
         mixed: Any = self.accelerator.mixed_precision
-        self.config = config = replace(checked.config, run=replace(checked.config.run, mixed_precision=mixed))
+        self.config = config = checked.config.changed(mixed_precision=mixed)
         self.configs = checked.model_configs or plan_configs(config.model)
         self.source, self.num_images = checked.source, num_images
         self.family = load_family(config.model, self.device, torch.float32)
@@ -119,7 +117,7 @@ class Check:
             "lpl": __version__,
             "kind": "check",
             "environment": environment(),
-            "options": _options(config) | {"num_images": self.num_images},
+            "options": {k: v for k, v in config.flat().items() if k != "hub_token"} | {"num_images": self.num_images},
             "refused": self.refused,
             "device": str(self.device),
             "num_images": len(pictures),
@@ -144,20 +142,20 @@ class Check:
             **(components or self._text_precision(calls)),
         }
         first = encoded.mean[0].to(self.device)
-        found |= {"components": components, "walk_equals_decode": reconstruction.walk_difference(family.vae, first)}
+        found |= {"components": components, "walk_equals_decode": precision.walk_difference(family.vae, first)}
         found["faults"] = faults_of(found)
         if not any("float32" in fault for fault in found["faults"]):
             found |= self._measure(encoded)
         else:
             self.refused.append("all other measurements: a component is not finite even in float32")
         found["warnings"] = warnings_of(found, config, self.source.size)
-        found |= verdict_of(found, config)._asdict()
+        found["outcome"], found["verdict"] = verdict_of(found, config)
         found["seconds"] = time.perf_counter() - self.started
         return found
 
     def _text_precision(self, calls: dict[int, precision.Calls]) -> dict[str, Any]:
         return {
-            f"text_encoder_{number + 1}" if number else "text_encoder": precision.compare_cast(
+            f"text_encoder_{number + 1}" if number else "text_encoder": precision.compare(
                 self.family.text_encoders[number], precision.replay(own)
             )
             for number, own in sorted(calls.items())
@@ -167,21 +165,23 @@ class Check:
         count = min(PRECISION_IMAGES, len(encoded))
         total = len(self.step.alpha)
 
-        def run(autocast: torch.dtype | None) -> list[torch.Tensor]:
+        def run(denoiser: Any, dtype: torch.dtype) -> list[torch.Tensor]:
+            autocast = None if dtype == torch.float32 else dtype
             step = TrainingStep(self.family, self.config.diffusion, None, self.config.run.seed, autocast)
             outputs = []
             for n in range(count):
                 timesteps = torch.tensor([total * (2 * n + 1) // (2 * count)])
                 batch = encoded.batch([n], 0)
-                outputs.append(levels.estimate(step, self.denoiser, batch, timesteps, self.device).model_output)
+                outputs.append(levels.estimate(step, denoiser, batch, timesteps, self.device).model_output)
             return outputs
 
         own, why = self.step.autocast, self.no_float32
-        return precision.compare_autocast(self.denoiser, run, None if own is None or why is None else (own, why))
+        only = None if own is None or why is None else (own, why)
+        return precision.compare(self.denoiser, run, cast=False, only=only)
 
     def _vae_precision(self, encoded: Encoded) -> dict[str, Any]:
         shown = range(min(PRECISION_IMAGES, len(encoded)))
-        pixels = [reconstruction.to_float(encoded.pictures[n].pixels)[None] for n in shown]
+        pixels = [precision.to_float(encoded.pictures[n].pixels)[None] for n in shown]
         latents = [encoded.mean[n] for n in shown]
 
         def encode(vae: Any, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -191,15 +191,12 @@ class Check:
             return [vae.decode(x.to(self.device, dtype)).sample for x in latents]
 
         vae = self.family.vae
-        return {
-            "vae_encoder": precision.compare_cast(vae, encode),
-            "vae_decoder": precision.compare_cast(vae, decode),
-        }
+        return {"vae_encoder": precision.compare(vae, encode), "vae_decoder": precision.compare(vae, decode)}
 
     def _measure(self, encoded: Encoded) -> dict[str, Any]:
         config, family, step = self.config, self.family, self.step
-        losses = reconstruction.reconstruct(family.vae, encoded, self.device)
-        self._save(LOSSES, reconstruction.draw_losses(encoded, losses))
+        losses = precision.reconstruct(family.vae, encoded, self.device)
+        self._save(LOSSES, precision.draw_losses(encoded, losses))
         measured = levels.measure(step, self.denoiser, encoded, self.device)
         shown = _most_detailed(encoded, losses.typical)
         needs = cost.count(config, self.configs, self.device)
@@ -231,7 +228,7 @@ class Check:
         picture = encoded.pictures[shown]
         name = printable(picture.id)
         decode, space = self.family.vae.decode, self.step.latent_space
-        images = [("original", reconstruction.to_float(picture.pixels)), ("through the VAE", reconstructed)]
+        images = [("original", precision.to_float(picture.pixels)), ("through the VAE", reconstructed)]
         rows = []
         within, without = (part.nonzero().flatten() for part in (gate, ~gate))
         mapped = [int(part[len(part) // 2]) for part in (within, without) if len(part)]
@@ -268,10 +265,6 @@ def _most_detailed(encoded: Encoded, typical: list[int]) -> int:
         return float(pixels.diff(dim=1).abs().mean() + pixels.diff(dim=2).abs().mean())
 
     return max(typical[: -(-len(typical) // 2)], key=detail)
-
-
-def _options(config: TrainConfig) -> dict[str, Any]:
-    return {key: value for key, value in config.flat().items() if key != "hub_token"}
 
 
 def _plain(value: Any) -> Any:

@@ -128,16 +128,7 @@ def reduction_factor(config: TrainConfig, p_gate: float) -> float:
 def weight_for(
     found: Levels, gate: Tensor, probabilities: Tensor, config: TrainConfig, share: float, seed: int
 ) -> Weight:
-    """The weight at which LPL has a share of the gradient.
-
-    Args:
-        found: the measurements.
-        gate: (T,), bool.
-        probabilities: (T,), summing to 1.
-        config: for reduction, batch size and --lpl_max_samples.
-        share: in (0, 1).
-        seed: of the bootstrap.
-    """
+    """The weight at which LPL has a share of the gradient, with a gate and probabilities of timesteps, (T,) each."""
     lpl, diffusion = _squares(found, gate, probabilities, config)
     value = float(weight_of_share(share, lpl.sum(), diffusion.sum()))
     if len(lpl) < LEAST_PICTURES:
@@ -179,14 +170,11 @@ def suggestion(
     threshold, why = supported_threshold(found, seed)
     kept = threshold == 0 or float(probabilities[:threshold].sum()) == 0
     lines = []
+    gate = own_gate if kept else Gate(scheduler, t_threshold=threshold)
     if kept:
-        gate, reason = (
-            own_gate,
-            f"no threshold is suggested: {why}" if threshold == 0 else "no timestep below it is drawn",
-        )
+        reason = "no timestep below it is drawn" if threshold else f"no threshold is suggested: {why}"
         lines.append(f"{reason}; the gate stays at {own_gate}")
     else:
-        gate = Gate(scheduler, t_threshold=threshold)
         lines.append(f"--lpl_t_threshold {threshold}: {why}")
         lines.append(
             f"this is how far LPL says something here, not what trains best: a run's {own_gate} stays within it"

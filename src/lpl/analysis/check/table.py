@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 from lpl.analysis.check import precision
 from lpl.analysis.check.suggest import INFORMED
+from lpl.analysis.needs import readable
 from lpl.config import TrainConfig
 from lpl.config.commands import WALK_TOLERANCE
 from lpl.perceptual.auto_weight import MEASURED_SAMPLES
@@ -37,13 +38,7 @@ def faults_of(found: dict[str, Any]) -> list[str]:
 
 
 def warnings_of(found: dict[str, Any], config: TrainConfig, samples: int | None) -> list[str]:
-    """What to look at before a run; sections that are missing say nothing.
-
-    Args:
-        found: check.json so far.
-        config: the options.
-        samples: images of the data, if known.
-    """
+    """What to look at before a run, by check.json so far; `samples` are the images of the data, if known."""
     lines = precision.warnings_of(found["components"], str(config.run.mixed_precision), config.lpl.lpl_dtype)
     if "reconstruction" not in found:
         return lines
@@ -61,21 +56,15 @@ def warnings_of(found: dict[str, Any], config: TrainConfig, samples: int | None)
                 f"{layer['tap']} has {most:.1%} of its values masked as outliers, which are meant to be few: look at "
                 "its map, try --no_lpl_remove_outliers or a smaller --lpl_num_blocks"
             )
-    lines += _gate_warnings(found, config, samples)
-    return lines
-
-
-def _gate_warnings(found: dict[str, Any], config: TrainConfig, samples: int | None) -> list[str]:
-    lines: list[str] = []
-    p_gate, gate, run = found["p_gate"], found["gate"], config.run
-    if samples is None and run.max_train_steps is None:
-        return lines
-    drawn = run.train_batch_size * run.gradient_accumulation_steps * config.num_steps(samples or 1, 1)
-    if config.lpl.lpl_weight == "auto" and p_gate * drawn < MEASURED_SAMPLES:
-        lines.append(
-            f"about {p_gate * drawn:.0f} of the run's {drawn:,} samples pass the gate {gate}, fewer than the "
-            f"{MEASURED_SAMPLES} that --lpl_weight auto measures on: give the weight as a number, or train longer"
-        )
+    run = config.run
+    if config.lpl.lpl_weight == "auto" and not (samples is None and run.max_train_steps is None):
+        drawn = run.train_batch_size * run.gradient_accumulation_steps * config.num_steps(samples or 1, 1)
+        passing = found["p_gate"] * drawn
+        if passing < MEASURED_SAMPLES:
+            lines.append(
+                f"about {passing:.0f} of the run's {drawn:,} samples pass the gate {found['gate']}, fewer than the "
+                f"{MEASURED_SAMPLES} that --lpl_weight auto measures on: give the weight as a number, or train longer"
+            )
     return lines
 
 
@@ -83,30 +72,15 @@ LEAST_GATED = 0.05
 """Probability of passing the gate."""
 
 
-class Verdict(NamedTuple):
-    """As check.json has it."""
-
-    outcome: Literal["acts", "idles", "harms"]
-    verdict: str
-
-
-def verdict_of(found: dict[str, Any], config: TrainConfig) -> Verdict:
-    """The verdict on a run.
-
-    Args:
-        found: check.json so far; where pictures were not measured, faults say why.
-        config: the options.
-    """
+def verdict_of(found: dict[str, Any], config: TrainConfig) -> tuple[str, str]:
+    """The outcome of a run, acts, idles or harms, and a sentence; where pictures were not measured, faults say why."""
     if found["faults"]:
         return _harms(found["faults"][0])
     lpl, gate, p_gate, own = config.lpl, found["gate"], found["p_gate"], found["suggestion"]["own_gate"]
     cosine, share = own["cosine"], found["suggestion"]["own_share"]
     if own["gradient"] == "not finite":
-        better = (
-            "keep --lpl_dtype float32"
-            if lpl.lpl_dtype != "float32"
-            else "take another --pretrained_vae_model_name_or_path"
-        )
+        narrow = lpl.lpl_dtype != "float32"
+        better = "keep --lpl_dtype float32" if narrow else "take another --pretrained_vae_model_name_or_path"
         return _harms(f"it is not finite with --lpl_dtype {lpl.lpl_dtype} within the gate ({gate}); {better}")
     if lpl.lpl_weight == 0:
         return _idles("--lpl_weight is 0; give auto, or a number above 0")
@@ -139,28 +113,22 @@ def verdict_of(found: dict[str, Any], config: TrainConfig) -> Verdict:
         return _idles(f"{has}; raise it" + ("" if auto else ", or use auto"))
     if share > HIGH_SHARE:
         return _harms(f"{has}; lower it" + ("" if auto else ", or use auto"))
-    return Verdict(
-        "acts",
-        f"LPL will act: it gets {_whole_percent(share)} of the gradient on {_whole_percent(p_gate)} of the "
-        f"samples, with a weight "
-        f"of {'about ' if auto else ''}{weight:.3g}, and {_direction(cosine, own['cosine_interval'])}; nothing needs "
-        "to be changed",
+    direction = "neither follows the diffusion loss nor opposes it, as far as can be told"
+    if own["cosine_interval"] is not None and own["cosine_interval"][0] > 0:
+        direction = "pulls the same way as the diffusion loss"
+    return "acts", (
+        f"LPL will act: it gets {_whole_percent(share)} of the gradient on {_whole_percent(p_gate)} of the samples, "
+        f"with a weight of {'about ' if auto else ''}{weight:.3g}, and {direction} (cosine {cosine:.2f}); nothing "
+        "needs to be changed"
     )
 
 
-def _direction(cosine: float, interval: list[float] | None) -> str:
-    told = f"(cosine {cosine:.2f})"
-    if interval is not None and interval[0] > 0:
-        return f"pulls the same way as the diffusion loss {told}"
-    return f"neither follows the diffusion loss nor opposes it, as far as can be told {told}"
+def _idles(why: str) -> tuple[str, str]:
+    return "idles", f"LPL will idle: {why}"
 
 
-def _idles(why: str) -> Verdict:
-    return Verdict("idles", f"LPL will idle: {why}")
-
-
-def _harms(why: str) -> Verdict:
-    return Verdict("harms", f"LPL will likely harm: {why}")
+def _harms(why: str) -> tuple[str, str]:
+    return "harms", f"LPL will likely harm: {why}"
 
 
 def _whole_percent(part: float) -> str:
@@ -181,8 +149,7 @@ def table(found: dict[str, Any]) -> str:
         lines += _labelled("VAE", [f"PSNR {own['psnr_mean']:.1f} dB, worst {own['psnr_min']:.1f} dB: {own['file']}"])
         lines += _levels(found)
         lines += _step(found["step"])
-        suggested = found["suggestion"]
-        lines += _labelled("suggestion", suggested["why"])
+        lines += _labelled("suggestion", found["suggestion"]["why"])
     for label, key in (("warnings", "warnings"), ("faults", "faults"), ("left out", "refused")):
         lines += _labelled(label, found[key])
     return "\n".join(line.rstrip() for line in lines)
@@ -203,8 +170,7 @@ def _components(components: dict[str, Any]) -> list[str]:
                 known = dtype != "float32" and entry["relative_error"] is not None
                 cells.append((f"{entry['relative_error']:.1e}, " if known else "") + f"to {entry['max_abs']:.3g}")
         rows.append(["", name, *cells])
-    notes = ["relative error against float32, and the largest activation"]
-    return _table(rows) + _labelled("", notes)
+    return _table(rows) + _labelled("", ["relative error against float32, and the largest activation"])
 
 
 def _levels(found: dict[str, Any]) -> list[str]:
@@ -233,11 +199,8 @@ def _levels(found: dict[str, Any]) -> list[str]:
 
 
 def _step(step: dict[str, Any]) -> list[str]:
-    size = step["peak_bytes"]
-    memory = f"{size / 2**30:.2f} GiB" if size >= 2**29 else f"{size / 2**20:.1f} MiB"
-    lines = [
-        f"{step['samples']} samples: about {memory} at its peak ({step['phase']}), {step['flops'] / 1e12:.3g} TFLOP"
-    ]
+    memory, flops = readable(step["peak_bytes"]), f"{step['flops'] / 1e12:.3g} TFLOP"
+    lines = [f"{step['samples']} samples: about {memory} at its peak ({step['phase']}), {flops}"]
     if step["seconds"] is not None:
         plain = step["seconds_without_lpl"]
         lines.append(
@@ -256,11 +219,10 @@ def _percent(value: float) -> str:
 
 
 def _labelled(label: str, texts: Sequence[str]) -> list[str]:
-    lines: list[str] = []
-    for text in texts:
-        lines += textwrap.wrap(
-            text, WIDTH - INDENT, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
-        )
+    wrapper = textwrap.TextWrapper(
+        WIDTH - INDENT, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
+    lines = [line for text in texts for line in wrapper.wrap(text)]
     return [f"{'' if number else label:{INDENT}}{line}" for number, line in enumerate(lines)]
 
 
