@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 from benchmarks.quality.measure import FIGURES
 from lpl.config import TrainConfig
-from lpl.evaluation.comparing import Interval, chosen_guidance, mean_interval, paired_ratio
+from lpl.evaluation.guidance import chosen_guidance
+from lpl.evaluation.intervals import Interval, mean_interval, paired_ratio
 
 FILE = Path(__file__).parent / "results.json"
 Row = dict[str, Any]

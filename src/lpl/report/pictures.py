@@ -25,8 +25,16 @@ SHEET = 2
 """A whole sheet may be so many times larger than a single picture."""
 
 
-@dataclass(frozen=True)
-class Embedded:
+SHEETS = "samples"
+MOST_ROWS = 16
+BEFORE = "before"
+LONG = 10**7
+"""Seeds from here on were drawn, not given."""
+SMALL = 160
+"""Pictures up to so many pixels wide are shown enlarged, pixel by pixel."""
+
+
+class Embedded(NamedTuple):
     """A picture within the page."""
 
     uri: str
@@ -35,6 +43,25 @@ class Embedded:
     """In pixels, as embedded."""
     original: tuple[int, int]
     """Its size in the file."""
+
+
+class Picture(NamedTuple):
+    """One picture: a file, or a part of one."""
+
+    file: Path
+    """In the folder of what names it: see inside."""
+    box: tuple[int, int, int, int] | None = None
+    """None: all of it."""
+
+    def read(self) -> Image.Image:
+        """The pixels as lpl eval takes them: upright, sRGB, 8 bits, on white.
+
+        Raises:
+            OSError: it is gone.
+            BadImageError: it is no picture.
+        """
+        image = decode_image(self.file.read_bytes())
+        return image.crop(self.box) if self.box else image
 
 
 def embed_all(pictures: Sequence[Picture], budget: int) -> tuple[list[Embedded | None], list[str]]:
@@ -57,27 +84,21 @@ def embed_all(pictures: Sequence[Picture], budget: int) -> tuple[list[Embedded |
             if (note := f"{picture.file}: cannot be shown ({error})") not in notes:
                 notes.append(note)
     for side, quality in TRIES:
-        found = _encode_all(read, [p.box is None for p in pictures], side, quality, budget)
-        if found is not None:
+        found: list[Embedded | None] = []
+        left = budget
+        for picture, image in zip(pictures, read, strict=True):
+            whole = SHEET if picture.box is None else 1
+            found.append(None if image is None else encode(image, side * whole, quality))
+            left -= len(found[-1].uri) if found[-1] else 0
+            if left < 0:
+                break
+        if left >= 0:
             smaller = sum(e is not None and (e.width, e.height) != e.original for e in found)
             if smaller:
                 notes.append(f"{smaller} pictures are shown smaller than they are, at most {side} pixels a side")
             return found, notes
     notes.append(f"{len(pictures)} pictures are left out: they do not fit the page's size (--max_megabytes)")
     return [None] * len(pictures), notes
-
-
-def _encode_all(
-    pictures: Sequence[Image.Image | None], whole: Sequence[bool], side: int, quality: int, budget: int
-) -> list[Embedded | None] | None:
-    found: list[Embedded | None] = []
-    for picture, is_whole in zip(pictures, whole, strict=True):
-        encoded = None if picture is None else encode(picture, side * (SHEET if is_whole else 1), quality)
-        budget -= 0 if encoded is None else len(encoded.uri)
-        if budget < 0:
-            return None
-        found.append(encoded)
-    return found
 
 
 def encode(picture: Image.Image, side: int, quality: int) -> Embedded:
@@ -93,30 +114,6 @@ def encode(picture: Image.Image, side: int, quality: int) -> Embedded:
         picture.save(content, "WEBP", quality=quality, method=4)
     uri = "data:image/webp;base64," + base64.b64encode(content.getvalue()).decode()
     return Embedded(uri, picture.width, picture.height, original)
-
-
-SHEETS = "samples"
-MOST_ROWS = 16
-BEFORE = "before"
-
-
-class Picture(NamedTuple):
-    """One picture: a file, or a part of one."""
-
-    file: Path
-    """In the folder of what names it: see inside."""
-    box: tuple[int, int, int, int] | None = None
-    """None: all of it."""
-
-    def read(self) -> Image.Image:
-        """The pixels as lpl eval takes them: upright, sRGB, 8 bits, on white.
-
-        Raises:
-            OSError: it is gone.
-            BadImageError: it is no picture.
-        """
-        image = decode_image(self.file.read_bytes())
-        return image.crop(self.box) if self.box else image
 
 
 class Key(NamedTuple):
@@ -178,8 +175,12 @@ def gather_pictures(inputs: Inputs) -> Pictures:
 
 def _add_run(table: Pictures, group: Group, alone: bool) -> None:
     run = group.runs[0]
-    folder = run.path / SHEETS
-    sheets = {file for file in folder.glob("*.png") if _is_inside(table, run.path, file)}
+    sheets = set()
+    for file in (run.path / SHEETS).glob("*.png"):
+        if inside(run.path, f"{SHEETS}/{file.name}") is None:
+            table.notes.append(f"{file}: leads out of {run.path} and is not shown")
+        else:
+            sheets.add(file)
     numbers = {file: file.stem[5:] for file in sheets if file.stem.startswith("step-")}
     steps = sorted((int(n), file) for file, n in numbers.items() if n.isascii() and n.isdigit() and len(n) <= 18)
     for file in sorted(sheets - {file for _, file in steps}):
@@ -194,14 +195,6 @@ def _add_run(table: Pictures, group: Group, alone: bool) -> None:
     elif alone and last > first:
         _add_sheet(table, run, before, f"step {first}")
     _add_sheet(table, run, after, f"after (step {last})" if alone else group.name)
-
-
-def _is_inside(table: Pictures, folder: Path, file: Path) -> bool:
-    """Whether a picture is in the folder of its run; one that a link takes from elsewhere is noted."""
-    found = inside(folder, str(file.relative_to(folder))) is not None
-    if not found:
-        table.notes.append(f"{file}: leads out of {folder} and is not shown")
-    return found
 
 
 def _add_sheet(table: Pictures, run: RunFolder, file: Path, column: str) -> None:
@@ -248,15 +241,8 @@ def _add_eval(table: Pictures, group: Group, result: Result) -> None:
         table.notes.append(f"{result.file}: {gone} of its {len(images)} images are gone from {root}")
 
 
-LONG = 10**7
-"""Seeds from here on were drawn, not given."""
-SMALL = 160
-"""Pictures up to so many pixels wide are shown enlarged, pixel by pixel."""
-
-
-@dataclass
-class Place:
-    """A place in the grid."""
+class GalleryCell(NamedTuple):
+    """A picture's place in the grid."""
 
     column: int
     image: Embedded
@@ -268,12 +254,11 @@ class Place:
         return self.image.width <= SMALL
 
 
-@dataclass
-class GalleryRow:
+class GalleryRow(NamedTuple):
     """A prompt and seed."""
 
     title: str
-    cells: list[Place]
+    cells: list[GalleryCell]
 
 
 @dataclass
@@ -290,6 +275,7 @@ class Gallery:
     of_checks: list[tuple[str, Embedded]] = field(default_factory=list)
     """What lpl check drew, with captions."""
     notes: list[str] = field(default_factory=list)
+    """What is not shown."""
 
 
 def build_gallery(inputs: Inputs, budget: int) -> Gallery:
@@ -309,15 +295,14 @@ def build_gallery(inputs: Inputs, budget: int) -> Gallery:
     for key, row in table.rows.items():
         title = _title(key, list(table.rows))
         cells = [
-            Place(i, image, f"{title}: {column}")
+            GalleryCell(i, image, f"{title}: {column}")
             for i, column in enumerate(table.columns)
             if column in row and (image := found[key, column]) is not None
         ]
         if cells:
             gallery.rows.append(GalleryRow(title, cells))
-    for (caption, _), image in zip(drawn, embedded[len(places) :], strict=True):
-        if image is not None:
-            gallery.of_checks.append((caption, image))
+    shown = zip(drawn, embedded[len(places) :], strict=True)
+    gallery.of_checks = [(caption, image) for (caption, _), image in shown if image is not None]
     gallery.slides = any(len(row.cells) > 1 for row in gallery.rows)
     gallery.left, gallery.right = _ends(gallery, inputs)
     return gallery

@@ -73,9 +73,9 @@ def test_references_are_told_apart_by_what_is_in_them() -> None:
     }
 
 
-def test_arms_of_another_yardstick_have_their_own_axis() -> None:
+def test_arms_whose_metrics_are_defined_otherwise_have_their_own_axis() -> None:
     groups = [Group("a", "1", evals=[evaluated(10.0)]), Group("b", "2", evals=[evaluated(20.0)])]
-    groups[1].yardsticks = ("samples",)
+    groups[1].redefined = ("samples",)
     name = "Fréchet distance (lite0)"
     assert values(groups) == {name: [["a", "10"]], f"{name} (another yardstick)": [["b", "20"]]}
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from lpl.report.evaluations import point_charts, point_tables
 from lpl.report.page import render
-from lpl.report.points import point_charts, point_tables
 from lpl.report.sources import Group, Inputs, Result
 
 NAME = "frechet_efficientnet-lite0"
