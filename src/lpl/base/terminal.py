@@ -107,3 +107,16 @@ def columns(rows: Sequence[Sequence[str]], right: bool = False) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     align = str.rjust if right else str.ljust
     return ["  ".join([row[0].ljust(widths[0]), *map(align, row[1:], widths[1:])]).rstrip() for row in rows]
+
+
+def with_names(told: Iterable[tuple[str, str]], everyone: int | None = None) -> list[str]:
+    """Each line once, after the names of all that it was told of.
+
+    Args:
+        told: (name, line).
+        everyone: a line that is of so many names is of all, and stands without them.
+    """
+    names: dict[str, dict[str, None]] = {}
+    for name, line in told:
+        names.setdefault(line, {})[name] = None
+    return [line if len(own) == everyone else f"{', '.join(own)}: {line}" for line, own in names.items()]

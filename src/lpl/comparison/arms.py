@@ -24,10 +24,7 @@ logger = logging.getLogger("lpl")
 
 
 def check_same_data(run: Path, baseline: Path) -> None:
-    """Compares the digests of the samples that two finished runs of one seed were trained on.
-
-    Args:
-        run, baseline: folders; one for both is fine.
+    """Compares the digests of the samples that two finished runs of one seed, by their folders, were trained on.
 
     Raises:
         UserError: other images or captions, or others held out, as when files were changed between the runs.
@@ -104,9 +101,6 @@ class Arm:
 
 def read_arms(options: CompareConfig) -> list[Arm]:
     """The arms of --arms with the options of all their runs.
-
-    Args:
-        options: of `lpl compare`.
 
     Raises:
         UserError: a file that cannot be read, or an arm with a name or option that is none.

@@ -70,14 +70,7 @@ class RunMetrics:
 
 
 def measure_run(home: Path, name: str, seed: int, evaluated: EvalMetrics = NO_METRICS) -> RunMetrics:
-    """Reads a finished run.
-
-    Args:
-        home: the comparison's folder.
-        name: of the run's folder within it.
-        seed: of the run.
-        evaluated: what `lpl eval` says of it.
-    """
+    """Reads a finished run, by the comparison's folder and the run's name within it."""
     run = read_run(home / name)
     clock, curves = training_clock(run), validation_curves(run)
     last_rows = {row["weights"]: row for row in run.validation}

@@ -17,6 +17,7 @@ from lpl.base.errors import StopRequestedError, TrainingStoppedError, UserError
 from lpl.base.files import alone_in
 from lpl.base.json_files import write_json
 from lpl.base.output_folder import Names, OutputFolder, check_real, kind_of
+from lpl.base.terminal import with_names
 from lpl.comparison import measures
 from lpl.comparison.arms import Arm, check_same_data, read_arms
 from lpl.comparison.measures import EVAL, NO_METRICS, RunMetrics, measure_run
@@ -37,9 +38,6 @@ def run_compare(options: CompareConfig) -> None:
     samples cannot be measured, is left out of the comparison and named; a signal or --max_minutes, which counts for all
     training and measuring together, stops the whole, and the same command continues. Under a launch every process
     trains; the first writes.
-
-    Args:
-        options: of `lpl compare`.
 
     Raises:
         UserError: bad options, or runs that were trained on other data than the baseline's.
@@ -107,13 +105,7 @@ def _compare(options: CompareConfig, arms: Sequence[Arm]) -> dict[str, Any] | No
 def train_all(options: CompareConfig, arms: Sequence[Arm], started: float) -> dict[tuple[str, int], str]:
     """Trains every arm with every seed, seed by seed, so that an early end leaves whole pairs.
 
-    Args:
-        options: of `lpl compare`.
-        arms: the baseline first.
-        started: when --max_minutes began, of time.monotonic.
-
-    Returns:
-        Why runs have none, by arm and seed.
+    Returns why runs have no result, by arm and seed; --max_minutes began at `started` of time.monotonic.
 
     Raises:
         UserError: a pair of runs that were trained on different data.
@@ -195,7 +187,7 @@ def result(
         paired += entries
         lines += left_out
     runs = [run for arm in arms for run in measured[arm.name]]
-    lines += _gathered({run.folder: run.evaluated.left_out for run in runs})
+    lines += with_names(((run.folder, line) for run in runs for line in run.evaluated.left_out), len(runs))
     if len(options.seeds) == 1:
         lines.append("--seeds: one seed gives no interval, so no verdict; give three or more")
     told: dict[str, Any] = {"arms": options.arms, "seeds": list(options.seeds), "reference_dir": options.reference_dir}
@@ -211,6 +203,7 @@ def result(
     alike = [arm for arm in arms[1:] if SAMPLES not in arm.redefined]
     best = [entry for arm in alike for entry in at_best(rows, arm.name, arms[0].name)]
     final = next((run.final for run in runs if run.final), None)
+    notes = [(run.folder, line) for run in runs for line in with_names(run.evaluated.notes.items())]
     verdicts = []
     for told_arm in told_arms[1:]:
         own_best, own_pairs = ([e for e in entries if e["arm"] == told_arm["name"]] for entries in (best, paired))
@@ -221,30 +214,13 @@ def result(
         "environment": environment(),
         "options": told | {"num_samples": options.num_samples, "prompts": options.prompts},
         "refused": lines,
-        "notes": [*_gathered({run.folder: _notes(run) for run in runs}), *edge_notes(rows, [a.name for a in arms])],
+        "notes": [*with_names(notes, len(runs)), *edge_notes(rows, [arm.name for arm in arms])],
         "arms": told_arms,
         "paired": paired,
         "rows": rows,
         "at_best": best,
         "verdicts": verdicts,
     }
-
-
-def _notes(run: RunMetrics) -> list[str]:
-    """What limits metrics of a run, each note once."""
-    names: dict[str, list[str]] = {}
-    for name, note in run.evaluated.notes.items():
-        names.setdefault(note, []).append(name)
-    return [f"{', '.join(own)}: {note}" for note, own in names.items()]
-
-
-def _gathered(lines: dict[str, Sequence[str]]) -> list[str]:
-    """Each line once, with the runs that it is of, unless it is of all."""
-    of: dict[str, list[str]] = {}
-    for run, told in lines.items():
-        for line in told:
-            of.setdefault(line, []).append(run)
-    return [line if len(runs) == len(lines) else f"{', '.join(runs)}: {line}" for line, runs in of.items()]
 
 
 def _finite(value: Any) -> Any:

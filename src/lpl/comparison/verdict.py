@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from lpl.base.terminal import columns
+from lpl.base.terminal import columns, with_names
 from lpl.comparison.measures import RunMetrics
 from lpl.evaluation.guidance import DIFFERENCES, kind_of
 from lpl.evaluation.intervals import bootstrap_interval, noise_floor, root_mean_square, t_interval
@@ -81,7 +81,7 @@ def paired_metrics(
     if not both:
         return {}, [f"{arm}: no seed is finished in it and in the baseline"]
     found: dict[Key, list[Pair]] = {}
-    refused: dict[str, list[str]] = {}
+    refused: list[tuple[str, str]] = []
     for name in dict.fromkeys(name for base, run in both for name in (*base.metrics, *run.metrics)):
         known = [pair for pair in both if all(name in run.metrics for run in pair)]
         changed = (redefined or {}).get(kind_of(name))
@@ -89,11 +89,11 @@ def paired_metrics(
             lacking = [pair for pair in both if pair not in known]
             where = _where(arm, [any(name not in pair[place].metrics for pair in lacking) for place in (0, 1)])
             seeds = f", seed {', '.join(str(base.seed) for base, _ in lacking)}" if known else ""
-            refused.setdefault(f"not measured in {where}{seeds}", []).append(name)
+            refused.append((name, f"not measured in {where}{seeds}"))
         if not known:
             continue
         if changed:
-            refused.setdefault(f"another yardstick than the baseline's: --{', --'.join(changed)}", []).append(name)
+            refused.append((name, f"another yardstick than the baseline's: --{', --'.join(changed)}"))
             continue
         for abscissa, pairs in (("steps", at_equal_steps(name, known)), ("seconds", at_equal_time(name, known))):
             if not isinstance(pairs, str):
@@ -102,8 +102,8 @@ def paired_metrics(
                     found[name, abscissa] = pairs
                     continue
                 pairs = f"not finite in {_where(arm, wild)}"
-            refused.setdefault(f"not compared {ABSCISSAE[abscissa]}: {pairs}", []).append(name)
-    return found, [f"{arm}: {', '.join(names)}: {why}" for why, names in refused.items()]
+            refused.append((name, f"not compared {ABSCISSAE[abscissa]}: {pairs}"))
+    return found, [f"{arm}: {line}" for line in with_names(refused)]
 
 
 def _where(arm: str, concerned: Sequence[bool]) -> str:
@@ -162,12 +162,9 @@ def at_equal_time(name: str, both: Sequence[tuple[RunMetrics, RunMetrics]]) -> l
 
 
 def _near(placed: Curve, curve: Curve, place: float) -> float | None:
-    """The value at a place of the abscissa, where it was measured or the validations around it are CLOSE.
+    """The value of `placed` at a place of its abscissa, where it was measured or the validations around it are CLOSE.
 
-    Args:
-        placed: a metric over the abscissa.
-        curve: the same over steps, point by point.
-        place: where.
+    How far apart these are counts in steps: `curve` is the same over steps, point by point.
     """
     value = interpolate(placed, place)
     if value is None or any(x == place for x, _ in placed):
@@ -276,11 +273,7 @@ AT = {"steps": "equal steps", "seconds": "equal time"}
 
 
 def result_table(content: dict[str, Any]) -> str:
-    """Every metric by arm as text: differences to the baseline, intervals, noise and verdicts.
-
-    Args:
-        content: of compare.json.
-    """
+    """Every metric by arm, of a compare.json, as text: differences to the baseline, intervals, noise and verdicts."""
     lines = []
     for arm in content["arms"]:
         runs = arm["runs"]

@@ -54,10 +54,6 @@ class EfficientNetLite0:
     network was trained at: enlarging small images further adds no information and takes three times as long. Inputs
     are (x - 127) / 128; batch normalisation is folded into the convolutions.
 
-    Args:
-        image_size: pixels of the images that are compared.
-        device: where it runs.
-
     Raises:
         UserError: the packages are missing.
     """
@@ -120,12 +116,8 @@ class Inception:
 
     Source: Heusel et al. 2017 (arXiv 1706.08500); weights: TensorFlow's of 2015-12-05 as converted by torch-fidelity.
 
-    Args:
-        weights: the file; see find_inception.
-        device: where it runs.
-
     Raises:
-        UserError: packages are missing, or it is no such file.
+        UserError: packages are missing, or the weights are no such file: see find_inception.
     """
 
     name, frechet_name, kernel_name = "inception-v3-compat", "fid", "kid"

@@ -51,15 +51,7 @@ def generator_of(seed: int, index: int) -> torch.Generator:
 
 
 def generate(draw: Draw, prompts: Sequence[str], num_samples: int, sampling: Sampling, show: bool = False) -> Tensor:
-    """Samples in memory, (num_samples, 3, resolution, resolution), uint8; sample i is of prompt i % len(prompts).
-
-    Args:
-        draw: families.sampling.PipelineSampler, or alike.
-        prompts: at least one.
-        num_samples: how many.
-        sampling: how.
-        show: a progress bar.
-    """
+    """Samples in memory, (num_samples, 3, resolution, resolution), uint8; sample i is of prompt i % len(prompts)."""
     drawn = [images for _, images in _drawn(draw, prompts, num_samples, sampling, show, lambda _: True, 0, 1)]
     return torch.cat(drawn)
 

@@ -77,11 +77,7 @@ def pictures_digest(files: list[Path], flag: str) -> str:
 
 
 def shortest_side(file: Path, flag: str) -> int:
-    """Pixels of an image's shorter side.
-
-    Raises:
-        UserError: a file that cannot be read as an image.
-    """
+    """Pixels of an image's shorter side; raises as read_picture."""
     return min(_decoded(file, flag).size)
 
 
@@ -157,14 +153,7 @@ class ImageSet:
 
 
 def measure(images: Iterable[Tensor], extractor: Extractor, total: int | None = None, show: bool = False) -> ImageSet:
-    """Features and power spectra of images.
-
-    Args:
-        images: batches (B, 3, H, H), uint8.
-        extractor: the network.
-        total: number of images, for the progress bar.
-        show: a progress bar.
-    """
+    """Features and power spectra of images in batches (B, 3, H, H), uint8; `total` is their number, for the bar."""
     features, power = [], []
     with progress(desc=f"features of {extractor.name}", unit="img", total=total, show=show) as bar:
         for batch in images:
@@ -190,7 +179,7 @@ def interval(value: float, resampled: Tensor, low: float = float("-inf"), high: 
 
     Args:
         value: of all samples.
-        resampled: (R,).
+        resampled: (R,), of the resamples.
         low, high: what the metric cannot leave.
     """
     ends = torch.quantile(resampled, torch.tensor([0.025, 0.975], dtype=torch.float64))

@@ -214,14 +214,7 @@ def _prompts(options: EvalConfig, folder: Path, references: list[Path]) -> list[
 
 
 def _check_apart(images: Path, reference: Path, references: list[Path], what: str) -> None:
-    """What is measured must not be taken for what it is measured against; one folder for both gives distances of 0.
-
-    Args:
-        images: folder of what is measured.
-        reference: the other folder.
-        references: its images, linked folders among theirs.
-        what: begins the message.
-    """
+    """What is measured must not be taken for what it is measured against; one folder for both gives distances of 0."""
     here, there = images.resolve(), reference.resolve()
     drawn = what.startswith("--output_dir")
     nested = here.is_relative_to(there) or there.is_relative_to(here)
@@ -235,12 +228,9 @@ def _check_apart(images: Path, reference: Path, references: list[Path], what: st
 
 
 def _resolution(options: EvalConfig, native: int | None, stride: int | None) -> int:
-    """The pixels of a side: as given, else what the model or the first image has, whole latents of a VAE that is used.
+    """The pixels of a side: as given, else `native`, what the model or the first image has; whole latents of the VAE.
 
-    Args:
-        options: of `lpl eval`.
-        native: pixels of the model or the image.
-        stride: pixels per latent of the VAE; None: none is used, or it is not known yet.
+    `stride` is its pixels per latent; None: none is used, or it is not known yet.
     """
     asked, drawn, step = options.resolution, options.images is None, stride or 1
     if asked is None and native is None:
@@ -306,11 +296,7 @@ def check_output(plan: Plan, drawn: bool = True) -> None:
 
 
 def claim_output(options: EvalConfig) -> None:
-    """Notes in the folder what is this command's from now on.
-
-    Raises:
-        UserError: it cannot be written.
-    """
+    """Notes in the folder what is this command's from now on; raises a UserError where it cannot be written."""
     OutputFolder(options.output_dir, COMMAND).claim(_names(options))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lpl import __version__
-from lpl.base.terminal import columns
+from lpl.base.terminal import columns, with_names
 from lpl.config.files import environment
 from lpl.config.points import FRECHETS, best_points, edge_line, plain, shown_point
 from lpl.evaluation.measuring import PointMetrics
@@ -96,12 +96,9 @@ def format_table(result: Mapping[str, Any]) -> str:
     told += [
         f"{e['num_inference_steps']} steps: {edge_line(e['guidance_scale'], e['edge'])}" for e in best if e["edge"]
     ]
-    notes: dict[str, dict[str, None]] = {}
-    for point in [result] if points is None else points:
-        for name, metric in point["metrics"].items():
-            if metric["note"] and not metric["note"].startswith("refused"):
-                notes.setdefault(metric["note"], {})[name] = None
-    told += [f"{', '.join(names)}: {note}" for note, names in notes.items()]
+    metrics = [item for point in (points or [result]) for item in point["metrics"].items()]
+    notes = [(name, metric["note"]) for name, metric in metrics if metric["note"]]
+    told += with_names((name, note) for name, note in notes if not note.startswith("refused"))
     told += [f"skipped: {line}" for line in result["refused"]]
     return "\n".join([f"{title} of {result['reference']}", "", *lines, *([""] if told else []), *told])
 

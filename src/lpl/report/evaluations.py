@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from lpl.base.terminal import with_names
 from lpl.config.points import frechet_of, plain
 from lpl.evaluation.guidance import DIFFERENCES, SAMPLES, Row, rows_of
 from lpl.evaluation.intervals import t_interval
@@ -87,7 +88,8 @@ def metric_charts(groups: Sequence[Group]) -> list[Chart]:
                     lower = bool(known[0].get("lower_is_better", True))
                     rows.append(_metric_row(group, known, AGAINST[setting.against].floor))
             if rows:
-                note = f"{'Lower' if lower else 'Higher'} is better.{_told_notes(notes, len(drawn))}"
+                sentences = [f" {line[0].upper()}{line[1:]}." for line in with_names(notes, len(drawn))]
+                note = f"{'Lower' if lower else 'Higher'} is better.{''.join(sentences)}"
                 if any(result.content.get("points") for _, results in drawn for result in results):
                     note += " Of several points of guidance and steps: the best guidance at the most steps."
                 title = metric_name(name)
@@ -97,15 +99,6 @@ def metric_charts(groups: Sequence[Group]) -> list[Chart]:
 
 def _metrics(result: Result) -> dict[str, dict[str, Any]]:
     return dict(result.content.get("metrics", {}))
-
-
-def _told_notes(notes: Sequence[tuple[str, str]], groups: int) -> str:
-    """Each note once, with the models it is of, unless it is of all."""
-    by_note: dict[str, dict[str, None]] = {}
-    for name, note in notes:
-        by_note.setdefault(note, {})[name] = None
-    told = [note if len(names) == groups else f"{', '.join(names)}: {note}" for note, names in by_note.items()]
-    return "".join(f" {text[0].upper()}{text[1:]}." for text in told)
 
 
 def _metric_row(group: Group, found: Sequence[dict[str, Any]], floor: str) -> IntervalRow:

@@ -127,9 +127,7 @@ TONES = {"helps": "good", "harms": "bad", "mixed": "mixed"}
 def shown_entries(content: dict[str, Any], final: str | None) -> list[dict[str, Any]]:
     """The paired metrics that the page draws: of validation, those of the weights that the results are made of.
 
-    Args:
-        content: of compare.json.
-        final: "raw" or "ema"; None: not known, all are shown.
+    `final` is "raw" or "ema"; None: not known, all are shown.
     """
     paired: list[dict[str, Any]] = content.get("paired", [])
     kept = [e for e in paired if not e["metric"].startswith("validation/") or e["metric"].split("/")[1] == final]
@@ -139,12 +137,9 @@ def shown_entries(content: dict[str, Any], final: str | None) -> list[dict[str, 
 def verdicts(
     content: dict[str, Any], paired: Sequence[dict[str, Any]], arms: Mapping[str, Group]
 ) -> list[dict[str, Any]]:
-    """For each arm against the baseline: a headline, the metrics behind it and the options.
+    """For each arm of a compare.json against the baseline: a headline, the metrics behind it and the options.
 
-    Args:
-        content: of compare.json.
-        paired: its metrics that count.
-        arms: by their names in compare.json.
+    `paired` are its metrics that count.
     """
     found, told = [], {entry["arm"]: entry["outcome"] for entry in content.get("verdicts", [])}
     for arm in content.get("arms", []):
@@ -192,12 +187,7 @@ def tone(entries: Sequence[dict[str, Any]]) -> str:
 
 
 def headline(entries: Sequence[dict[str, Any]], repeats: bool = False) -> str:
-    """The outcomes of an arm's metrics at one abscissa, counted.
-
-    Args:
-        entries: of compare.json's "paired".
-        repeats: the arm has the options of the baseline.
-    """
+    """The outcomes of an arm's metrics at one abscissa, counted; `repeats`: it has the options of the baseline."""
     outcomes = [outcome_of(entry) for entry in entries]
     number = {outcome: outcomes.count(outcome) for outcome in OUTCOMES}
     if number["unknown"] == len(entries):
@@ -246,8 +236,7 @@ def _details(entries: Sequence[dict[str, Any]], at: str, repeats: bool) -> list[
 def chance_line(paired: Sequence[dict[str, Any]]) -> str:
     """How many verdicts would find a difference where there is none: one in 20, as intervals are of 95 %.
 
-    Args:
-        paired: of compare.json; nothing is said where none has a verdict.
+    Empty where none of compare.json's "paired" has a verdict.
     """
     compared = sum(entry.get("outcome", "unknown") != "unknown" for entry in paired)
     told = "1 verdict" if compared == 1 else f"{compared} verdicts"

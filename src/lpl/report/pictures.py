@@ -279,12 +279,7 @@ class Gallery:
 
 
 def build_gallery(inputs: Inputs, budget: int) -> Gallery:
-    """Gathers and embeds the pictures.
-
-    Args:
-        inputs: of the page.
-        budget: bytes for all of them.
-    """
+    """Gathers the pictures and embeds them within a budget of bytes for all of them."""
     table = gather_pictures(inputs)
     places = [(key, column) for key, row in table.rows.items() for column in row]
     pictures = [table.rows[key][column] for key, column in places]
