@@ -2,7 +2,7 @@
 
     python -m benchmarks.quality.summary [results.json]
 
-Statistics are those of `lpl compare` (lpl/comparison/points.py): a figure of a seed is that at the guidance which
+Statistics are those of `lpl compare` (lpl/evaluation/guidance.py): a figure of a seed is that at the guidance which
 is best on the arm's *other* seeds; ratios are paired by seed; recall is compared by its difference.
 """
 
