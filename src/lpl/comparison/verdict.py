@@ -37,7 +37,7 @@ class Noise(NamedTuple):
     differences between baseline runs of two seeds."""
 
 
-Key = tuple[str, str]
+MetricKey = tuple[str, str]
 """Metric and abscissa."""
 Redefined = Mapping[str, Sequence[str]]
 """Of Arm."""
@@ -49,7 +49,7 @@ def compare_arm(
     baseline: Sequence[RunMetrics],
     repeats: bool = False,
     redefined: Redefined | None = None,
-    repeated: Mapping[Key, Noise] | None = None,
+    repeated: Mapping[MetricKey, Noise] | None = None,
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Every metric of an arm against the baseline, paired by seed.
 
@@ -74,13 +74,13 @@ def compare_arm(
 
 def paired_metrics(
     arm: str, runs: Sequence[RunMetrics], baseline: Sequence[RunMetrics], redefined: Redefined | None = None
-) -> tuple[dict[Key, list[Pair]], list[str]]:
+) -> tuple[dict[MetricKey, list[Pair]], list[str]]:
     """The metrics that can be compared, by metric and abscissa, and lines on the others; arguments of compare_arm."""
     partners = {run.seed: run for run in baseline}
     both = [(partners[run.seed], run) for run in runs if run.seed in partners]
     if not both:
         return {}, [f"{arm}: no seed is finished in it and in the baseline"]
-    found: dict[Key, list[Pair]] = {}
+    found: dict[MetricKey, list[Pair]] = {}
     refused: list[tuple[str, str]] = []
     for name in dict.fromkeys(name for base, run in both for name in (*base.metrics, *run.metrics)):
         known = [pair for pair in both if all(name in run.metrics for run in pair)]
@@ -113,14 +113,14 @@ def _where(arm: str, concerned: Sequence[bool]) -> str:
 
 def repeated_noise(
     repeats: Mapping[str, tuple[Sequence[RunMetrics], Redefined]], baseline: Sequence[RunMetrics]
-) -> dict[Key, Noise]:
+) -> dict[MetricKey, Noise]:
     """What changes although nothing is changed: the root mean square of all paired differences.
 
     Args:
         repeats: finished runs and redefined metrics of the arms that have the options of the baseline, by name.
         baseline: finished runs.
     """
-    differences: dict[Key, list[float]] = {}
+    differences: dict[MetricKey, list[float]] = {}
     for name, (runs, redefined) in repeats.items():
         for key, pairs in paired_metrics(name, runs, baseline, redefined)[0].items():
             differences.setdefault(key, []).extend(pair.arm - pair.baseline for pair in pairs)
@@ -306,7 +306,7 @@ def result_table(content: dict[str, Any]) -> str:
 
 
 def _paired_row(entry: dict[str, Any]) -> list[str]:
-    noise = "-" if entry["noise"] is None else f"{entry['noise']:.3g} {NOISE[entry['noise_from']].short}"
+    noise = "-" if entry["noise"] is None else f"{entry['noise']:.3g} {NOISE[entry['noise_from']].in_table}"
     ends = [_ends(entry[kind], "+.3g") for kind in ("interval", "bootstrap")]
     first = [entry["metric"], AT[entry["abscissa"]], f"{entry['baseline']:.5g}", f"{entry['difference']:+.3g}"]
     return [*first, *ends, noise, entry["verdict"]]

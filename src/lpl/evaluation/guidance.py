@@ -15,9 +15,9 @@ from lpl.config.points import as_tuple, edge_line, edge_of, frechet_of
 from lpl.evaluation.intervals import mean_interval, paired_ratio
 
 Row = dict[str, Any]
-Curve = Mapping[Any, Mapping[int, Row]]
+ByGuidance = Mapping[Any, Mapping[int, Row]]
 """Rows of an arm at one number of steps, by guidance (None: the pipeline's own) and seed."""
-METRICS = {
+ROW_METRICS = {
     "precision": "precision",
     "recall": "recall",
     "low_band_log_error": "spectrum_log_error_low",
@@ -31,7 +31,7 @@ DIFFERENCES = ("precision", "recall", "high_band_log_error")
 """Metrics that are compared by their difference."""
 
 
-def chosen_guidance(curve: Curve) -> dict[int, Any]:
+def chosen_guidance(curve: ByGuidance) -> dict[int, Any]:
     """For each seed the guidance that is best on the others; where there is one seed alone, on itself.
 
     Only scales at which every seed was measured take part.
@@ -56,13 +56,13 @@ def rows_of(content: Mapping[str, Any]) -> list[Row]:
     for point in content.get("points") or [one]:
         metrics = point["metrics"]
         name = frechet_of(metrics)
-        values = {metric: metrics.get(full_name, {}).get("value") for metric, full_name in METRICS.items()}
+        values = {metric: metrics.get(full_name, {}).get("value") for metric, full_name in ROW_METRICS.items()}
         place = {"guidance": point["guidance_scale"], "sampling_steps": point["num_inference_steps"]}
         rows.append(place | {"frechet": None if name is None else metrics[name]["value"]} | values)
     return rows
 
 
-def curve_of(rows: Sequence[Row], arm: str, steps: int) -> Curve:
+def curve_of(rows: Sequence[Row], arm: str, steps: int) -> ByGuidance:
     """The rows of an arm at so many steps that have a Fréchet distance."""
     curve: dict[Any, dict[int, Row]] = {}
     for row in rows:
@@ -71,7 +71,7 @@ def curve_of(rows: Sequence[Row], arm: str, steps: int) -> Curve:
     return curve
 
 
-def edges(curve: Curve) -> dict[float, str]:
+def edges(curve: ByGuidance) -> dict[float, str]:
     """The chosen scales that are an end of what was measured, and which end: see config.points.edge_of."""
     found = {scale: edge_of(scale, list(curve)) for scale in sorted(set(chosen_guidance(curve).values()) - {None})}
     return {scale: edge for scale, edge in found.items() if edge is not None}

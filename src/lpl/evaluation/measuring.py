@@ -29,7 +29,7 @@ from lpl.evaluation.metrics import frequencies
 from lpl.evaluation.planning import Plan
 from lpl.evaluation.reference import Reference, reconstruct
 
-FILE = "figures.json"
+KEPT = "figures.json"
 NOT_ACTING = ("guidance_scale", "num_inference_steps", "output_dir", "sample_batch_size", "reference_cache_dir")
 """Options that metrics of given images do not follow from."""
 REFERENCE = "--reference_dir"
@@ -88,7 +88,7 @@ def measure_point(plan: Plan, vae: Any, device: torch.device, judges: Sequence[J
     """
     if plan.folder == Path(plan.options.output_dir):
         return measure_all(plan, vae, device, judges)
-    key, file = _key(plan, judges, vae), plan.folder / FILE
+    key, file = _key(plan, judges, vae), plan.folder / KEPT
     try:
         kept = read_object(file)
         if kept.get("key") == key:

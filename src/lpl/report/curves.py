@@ -71,7 +71,7 @@ def _kinds(run: RunFolder) -> list[str]:
     return list(dict.fromkeys(row["weights"] for row in run.validation))
 
 
-def rows_of(run: RunFolder, kind: str | None) -> list[dict[str, Any]]:
+def validation_rows(run: RunFolder, kind: str | None) -> list[dict[str, Any]]:
     """Validation rows of one kind of weights, by step."""
     return [row for row in run.validation if row["weights"] == kind]
 
@@ -134,7 +134,7 @@ def _final_curves(group: Group, name: str) -> list[Points]:
 
 
 def _curve(run: RunFolder, kind: str | None, name: str) -> Points:
-    return [(row["step"], row.get(name)) for row in rows_of(run, kind)]
+    return [(row["step"], row.get(name)) for row in validation_rows(run, kind)]
 
 
 def _bin_charts(groups: Sequence[Group], name: str, title: str) -> list[Chart]:
@@ -175,7 +175,7 @@ def _bin_changes(groups: Sequence[Group], name: str) -> tuple[str, list[Line]]:
 def _bins(runs: Sequence[RunFolder], name: str, place: int) -> list[Points]:
     found = []
     for run in runs:
-        rows = [row for row in rows_of(run, final_kind(run)) if row.get(f"{name}_bins")]
+        rows = [row for row in validation_rows(run, final_kind(run)) if row.get(f"{name}_bins")]
         if rows:
             middles = [(a + b) / 2 for a, b in pairwise(rows[place]["edges"])]
             found.append(list(zip(middles, rows[place][f"{name}_bins"], strict=True)))

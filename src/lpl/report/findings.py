@@ -16,7 +16,7 @@ class NoiseSource(NamedTuple):
 
     cause: str
     in_chart: str
-    short: str
+    in_table: str
 
 
 NOISE = {

@@ -16,7 +16,7 @@ from lpl.base.files import write_atomically
 from lpl.base.terminal import printable
 from lpl.config import TrainConfig
 from lpl.config.commands import WALK_TOLERANCE, ReportConfig
-from lpl.report.curves import LOSSES, final_kind, loss_charts, rows_of, share_charts
+from lpl.report.curves import LOSSES, final_kind, loss_charts, share_charts, validation_rows
 from lpl.report.evaluations import (
     evaluation_table,
     metric_charts,
@@ -155,7 +155,7 @@ def _environment() -> Environment:
         "style": Markup(loader.get_source(environment, "style.css")[0]),
         "script": Markup(loader.get_source(environment, "page.js")[0]),
         "abscissae": ABSCISSAE,
-        "noises": {source: words.short for source, words in NOISE.items()},
+        "noises": {source: words.in_table for source, words in NOISE.items()},
     }
     return environment
 
@@ -203,7 +203,7 @@ def tiles(inputs: Inputs) -> list[Tile]:
     state = "finished" if run.finished_step is not None else f"not finished{f', of {total}' if total else ''}"
     timed = f"{state}, {duration(clock[-1][1])} of training" if len(clock) > 1 else state
     found = [Tile("Optimizer steps", f"{run.last_step:,}", timed)]
-    rows = rows_of(run, final_kind(run))
+    rows = validation_rows(run, final_kind(run))
     for name, told in LOSSES.items():
         known = [row[name] for row in rows if row.get(name) is not None]
         if len(known) > 1:

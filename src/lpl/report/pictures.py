@@ -45,7 +45,7 @@ class Embedded(NamedTuple):
     """Its size in the file."""
 
 
-class Picture(NamedTuple):
+class ImagePart(NamedTuple):
     """One picture: a file, or a part of one."""
 
     file: Path
@@ -64,7 +64,7 @@ class Picture(NamedTuple):
         return image.crop(self.box) if self.box else image
 
 
-def embed_all(pictures: Sequence[Picture], budget: int) -> tuple[list[Embedded | None], list[str]]:
+def embed_all(pictures: Sequence[ImagePart], budget: int) -> tuple[list[Embedded | None], list[str]]:
     """Encodes all pictures at the largest size at which they fit the budget.
 
     Args:
@@ -116,7 +116,7 @@ def encode(picture: Image.Image, side: int, quality: int) -> Embedded:
     return Embedded(uri, picture.width, picture.height, original)
 
 
-class Key(NamedTuple):
+class RowKey(NamedTuple):
     """What a row shows."""
 
     prompt: str
@@ -126,29 +126,29 @@ class Key(NamedTuple):
 
 
 @dataclass
-class Pictures:
+class PictureTable:
     """A table of pictures."""
 
     columns: list[str] = field(default_factory=list)
     """Names, from left to right."""
-    rows: dict[Key, dict[str, Picture]] = field(default_factory=dict)
+    rows: dict[RowKey, dict[str, ImagePart]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     """What of them is not shown."""
 
-    def add(self, key: Key, column: str, picture: Picture) -> None:
+    def add(self, key: RowKey, column: str, picture: ImagePart) -> None:
         """Puts a picture into its place; the first one there stays."""
         if column not in self.columns:
             self.columns.append(column)
         self.rows.setdefault(key, {}).setdefault(column, picture)
 
 
-def gather_pictures(inputs: Inputs) -> Pictures:
+def gather_pictures(inputs: Inputs) -> PictureTable:
     """The pictures of all runs and evaluations.
 
     Of a run, the first sheet (before) and the last; of an arm with several seeds, those of its first run. Rows that
     most columns share come first.
     """
-    table = Pictures()
+    table = PictureTable()
     places = {group.comparison or group.name: place for place, group in reversed([*enumerate(inputs.groups)])}
     groups = sorted(inputs.groups, key=lambda g: (places[g.comparison or g.name], not g.baseline))
     alone = sum(not group.further for group in groups) == 1
@@ -173,7 +173,7 @@ def gather_pictures(inputs: Inputs) -> Pictures:
     return table
 
 
-def _add_run(table: Pictures, group: Group, alone: bool) -> None:
+def _add_run(table: PictureTable, group: Group, alone: bool) -> None:
     run = group.runs[0]
     sheets = set()
     for file in (run.path / SHEETS).glob("*.png"):
@@ -186,7 +186,7 @@ def _add_run(table: Pictures, group: Group, alone: bool) -> None:
     for file in sorted(sheets - {file for _, file in steps}):
         for cell in _cells(table, file) or []:
             column = cell.kind if alone or cell.kind == "real" else f"{group.name}: {cell.kind}"
-            table.add(Key(cell.prompt, cell.seed), column, Picture(file, cell.box))
+            table.add(RowKey(cell.prompt, cell.seed), column, ImagePart(file, cell.box))
     if not steps:
         return
     (first, before), (last, after) = steps[0], steps[-1]
@@ -197,21 +197,21 @@ def _add_run(table: Pictures, group: Group, alone: bool) -> None:
     _add_sheet(table, run, after, f"after (step {last})" if alone else group.name)
 
 
-def _add_sheet(table: Pictures, run: RunFolder, file: Path, column: str) -> None:
+def _add_sheet(table: PictureTable, run: RunFolder, file: Path, column: str) -> None:
     cells = _cells(table, file)
     if cells is None:
         return
     if not cells:
-        table.add(Key("all validation images", None), column, Picture(file))
+        table.add(RowKey("all validation images", None), column, ImagePart(file))
         return
     kinds = list(dict.fromkeys(cell.kind for cell in cells))
     kind = run.final_weights if run.final_weights in kinds else kinds[-1]
     for cell in cells:
         if cell.kind == kind:
-            table.add(Key(cell.prompt, cell.seed), column, Picture(file, cell.box))
+            table.add(RowKey(cell.prompt, cell.seed), column, ImagePart(file, cell.box))
 
 
-def _cells(table: Pictures, file: Path) -> list[Cell] | None:
+def _cells(table: PictureTable, file: Path) -> list[Cell] | None:
     """A sheet's cells; None where it is damaged, which is noted."""
     try:
         return read_cells(file)
@@ -220,7 +220,7 @@ def _cells(table: Pictures, file: Path) -> list[Cell] | None:
         return None
 
 
-def _add_eval(table: Pictures, group: Group, result: Result) -> None:
+def _add_eval(table: PictureTable, group: Group, result: Result) -> None:
     """Its images, from beside eval.json where they were drawn, else from where --images was."""
     images, home = result.content.get("images") or [], result.file.parent
     root, gone = Path(result.content.get("image_root") or home), 0
@@ -233,8 +233,8 @@ def _add_eval(table: Pictures, group: Group, result: Result) -> None:
     for image in images:
         file = inside(root, str(image["file"]))
         if file is not None and file.is_file():
-            key = Key(str(image.get("prompt") or ""), image.get("seed"), image.get("index"))
-            table.add(key, group.name, Picture(file))
+            key = RowKey(str(image.get("prompt") or ""), image.get("seed"), image.get("index"))
+            table.add(key, group.name, ImagePart(file))
         else:
             gone += 1
     if gone:
@@ -303,7 +303,7 @@ def build_gallery(inputs: Inputs, budget: int) -> Gallery:
     return gallery
 
 
-def _title(key: Key, keys: list[Key]) -> str:
+def _title(key: RowKey, keys: list[RowKey]) -> str:
     """The prompt, with the seed; a drawn seed is too long to read, so such images are numbered."""
     name = key.prompt or "(empty prompt)"
     if key.number is not None:
@@ -316,7 +316,7 @@ def _title(key: Key, keys: list[Key]) -> str:
     return f"{name} · image {number}"
 
 
-def _check_pictures(inputs: Inputs) -> tuple[list[tuple[str, Picture]], list[str]]:
+def _check_pictures(inputs: Inputs) -> tuple[list[tuple[str, ImagePart]], list[str]]:
     """Captions and pictures that the checks name, and lines on those that are gone."""
     here, lost = [], []
     for check in inputs.checks:
@@ -330,7 +330,7 @@ def _check_pictures(inputs: Inputs) -> tuple[list[tuple[str, Picture]], list[str
             if name := drawn.get("file"):
                 file = inside(folder, name)
                 if file is not None and file.is_file():
-                    here.append((caption, Picture(file)))
+                    here.append((caption, ImagePart(file)))
                 else:
                     lost.append(f"{folder / name}: the picture is gone")
     return here, lost
