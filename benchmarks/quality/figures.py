@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 
 from benchmarks.quality.kept import FOLDER, kept_pipeline, read_kept
 from benchmarks.quality.summary import FEW, FILE, MANY, Row, floor_of, reported, tried
-from lpl.evaluation.comparing import mean_interval
+from lpl.evaluation.intervals import mean_interval
 
 DOCS = Path(__file__).parents[2] / "docs"
 COLORS = {

@@ -2,7 +2,7 @@
 
     python -m benchmarks.quality.summary [results.json]
 
-Statistics are those of `lpl compare` (lpl/comparison/points.py): a figure of a seed is that at the guidance which
+Statistics are those of `lpl compare` (lpl/evaluation/guidance.py): a figure of a seed is that at the guidance which
 is best on the arm's *other* seeds; ratios are paired by seed; recall is compared by its difference.
 """
 
@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 from benchmarks.quality.measure import FIGURES
 from lpl.config import TrainConfig
-from lpl.evaluation.comparing import Interval, chosen_guidance, mean_interval, paired_ratio
+from lpl.evaluation.guidance import chosen_guidance
+from lpl.evaluation.intervals import Interval, mean_interval, paired_ratio
 
 FILE = Path(__file__).parent / "results.json"
 Row = dict[str, Any]

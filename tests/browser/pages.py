@@ -14,7 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lpl.base.text import Prompt
 from lpl.comparison.arms import Arm
-from lpl.comparison.measures import Figures, measure_run
+from lpl.comparison.measures import EvalMetrics, measure_run
 from lpl.comparison.run import result
 from lpl.config import DataConfig, LoggingConfig, LPLConfig, OptimConfig, RunConfig, TrainConfig
 from lpl.config.commands import CompareConfig
@@ -53,7 +53,7 @@ def four_arms(home: Path, side: int = 512, images: int = 12) -> Path:
     return home
 
 
-def _run(folder: Path, seed: int, effect: float, random: Any, side: int, images: int) -> Figures:
+def _run(folder: Path, seed: int, effect: float, random: Any, side: int, images: int) -> EvalMetrics:
     folder.mkdir(parents=True)
     config = TrainConfig(
         lpl=LPLConfig(lpl_weight=0.0 if effect == 0 else "auto"),
@@ -100,7 +100,7 @@ def picture(side: int, number: int, effect: float) -> Image.Image:
     return Image.fromarray(np.uint8(255 * np.clip(0.5 + 0.45 * np.stack(waves, -1) + noise, 0, 1)))
 
 
-def _evaluation(folder: Path, effect: float, random: Any, side: int, images: int) -> Figures:
+def _evaluation(folder: Path, effect: float, random: Any, side: int, images: int) -> EvalMetrics:
     folder.mkdir()
     shown = []
     for i in range(images):
@@ -127,7 +127,7 @@ def _evaluation(folder: Path, effect: float, random: Any, side: int, images: int
     }  # fmt: skip
     (folder / "eval.json").write_text(json.dumps(content))
     notes = {name: m["note"] for name, m in metrics.items()}
-    return Figures({name: m["value"] for name, m in metrics.items()}, notes, ())
+    return EvalMetrics({name: m["value"] for name, m in metrics.items()}, notes, ())
 
 
 def _check(folder: Path, random: Any) -> None:

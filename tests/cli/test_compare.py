@@ -182,14 +182,14 @@ def test_an_arm_that_has_to_stop_is_named_and_left_out(flags: Any, run_cli: Any,
 def test_figures_of_eval_are_compared(
     compared: tuple[Path, str], flags: Any, run_cli: Any, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def metrics_of(folder: Path, options: Any, config: Any, *_: Any) -> measures.Figures:
+    def metrics_of(folder: Path, options: Any, config: Any, *_: Any) -> measures.EvalMetrics:
         assert options.num_samples == 7
         assert config.run.output_dir == str(folder)
         better = 0.2 + 0.001 * config.run.seed if folder.parent.name == "lpl" else 0.0
         name = "frechet_efficientnet-lite0"
         values = {name: 2.0 + config.run.seed - better - 0.001 * config.run.seed}
         own = ("only here",) if folder == tmp_path / "again" / "lpl" / "seed-1" else ()
-        return measures.Figures(values, {name: "biased: few"}, ("kid: skipped", *own))
+        return measures.EvalMetrics(values, {name: "biased: few"}, ("kid: skipped", *own))
 
     checked = []
     monkeypatch.setattr(measures, "metrics_of", metrics_of)
@@ -217,11 +217,10 @@ def test_eval_measures_once_with_equal_options(tmp_path: Path, flags: Any, monke
     from dataclasses import asdict
 
     from lpl.config.command_line import parse_compare
-    from lpl.evaluation.planning import Inputs
 
     asked = []
 
-    now = Inputs("images", "prompts")
+    now = {"reference_digest": "images", "prompts_digest": "prompts"}
 
     def run_eval(options: Any, is_late: Any) -> None:
         asked.append(options)
@@ -229,9 +228,7 @@ def test_eval_measures_once_with_equal_options(tmp_path: Path, flags: Any, monke
         folder = Path(options.output_dir)
         folder.mkdir(exist_ok=True)
         (folder / "eval.json").write_text(
-            json.dumps(
-                {"kind": "eval", "options": asdict(options), "metrics": metrics, "refused": ["a"], **now._asdict()}
-            )
+            json.dumps({"kind": "eval", "options": asdict(options), "metrics": metrics, "refused": ["a"], **now})
         )
 
     monkeypatch.setattr(command, "run_eval", run_eval)
@@ -241,7 +238,7 @@ def test_eval_measures_once_with_equal_options(tmp_path: Path, flags: Any, monke
     finished = tmp_path / "finished.json"
     finished.write_text("{}")
 
-    def measure() -> measures.Figures:
+    def measure() -> measures.EvalMetrics:
         return measures.metrics_of(tmp_path, options, options.train, now)
 
     first = measure()
@@ -261,8 +258,8 @@ def test_eval_measures_once_with_equal_options(tmp_path: Path, flags: Any, monke
     os.utime(file, (later + 10, later + 10))
     measure()
     assert len(asked) == 2
-    for changed in (Inputs("more images", "prompts"), Inputs("more images", "other prompts")):
-        now = changed
+    for prompts in ("prompts", "other prompts"):
+        now = {"reference_digest": "more images", "prompts_digest": prompts}
         measure()
         assert json.loads(file.read_text())["reference_digest"] == "more images"
         os.utime(file, (later + 10, later + 10))

@@ -148,7 +148,7 @@ def test_points_share_noise_model_and_reference_and_go_on(
     """Every pair is drawn from the noise that a point by itself has; what is finished is not made again."""
     from diffusers.pipelines.stable_diffusion_xl import pipeline_stable_diffusion_xl as pipeline_module
 
-    from lpl.evaluation import command
+    from lpl.evaluation import measuring
     from lpl.families import sampling
 
     folder, single, _ = whole
@@ -158,7 +158,7 @@ def test_points_share_noise_model_and_reference_and_go_on(
     latents: list[torch.Tensor] = []
     loaded: list[str] = []
     measured: list[Path] = []
-    draw, load, measure = pipeline_module.randn_tensor, sampling.load_for_sampling, command.measure_all
+    draw, load, measure = pipeline_module.randn_tensor, sampling.load_for_sampling, measuring.measure_all
 
     def randn_tensor(*args: Any, **options: Any) -> torch.Tensor:
         latents.append(draw(*args, **options))
@@ -166,7 +166,7 @@ def test_points_share_noise_model_and_reference_and_go_on(
 
     monkeypatch.setattr(pipeline_module, "randn_tensor", randn_tensor)
     monkeypatch.setattr(sampling, "load_for_sampling", lambda *a: loaded.append("model") or load(*a))
-    monkeypatch.setattr(command, "measure_all", lambda *a: measured.append(a[1][0].parents[2]) or measure(*a))
+    monkeypatch.setattr(measuring, "measure_all", lambda *a: measured.append(a[0].folder) or measure(*a))
     points = ["--guidance_scale", "1", "3", "--num_inference_steps", "2", "5"]
     several = {"guidance_scale": None, "num_inference_steps": None}
     found, out = evaluate(tmp_path, *points, **several)
@@ -316,11 +316,10 @@ def test_further_networks(evaluate: Any, whole: Any, model: Path, tmp_path: Path
     assert frechet["floor"] > 0
     assert frechet["note"] is None  # 50 images, 16 features
     from lpl.evaluation.features import ClipScore
-    from lpl.evaluation.images import batches, list_pictures, read_picture
+    from lpl.evaluation.images import list_pictures, read_pictures
 
     files = list_pictures(whole[0] / "images", "--images")
-    read = (read_picture(file, 16, "--images") for file in files)
-    each = ClipScore(str(clip))(batches(read, 16), [entry["prompt"] for entry in found["images"]])
+    each = ClipScore(str(clip))(read_pictures(files, 16, "--images"), [entry["prompt"] for entry in found["images"]])
     assert score["value"] == pytest.approx(float(each.mean()), rel=1e-9)
     assert score["interval"][0] < score["value"] < score["interval"][1]
     assert score["floor"] is not None

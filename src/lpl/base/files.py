@@ -170,3 +170,20 @@ def _end(lock: BaseFileLock) -> None:
     if os.name == "posix":  # elsewhere an open file cannot be removed
         Path(lock.lock_file).unlink()
     lock.release()
+
+
+def write_output(path: Path, data: bytes, where: str) -> None:
+    """write_atomically for what a command leaves.
+
+    Args:
+        path: the file.
+        data: its content.
+        where: the option that named its place, with its value, for the message.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        write_atomically(path, data)
+    except OSError as error:
+        raise UserError(f"{where}: cannot be written ({error.strerror})") from error

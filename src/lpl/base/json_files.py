@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lpl.base.errors import UserError
+from lpl.base.files import write_output
 
 LARGEST = 1e100
 """Beyond it no figure is anything that was measured, and squares overflow."""
@@ -183,3 +184,18 @@ def _unusable(value: Any) -> str | None:
         return next((found for item in value if (found := _unusable(item))), None)
     letters = value if isinstance(value, str) else ""
     return next((f"\\u{ord(x):04x}" for x in letters if x == "\0" or "\ud800" <= x <= "\udfff"), None)
+
+
+def write_json(file: Path, content: Any, where: str) -> None:
+    """Writes indented JSON (UTF-8); the file appears whole.
+
+    Args:
+        file: the file.
+        content: without numbers that are not finite.
+        where: see write_output.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+    write_output(file, f"{text}\n".encode(), where)

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -90,3 +90,28 @@ def progress(
     return tqdm(
         items, desc=one_line(desc), unit=unit, total=total, delay=QUIET, leave=False, disable=not show, file=sys.stderr
     )
+
+
+def columns(rows: Sequence[Sequence[str]], right: bool = False) -> list[str]:
+    """The rows of a table as lines, each column as wide as its longest text.
+
+    Args:
+        rows: texts, the same number in each.
+        right: align all columns but the first to the right.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    align = str.rjust if right else str.ljust
+    return ["  ".join([row[0].ljust(widths[0]), *map(align, row[1:], widths[1:])]).rstrip() for row in rows]
+
+
+def with_names(told: Iterable[tuple[str, str]], everyone: int | None = None) -> list[str]:
+    """Each line once, after the names of all that it was told of.
+
+    Args:
+        told: (name, line).
+        everyone: a line that is of so many names is of all, and stands without them.
+    """
+    names: dict[str, dict[str, None]] = {}
+    for name, line in told:
+        names.setdefault(line, {})[name] = None
+    return [line if len(own) == everyone else f"{', '.join(own)}: {line}" for line, own in names.items()]

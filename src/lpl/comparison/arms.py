@@ -18,21 +18,18 @@ from lpl.config.command_line import parse_train
 from lpl.config.commands import FILE, PAGE, CompareConfig, check_logs
 from lpl.config.files import REFUSED, as_flags, nearest, read_strings, without_replaced
 from lpl.config.loss import acting
-from lpl.evaluation.comparing import SAMPLES
+from lpl.evaluation.guidance import SAMPLES
 
 logger = logging.getLogger("lpl")
 
 
 def check_same_data(run: Path, baseline: Path) -> None:
-    """Compares the digests of the samples that two finished runs of one seed were trained on.
-
-    Args:
-        run, baseline: folders; one for both is fine.
+    """Compares the digests of the samples that two finished runs of one seed, by their folders, were trained on.
 
     Raises:
         UserError: other images or captions, or others held out, as when files were changed between the runs.
     """
-    digests = {folder: _digest(folder) for folder in (run, baseline)}
+    digests = {folder: (read_finished(folder) or {}).get("data") for folder in (run, baseline)}
     for folder, digest in digests.items():
         if digest is None:
             logger.warning("%s: %s does not say on which data it was trained; that is not compared", folder, FINISHED)
@@ -46,28 +43,24 @@ def check_same_data(run: Path, baseline: Path) -> None:
     )
 
 
-def _digest(folder: Path) -> str | None:
-    return (read_finished(folder) or {}).get("data")
-
-
 SAME_VALUES = {"channel_detached": "channel"}
 """Norms that differ in their gradients alone."""
 
 
-def other_yardsticks(config: TrainConfig, baseline: TrainConfig) -> dict[str, tuple[str, ...]]:
-    """The options by which figures of two runs have different definitions, by the kind of figure (see kind_of).
+def redefined_metrics(config: TrainConfig, baseline: TrainConfig) -> dict[str, tuple[str, ...]]:
+    """The options by which metrics of two runs have different definitions, by the kind of metric (see kind_of).
 
     Kinds without any are left out, and LPL where one of the runs has none to measure.
     """
-    (told, own), (told_before, before) = ((c.flat(), _defining(c)) for c in (config, baseline))
-    changed = {name for name in told if told[name] != told_before[name] and own.get(name) != before.get(name)}
+    (given, own), (given_before, before) = ((c.flat(), _acting(c)) for c in (config, baseline))
+    changed = {name for name in given if given[name] != given_before[name] and own.get(name) != before.get(name)}
     kinds = ["diffusion_loss", SAMPLES, *["lpl"] * (config.lpl.use_lpl and baseline.lpl.use_lpl)]
     found = {kind: tuple(sorted(name for name in changed if kind in declared()[name].defines)) for kind in kinds}
     return {kind: options for kind, options in found.items() if options}
 
 
-def _defining(config: TrainConfig) -> dict[str, Any]:
-    """All options, those that come to the same spelled alike."""
+def _acting(config: TrainConfig) -> dict[str, Any]:
+    """The options that act, those that come to the same spelled alike."""
     found = acting(config.flat())
     if "lpl_norm_type" in found:
         found["lpl_norm_type"] = SAME_VALUES.get(found["lpl_norm_type"], found["lpl_norm_type"])
@@ -88,8 +81,8 @@ class Arm:
     """Whether it has the options of the baseline: it shows what the hardware's rounding alone does."""
     unpaired: tuple[str, ...] = ()
     """Options by which its steps see something else than the baseline's."""
-    yardsticks: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """Options by which its figures mean something else than the baseline's, by the kind of figure."""
+    redefined: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Options by which its metrics have another definition than the baseline's, by the kind of metric."""
 
     @property
     def why_unpaired(self) -> str | None:
@@ -109,9 +102,6 @@ class Arm:
 def read_arms(options: CompareConfig) -> list[Arm]:
     """The arms of --arms with the options of all their runs.
 
-    Args:
-        options: of `lpl compare`.
-
     Raises:
         UserError: a file that cannot be read, or an arm with a name or option that is none.
     """
@@ -120,13 +110,11 @@ def read_arms(options: CompareConfig) -> list[Arm]:
     for name, overrides in _read(Path(str(options.arms))).items():
         where = f"--arms {options.arms}: {name}"
         own = _flags(overrides, where)
-        configs = {}
+        flags, configs = [*as_flags(without_replaced(shared, own)), *own], {}
         for seed in options.seeds:
             folder = Path(options.train.run.output_dir) / name / f"seed-{seed}"
             try:
-                configs[seed] = parse_train(
-                    [*as_flags(without_replaced(shared, own)), *own, f"--seed={seed}", f"--output_dir={folder}"]
-                )
+                configs[seed] = parse_train([*flags, f"--seed={seed}", f"--output_dir={folder}"])
                 check_logs(configs[seed])
             except UserError as error:
                 raise UserError(f"{where}: {error}") from error
@@ -135,7 +123,8 @@ def read_arms(options: CompareConfig) -> list[Arm]:
         changed = _changed(config, first)
         unpaired = tuple(sorted(name for name in changed if declared()[name].draws))
         repeats = bool(arms) and not changed
-        arms.append(Arm(name, overrides, not arms, configs, repeats, unpaired, other_yardsticks(config, first)))
+        redefined = redefined_metrics(config, first)
+        arms.append(Arm(name, overrides, not arms, configs, repeats, unpaired, redefined))
     return arms
 
 
@@ -174,8 +163,7 @@ def _shared_options(config: TrainConfig) -> dict[str, str]:
     """What differs from the defaults, as config.yaml has it."""
     default = TrainConfig().flat()
     given = {k: v for k, v in config.flat().items() if v != default[k] and k not in ("output_dir", "seed")}
-    written: dict[str, str] = yaml.load(yaml.safe_dump(given), yaml.BaseLoader)
-    return written
+    return dict(yaml.load(yaml.safe_dump(given), yaml.BaseLoader))
 
 
 def _changed(config: TrainConfig, other: TrainConfig) -> set[str]:

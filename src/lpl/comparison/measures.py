@@ -1,4 +1,4 @@
-"""What a finished run is worth: figures over steps and seconds from its folder, and those of `lpl eval` at its end."""
+"""What a finished run is worth: metrics over steps and seconds from its folder, and those of `lpl eval` at its end."""
 
 from __future__ import annotations
 
@@ -6,28 +6,23 @@ import json
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from itertools import pairwise
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from lpl.base.errors import UserError, require
 from lpl.base.json_files import read_object
 from lpl.base.written_files import FINISHED, read_result
 from lpl.config import TrainConfig
 from lpl.config.commands import CompareConfig
+from lpl.config.model_commands import EvalConfig
 from lpl.config.points import FOLDER, as_tuple
-from lpl.evaluation.comparing import Row, rows_of
-from lpl.report.curves import final_kind
-from lpl.report.run_folder import RunFolder, read_run, training_clock
-
-if TYPE_CHECKING:
-    from lpl.evaluation.planning import Inputs
+from lpl.evaluation.guidance import Row, rows_of
+from lpl.report.curves import LOSSES, final_kind
+from lpl.report.run_folder import Curve, RunFolder, read_run, training_clock
 
 logger = logging.getLogger("lpl")
 
-HIGHER_IS_BETTER = {"precision", "recall", "density", "coverage", "clip_score"}
-LOSSES = ("diffusion_loss", "lpl")
 EVAL = "eval"
 REDRAW = (
     "give --prompts, --reference_dir, --resolution, --guidance_scale and --num_inference_steps as before, or remove "
@@ -35,27 +30,25 @@ REDRAW = (
 )
 """What to do about samples of a comparison that were drawn otherwise."""
 
-Curve = list[tuple[float, float]]
 
-
-class Figures(NamedTuple):
+class EvalMetrics(NamedTuple):
     """What `lpl eval` says of a run."""
 
     values: dict[str, float]
     notes: dict[str, str]
-    """What limits a figure, such as too few samples, by its name."""
+    """What limits a metric, such as too few samples, by its name."""
     left_out: tuple[str, ...]
     """What it refused or skipped, a line each."""
     rows: tuple[Row, ...] = ()
-    """Of each point of guidance and sampling steps, see comparison.points."""
+    """Of each point of guidance and sampling steps, see evaluation.guidance."""
 
 
-NO_FIGURES = Figures({}, {}, ())
+NO_METRICS = EvalMetrics({}, {}, ())
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A run's figures."""
+class RunMetrics:
+    """What was measured of a run."""
 
     seed: int
     folder: str
@@ -66,39 +59,33 @@ class Measured:
     metrics: dict[str, float]
     """At the end."""
     curves: dict[str, Curve]
-    """Figures that were measured along the way: (optimizer steps, value)."""
+    """Metrics that were measured along the way: (optimizer steps, value)."""
     clock: Curve
     """(optimizer steps, seconds of training)."""
     validation: list[dict[str, Any]]
     """The last row of validation.jsonl for each kind of weights."""
-    notes: dict[str, str] = field(default_factory=dict)
-    left_out: tuple[str, ...] = ()
-    """Of Figures."""
-    rows: tuple[Row, ...] = ()
-    """Of Figures."""
+    evaluated: EvalMetrics = NO_METRICS
     final: str | None = None
     """The weights whose validation counts, raw or ema."""
 
 
-def measure_run(home: Path, name: str, seed: int, figures: Figures = NO_FIGURES) -> Measured:
-    """Reads a finished run.
-
-    Args:
-        home: the comparison's folder.
-        name: of the run's folder within it.
-        seed: of the run.
-        figures: of `lpl eval`.
-    """
+def measure_run(home: Path, name: str, seed: int, evaluated: EvalMetrics = NO_METRICS) -> RunMetrics:
+    """Reads a finished run, by the comparison's folder and the run's name within it."""
     run = read_run(home / name)
-    clock: Curve = [(float(step), seconds) for step, seconds in training_clock(run)]
-    curves = validation_curves(run)
-    last = {metric: points[-1][1] for metric, points in curves.items()}
-    rows = {row["weights"]: row for row in run.validation}
-    steps = run.finished_step or run.last_step
-    metrics, seconds = last | figures.values, clock[-1][1]
-    measured = Measured(seed, name, steps, seconds, metrics, curves, clock, list(rows.values()))
-    measured = replace(measured, notes=figures.notes, left_out=figures.left_out, rows=figures.rows)
-    return replace(measured, final=final_kind(run))
+    clock, curves = training_clock(run), validation_curves(run)
+    last_rows = {row["weights"]: row for row in run.validation}
+    return RunMetrics(
+        seed,
+        name,
+        run.finished_step or run.last_step,
+        clock[-1][1],
+        {metric: curve[-1][1] for metric, curve in curves.items()} | evaluated.values,
+        curves,
+        clock,
+        list(last_rows.values()),
+        evaluated,
+        final_kind(run),
+    )
 
 
 def validation_curves(run: RunFolder) -> dict[str, Curve]:
@@ -115,10 +102,10 @@ def metrics_of(
     folder: Path,
     options: CompareConfig,
     config: TrainConfig,
-    inputs: Inputs,
+    digests: dict[str, str | None],
     is_late: Callable[[], bool] = lambda: False,
-) -> Figures:
-    """The figures of `lpl eval` for a run against --reference_dir; every process calls it, the first gets them.
+) -> EvalMetrics:
+    """The metrics of `lpl eval` for a run against --reference_dir; every process calls it, the first gets them.
 
     What eval.json of the run's folder holds for the same options, reference and prompts is not measured again; samples
     of the run as it was before it was trained on are removed.
@@ -127,7 +114,7 @@ def metrics_of(
         folder: of the finished run.
         options: of `lpl compare`.
         config: of the run.
-        inputs: of inputs_of.
+        digests: of reference and prompts, see input_digests.
         is_late: asked before anything is measured: whether no time is left.
 
     Raises:
@@ -139,34 +126,24 @@ def metrics_of(
     first = os.environ.get("RANK", "0") == "0"
     wanted = eval_options(str(folder), folder / EVAL, options, config)
     file = folder / EVAL / RESULT
-    if not _holds(file, {"options": asdict(wanted), **inputs._asdict()}, folder):
+    if not _holds(file, {"options": asdict(wanted), **digests}, folder):
         if first:
             drop_stale_samples(folder)
         run_eval(wanted, is_late)
     if not first:
-        return NO_FIGURES
+        return NO_METRICS
     content = read_result(file, "eval")
     known = {name: m for name, m in content.get("metrics", {}).items() if m.get("value") is not None}
     # Those of several points are of the one that is best in this run alone: arms are compared by the rows.
     values = {} if "points" in content else {name: float(metric["value"]) for name, metric in known.items()}
     notes = {name: str(metric["note"]) for name, metric in known.items() if metric.get("note")}
-    return Figures(values, notes, tuple(content.get("refused", ())), tuple(rows_of(content)))
-
-
-def inputs_of(options: CompareConfig, config: TrainConfig) -> Inputs:
-    """What eval.json has to say of --reference_dir and the prompts, of any run."""
-    from lpl.evaluation.planning import read_inputs
-
-    return read_inputs(eval_options("", Path(config.run.output_dir) / EVAL, options, config))
+    return EvalMetrics(values, notes, tuple(content.get("refused", ())), tuple(rows_of(content)))
 
 
 def drop_stale_samples(run: Path) -> None:
     """Removes what `lpl eval` drew of a run where it is older than the run's result.
 
     It is of other weights, so `lpl eval` would refuse to go on with it.
-
-    Args:
-        run: folder of a finished run.
     """
     from lpl.evaluation.generate import remove_samples
 
@@ -217,10 +194,8 @@ def check_metrics(options: CompareConfig, config: TrainConfig, ended: Sequence[T
                 check_settings(point.folder, point.settings(), REDRAW)
 
 
-def eval_options(source: str, output: Path, options: CompareConfig, config: TrainConfig) -> Any:
+def eval_options(source: str, output: Path, options: CompareConfig, config: TrainConfig) -> EvalConfig:
     """Options of `lpl eval` for a run: equal for all of them but for the model and where its images go."""
-    from lpl.config.model_commands import EvalConfig
-
     return EvalConfig(
         pretrained_model_name_or_path=source,
         reference_dir=options.reference_dir,
@@ -241,22 +216,3 @@ def _holds(file: Path, wanted: dict[str, Any], run: Path) -> bool:
     except (OSError, UserError):
         return False
     return not older and {key: content.get(key) for key in wanted} == json.loads(json.dumps(wanted))
-
-
-def lower_is_better(metric: str) -> bool:
-    """Which way a figure is to go."""
-    return metric not in HIGHER_IS_BETTER
-
-
-def at(curve: Curve, place: float) -> float | None:
-    """The value at a place, by a straight line between its neighbours; None: outside of what was measured."""
-    for (x0, y0), (x1, y1) in pairwise(curve):
-        if x0 < place < x1:
-            return y0 + (place - x0) / (x1 - x0) * (y1 - y0)
-    return next((y for x, y in curve if x == place), None)
-
-
-def by_seconds(curve: Curve, clock: Curve) -> Curve:
-    """A curve over steps as one over seconds of training; steps beyond the clock are left out."""
-    timed = [(at(clock, step), value) for step, value in curve]
-    return [(seconds, value) for seconds, value in timed if seconds is not None]

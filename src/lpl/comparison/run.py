@@ -3,46 +3,41 @@
 from __future__ import annotations
 
 import gc
-import json
 import logging
 import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from lpl import __version__
 from lpl.base.errors import StopRequestedError, TrainingStoppedError, UserError
-from lpl.base.files import alone_in, write_atomically
+from lpl.base.files import alone_in
+from lpl.base.json_files import write_json
 from lpl.base.output_folder import Names, OutputFolder, check_real, kind_of
+from lpl.base.terminal import with_names
 from lpl.comparison import measures
 from lpl.comparison.arms import Arm, check_same_data, read_arms
-from lpl.comparison.measures import EVAL, NO_FIGURES, Measured, measure_run
-from lpl.comparison.verdict import compare_arm, repeated_noise
-from lpl.config import TrainConfig
+from lpl.comparison.measures import EVAL, NO_METRICS, RunMetrics, measure_run
+from lpl.comparison.sentences import verdict_on
+from lpl.comparison.verdict import compare_arm, repeated_noise, result_table
 from lpl.config.commands import FILE, PAGE, CompareConfig, ReportConfig
 from lpl.config.files import CONFIG_FILE, environment
-from lpl.evaluation.comparing import SAMPLES, at_best
-from lpl.evaluation.sentences import edge_notes, verdict_on
-from lpl.report.findings import result_table
+from lpl.evaluation.guidance import SAMPLES, at_best, edge_notes
 from lpl.training.run import run_train
 
 logger = logging.getLogger("lpl")
-T = TypeVar("T")
 
 
 def run_compare(options: CompareConfig) -> None:
     """Trains what is not finished, measures, and writes compare.json, the table and the page.
 
     All options are checked before anything is trained. A run that has to stop (a loss that is not finite), or whose
-    samples cannot be measured, is left out of the figures and named; a signal or --max_minutes, which counts for all
+    samples cannot be measured, is left out of the comparison and named; a signal or --max_minutes, which counts for all
     training and measuring together, stops the whole, and the same command continues. Under a launch every process
     trains; the first writes.
-
-    Args:
-        options: of `lpl compare`.
 
     Raises:
         UserError: bad options, or runs that were trained on other data than the baseline's.
@@ -55,10 +50,8 @@ def run_compare(options: CompareConfig) -> None:
             check_real(home, home / arm.folder(seed) / EVAL, "--output_dir")
     from lpl.report.page import is_page, write_report
 
-    output, names = (
-        OutputFolder(home, "lpl compare"),
-        Names({FILE: lambda path: kind_of(path) == "compare", PAGE: is_page}),
-    )
+    output = OutputFolder(home, "lpl compare")
+    names = Names({FILE: lambda path: kind_of(path) == "compare", PAGE: is_page})
     output.check(names)
     with alone_in(home):
         content = _compare(options, arms)
@@ -66,7 +59,7 @@ def run_compare(options: CompareConfig) -> None:
             return
         output.check(names)
         output.claim(names)
-        write_atomically(home / FILE, _json(content))
+        write_json(home / FILE, content, f"--output_dir {home}")
         print(result_table(content))
         write_report(ReportConfig((str(home),), str(home / PAGE)))
         print("\n".join(["", *(entry["sentence"] for entry in content["verdicts"])]))
@@ -78,13 +71,18 @@ def _compare(options: CompareConfig, arms: Sequence[Arm]) -> dict[str, Any] | No
 
     started, limit = time.monotonic(), options.train.run.max_minutes
     ended = []
-    for arm in arms:
-        for seed, config in arm.configs.items():
-            begun = (Path(config.run.output_dir) / CONFIG_FILE).is_file()
-            if begun or seed == options.seeds[0]:  # for other seeds there is nothing else to find
-                checked = _quietly(preflight, config)
-                if checked.has_ended or (checked.finished_step is not None and checked.num_steps is None):
-                    ended.append(config)
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # what preflight warns of, the run will say
+    try:
+        for arm in arms:
+            for seed, config in arm.configs.items():
+                begun = (Path(config.run.output_dir) / CONFIG_FILE).is_file()
+                if begun or seed == options.seeds[0]:  # for other seeds there is nothing else to find
+                    checked = preflight(config)
+                    if checked.has_ended or (checked.finished_step is not None and checked.num_steps is None):
+                        ended.append(config)
+    finally:
+        logger.setLevel(level)
     if options.reference_dir is not None:
         measures.check_metrics(options, arms[0].configs[options.seeds[0]], ended)
         _forget_run()
@@ -92,14 +90,13 @@ def _compare(options: CompareConfig, arms: Sequence[Arm]) -> dict[str, Any] | No
     for line in refused:
         logger.warning("%s: its steps do not see what the baseline's see", line)
     for arm in arms:
-        for kind, changed in arm.yardsticks.items():
+        for kind, changed in arm.redefined.items():
             told = "figures of samples" if kind == SAMPLES else f"validation's {kind}"
             why = f"another yardstick than the baseline's: --{', --'.join(changed)}"
             logger.warning("%s: %s will not be compared: %s", arm.name, told, why)
     failed = train_all(options, arms, started)
-    home = Path(options.train.run.output_dir)
     is_late = lambda: limit is not None and time.monotonic() - started >= 60 * limit  # noqa: E731
-    measured, unmeasured = _measure_all(options, arms, home, failed, is_late)
+    measured, unmeasured = _measure_all(options, arms, failed, is_late)
     if os.environ.get("RANK", "0") != "0":
         return None
     return result(options, arms, measured, [*refused, *failed.values(), *unmeasured])
@@ -108,13 +105,7 @@ def _compare(options: CompareConfig, arms: Sequence[Arm]) -> dict[str, Any] | No
 def train_all(options: CompareConfig, arms: Sequence[Arm], started: float) -> dict[tuple[str, int], str]:
     """Trains every arm with every seed, seed by seed, so that an early end leaves whole pairs.
 
-    Args:
-        options: of `lpl compare`.
-        arms: the baseline first.
-        started: when --max_minutes began, of time.monotonic.
-
-    Returns:
-        Why runs have none, by arm and seed.
+    Returns why runs have no result, by arm and seed; --max_minutes began at `started` of time.monotonic.
 
     Raises:
         UserError: a pair of runs that were trained on different data.
@@ -158,47 +149,45 @@ def _forget_run() -> None:
 
 
 def _measure_all(
-    options: CompareConfig,
-    arms: Sequence[Arm],
-    home: Path,
-    failed: dict[tuple[str, int], str],
-    is_late: Callable[[], bool],
-) -> tuple[dict[str, list[Measured]], list[str]]:
-    """The figures of all runs, in the first process, and lines on runs whose samples could not be measured."""
-    found: dict[str, list[Measured]] = {arm.name: [] for arm in arms}
+    options: CompareConfig, arms: Sequence[Arm], failed: dict[tuple[str, int], str], is_late: Callable[[], bool]
+) -> tuple[dict[str, list[RunMetrics]], list[str]]:
+    """The metrics of all runs, in the first process, and lines on runs whose samples could not be measured."""
+    found: dict[str, list[RunMetrics]] = {arm.name: [] for arm in arms}
     lines: list[str] = []
-    inputs = None
+    home, first, digests = Path(options.train.run.output_dir), arms[0].configs[options.seeds[0]], None
     if options.reference_dir is not None:
-        inputs = measures.inputs_of(options, arms[0].configs[options.seeds[0]])
+        from lpl.evaluation.planning import input_digests
+
+        digests = input_digests(measures.eval_options("", Path(first.run.output_dir) / EVAL, options, first))
     for arm in arms:
         for seed, config in arm.configs.items():
             if (arm.name, seed) in failed:
                 continue
-            figures = NO_FIGURES
-            if inputs is not None:
+            evaluated = NO_METRICS
+            if digests is not None:
                 try:
-                    figures = measures.metrics_of(home / arm.folder(seed), options, config, inputs, is_late)
+                    evaluated = measures.metrics_of(home / arm.folder(seed), options, config, digests, is_late)
                 except UserError as error:  # in every process of a launch, so that all go on together
                     lines.append(f"{arm.folder(seed)}: its samples are not measured: {error}")
                     logger.warning("%s", lines[-1])
                 _forget_run()
             if os.environ.get("RANK", "0") == "0":
-                found[arm.name].append(measure_run(home, arm.folder(seed), seed, figures))
+                found[arm.name].append(measure_run(home, arm.folder(seed), seed, evaluated))
     return found, lines
 
 
 def result(
-    options: CompareConfig, arms: Sequence[Arm], measured: dict[str, list[Measured]], refused: Sequence[str]
+    options: CompareConfig, arms: Sequence[Arm], measured: dict[str, list[RunMetrics]], refused: Sequence[str]
 ) -> dict[str, Any]:
     """The content of compare.json."""
     baseline, paired, lines = measured[arms[0].name], [], list(refused)
-    noise = repeated_noise({arm.name: (measured[arm.name], arm.yardsticks) for arm in arms if arm.repeats}, baseline)
+    noise = repeated_noise({arm.name: (measured[arm.name], arm.redefined) for arm in arms if arm.repeats}, baseline)
     for arm in arms[1:]:
-        entries, left_out = compare_arm(arm.name, measured[arm.name], baseline, arm.repeats, arm.yardsticks, noise)
+        entries, left_out = compare_arm(arm.name, measured[arm.name], baseline, arm.repeats, arm.redefined, noise)
         paired += entries
         lines += left_out
     runs = [run for arm in arms for run in measured[arm.name]]
-    lines += _gathered({run.folder: run.left_out for run in runs})
+    lines += with_names(((run.folder, line) for run in runs for line in run.evaluated.left_out), len(runs))
     if len(options.seeds) == 1:
         lines.append("--seeds: one seed gives no interval, so no verdict; give three or more")
     told: dict[str, Any] = {"arms": options.arms, "seeds": list(options.seeds), "reference_dir": options.reference_dir}
@@ -209,53 +198,29 @@ def result(
         {"arm": arm.name, "seed": run.seed, "samples": options.num_samples} | _finite(row)
         for arm in arms
         for run in measured[arm.name]
-        for row in run.rows
+        for row in run.evaluated.rows
     ]
-    alike = [arm for arm in arms[1:] if SAMPLES not in arm.yardsticks]
+    alike = [arm for arm in arms[1:] if SAMPLES not in arm.redefined]
     best = [entry for arm in alike for entry in at_best(rows, arm.name, arms[0].name)]
     final = next((run.final for run in runs if run.final), None)
-    verdicts = [
-        verdict_on(arm, told_arms[0], _of(arm, best), _of(arm, paired), final, options.num_samples)
-        for arm in told_arms[1:]
-    ]
+    notes = [(run.folder, line) for run in runs for line in with_names(run.evaluated.notes.items())]
+    verdicts = []
+    for told_arm in told_arms[1:]:
+        own_best, own_pairs = ([e for e in entries if e["arm"] == told_arm["name"]] for entries in (best, paired))
+        verdicts.append(verdict_on(told_arm, told_arms[0], own_best, own_pairs, final, options.num_samples))
     return {
         "lpl": __version__,
         "kind": "compare",
         "environment": environment(),
         "options": told | {"num_samples": options.num_samples, "prompts": options.prompts},
         "refused": lines,
-        "notes": [*_gathered({run.folder: _notes(run) for run in runs}), *edge_notes(rows, [a.name for a in arms])],
+        "notes": [*with_names(notes, len(runs)), *edge_notes(rows, [arm.name for arm in arms])],
         "arms": told_arms,
         "paired": paired,
         "rows": rows,
         "at_best": best,
         "verdicts": verdicts,
     }
-
-
-def _of(arm: dict[str, Any], entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [entry for entry in entries if entry["arm"] == arm["name"]]
-
-
-def _notes(run: Measured) -> list[str]:
-    """What limits figures of a run, each note once."""
-    names: dict[str, list[str]] = {}
-    for name, note in run.notes.items():
-        names.setdefault(note, []).append(name)
-    return [f"{', '.join(own)}: {note}" for note, own in names.items()]
-
-
-def _gathered(lines: dict[str, Sequence[str]]) -> list[str]:
-    """Each line once, with the runs that it is of, unless it is of all."""
-    of: dict[str, list[str]] = {}
-    for run, told in lines.items():
-        for line in told:
-            of.setdefault(line, []).append(run)
-    return [line if len(runs) == len(lines) else f"{', '.join(runs)}: {line}" for line, runs in of.items()]
-
-
-def _json(content: dict[str, Any]) -> bytes:
-    return (json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def _finite(value: Any) -> Any:
@@ -267,25 +232,14 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _arm(arm: Arm, runs: Sequence[Measured]) -> dict[str, Any]:
-    kept = ("seed", "folder", "steps", "seconds", "metrics", "validation")
-    shown = [{key: _finite(value) for key, value in asdict(run).items() if key in kept} for run in runs]
+def _arm(arm: Arm, runs: Sequence[RunMetrics]) -> dict[str, Any]:
+    shown = ("seed", "folder", "steps", "seconds", "metrics", "validation")
     return {
         "name": arm.name,
         "overrides": arm.overrides,
         "baseline": arm.baseline,
         "repeats": arm.repeats,
         "unpaired": arm.why_unpaired,
-        "yardsticks": {kind: list(options) for kind, options in arm.yardsticks.items()},
-        "runs": shown,
+        "yardsticks": {kind: list(options) for kind, options in arm.redefined.items()},
+        "runs": [{key: _finite(getattr(run, key)) for key in shown} for run in runs],
     }
-
-
-def _quietly(check: Callable[[TrainConfig], T], config: TrainConfig) -> T:
-    """What it warns of, the run will say."""
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        return check(config)
-    finally:
-        logger.setLevel(level)

@@ -1,32 +1,35 @@
-"""From paired figures to a verdict: differences to the baseline at equal steps and at equal training time."""
+"""From paired metrics to verdicts, at equal steps and at equal training time, and the table of them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any, NamedTuple
 
-from lpl.comparison.measures import Curve, Measured, at, by_seconds, lower_is_better
-from lpl.evaluation.comparing import kind_of
-from lpl.evaluation.intervals import bootstrap_interval, mean, noise_floor, root_mean_square, t_interval
+from lpl.base.terminal import columns, with_names
+from lpl.comparison.measures import RunMetrics
+from lpl.evaluation.guidance import DIFFERENCES, kind_of
+from lpl.evaluation.intervals import bootstrap_interval, noise_floor, root_mean_square, t_interval
+from lpl.report.findings import ABSCISSAE, NOISE, best_scales, chance_line
+from lpl.report.run_folder import Curve, interpolate
 
 NO_DIFFERENCE = "no measurable difference"
+HIGHER_IS_BETTER = {"precision", "recall", "density", "coverage", "clip_score"}
 CLOSE = 0.1
-"""Part of a run's steps that two validations may lie apart for a figure between them."""
+"""Part of a run's steps that two validations may lie apart for a value between them."""
 TOO_RARELY = f"validated too rarely (more than {100 * CLOSE:g} % of the run apart; lower --validation_steps)"
-ABSCISSAE = {"steps": "equal steps", "seconds": "equal training time"}
-NOISE_FROM = {"repeat": "a repeat of the baseline", "seeds": "another seed"}
 
 
 class Pair(NamedTuple):
-    """A figure of one seed."""
+    """A metric of one seed."""
 
     baseline: float
     arm: float
 
 
 class Noise(NamedTuple):
-    """How much a figure changes that nothing should change."""
+    """How much a metric changes that nothing should change."""
 
     value: float
     source: str
@@ -34,19 +37,19 @@ class Noise(NamedTuple):
     differences between baseline runs of two seeds."""
 
 
-Key = tuple[str, str]
+MetricKey = tuple[str, str]
 """Metric and abscissa."""
-Yardsticks = Mapping[str, Sequence[str]]
+Redefined = Mapping[str, Sequence[str]]
 """Of Arm."""
 
 
 def compare_arm(
     arm: str,
-    runs: Sequence[Measured],
-    baseline: Sequence[Measured],
+    runs: Sequence[RunMetrics],
+    baseline: Sequence[RunMetrics],
     repeats: bool = False,
-    yardsticks: Yardsticks | None = None,
-    repeated: Mapping[Key, Noise] | None = None,
+    redefined: Redefined | None = None,
+    repeated: Mapping[MetricKey, Noise] | None = None,
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Every metric of an arm against the baseline, paired by seed.
 
@@ -54,13 +57,13 @@ def compare_arm(
         arm: its name.
         runs, baseline: finished runs.
         repeats: the arm has the options of the baseline.
-        yardsticks: of the arm: figures that are not compared, as they mean something else than the baseline's.
-        repeated: of repeated_noise; where a figure is not in it, the noise is that between the baseline's seeds.
+        redefined: of the arm: metrics that are not compared, as they have another definition than the baseline's.
+        repeated: of repeated_noise; where a metric is not in it, the noise is that between the baseline's seeds.
 
     Returns:
         Entries of compare.json's "paired", and lines on what could not be compared.
     """
-    found, refused = paired_figures(arm, runs, baseline, yardsticks)
+    found, refused = paired_metrics(arm, runs, baseline, redefined)
     known = repeated or {}
     entries = [
         entry(arm, name, abscissa, pairs, known.get((name, abscissa)) or noise_of(name, baseline), repeats)
@@ -69,28 +72,28 @@ def compare_arm(
     return entries, refused
 
 
-def paired_figures(
-    arm: str, runs: Sequence[Measured], baseline: Sequence[Measured], yardsticks: Yardsticks | None = None
-) -> tuple[dict[Key, list[Pair]], list[str]]:
-    """The figures that can be compared, by metric and abscissa, and lines on the others; arguments of compare_arm."""
+def paired_metrics(
+    arm: str, runs: Sequence[RunMetrics], baseline: Sequence[RunMetrics], redefined: Redefined | None = None
+) -> tuple[dict[MetricKey, list[Pair]], list[str]]:
+    """The metrics that can be compared, by metric and abscissa, and lines on the others; arguments of compare_arm."""
     partners = {run.seed: run for run in baseline}
     both = [(partners[run.seed], run) for run in runs if run.seed in partners]
     if not both:
         return {}, [f"{arm}: no seed is finished in it and in the baseline"]
-    found: dict[Key, list[Pair]] = {}
-    refused: dict[str, list[str]] = {}
+    found: dict[MetricKey, list[Pair]] = {}
+    refused: list[tuple[str, str]] = []
     for name in dict.fromkeys(name for base, run in both for name in (*base.metrics, *run.metrics)):
         known = [pair for pair in both if all(name in run.metrics for run in pair)]
-        others = (yardsticks or {}).get(kind_of(name))
+        changed = (redefined or {}).get(kind_of(name))
         if len(known) < len(both):
             lacking = [pair for pair in both if pair not in known]
             where = _where(arm, [any(name not in pair[place].metrics for pair in lacking) for place in (0, 1)])
             seeds = f", seed {', '.join(str(base.seed) for base, _ in lacking)}" if known else ""
-            refused.setdefault(f"not measured in {where}{seeds}", []).append(name)
+            refused.append((name, f"not measured in {where}{seeds}"))
         if not known:
             continue
-        if others:
-            refused.setdefault(f"another yardstick than the baseline's: --{', --'.join(others)}", []).append(name)
+        if changed:
+            refused.append((name, f"another yardstick than the baseline's: --{', --'.join(changed)}"))
             continue
         for abscissa, pairs in (("steps", at_equal_steps(name, known)), ("seconds", at_equal_time(name, known))):
             if not isinstance(pairs, str):
@@ -99,8 +102,8 @@ def paired_figures(
                     found[name, abscissa] = pairs
                     continue
                 pairs = f"not finite in {_where(arm, wild)}"
-            refused.setdefault(f"not compared at {ABSCISSAE[abscissa]}: {pairs}", []).append(name)
-    return found, [f"{arm}: {', '.join(names)}: {why}" for why, names in refused.items()]
+            refused.append((name, f"not compared {ABSCISSAE[abscissa]}: {pairs}"))
+    return found, [f"{arm}: {line}" for line in with_names(refused)]
 
 
 def _where(arm: str, concerned: Sequence[bool]) -> str:
@@ -109,24 +112,24 @@ def _where(arm: str, concerned: Sequence[bool]) -> str:
 
 
 def repeated_noise(
-    repeats: Mapping[str, tuple[Sequence[Measured], Yardsticks]], baseline: Sequence[Measured]
-) -> dict[Key, Noise]:
+    repeats: Mapping[str, tuple[Sequence[RunMetrics], Redefined]], baseline: Sequence[RunMetrics]
+) -> dict[MetricKey, Noise]:
     """What changes although nothing is changed: the root mean square of all paired differences.
 
     Args:
-        repeats: finished runs and yardsticks of the arms that have the options of the baseline, by name.
+        repeats: finished runs and redefined metrics of the arms that have the options of the baseline, by name.
         baseline: finished runs.
     """
-    differences: dict[Key, list[float]] = {}
-    for name, (runs, yardsticks) in repeats.items():
-        for key, pairs in paired_figures(name, runs, baseline, yardsticks)[0].items():
+    differences: dict[MetricKey, list[float]] = {}
+    for name, (runs, redefined) in repeats.items():
+        for key, pairs in paired_metrics(name, runs, baseline, redefined)[0].items():
             differences.setdefault(key, []).extend(pair.arm - pair.baseline for pair in pairs)
     found = {key: root_mean_square(values) for key, values in differences.items()}
     return {key: Noise(value, "repeat") for key, value in found.items() if value is not None}
 
 
-def at_equal_steps(name: str, both: Sequence[tuple[Measured, Measured]]) -> list[Pair] | str:
-    """The figure after as many steps as all runs have, or why there is none.
+def at_equal_steps(name: str, both: Sequence[tuple[RunMetrics, RunMetrics]]) -> list[Pair] | str:
+    """The metric after as many steps as all runs have, or why there is none.
 
     Of a run that was not validated there, between two validations that are CLOSE.
     """
@@ -140,8 +143,8 @@ def at_equal_steps(name: str, both: Sequence[tuple[Measured, Measured]]) -> list
     return _whole(found, f"{TOO_RARELY} around step {step:g}")
 
 
-def at_equal_time(name: str, both: Sequence[tuple[Measured, Measured]]) -> list[Pair] | str:
-    """The figure after as many seconds of training as both runs of a pair took, or why there is none.
+def at_equal_time(name: str, both: Sequence[tuple[RunMetrics, RunMetrics]]) -> list[Pair] | str:
+    """The metric after as many seconds of training as both runs of a pair took, or why there is none.
 
     Of the slower run it is taken between two validations, and only where they are CLOSE: a straight line lies above a
     loss that falls ever more slowly, which would make this run look worse than it is.
@@ -150,7 +153,7 @@ def at_equal_time(name: str, both: Sequence[tuple[Measured, Measured]]) -> list[
         return "measured at the end only"
     found = []
     for base, run in both:
-        timed = [by_seconds(one.curves[name], one.clock) for one in (base, run)]
+        timed = [over_seconds(one.curves[name], one.clock) for one in (base, run)]
         if not all(timed):
             return "the time of its steps is not known"
         until = min(curve[-1][0] for curve in timed)
@@ -159,14 +162,11 @@ def at_equal_time(name: str, both: Sequence[tuple[Measured, Measured]]) -> list[
 
 
 def _near(placed: Curve, curve: Curve, place: float) -> float | None:
-    """The value at a place of the abscissa, where it was measured or the validations around it are CLOSE.
+    """The value of `placed` at a place of its abscissa, where it was measured or the validations around it are CLOSE.
 
-    Args:
-        placed: a figure over the abscissa.
-        curve: the same over steps, point by point.
-        place: where.
+    How far apart these are counts in steps: `curve` is the same over steps, point by point.
     """
-    value = at(placed, place)
+    value = interpolate(placed, place)
     if value is None or any(x == place for x, _ in placed):
         return value
     after = sum(x < place for x, _ in placed)
@@ -178,7 +178,13 @@ def _whole(found: Sequence[tuple[float | None, ...]], otherwise: str) -> list[Pa
     return pairs if len(pairs) == len(found) else otherwise
 
 
-def noise_of(name: str, baseline: Sequence[Measured]) -> Noise | None:
+def over_seconds(curve: Curve, clock: Curve) -> Curve:
+    """A curve over steps as one over seconds of training; steps beyond the clock are left out."""
+    timed = [(interpolate(clock, step), value) for step, value in curve]
+    return [(seconds, value) for seconds, value in timed if seconds is not None]
+
+
+def noise_of(name: str, baseline: Sequence[RunMetrics]) -> Noise | None:
     """How much baseline runs of different seeds differ at their ends, in pairs.
 
     What is validated before the first step is taken off, as the model is the same there: validation's own draws go with
@@ -196,8 +202,8 @@ def entry(
 ) -> dict[str, Any]:
     """One row of compare.json's "paired": the mean difference, what it is sure of, and a verdict."""
     differences = [pair.arm - pair.baseline for pair in pairs]
-    base, value, difference = mean([p.baseline for p in pairs]), mean([p.arm for p in pairs]), mean(differences)
-    interval, lower = t_interval(differences), lower_is_better(metric)
+    base, value, difference = fmean([p.baseline for p in pairs]), fmean([p.arm for p in pairs]), fmean(differences)
+    interval, lower = t_interval(differences), metric not in HIGHER_IS_BETTER
     outcome = judge(difference, interval, lower)
     return {
         "arm": arm,
@@ -259,5 +265,59 @@ def words(
     if repeats:
         return f"{told}, though the options are the baseline's: rounding alone does that here"
     if noise is not None and abs(difference) < noise.value:
-        return f"{told}; less than {NOISE_FROM[noise.source]} changes"
+        return f"{told}; less than {NOISE[noise.source].cause} changes"
     return told
+
+
+AT = {"steps": "equal steps", "seconds": "equal time"}
+
+
+def result_table(content: dict[str, Any]) -> str:
+    """Every metric by arm, of a compare.json, as text: differences to the baseline, intervals, noise and verdicts."""
+    lines = []
+    for arm in content["arms"]:
+        runs = arm["runs"]
+        what = ", ".join(f"{name} {value}" for name, value in arm["overrides"].items()) or "as given"
+        told = " (baseline)" if arm["baseline"] else ""
+        timed = f"{sum(run['seconds'] for run in runs) / len(runs):.1f} s of training each" if runs else "none finished"
+        lines.append(f"{arm['name']}{told}: {what}; {len(runs)} runs, {timed}")
+    for arm in content["arms"]:
+        own = [entry for entry in content["paired"] if entry["arm"] == arm["name"]]
+        if own:
+            paired = "paired by seed" if arm["unpaired"] is None else f"not paired ({arm['unpaired']})"
+            lines += ["", f"{arm['name']} against the baseline, {paired}:"]
+            header = ["metric", "at", "baseline", "difference", "95 % (t)", "95 % (bootstrap)", "noise", "verdict"]
+            lines += [f"  {line}" for line in columns([header, *map(_paired_row, own)])]
+    for arm in content["arms"]:
+        own = [entry for entry in content["at_best"] if entry["arm"] == arm["name"]]
+        if own:
+            several = any(len(entry["scales"]) > 1 for entry in own)
+            chosen = "other seeds" if own[0]["chosen_on"] == "other seeds" else "only seed itself"
+            how = f", each at its own best guidance, chosen on the {chosen}" if several else ""
+            lines += ["", f"samples of {arm['name']} against the baseline's{how}:"]
+            header = ["steps", "guidance", "Fréchet, ratio", "95 % (t)", "precision", "recall", "high-band error"]
+            lines += [f"  {line}" for line in columns([header, *map(_best_row, own)])]
+    for title, told_lines in (("to be known:", content["notes"]), ("left out:", content["refused"])):
+        if told_lines:
+            lines += ["", title, *(f"  {line}" for line in told_lines)]
+    if by_chance := chance_line(content["paired"]):
+        lines += ["", by_chance]
+    return "\n".join(lines)
+
+
+def _paired_row(entry: dict[str, Any]) -> list[str]:
+    noise = "-" if entry["noise"] is None else f"{entry['noise']:.3g} {NOISE[entry['noise_from']].in_table}"
+    ends = [_ends(entry[kind], "+.3g") for kind in ("interval", "bootstrap")]
+    first = [entry["metric"], AT[entry["abscissa"]], f"{entry['baseline']:.5g}", f"{entry['difference']:+.3g}"]
+    return [*first, *ends, noise, entry["verdict"]]
+
+
+def _best_row(entry: dict[str, Any]) -> list[str]:
+    frechet = entry.get("frechet")
+    ratio = ["-", "-"] if frechet is None else [f"{frechet['ratio']:.3f}", _ends(frechet["interval"], ".3f")]
+    others = [f"{entry[name]['difference']:+.3g}" if name in entry else "-" for name in DIFFERENCES]
+    return [str(entry["sampling_steps"]), best_scales(entry), *ratio, *others]
+
+
+def _ends(interval: Sequence[float] | None, form: str) -> str:
+    return "-" if interval is None else f"[{interval[0]:{form}}, {interval[1]:{form}}]"

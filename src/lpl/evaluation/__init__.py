@@ -1,1 +1,1 @@
-"""`lpl eval`: samples of a model against real images, as figures with intervals."""
+"""`lpl eval`: samples of a model against real images, as metrics with intervals."""

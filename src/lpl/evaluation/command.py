@@ -1,12 +1,13 @@
-"""What one process of a launch finds out ends all of them alike, instead of leaving the others to wait for it."""
+"""`lpl eval`: what one process of a launch finds out ends all of them alike, so that none waits for it."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,26 +16,19 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object
 
 from lpl.base.errors import StopRequestedError, UserError, require
-from lpl.base.files import alone_in, write_atomically
+from lpl.base.files import alone_in, write_output
+from lpl.base.json_files import write_json
 from lpl.base.terminal import progress
 from lpl.config import ModelConfig
 from lpl.config.model_commands import EvalConfig
 from lpl.evaluation.generate import check_settings, generate_into, image_name, write_settings
 from lpl.evaluation.images import CAPTIONS
-from lpl.evaluation.measuring import (
-    Judge,
-    Measured,
-    figures_key,
-    keep_figures,
-    measure_all,
-    open_judges,
-    read_figures,
-    read_references,
-)
+from lpl.evaluation.measuring import Judge, PointMetrics, measure_point, open_judges
 from lpl.evaluation.planning import IMAGES, RESULT, Plan, check_eval, check_output, claim_output, with_flag
 from lpl.evaluation.result import eval_result, format_table
 
 T = TypeVar("T")
+logger = logging.getLogger("lpl")
 
 
 def together(act: Callable[[], T]) -> T:
@@ -66,9 +60,6 @@ def stop_together(is_late: Callable[[], bool], message: str) -> None:
         raise StopRequestedError(message)
 
 
-logger = logging.getLogger("lpl")
-
-
 def run_eval(options: EvalConfig, is_late: Callable[[], bool] = lambda: False) -> None:
     """Evaluates, and prints the table. Every process of a launch ends alike.
 
@@ -81,37 +72,40 @@ def run_eval(options: EvalConfig, is_late: Callable[[], bool] = lambda: False) -
         StopRequestedError: no time is left.
     """
     with _processes() as accelerator, ExitStack() as stack:
-        main, device = accelerator.is_main_process, accelerator.device
+        main, device, folder = accelerator.is_main_process, accelerator.device, Path(options.output_dir)
+
+        def in_first(act: Callable[[], T]) -> T | None:
+            return together(lambda: act() if main else None)
+
         plan = together(lambda: check_eval(options))
         # Samples of another command, or of other settings, may have come since the checks.
-        together(lambda: stack.enter_context(alone_in(Path(options.output_dir))))
+        together(lambda: stack.enter_context(alone_in(folder)))
         together(lambda: check_output(plan))
-        together(lambda: claim_output(options) if main else None)
+        in_first(lambda: claim_output(options))
         require(
             options.dtype != "float16" or device.type != "cpu",
             "--dtype float16 needs a GPU; on a CPU use bfloat16 or float32",
         )
         late = f"stopped by --max_minutes before {options.output_dir} was measured: the same command continues"
         stop_together(is_late, late)
-        sampler = together(lambda: None if plan.request is None else _load(plan, device))
-        with_vae = main and (options.floor or options.against == "reconstructions")
-        vae = together(lambda: _vae(options, sampler, device) if with_vae else None)
+        sampler = together(lambda: _load(plan, device))
+        needs_vae = options.floor or options.against == "reconstructions"
+        vae = in_first(lambda: _vae(options, sampler, device) if needs_vae else None)
+        points = plan.each()
+        bar = partial(progress, points, unit="point", show=main and len(points) > 1)
         if options.images is None:
             # An image that cannot be read is found before hours of drawing; what is computed is kept.
-            together(lambda: read_references(options, plan.resolution, plan.inception, vae, device) if main else None)
-        points = plan.each()
-        if options.images is None:
-            for one in _each(points, "points drawn", main):
+            in_first(lambda: _read_references(plan, vae, device))
+            for point in bar(desc="points drawn"):
                 stop_together(is_late, late)
-                _draw(one, sampler, accelerator)
-        judges: list[Judge] = []
-        together(lambda: judges.extend(_judges(plan, vae, device)) if main else None)
-        found: list[Measured] = []
-        for one in _each(points, "points measured", main):
+                _draw(point, sampler, accelerator)
+        judges: list[Judge] = in_first(lambda: list(open_judges(plan, vae, device))) or []
+        found: list[PointMetrics] = []
+        for point in bar(desc="points measured"):
             if len(points) > 1:
                 stop_together(is_late, late)
-            together(lambda one=one: found.append(_measure(one, vae, device, judges)) if main else None)  # type: ignore[misc]
-        together(lambda: _tell(plan, found) if main else None)
+            in_first(lambda point=point: found.append(measure_point(point, vae, device, judges)))  # type: ignore[misc]
+        in_first(lambda: _tell(plan, found))
 
 
 def check_reference(options: EvalConfig, model: ModelConfig) -> Plan:
@@ -128,8 +122,8 @@ def check_reference(options: EvalConfig, model: ModelConfig) -> Plan:
     """
     with _processes() as accelerator:
         plan = together(lambda: check_eval(options, model))
-        read = lambda: read_references(options, plan.resolution, plan.inception, None, accelerator.device)  # noqa: E731
-        together(lambda: read() if accelerator.is_main_process else None)
+        main, device = accelerator.is_main_process, accelerator.device
+        together(lambda: _read_references(plan, None, device) if main else None)
     return plan
 
 
@@ -149,15 +143,32 @@ def _processes() -> Iterator[Accelerator]:
 
 
 def _load(plan: Plan, device: torch.device) -> Any:
+    request, options = plan.request, plan.options
+    if request is None:
+        return None
     from lpl.families.sampling import load_for_sampling
 
-    request, options = plan.request, plan.options
-    assert request is not None
     dtype = getattr(torch, options.dtype)
     return with_flag(
         request,
         lambda: load_for_sampling(request.model, dtype, device, request.lora, options.lora_scale, options.scheduler),
     )
+
+
+def _vae(options: EvalConfig, sampler: Any, device: torch.device) -> Any:
+    name = options.pretrained_vae_model_name_or_path
+    if sampler is not None or name is None:
+        return None if sampler is None else sampler.vae
+    from diffusers import AutoModel
+
+    from lpl.evaluation.features import load_pretrained
+
+    return load_pretrained(AutoModel, "--pretrained_vae_model_name_or_path", name).to(device).float().eval()
+
+
+def _read_references(plan: Plan, vae: Any, device: torch.device) -> None:
+    for _ in open_judges(plan, vae, device):  # one network at a time: the model is loaded, too
+        pass
 
 
 def _draw(plan: Plan, sampler: Any, accelerator: Accelerator) -> None:
@@ -181,58 +192,12 @@ def _draw(plan: Plan, sampler: Any, accelerator: Accelerator) -> None:
         )
     )
     if main:
-        rows = [
-            json.dumps({"file_name": image_name(i), "text": prompt}, ensure_ascii=False)
-            for i, prompt in enumerate(plan.prompts or [])
-        ]
-        write_atomically(folder / IMAGES / CAPTIONS, ("\n".join(rows) + "\n").encode())
+        rows = [{"file_name": image_name(i), "text": prompt} for i, prompt in enumerate(plan.prompts or [])]
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_output(folder / IMAGES / CAPTIONS, text.encode(), f"--output_dir {folder}")
 
 
-def _each(points: Sequence[Plan], desc: str, show: bool) -> Any:
-    """The points, with a bar where there are several."""
-    return progress(points, desc=desc, unit="point", show=show and len(points) > 1)
-
-
-def _judges(plan: Plan, vae: Any, device: torch.device) -> list[Judge]:
-    return open_judges(plan.options, plan.resolution, plan.inception, vae, device)
-
-
-def _measure(plan: Plan, vae: Any, device: torch.device, judges: Sequence[Judge]) -> Measured:
-    """The figures of a point; where there are several, what is kept of it is not measured again."""
-    key, kept = "", plan.folder != Path(plan.options.output_dir)
-    if kept:
-        key = figures_key(plan.options, plan.files, plan.prompts, judges, vae)
-        known = read_figures(plan.folder, key)
-        if known is not None:
-            return known
-    arguments = (plan.options, plan.files, plan.prompts, plan.resolution, plan.inception, vae, device)
-    found = measure_all(*arguments, judges)
-    if kept:
-        keep_figures(plan.folder, key, found)
-    return found
-
-
-def _tell(plan: Plan, found: Sequence[Measured]) -> None:
+def _tell(plan: Plan, found: list[PointMetrics]) -> None:
     result = eval_result(plan, found)
-    _write(Path(plan.options.output_dir) / RESULT, result)
+    write_json(plan.folder / RESULT, result, f"--output_dir {plan.folder}")
     print(format_table(result))
-
-
-def _vae(options: EvalConfig, sampler: Any, device: torch.device) -> Any:
-    if sampler is not None:
-        return sampler.vae
-    name = options.pretrained_vae_model_name_or_path
-    if name is None:
-        return None
-    from diffusers import AutoModel
-
-    from lpl.evaluation.features import load_pretrained
-
-    return load_pretrained(AutoModel, "--pretrained_vae_model_name_or_path", name).to(device).float().eval()
-
-
-def _write(file: Path, result: dict[str, Any]) -> None:
-    try:
-        write_atomically(file, (json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
-    except OSError as error:
-        raise UserError(f"--output_dir {file.parent}: cannot be written ({error.strerror})") from error

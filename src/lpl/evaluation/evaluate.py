@@ -1,25 +1,17 @@
-"""Every figure of one set of samples against one reference, with its interval, its floor and what limits it."""
+"""Every metric of one set of samples against one reference, with its interval, its floor and what limits it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lpl.evaluation.images import (
-    BATCH,
-    ImageSet,
-    batches,
-    interval,
-    list_pictures,
-    measure,
-    read_picture,
-    resample_counts,
-)
+from lpl.evaluation.images import BATCH, ImageSet, interval, list_pictures, measure, read_pictures, resample_counts
 from lpl.evaluation.metrics import (
     BANDS,
     density_coverage,
@@ -33,20 +25,20 @@ from lpl.evaluation.reference import Reference
 
 METRICS = ("frechet", "kernel", "precision_recall", "density_coverage", "spectrum")
 FEWEST = {"frechet": 50, "kernel": 10, "precision_recall": 50, "density_coverage": 50, "spectrum": 10}
-"""Samples, or reference images, below which a figure is refused."""
+"""Samples, or reference images, below which a metric is refused."""
 ENOUGH = {"kernel": 500, "precision_recall": 1000, "density_coverage": 1000, "spectrum": 100}
 """Below which it is marked; for the Fréchet distance that is the number of features."""
 PRECISION_K, DENSITY_K = 3, 5
 
 
-class Figure(NamedTuple):
+class Estimate(NamedTuple):
     """One metric's value, and the same for resamples."""
 
     value: float
     resampled: Tensor | None
-    low: float
-    high: float
-    lower_is_better: bool
+    low: float = 0.0
+    """With high: what it cannot leave."""
+    high: float = math.inf
 
 
 class Subsets(NamedTuple):
@@ -81,8 +73,7 @@ def measure_images(
             raise ValueError(f"expected (N, 3, {reference.size}, {reference.size}) uint8, not {tuple(images.shape)}")
         return measure(images.split(BATCH), reference.extractor, len(images), show)
     files = images if isinstance(images, list) else list_pictures(Path(images), flag)
-    read = (read_picture(file, reference.size, flag) for file in files)
-    return measure(batches(read, BATCH), reference.extractor, len(files), show)
+    return measure(read_pictures(files, reference.size, flag), reference.extractor, len(files), show)
 
 
 def evaluate_images(
@@ -97,7 +88,7 @@ def evaluate_images(
     with_floor: bool = True,
     show: bool = False,
 ) -> dict[str, dict[str, Any]]:
-    """Figures of samples against a reference.
+    """Metrics of samples against a reference.
 
     Args:
         images: see measure_images.
@@ -112,7 +103,7 @@ def evaluate_images(
 
     Returns:
         By name: value (None where there are too few), interval, floor, lower_is_better, note. The names of the
-        distances are the extractor's. The floor is what the figure would be for the reference's own images after the
+        distances are the extractor's. The floor is what the metric would be for the reference's own images after the
         VAE; against reconstructions, for one half of them against the other.
 
     Raises:
@@ -127,25 +118,34 @@ def evaluate_images(
         if not names:
             continue
         note = count_note(metric, len(samples), len(target), samples.features.shape[1])
+        lower = metric not in ("precision_recall", "density_coverage")
         if min(len(samples), len(target)) < FEWEST[metric]:
-            lower = [metric not in ("precision_recall", "density_coverage")] * len(names)
-            empty = {"value": None, "interval": None, "floor": None, "note": note}
-            found |= {name: empty | {"lower_is_better": low} for name, low in zip(names, lower, strict=True)}
+            refused = {"value": None, "interval": None, "floor": None, "note": note, "lower_is_better": lower}
+            found |= {name: dict(refused) for name in names}
             continue
-        compute = _figures(metric, subsets, seed)
-        floors = _floor(reference, floor, metric, against, compute, subsets)
-        for name, figure, least in zip(names, compute(samples, target, counts), floors, strict=True):
-            ends = None
-            if figure.resampled is not None and math.isfinite(figure.value):
-                ends = interval(figure.value, figure.resampled, figure.low, figure.high)
+        compute = partial(COMPUTE[metric], subsets=subsets, seed=seed)
+        floors: list[float | None] = [None] * len(names)
+        too_few = max(FEWEST[metric], subsets.size if metric == "kernel" and subsets and subsets.num else 0)
+        if floor is not None and min(map(len, floor)) >= too_few:
+            key = (metric, against, subsets)
+            if key not in reference.floors:
+                reference.floors[key] = [estimate.value for estimate in compute(*floor, None)]
+            floors = [_finite(value) for value in reference.floors[key]]
+        for name, estimate, least in zip(names, compute(samples, target, counts), floors, strict=True):
+            value, resampled, *bounds = estimate
+            finite = math.isfinite(value)
             found[name] = {
-                "value": figure.value if math.isfinite(figure.value) else None,
-                "interval": ends,
+                "value": _finite(value),
+                "interval": interval(value, resampled, *bounds) if finite and resampled is not None else None,
                 "floor": least,
-                "lower_is_better": figure.lower_is_better,
-                "note": note if math.isfinite(figure.value) else "the images are too small for this band",
+                "lower_is_better": lower,
+                "note": note if finite else "the images are too small for this band",
             }
     return found
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def count_note(metric: str, samples: int, reference: int, width: int) -> str | None:
@@ -171,68 +171,40 @@ def _names(metric: str, reference: Reference) -> tuple[str, ...]:
     }[metric]
 
 
-Compute = Callable[[ImageSet, ImageSet, Tensor | None], list[Figure]]
+def _frechet(x: ImageSet, y: ImageSet, counts: Tensor | None, **_: Any) -> list[Estimate]:
+    value = max(0.0, float(frechet_distance(x.moments, y.moments)))
+    return [Estimate(value, None if counts is None else frechet_distance(x.moments, y.moments, counts))]
 
 
-def _figures(metric: str, subsets: Subsets | None, seed: int) -> Compute:
-    def frechet(x: ImageSet, y: ImageSet, counts: Tensor | None) -> list[Figure]:
-        value = max(0.0, float(frechet_distance(x.moments, y.moments)))
-        resampled = None if counts is None else frechet_distance(x.moments, y.moments, counts)
-        return [Figure(value, resampled, 0.0, math.inf, True)]
-
-    def kernel(x: ImageSet, y: ImageSet, counts: Tensor | None) -> list[Figure]:
-        if subsets is not None and subsets.num:
-            value = float(kernel_distance_subsets(x.features, y.features, *subsets, seed).mean())
-        else:
-            value = float(kernel_distance(x.features, y.features))
-        resampled = None if counts is None else kernel_distance(x.features, y.features, counts)
-        return [Figure(value, resampled, -math.inf, math.inf, True)]
-
-    def precision(x: ImageSet, y: ImageSet, counts: Tensor | None) -> list[Figure]:
-        found = precision_recall(x.features, y.features, PRECISION_K, counts)
-        return [Figure(*share, 0.0, 1.0, False) for share in found]
-
-    def density(x: ImageSet, y: ImageSet, counts: Tensor | None) -> list[Figure]:
-        found = density_coverage(x.features, y.features, DENSITY_K, counts)
-        return [Figure(*share, 0.0, high, False) for share, high in zip(found, (math.inf, 1.0), strict=True)]
-
-    def spectrum(x: ImageSet, y: ImageSet, counts: Tensor | None) -> list[Figure]:
-        mean, wanted = x.power.mean(0), y.power.mean(0)
-        means = None if counts is None else counts @ x.power / len(x)
-        return [
-            Figure(
-                float(log_error(mean, wanted, band)),
-                None if means is None else log_error(means, wanted, band),
-                *(0.0, math.inf, True),
-            )
-            for band in BANDS
-        ]
-
-    made: dict[str, Compute] = {
-        "frechet": frechet,
-        "kernel": kernel,
-        "precision_recall": precision,
-        "density_coverage": density,
-        "spectrum": spectrum,
-    }
-    return made[metric]
+def _kernel(x: ImageSet, y: ImageSet, counts: Tensor | None, subsets: Subsets | None, seed: int) -> list[Estimate]:
+    if subsets is not None and subsets.num:
+        value = kernel_distance_subsets(x.features, y.features, *subsets, seed).mean()
+    else:
+        value = kernel_distance(x.features, y.features)
+    resampled = None if counts is None else kernel_distance(x.features, y.features, counts)
+    return [Estimate(float(value), resampled, -math.inf)]
 
 
-def _floor(
-    reference: Reference,
-    sets: tuple[ImageSet, ImageSet] | None,
-    metric: str,
-    against: str,
-    compute: Compute,
-    subsets: Subsets | None,
-) -> list[float | None]:
-    """The floor's figures, computed once for a reference."""
-    too_few = FEWEST[metric]
-    if metric == "kernel" and subsets is not None and subsets.num:
-        too_few = max(too_few, subsets.size)
-    if sets is None or min(map(len, sets)) < too_few:
-        return [None] * len(_names(metric, reference))
-    key = (metric, against, subsets)
-    if key not in reference.floors:
-        reference.floors[key] = [figure.value for figure in compute(*sets, None)]
-    return [value if math.isfinite(value) else None for value in reference.floors[key]]
+def _precision_recall(x: ImageSet, y: ImageSet, counts: Tensor | None, **_: Any) -> list[Estimate]:
+    return [Estimate(*share, high=1.0) for share in precision_recall(x.features, y.features, PRECISION_K, counts)]
+
+
+def _density_coverage(x: ImageSet, y: ImageSet, counts: Tensor | None, **_: Any) -> list[Estimate]:
+    density, coverage = density_coverage(x.features, y.features, DENSITY_K, counts)
+    return [Estimate(*density), Estimate(*coverage, high=1.0)]
+
+
+def _spectrum(x: ImageSet, y: ImageSet, counts: Tensor | None, **_: Any) -> list[Estimate]:
+    mean, wanted = x.power.mean(0), y.power.mean(0)
+    means = None if counts is None else counts @ x.power / len(x)
+    estimates = []
+    for band in BANDS:
+        resampled = None if means is None else log_error(means, wanted, band)
+        estimates.append(Estimate(float(log_error(mean, wanted, band)), resampled))
+    return estimates
+
+
+COMPUTE: dict[str, Callable[..., list[Estimate]]] = dict(
+    zip(METRICS, (_frechet, _kernel, _precision_recall, _density_coverage, _spectrum), strict=True)
+)
+"""How each metric is computed, of samples, target, counts of resamples, subsets and seed."""

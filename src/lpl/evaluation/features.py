@@ -54,10 +54,6 @@ class EfficientNetLite0:
     network was trained at: enlarging small images further adds no information and takes three times as long. Inputs
     are (x - 127) / 128; batch normalisation is folded into the convolutions.
 
-    Args:
-        image_size: pixels of the images that are compared.
-        device: where it runs.
-
     Raises:
         UserError: the packages are missing.
     """
@@ -77,7 +73,7 @@ class EfficientNetLite0:
         network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
         self.network = _fold(network.eval().requires_grad_(False))
         self.network.to(self.device, memory_format=torch.channels_last)
-        self.key = _key("efficientnet-lite0 bilinear 1", self.size, _file_hash(file))
+        self.key = _key(file, "efficientnet-lite0 bilinear 1", self.size)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -120,12 +116,8 @@ class Inception:
 
     Source: Heusel et al. 2017 (arXiv 1706.08500); weights: TensorFlow's of 2015-12-05 as converted by torch-fidelity.
 
-    Args:
-        weights: the file; see find_inception.
-        device: where it runs.
-
     Raises:
-        UserError: packages are missing, or it is no such file.
+        UserError: packages are missing, or the weights are no such file: see find_inception.
     """
 
     name, frechet_name, kernel_name = "inception-v3-compat", "fid", "kid"
@@ -139,9 +131,9 @@ class Inception:
             torch.load(weights, map_location="cpu", weights_only=True)
             network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(weights))
         except (OSError, RuntimeError, ValueError, ImportError, EOFError, pickle.UnpicklingError) as error:
-            raise UserError(f"--inception_weights {weights}: {' '.join(str(error).split())[:300]}") from error
+            raise _unusable(f"--inception_weights {weights}", error) from error
         self.network = network.to(self.device).requires_grad_(False)
-        self.key = _key(self.name, "torchmetrics antialias", _file_hash(weights))
+        self.key = _key(weights, self.name, "torchmetrics antialias")
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -220,7 +212,11 @@ def load_pretrained(cls: Any, flag: str, name: str) -> Any:
     try:
         return cls.from_pretrained(name, use_safetensors=True)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
-        raise UserError(f"{flag} {name}: {' '.join(str(error).split())[:300]}") from error
+        raise _unusable(f"{flag} {name}", error) from error
+
+
+def _unusable(where: str, error: Exception) -> UserError:
+    return UserError(f"{where}: {' '.join(str(error).split())[:300]}")
 
 
 def _resize(images: Tensor, size: int, mode: str) -> Tensor:
@@ -230,19 +226,16 @@ def _resize(images: Tensor, size: int, mode: str) -> Tensor:
     return F.interpolate(images, (size, size), mode=mode, align_corners=False, antialias=True)
 
 
-def _file_hash(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-def _key(*parts: object) -> str:
-    return hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=16).hexdigest()
+def _key(weights: Path, *parts: object) -> str:
+    told = [*map(str, parts), hashlib.sha256(weights.read_bytes()).hexdigest()]
+    return hashlib.blake2b("\x1f".join(told).encode(), digest_size=16).hexdigest()
 
 
 class ClipScore:
     """100 * max(cos(image embedding, text embedding), 0) of each pair; long prompts are cut to the network's length.
 
     Source: Hessel et al. 2021 (arXiv 2104.08718), section 3, whose factor is 2.5: with 100, as torchmetrics and others
-    report it. Figures of different networks cannot be compared.
+    report it. Scores of different networks cannot be compared.
 
     Args:
         name: a folder or Hub id.
@@ -263,7 +256,7 @@ class ClipScore:
             self.tokenizer = AutoTokenizer.from_pretrained(name)
             self.processor = CLIPImageProcessorPil.from_pretrained(name)
         except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"--clip {name}: {' '.join(str(error).split())[:300]}") from error
+            raise _unusable(f"--clip {name}", error) from error
 
     @torch.no_grad()
     def __call__(self, images: Iterable[Tensor], texts: Sequence[str]) -> Tensor:

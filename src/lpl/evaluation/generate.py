@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -13,8 +12,8 @@ import torch
 from torch import Tensor
 
 from lpl.base.errors import UserError, require
-from lpl.base.files import write_atomically
-from lpl.base.json_files import object_in, read_object
+from lpl.base.files import write_output
+from lpl.base.json_files import object_in, read_object, write_json
 from lpl.base.terminal import progress
 from lpl.diffusion.draws import keyed_generator
 from lpl.evaluation.images import CAPTIONS, as_png
@@ -52,15 +51,7 @@ def generator_of(seed: int, index: int) -> torch.Generator:
 
 
 def generate(draw: Draw, prompts: Sequence[str], num_samples: int, sampling: Sampling, show: bool = False) -> Tensor:
-    """Samples in memory, (num_samples, 3, resolution, resolution), uint8; sample i is of prompt i % len(prompts).
-
-    Args:
-        draw: families.sampling.PipelineSampler, or alike.
-        prompts: at least one.
-        num_samples: how many.
-        sampling: how.
-        show: a progress bar.
-    """
+    """Samples in memory, (num_samples, 3, resolution, resolution), uint8; sample i is of prompt i % len(prompts)."""
     drawn = [images for _, images in _drawn(draw, prompts, num_samples, sampling, show, lambda _: True, 0, 1)]
     return torch.cat(drawn)
 
@@ -101,10 +92,7 @@ def generate_into(
     for indices, images in _drawn(draw, prompts, num_samples, sampling, show, missing, rank, world):
         for index, image in zip(indices, images, strict=True):
             if missing(index):
-                try:
-                    write_atomically(folder / image_name(index), as_png(image))
-                except OSError as error:
-                    raise UserError(f"--output_dir {folder}: cannot be written ({error.strerror})") from error
+                write_output(folder / image_name(index), as_png(image), f"--output_dir {folder}")
                 written += 1
     return written
 
@@ -188,10 +176,7 @@ def write_settings(folder: Path, settings: dict[str, Any]) -> None:
     Raises:
         UserError: the folder cannot be written to.
     """
-    try:
-        write_atomically(folder / SETTINGS, (json.dumps(settings, indent=1, ensure_ascii=False) + "\n").encode())
-    except OSError as error:
-        raise UserError(f"--output_dir {folder}: cannot be written ({error.strerror})") from error
+    write_json(folder / SETTINGS, settings, f"--output_dir {folder}")
 
 
 def settings_of(sampling: Sampling, **further: Any) -> dict[str, Any]:

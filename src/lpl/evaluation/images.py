@@ -7,6 +7,7 @@ import hashlib
 import io
 import logging
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -76,11 +77,7 @@ def pictures_digest(files: list[Path], flag: str) -> str:
 
 
 def shortest_side(file: Path, flag: str) -> int:
-    """Pixels of an image's shorter side.
-
-    Raises:
-        UserError: a file that cannot be read as an image.
-    """
+    """Pixels of an image's shorter side; raises as read_picture."""
     return min(_decoded(file, flag).size)
 
 
@@ -123,32 +120,24 @@ def as_png(pixels: Tensor) -> bytes:
     return out.getvalue()
 
 
-def batches(images: Iterable[Tensor], size: int) -> Iterator[Tensor]:
-    """Stacks of up to `size` images."""
-    held: list[Tensor] = []
-    for image in images:
-        held.append(image)
-        if len(held) == size:
-            yield torch.stack(held)
-            held = []
-    if held:
-        yield torch.stack(held)
-
-
 BATCH = 16
 """Images whose features are computed together: larger batches leave a CPU's caches."""
 
 
+def read_pictures(files: list[Path], size: int, flag: str) -> Iterator[Tensor]:
+    """Batches (B, 3, size, size), uint8, of read_picture."""
+    for start in range(0, len(files), BATCH):
+        yield torch.stack([read_picture(file, size, flag) for file in files[start : start + BATCH]])
+
+
+@dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Features and power spectra of images.
+    """Features and power spectra of images."""
 
-    Args:
-        features: (N, d), float32.
-        power: (N, F), float64.
-    """
-
-    def __init__(self, features: Tensor, power: Tensor) -> None:
-        self.features, self.power = features, power
+    features: Tensor
+    """(N, d), float32."""
+    power: Tensor
+    """(N, F), float64."""
 
     def __len__(self) -> int:
         return len(self.features)
@@ -164,14 +153,7 @@ class ImageSet:
 
 
 def measure(images: Iterable[Tensor], extractor: Extractor, total: int | None = None, show: bool = False) -> ImageSet:
-    """Features and power spectra of images.
-
-    Args:
-        images: batches (B, 3, H, H), uint8.
-        extractor: the network.
-        total: number of images, for the progress bar.
-        show: a progress bar.
-    """
+    """Features and power spectra of images in batches (B, 3, H, H), uint8; `total` is their number, for the bar."""
     features, power = [], []
     with progress(desc=f"features of {extractor.name}", unit="img", total=total, show=show) as bar:
         for batch in images:
@@ -190,15 +172,15 @@ def resample_counts(size: int, resamples: int, seed: int) -> Tensor:
 
 
 def interval(value: float, resampled: Tensor, low: float = float("-inf"), high: float = float("inf")) -> list[float]:
-    """95 % bootstrap interval: quantiles of the resampled figures, shifted so that their mean is the value.
+    """95 % bootstrap interval: quantiles of the resampled values, shifted so that their mean is the value.
 
     A resample repeats samples, which makes distances larger and shares smaller than they are: without the shift, the
     interval may not hold the value itself.
 
     Args:
         value: of all samples.
-        resampled: (R,).
-        low, high: what the figure cannot leave.
+        resampled: (R,), of the resamples.
+        low, high: what the metric cannot leave.
     """
     ends = torch.quantile(resampled, torch.tensor([0.025, 0.975], dtype=torch.float64))
     return [min(max(float(end) - float(resampled.mean()) + value, low), high) for end in ends]

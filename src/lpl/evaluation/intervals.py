@@ -12,6 +12,8 @@ import itertools
 import math
 import random
 from collections.abc import Sequence
+from statistics import fmean
+from typing import NamedTuple
 
 LEVEL = 0.95
 MOST_RESAMPLES = 50_000
@@ -20,17 +22,10 @@ RESAMPLES = 10_000
 SAME = 1e-9
 """Values that differ by less of themselves are one and the same, rounded otherwise."""
 
-Interval = tuple[float, float]
-
-
-def mean(values: Sequence[float]) -> float:
-    """The arithmetic mean."""
-    return math.fsum(values) / len(values)
-
 
 def deviation(values: Sequence[float]) -> float:
     """The standard deviation with n - 1."""
-    middle = mean(values)
+    middle = fmean(values)
     return math.sqrt(math.fsum((v - middle) ** 2 for v in values) / (len(values) - 1))
 
 
@@ -80,15 +75,15 @@ def has_spread(values: Sequence[float]) -> bool:
     return not any(values) or not all(math.isclose(value, values[0], rel_tol=SAME) for value in values)
 
 
-def t_interval(values: Sequence[float], level: float = LEVEL) -> Interval | None:
+def t_interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, float] | None:
     """The interval of the mean; None where has_spread says no."""
     if not has_spread(values):
         return None
     half = t_quantile(level, len(values) - 1) * deviation(values) / math.sqrt(len(values))
-    return mean(values) - half, mean(values) + half
+    return fmean(values) - half, fmean(values) + half
 
 
-def bootstrap_interval(values: Sequence[float], level: float = LEVEL) -> Interval | None:
+def bootstrap_interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, float] | None:
     """The percentile bootstrap's interval of the mean; None where has_spread says no.
 
     All resamples are taken where they are few; else they are drawn, always the same.
@@ -97,10 +92,10 @@ def bootstrap_interval(values: Sequence[float], level: float = LEVEL) -> Interva
     if not has_spread(values):
         return None
     if number**number <= MOST_RESAMPLES:
-        means = sorted(mean(resample) for resample in itertools.product(values, repeat=number))
+        means = sorted(fmean(resample) for resample in itertools.product(values, repeat=number))
     else:
         draw = random.Random(0)
-        means = sorted(mean(draw.choices(values, k=number)) for _ in range(RESAMPLES))
+        means = sorted(fmean(draw.choices(values, k=number)) for _ in range(RESAMPLES))
     return quantile(means, (1 - level) / 2), quantile(means, (1 + level) / 2)
 
 
@@ -122,4 +117,35 @@ def noise_floor(values: Sequence[float]) -> float | None:
 
 def root_mean_square(values: Sequence[float]) -> float | None:
     """sqrt(mean v^2); None for no values."""
-    return math.sqrt(mean([v * v for v in values])) if values else None
+    return math.sqrt(fmean([v * v for v in values])) if values else None
+
+
+class Interval(NamedTuple):
+    """A mean with its interval; the ends are None where there is none."""
+
+    value: float
+    low: float | None
+    high: float | None
+    seeds: int
+
+    def __str__(self) -> str:
+        ends = "" if self.low is None else f" ({self.low:.3f} to {self.high:.3f})"
+        return f"{self.value:.3f}{ends}"
+
+    @property
+    def ends(self) -> list[float] | None:
+        """The interval; None: there is none."""
+        return None if self.low is None or self.high is None else [self.low, self.high]
+
+
+def mean_interval(values: Sequence[float]) -> Interval:
+    """mean ± t s / sqrt(n), see t_interval."""
+    low, high = t_interval(values) or (None, None)
+    return Interval(fmean(values), low, high, len(values))
+
+
+def paired_ratio(values: Sequence[float], others: Sequence[float]) -> Interval:
+    """Geometric mean of values / others and exp(mean ± t s / sqrt(n)) of their logarithms."""
+    logs = mean_interval([math.log(a / b) for a, b in zip(values, others, strict=True)])
+    low, high = [None if end is None else math.exp(end) for end in (logs.low, logs.high)]
+    return Interval(math.exp(logs.value), low, high, logs.seeds)

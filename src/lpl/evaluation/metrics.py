@@ -150,7 +150,7 @@ def _kernel_of_itself(x: Tensor) -> Tensor:
 
 
 class Share(NamedTuple):
-    """A figure, and the same for resamples of the samples."""
+    """A value, and the same for resamples of the samples."""
 
     value: float
     resampled: Tensor | None
@@ -175,20 +175,8 @@ def precision_recall(samples: Tensor, reference: Tensor, k: int = 3, counts: Ten
     Returns:
         precision, recall; each in [0, 1].
     """
-    x, y = samples.to(torch.float64), reference.to(torch.float64)
-    radii, radii_of_samples = _radii(y, k), _radii(x, k)
-    hit = torch.zeros(len(x), dtype=torch.bool)
-    reached = torch.zeros(len(y), dtype=torch.bool)
-    drawn = None if counts is None else (counts > 0).T.float()
-    reached_by = []
-    for at in range(0, len(y), ROWS):
-        part = slice(at, at + ROWS)
-        near = _squared(y[part], x)
-        hit |= (near < radii[part, None]).any(0)
-        inside = near < radii_of_samples
-        reached[part] = inside.any(1)
-        reached_by.append(_any_drawn(inside, drawn))
-    return _of_samples(hit.double(), counts), _of_reference(reached, reached_by, drawn)
+    hits, recall = _neighbours(samples, reference, k, counts, by_samples=True)
+    return _over_samples((hits > 0).double(), counts), recall
 
 
 def density_coverage(samples: Tensor, reference: Tensor, k: int = 5, counts: Tensor | None = None) -> tuple[Share, ...]:
@@ -208,33 +196,36 @@ def density_coverage(samples: Tensor, reference: Tensor, k: int = 5, counts: Ten
     Returns:
         density (0 or more, about 1 for samples like the reference), coverage in [0, 1].
     """
+    hits, coverage = _neighbours(samples, reference, k, counts, by_samples=False)
+    return _over_samples(hits / k, counts), coverage
+
+
+def _neighbours(
+    samples: Tensor, reference: Tensor, k: int, counts: Tensor | None, by_samples: bool
+) -> tuple[Tensor, Share]:
+    """Of how many reference images each sample is a neighbour, (n,), and the share of reference images reached.
+
+    One is reached by a sample within its own radius, or with `by_samples` within the sample's.
+    """
     x, y = samples.to(torch.float64), reference.to(torch.float64)
-    radii = _radii(y, k)
-    hits = torch.zeros(len(x), dtype=torch.float64)
-    covered = torch.zeros(len(y), dtype=torch.bool)
+    radii, radii_of_samples = _radii(y, k), _radii(x, k) if by_samples else None
     drawn = None if counts is None else (counts > 0).T.float()
-    covered_by = []
+    hits, reached, resampled = torch.zeros(len(x), dtype=torch.float64), 0, []
     for at in range(0, len(y), ROWS):
         part = slice(at, at + ROWS)
-        inside = _squared(y[part], x) < radii[part, None]
+        squared = _squared(y[part], x)
+        inside = squared < radii[part, None]
         hits += inside.sum(0)
-        covered[part] = inside.any(1)
-        covered_by.append(_any_drawn(inside, drawn))
-    return _of_samples(hits / k, counts), _of_reference(covered, covered_by, drawn)
+        if radii_of_samples is not None:
+            inside = squared < radii_of_samples
+        reached += int(inside.any(1).sum())
+        if drawn is not None:
+            resampled.append((inside.float() @ drawn > 0).sum(0))
+    return hits, Share(reached / len(y), torch.stack(resampled).sum(0).double() / len(y) if resampled else None)
 
 
-def _any_drawn(inside: Tensor, drawn: Tensor | None) -> Tensor:
-    """How many of the rows are reached in each resample, (R,)."""
-    return torch.zeros(0) if drawn is None else (inside.float() @ drawn > 0).sum(0)
-
-
-def _of_samples(each: Tensor, counts: Tensor | None) -> Share:
+def _over_samples(each: Tensor, counts: Tensor | None) -> Share:
     return Share(float(each.mean()), None if counts is None else counts.double() @ each / len(each))
-
-
-def _of_reference(reached: Tensor, by_resample: list[Tensor], drawn: Tensor | None) -> Share:
-    resampled = None if drawn is None else torch.stack(by_resample).sum(0).double() / len(reached)
-    return Share(float(reached.double().mean()), resampled)
 
 
 def _squared(x: Tensor, y: Tensor) -> Tensor:

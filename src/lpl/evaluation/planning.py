@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from lpl.base.errors import UserError, require
 from lpl.base.json_files import read_object
@@ -59,24 +59,20 @@ class Plan:
 
     def each(self) -> list[Plan]:
         """A plan for each point; this one where there are not several."""
-        return [self._at(point) for point in self.points] if len(self.points) > 1 else [self]
-
-    def _at(self, point: Point) -> Plan:
-        folder = self.folder / point.folder
-        files = [folder / IMAGES / image_name(index) for index in range(len(self.files))]
-        return replace(self, points=(point,), folder=folder, files=files)
+        if len(self.points) <= 1:
+            return [self]
+        plans = []
+        for point in self.points:
+            folder = self.folder / point.folder
+            files = [folder / IMAGES / image_name(index) for index in range(len(self.files))]
+            plans.append(replace(self, points=(point,), folder=folder, files=files))
+        return plans
 
     def settings(self, **further: Any) -> dict[str, Any]:
         """What decides the samples of the first point."""
         o = self.options
-        return settings_of(
-            self.sampling,
-            scheduler=o.scheduler,
-            dtype=o.dtype,
-            lora_scale=o.lora_scale,
-            prompts=self.prompts_digest,
-            **further,
-        )
+        told = {"scheduler": o.scheduler, "dtype": o.dtype, "lora_scale": o.lora_scale, "prompts": self.prompts_digest}
+        return settings_of(self.sampling, **told, **further)
 
     @property
     def prompts_digest(self) -> str | None:
@@ -116,6 +112,7 @@ def check_eval(options: EvalConfig, model: ModelConfig | None = None) -> Plan:
     prompts: list[str] | None
     distinct: tuple[str, ...] = ()
     points: tuple[Point, ...] = ()
+    home = Path(options.output_dir)
     if options.images is not None:
         source = Path(options.images)
         files = list_pictures(source, "--images")
@@ -127,11 +124,12 @@ def check_eval(options: EvalConfig, model: ModelConfig | None = None) -> Plan:
         native = shortest_side(files[0], "--images")
     else:
         points = tuple(Point(g, steps) for steps in as_tuple(options.num_inference_steps) for g in scales)
-        drawn = Path(options.output_dir) / (FOLDER if len(points) > 1 else IMAGES)
-        _check_apart(drawn, folder, references, f"--output_dir {options.output_dir}")
+        _check_apart(
+            home / (FOLDER if len(points) > 1 else IMAGES), folder, references, f"--output_dir {options.output_dir}"
+        )
         distinct = tuple(_prompts(options, folder, references))
         count = options.num_samples or DEFAULT_SAMPLES
-        files = [Path(options.output_dir) / IMAGES / image_name(index) for index in range(count)]
+        files = [home / IMAGES / image_name(index) for index in range(count)]
         prompts = [distinct[index % len(distinct)] for index in range(count)]
     vae = options.floor or options.against == "reconstructions"
     can = request is not None or options.pretrained_vae_model_name_or_path is not None
@@ -144,21 +142,13 @@ def check_eval(options: EvalConfig, model: ModelConfig | None = None) -> Plan:
         "--against reconstructions needs a VAE: give the model, or --pretrained_vae_model_name_or_path",
     )
     require(vae or options.images is None or not can, "the model or VAE given with --images has no use with --no_floor")
-    home = Path(options.output_dir)
     plan = Plan(options, request, files, prompts, resolution, inception, distinct, points, home)
     check_output(plan, drawn=model is None)
     return plan
 
 
-class Inputs(NamedTuple):
-    """What eval.json says of the files that samples come from and are measured against."""
-
-    reference_digest: str
-    prompts_digest: str | None
-
-
-def read_inputs(options: EvalConfig) -> Inputs:
-    """The digests that eval.json has where these files are as they are now, of samples that are drawn.
+def input_digests(options: EvalConfig) -> dict[str, str | None]:
+    """What eval.json has of the reference and the prompts where these files are as they are now, of drawn samples.
 
     Raises:
         UserError: files that cannot be read.
@@ -166,7 +156,10 @@ def read_inputs(options: EvalConfig) -> Inputs:
     folder = Path(str(options.reference_dir))
     references = list_pictures(folder, "--reference_dir")
     prompts = tuple(_prompts(options, folder, references))
-    return Inputs(pictures_digest(references, "--reference_dir"), prompts_digest(prompts))
+    return {
+        "reference_digest": pictures_digest(references, "--reference_dir"),
+        "prompts_digest": prompts_digest(prompts),
+    }
 
 
 def prompts_digest(prompts: tuple[str, ...]) -> str | None:
@@ -221,14 +214,7 @@ def _prompts(options: EvalConfig, folder: Path, references: list[Path]) -> list[
 
 
 def _check_apart(images: Path, reference: Path, references: list[Path], what: str) -> None:
-    """What is measured must not be taken for what it is measured against; one folder for both gives distances of 0.
-
-    Args:
-        images: folder of what is measured.
-        reference: the other folder.
-        references: its images, linked folders among theirs.
-        what: begins the message.
-    """
+    """What is measured must not be taken for what it is measured against; one folder for both gives distances of 0."""
     here, there = images.resolve(), reference.resolve()
     drawn = what.startswith("--output_dir")
     nested = here.is_relative_to(there) or there.is_relative_to(here)
@@ -242,12 +228,9 @@ def _check_apart(images: Path, reference: Path, references: list[Path], what: st
 
 
 def _resolution(options: EvalConfig, native: int | None, stride: int | None) -> int:
-    """The pixels of a side: as given, else what the model or the first image has, whole latents of a VAE that is used.
+    """The pixels of a side: as given, else `native`, what the model or the first image has; whole latents of the VAE.
 
-    Args:
-        options: of `lpl eval`.
-        native: pixels of the model or the image.
-        stride: pixels per latent of the VAE; None: none is used, or it is not known yet.
+    `stride` is its pixels per latent; None: none is used, or it is not known yet.
     """
     asked, drawn, step = options.resolution, options.images is None, stride or 1
     if asked is None and native is None:
@@ -281,7 +264,7 @@ def _check_counts(options: EvalConfig, samples: int, references: int) -> None:
 
 
 def check_output(plan: Plan, drawn: bool = True) -> None:
-    """Refuses a folder with files that this command did not write, or with samples or figures of something else.
+    """Refuses a folder with files that this command did not write, or with samples or metrics of something else.
 
     Args:
         plan: of check_eval.
@@ -313,19 +296,15 @@ def check_output(plan: Plan, drawn: bool = True) -> None:
 
 
 def claim_output(options: EvalConfig) -> None:
-    """Notes in the folder what is this command's from now on.
-
-    Raises:
-        UserError: it cannot be written.
-    """
+    """Notes in the folder what is this command's from now on; raises a UserError where it cannot be written."""
     OutputFolder(options.output_dir, COMMAND).claim(_names(options))
 
 
 def _names(options: EvalConfig) -> Names:
-    drawn: dict[str, Any] = {
-        SETTINGS: lambda path: are_settings(path),
-        f"{IMAGES}/": lambda path: are_settings(path.parent / SETTINGS),
-    }
-    if max(len(as_tuple(options.guidance_scale)), len(as_tuple(options.num_inference_steps))) > 1:
-        drawn = {f"{FOLDER}/": lambda path: any(are_settings(file) for file in path.glob(f"*/{SETTINGS}"))}
-    return Names({RESULT: lambda path: kind_of(path) == "eval"} | (drawn if options.images is None else {}))
+    found = {RESULT: lambda path: kind_of(path) == "eval"}
+    several = max(len(as_tuple(options.guidance_scale)), len(as_tuple(options.num_inference_steps))) > 1
+    if options.images is None and several:
+        found[f"{FOLDER}/"] = lambda path: any(are_settings(file) for file in path.glob(f"*/{SETTINGS}"))
+    elif options.images is None:
+        found |= {SETTINGS: are_settings, f"{IMAGES}/": lambda path: are_settings(path.parent / SETTINGS)}
+    return Names(found)

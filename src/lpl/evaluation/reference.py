@@ -15,11 +15,11 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from lpl.base.errors import UserError, require
-from lpl.base.files import write_atomically
+from lpl.base.files import write_output
 from lpl.data.crops import to_float
 from lpl.data.lock import default_cache_dir
 from lpl.evaluation.features import Extractor
-from lpl.evaluation.images import BATCH, ImageSet, batches, list_pictures, measure, pictures_digest, read_picture
+from lpl.evaluation.images import BATCH, ImageSet, list_pictures, measure, pictures_digest, read_pictures
 from lpl.families.base import config_settings, weights_hash
 
 logger = logging.getLogger("lpl")
@@ -48,7 +48,7 @@ class Reference:
         self.digest = digest
         self.real, self.reconstructed, self.size, self.extractor = real, reconstructed, size, extractor
         self.floors: dict[Any, list[float]] = {}
-        """Figures of the floor that have been computed, by metric and what they depend on."""
+        """Metrics of the floor that have been computed, by metric and what they depend on."""
 
     @classmethod
     def from_folder(
@@ -81,17 +81,15 @@ class Reference:
         files = list_pictures(Path(folder), flag)
         digest = pictures_digest(files, flag)
 
-        def images() -> Iterator[Tensor]:
-            return batches((read_picture(file, size, flag) for file in files), BATCH)
-
         base = Path(cache_dir) if cache_dir is not None else default_cache_dir() / "evaluation"
         key = f"{VERSION} {extractor.key} {size} {digest}"
-        real = _cached(base, key, lambda: measure(images(), extractor, len(files), show))
+        real = _cached(base, key, lambda: measure(read_pictures(files, size, flag), extractor, len(files), show))
         reconstructed = None
         if vae is not None:
-            key += f" {weights_hash(vae, settings=_settings(vae))}"
-            made = lambda: measure(_reconstructed(images(), vae), extractor, len(files), show)  # noqa: E731
-            reconstructed = _cached(base, key, made)
+            settings = f"{type(vae).__name__} {next(vae.parameters()).dtype} {config_settings(vae.config)}"
+            key += f" {weights_hash(vae, settings=settings)}"
+            decoded = _reconstructed(read_pictures(files, size, flag), vae)
+            reconstructed = _cached(base, key, lambda: measure(decoded, extractor, len(files), show))
         return cls(real, reconstructed, size, extractor, digest)
 
     def target(self, against: str) -> ImageSet:
@@ -107,7 +105,7 @@ class Reference:
         return self.reconstructed
 
     def floor(self, against: str) -> tuple[ImageSet, ImageSet] | None:
-        """The two sets whose distance is the least to be hoped for; None where there is no VAE.
+        """The two sets whose distance is the best achievable score; None where there is no VAE.
 
         Against images, the reconstructions and the images; against reconstructions, every other one of them and the
         rest.
@@ -149,10 +147,6 @@ def _reconstructed(images: Iterator[Tensor], vae: Any) -> Iterator[Tensor]:
             yield reconstruct(part, vae)
 
 
-def _settings(vae: Any) -> str:
-    return f"{type(vae).__name__} {next(vae.parameters()).dtype} {config_settings(vae.config)}"
-
-
 def _cached(base: Path, key: str, compute: Any) -> ImageSet:
     file = base / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.safetensors"
     if file.is_file():
@@ -164,11 +158,9 @@ def _cached(base: Path, key: str, compute: Any) -> ImageSet:
         except (SafetensorError, KeyError, OSError) as error:
             logger.warning("%s cannot be read (%s) and is made again", file, " ".join(str(error).split()))
     made = compute()
-    try:
-        proof = _proof(key, made.features, made.power)
-        write_atomically(file, save({"features": made.features, "power": made.power, "proof": proof}))
-    except OSError as error:
-        raise UserError(f"--reference_cache_dir {base}: cannot be written ({error.strerror})") from error
+    proof = _proof(key, made.features, made.power)
+    content = save({"features": made.features, "power": made.power, "proof": proof})
+    write_output(file, content, f"--reference_cache_dir {base}")
     return made
 
 

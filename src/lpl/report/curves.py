@@ -7,20 +7,13 @@ from itertools import pairwise
 from typing import Any
 
 from lpl.report.plots import Chart, Line, line_chart
-from lpl.report.run_folder import RunFolder, seconds_at, training_clock
+from lpl.report.run_folder import RunFolder, interpolate, training_clock
 from lpl.report.sources import Group
 
-NAMES = {"diffusion_loss": "Diffusion loss", "lpl": "LPL"}
+LOSSES = {"diffusion_loss": "Diffusion loss", "lpl": "LPL"}
 STEPS = "optimizer steps"
 UNITS = ((2 * 3600.0, 3600.0, "h"), (120.0, 60.0, "min"), (0.0, 1.0, "s"))
 """From so many seconds on, so many of them are one of the unit."""
-SCALARS = (
-    (
-        "train_loss",
-        "Training loss",
-        "The whole loss on training samples: noisy, as timesteps vary. Lower is better.",
-    ),
-)
 SHARES = (
     (
         "lpl/gradient_share",
@@ -36,8 +29,8 @@ def loss_charts(groups: Sequence[Group]) -> list[Chart]:
     """Validation losses over steps and training time, by timestep bin at the end, and the training loss over steps."""
     groups = [group for group in groups if group.runs]
     charts = []
-    for name, title in NAMES.items():
-        alike = [g for g in groups if name not in g.yardsticks]
+    for name, title in LOSSES.items():
+        alike = [g for g in groups if name not in g.redefined]
         changes = _change_lines(alike, name)
         if changes:
             note = f"Against the model before training, on held-out images.{_band_note(alike)} Lower is better."
@@ -45,12 +38,11 @@ def loss_charts(groups: Sequence[Group]) -> list[Chart]:
         elif found := _validation_lines(alike, name):
             note = f"On held-out images, noise and timesteps always the same.{_band_note(alike)} Lower is better."
             charts += _over_both(f"{title}, validation", note, found, title)
-    for name, title in NAMES.items():
+    for name, title in LOSSES.items():
         charts += _bin_charts(groups, name, title)
-    for tag, title, note in SCALARS:
-        lines = _scalar_lines(groups, tag)
-        if lines:
-            charts.append(line_chart(title, note + _band_note(groups), lines, STEPS, "loss"))
+    if lines := _scalar_lines(groups, "train_loss"):
+        note = f"The whole loss on training samples: noisy, as timesteps vary. Lower is better.{_band_note(groups)}"
+        charts.append(line_chart("Training loss", note, lines, STEPS, "loss"))
     return charts
 
 
@@ -59,25 +51,27 @@ def share_charts(groups: Sequence[Group]) -> list[Chart]:
     groups = [group for group in groups if group.runs]
     charts = []
     for tag, title, note in SHARES:
-        lines = _scalar_lines(groups, tag, 100.0)
-        if lines:
+        if lines := _scalar_lines(groups, tag, 100.0):
             charts.append(line_chart(title, note + _band_note(groups), lines, STEPS, "%", zero=True))
     with_lpl = [g for g in groups if any(v > 0 for _, v in g.runs[0].scalars.get("lpl/weight", []))]
     if len(with_lpl) == 1:
-        lines = _layer_lines(with_lpl[0].runs[0])
         note = f"Distance of the decoder's features by layer, from the coarsest to the finest, in {with_lpl[0].name}."
-        if lines:
+        if lines := _layer_lines(with_lpl[0].runs[0]):
             charts.append(line_chart("LPL by layer", note, lines, STEPS, "distance", log_y=True))
     return charts
 
 
 def final_kind(run: RunFolder) -> str | None:
     """The weights whose validation counts: those of the result, else averaged ones where there are some."""
-    kinds = list(dict.fromkeys(row["weights"] for row in run.validation))
+    kinds = _kinds(run)
     return run.final_weights if run.final_weights in kinds else (kinds[-1] if kinds else None)
 
 
-def rows_of(run: RunFolder, kind: str | None) -> list[dict[str, Any]]:
+def _kinds(run: RunFolder) -> list[str]:
+    return list(dict.fromkeys(row["weights"] for row in run.validation))
+
+
+def validation_rows(run: RunFolder, kind: str | None) -> list[dict[str, Any]]:
     """Validation rows of one kind of weights, by step."""
     return [row for row in run.validation if row["weights"] == kind]
 
@@ -98,7 +92,9 @@ def _over_both(title: str, note: str, lines: Sequence[tuple[Group, Line]], y_lab
 def _over_seconds(group: Group, line: Line) -> Line:
     """A group's line over steps as one over seconds of training, on average over its runs, as far as all know them."""
     clocks = [training_clock(run) for run in group.runs]
-    known = [[seconds_at(clock, int(step)) for clock in clocks] for step in line.x]
+    if any(len(clock) < 2 for clock in clocks):
+        return line._replace(x=[], y=[], low=None, high=None)
+    known = [[interpolate(clock, step) for clock in clocks] for step in line.x]
     times = [None if None in each else sum(s for s in each if s is not None) / len(each) for each in known]
     kept = [i for i, seconds in enumerate(times) if seconds is not None]
     y, low, high = ([part[i] for i in kept] if part else None for part in (line.y, line.low, line.high))
@@ -108,11 +104,11 @@ def _over_seconds(group: Group, line: Line) -> Line:
 def _validation_lines(groups: Sequence[Group], name: str) -> list[tuple[Group, Line]]:
     if len(groups) == 1 and len(groups[0].runs) == 1:
         run = groups[0].runs[0]
-        kinds = list(dict.fromkeys(row["weights"] for row in run.validation))
         told = {"raw": "weights as trained (raw)", "ema": "averaged weights (ema)"}
-        found = [(kind, [(row["step"], row.get(name)) for row in rows_of(run, kind)]) for kind in kinds]
-        named = [(told.get(kind, kind), str(i + 1), points) for i, (kind, points) in enumerate(found)]
-        lines = [(groups[0], _over([points], label, slot)) for label, slot, points in named]
+        lines = [
+            (groups[0], _over([_curve(run, kind, name)], told.get(kind, kind), str(i + 1)))
+            for i, kind in enumerate(_kinds(run))
+        ]
     else:
         lines = [(group, _over(_final_curves(group, name), group.name, group.slot)) for group in groups]
     return [(group, line) for group, line in lines if any(value is not None for value in line.y)]
@@ -134,16 +130,20 @@ def _change_lines(groups: Sequence[Group], name: str) -> list[tuple[Group, Line]
 
 def _final_curves(group: Group, name: str) -> list[Points]:
     """A validation loss over steps of every run, of the weights that count."""
-    return [[(row["step"], row.get(name)) for row in rows_of(run, final_kind(run))] for run in group.runs]
+    return [_curve(run, final_kind(run), name) for run in group.runs]
+
+
+def _curve(run: RunFolder, kind: str | None, name: str) -> Points:
+    return [(row["step"], row.get(name)) for row in validation_rows(run, kind)]
 
 
 def _bin_charts(groups: Sequence[Group], name: str, title: str) -> list[Chart]:
     """By timestep bin at the end, and for each comparison against its baseline.
 
     Runs of no comparison are set against the first of them, one alone against its start. Arms whose loss has another
-    yardstick than the baseline's are left out.
+    definition than the baseline's are left out.
     """
-    groups = [group for group in groups if name not in group.yardsticks]
+    groups = [group for group in groups if name not in group.redefined]
     lines = [_over(ends, g.name, g.slot) for g in groups if (ends := _bins(g.runs, name, -1))]
     starts = _bins(groups[0].runs, name, 0) if groups else []
     first = [_over(starts, "before training", "ink")._replace(low=None, high=None)] if starts else []
@@ -175,12 +175,10 @@ def _bin_changes(groups: Sequence[Group], name: str) -> tuple[str, list[Line]]:
 def _bins(runs: Sequence[RunFolder], name: str, place: int) -> list[Points]:
     found = []
     for run in runs:
-        rows = [row for row in rows_of(run, final_kind(run)) if row.get(f"{name}_bins")]
+        rows = [row for row in validation_rows(run, final_kind(run)) if row.get(f"{name}_bins")]
         if rows:
-            row = rows[place]
-            edges = row["edges"]
-            middles = [(a + b) / 2 for a, b in pairwise(edges)]
-            found.append(list(zip(middles, row[f"{name}_bins"], strict=True)))
+            middles = [(a + b) / 2 for a, b in pairwise(rows[place]["edges"])]
+            found.append(list(zip(middles, rows[place][f"{name}_bins"], strict=True)))
     return found
 
 

@@ -1,20 +1,30 @@
-"""Charts of comparisons and checks, and names of metrics."""
+"""What comparisons and checks found: charts, verdict cards, and the words for it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from lpl.config.points import plain
-from lpl.evaluation.comparing import DIFFERENCES
-from lpl.report.plots import Chart, Line, Row, interval_chart, line_chart
-from lpl.report.scales import short
+from lpl.report.curves import LOSSES
+from lpl.report.plots import Chart, IntervalRow, Line, interval_chart, line_chart, signed
 from lpl.report.sources import Group, Result
 
-NOISE_FROM = {"repeat": "what a repeat of the baseline changes", "seeds": "what another seed alone changes"}
+
+class NoiseSource(NamedTuple):
+    """The words for what the noise of a metric was measured by."""
+
+    cause: str
+    in_chart: str
+    in_table: str
+
+
+NOISE = {
+    "repeat": NoiseSource("a repeat of the baseline", "what a repeat of the baseline changes", "of the repeat"),
+    "seeds": NoiseSource("another seed", "what another seed alone changes", "between seeds"),
+}
 ABSCISSAE = {"steps": "at equal steps", "seconds": "at equal training time"}
 MOST_ROWS = 24
-LOSSES = {"diffusion_loss": "Diffusion loss", "lpl": "LPL"}
 NAMES = {
     "precision": "Precision",
     "recall": "Recall",
@@ -65,7 +75,7 @@ def paired_charts(
     return charts
 
 
-def _paired_row(entry: dict[str, Any], slot: str) -> Row:
+def _paired_row(entry: dict[str, Any], slot: str) -> IntervalRow:
     scale = 100 / abs(entry["baseline"])
     low, high = [scale * v for v in entry["interval"]] if entry.get("interval") else (None, None)
     value = scale * entry["difference"]
@@ -73,61 +83,51 @@ def _paired_row(entry: dict[str, Any], slot: str) -> Row:
     better = "↓" if entry.get("lower_is_better", True) else "↑"
     said = f"{signed(value)} %" + ("" if low is None or high is None else f"  [{signed(low)}, {signed(high)}]")
     name = metric_name(entry["metric"]).replace(" distance", "").replace("Spectrum's log error", "Spectrum")
-    label = f"{name} {better}"
-    return Row(
-        label, slot, value, low, high, said, noise=noise, noise_is=NOISE_FROM[entry.get("noise_from") or "seeds"]
-    )
-
-
-def signed(value: float, digits: int = 3) -> str:
-    """A number with its sign."""
-    text = short(value, digits)
-    return f"+{text}" if value > 0 else text
+    noise_is = NOISE[entry.get("noise_from") or "seeds"].in_chart
+    return IntervalRow(f"{name} {better}", slot, value, low, high, said, noise=noise, noise_is=noise_is)
 
 
 def check_charts(check: Result) -> list[Chart]:
     """Gradient ratio and cosine by timestep; distance and outliers of each layer."""
     charts = []
     gradients = check.content.get("gradients") or []
-    x = [(g["t_low"] + g["t_high"]) / 2 for g in gradients]
     if gradients:
+        x = _middles(gradients)
         ratio = Line("|LPL| / |diffusion|", "1", x, [g["ratio"] for g in gradients])
         cosine = Line("cosine", "2", x, [g["cosine"] for g in gradients])
         note = "Norm of LPL's gradient at weight 1 over the diffusion loss's, at the model's output."
         charts.append(line_chart("Gradient ratio", note, [ratio], "timestep", "ratio", log_y=True))
         note = "Angle between the two gradients: 1 the same direction, 0 at right angles, below 0 against each other."
         charts.append(line_chart("Gradient cosine", note, [cosine], "timestep", "cosine", zero=True))
-    layers = check.content.get("layers") or []
     for key, title, note, factor in (
         ("distance", "Distance by layer", "LPL of each tap of the decoder, coarsest first.", 1.0),
         ("outlier_fraction", "Outliers by layer", "Part of each tap's features that are masked as outliers.", 100.0),
     ):
-        lines = [_layer_line(layer, key, str(i % 8 + 1), factor) for i, layer in enumerate(layers)]
+        lines = []
+        for i, layer in enumerate(check.content.get("layers") or []):
+            y = [None if b[key] is None else factor * b[key] for b in layer["bins"]]
+            lines.append(Line(str(layer["tap"]), str(i % 8 + 1), _middles(layer["bins"]), y))
         if lines:
             unit = "%" if factor == 100 else "distance"
             charts.append(line_chart(title, note, lines, "timestep", unit, log_y=factor == 1, zero=factor == 100))
     return charts
 
 
-def _layer_line(layer: dict[str, Any], key: str, slot: str, factor: float) -> Line:
-    bins = layer["bins"]
-    x = [(b["t_low"] + b["t_high"]) / 2 for b in bins]
-    return Line(str(layer["tap"]), slot, x, [None if b[key] is None else factor * b[key] for b in bins])
+def _middles(bins: Sequence[dict[str, Any]]) -> list[float]:
+    return [(b["t_low"] + b["t_high"]) / 2 for b in bins]
 
 
 OUTCOMES = ("better", "worse", "below", "none", "unknown")
-"""Of a figure; "below": a difference smaller than the noise."""
+"""Of a metric; "below": a difference smaller than the noise."""
 
 TONES = {"helps": "good", "harms": "bad", "mixed": "mixed"}
 """How an arm is coloured, by the outcome of its sentence."""
 
 
 def shown_entries(content: dict[str, Any], final: str | None) -> list[dict[str, Any]]:
-    """The paired figures that the page draws: of validation, those of the weights that the results are made of.
+    """The paired metrics that the page draws: of validation, those of the weights that the results are made of.
 
-    Args:
-        content: of compare.json.
-        final: "raw" or "ema"; None: not known, all are shown.
+    `final` is "raw" or "ema"; None: not known, all are shown.
     """
     paired: list[dict[str, Any]] = content.get("paired", [])
     kept = [e for e in paired if not e["metric"].startswith("validation/") or e["metric"].split("/")[1] == final]
@@ -137,12 +137,9 @@ def shown_entries(content: dict[str, Any], final: str | None) -> list[dict[str, 
 def verdicts(
     content: dict[str, Any], paired: Sequence[dict[str, Any]], arms: Mapping[str, Group]
 ) -> list[dict[str, Any]]:
-    """For each arm against the baseline: a headline, the figures behind it and the options.
+    """For each arm of a compare.json against the baseline: a headline, the metrics behind it and the options.
 
-    Args:
-        content: of compare.json.
-        paired: its figures that count.
-        arms: by their names in compare.json.
+    `paired` are its metrics that count.
     """
     found, told = [], {entry["arm"]: entry["outcome"] for entry in content.get("verdicts", [])}
     for arm in content.get("arms", []):
@@ -190,12 +187,7 @@ def tone(entries: Sequence[dict[str, Any]]) -> str:
 
 
 def headline(entries: Sequence[dict[str, Any]], repeats: bool = False) -> str:
-    """The outcomes of an arm's figures at one abscissa, counted.
-
-    Args:
-        entries: of compare.json's "paired".
-        repeats: the arm has the options of the baseline.
-    """
+    """The outcomes of an arm's metrics at one abscissa, counted; `repeats`: it has the options of the baseline."""
     outcomes = [outcome_of(entry) for entry in entries]
     number = {outcome: outcomes.count(outcome) for outcome in OUTCOMES}
     if number["unknown"] == len(entries):
@@ -221,108 +213,37 @@ def headline(entries: Sequence[dict[str, Any]], repeats: bool = False) -> str:
 def _noise(entries: Sequence[dict[str, Any]]) -> str:
     """What differences are below, in words."""
     sources = dict.fromkeys(e.get("noise_from") or "seeds" for e in entries if outcome_of(e) == "below")
-    return " or ".join(NOISE_FROM[source] for source in sources)
+    return " or ".join(NOISE[source].in_chart for source in sources)
 
 
 def _details(entries: Sequence[dict[str, Any]], at: str, repeats: bool) -> list[str]:
-    """The figures that differ, a line for each outcome."""
+    """The metrics that differ, a line for each outcome."""
     told: dict[tuple[str, ...], str] = {("better",): "Better", ("worse",): "Worse", ("below",): "Within the noise"}
     if repeats:
         told = {("better", "worse", "below"): "Another"}
-    return [f"{words} {at}: {text}" for outcomes, words in told.items() if (text := _listed(entries, outcomes))]
-
-
-def _listed(entries: Sequence[dict[str, Any]], outcomes: Sequence[str]) -> str:
-    told = []
-    for e in entries:
-        if outcome_of(e) in outcomes:
-            size = 100 * e["difference"] / abs(e["baseline"]) if e.get("baseline") else None
-            told.append(metric_name(e["metric"]) + ("" if size is None else f" {signed(size, 2)} %"))
-    return "; ".join(told)
-
-
-AT = {"steps": "equal steps", "seconds": "equal time"}
-NOISE = {"repeat": "of the repeat", "seeds": "between seeds"}
-
-
-def result_table(content: dict[str, Any]) -> str:
-    """Every metric by arm as text: differences to the baseline, intervals, noise and verdicts.
-
-    Args:
-        content: of compare.json.
-    """
     lines = []
-    for arm in content["arms"]:
-        runs = arm["runs"]
-        what = ", ".join(f"{name} {value}" for name, value in arm["overrides"].items()) or "as given"
-        told = " (baseline)" if arm["baseline"] else ""
-        timed = f"{sum(run['seconds'] for run in runs) / len(runs):.1f} s of training each" if runs else "none finished"
-        lines.append(f"{arm['name']}{told}: {what}; {len(runs)} runs, {timed}")
-    unpaired = {arm["name"]: arm["unpaired"] for arm in content["arms"]}
-    for arm_name in dict.fromkeys(entry["arm"] for entry in content["paired"]):
-        paired = "paired by seed" if unpaired[arm_name] is None else f"not paired ({unpaired[arm_name]})"
-        lines += ["", f"{arm_name} against the baseline, {paired}:"]
-        header = ["metric", "at", "baseline", "difference", "95 % (t)", "95 % (bootstrap)", "noise", "verdict"]
-        lines += _columns([header, *(_row(e) for e in content["paired"] if e["arm"] == arm_name)])
-    for arm_name in dict.fromkeys(entry["arm"] for entry in content["at_best"]):
-        own = [entry for entry in content["at_best"] if entry["arm"] == arm_name]
-        several = any(len(entry["scales"]) > 1 for entry in own)
-        chosen = f", each at its own best guidance, chosen on the {_chosen_on(own[0])}" if several else ""
-        lines += ["", f"samples of {arm_name} against the baseline's{chosen}:"]
-        header = ["steps", "guidance", "Fréchet, ratio", "95 % (t)", "precision", "recall", "high-band error"]
-        lines += _columns([header, *map(_best_row, own)])
-    if content["notes"]:
-        lines += ["", "to be known:", *(f"  {line}" for line in content["notes"])]
-    if content["refused"]:
-        lines += ["", "left out:", *(f"  {line}" for line in content["refused"])]
-    if by_chance := chance_line(content["paired"]):
-        lines += ["", by_chance]
-    return "\n".join(lines)
+    for outcomes, words in told.items():
+        parts = []
+        for e in entries:
+            if outcome_of(e) in outcomes:
+                size = f" {signed(100 * e['difference'] / abs(e['baseline']), 2)} %" if e.get("baseline") else ""
+                parts.append(metric_name(e["metric"]) + size)
+        if parts:
+            lines.append(f"{words} {at}: {'; '.join(parts)}")
+    return lines
 
 
 def chance_line(paired: Sequence[dict[str, Any]]) -> str:
     """How many verdicts would find a difference where there is none: one in 20, as intervals are of 95 %.
 
-    Args:
-        paired: of compare.json; nothing is said where none has a verdict.
+    Empty where none of compare.json's "paired" has a verdict.
     """
     compared = sum(entry.get("outcome", "unknown") != "unknown" for entry in paired)
     told = "1 verdict" if compared == 1 else f"{compared} verdicts"
     return f"of {told}, about {compared / 20:.3g} would find a difference by chance alone" if compared else ""
 
 
-def _row(entry: dict[str, Any]) -> list[str]:
-    ends = [
-        "-" if interval is None else f"[{interval[0]:+.3g}, {interval[1]:+.3g}]"
-        for interval in (entry["interval"], entry["bootstrap"])
-    ]
-    noise = "-" if entry["noise"] is None else f"{entry['noise']:.3g} {NOISE[entry['noise_from']]}"
-    first = [entry["metric"], AT[entry["abscissa"]], f"{entry['baseline']:.5g}", f"{entry['difference']:+.3g}"]
-    return [*first, *ends, noise, entry["verdict"]]
-
-
-def _chosen_on(entry: dict[str, Any]) -> str:
-    return "other seeds" if entry["chosen_on"] == "other seeds" else "only seed itself"
-
-
-def _best_row(entry: dict[str, Any]) -> list[str]:
-    frechet = entry.get("frechet")
-    ends = None if frechet is None else frechet["interval"]
-    shown = [
-        "-" if frechet is None else f"{frechet['ratio']:.3f}",
-        "-" if ends is None else f"[{ends[0]:.3f}, {ends[1]:.3f}]",
-        *(f"{entry[name]['difference']:+.3g}" if name in entry else "-" for name in DIFFERENCES),
-    ]
-    return [str(entry["sampling_steps"]), best_scales(entry), *shown]
-
-
 def best_scales(entry: dict[str, Any]) -> str:
     """The guidance of an entry of "at_best", of the baseline and of the arm."""
     sides = [sorted(set(entry[side]) - {None}) for side in ("baseline_guidance", "guidance")]
     return " → ".join("/".join(map(plain, side)) or "its own" for side in sides)
-
-
-def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
-    return ["  " + "  ".join(row).rstrip() for row in padded]

@@ -25,8 +25,16 @@ SHEET = 2
 """A whole sheet may be so many times larger than a single picture."""
 
 
-@dataclass(frozen=True)
-class Embedded:
+SHEETS = "samples"
+MOST_ROWS = 16
+BEFORE = "before"
+LONG = 10**7
+"""Seeds from here on were drawn, not given."""
+SMALL = 160
+"""Pictures up to so many pixels wide are shown enlarged, pixel by pixel."""
+
+
+class Embedded(NamedTuple):
     """A picture within the page."""
 
     uri: str
@@ -37,7 +45,26 @@ class Embedded:
     """Its size in the file."""
 
 
-def embed_all(pictures: Sequence[Picture], budget: int) -> tuple[list[Embedded | None], list[str]]:
+class ImagePart(NamedTuple):
+    """One picture: a file, or a part of one."""
+
+    file: Path
+    """In the folder of what names it: see inside."""
+    box: tuple[int, int, int, int] | None = None
+    """None: all of it."""
+
+    def read(self) -> Image.Image:
+        """The pixels as lpl eval takes them: upright, sRGB, 8 bits, on white.
+
+        Raises:
+            OSError: it is gone.
+            BadImageError: it is no picture.
+        """
+        image = decode_image(self.file.read_bytes())
+        return image.crop(self.box) if self.box else image
+
+
+def embed_all(pictures: Sequence[ImagePart], budget: int) -> tuple[list[Embedded | None], list[str]]:
     """Encodes all pictures at the largest size at which they fit the budget.
 
     Args:
@@ -57,27 +84,21 @@ def embed_all(pictures: Sequence[Picture], budget: int) -> tuple[list[Embedded |
             if (note := f"{picture.file}: cannot be shown ({error})") not in notes:
                 notes.append(note)
     for side, quality in TRIES:
-        found = _encode_all(read, [p.box is None for p in pictures], side, quality, budget)
-        if found is not None:
+        found: list[Embedded | None] = []
+        left = budget
+        for picture, image in zip(pictures, read, strict=True):
+            whole = SHEET if picture.box is None else 1
+            found.append(None if image is None else encode(image, side * whole, quality))
+            left -= len(found[-1].uri) if found[-1] else 0
+            if left < 0:
+                break
+        if left >= 0:
             smaller = sum(e is not None and (e.width, e.height) != e.original for e in found)
             if smaller:
                 notes.append(f"{smaller} pictures are shown smaller than they are, at most {side} pixels a side")
             return found, notes
     notes.append(f"{len(pictures)} pictures are left out: they do not fit the page's size (--max_megabytes)")
     return [None] * len(pictures), notes
-
-
-def _encode_all(
-    pictures: Sequence[Image.Image | None], whole: Sequence[bool], side: int, quality: int, budget: int
-) -> list[Embedded | None] | None:
-    found: list[Embedded | None] = []
-    for picture, is_whole in zip(pictures, whole, strict=True):
-        encoded = None if picture is None else encode(picture, side * (SHEET if is_whole else 1), quality)
-        budget -= 0 if encoded is None else len(encoded.uri)
-        if budget < 0:
-            return None
-        found.append(encoded)
-    return found
 
 
 def encode(picture: Image.Image, side: int, quality: int) -> Embedded:
@@ -95,31 +116,7 @@ def encode(picture: Image.Image, side: int, quality: int) -> Embedded:
     return Embedded(uri, picture.width, picture.height, original)
 
 
-SHEETS = "samples"
-MOST_ROWS = 16
-BEFORE = "before"
-
-
-class Picture(NamedTuple):
-    """One picture: a file, or a part of one."""
-
-    file: Path
-    """In the folder of what names it: see inside."""
-    box: tuple[int, int, int, int] | None = None
-    """None: all of it."""
-
-    def read(self) -> Image.Image:
-        """The pixels as lpl eval takes them: upright, sRGB, 8 bits, on white.
-
-        Raises:
-            OSError: it is gone.
-            BadImageError: it is no picture.
-        """
-        image = decode_image(self.file.read_bytes())
-        return image.crop(self.box) if self.box else image
-
-
-class Key(NamedTuple):
+class RowKey(NamedTuple):
     """What a row shows."""
 
     prompt: str
@@ -129,29 +126,29 @@ class Key(NamedTuple):
 
 
 @dataclass
-class Pictures:
+class PictureTable:
     """A table of pictures."""
 
     columns: list[str] = field(default_factory=list)
     """Names, from left to right."""
-    rows: dict[Key, dict[str, Picture]] = field(default_factory=dict)
+    rows: dict[RowKey, dict[str, ImagePart]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     """What of them is not shown."""
 
-    def add(self, key: Key, column: str, picture: Picture) -> None:
+    def add(self, key: RowKey, column: str, picture: ImagePart) -> None:
         """Puts a picture into its place; the first one there stays."""
         if column not in self.columns:
             self.columns.append(column)
         self.rows.setdefault(key, {}).setdefault(column, picture)
 
 
-def gather_pictures(inputs: Inputs) -> Pictures:
+def gather_pictures(inputs: Inputs) -> PictureTable:
     """The pictures of all runs and evaluations.
 
     Of a run, the first sheet (before) and the last; of an arm with several seeds, those of its first run. Rows that
     most columns share come first.
     """
-    table = Pictures()
+    table = PictureTable()
     places = {group.comparison or group.name: place for place, group in reversed([*enumerate(inputs.groups)])}
     groups = sorted(inputs.groups, key=lambda g: (places[g.comparison or g.name], not g.baseline))
     alone = sum(not group.further for group in groups) == 1
@@ -176,16 +173,20 @@ def gather_pictures(inputs: Inputs) -> Pictures:
     return table
 
 
-def _add_run(table: Pictures, group: Group, alone: bool) -> None:
+def _add_run(table: PictureTable, group: Group, alone: bool) -> None:
     run = group.runs[0]
-    folder = run.path / SHEETS
-    sheets = {file for file in folder.glob("*.png") if _is_inside(table, run.path, file)}
+    sheets = set()
+    for file in (run.path / SHEETS).glob("*.png"):
+        if inside(run.path, f"{SHEETS}/{file.name}") is None:
+            table.notes.append(f"{file}: leads out of {run.path} and is not shown")
+        else:
+            sheets.add(file)
     numbers = {file: file.stem[5:] for file in sheets if file.stem.startswith("step-")}
     steps = sorted((int(n), file) for file, n in numbers.items() if n.isascii() and n.isdigit() and len(n) <= 18)
     for file in sorted(sheets - {file for _, file in steps}):
         for cell in _cells(table, file) or []:
             column = cell.kind if alone or cell.kind == "real" else f"{group.name}: {cell.kind}"
-            table.add(Key(cell.prompt, cell.seed), column, Picture(file, cell.box))
+            table.add(RowKey(cell.prompt, cell.seed), column, ImagePart(file, cell.box))
     if not steps:
         return
     (first, before), (last, after) = steps[0], steps[-1]
@@ -196,29 +197,21 @@ def _add_run(table: Pictures, group: Group, alone: bool) -> None:
     _add_sheet(table, run, after, f"after (step {last})" if alone else group.name)
 
 
-def _is_inside(table: Pictures, folder: Path, file: Path) -> bool:
-    """Whether a picture is in the folder of its run; one that a link takes from elsewhere is noted."""
-    found = inside(folder, str(file.relative_to(folder))) is not None
-    if not found:
-        table.notes.append(f"{file}: leads out of {folder} and is not shown")
-    return found
-
-
-def _add_sheet(table: Pictures, run: RunFolder, file: Path, column: str) -> None:
+def _add_sheet(table: PictureTable, run: RunFolder, file: Path, column: str) -> None:
     cells = _cells(table, file)
     if cells is None:
         return
     if not cells:
-        table.add(Key("all validation images", None), column, Picture(file))
+        table.add(RowKey("all validation images", None), column, ImagePart(file))
         return
     kinds = list(dict.fromkeys(cell.kind for cell in cells))
     kind = run.final_weights if run.final_weights in kinds else kinds[-1]
     for cell in cells:
         if cell.kind == kind:
-            table.add(Key(cell.prompt, cell.seed), column, Picture(file, cell.box))
+            table.add(RowKey(cell.prompt, cell.seed), column, ImagePart(file, cell.box))
 
 
-def _cells(table: Pictures, file: Path) -> list[Cell] | None:
+def _cells(table: PictureTable, file: Path) -> list[Cell] | None:
     """A sheet's cells; None where it is damaged, which is noted."""
     try:
         return read_cells(file)
@@ -227,7 +220,7 @@ def _cells(table: Pictures, file: Path) -> list[Cell] | None:
         return None
 
 
-def _add_eval(table: Pictures, group: Group, result: Result) -> None:
+def _add_eval(table: PictureTable, group: Group, result: Result) -> None:
     """Its images, from beside eval.json where they were drawn, else from where --images was."""
     images, home = result.content.get("images") or [], result.file.parent
     root, gone = Path(result.content.get("image_root") or home), 0
@@ -240,23 +233,16 @@ def _add_eval(table: Pictures, group: Group, result: Result) -> None:
     for image in images:
         file = inside(root, str(image["file"]))
         if file is not None and file.is_file():
-            key = Key(str(image.get("prompt") or ""), image.get("seed"), image.get("index"))
-            table.add(key, group.name, Picture(file))
+            key = RowKey(str(image.get("prompt") or ""), image.get("seed"), image.get("index"))
+            table.add(key, group.name, ImagePart(file))
         else:
             gone += 1
     if gone:
         table.notes.append(f"{result.file}: {gone} of its {len(images)} images are gone from {root}")
 
 
-LONG = 10**7
-"""Seeds from here on were drawn, not given."""
-SMALL = 160
-"""Pictures up to so many pixels wide are shown enlarged, pixel by pixel."""
-
-
-@dataclass
-class Place:
-    """A place in the grid."""
+class GalleryCell(NamedTuple):
+    """A picture's place in the grid."""
 
     column: int
     image: Embedded
@@ -268,12 +254,11 @@ class Place:
         return self.image.width <= SMALL
 
 
-@dataclass
-class GalleryRow:
+class GalleryRow(NamedTuple):
     """A prompt and seed."""
 
     title: str
-    cells: list[Place]
+    cells: list[GalleryCell]
 
 
 @dataclass
@@ -290,15 +275,11 @@ class Gallery:
     of_checks: list[tuple[str, Embedded]] = field(default_factory=list)
     """What lpl check drew, with captions."""
     notes: list[str] = field(default_factory=list)
+    """What is not shown."""
 
 
 def build_gallery(inputs: Inputs, budget: int) -> Gallery:
-    """Gathers and embeds the pictures.
-
-    Args:
-        inputs: of the page.
-        budget: bytes for all of them.
-    """
+    """Gathers the pictures and embeds them within a budget of bytes for all of them."""
     table = gather_pictures(inputs)
     places = [(key, column) for key, row in table.rows.items() for column in row]
     pictures = [table.rows[key][column] for key, column in places]
@@ -309,21 +290,20 @@ def build_gallery(inputs: Inputs, budget: int) -> Gallery:
     for key, row in table.rows.items():
         title = _title(key, list(table.rows))
         cells = [
-            Place(i, image, f"{title}: {column}")
+            GalleryCell(i, image, f"{title}: {column}")
             for i, column in enumerate(table.columns)
             if column in row and (image := found[key, column]) is not None
         ]
         if cells:
             gallery.rows.append(GalleryRow(title, cells))
-    for (caption, _), image in zip(drawn, embedded[len(places) :], strict=True):
-        if image is not None:
-            gallery.of_checks.append((caption, image))
+    shown = zip(drawn, embedded[len(places) :], strict=True)
+    gallery.of_checks = [(caption, image) for (caption, _), image in shown if image is not None]
     gallery.slides = any(len(row.cells) > 1 for row in gallery.rows)
     gallery.left, gallery.right = _ends(gallery, inputs)
     return gallery
 
 
-def _title(key: Key, keys: list[Key]) -> str:
+def _title(key: RowKey, keys: list[RowKey]) -> str:
     """The prompt, with the seed; a drawn seed is too long to read, so such images are numbered."""
     name = key.prompt or "(empty prompt)"
     if key.number is not None:
@@ -336,7 +316,7 @@ def _title(key: Key, keys: list[Key]) -> str:
     return f"{name} · image {number}"
 
 
-def _check_pictures(inputs: Inputs) -> tuple[list[tuple[str, Picture]], list[str]]:
+def _check_pictures(inputs: Inputs) -> tuple[list[tuple[str, ImagePart]], list[str]]:
     """Captions and pictures that the checks name, and lines on those that are gone."""
     here, lost = [], []
     for check in inputs.checks:
@@ -350,7 +330,7 @@ def _check_pictures(inputs: Inputs) -> tuple[list[tuple[str, Picture]], list[str
             if name := drawn.get("file"):
                 file = inside(folder, name)
                 if file is not None and file.is_file():
-                    here.append((caption, Picture(file)))
+                    here.append((caption, ImagePart(file)))
                 else:
                     lost.append(f"{folder / name}: the picture is gone")
     return here, lost

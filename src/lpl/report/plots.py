@@ -1,4 +1,4 @@
-"""What plots are made of, lines and rows of values, and what becomes of them; and tables."""
+"""Plots as SVG: lines over an axis, and values with intervals, a row each. And how numbers are written for readers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from itertools import count
 from typing import NamedTuple
 
 from lpl.base.terminal import printable
-from lpl.report.scales import Scale, scale_for, short
 
 
 class Line(NamedTuple):
@@ -29,7 +28,7 @@ class Line(NamedTuple):
     """Where its best point is, to be marked."""
 
 
-class Row(NamedTuple):
+class IntervalRow(NamedTuple):
     """A value with its interval."""
 
     label: str
@@ -47,6 +46,16 @@ class Row(NamedTuple):
     mark: float | None = None
     mark_is: str = "the VAE's own floor"
     """A place to set against; and that in words."""
+
+    @property
+    def interval(self) -> str:
+        """In square brackets."""
+        return "–" if self.low is None or self.high is None else f"[{short(self.low)}, {short(self.high)}]"
+
+    @property
+    def numbers(self) -> str:
+        """What stands beside the label."""
+        return self.text or short(self.value) + ("" if self.interval == "–" else f"  {self.interval}")
 
 
 @dataclass(frozen=True)
@@ -108,28 +117,29 @@ def line_chart(
     along = [v for line in lines for part in (line.y, line.low or (), line.high or ()) for v in part if v is not None]
     x_scale = scale_for(across, LEFT, WIDTH - RIGHT, log_x)
     y_scale = scale_for(along, HEIGHT - BOTTOM, TOP, log_y, zero and not log_y)
-    parts = [_grid(x_scale, y_scale), _axis_labels(x_label, y_label)]
-    parts += [_band(line, x_scale, y_scale) for line in lines if line.low and line.high]
+    parts = [_axes(x_scale, y_scale, x_label, y_label)]
+    parts += [_band(line, x_scale, y_scale) for line in lines]
     parts += [_line(line, x_scale, y_scale) for line in lines]
     said = "; ".join(filter(None, (_in_words(line) for line in lines)))
     svg = _svg(title, f"{note} {y_label} against {x_label}. {said}.", HEIGHT, "".join(parts))
-    legend = [(line.label, line.slot) for line in lines]
-    header = [x_label, *(line.label for line in lines)]
     places = sorted(set(across))
-    every = -(-len(places) // 40) if places else 1
+    every = -(-len(places) // 40) or 1
     by_line = [dict(zip(line.x, line.y, strict=True)) for line in lines]
-    rows = [[short(x, 4), *(short(values.get(x), 4) for values in by_line)] for x in places[::every]]
-    key = (
-        [("swatch-best", "the best guidance by Fréchet distance")]
-        if any(line.best is not None for line in lines)
-        else []
+    marks_best = any(line.best is not None for line in lines)
+    return Chart(
+        title,
+        note,
+        svg,
+        [(line.label, line.slot) for line in lines],
+        [x_label, *(line.label for line in lines)],
+        [[short(x, 4), *(short(values.get(x), 4) for values in by_line)] for x in places[::every]],
+        f"every {every}. point" if every > 1 else "",
+        [("swatch-best", "the best guidance by Fréchet distance")] if marks_best else [],
     )
-    thinned = f"every {every}. point" if every > 1 else ""
-    return Chart(title, note, svg, legend, header, rows, thinned=thinned, key=key)
 
 
 def interval_chart(
-    title: str, note: str, rows: Sequence[Row], x_label: str, zero: bool = False, value_header: str = "value"
+    title: str, note: str, rows: Sequence[IntervalRow], x_label: str, zero: bool = False, value_header: str = "value"
 ) -> Chart:
     """A plot of values with intervals, a row each.
 
@@ -143,32 +153,34 @@ def interval_chart(
     """
     held = [v for row in rows for v in (row.value, row.low, row.high, *row.points) if v is not None]
     held += [s * row.noise for row in rows if row.noise is not None for s in (-1, 1)]
-    held += [0.0] if zero else []
-    held = [v for v in held if math.isfinite(v)]
+    held = [v for v in [*held, *([0.0] if zero else [])] if math.isfinite(v)]
     around = max(held) - min(held) if held else 0.0
     held += [row.mark for row in rows if row.mark is not None and min(held) - around < row.mark < max(held) + around]
     height = ROW * len(rows) + BOTTOM
     x_scale = scale_for(held, 10, WIDTH - RIGHT)
     parts = []
-    for tick, label in _labels(x_scale, 6):
+    for tick, label in x_scale.labels(6):
         x = x_scale(tick)
         lines = "".join(f"M{x:.1f} {ROW * number + BAR - 10}v20" for number in range(len(rows)))
         parts.append(f'<path class="{"zero" if zero and tick == 0 else "grid"}" d="{lines}"/>')
         parts.append(f'<text class="tick" x="{x:.1f}" y="{height - BOTTOM + 14}" text-anchor="middle">{label}</text>')
     for number, row in enumerate(rows):
-        shows = number == 0 or row.mark != rows[number - 1].mark
-        parts.append(_row(row, ROW * number, x_scale, shows))
+        shows_mark = number == 0 or row.mark != rows[number - 1].mark
+        parts.append(_row(row, ROW * number, x_scale, shows_mark))
     parts.append(f'<text class="axis" x="{WIDTH / 2}" y="{height - 8}" text-anchor="middle">{escape(x_label)}</text>')
-    said = "; ".join(f"{row.label}: {_figures(row)}" for row in rows)
+    said = "; ".join(f"{row.label}: {row.numbers}" for row in rows)
     svg = _svg(title, f"{note} {said}.", height, "".join(parts), "rows")
-    table = [[row.label, short(row.value, 4), _interval(row), short(row.noise), short(row.mark)] for row in rows]
-    noises = ", or ".join(dict.fromkeys(row.noise_is for row in rows if row.noise is not None))
-    marks = ", or ".join(dict.fromkeys(row.mark_is for row in rows if row.mark is not None))
-    used = [True, True, True, bool(noises), bool(marks)]
-    header, keep = ["", value_header, "95 % interval", "noise", "floor"], [i for i in range(5) if used[i]]
-    key = [("swatch-noise", f"noise: {noises}")] if noises else []
-    key += [("swatch-mark", f"{marks} (◂ ▸: beyond the axis)")] if used[4] else []
-    return Chart(title, note, svg, [], [header[i] for i in keep], [[r[i] for i in keep] for r in table], key=key)
+    header, key = ["", value_header, "95 % interval"], []
+    table = [[row.label, short(row.value, 4), row.interval] for row in rows]
+    if noises := ", or ".join(dict.fromkeys(row.noise_is for row in rows if row.noise is not None)):
+        header.append("noise")
+        key.append(("swatch-noise", f"noise: {noises}"))
+        table = [[*cells, short(row.noise)] for cells, row in zip(table, rows, strict=True)]
+    if marks := ", or ".join(dict.fromkeys(row.mark_is for row in rows if row.mark is not None)):
+        header.append("floor")
+        key.append(("swatch-mark", f"{marks} (◂ ▸: beyond the axis)"))
+        table = [[*cells, short(row.mark)] for cells, row in zip(table, rows, strict=True)]
+    return Chart(title, note, svg, [], header, table, key=key)
 
 
 def escape(text: str) -> str:
@@ -184,36 +196,22 @@ def _svg(title: str, description: str, height: float, content: str, kind: str = 
     )
 
 
-def _labels(scale: Scale, number: int) -> list[tuple[float, str]]:
-    ticks = scale.ticks(number)
-    for digits in range(2, 7):
-        labels = [short(tick, digits) for tick in ticks]
-        if len(set(labels)) == len(ticks):
-            break
-    return list(zip(ticks, labels, strict=True))
-
-
-def _grid(x_scale: Scale, y_scale: Scale) -> str:
+def _axes(x_scale: Scale, y_scale: Scale, x_label: str, y_label: str) -> str:
     bottom, parts = HEIGHT - BOTTOM, []
-    for tick, label in _labels(y_scale, 5):
+    for tick, label in y_scale.labels(5):
         y = y_scale(tick)
         parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
         parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
-    for tick, label in _labels(x_scale, 6):
+    for tick, label in x_scale.labels(6):
         x = x_scale(tick)
         parts.append(f'<path class="base" d="M{x:.1f} {bottom}v4"/>')
         parts.append(f'<text class="tick" x="{x:.1f}" y="{bottom + 17}" text-anchor="middle">{label}</text>')
     parts.append(f'<path class="base" d="M{LEFT} {bottom}H{WIDTH - RIGHT}"/>')
-    return "".join(parts)
-
-
-def _axis_labels(x_label: str, y_label: str) -> str:
     middle = (LEFT + WIDTH - RIGHT) / 2
+    parts.append(f'<text class="axis" x="{middle}" y="{HEIGHT - 7}" text-anchor="middle">{escape(x_label)}</text>')
     # Above the axis, not along it: turned text is hard to read.
-    return (
-        f'<text class="axis" x="{middle}" y="{HEIGHT - 7}" text-anchor="middle">{escape(x_label)}</text>'
-        f'<text class="axis" x="4" y="12">{escape(y_label)}</text>'
-    )
+    parts.append(f'<text class="axis" x="4" y="12">{escape(y_label)}</text>')
+    return "".join(parts)
 
 
 def _line(line: Line, x_scale: Scale, y_scale: Scale) -> str:
@@ -222,12 +220,11 @@ def _line(line: Line, x_scale: Scale, y_scale: Scale) -> str:
         if y is None:
             drawn = False
             continue
-        place = f"{x_scale(x):.1f} {y_scale(y):.1f}"
-        path.append(("L" if drawn else "M") + place)
+        a, b = f"{x_scale(x):.1f}", f"{y_scale(y):.1f}"
+        path.append(f"{'L' if drawn else 'M'}{a} {b}")
         drawn = True
         if len(line.x) <= MARKED:
             told = escape(f"{line.label}: {short(y, 4)} at {short(x, 4)}")
-            a, b = place.split()
             marks.append(f'<circle class="dot s{line.slot}" cx="{a}" cy="{b}" r="3"><title>{told}</title></circle>')
             if x == line.best:
                 marks.append(f'<circle class="best s{line.slot}" cx="{a}" cy="{b}" r="7"/>')
@@ -236,35 +233,29 @@ def _line(line: Line, x_scale: Scale, y_scale: Scale) -> str:
 
 
 def _band(line: Line, x_scale: Scale, y_scale: Scale) -> str:
-    assert line.low is not None
-    assert line.high is not None
-    edges = [e for e in zip(line.x, line.low, line.high, strict=True) if e[1] is not None and e[2] is not None]
+    ends = zip(line.x, line.low or [], line.high or [], strict=True) if line.low and line.high else ()
+    edges = [(x_scale(x), y_scale(low), y_scale(high)) for x, low, high in ends if low is not None and high is not None]
     if len(edges) == 1:
         [(x, low, high)] = edges
-        assert low is not None
-        assert high is not None
-        return f'<path class="whisker s{line.slot}" d="M{x_scale(x):.1f} {y_scale(low):.1f}V{y_scale(high):.1f}"/>'
+        return f'<path class="whisker s{line.slot}" d="M{x:.1f} {low:.1f}V{high:.1f}"/>'
     if not edges:
         return ""
-    upper = [f"{x_scale(x):.1f} {y_scale(high):.1f}" for x, _, high in edges if high is not None]
-    lower = [f"{x_scale(x):.1f} {y_scale(low):.1f}" for x, low, _ in reversed(edges) if low is not None]
-    return f'<path class="band s{line.slot}" d="M{"L".join(upper + lower)}Z"/>'
+    outline = [f"{x:.1f} {high:.1f}" for x, _, high in edges] + [f"{x:.1f} {low:.1f}" for x, low, _ in reversed(edges)]
+    return f'<path class="band s{line.slot}" d="M{"L".join(outline)}Z"/>'
 
 
-def _row(row: Row, top: float, scale: Scale, shows_mark: bool) -> str:
-    y, parts = top + BAR, []
+def _row(row: IntervalRow, top: float, scale: Scale, shows_mark: bool) -> str:
+    y, right, parts = top + BAR, WIDTH - RIGHT, []
     if row.noise is not None:
         a, b = scale(-row.noise), scale(row.noise)
         parts.append(f'<rect class="noise" x="{a:.1f}" y="{y - 8}" width="{b - a:.1f}" height="16"/>')
-    parts.append(f'<text class="label" x="10" y="{top + 12}">{escape(_cut(row.label, 38))}</text>')
-    parts.append(
-        f'<text class="value" x="{WIDTH - RIGHT}" y="{top + 12}" text-anchor="end">{escape(_figures(row))}</text>'
-    )
+    label = row.label if len(row.label) <= 38 else row.label[:37] + "…"
+    parts.append(f'<text class="label" x="10" y="{top + 12}">{escape(label)}</text>')
+    parts.append(f'<text class="value" x="{right}" y="{top + 12}" text-anchor="end">{escape(row.numbers)}</text>')
     if row.low is not None and row.high is not None:
         a, b = scale(row.low), scale(row.high)
-        parts.append(
-            f'<path class="whisker s{row.slot}" d="M{a:.1f} {y}H{b:.1f}M{a:.1f} {y - 5}v10M{b:.1f} {y - 5}v10"/>'
-        )
+        whisker = f"M{a:.1f} {y}H{b:.1f}M{a:.1f} {y - 5}v10M{b:.1f} {y - 5}v10"
+        parts.append(f'<path class="whisker s{row.slot}" d="{whisker}"/>')
     parts += [f'<circle class="point s{row.slot}" cx="{scale(v):.1f}" cy="{y}" r="2.5"/>' for v in row.points]
     parts.append(f'<circle class="dot s{row.slot}" cx="{scale(row.value):.1f}" cy="{y}" r="4.5"/>')
     if row.mark is not None and scale.low <= row.mark <= scale.high:
@@ -272,34 +263,16 @@ def _row(row: Row, top: float, scale: Scale, shows_mark: bool) -> str:
     elif row.mark is not None and shows_mark:
         x, anchor, text = (10, "start", f"◂ {short(row.mark)}")
         if row.mark > scale.high:
-            x, anchor, text = (WIDTH - RIGHT, "end", f"{short(row.mark)} ▸")
+            x, anchor, text = (right, "end", f"{short(row.mark)} ▸")
         parts.append(f'<text class="label" x="{x}" y="{y + 4}" text-anchor="{anchor}">{text}</text>')
-    return f"<g><title>{escape(f'{row.label}: {_figures(row)}')}</title>{''.join(parts)}</g>"
-
-
-def _figures(row: Row) -> str:
-    if row.text:
-        return row.text
-    interval = _interval(row)
-    return short(row.value) if interval == "–" else f"{short(row.value)}  {interval}"
-
-
-def _interval(row: Row) -> str:
-    return "–" if row.low is None or row.high is None else f"[{short(row.low)}, {short(row.high)}]"
-
-
-def _cut(text: str, most: int) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"
+    return f"<g><title>{escape(f'{row.label}: {row.numbers}')}</title>{''.join(parts)}</g>"
 
 
 def _in_words(line: Line) -> str:
-    known = [(x, y) for x, y in zip(line.x, line.y, strict=True) if y is not None]
-    if not known:
-        return ""
-    (first_x, first), (last_x, last) = known[0], known[-1]
-    if len(known) == 1:
-        return f"{line.label}: {short(first)} at {short(first_x, 4)}"
-    return f"{line.label}: from {short(first)} at {short(first_x, 4)} to {short(last)} at {short(last_x, 4)}"
+    known = [f"{short(y)} at {short(x, 4)}" for x, y in zip(line.x, line.y, strict=True) if y is not None]
+    if len(known) > 1:
+        return f"{line.label}: from {known[0]} to {known[-1]}"
+    return f"{line.label}: {known[0]}" if known else ""
 
 
 def _usable(line: Line, log_x: bool, log_y: bool) -> Line:
@@ -325,3 +298,97 @@ def _thinned(line: Line) -> Line:
 
     x = [value for value in means(line.x) or [] if value is not None]
     return line._replace(x=x, y=means(line.y) or [], low=means(line.low), high=means(line.high))
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Maps [low, high] to places [start, end], straight or by the logarithm."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool = False
+
+    def __call__(self, value: float) -> float:
+        """The place of a value."""
+        low, high, value = map(math.log10, (self.low, self.high, value)) if self.log else (self.low, self.high, value)
+        return self.start + (value - low) / (high - low) * (self.end - self.start)
+
+    def ticks(self, number: int) -> list[float]:
+        """Round values within the scale, about so many."""
+        low, high = self.low, self.high
+        if self.log:
+            decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+            whole = [10.0**d for d in decades if low <= 10.0**d <= high]
+            some = [m * 10.0**d for d in decades for m in (1, 2, 5) if low <= m * 10.0**d <= high]
+            if len(whole) >= 3:
+                return whole[:: -(-len(whole) // max(2, number))]
+            if len(some) >= 2:
+                return some
+        raw = (high - low) / max(1, number)
+        power = 10.0 ** math.floor(math.log10(raw))
+        step = next(power * m for m in (1, 2, 5, 10) if power * m >= raw * 0.999)
+        return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+    def labels(self, number: int) -> list[tuple[float, str]]:
+        """The same with their texts, of as few digits as tell them apart."""
+        ticks = self.ticks(number)
+        for digits in range(2, 7):
+            labels = [short(tick, digits) for tick in ticks]
+            if len(set(labels)) == len(ticks):
+                break
+        return list(zip(ticks, labels, strict=True))
+
+
+def scale_for(values: Sequence[float], start: float, end: float, log: bool = False, zero: bool = False) -> Scale:
+    """A scale that holds all values, with a margin of 4 %.
+
+    Args:
+        values: finite; above 0 with log.
+        start, end: places of its ends.
+        log: by the logarithm.
+        zero: 0 is to be on it.
+    """
+    low, high = (min(values), max(values)) if values else (0.1, 1.0)
+    if log:
+        margin = (high / low) ** 0.04 if high > low else 1.5
+        return Scale(low / margin, high * margin, start, end, True)
+    if zero:
+        low, high = min(low, 0.0), max(high, 0.0)
+        if low == high:
+            return Scale(0.0, 1.0, start, end)
+    margin = 0.04 * (high - low) or 0.1 * abs(high) or 1.0
+    return Scale(low if zero and low == 0 else low - margin, high if zero and high == 0 else high + margin, start, end)
+
+
+def short(value: float | None, digits: int = 3) -> str:
+    """A number for readers: three digits, a true minus sign, thousands as k from 10,000 on."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    # Rounded first: what rounds up to the next power of ten is written as that.
+    value = float(f"{value:.0f}" if 10**digits <= abs(value) < 10_000 else f"{value:.{digits - 1}e}")
+    size = abs(value)
+    if 10_000 <= size < 1e15:
+        unit, power = next(pair for pair in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)) if size >= pair[1])
+        text = f"{value / power:.{digits}g}{unit}"
+    elif 10 ** (digits - 1) <= size < 10_000 or value == 0:
+        text = f"{value:.0f}" if size >= 10**digits or value == int(value) else f"{value:.{digits}g}"
+    elif size < 1e-3 or size >= 10_000:
+        mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+        mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
+        text = f"{mantissa}e{int(exponent)}"
+    else:
+        text = f"{value:.{digits}g}"
+    return text.replace("-", "−")
+
+
+def signed(value: float, digits: int = 3) -> str:
+    """A number with its sign."""
+    text = short(value, digits)
+    return f"+{text}" if value > 0 else text
+
+
+def bracketed(interval: Sequence[float] | None) -> str:
+    """An interval in square brackets; a dash: there is none."""
+    return "–" if interval is None else f"[{short(interval[0])}, {short(interval[1])}]"

@@ -13,6 +13,8 @@ from lpl.config import TrainConfig
 from lpl.config.files import CONFIG_FILE, is_config_of_run, read_record
 
 RATE = "samples_per_second"
+Curve = list[tuple[float, float]]
+"""(abscissa, value), by abscissa."""
 
 
 @dataclass(frozen=True)
@@ -72,41 +74,33 @@ def read_run(path: Path) -> RunFolder:
     return RunFolder(path, options, environment, step, weights, _validation(path, skipped), scalars, skipped)
 
 
-def training_clock(run: RunFolder) -> list[tuple[int, float]]:
+def training_clock(run: RunFolder) -> Curve:
     """(optimizer steps, seconds of training until then), without validation, checkpoints and the time between sessions.
 
     seconds(s_k) = seconds(s_{k-1}) + (s_k - s_{k-1}) n / r_k, with the n samples of a step and the logged rate r_k of
     samples a second between two logs. The first rate, which has the start in it (memory, kernels, compilation), is
-    taken for the second.
+    taken for the second. Without rates it has its beginning alone.
     """
-    clock, step, seconds = [(0, 0.0)], 0, 0.0
-    rates = [(here, rate) for here, rate in run.scalars.get(RATE, []) if rate > 0]
-    if not rates:
-        return clock
-    processes = int(run.environment.get("processes", 1))
-    options = TrainConfig().flat() | run.options
-    samples = options["train_batch_size"] * options["gradient_accumulation_steps"] * processes
+    rates = [(step, rate) for step, rate in run.scalars.get(RATE, []) if rate > 0]
     if len(rates) > 1:
         rates[0] = rates[0][0], rates[1][1]
+    options = TrainConfig().flat() | run.options
+    samples = options["train_batch_size"] * options["gradient_accumulation_steps"]
+    samples *= int(run.environment.get("processes", 1))
+    clock: Curve = [(0, 0.0)]
     for here, rate in rates:
+        step, seconds = clock[-1]
         if here > step:
-            seconds += (here - step) * samples / rate
-            step = here
-            clock.append((step, seconds))
+            clock.append((here, seconds + (here - step) * samples / rate))
     return clock
 
 
-def seconds_at(clock: list[tuple[int, float]], step: int) -> float | None:
-    """Seconds of training until a step, by a straight line between the clock's; None: it does not reach so far.
-
-    Args:
-        clock: of training_clock.
-        step: optimizer steps.
-    """
-    for (before, low), (after, high) in pairwise(clock):
-        if before <= step <= after:
-            return low + (step - before) / (after - before) * (high - low)
-    return None
+def interpolate(curve: Curve, place: float) -> float | None:
+    """The value at a place, by a straight line between its neighbours; None: outside of what was measured."""
+    for (x0, y0), (x1, y1) in pairwise(curve):
+        if x0 < place < x1:
+            return y0 + (place - x0) / (x1 - x0) * (y1 - y0)
+    return next((y for x, y in curve if x == place), None)
 
 
 def _validation(path: Path, skipped: list[str]) -> list[dict[str, Any]]:

@@ -46,8 +46,8 @@ class Group:
     """Of an arm, the compare.json that it is of."""
     further: bool = False
     """Evaluations of runs that have another one too, and are groups of their own."""
-    yardsticks: tuple[str, ...] = ()
-    """Validation losses that mean something else than the baseline's, as options that define them differ."""
+    redefined: tuple[str, ...] = ()
+    """Kinds of metric that have another definition than the baseline's, as options that define them differ."""
 
 
 @dataclass
@@ -135,9 +135,15 @@ def _read_comparison(inputs: Inputs, comparison: Result) -> None:
     home, arms = comparison.file.parent, comparison.content.get("arms", [])
     names = _free_name(inputs, [str(arm["name"]) for arm in arms], home)
     for arm, name in zip(arms, names, strict=True):
-        group = Group(name, _slot(inputs), baseline=bool(arm.get("baseline")), folder=home / arm["name"])
-        group.arm, group.comparison = str(arm["name"]), comparison.file
-        group.yardsticks = tuple(arm.get("yardsticks", ()))
+        group = Group(
+            name,
+            _slot(inputs),
+            baseline=bool(arm.get("baseline")),
+            folder=home / arm["name"],
+            arm=str(arm["name"]),
+            comparison=comparison.file,
+            redefined=tuple(arm.get("yardsticks", ())),
+        )
         inputs.groups.append(group)
         folders = []
         for run in arm.get("runs", []):
@@ -168,8 +174,8 @@ def _read_beside(inputs: Inputs, group: Group, folders: Sequence[Path]) -> None:
         group.evals = found.pop(own, [])
     for name, evals in sorted(found.items()):
         [told] = _free_name(inputs, [f"{group.name}/{name}"], folders[0].resolve().parent)
-        other = Group(told, _slot(inputs), evals=evals, folder=evals[0].file.parent, further=True)
-        other.yardsticks = group.yardsticks
+        folder = evals[0].file.parent
+        other = Group(told, _slot(inputs), evals=evals, folder=folder, further=True, redefined=group.redefined)
         inputs.groups.append(other)
 
 

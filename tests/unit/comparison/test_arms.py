@@ -10,7 +10,7 @@ import pytest
 from lpl.base.errors import UserError
 from lpl.comparison.arms import Arm, read_arms
 from lpl.config.command_line import parse_compare, parse_train
-from lpl.evaluation.comparing import kind_of
+from lpl.evaluation.guidance import kind_of
 
 
 def read(tmp_path: Path, text: str, *argv: str) -> list[Arm]:
@@ -66,7 +66,7 @@ def test_an_arm_repeats_the_baseline_where_what_it_changes_comes_to_the_same(tmp
     assert gates == [(None, 1.0, None), (None, None, 3.0), (200, None, None)]
 
 
-def test_options_that_define_a_figure_are_named_by_its_kind(tmp_path: Path) -> None:
+def test_options_that_define_a_metric_are_named_by_its_kind(tmp_path: Path) -> None:
     text = (
         "base: {lpl_norm_type: channel}\n"
         "norm: {lpl_norm_type: shared, lpl_num_blocks: 3, lpl_t_threshold: 200}\n"
@@ -78,7 +78,7 @@ def test_options_that_define_a_figure_are_named_by_its_kind(tmp_path: Path) -> N
         "held: {validation_samples: 3, lpl_norm_type: channel}\n"
         "snr: {rescale_betas_zero_snr: true, lpl_norm_type: channel}\n"
     )
-    found = {arm.name: arm.yardsticks for arm in read(tmp_path, text)}
+    found = {arm.name: arm.redefined for arm in read(tmp_path, text)}
     assert found == {
         "base": {},
         "norm": {"lpl": ("lpl_norm_type", "lpl_num_blocks", "lpl_t_threshold")},

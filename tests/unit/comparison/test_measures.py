@@ -13,15 +13,16 @@ from process_state import fresh_process_state
 from tiny_models import tiny_images
 
 from lpl.base.errors import UserError
+from lpl.base.json_files import write_json
 from lpl.comparison import measures
 from lpl.comparison.arms import Arm, check_same_data
-from lpl.comparison.measures import Measured
-from lpl.comparison.run import _json, result
+from lpl.comparison.measures import RunMetrics
+from lpl.comparison.run import result
+from lpl.comparison.verdict import result_table
 from lpl.config import ModelConfig
 from lpl.config.command_line import parse_compare
 from lpl.evaluation.planning import prompts_digest
 from lpl.families import sampling
-from lpl.report.findings import result_table
 
 LOSS = "validation/raw/diffusion_loss"
 
@@ -70,17 +71,18 @@ def test_the_reference_is_checked_with_all_options_of_the_model(
     assert seen == [ModelConfig(**own)]
 
 
-def test_compare_json_is_json_whatever_was_measured() -> None:
-    def run(seed: int, loss: float, **more: Any) -> Measured:
+def test_compare_json_is_json_whatever_was_measured(tmp_path: Path) -> None:
+    def run(seed: int, loss: float, **more: Any) -> RunMetrics:
         row = {"weights": "raw", "step": 10, "diffusion_loss": loss, "diffusion_loss_bins": [loss, 1.0]}
         curve, clock = [(0.0, 1.0), (10.0, loss)], [(0.0, 0.0), (10.0, 10.0)]
-        return Measured(seed, f"a/seed-{seed}", 10, 10.0, {LOSS: loss}, {LOSS: curve}, clock, [row], **more)
+        return RunMetrics(seed, f"a/seed-{seed}", 10, 10.0, {LOSS: loss}, {LOSS: curve}, clock, [row], **more)
 
-    wild = Arm("wild", {}, False, {}, unpaired=("train_batch_size",), yardsticks={"lpl": ("lpl_num_blocks",)})
+    wild = Arm("wild", {}, False, {}, unpaired=("train_batch_size",), redefined={"lpl": ("lpl_num_blocks",)})
     arms = [Arm("base", {}, True, {}), wild]
     options = parse_compare(["--arms=x", "--validation_samples=2"])
     measured = {"base": [run(0, 0.8), run(1, 0.8)], "wild": [run(0, math.nan), run(1, math.inf)]}
-    found = json.loads(_json(result(options, arms, measured, ["before"])), parse_constant=pytest.fail)
+    write_json(tmp_path / "compare.json", result(options, arms, measured, ["before"]), "--output_dir x")
+    found = json.loads((tmp_path / "compare.json").read_text(), parse_constant=pytest.fail)
     assert found["paired"] == []
     assert found["refused"] == [
         "before",
@@ -95,8 +97,8 @@ def test_compare_json_is_json_whatever_was_measured() -> None:
 
 
 def test_the_table_says_which_arms_are_not_paired() -> None:
-    def run(seed: int, loss: float) -> Measured:
-        return Measured(seed, "", 10, 10.0, {LOSS: loss}, {LOSS: [(0.0, 1.0), (10.0, loss)]}, [(0.0, 0.0)], [])
+    def run(seed: int, loss: float) -> RunMetrics:
+        return RunMetrics(seed, "", 10, 10.0, {LOSS: loss}, {LOSS: [(0.0, 1.0), (10.0, loss)]}, [(0.0, 0.0)], [])
 
     arms = [Arm("base", {}, True, {}), Arm("lpl", {}, False, {}), Arm("large", {}, False, {}, unpaired=("resolution",))]
     measured = {arm.name: [run(0, 0.8 - 0.1 * i), run(1, 0.8)] for i, arm in enumerate(arms)}

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from lpl.comparison.sentences import seeds_needed, verdict_on
 from lpl.comparison.verdict import Noise, Pair, entry
-from lpl.evaluation.comparing import at_best
+from lpl.evaluation.guidance import at_best, edge_notes
 from lpl.evaluation.intervals import deviation
-from lpl.evaluation.sentences import edge_notes, seeds_needed, verdict_on
 
 GUIDANCE = (1.0, 3.0, 5.0)
 ARM = {"name": "lpl", "overrides": {"lpl_weight": "auto"}, "repeats": False}

@@ -8,19 +8,21 @@ from typing import Any
 
 import pytest
 
-from lpl.comparison.measures import Measured, at, by_seconds
-from lpl.comparison.verdict import Noise, Pair, compare_arm, entry, noise_of, repeated_noise
+from lpl.comparison.measures import RunMetrics
+from lpl.comparison.verdict import Noise, Pair, compare_arm, entry, noise_of, over_seconds, repeated_noise, result_table
+from lpl.report.findings import chance_line
+from lpl.report.run_folder import interpolate
 
 LOSS = "validation/ema/diffusion_loss"
 
 
 def run(
     seed: int, ends: float, seconds_per_step: float = 1.0, start: float = 1.0, every: int = 1, **metrics: float
-) -> Measured:
+) -> RunMetrics:
     """A run of 10 steps whose loss goes straight from start to ends, validated so often."""
     curve = [(float(step), start + step / 10 * (ends - start)) for step in range(0, 11, every)]
     clock = [(0.0, 0.0), (10.0, 10 * seconds_per_step)]
-    return Measured(seed, f"a/seed-{seed}", 10, clock[-1][1], {LOSS: ends} | metrics, {LOSS: curve}, clock, [])
+    return RunMetrics(seed, f"a/seed-{seed}", 10, clock[-1][1], {LOSS: ends} | metrics, {LOSS: curve}, clock, [])
 
 
 def by_key(entries: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
@@ -29,14 +31,14 @@ def by_key(entries: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any
 
 def test_values_between_are_on_a_straight_line() -> None:
     curve = [(0.0, 1.0), (10.0, 3.0), (20.0, 2.0)]
-    assert [at(curve, x) for x in (0, 5, 10, 15, 20)] == [1.0, 2.0, 3.0, 2.5, 2.0]
-    assert at(curve, 21) is None
-    assert at([(4.0, 7.0)], 4) == 7.0
-    assert at([(4.0, 7.0)], 3) is None
+    assert [interpolate(curve, x) for x in (0, 5, 10, 15, 20)] == [1.0, 2.0, 3.0, 2.5, 2.0]
+    assert interpolate(curve, 21) is None
+    assert interpolate([(4.0, 7.0)], 4) == 7.0
+    assert interpolate([(4.0, 7.0)], 3) is None
 
 
 def test_curve_over_seconds() -> None:
-    assert by_seconds([(0.0, 5.0), (5.0, 4.0), (99.0, 3.0)], [(0.0, 0.0), (10.0, 30.0)]) == [(0.0, 5.0), (15.0, 4.0)]
+    assert over_seconds([(0.0, 5.0), (5.0, 4.0), (99.0, 3.0)], [(0.0, 0.0), (10.0, 30.0)]) == [(0.0, 5.0), (15.0, 4.0)]
 
 
 def test_equal_steps_and_equal_time() -> None:
@@ -60,7 +62,7 @@ def test_runs_of_different_length_are_compared_where_the_shorter_ends() -> None:
     base = [run(s, 0.8) for s in range(2)]
     points = [0, 4, 9, 11, 16, 20]
     curve, clock = [(float(s), 1 - 0.03 * s) for s in points], [(0.0, 0.0), (20.0, 20.0)]
-    longer = [Measured(s, "b", 20, 20.0, {LOSS: 0.4}, {LOSS: curve}, clock, []) for s in range(2)]
+    longer = [RunMetrics(s, "b", 20, 20.0, {LOSS: 0.4}, {LOSS: curve}, clock, []) for s in range(2)]
     found = by_key(compare_arm("longer", longer, base)[0])
     assert found[LOSS, "steps"]["value"] == pytest.approx(0.7)
     del curve[2]  # now 4 and 11 are the neighbours of 10
@@ -69,7 +71,7 @@ def test_runs_of_different_length_are_compared_where_the_shorter_ends() -> None:
     assert refused[0].startswith(f"longer: {LOSS}: not compared at equal steps: validated too rarely")
 
 
-def test_rare_validations_give_no_figure_at_equal_time() -> None:
+def test_rare_validations_give_no_value_at_equal_time() -> None:
     """The slower run was validated after 0, 10 and 20 s; what it had reached after 10 s is known, after 11 s not.
 
     How far apart validations are counts in steps: seconds vary a little from step to step.
@@ -91,17 +93,17 @@ def test_rare_validations_give_no_figure_at_equal_time() -> None:
     assert by_key(entries)[LOSS, "seconds"]["value"] == pytest.approx(1 - 0.3 * 0.55)
 
 
-def test_figures_of_another_yardstick_are_not_compared() -> None:
+def test_metrics_of_another_definition_are_not_compared() -> None:
     lpl = "validation/raw/lpl"
     base, arm = ([run(s, ends, **{lpl: 0.5}) for s in range(2)] for ends in (0.8, 0.7))
-    entries, refused = compare_arm("deep", arm, base, yardsticks={"lpl": ("lpl_norm_type", "lpl_num_blocks")})
+    entries, refused = compare_arm("deep", arm, base, redefined={"lpl": ("lpl_norm_type", "lpl_num_blocks")})
     assert {e["metric"] for e in entries} == {LOSS}
     assert refused == [
         f"deep: {lpl}: another yardstick than the baseline's: --lpl_norm_type, --lpl_num_blocks",
     ]
 
 
-def test_figures_that_are_not_finite_are_not_compared() -> None:
+def test_metrics_that_are_not_finite_are_not_compared() -> None:
     base = [run(s, 0.8, fid=1.0, kid=math.inf) for s in range(2)]
     arm = [run(s, [0.7, math.nan][s], fid=[math.nan, 2.0][s], kid=1.0) for s in range(2)]
     entries, refused = compare_arm("wild", arm, base)
@@ -126,7 +128,7 @@ def test_a_repeat_of_the_baseline_gives_the_noise() -> None:
     assert entry_of[False]["verdict"].endswith("less than another seed changes")
 
 
-def test_figures_measured_at_the_end_are_not_compared_at_equal_time() -> None:
+def test_metrics_measured_at_the_end_are_not_compared_at_equal_time() -> None:
     base = [run(s, 0.8, frechet=10.0 + s, precision=0.5) for s in range(3)]
     arm = [run(s, 0.8, frechet=8.0 + 1.01 * s, precision=0.6 + 0.001 * s) for s in range(3)]
     entries, refused = compare_arm("lpl", arm, base)
@@ -214,3 +216,22 @@ def test_noise_is_without_the_draws_of_validation() -> None:
     assert noise_of(LOSS, runs) == Noise(pytest.approx((0.02 / 3) ** 0.5), "seeds")
     ends = [run(0, 0.8, frechet=3.0), run(1, 0.8, frechet=5.0)]
     assert noise_of("frechet", ends) == Noise(2.0, "seeds")
+
+
+@pytest.mark.parametrize(
+    ("compared", "told"),
+    [
+        (0, ""),
+        (1, "of 1 verdict, about 0.05 would find a difference by chance alone"),
+        (11, "of 11 verdicts, about 0.55 would find a difference by chance alone"),
+        (39, "of 39 verdicts, about 1.95 would find a difference by chance alone"),
+    ],
+)
+def test_chance_is_told_at_any_number(compared: int, told: str) -> None:
+    known = [entry("lpl", f"m{i}", "steps", [Pair(1.0, 0.9), Pair(1.0, 0.8)], None) for i in range(compared)]
+    paired = [*known, entry("lpl", "unknown", "steps", [Pair(1.0, 0.9)], None)]
+    assert chance_line(paired) == told
+    arms = [{"name": "lpl", "overrides": {}, "baseline": False, "runs": [], "unpaired": None}]
+    table = result_table({"arms": arms, "paired": paired, "at_best": [], "notes": [], "refused": []})
+    assert ("by chance alone" in table) == bool(told)
+    assert table.endswith(told)

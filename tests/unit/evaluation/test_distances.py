@@ -1,4 +1,4 @@
-"""Fréchet and kernel distance: closed forms, torchmetrics and scipy on the same features, resamples."""
+"""Metrics of features: closed forms, torchmetrics, scipy and prdc on the same features, cases by hand, resamples."""
 
 from __future__ import annotations
 
@@ -6,12 +6,21 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from prdc import compute_prdc
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
+from lpl.evaluation import metrics
 from lpl.evaluation.images import interval, resample_counts
-from lpl.evaluation.metrics import Moments, frechet_distance, kernel_distance, kernel_distance_subsets
+from lpl.evaluation.metrics import (
+    Moments,
+    density_coverage,
+    frechet_distance,
+    kernel_distance,
+    kernel_distance_subsets,
+    precision_recall,
+)
 
 
 class Flat(nn.Module):
@@ -79,7 +88,7 @@ def test_kernel_is_the_sum_over_pairs_and_unbiased(monkeypatch: pytest.MonkeyPat
     across = sum(k(a, b) for a in x for b in y)
     expected = within[0] / 42 + within[1] / 20 - 2 * across / 35
     assert float(kernel_distance(x, y)) == pytest.approx(expected, rel=1e-9)
-    monkeypatch.setattr("lpl.evaluation.metrics.ROWS", 3)
+    monkeypatch.setattr(metrics, "ROWS", 3)
     assert float(kernel_distance(x, y)) == pytest.approx(expected, rel=1e-9)
     same = [float(kernel_distance(draw(60, 2 * s) / 100, draw(60, 2 * s + 1) / 100)) for s in range(40)]
     assert min(same) < 0 < max(same)
@@ -125,3 +134,56 @@ def test_interval_holds_the_value_and_covers_the_truth() -> None:
         assert low < value < high
         hits += low < 1.0 < high
     assert 86 <= hits <= 100
+
+
+def noise(count: int, seed: int, scale: float = 1.0) -> Tensor:
+    return torch.randn(count, 8, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+@pytest.mark.parametrize(("n", "m", "rows"), [(200, 150, 1024), (60, 150, 64)])
+def test_equals_prdc(monkeypatch: pytest.MonkeyPatch, k: int, n: int, m: int, rows: int) -> None:
+    monkeypatch.setattr(metrics, "ROWS", rows)
+    samples, reference = noise(n, 0, 1.3), noise(m, 1)
+    expected = compute_prdc(reference.double().numpy(), samples.double().numpy(), nearest_k=k)
+    found = [
+        share.value for share in (*precision_recall(samples, reference, k), *density_coverage(samples, reference, k))
+    ]
+    names = ("precision", "recall", "density", "coverage")
+    assert found == pytest.approx([float(expected[name]) for name in names], rel=1e-4)
+    assert 0.05 < found[0] < 1
+    assert 0.05 < found[3] < 1
+
+
+def test_extremes() -> None:
+    reference = noise(100, 0)
+    same = [*precision_recall(reference, reference), *density_coverage(reference, reference)]
+    assert [share.value for share in same] == [1, 1, pytest.approx(1, abs=0.5), 1]
+    far = [*precision_recall(noise(100, 1) + 50, reference), *density_coverage(noise(100, 1) + 50, reference)]
+    assert [share.value for share in far] == [0, 0, 0, 0]
+    # All samples in one place among the reference: precise, and of the reference they reach the one in their middle.
+    heap = reference[:1] + noise(100, 2) * 1e-3
+    precision, recall = (share.value for share in precision_recall(heap, reference))
+    assert (precision, recall) == (1, 0.01)
+    assert density_coverage(heap, reference)[1].value < 0.2
+
+
+def test_resamples() -> None:
+    samples, reference = noise(50, 0, 1.2), noise(40, 1)
+    counts = resample_counts(50, 4, 0)
+    precision, recall = precision_recall(samples, reference, 3, counts)
+    density, coverage = density_coverage(samples, reference, 5, counts)
+    for r, row in enumerate(counts):
+        # What counts samples one by one, or takes only the reference's radii, is that of the repeated samples.
+        repeated = samples.repeat_interleave(row.long(), 0)
+        assert float(precision.resampled[r]) == pytest.approx(precision_recall(repeated, reference, 3)[0].value)
+        expected = [share.value for share in density_coverage(repeated, reference, 5)]
+        assert [float(density.resampled[r]), float(coverage.resampled[r])] == pytest.approx(expected)
+        assert float(recall.resampled[r]) <= recall.value
+    all_drawn = precision_recall(samples, reference, 3, torch.ones(1, 50))[1]
+    assert float(all_drawn.resampled[0]) == pytest.approx(all_drawn.value)
+
+
+def test_too_few() -> None:
+    with pytest.raises(ValueError, match="5 features have no 5-th nearest other"):
+        density_coverage(noise(20, 0), noise(5, 1))

@@ -16,7 +16,7 @@ from lpl.base.errors import UserError
 from lpl.config import ModelConfig
 from lpl.config.model_commands import EvalConfig
 from lpl.evaluation.images import list_pictures, read_captions
-from lpl.evaluation.planning import Plan, check_eval, read_inputs
+from lpl.evaluation.planning import Plan, check_eval, input_digests
 from lpl.families.sampling import CLASSIFIER_FREE, PipelineSampler, vae_stride
 
 
@@ -68,7 +68,7 @@ def test_pixels_are_whole_latents_of_the_vae(model: Path, reference: Path, tmp_p
     assert plan(reference, tmp_path, **there, resolution=18).resolution == 18
 
 
-def test_figures_of_another_source_are_not_overwritten(model: Path, reference: Path, tmp_path: Path) -> None:
+def test_metrics_of_another_source_are_not_overwritten(model: Path, reference: Path, tmp_path: Path) -> None:
     drawn: dict[str, Any] = {"pretrained_model_name_or_path": model, "num_samples": 12}
     there: dict[str, Any] = {"images": reference}
     other = tiny_images(tmp_path / "other", count=12)
@@ -225,19 +225,19 @@ def test_intervals_need_resamples(count: int, fine: bool) -> None:
         make()
 
 
-def test_inputs_are_what_eval_json_will_hold(model: Path, tmp_path: Path) -> None:
+def test_digests_are_what_eval_json_will_hold(model: Path, tmp_path: Path) -> None:
     """They change with an image's bytes and with a caption, and not with the folder's name."""
     real = Path(tiny_images(tmp_path / "real", count=12))
     options = EvalConfig(str(model), reference_dir=str(real), num_samples=12, output_dir=str(tmp_path / "out"))
-    first = read_inputs(options)
-    assert first.prompts_digest == check_eval(options).prompts_digest
-    assert read_inputs(replace(options, reference_dir=str(real.rename(tmp_path / "moved")))) == first
+    first = input_digests(options)
+    assert first["prompts_digest"] == check_eval(options).prompts_digest
+    assert input_digests(replace(options, reference_dir=str(real.rename(tmp_path / "moved")))) == first
     options = replace(options, reference_dir=str(tmp_path / "moved"))
     metadata = tmp_path / "moved" / "metadata.jsonl"
     metadata.write_text(metadata.read_text().replace('"text": "', '"text": "some '))
-    captioned = read_inputs(options)
-    assert captioned.reference_digest == first.reference_digest
-    assert captioned.prompts_digest != first.prompts_digest
+    captioned = input_digests(options)
+    assert captioned["reference_digest"] == first["reference_digest"]
+    assert captioned["prompts_digest"] != first["prompts_digest"]
     (tmp_path / "moved" / "3.png").write_bytes((tmp_path / "moved" / "4.png").read_bytes())
-    assert read_inputs(options).reference_digest != first.reference_digest
-    assert read_inputs(options).prompts_digest == captioned.prompts_digest
+    assert input_digests(options)["reference_digest"] != first["reference_digest"]
+    assert input_digests(options)["prompts_digest"] == captioned["prompts_digest"]

@@ -1,4 +1,4 @@
-"""Only evaluations of one setting are drawn together, and the page says against what."""
+"""Only evaluations of one setting are drawn together; curves over guidance, the best marked; and their tables."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from lpl.report.evaluations import evaluation_table, metric_charts, spectrum_charts
-from lpl.report.sources import Group, Result
+from lpl.report.evaluations import evaluation_table, metric_charts, point_charts, point_tables, spectrum_charts
+from lpl.report.page import render
+from lpl.report.sources import Group, Inputs, Result
 
 
 def evaluated(value: float, against: str = "images", **other: Any) -> Result:
@@ -73,9 +74,9 @@ def test_references_are_told_apart_by_what_is_in_them() -> None:
     }
 
 
-def test_arms_of_another_yardstick_have_their_own_axis() -> None:
+def test_arms_whose_metrics_are_defined_otherwise_have_their_own_axis() -> None:
     groups = [Group("a", "1", evals=[evaluated(10.0)]), Group("b", "2", evals=[evaluated(20.0)])]
-    groups[1].yardsticks = ("samples",)
+    groups[1].redefined = ("samples",)
     name = "Fréchet distance (lite0)"
     assert values(groups) == {name: [["a", "10"]], f"{name} (another yardstick)": [["b", "20"]]}
 
@@ -100,3 +101,79 @@ def test_runs_of_a_group_give_a_mean_within_a_setting_only() -> None:
         (f"{name} (1000 samples)", ["a", "11", "[−1.71, 23.7]"]),
         (f"{name} (7 samples)", ["a", "99", "[98, 100]"]),
     ]
+
+
+NAME = "frechet_efficientnet-lite0"
+
+
+def measured(curves: dict[int, dict[float, float]], width: float = 1.0) -> Result:
+    points = [
+        {"guidance_scale": g, "num_inference_steps": steps, "metrics": {
+            NAME: {"value": v, "interval": [v - width, v + width]}, "recall": {"value": v / 100, "interval": None},
+        }}
+        for steps, curve in curves.items() for g, v in curve.items()
+    ]  # fmt: skip
+    content = {"num_samples": 100, "reference": "real", "num_reference": 60, "resolution": 64, "features": "lite0"}
+    return Result(Path("eval.json"), {"kind": "eval", "metrics": {}, "images": []} | content | {"points": points})
+
+
+def arms() -> list[Group]:
+    base = [measured({20: {1.0: 50 + s, 3.0: 30 + s, 5.0: 40 + s}, 4: {1.0: 9.0 + s, 3.0: 8.0 + s}}) for s in range(3)]
+    ours = [measured({20: {1.0: 40 + s, 3.0: 31 + s, 5.0: 45 + s}, 4: {1.0: 7.0 + s, 3.0: 8.0 + s}}) for s in range(3)]
+    return [Group("base", "1", evals=base, baseline=True), Group("lpl", "2", evals=ours)]
+
+
+def test_a_panel_for_each_number_of_steps_with_a_line_for_each_arm() -> None:
+    charts = {chart.title: chart for chart in point_charts(Inputs(groups=arms()))}
+    assert list(charts) == [f"{name} over guidance, {steps} steps" for steps in (20, 4)
+                            for name in ("Fréchet distance", "Recall")]  # fmt: skip
+    chart = charts["Fréchet distance over guidance, 20 steps"]
+    assert chart.legend == [("base", "1"), ("lpl", "2")]
+    assert chart.rows == [["1", "51", "41"], ["3", "31", "32"], ["5", "41", "46"]]
+    assert chart.svg.count('class="band') == 2
+    assert [chart.svg.count(f'class="best s{slot}"') for slot in (1, 2)] == [1, 1]
+    assert chart.key == [("swatch-best", "the best guidance by Fréchet distance")]
+    assert "bands of 95 % over seeds (t)" in chart.note
+    few = charts["Recall over guidance, 4 steps"].svg
+    assert 'class="best s1"' in few  # at the guidance that is best by Fréchet distance
+    [(caption, table)] = point_tables(Inputs(groups=arms()))
+    assert (caption, len(table.rows)) == ("Every point", 10)
+    # t(0.975, 2) = 4.303: half of the interval of 30, 31 and 32 is 4.303 / sqrt(3).
+    assert table.rows[1][:6] == ["base", "20", "3 (best)", "31", "[28.5, 33.5]", "–"]
+    assert [row[2] for row in table.rows if row[0] == "lpl"] == ["1", "3 (best)", "5", "1 (best)", "3"]
+
+
+def test_one_run_has_the_bands_of_its_samples_and_one_point_a_bar() -> None:
+    [chart, _] = point_charts(Inputs(groups=[Group("a", "1", evals=[measured({4: {1.0: 5.0, 3.0: 4.0}})])]))
+    assert "95 % by the bootstrap over samples" in chart.note
+    groups = [Group("a", "1", evals=[measured({4: {3.0: 4.0}, 8: {3.0: 4.0}})])]
+    assert 'class="whisker s1"' in point_charts(Inputs(groups=groups))[0].svg
+    two = [Group("a", "1", evals=[measured({4: {1.0: v, 3.0: 4.0}}) for v in (5.0, 6.0)])]
+    assert "from the lowest to the highest" in point_charts(Inputs(groups=two))[0].note
+
+
+def test_an_evaluation_of_one_point_has_no_curves() -> None:
+    one = measured({4: {1.0: 5.0}})
+    del one.content["points"]
+    inputs = Inputs(groups=[Group("a", "1", evals=[one])])
+    assert (point_charts(inputs), point_tables(inputs)) == ([], [])
+
+
+@pytest.mark.parametrize(("outcome", "tone"), [("helps", "good"), ("harms", "bad"), ("mixed", "mixed"), ("none", "")])
+def test_a_comparison_by_itself_has_the_sentence_on_top_and_its_points(outcome: str, tone: str) -> None:
+    rows = [
+        {"arm": arm, "seed": 0, "guidance": g, "sampling_steps": 8, "frechet": f, "recall": 0.5}
+        for arm, f in (("base", 5.0), ("lpl", 4.0)) for g in (1.0, 3.0)
+    ]  # fmt: skip
+    best: dict[str, Any] = {"arm": "lpl", "sampling_steps": 8, "seeds": [0], "guidance": [3.0], "scales": [1.0, 3.0]}
+    best |= {"baseline_guidance": [1.0], "frechet": {"ratio": 0.8, "interval": None}}
+    content = {
+        "kind": "compare", "arms": [{"name": "base", "baseline": True}, {"name": "lpl"}], "paired": [], "rows": rows,
+        "at_best": [best], "verdicts": [{"arm": "lpl", "outcome": outcome, "sentence": "lpl <b> helps."}],
+    }  # fmt: skip
+    result = Result(Path("compare.json"), content)
+    groups = [Group(name, "1", arm=name, comparison=result.file) for name in ("base", "lpl")]
+    page = render(Inputs(groups=groups, comparisons=[result]))
+    assert f'<p class="sentence {tone}">lpl &lt;b&gt; helps.</p>' in page
+    assert page.index("helps.</p>") < page.index("Fréchet distance over guidance, 8 steps")
+    assert "<td>1 → 3</td><td>0.8</td>" in page

@@ -12,7 +12,7 @@ from PIL import Image
 
 from lpl.base.text import Prompt
 from lpl.data.sheets import KEY, Cell, cells_note, read_cells
-from lpl.report.pictures import Key, Picture, build_gallery, embed_all, encode, gather_pictures
+from lpl.report.pictures import ImagePart, RowKey, build_gallery, embed_all, encode, gather_pictures
 from lpl.report.run_folder import RunFolder
 from lpl.report.sources import Group, Inputs, Result
 from lpl.training.validation_images import label_grid
@@ -37,7 +37,7 @@ def test_every_validation_image_is_found_in_its_sheet(tmp_path: Path) -> None:
     order = {(kind, seed): i for kind in drawn for i, seed in enumerate([7, 8, 30, 31])}
     for cell in cells:
         assert cell.seed is not None
-        found = Picture(tmp_path / "sheet.png", cell.box).read()
+        found = ImagePart(tmp_path / "sheet.png", cell.box).read()
         assert np.array_equal(found, drawn[cell.kind][order[cell.kind, cell.seed]])
         assert cell.prompt == ("a fox" if cell.seed < 10 else f"{prompts[1].text} (without: blur)")
 
@@ -67,7 +67,7 @@ def test_small_pictures_are_kept_exactly() -> None:
 def test_pictures_shrink_until_they_fit(tmp_path: Path) -> None:
     for i in range(4):
         noise(i, 800).save(tmp_path / f"{i}.png")
-    pictures = [Picture(tmp_path / f"{i}.png", (0, 0, 800, 800)) for i in range(4)]
+    pictures = [ImagePart(tmp_path / f"{i}.png", (0, 0, 800, 800)) for i in range(4)]
     large, notes = embed_all(pictures, 10**8)
     assert [e.width for e in large if e] == [800] * 4
     assert notes == []
@@ -83,7 +83,7 @@ def test_pictures_shrink_until_they_fit(tmp_path: Path) -> None:
 def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_bytes(b"no picture")
     noise(0).save(tmp_path / "good.png")
-    found, notes = embed_all([Picture(tmp_path / "bad.png"), Picture(tmp_path / "good.png")], 10**6)
+    found, notes = embed_all([ImagePart(tmp_path / "bad.png"), ImagePart(tmp_path / "good.png")], 10**6)
     assert found[0] is None
     assert found[1] is not None
     assert len(notes) == 1
@@ -100,7 +100,7 @@ def test_a_damaged_sheet_is_named_and_the_rest_is_shown(tmp_path: Path) -> None:
     run = RunFolder(tmp_path, {}, {}, 5, "raw", [], {})
     table = gather_pictures(Inputs([Group("a", "1", [run])]))
     assert table.columns == ["before (step 0)"]
-    assert table.rows == {Key("x", 1): {"before (step 0)": Picture(folder / "step-0000000.png", (0, 0, 8, 8))}}
+    assert table.rows == {RowKey("x", 1): {"before (step 0)": ImagePart(folder / "step-0000000.png", (0, 0, 8, 8))}}
     assert len(table.notes) == 2
     for file in damaged:
         assert len([note for note in table.notes if note.startswith(f"{file}: cannot be shown (")]) == 1
@@ -109,7 +109,7 @@ def test_a_damaged_sheet_is_named_and_the_rest_is_shown(tmp_path: Path) -> None:
 def test_a_sheet_cut_short_is_named_once(tmp_path: Path) -> None:
     noise(0, 64).save(tmp_path / "a.png")
     (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:3000])
-    found, notes = embed_all([Picture(tmp_path / "a.png", (0, 0, i, i)) for i in (8, 16, 24)], 10**6)
+    found, notes = embed_all([ImagePart(tmp_path / "a.png", (0, 0, i, i)) for i in (8, 16, 24)], 10**6)
     assert found == [None] * 3
     assert len(notes) == 1
 
@@ -131,7 +131,7 @@ def test_pictures_of_two_comparisons_are_side_by_side(tmp_path: Path) -> None:
 
 def test_transparent_pictures_stand_on_white(tmp_path: Path) -> None:
     Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "a.png")
-    assert Picture(tmp_path / "a.png").read().getpixel((0, 0)) == (255, 255, 255)
+    assert ImagePart(tmp_path / "a.png").read().getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_pictures_are_what_is_measured(tmp_path: Path) -> None:
@@ -144,10 +144,10 @@ def test_pictures_are_what_is_measured(tmp_path: Path) -> None:
     colour = noise(3, 16).crop((0, 0, 16, 8))
     colour.save(tmp_path / "turned.png", exif=exif)
     for name in ("grey.png", "float.tiff"):
-        found = np.asarray(Picture(tmp_path / name).read())
+        found = np.asarray(ImagePart(tmp_path / name).read())
         assert found.shape == (2, 3, 3)
         assert np.abs(found[..., 0] - grey / 257).max() <= 0.51
-    assert np.array_equal(Picture(tmp_path / "turned.png").read(), np.rot90(np.asarray(colour), -1))
+    assert np.array_equal(ImagePart(tmp_path / "turned.png").read(), np.rot90(np.asarray(colour), -1))
 
 
 def test_images_are_taken_from_below_what_names_them(tmp_path: Path) -> None:
@@ -169,9 +169,9 @@ def test_images_are_taken_from_below_what_names_them(tmp_path: Path) -> None:
     table = gather_pictures(Inputs(groups))
     picture = Path("a") / "0.png"
     assert table.rows == {
-        Key("x", None, 0): {
-            "drawn": Picture(tmp_path / "drawn" / picture),
-            "above": Picture(tmp_path / "above" / "there" / picture),
+        RowKey("x", None, 0): {
+            "drawn": ImagePart(tmp_path / "drawn" / picture),
+            "above": ImagePart(tmp_path / "above" / "there" / picture),
         },
     }
     assert table.notes == [

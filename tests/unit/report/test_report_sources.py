@@ -10,9 +10,8 @@ import pytest
 from lpl.config import TrainConfig
 from lpl.config.files import write_config
 from lpl.report.evaluations import metric_charts
-from lpl.report.page import render
+from lpl.report.page import render, title
 from lpl.report.sources import read_inputs
-from lpl.report.words import title
 
 NAME = "Fréchet distance (lite0)"
 

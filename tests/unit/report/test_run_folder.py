@@ -12,9 +12,9 @@ from lpl.base.errors import UserError
 from lpl.config import TrainConfig
 from lpl.config.files import write_config
 from lpl.report.curves import loss_charts
-from lpl.report.run_folder import RunFolder, is_run, read_run, seconds_at, training_clock
+from lpl.report.page import configuration, tiles
+from lpl.report.run_folder import RunFolder, interpolate, is_run, read_run, training_clock
 from lpl.report.sources import Group, Inputs
-from lpl.report.words import configuration, tiles
 
 
 def run(scalars: dict[str, Any], processes: int = 1, **options: Any) -> RunFolder:
@@ -35,9 +35,8 @@ def test_no_logs_no_clock() -> None:
 
 def test_seconds_of_steps_between_logs() -> None:
     clock = [(0, 0.0), (10, 2.0), (15, 4.0)]
-    assert [seconds_at(clock, step) for step in (0, 5, 10, 12, 15)] == pytest.approx([0, 1, 2, 2.8, 4])
-    assert seconds_at(clock, 16) is None
-    assert seconds_at([(0, 0.0)], 0) is None
+    assert [interpolate(clock, step) for step in (0, 5, 10, 12, 15)] == pytest.approx([0, 1, 2, 2.8, 4])
+    assert interpolate(clock, 16) is None
 
 
 def test_validation_is_drawn_over_training_time_too() -> None:

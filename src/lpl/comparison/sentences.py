@@ -14,12 +14,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from lpl.config import LPLConfig
-from lpl.config.points import edge_line, plain
-from lpl.evaluation.comparing import Row, curve_of, edges
-from lpl.evaluation.intervals import LEVEL, deviation, mean, t_interval, t_quantile
+from lpl.config.points import plain
+from lpl.evaluation.intervals import LEVEL, deviation, t_interval, t_quantile
 
 SAMPLES_MATTER, LOSS_MATTERS = 0.05, 0.01
 """The least change of the Fréchet distance, and of a loss, that a user would act on."""
@@ -35,7 +35,7 @@ OUTCOMES = {
 
 
 class Change(NamedTuple):
-    """A figure, lower being better, as a share of the baseline's."""
+    """A metric, lower being better, as a share of the baseline's."""
 
     value: float
     """-0.05: 5 % lower."""
@@ -63,7 +63,7 @@ def seeds_needed(spread: float, difference: float, power: float = POWER, level: 
 
     Assumes that differences of further seeds are normally distributed around this difference, with the spread that was
     measured. From few seeds the spread is itself uncertain (of two, easily by a factor of three), and so is n. Close to
-    the exact figure of the noncentral t distribution, which it exceeds by one at most for n above 4.
+    the exact number of the noncentral t distribution, which it exceeds by one at most for n above 4.
 
     Args:
         spread: standard deviation of the paired differences, over seeds.
@@ -174,7 +174,7 @@ def _guidance(entry: Mapping[str, Any]) -> str:
 def _by_validation(arm: Mapping[str, Any], entry: Mapping[str, Any], of_lpl: bool) -> tuple[str, str]:
     shares = [difference / entry["baseline"] for difference in entry["differences"]]
     spread = deviation(shares) if len(shares) > 1 else None
-    change = Change(mean(shares), t_interval(shares), spread, len(shares), LOSS_MATTERS)
+    change = Change(fmean(shares), t_interval(shares), spread, len(shares), LOSS_MATTERS)
     told = f"validation's diffusion loss {_sized(change)} at equal steps"
     if arm["repeats"]:
         return "none", f" has the baseline's options: a {told.replace(' loss', ' loss that is', 1)} is what chance does"
@@ -228,13 +228,3 @@ def _sized(change: Change) -> str:
     near, far = sorted(change.interval, key=abs)
     told = f"{_percent(near)} to {_way(far)}" if same else f"{_way(low)} to {_way(high)}"
     return f"{_way(change.value)} (95 %: {told})"
-
-
-def edge_notes(rows: Sequence[Row], arms: Sequence[str]) -> list[str]:
-    """A line for each arm and number of steps whose best guidance is the end of what was measured."""
-    lines = []
-    for arm in arms:
-        for steps in sorted({row["sampling_steps"] for row in rows if row["arm"] == arm}):
-            found = edges(curve_of(rows, arm, steps))
-            lines += [f"{arm}, {steps} steps: {edge_line(scale, edge)}" for scale, edge in found.items()]
-    return lines

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from lpl.evaluation.comparing import at_best, chosen_guidance, curve_of, edges, paired_ratio, rows_of
+from lpl.evaluation.guidance import at_best, chosen_guidance, curve_of, edges, rows_of
+from lpl.evaluation.intervals import paired_ratio
 
 Values = dict[int, dict[float, float]]
 
