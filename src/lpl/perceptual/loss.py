@@ -6,6 +6,7 @@ phi_l: feature maps after the decoder's middle block and up blocks. Source: Berr
 with Perceptual Objectives", ICLR 2025 (arXiv 2411.04873), section 3.
 """
 
+import copy
 import logging
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -166,6 +167,12 @@ class LatentPerceptualLoss:
         if not with_gradient:
             return out
         return out._replace(per_sample=WithGradient.apply(pred_latents, out.per_sample, out.gradient))
+
+    def uncropped(self) -> "LatentPerceptualLoss":
+        """The same loss of whole images, whatever its crop; called without a depth it goes all the way."""
+        other = copy.copy(self)
+        other.crop = None
+        return other
 
     def _chunks(
         self, pred_latents: Tensor, target_latents: Tensor, mask: Tensor | None, windows: Tensor | None

@@ -13,7 +13,6 @@ dropped; crops are always the first one, not mirrored.
 
 from __future__ import annotations
 
-import copy
 import io
 import json
 import logging
@@ -36,18 +35,15 @@ from lpl.base.written_files import read_validated
 from lpl.config import TrainConfig
 from lpl.data.dataset import TrainingData
 from lpl.data.sheets import KEY, cells_note
-from lpl.diffusion.draws import draw_normal, keyed_uniform
+from lpl.diffusion.draws import bin_edges, draw_normal, keyed_uniform
 from lpl.diffusion.losses import diffusion_loss
-from lpl.diffusion.prediction import add_noise, target_of, x0_from_output
 from lpl.training.sharded import forget_gathered
-from lpl.training.step import TrainingStep
+from lpl.training.step import StepInputs, TrainingStep
 from lpl.training.stopping import Stop
 from lpl.training.validation_images import ImageDrawer, label_grid
 from lpl.training.weights import Weights
 
 logger = logging.getLogger("lpl")
-
-BINS = 10
 
 
 class Item(NamedTuple):
@@ -76,7 +72,7 @@ class HeldOutLoss:
 
     def __init__(self, accelerator: Accelerator, data: TrainingData, step_loss: TrainingStep, batch_size: int) -> None:
         self.accelerator, self.data, self.step, self.seed = accelerator, data, step_loss, step_loss.seed
-        self.edges = bin_edges(len(step_loss.alpha), BINS)
+        self.edges = bin_edges(len(step_loss.alpha))
         self.items = [self._item(index, k) for index in self._by_bucket() for k in range(len(self.edges) - 1)]
         places = range(len(self.items))
         buckets = [int(data.buckets[item.sample]) for item in self.items]
@@ -92,9 +88,7 @@ class HeldOutLoss:
                     "validation says nothing of LPL: none of its %d timesteps passes the gate %s; hold out more images",
                     *(len(self.items), step_loss.objective.gate),
                 )
-            # Whole images at full depth: the loss itself may be an estimate of that.
-            self.loss_fn = copy.copy(step_loss.objective.loss_fn)
-            self.loss_fn.crop = None
+            self.loss_fn = step_loss.objective.loss_fn.uncropped()  # the loss itself may be an estimate of that
 
     def _by_bucket(self) -> list[int]:
         held = self.data.split.held_out.tolist()
@@ -136,29 +130,18 @@ class HeldOutLoss:
 
     def _losses(self, denoiser: Any, places: list[int]) -> Tensor:
         """(2, B): diffusion loss and LPL (0 where the gate is shut) of a batch."""
-        step, device = self.step, self.accelerator.device
-        items = [self.items[place] for place in places]
+        step, items = self.step, [self.items[place] for place in places]
         batch = self.data.batch([(item.sample, item.part) for item in items], fixed=True)
         timesteps = torch.tensor([item.timestep for item in items])
-        alpha, sigma = step.alpha[timesteps].float(), step.sigma[timesteps].float()
         shape = tuple(batch.raw_latents.shape[1:])
         keys = zip(batch.sample_ids, batch.counts, strict=True)
-        noise = torch.stack([draw_normal(shape, self.seed, "validation_noise", *key) for key in keys]).to(device)
-        latents = step.latent_space.from_raw(batch.raw_latents.to(device))
-        noisy_latents = add_noise(latents, noise, alpha, sigma)
-        text = {name: value.to(device) for name, value in batch.text.items()}
-        with torch.autocast(device.type, step.autocast, enabled=step.autocast is not None):
-            output = step.family.denoise(
-                denoiser, noisy_latents, timesteps.to(device), text, batch.sizes.to(device)
-            ).float()
-        target = target_of(latents, noise, alpha, sigma, step.prediction_type)
-        mask = None if batch.mask is None else batch.mask.to(device)
-        diffusion = diffusion_loss(output, target, mask=mask)
+        noise = torch.stack([draw_normal(shape, self.seed, "validation_noise", *key) for key in keys])
+        inputs = step.denoise(denoiser, batch, noise, timesteps, self.accelerator.device)
+        diffusion = diffusion_loss(inputs.model_output, inputs.target, mask=inputs.mask)
         losses = torch.stack([diffusion, torch.zeros_like(diffusion)])
         for n in self.gated[places].nonzero().flatten().tolist():  # each alone: norm `batch` is to see no other
-            one = slice(n, n + 1)
-            clean = x0_from_output(output[one], noisy_latents[one], alpha[one], sigma[one], step.prediction_type)
-            losses[1, n] = self.loss_fn(clean, latents[one], None if mask is None else mask[one]).per_sample[0]
+            one = StepInputs._make(None if part is None else part[n : n + 1] for part in inputs)
+            losses[1, n] = self.loss_fn(one.x0(step.prediction_type), one.latents, one.mask).per_sample[0]
         return losses
 
     def _means(self, name: str, values: Tensor, among: Tensor) -> dict[str, Any]:
@@ -168,12 +151,6 @@ class HeldOutLoss:
             name: float(values[among].mean()),
             f"{name}_bins": [float(own.mean()) if len(own) else None for own in chosen],
         }
-
-
-def bin_edges(num_timesteps: int, bins: int) -> list[int]:
-    """Edges of equal parts of a schedule, at most one for each timestep: bin k holds edges[k] <= t < edges[k + 1]."""
-    bins = min(bins, num_timesteps)
-    return [num_timesteps * k // bins for k in range(bins + 1)]
 
 
 FILE = "validation.jsonl"

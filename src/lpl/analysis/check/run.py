@@ -28,6 +28,7 @@ from lpl.config import TrainConfig
 from lpl.config.commands import FEWEST, PAGE, CheckConfig, ReportConfig
 from lpl.config.files import CHECK_REPORT, environment
 from lpl.data.sheets import printable
+from lpl.diffusion.draws import bin_edges
 from lpl.families import load_family, plan_configs
 from lpl.training.engine import build_accelerator, build_objective
 from lpl.training.preflight import Checked, check_data, processes
@@ -235,9 +236,9 @@ class Check:
         rows = []
         within, without = (part.nonzero().flatten() for part in (gate, ~gate))
         mapped = [int(part[len(part) // 2]) for part in (within, without) if len(part)]
-        edges = levels.bin_edges(total)
+        edges = bin_edges(total)
         centres = [(low + high) // 2 for low, high in pairwise(edges)]
-        loss_fn = levels.whole_loss(self.objective)
+        loss_fn = self.objective.loss_fn.uncropped()
         for t in sorted({*centres, *mapped}):
             seen = levels.estimate(self.step, self.denoiser, encoded.batch([shown], 0), torch.tensor([t]), self.device)
             if self.step.prediction_type == "epsilon" and float(seen.alpha) == 0:
