@@ -12,8 +12,7 @@ from lpl.analysis.counter import StepCounter
 from lpl.base.errors import UserError
 from lpl.config import OPTIMIZERS, OptimConfig
 from lpl.training.one_by_one import PIECE
-from lpl.training.optim import build_optimizer
-from lpl.training.optimizers import FAILURES, averages_itself
+from lpl.training.optimizers import FAILURES, averages_itself, build_optimizer
 
 ROUNDING = 21
 """Bytes a value that torchao's stochastic rounding writes out: five tensors of four, and a mask."""

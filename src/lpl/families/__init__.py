@@ -76,9 +76,9 @@ def kohya_lora(lora: Path, config: ModelConfig, title: str) -> tuple[dict[str, t
 
 def noise_scheduler(configs: dict[str, Any]) -> Any:
     """The training schedule that a model's configs state."""
-    from lpl.families import sdxl
+    from lpl.families.sdxl_file import training_schedule
 
-    return sdxl.training_schedule(configs["scheduler"])
+    return training_schedule(configs["scheduler"])
 
 
 def model_configs(config: ModelConfig) -> dict[str, Any]:

@@ -62,7 +62,7 @@ class PipelineSampler:
         if scheduler != "model":
             from diffusers import DPMSolverMultistepScheduler
 
-            from lpl.families.sdxl_schedule import build_scheduler
+            from lpl.families.sdxl_file import build_scheduler
 
             kind = type(pipeline.scheduler).__name__
             require(
@@ -306,7 +306,7 @@ def _foreign(config: ModelConfig) -> str | None:
 
 def _obey(pipeline: Any, said: Mapping[str, Any]) -> None:
     """Gives a pipeline the schedule that its single file says, where it is one of those that have prediction types."""
-    from lpl.families.sdxl_schedule import build_scheduler
+    from lpl.families.sdxl_file import build_scheduler
 
     if said and "prediction_type" in pipeline.scheduler.config:
         pipeline.scheduler = build_scheduler(type(pipeline.scheduler), pipeline.scheduler.config, **said)

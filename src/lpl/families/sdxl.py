@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import transformers
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from diffusers.training_utils import _collate_lora_metadata
 from PIL import Image
@@ -25,8 +25,8 @@ from lpl.base.errors import UserError
 from lpl.config import ModelConfig
 from lpl.diffusion.latent_space import LatentSpace
 from lpl.families.base import DECODED_PIXELS, TrainedOn, config_settings, weights_hash
+from lpl.families.sdxl_file import set_schedule, training_schedule
 from lpl.families.sdxl_lora import LORA_TARGETS, METADATA, WITH_TEXT, adapter_of, lora_metadata, to_kohya
-from lpl.families.sdxl_schedule import build_scheduler, set_schedule
 from lpl.families.sdxl_text import PromptEncoder, guided
 from lpl.families.sdxl_trainee import SDXLTrainee, denoise, parts_of, token_fields
 
@@ -249,11 +249,6 @@ class SDXL:
 
     def kohya_lora(self, lora: Path, title: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         return to_kohya(lora, {"unet": self.pipeline.unet.config}, title)
-
-
-def training_schedule(scheduler: Mapping[str, Any]) -> DDPMScheduler:
-    """The training schedule of a pipeline whose scheduler has this config."""
-    return build_scheduler(DDPMScheduler, scheduler)
 
 
 def load_pipeline(

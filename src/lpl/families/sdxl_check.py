@@ -10,8 +10,7 @@ from lpl.base.errors import UserError
 from lpl.base.json_files import ANY, NULL, SWITCH, TEXT, Kind, Shape, number, read_object, require_shape, whole
 from lpl.config import ModelConfig
 from lpl.families import sdxl_configs
-from lpl.families.sdxl_file import FLAG, check_single_file, check_weights, read_header
-from lpl.families.sdxl_schedule import chosen_schedule
+from lpl.families.sdxl_file import FLAG, check_single_file, check_weights, chosen_schedule, read_header
 
 SIZE, LAYERS = whole(1, 2**16), whole(1, 256)
 SIZES = Kind("a list of 1 to 16 sizes", lambda v: isinstance(v, list) and 1 <= len(v) <= 16 and all(map(SIZE.fits, v)))

@@ -21,8 +21,7 @@ from lpl.families import sdxl_names as names
 from lpl.families.sdxl import load_pipeline, named
 from lpl.families.sdxl_check import WITH_WEIGHTS, check_model, native_resolution
 from lpl.families.sdxl_configs import PUBLISHED
-from lpl.families.sdxl_file import compare_lora
-from lpl.families.sdxl_schedule import chosen_schedule
+from lpl.families.sdxl_file import chosen_schedule, compare_lora
 
 
 def original_tensors(pipeline: Any) -> Iterator[tuple[str, Tensor]]:

@@ -25,8 +25,8 @@ from torch import Tensor
 from lpl.base.errors import TrainingStoppedError, UserError
 from lpl.base.files import sync_file as sync
 from lpl.base.json_files import ANY, REST, TEXT, WHOLE, Shape, read_object, require_shape, whole
-from lpl.training.manifest import MANIFEST, RESULT, damage, unlisted, write_manifest
-from lpl.training.optimizers import bare, label
+from lpl.training.optimizers import label
+from lpl.training.output import MANIFEST, RESULT, damage, unlisted, write_manifest
 from lpl.training.sharded import gathered, join_optimizer, joined, load_optimizer, local, put, split, split_optimizer
 from lpl.training.weights import Average
 
@@ -136,7 +136,7 @@ def save_checkpoint(
             gathered(tensors, False)
         return final
     _clear(folder)
-    state = state | {"step": step, "optimizer": numbers | {"class": label(bare(optimizer))}}
+    state = state | {"step": step, "optimizer": numbers | {"class": label(optimizer)}}
     if ema is not None:
         state["ema"] = ema.numbers()
     try:
@@ -274,7 +274,7 @@ def load_checkpoint(
 
 
 def _check_same_optimizer(path: Path, kept: dict[str, Any], optimizer: Any) -> None:
-    own = label(bare(optimizer))
+    own = label(optimizer)
     if kept.get("class", own) != own:
         raise UserError(f"{path}: holds the state of {kept['class']}, not of this run's {own}: see --optimizer")
     sizes = [len(group["params"]) for group in kept["param_groups"]]

@@ -25,8 +25,7 @@ from lpl.diffusion.draws import keyed_seed, strata
 from lpl.perceptual.loss import LatentPerceptualLoss
 from lpl.perceptual.objective import PerceptualObjective
 from lpl.training.checks import check_processes
-from lpl.training.optim import check_steps
-from lpl.training.optimizers import check_class
+from lpl.training.optimizers import check_class, check_steps
 from lpl.training.sharded import set_precision
 from lpl.training.step import timestep_weights
 

@@ -23,7 +23,6 @@ from torch.optim import Optimizer
 
 from lpl.base.errors import TrainingStoppedError, UserError
 from lpl.config import OptimConfig
-from lpl.training.optimizers import bare
 
 PIECE = 2**22
 """Values that are rounded at once: torchao writes out five tensors for them."""
@@ -142,6 +141,11 @@ def rounding() -> Callable[[Tensor], Tensor]:
             f"--weights_dtype bfloat16 needs torchao with its stochastic rounding ({error}): "
             "pip install 'latent-perceptual-loss[optim]'"
         ) from error
+
+
+def bare(optimizer: Any) -> Any:
+    """The optimizer without accelerate's wrapper."""
+    return getattr(optimizer, "optimizer", optimizer)
 
 
 class FusedBackward:

@@ -1,12 +1,20 @@
-"""The folder of a run: what a run writes into it, whether it may, and whether one has ended there."""
+"""The folder of a run: what a run writes into it, whether it may, and whether what lies there is whole.
+
+What a checkpoint's files must be, their sizes and checksums, is in a file of it that is written last. A folder without
+that was never finished; one whose files differ from it was cut short or damaged since.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
 from lpl.base.errors import UserError
-from lpl.base.output_folder import Names, OutputFolder, Proof, check_apart, matches
+from lpl.base.files import checksum
+from lpl.base.files import sync_file as sync
+from lpl.base.json_files import REST, TEXT, difference, parse_json, read_object, whole
+from lpl.base.output_folder import JUNK, Names, OutputFolder, Proof, check_apart, matches
 from lpl.base.written_files import FINISHED, VALIDATION, read_finished
 from lpl.config import TrainConfig
 from lpl.config.files import CONFIG_FILE, differences, is_config_of_run
@@ -14,10 +22,13 @@ from lpl.data.bad_files import FILE as BAD_FILES
 from lpl.data.bad_files import is_list
 from lpl.families import RESULT_NAMES
 from lpl.training.launch import processes
-from lpl.training.manifest import MANIFEST, RESULT, unlisted
 
 logger = logging.getLogger("lpl")
 
+ENTRIES = {REST: {"bytes": whole(0), "xxh3_128": TEXT}}
+MANIFEST = "manifest.json"
+RESULT = ".tmp-result"
+"""A result that is being written."""
 SAMPLES, SAVED = "samples", "saved"
 CHECKPOINTS = "checkpoint-#/"
 KOHYA = "_kohya.safetensors"
@@ -198,3 +209,53 @@ def _missing(output: OutputFolder) -> str | None:
     if output.has_record:
         return output.missing()
     return None if any((folder / name).is_file() for name in RESULT_NAMES if not name.endswith("/")) else "its result"
+
+
+def write_manifest(folder: Path) -> None:
+    """Reads every file of a folder, notes its size and XXH3 checksum (128 bits), and syncs all of it.
+
+    Raises:
+        OSError: the disk is full, or another fault of the file system.
+    """
+    for path in folder.iterdir():
+        sync(path)
+    files = {p.name: {"bytes": p.stat().st_size, "xxh3_128": checksum(p)} for p in sorted(folder.iterdir())}
+    (folder / MANIFEST).write_text(json.dumps(files, indent=1))
+    sync(folder / MANIFEST)
+    sync(folder)
+
+
+def damage(folder: Path, read: bool = True) -> str | None:
+    """What is wrong with a folder that write_manifest has described; None: nothing.
+
+    Args:
+        folder: to look at.
+        read: read every byte; else only sizes are compared.
+    """
+    try:
+        files = parse_json((folder / MANIFEST).read_bytes(), MANIFEST)
+        fault = difference(files, ENTRIES)
+        if fault is not None:
+            return f"{MANIFEST} is not what was written"
+        for name, expected in files.items():
+            size = (folder / name).stat().st_size
+            if size != expected["bytes"]:
+                return f"{name} has {size} of {expected['bytes']} bytes"
+            if read and checksum(folder / name) != expected["xxh3_128"]:
+                return f"{name} does not match its checksum"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except OSError as error:
+        return f"{Path(error.filename or folder).name} cannot be read: {error.strerror}"
+    except (UserError, ValueError):  # ValueError: a name with a NUL
+        return f"{MANIFEST} is not what was written"
+    return None
+
+
+def unlisted(folder: Path) -> str | None:
+    """Something in a folder that write_manifest has described which it did not find there; None: nothing is."""
+    try:
+        files = read_object(folder / MANIFEST)
+        return next((p.name for p in sorted(folder.iterdir()) if p.name not in {MANIFEST, *JUNK, *files}), None)
+    except (OSError, UserError):
+        return None

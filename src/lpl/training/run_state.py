@@ -25,7 +25,7 @@ from lpl.training.checkpoint import (
     save_checkpoint,
 )
 from lpl.training.nonfinite import FiniteGuard
-from lpl.training.optimizers import bare, coefficients
+from lpl.training.optimizers import coefficients
 from lpl.training.output import finished_at
 from lpl.training.tracking import LPLTotals, Tracker
 from lpl.training.weights import Trained
@@ -121,7 +121,7 @@ class RunState:
                 logger.warning("%s: the finished run left no checkpoint, so training starts over", self.folder)
             return 0
         optimizer = self.trained.optimizer
-        options = coefficients(bare(optimizer))
+        options = coefficients(optimizer)
         state = load_checkpoint(path, self.trained.parameters, optimizer, self.trained.ema)
         require_shape(state, KEPT, str(path / STATE), "resume from another checkpoint")
         step = int(state["step"])

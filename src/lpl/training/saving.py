@@ -17,8 +17,7 @@ from lpl.base.written_files import FINISHED
 from lpl.config import TrainConfig
 from lpl.config.files import CHECK_REPORT, CONFIG_FILE, DATA_REPORT
 from lpl.data.bad_files import FILE as BAD_FILES
-from lpl.training.manifest import RESULT
-from lpl.training.output import SAVED
+from lpl.training.output import RESULT, SAVED
 from lpl.training.weights import Weights
 
 ALL_WEIGHTS = "a folder for diffusers; `lpl export` makes the file for ComfyUI, A1111 and Forge"

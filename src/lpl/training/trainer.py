@@ -28,8 +28,7 @@ from lpl.training.checks import warn_of_steps
 from lpl.training.engine import Batches, build_accelerator, build_objective
 from lpl.training.nonfinite import FiniteGuard, spoil
 from lpl.training.one_by_one import FusedBackward
-from lpl.training.optim import component_rates, scaled_learning_rate
-from lpl.training.optimizers import adapted_rate
+from lpl.training.optimizers import adapted_rate, component_rates, scaled_learning_rate
 from lpl.training.output import claim_output, lora_name, output_of
 from lpl.training.preflight import Checked, validation_prompts
 from lpl.training.run_state import RunState

@@ -16,9 +16,14 @@ from torch import Tensor, nn
 from lpl.config import OptimConfig, TrainConfig
 from lpl.families.base import Family
 from lpl.training.engine import add_lora
-from lpl.training.one_by_one import FusedBackward
-from lpl.training.optim import build_optimizer, build_schedule, scaled_learning_rate, split_components
-from lpl.training.optimizers import averages_itself, bare
+from lpl.training.one_by_one import FusedBackward, bare
+from lpl.training.optimizers import (
+    averages_itself,
+    build_optimizer,
+    build_schedule,
+    scaled_learning_rate,
+    split_components,
+)
 from lpl.training.sharded import WholeModel, local
 
 

@@ -17,7 +17,7 @@ from lpl.base.errors import UserError
 from lpl.config import TrainConfig
 from lpl.config.command_line import parse_train
 from lpl.families import blueprint, model_configs
-from lpl.training.optim import build_optimizer
+from lpl.training.optimizers import build_optimizer
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from lpl.families import blueprint, model_configs
 from lpl.families.sdxl_configs import PUBLISHED
 from lpl.training.engine import add_lora, build_loss
 from lpl.training.one_by_one import FusedBackward
-from lpl.training.optim import build_optimizer
+from lpl.training.optimizers import build_optimizer
 
 
 @pytest.fixture(scope="module")
