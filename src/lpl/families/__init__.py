@@ -36,7 +36,7 @@ def load_family(
 
 def blueprint(configs: dict[str, Any], config: ModelConfig | None = None) -> Blueprint:
     """The networks that a model's configs describe, for a plan with these options."""
-    from lpl.families.sdxl_blueprint import SDXLBlueprint
+    from lpl.families.sdxl_networks import SDXLBlueprint
 
     config = config or ModelConfig()
     return SDXLBlueprint(configs, config.max_token_length, config.train_text_encoder, config.clip_skip)
@@ -69,7 +69,7 @@ def as_trained(config: ModelConfig, lora: Path) -> ModelConfig:
 
 def kohya_lora(lora: Path, config: ModelConfig, title: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """A LoRA file of diffusers' naming as kohya and ComfyUI name it, and its metadata."""
-    from lpl.families.sdxl_lora import to_kohya
+    from lpl.families.sdxl_names import to_kohya
 
     return to_kohya(lora, plan_configs(config), title)
 

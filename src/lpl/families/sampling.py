@@ -325,7 +325,7 @@ def _load_foreign(config: ModelConfig, dtype: torch.dtype, lora: Path | None, sc
     extra = {part: None for part in ("safety_checker", "feature_extractor", "image_encoder") if part in taken}
     if "requires_safety_checker" in taken:
         extra["requires_safety_checker"] = False  # type: ignore[assignment]
-    from lpl.families.sdxl import named
+    from lpl.families.sdxl_networks import named
 
     with named(FLAG, name):
         if name.endswith(".safetensors"):

@@ -18,10 +18,11 @@ from torch import Tensor
 from lpl.base.errors import UserError
 from lpl.config import ModelConfig
 from lpl.families import sdxl_names as names
-from lpl.families.sdxl import load_pipeline, named
+from lpl.families.sdxl import load_pipeline
 from lpl.families.sdxl_check import WITH_WEIGHTS, check_model, native_resolution
 from lpl.families.sdxl_configs import PUBLISHED
 from lpl.families.sdxl_file import chosen_schedule, compare_lora
+from lpl.families.sdxl_networks import named
 
 
 def original_tensors(pipeline: Any) -> Iterator[tuple[str, Tensor]]:

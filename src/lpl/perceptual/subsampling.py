@@ -1,4 +1,4 @@
-"""A random window of a feature map, for images too large for the device."""
+"""Estimates of the loss: of a random window of the feature maps, and of a random number of them."""
 
 from __future__ import annotations
 
@@ -74,43 +74,3 @@ def reach_probabilities(taps: int, given: bool | Sequence[float]) -> tuple[float
 def depth_of(draw: float, reach: Sequence[float]) -> int:
     """How many taps are compared, for a draw that is uniform in [0, 1)."""
     return sum(draw < p for p in reach)
-
-
-def best_reach(squares: Sequence[float], costs: Sequence[float], budget: float | None = None) -> list[float]:
-    """The probabilities with the least mean squared gradient at a mean cost: p_l = min(1, t sqrt(c_l / k_l)), falling.
-
-    Neighbours whose order a falling sequence forbids are pooled: they share sqrt(sum c / sum k).
-
-    Args:
-        squares: c_l above, averaged over samples.
-        costs: k_l above, in any unit.
-        budget: the mean cost, between the first cost and their sum, which decides t; None: the t at which the product
-            of mean squared gradient and mean cost is least, p_0 being just 1.
-    """
-    pools: list[tuple[float, float, int]] = []
-    for square, cost in zip(squares, costs, strict=True):
-        pool = (max(square, 0.0), cost, 1)
-        while pools and pools[-1][0] * pool[1] <= pool[0] * pools[-1][1]:
-            square_before, cost_before, size = pools.pop()
-            pool = (square_before + pool[0], cost_before + pool[1], size + pool[2])
-        pools.append(pool)
-    top = pools[0][0] / pools[0][1]
-    shape = [(square / cost / top) ** 0.5 for square, cost, size in pools for _ in range(size)]
-    if budget is None:
-        return shape
-    low, high = 1.0, 1 / min(shape)
-    for _ in range(60):
-        t = (low * high) ** 0.5
-        cost = mean_cost([min(1.0, t * p) for p in shape], costs)
-        low, high = (low, t) if cost > budget else (t, high)
-    return [min(1.0, low * p) for p in shape]
-
-
-def mean_cost(reach: Sequence[float], costs: Sequence[float]) -> float:
-    """sum_l k_l p_l."""
-    return sum(p * k for p, k in zip(reach, costs, strict=True))
-
-
-def mean_square(reach: Sequence[float], squares: Sequence[float]) -> float:
-    """sum_l c_l / p_l."""
-    return sum(c / p for p, c in zip(reach, squares, strict=True))

@@ -104,16 +104,6 @@ def image_seed(prompt: Prompt, seed: int, number: int, image: int) -> int:
     return keyed_seed(seed, "validation_image", number, image)
 
 
-def image_grid(images: list[Image.Image], columns: int, gap: int = 2) -> Image.Image:
-    """Images of one size as a grid, row by row, on white."""
-    width, height = images[0].size
-    rows = -(-len(images) // columns)
-    grid = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
-    for i, image in enumerate(images):
-        grid.paste(image, (i % columns * (width + gap), i // columns * (height + gap)))
-    return grid
-
-
 def label_grid(
     pictures: dict[str, list[Image.Image]], prompts: Sequence[Prompt], title: str, seeds: Sequence[int] | None = None
 ) -> Image.Image:
