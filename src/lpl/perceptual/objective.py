@@ -269,11 +269,7 @@ class PerceptualObjective:
         mask = None if mask is None else mask[index]
         pred = x0_from_output(model_output[index], noisy_latents[index], alpha, sigma, self.prediction_type)
         out = self.loss_fn(
-            pred,
-            latents[index],
-            mask,
-            depth=depth,
-            windows=None if windows is None else windows[chosen],
+            pred, latents[index], mask, depth=depth, windows=None if windows is None else windows[chosen]
         )
         acts = self.auto is not None or bool(weight)
         gradient = gradient_of(out, pred, acts and (self._measuring or self._first.is_open("gradient")))

@@ -40,9 +40,7 @@ KNOWN = {
     "adamw": Known("torch.optim.AdamW"),
     "adamw8bit": Known("bitsandbytes.optim.AdamW8bit"),
     "adafactor": Known(
-        "transformers.optimization.Adafactor",
-        ("weight_decay",),
-        (("scale_parameter", False), ("relative_step", False)),
+        "transformers.optimization.Adafactor", ("weight_decay",), (("scale_parameter", False), ("relative_step", False))
     ),
     "prodigy": Known("prodigyopt.Prodigy"),
     "schedulefree_adamw": Known("schedulefree.AdamWScheduleFree"),
