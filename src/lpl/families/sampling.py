@@ -16,7 +16,7 @@ from lpl.base.errors import UserError, require
 from lpl.base.json_files import read_object, whole
 from lpl.config import ModelConfig
 from lpl.diffusion.latent_space import LatentSpace
-from lpl.families.sdxl_check import check_model, native_resolution
+from lpl.families.sdxl_check import model_configs, native_resolution
 from lpl.families.sdxl_configs import PUBLISHED
 from lpl.families.sdxl_file import FLAG, check_weights, file_schedule, read_header
 
@@ -27,18 +27,10 @@ IDLE = {"transformers_version", "architectures", "dtype", "torch_dtype", "name_o
 """Keys of configs that say where a part came from: weights are hashed as they are."""
 GUIDANCE = 5.0
 CLASSIFIER_FREE = (
-    "AuraFlowPipeline",
-    "ChromaPipeline",
-    "CogView4Pipeline",
-    "HunyuanDiTPipeline",
-    "KolorsPipeline",
-    "Lumina2Pipeline",
-    "PixArtAlphaPipeline",
-    "PixArtSigmaPipeline",
-    "SanaPipeline",
-    "StableDiffusionPipeline",
+    "AuraFlowPipeline", "ChromaPipeline", "CogView4Pipeline", "HunyuanDiTPipeline", "KolorsPipeline",
+    "Lumina2Pipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline", "SanaPipeline", "StableDiffusionPipeline",
     "StableDiffusion3Pipeline",
-)
+)  # fmt: skip
 """Pipelines beside SDXL's that take guidance_scale g as none + g (text - none), g up to 1 being no guidance, without a
 negative prompt too (read in diffusers 0.42.1)."""
 DECODED_PIXELS = 16 * 64 * 64
@@ -49,7 +41,6 @@ class PipelineSampler:
     """Samples of a diffusers pipeline, in whatever way it makes them.
 
     Args:
-        pipeline: text to image, on its device.
         scheduler: "model": the pipeline's own; "dpmsolver++": DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095) on
             the same noise schedule, which needs fewer steps.
 
@@ -88,9 +79,6 @@ class PipelineSampler:
         """A hash of what decides the samples beside weights, by part: its class, its config, a tokenizer's ids.
 
         Versions and places in configs do not count.
-
-        Args:
-            prompts: what is drawn.
         """
         settings = {name: _settings(part, prompts) for name, part in sorted(self.pipeline.components.items())}
         own = {key: value for key, value in self.pipeline.config.items() if key not in settings}
@@ -112,11 +100,8 @@ class PipelineSampler:
         """Images (B, 3, resolution, resolution), uint8 on the CPU.
 
         Args:
-            prompts: B of them.
             generators: one a sample, on the CPU; all noise of the sample comes from it.
-            num_inference_steps: of the scheduler.
             guidance_scale: of classifier-free guidance; 1: none. None: what the pipeline takes by itself.
-            resolution: pixels.
 
         Raises:
             UserError: images that are not finite.
@@ -181,7 +166,7 @@ def check_sampling(config: ModelConfig, lora: Path | None) -> int | None:
     """
     kind = _foreign(config)
     if kind is None:
-        configs = check_model(config)
+        configs = model_configs(config)
         if lora is not None:
             from lpl.families.sdxl_export import check_lora
 
@@ -215,7 +200,6 @@ def check_guidance(config: ModelConfig, guidance_scale: float | None) -> float |
     """The guidance to sample a model with; of a pipeline of which it is not known what a scale means, its own default.
 
     Args:
-        config: which model.
         guidance_scale: as given; None: not given.
 
     Raises:
@@ -268,10 +252,6 @@ def load_for_sampling(
     Args:
         config: which model: a folder or single file of any family that diffusers knows, or an SDXL on the Hub.
         dtype: precision of the denoiser and the text encoders; of an SDXL the VAE stays float32.
-        device: where it samples.
-        lora: a LoRA file or None.
-        scale: of the LoRA.
-        scheduler: see PipelineSampler.
 
     Raises:
         UserError: a model or LoRA that cannot be loaded whole.

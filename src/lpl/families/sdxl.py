@@ -44,8 +44,6 @@ class SDXL:
     are encoded when images are made of them, with the weights of then.
 
     Args:
-        config: which model.
-        device: where encoding happens and the denoiser goes.
         weight_dtype: precision of the run's arithmetic; validation images are drawn in it.
         encoders_only: leave the denoiser out, where its files are apart from the others.
 
@@ -115,11 +113,9 @@ class SDXL:
 
     def prepare_prompt(self, prompt: str, negative_prompt: str = "") -> None:
         if not self.trains_text:
-            found = guided(prompt, negative_prompt, self._encode, self.force_zeros)
+            encode = lambda text: self._encode_prompts([text], self.device)  # noqa: E731
+            found = guided(prompt, negative_prompt, encode, self.force_zeros)
             self._prompts[prompt, negative_prompt] = tuple(e.cpu() for e in found)
-
-    def _encode(self, prompt: str) -> tuple[Tensor, Tensor]:
-        return self._encode_prompts([prompt], self.device)
 
     def _embeddings(self, denoiser: nn.Module, prompt: str, negative_prompt: str) -> tuple[Tensor, ...]:
         """What guided gives, on the device: prepared, or by text encoders that are trained."""
@@ -243,7 +239,6 @@ def load_pipeline(
     """Loads a model's pipeline, with or without its denoiser, and gives it the schedule that model and options say.
 
     Args:
-        config: which model, and its schedule.
         encoders_only: leave the denoiser out, where its files are apart from the others.
         dtypes: precision by component, unset: float32; a single file has one, the UNet's.
 

@@ -114,7 +114,7 @@ COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tok
 WITH_WEIGHTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 
 
-def check_model(config: ModelConfig) -> dict[str, Any]:
+def model_configs(config: ModelConfig) -> dict[str, Any]:
     """Refuses a model that this trainer would not train right.
 
     Returns:
@@ -144,7 +144,7 @@ def check_model(config: ModelConfig) -> dict[str, Any]:
     return configs
 
 
-def configs_for_plan(config: ModelConfig) -> dict[str, Any]:
+def plan_configs(config: ModelConfig) -> dict[str, Any]:
     """The configs of a model for `lpl plan`: no weights are needed, and nothing is read where they are known.
 
     No model, SDXL base 1.0 by its Hub id, and a single file with as many parameters as its UNet: its published configs.

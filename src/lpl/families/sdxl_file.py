@@ -32,16 +32,9 @@ PREDICTION, RESCALED = "lpl.prediction_type", "lpl.rescale_betas_zero_snr"
 """Metadata of a LoRA file: the options of these names that the run was given, whatever its model said."""
 
 NOISE = (
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "trained_betas",
-    "prediction_type",
-    "rescale_betas_zero_snr",
-    "timestep_spacing",
-    "steps_offset",
-)
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
+    "rescale_betas_zero_snr", "timestep_spacing", "steps_offset",
+)  # fmt: skip
 """What must be the same in every scheduler of a model; what else a config says is its own class's business."""
 
 
@@ -57,7 +50,6 @@ def check_weights(header: Mapping[str, Any], where: str) -> None:
     """Refuses weights that would be loaded as other numbers than they stand for.
 
     Args:
-        header: of a safetensors file.
         where: the flag and the file, for errors.
 
     Raises:
@@ -143,7 +135,6 @@ def file_schedule(path: Path, config: ModelConfig | None = None) -> dict[str, An
     modelspec.prediction_type.
 
     Args:
-        path: a safetensors file.
         config: whose --prediction_type, if any, goes before what the file says; a difference is said once. None: the
             file alone is asked.
 
@@ -251,9 +242,7 @@ def build_scheduler(cls: Any, config: Mapping[str, Any], **changes: Any) -> Any:
     the new class.
 
     Args:
-        cls: of the new scheduler.
         config: of a scheduler of this class or another, or what its file says.
-        changes: what is to differ.
 
     Raises:
         UserError: a config that the class cannot be made of, or that it does not follow in what it is compared by.

@@ -191,9 +191,7 @@ def to_kohya(lora: Path, configs: Mapping[str, Any], title: str) -> tuple[dict[s
     .lora_down.weight, .lora_up.weight or .alpha. Those programs add (alpha / rank) up down to its weight.
 
     Args:
-        lora: as `lpl train --rank` and diffusers' scripts write it.
         configs: of the model it belongs to, of which the UNet's blocks count.
-        title: for the metadata.
 
     Raises:
         UserError: a file that holds something else; DoRA, whose magnitudes m (.dora_scale) mean m (W + BA) / |W + BA|
@@ -255,8 +253,6 @@ def lora_metadata(config: ModelConfig, scheduler: Mapping[str, Any], trained_on:
     business of the model that the LoRA is merged into.
 
     Args:
-        config: of the run.
-        scheduler: config of the schedule that it was trained with.
         trained_on: the rest; None: it is not known.
     """
     model = str(config.pretrained_model_name_or_path)
@@ -286,8 +282,14 @@ def _metadata(rank: int, alpha: float, title: str) -> dict[str, str]:
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(rank),
         "ss_network_alpha": f"{alpha:g}",
+    } | modelspec(title, f"{ARCHITECTURE}/lora")
+
+
+def modelspec(title: str, architecture: str) -> dict[str, str]:
+    """What every file says by Stability AI's model specification 1.0.0."""
+    return {
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"{ARCHITECTURE}/lora",
+        "modelspec.architecture": architecture,
         "modelspec.implementation": IMPLEMENTATION,
         "modelspec.title": title,
         "modelspec.date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),

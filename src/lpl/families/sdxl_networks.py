@@ -36,9 +36,6 @@ class SDXLJointModel(nn.Module):
     sees the hidden states before them. All of CLIP-G acts, on the pooled embedding.
 
     Args:
-        unet: the denoiser.
-        text_encoder: CLIP-L.
-        text_encoder_2: CLIP-G.
         layer: of the hidden states that are used, see PromptEncoder.
         force_zeros: whether an empty caption is zeros instead of its encoding.
     """
@@ -167,10 +164,8 @@ class SDXLBlueprint:
     """Builds networks with random weights; on the meta device they take no memory. See families.base.Blueprint.
 
     Args:
-        configs: by component, as check_model returns them.
-        max_token_length: of captions, see ModelConfig.
+        configs: by component, as model_configs returns them.
         trains_text: whether the text encoders are trained, and so part of the denoiser.
-        clip_skip: see ModelConfig.
     """
 
     def __init__(

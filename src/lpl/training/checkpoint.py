@@ -115,13 +115,7 @@ def save_checkpoint(
     what is written is whole, and says nothing of processes.
 
     Args:
-        folder: the run's output folder.
-        step: optimizer steps done.
-        parameters: the trained parameters by name.
         optimizer: a torch optimizer over those parameters in that order.
-        ema: their average, or None.
-        state: plain numbers to keep: schedule, weight, scaler.
-        total_limit: how many checkpoints to keep.
         writes: whether this is the process that writes; the others only give their parts.
 
     Raises:

@@ -119,7 +119,6 @@ def check_small_cards(config: TrainConfig, packages: bool = True) -> None:
     """Checks the options for small cards against the others.
 
     Args:
-        config: the options.
         packages: whether those that they need must be installed here.
 
     Raises:

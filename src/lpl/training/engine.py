@@ -39,10 +39,7 @@ def add_lora(denoiser: Any, options: ModelConfig, targets: Mapping[str, tuple[st
     |V| being the norm of each output's weights, without gradient; m is trained too and starts as |W|.
 
     Args:
-        denoiser: a diffusers model.
-        options: rank, lora_alpha (None: the rank), lora_dropout (of the adapter's input), lora_targets and use_dora.
         targets: names of layers by --lora_targets, matched at the end of a module's name.
-        seed: of the run.
     """
     assert options.rank is not None
     denoiser.requires_grad_(False)
@@ -66,13 +63,7 @@ T = TypeVar("T")
 
 
 class Batches:
-    """The micro-batches of a run.
-
-    Args:
-        config: the run's.
-        data: its samples.
-        accelerator: the engine.
-    """
+    """The micro-batches of a run."""
 
     def __init__(self, config: TrainConfig, data: TrainingData, accelerator: Accelerator) -> None:
         run, processes = config.run, accelerator.num_processes

@@ -155,7 +155,6 @@ class FusedBackward:
     clipped, and a gradient that is not finite although the loss is cannot be left out: it stops the run.
 
     Args:
-        parameters: that are trained.
         optimizer: over them, with a step_one; accelerate's wrapper or not.
     """
 
@@ -174,8 +173,6 @@ class FusedBackward:
         """Steps every weight by the gradient of a loss that is finite. Synchronises.
 
         Args:
-            backward: accelerate's.
-            loss: scalar.
             step: of the run, counted from 1.
 
         Returns:

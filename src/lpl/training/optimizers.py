@@ -54,15 +54,8 @@ FLAGS = {
 }
 """The flag that sets a keyword."""
 FAILURES = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
 
 
 def optimizer_class(config: OptimConfig) -> Any:
@@ -176,8 +169,6 @@ def build_optimizer(
     """The optimizer that --optimizer names, in up to two groups: biases and weights of norms do not decay.
 
     Args:
-        parameters: what is trained at the learning rate.
-        config: the options.
         learning_rate: after --scale_lr.
         components: by name, further parameters with a rate of their own, again in up to two groups each; a group has
             the name as its "component".

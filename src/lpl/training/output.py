@@ -58,7 +58,6 @@ def names_of(config: TrainConfig, every: bool = False) -> Names:
     """What a run writes into its folder.
 
     Args:
-        config: the options.
         every: with the names that these options do not use.
 
     Raises:
@@ -112,7 +111,6 @@ def check_output(config: TrainConfig, tell: bool = True) -> int | None:
     """Refuses a folder that a run cannot begin or go on in.
 
     Args:
-        config: the options.
         tell: say in the log what is allowed all the same.
 
     Returns:
@@ -229,7 +227,6 @@ def damage(folder: Path, read: bool = True) -> str | None:
     """What is wrong with a folder that write_manifest has described; None: nothing.
 
     Args:
-        folder: to look at.
         read: read every byte; else only sizes are compared.
     """
     try:

@@ -1,4 +1,4 @@
-"""Checks of the options of validation, before anything loads."""
+"""Checks of a run's options, model, data and folder against each other, before anything loads."""
 
 from __future__ import annotations
 
@@ -23,21 +23,6 @@ from lpl.families import model_configs, native_resolution, plan_configs
 from lpl.training.checks import check_small_cards, warn_of_objective, warn_of_steps
 from lpl.training.launch import check_launch, processes
 from lpl.training.output import check_inputs_apart, check_output, check_writable
-
-
-def check_validation(config: TrainConfig, source: Source) -> None:
-    """Refuses to hold out everything, and prompts that cannot be read.
-
-    Raises:
-        UserError: so.
-    """
-    held = config.data.validation_samples
-    if held and source.size is not None and held >= source.size:
-        raise UserError(
-            f"--validation_samples {held}: {source.name} has {source.size} images, which leaves none to train on: hold "
-            "out fewer"
-        )
-    validation_prompts(config.logging)
 
 
 def validation_prompts(config: LoggingConfig) -> list[Prompt]:
@@ -101,7 +86,13 @@ def preflight(config: TrainConfig) -> Checked:
         check_options(config, configs)
     source = open_source(config.data, config.model.cache_dir)
     regularisation, validation = open_regularisation(config.data), open_validation(config.data)
-    check_validation(config, source)
+    held = config.data.validation_samples
+    if held and source.size is not None and held >= source.size:
+        raise UserError(
+            f"--validation_samples {held}: {source.name} has {source.size} images, which leaves none to train on: hold "
+            "out fewer"
+        )
+    validation_prompts(config.logging)
     _warn_idle(config)
     even = source.size is not None and config.data.repeats is regularisation is validation is None
     known = config.run.max_train_steps is not None or even
@@ -135,7 +126,6 @@ def check_model(
     """The options with the model's own resolution in the place of an unset one, and the model's configs.
 
     Args:
-        config: the options.
         configs_of: finds the configs; model_configs asks for the weights to be there, plan_configs does not.
 
     Raises:
@@ -152,8 +142,6 @@ def check_data(config: TrainConfig, report: Path, weights: bool = False) -> Chec
     """The checks that a report needs; that of `lpl data` needs no model, and of a model no weights.
 
     Args:
-        config: the options.
-        report: folder that the report will be written to.
         weights: ask for a model with its weights.
 
     Raises:
@@ -179,11 +167,6 @@ def check_options(config: TrainConfig, configs: dict[str, Any]) -> None:
     Raises:
         UserError: the first that does not go with them.
     """
-    _check_schedule(config, configs)
-    _check_gate(config, configs)
-
-
-def _check_schedule(config: TrainConfig, configs: dict[str, Any]) -> None:
     timesteps = configs["scheduler"].get("num_train_timesteps", 1000)
     threshold = config.lpl.lpl_t_threshold
     if config.lpl.use_lpl and threshold is not None and threshold > timesteps:
@@ -199,6 +182,7 @@ def _check_schedule(config: TrainConfig, configs: dict[str, Any]) -> None:
             f"--lpl_crop {crop} must be a multiple of the VAE's {stride} pixels per latent and smaller than the "
             f"images' {side}"
         )
+    _check_gate(config, configs)
 
 
 def _stride(configs: dict[str, Any]) -> int:

@@ -140,9 +140,6 @@ class RunState:
         """Puts in place what a checkpoint has beside parameters, moments and average.
 
         Args:
-            path: of the checkpoint.
-            state: its numbers.
-            step: at which it is.
             options: the optimizer's coefficients before its state was loaded, which are this run's.
         """
         schedule, optimizer = self.trained.schedule, self.trained.optimizer

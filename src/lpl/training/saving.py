@@ -34,9 +34,6 @@ def save_weights(
     The folder appears whole, or not at all.
 
     Args:
-        output: the run's output folder.
-        step: optimizer steps done.
-        weights: of the run.
         write: writes the denoiser, or its adapter, as it is then, into a folder; every process calls it.
         writes: whether this is the process that writes.
     """
@@ -62,9 +59,6 @@ def save_result(
     """Writes the result, of the weights that --final_weights names, into the output folder, and says that it is there.
 
     Args:
-        output: the run's output folder.
-        step: optimizer steps done.
-        weights: of the run; those of the result stay in place.
         write: writes the pipeline or the adapter into a folder; every process calls it.
         writes: whether this is the process that writes.
         data: digest of the samples that the run was trained on.
@@ -94,8 +88,6 @@ def write_beside(
     """Writes a LoRA a second time beside diffusers' file: that one does nothing in ComfyUI, A1111 or kohya's programs.
 
     Args:
-        lora: the file.
-        name: of the second.
         renamed: makes its tensors and metadata of the first and of a title.
 
     Returns:

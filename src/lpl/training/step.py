@@ -65,10 +65,7 @@ class TrainingStep:
     """Computes the loss of a micro-batch; holds what is the same at every step.
 
     Args:
-        family: the loaded model.
-        config: the diffusion objective.
         objective: LPL, or None for the plain diffusion objective.
-        seed: of the draws.
         autocast: precision of the denoiser's arithmetic where its wrapper does not see to it; None: it does.
     """
 

@@ -45,9 +45,7 @@ class LPLTotals:
 
         Args:
             metrics: means over these steps.
-            step: the step of the log.
             steps: how many of the steps since the last log had LPL.
-            samples_per_step: of all processes.
         """
         if not self.steps:
             self.since = step - round(steps)
@@ -58,10 +56,6 @@ class LPLTotals:
             self.measured += steps
             self.lpl_square += metrics["lpl/gradient_square"] * steps
             self.diffusion_square += metrics["diffusion/gradient_square"] * steps
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain numbers, for a checkpoint."""
-        return asdict(self)
 
     def line(self, objective: PerceptualObjective, steps: int) -> str | None:
         """One sentence on what LPL did in a run of so many steps, or why nothing; None: nothing is known of it.
@@ -194,7 +188,7 @@ class Tracker:
             "squares": list(self._squares),
             "gated": self._gated,
             "warned": self._warned,
-            "lpl": self.totals.state_dict(),
+            "lpl": asdict(self.totals),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

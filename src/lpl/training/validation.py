@@ -64,16 +64,14 @@ class HeldOutLoss:
     figure is put together in the same order, so the result is the same too.
 
     Args:
-        accelerator: of the run.
-        data: with what is held out.
-        step_loss: of the run: family, seed, schedule and LPL.
         batch_size: samples that go through the model at once; training's own needs no more memory than training.
     """
 
     def __init__(self, accelerator: Accelerator, data: TrainingData, step_loss: TrainingStep, batch_size: int) -> None:
         self.accelerator, self.data, self.step, self.seed = accelerator, data, step_loss, step_loss.seed
         self.edges = bin_edges(len(step_loss.alpha))
-        self.items = [self._item(index, k) for index in self._by_bucket() for k in range(len(self.edges) - 1)]
+        held = sorted(data.split.held_out.tolist(), key=lambda index: (int(data.buckets[index]), index))
+        self.items = [self._item(index, k) for index in held for k in range(len(self.edges) - 1)]
         places = range(len(self.items))
         buckets = [int(data.buckets[item.sample]) for item in self.items]
         self.batches: list[list[int]] = []
@@ -90,10 +88,6 @@ class HeldOutLoss:
                 )
             self.loss_fn = step_loss.objective.loss_fn.uncropped()  # the loss itself may be an estimate of that
 
-    def _by_bucket(self) -> list[int]:
-        held = self.data.split.held_out.tolist()
-        return sorted(held, key=lambda index: (int(self.data.buckets[index]), index))
-
     def _item(self, index: int, k: int) -> Item:
         low, high = self.edges[k], self.edges[k + 1]
         drawn = keyed_uniform(self.seed, "validation_timestep", self.data.samples[index].id, k)
@@ -104,7 +98,6 @@ class HeldOutLoss:
         """The means over all samples and by bin, alike on every process; the denoiser is in eval mode.
 
         Args:
-            denoiser: as accelerate prepared it.
             proceed: called before every batch, on every process equally often; raises to stop there.
 
         Returns:
@@ -164,14 +157,8 @@ class Validation:
     validation/<kind>/diffusion_loss, .../diffusion_loss/bin_<k>, .../lpl, .../lpl/bin_<k>, and the images.
 
     Args:
-        config: the options.
-        accelerator: of the run.
-        weights: what is validated.
         losses: on what is held out; None: nothing is.
         images: of the prompts; None: there are none.
-        stop: asked between batches and sampling steps.
-        steps_per_epoch: for --validation_epochs.
-        num_steps: of the run.
     """
 
     def __init__(
@@ -213,12 +200,7 @@ class Validation:
             self.at(step, denoiser)
 
     def at(self, step: int, denoiser: Any) -> None:
-        """After so many optimizer steps: validates if it is time; leaves nothing if the run is asked to stop meanwhile.
-
-        Args:
-            step: optimizer steps done.
-            denoiser: as accelerate prepared it.
-        """
+        """After so many optimizer steps: validates if it is time; leaves nothing if the run is asked to stop meanwhile."""
         nothing = self.losses is None and self.images is None
         if nothing or (step % self.every and step != self.num_steps):
             return
@@ -233,7 +215,9 @@ class Validation:
                     with self.weights.use(kind):
                         forget_gathered(denoiser)
                         if self.losses is not None:
-                            rows.append(self._row(step, kind, self.losses.measure(denoiser, self._proceed)))
+                            what = {"step": step, "weights": kind, "samples": len(self.losses.data.split.held_out)}
+                            found = self.losses.measure(denoiser, self._proceed)
+                            rows.append(what | {"edges": self.losses.edges} | found)
                         if self.images is not None:
                             pictures[kind] = self.images.draw(bare, self._proceed)
         except StopRequestedError:
@@ -248,11 +232,6 @@ class Validation:
     def _proceed(self) -> None:
         if self.stop.agreed():
             raise StopRequestedError("stopped while validating: the same command continues")
-
-    def _row(self, step: int, kind: str, found: dict[str, Any]) -> dict[str, Any]:
-        assert self.losses is not None
-        samples = len(self.losses.data.split.held_out)
-        return {"step": step, "weights": kind, "samples": samples, "edges": self.losses.edges} | found
 
     def _publish(self, step: int, rows: list[dict[str, Any]], pictures: dict[str, list[Image.Image]]) -> None:
         for row in rows:

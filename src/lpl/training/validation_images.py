@@ -35,12 +35,8 @@ class ImageDrawer:
     (of large images in tiles) less than the denoiser's weights. `lpl plan` counts it.
 
     Args:
-        accelerator: of the run.
         family: with the prompts prepared.
-        prompts: in order.
         count: images of each.
-        seed: of the run.
-        resolution: height and width, in pixels.
     """
 
     def __init__(
@@ -113,8 +109,6 @@ def label_grid(
 
     Args:
         pictures: by kind, prompt by prompt, equally many of each, all of one size.
-        prompts: whose they are.
-        title: stands above.
         seeds: of the images of one kind, in order; None: not noted.
     """
     kinds = list(pictures)

@@ -37,7 +37,6 @@ class Average(EMAModel):
     Args:
         parameters: what is averaged; the parts that this process holds are copied to the device of the average, as
             float32 whatever they are.
-        config: the --ema_ options.
     """
 
     def __init__(self, parameters: list[nn.Parameter], config: OptimConfig) -> None:
@@ -92,9 +91,6 @@ class Weights:
     that --use_ema keeps.
 
     Args:
-        parameters: the trained parameters by name.
-        optimizer: over them, accelerate's wrapper or not.
-        ema: their average, or None.
         choice: --final_weights.
     """
 
@@ -160,11 +156,7 @@ def build_trained(
     """Makes the family's denoiser trainable, as the config says, and prepares it for the engine.
 
     Args:
-        config: the run's.
-        family: the loaded model.
-        accelerator: the engine.
         weight_dtype: precision of the run's arithmetic, in which frozen weights are kept.
-        num_steps: optimizer steps of the run.
     """
     denoiser: Any = family.denoiser
     kind = accelerator.distributed_type
