@@ -1,4 +1,4 @@
-"""What the configs of an SDXL model may hold: sizes that a network can have, so that no figure of a file is run on."""
+"""Whether an SDXL model can be trained right here: its files, and configs of sizes that a network can have."""
 
 from __future__ import annotations
 

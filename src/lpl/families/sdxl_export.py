@@ -23,6 +23,8 @@ from lpl.families.sdxl_configs import PUBLISHED
 from lpl.families.sdxl_file import chosen_schedule, compare_lora
 from lpl.families.sdxl_networks import named
 
+logger = logging.getLogger("lpl")
+
 
 def original_tensors(pipeline: Any) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a pipeline under its original name, sharing memory where it can.
@@ -102,8 +104,6 @@ def _clip_g(encoder: Any) -> Iterator[tuple[str, Tensor]]:
             yield names.CLIP_G + new, value
     yield f"{names.CLIP_G}logit_scale", torch.tensor(math.log(100), dtype=encoder.dtype)
 
-
-logger = logging.getLogger("lpl")
 
 STORED = {"F16": torch.float16, "BF16": torch.bfloat16}
 LORA_PARTS = {

@@ -33,8 +33,9 @@ from lpl.perceptual.input_checks import (
     diffusion_gradient,
     per_sample,
 )
-from lpl.perceptual.loss import LatentPerceptualLoss, LPLOutput
-from lpl.perceptual.subsampling import depth_of
+from lpl.perceptual.loss import LatentPerceptualLoss, LPLOutput, depth_of
+
+logger = logging.getLogger(__name__)
 
 
 class PerceptualTerm(NamedTuple):
@@ -76,8 +77,6 @@ def describe(out: LPLOutput, snr: Tensor) -> dict[str, Tensor | float]:
         metrics[f"{prefix}/std"] = out.feature_std[tap].mean()
     return metrics
 
-
-logger = logging.getLogger(__name__)
 
 IDLE_SAMPLES = 100
 """Samples that should have passed the gate by its probability, before none having passed is a warning."""

@@ -1,4 +1,4 @@
-"""Which options that are counted in optimizer steps cannot act in a run of so many."""
+"""Options that cannot act in a run of so many steps, and those for small cards that do not go with others."""
 
 from __future__ import annotations
 

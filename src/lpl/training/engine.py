@@ -1,4 +1,4 @@
-"""A LoRA or DoRA on the denoiser, through peft."""
+"""What a run is built from: accelerate's engine, its batches, an adapter on the denoiser, and LPL."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ from lpl.training.checks import check_processes
 from lpl.training.optimizers import check_class, check_steps
 from lpl.training.sharded import set_precision
 from lpl.training.step import timestep_weights
+
+logger = logging.getLogger("lpl")
 
 
 def add_lora(denoiser: Any, options: ModelConfig, targets: Mapping[str, tuple[str, ...]], seed: int) -> None:
@@ -91,9 +93,6 @@ class Batches:
             run.gradient_accumulation_steps,
             accelerator.num_processes,
         )
-
-
-logger = logging.getLogger("lpl")
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:

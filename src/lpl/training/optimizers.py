@@ -1,4 +1,4 @@
-"""Optimizers by name: where each class comes from, what the flags give it, and whether it suits a run.
+"""Optimizers by name, with their groups and learning rates: where each comes from, and whether it suits a run.
 
 Adafactor is the one of transformers, without its relative steps and scaling by the parameter's size, so that
 --learning_rate means what it means for AdamW. torch's own always multiplies the rate by the parameter's root mean

@@ -24,6 +24,8 @@ from lpl.training.checks import check_small_cards, warn_of_objective, warn_of_st
 from lpl.training.launch import check_launch, processes
 from lpl.training.output import check_inputs_apart, check_output, check_writable
 
+logger = logging.getLogger("lpl")
+
 
 def validation_prompts(config: LoggingConfig) -> list[Prompt]:
     """The prompts of validation images in order; none if no images are asked for.
@@ -35,8 +37,6 @@ def validation_prompts(config: LoggingConfig) -> list[Prompt]:
         return [] if config.validation_prompt is None else [Prompt(config.validation_prompt)]
     return read_prompts(Path(config.validation_prompts), "--validation_prompts")
 
-
-logger = logging.getLogger("lpl")
 
 TRACKERS = {"tensorboard": ("tensorboard",), "wandb": ("wandb",), "comet_ml": ("comet_ml",), "none": (), "all": ()}
 

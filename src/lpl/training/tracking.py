@@ -1,4 +1,4 @@
-"""What LPL did over a run, for the line that the run ends with."""
+"""What a run logs: means over the steps since the last log, LPL's share of the gradient, and what LPL did in all."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from lpl.base.errors import TrainingStoppedError
 from lpl.perceptual.auto_weight import zero_gradient
 from lpl.perceptual.defaults import HIGH_SHARE, LOW_SHARE
 from lpl.perceptual.objective import PerceptualObjective, gradient_share
+
+logger = logging.getLogger("lpl")
 
 
 @dataclass
@@ -90,8 +92,6 @@ class LPLTotals:
 def _percent(part: float) -> str:
     return f"{100 * part:.0f} %" if part >= 0.01 else f"{100 * part:.2g} %"
 
-
-logger = logging.getLogger("lpl")
 
 SHARE_SAMPLES = 32
 """Gated samples before the gradient share is judged."""

@@ -200,7 +200,7 @@ class Validation:
             self.at(step, denoiser)
 
     def at(self, step: int, denoiser: Any) -> None:
-        """After so many optimizer steps: validates if it is time; leaves nothing if the run is asked to stop meanwhile."""
+        """After a step: validates if it is time; leaves nothing if the run is asked to stop meanwhile."""
         nothing = self.losses is None and self.images is None
         if nothing or (step % self.every and step != self.num_steps):
             return

@@ -1,4 +1,4 @@
-"""The exponential moving average of the trained parameters: diffusers' EMAModel, on the device or on the CPU."""
+"""What is trained: denoiser, optimizer and the moving average of the weights, and which weights are used for what."""
 
 from __future__ import annotations
 

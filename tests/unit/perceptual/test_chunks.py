@@ -10,7 +10,7 @@ from lpl.perceptual import strips
 from lpl.perceptual.convolution import Convolution, Upsampling
 from lpl.perceptual.distance import NORM_TYPES
 from lpl.perceptual.frozen import Attention, Plain, Resnet
-from lpl.perceptual.subsampling import Crop
+from lpl.perceptual.sweep import Crop
 
 
 def equal(a, b, rtol=1e-5):
