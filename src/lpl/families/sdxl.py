@@ -266,10 +266,7 @@ def load_pipeline(
                 dtype=dtypes["unet"],
                 **common,
             )
-            _check_whole(pipeline, ("unet", *COMPONENTS))
-            set_schedule(pipeline, config)
-            _check_tokenizers(pipeline)
-            return pipeline
+            return _checked(pipeline, config, ("unet", *COMPONENTS))
         common |= {"revision": config.revision, "variant": config.variant, "use_safetensors": True}
         for part, cls in (("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)):
             # On its own: a pipeline would fill weights that are missing with random numbers, and say nothing.
@@ -285,18 +282,18 @@ def load_pipeline(
         pipeline = StableDiffusionXLPipeline.from_pretrained(
             name, add_watermarker=False, dtype=parts, **left_out, **common
         )
-        _check_tokenizers(pipeline)
-        _check_whole(pipeline, ("vae",) if encoders_only else ("unet", "vae"))
-        set_schedule(pipeline, config)
-        return pipeline
+        return _checked(pipeline, config, ("vae",) if encoders_only else ("unet", "vae"))
 
 
-def _check_whole(pipeline: Any, parts: Iterable[str]) -> None:
-    """Refuses networks that the model's files lack weights of."""
+def _checked(pipeline: Any, config: ModelConfig, parts: Iterable[str]) -> Any:
+    """The pipeline with its schedule; refuses networks (parts) that the model's files lack weights of."""
+    _check_tokenizers(pipeline)
     for part in parts:
         absent = [key for key, weight in getattr(pipeline, part).named_parameters() if weight.is_meta]
         if absent:
             raise ValueError(f"{part} lacks the weights {absent[:3]}")
+    set_schedule(pipeline, config)
+    return pipeline
 
 
 def _check_tokenizers(pipeline: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import logging
 import os
 import shutil
@@ -18,7 +19,7 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from peft import LoraConfig
 
 from lpl.base.errors import UserError
-from lpl.config import ModelConfig, TrainConfig
+from lpl.config import LPLConfig, ModelConfig, TrainConfig
 from lpl.data.dataset import Batch, TrainingData
 from lpl.data.sampler import BatchOrder, share
 from lpl.diffusion.draws import keyed_seed, strata
@@ -142,24 +143,23 @@ def _can_compile(kind: str) -> bool:
     return any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++", "cl"))
 
 
+def _given(options: LPLConfig, cls: type, prefix: str = "") -> dict[str, Any]:
+    """Keywords for a class of the library: the options of its parameters' names, which lack the prefix."""
+    taken = inspect.signature(cls).parameters
+    named = {name.removeprefix(prefix): value for name, value in vars(options).items()}
+    return {name: value for name, value in named.items() if name in taken}
+
+
 def build_loss(config: TrainConfig, vae: Any) -> LatentPerceptualLoss:
     """The loss as the config describes it, on a VAE (which may be on the meta device)."""
     options = config.lpl
-    return LatentPerceptualLoss(
-        vae,
-        num_blocks=options.lpl_num_blocks,
-        norm_type=options.lpl_norm_type,
-        loss_type=options.lpl_loss_type,
-        pow_law=options.lpl_pow_law,
-        remove_outliers=options.lpl_remove_outliers,
-        checkpointing=config.lpl_checkpointing,
-        dtype=getattr(torch, options.lpl_dtype),
-        chunk=None if options.lpl_chunk == "auto" else options.lpl_chunk,
-        channels_last=None if options.lpl_channels_last == "auto" else options.lpl_channels_last == "true",
-        compile=options.lpl_compile,
-        crop=options.lpl_crop,
-        random_depth=options.lpl_random_depth,
-    )
+    given = _given(options, LatentPerceptualLoss, "lpl_") | {
+        "checkpointing": config.lpl_checkpointing,
+        "dtype": getattr(torch, options.lpl_dtype),
+        "chunk": None if options.lpl_chunk == "auto" else options.lpl_chunk,
+        "channels_last": None if options.lpl_channels_last == "auto" else options.lpl_channels_last == "true",
+    }
+    return LatentPerceptualLoss(vae, **given)
 
 
 def build_objective(config: TrainConfig, family: Any) -> PerceptualObjective:
@@ -168,25 +168,15 @@ def build_objective(config: TrainConfig, family: Any) -> PerceptualObjective:
     Raises:
         UserError: a gate that the schedule or the timestep bias never passes.
     """
-    options = config.lpl
-    loss_fn = build_loss(config, family.vae)
+    loss_fn, scheduler = build_loss(config, family.vae), family.noise_scheduler
     try:
         return PerceptualObjective(
             loss_fn,
-            family.noise_scheduler,
-            lpl_weight=options.lpl_weight,
-            lpl_t_threshold=options.lpl_t_threshold,
-            lpl_snr_threshold=options.lpl_snr_threshold,
-            lpl_sigma_threshold=options.lpl_sigma_threshold,
-            lpl_scale=options.lpl_scale,
-            lpl_reduction=options.lpl_reduction,
-            p_gate=timestep_weights(family.noise_scheduler.config.num_train_timesteps, config.diffusion),
+            scheduler,
+            **_given(config.lpl, PerceptualObjective),
+            p_gate=timestep_weights(scheduler.config.num_train_timesteps, config.diffusion),
             snr_gamma=config.diffusion.snr_gamma,
-            lpl_max_samples=options.lpl_max_samples,
-            lpl_target_share=options.lpl_target_share,
             seed=config.run.seed,
-            lpl_start=options.lpl_start,
-            lpl_warmup_steps=options.lpl_warmup_steps,
             checked_calls=0,  # what the step hands over is made here; a gradient of 0 is looked for where it logs
         )
     except ValueError as error:
