@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 DECODED_PIXELS = 1024
-"""Side of the largest image that is decoded in one piece: for SDXL 3 GiB in float32, less than its UNet takes."""
+"""Side of the largest image that is decoded at once: for SDXL 3 GiB in float32, less than its UNet takes."""
 
 
 IDLE = {

@@ -301,7 +301,7 @@ def _load_foreign(config: ModelConfig, dtype: torch.dtype, lora: Path | None, sc
     cls: Any = getattr(diffusers, kind, None)
     require(cls is not None, f"{FLAG} {name}: model_index.json says {kind}, which this diffusers does not have")
     taken = inspect.signature(cls).parameters
-    # A checker paints images black that it dislikes: figures would be of that.
+    # A checker paints images black that it dislikes: metrics would be of that.
     extra = {part: None for part in ("safety_checker", "feature_extractor", "image_encoder") if part in taken}
     if "requires_safety_checker" in taken:
         extra["requires_safety_checker"] = False  # type: ignore[assignment]

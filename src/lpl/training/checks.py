@@ -1,4 +1,4 @@
-"""Options that cannot act in a run of so many steps, and those for small cards that do not go with others."""
+"""Options that cannot act in a run of so many steps, and those that save memory that do not go with others."""
 
 from __future__ import annotations
 
@@ -115,8 +115,8 @@ REASONS = {
 }
 
 
-def check_small_cards(config: TrainConfig, packages: bool = True) -> None:
-    """Checks the options for small cards against the others.
+def check_memory_options(config: TrainConfig, packages: bool = True) -> None:
+    """Checks the options that save memory against the others.
 
     Args:
         packages: whether those that they need must be installed here.
@@ -192,9 +192,9 @@ def _check_package(package: str, flag: str, needed: bool) -> None:
 
 
 def suits(config: TrainConfig) -> bool:
-    """Whether the options for small cards go with the others and with the launch, wherever the run is to be."""
+    """Whether the options that save memory go with the others and with the launch, wherever the run is to be."""
     try:
-        check_small_cards(config, packages=False)
+        check_memory_options(config, packages=False)
         check_launch(config)
     except UserError:
         return False

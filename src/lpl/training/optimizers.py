@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lpl.base.errors import UserError
 from lpl.config import OptimConfig, TrainConfig
 from lpl.config.files import nearest
-from lpl.training.one_by_one import bare, of_optimi, suited
+from lpl.training.per_parameter import bare, of_optimi, suited
 from lpl.training.sharded import join_optimizer, split_optimizer
 
 

@@ -20,7 +20,7 @@ from lpl.data.decode import parse_color
 from lpl.data.lock import cache_dir, in_use
 from lpl.data.sources import Source, open_regularisation, open_source, open_validation
 from lpl.families import model_configs, native_resolution, plan_configs
-from lpl.training.checks import check_small_cards, warn_of_objective, warn_of_steps
+from lpl.training.checks import check_memory_options, warn_of_objective, warn_of_steps
 from lpl.training.launch import check_launch, processes
 from lpl.training.output import check_inputs_apart, check_output, check_writable
 
@@ -78,7 +78,7 @@ def preflight(config: TrainConfig) -> Checked:
         from lpl.training.optimizers import check_class
 
         check_class(config.optim)
-    check_small_cards(config)
+    check_memory_options(config)
     check_launch(config)
     config, configs = check_model(config)
     finished_step = check_output(config)

@@ -5,7 +5,7 @@
 for sample i and bin k of the schedule, cut into BINS equal parts; t_ik is uniform in bin k, drawn for (seed,
 "validation_timestep", i, k), and the noise for (seed, "validation_noise", i, k). Neither loss is weighted: no min-SNR,
 no Huber, no noise offset, no lpl_weight, no scale by SNR, no random depth and no crop, so changing those leaves the
-scale of the figures as it is. LPL is measured where its gate passes. Masks count as in training.
+scale of the losses as it is. LPL is measured where its gate passes. Masks count as in training.
 
 Differs from training: timesteps are uniform over the schedule whatever --timestep_distribution says; captions are never
 dropped; crops are always the first one, not mirrored.
@@ -60,8 +60,8 @@ class HeldOutLoss:
     """Measures diffusion loss and LPL on the held-out samples.
 
     The model is called equally often on every process, as sharded models need it: batches are dealt out in turn, and
-    who has one less repeats one that does not count. Batches are the same whatever the number of processes, and every
-    figure is put together in the same order, so the result is the same too.
+    a process with one batch fewer computes one again and discards it. Batches are the same whatever the number of
+    processes, and every mean is taken in the same order, so the result is the same too.
 
     Args:
         batch_size: samples that go through the model at once; training's own needs no more memory than training.

@@ -55,7 +55,7 @@ class ImageDrawer:
     def draw(self, denoiser: Any, proceed: Callable[[], None] = lambda: None) -> list[Image.Image]:
         """All images, prompt by prompt, alike on every process.
 
-        Every process runs the denoiser equally often: who has one image less draws one that is not shown.
+        Every process runs the denoiser equally often: one with an image fewer draws one that is not shown.
 
         Args:
             denoiser: bare, in eval mode.

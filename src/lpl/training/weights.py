@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from lpl.config import OptimConfig, TrainConfig
 from lpl.families.base import Family
 from lpl.training.engine import add_lora
-from lpl.training.one_by_one import FusedBackward, bare
 from lpl.training.optimizers import (
     averages_itself,
     build_optimizer,
@@ -24,6 +23,7 @@ from lpl.training.optimizers import (
     scaled_learning_rate,
     split_components,
 )
+from lpl.training.per_parameter import FusedBackward, bare
 from lpl.training.sharded import WholeModel, local
 
 
