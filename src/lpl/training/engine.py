@@ -122,7 +122,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     set_precision(accelerator)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise UserError("accelerate's configuration asks for DeepSpeed: use FSDP2 instead (lpl presets fsdp2)")
-    check_processes(config, accelerator.num_processes)
+    check_processes(config.optim, accelerator.num_processes)
     check_class(config.optim)
     check_steps(config.optim, accelerator.device)
     compiled = {"lpl_compile": config.lpl.use_lpl and config.lpl.lpl_compile, "compile_denoiser": run.compile_denoiser}

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from lpl.base.errors import UserError
 from lpl.base.files import alone_in
 from lpl.base.text import Prompt, read_prompts
-from lpl.config import LoggingConfig, ModelConfig, TrainConfig, idle_options
+from lpl.config import DataConfig, LoggingConfig, ModelConfig, TrainConfig, idle_options
 from lpl.config.loss import GATES
 from lpl.data.buckets import image_sizes
 from lpl.data.decode import parse_color
@@ -174,7 +174,7 @@ def check_options(config: TrainConfig, configs: dict[str, Any]) -> None:
     bias = config.diffusion
     if bias.timestep_bias_strategy == "range" and bias.timestep_bias_end > timesteps:
         raise UserError(f"--timestep_bias_end {bias.timestep_bias_end} lies outside the model's {timesteps} timesteps")
-    check_sizes(config, configs)
+    check_sizes(config.data, configs)
     side = min(min(size) for size in image_sizes(config.data).sizes)
     crop, stride = config.lpl.lpl_crop, _stride(configs)
     if config.lpl.use_lpl and crop is not None and (crop % stride or crop >= side):
@@ -189,20 +189,18 @@ def _stride(configs: dict[str, Any]) -> int:
     return int(2 ** (len(configs["vae"].get("block_out_channels", [64])) - 1))
 
 
-def check_sizes(config: TrainConfig, configs: dict[str, Any]) -> None:
+def check_sizes(data: DataConfig, configs: dict[str, Any]) -> None:
     """Checks the sizes of the training images against the VAE.
 
     Raises:
         UserError: sizes that it does not take, or no bucket.
     """
     stride = _stride(configs)
-    if config.data.crop_size % stride:
-        raise UserError(f"--resolution {config.data.crop_size} is no multiple of the VAE's {stride} pixels per latent")
-    if config.data.buckets and config.data.bucket_step % stride:
-        raise UserError(
-            f"--bucket_step {config.data.bucket_step} is no multiple of the VAE's {stride} pixels per latent"
-        )
-    image_sizes(config.data)
+    if data.crop_size % stride:
+        raise UserError(f"--resolution {data.crop_size} is no multiple of the VAE's {stride} pixels per latent")
+    if data.buckets and data.bucket_step % stride:
+        raise UserError(f"--bucket_step {data.bucket_step} is no multiple of the VAE's {stride} pixels per latent")
+    image_sizes(data)
 
 
 def _check_gate(config: TrainConfig, configs: dict[str, Any]) -> None:
