@@ -319,7 +319,7 @@ def of_cache(pattern: str) -> Callable[[Base], tuple[Path, Act]]:
 
 def manifest(base: Base) -> tuple[Path, Act]:
     """What a checkpoint's files must be."""
-    from lpl.training.checkpoint import find_checkpoint, list_checkpoints
+    from lpl.training.output import find_checkpoint, list_checkpoints
 
     run = base.copy("run")
 

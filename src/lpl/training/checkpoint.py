@@ -26,14 +26,21 @@ from lpl.base.errors import TrainingStoppedError, UserError
 from lpl.base.files import sync_file as sync
 from lpl.base.json_files import ANY, REST, TEXT, WHOLE, Shape, read_object, require_shape, whole
 from lpl.training.optimizers import label
-from lpl.training.output import MANIFEST, RESULT, damage, unlisted, write_manifest
+from lpl.training.output import (
+    PATTERN,
+    RESULT,
+    STATE,
+    damage,
+    last_checkpoint,
+    list_checkpoints,
+    unlisted,
+    write_manifest,
+)
 from lpl.training.sharded import gathered, join_optimizer, joined, load_optimizer, local, put, split, split_optimizer
 from lpl.training.weights import Average
 
 logger = logging.getLogger("lpl")
 
-PATTERN = re.compile(r"checkpoint-(\d+)")
-STATE = "state.json"
 TEMPORARY = ".tmp-"
 DISCARDED = ".tmp-old-"
 KEPT: Shape = {
@@ -44,44 +51,6 @@ KEPT: Shape = {
 """state.json, less what a run keeps there."""
 Tensors = Iterator[tuple[str, Iterable[tuple[str, Tensor]]]]
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints in a run's folder, oldest first; their sizes are compared, their content is not."""
-    return [path for path in _named(folder) if damage(path, read=False) is None]
-
-
-def find_checkpoint(folder: Path, choice: str | None, read: bool = True) -> Path | None:
-    """The checkpoint to go on from: the newest good one of the run, or the one that --resume_from_checkpoint names.
-
-    Every byte is read, or with read=False only sizes are compared. Newer ones that are damaged are named in the log and
-    passed over.
-
-    Raises:
-        UserError: a named checkpoint that is not there or not complete, or a run whose checkpoints are all damaged.
-    """
-    if choice is None or choice == "latest":
-        found = _named(folder)
-        for path in reversed(found):
-            if (fault := damage(path, read)) is None:
-                return path
-            logger.warning("%s is damaged (%s): it is passed over", path, fault)
-        if found:
-            raise UserError(f"{folder}: every checkpoint in it is damaged; delete or move them to start over")
-        return None
-    for path in (Path(choice), folder / choice):
-        if (path / STATE).is_file() or (path / MANIFEST).is_file():
-            if (fault := damage(path, read)) is not None:
-                raise UserError(f"--resume_from_checkpoint {choice}: {path} is damaged ({fault}); name another")
-            return path
-    names = ", ".join(p.name for p in list_checkpoints(folder)) or "none"
-    raise UserError(f"--resume_from_checkpoint {choice}: no complete checkpoint there; {folder} has {names}")
-
-
-def _named(folder: Path) -> list[Path]:
-    """What has the name of a checkpoint, oldest first."""
-    found = [(int(m[1]), p) for p in folder.glob("checkpoint-*") if (m := PATTERN.fullmatch(p.name)) and p.is_dir()]
-    return [path for _, path in sorted(found)]
 
 
 def recover(folder: Path) -> None:
@@ -172,12 +141,6 @@ def _tensors(parameters: Mapping[str, Tensor], moments: Mapping[str, Tensor], em
     if ema is not None:
         of = zip(parameters.items(), ema.shadow_params, strict=True)
         yield "ema", ((name, joined(part, parameter)) for (name, parameter), part in of)
-
-
-def last_checkpoint(folder: Path) -> str:
-    """A clause that says which checkpoint a stopped run has."""
-    found = list_checkpoints(folder)
-    return f"{found[-1]} is the last checkpoint" if found else "no checkpoint was written yet"
 
 
 @contextmanager

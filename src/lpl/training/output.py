@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 
 from lpl.base.errors import UserError
@@ -26,7 +27,8 @@ from lpl.training.launch import processes
 logger = logging.getLogger("lpl")
 
 ENTRIES = {REST: {"bytes": whole(0), "xxh3_128": TEXT}}
-MANIFEST = "manifest.json"
+MANIFEST, STATE = "manifest.json", "state.json"
+PATTERN = re.compile(r"checkpoint-(\d+)")
 RESULT = ".tmp-result"
 """A result that is being written."""
 SAMPLES, SAVED = "samples", "saved"
@@ -132,8 +134,6 @@ def check_output(config: TrainConfig, tell: bool = True) -> int | None:
     warn = logger.warning if tell else logger.debug
     choice = config.run.resume_from_checkpoint
     if choice not in (None, "latest"):
-        from lpl.training.checkpoint import find_checkpoint
-
         _check_same_schedule(config, find_checkpoint(folder, choice, read=False))
     if not (folder / CONFIG_FILE).is_file():
         if choice == "latest":
@@ -256,3 +256,47 @@ def unlisted(folder: Path) -> str | None:
         return next((p.name for p in sorted(folder.iterdir()) if p.name not in {MANIFEST, *JUNK, *files}), None)
     except (OSError, UserError):
         return None
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints in a run's folder, oldest first; their sizes are compared, their content is not."""
+    return [path for path in _named(folder) if damage(path, read=False) is None]
+
+
+def find_checkpoint(folder: Path, choice: str | None, read: bool = True) -> Path | None:
+    """The checkpoint to go on from: the newest good one of the run, or the one that --resume_from_checkpoint names.
+
+    Every byte is read, or with read=False only sizes are compared. Newer ones that are damaged are named in the log and
+    passed over.
+
+    Raises:
+        UserError: a named checkpoint that is not there or not complete, or a run whose checkpoints are all damaged.
+    """
+    if choice is None or choice == "latest":
+        found = _named(folder)
+        for path in reversed(found):
+            if (fault := damage(path, read)) is None:
+                return path
+            logger.warning("%s is damaged (%s): it is passed over", path, fault)
+        if found:
+            raise UserError(f"{folder}: every checkpoint in it is damaged; delete or move them to start over")
+        return None
+    for path in (Path(choice), folder / choice):
+        if (path / STATE).is_file() or (path / MANIFEST).is_file():
+            if (fault := damage(path, read)) is not None:
+                raise UserError(f"--resume_from_checkpoint {choice}: {path} is damaged ({fault}); name another")
+            return path
+    names = ", ".join(p.name for p in list_checkpoints(folder)) or "none"
+    raise UserError(f"--resume_from_checkpoint {choice}: no complete checkpoint there; {folder} has {names}")
+
+
+def _named(folder: Path) -> list[Path]:
+    """What has the name of a checkpoint, oldest first."""
+    found = [(int(m[1]), p) for p in folder.glob("checkpoint-*") if (m := PATTERN.fullmatch(p.name)) and p.is_dir()]
+    return [path for _, path in sorted(found)]
+
+
+def last_checkpoint(folder: Path) -> str:
+    """A clause that says which checkpoint a stopped run has."""
+    found = list_checkpoints(folder)
+    return f"{found[-1]} is the last checkpoint" if found else "no checkpoint was written yet"
