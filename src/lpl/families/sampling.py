@@ -16,6 +16,7 @@ from lpl.base.errors import UserError, require
 from lpl.base.json_files import read_object, whole
 from lpl.config import ModelConfig
 from lpl.diffusion.latent_space import LatentSpace
+from lpl.families.base import ORIGIN, acting
 from lpl.families.sdxl_check import model_configs, native_resolution
 from lpl.families.sdxl_configs import PUBLISHED
 from lpl.families.sdxl_file import FLAG, check_weights, file_schedule, read_header
@@ -23,8 +24,6 @@ from lpl.families.sdxl_file import FLAG, check_weights, file_schedule, read_head
 logger = logging.getLogger("lpl")
 
 SchedulerName = Literal["model", "dpmsolver++"]
-IDLE = {"transformers_version", "architectures", "dtype", "torch_dtype", "name_or_path"}
-"""Keys of configs that say where a part came from: weights are hashed as they are."""
 GUIDANCE = 5.0
 CLASSIFIER_FREE = (
     "AuraFlowPipeline", "ChromaPipeline", "CogView4Pipeline", "HunyuanDiTPipeline", "KolorsPipeline",
@@ -82,7 +81,7 @@ class PipelineSampler:
         """
         settings = {name: _settings(part, prompts) for name, part in sorted(self.pipeline.components.items())}
         own = {key: value for key, value in self.pipeline.config.items() if key not in settings}
-        settings["pipeline"] = [type(self.pipeline).__name__, _acting(own)]
+        settings["pipeline"] = [type(self.pipeline).__name__, acting(own, ORIGIN)]
         return {
             name: hashlib.blake2b(json.dumps(found, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
             for name, found in settings.items()
@@ -134,11 +133,7 @@ def _settings(part: Any, prompts: Sequence[str]) -> list[Any]:
         ids = part([*prompts, ""], verbose=False).input_ids
         return [kind, part.model_max_length, part.pad_token_id, ids]
     config = getattr(part, "config", {})
-    return [kind, _acting(config.to_dict() if hasattr(config, "to_dict") else config)]
-
-
-def _acting(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if not key.startswith("_") and key not in IDLE}
+    return [kind, acting(config.to_dict() if hasattr(config, "to_dict") else config, ORIGIN)]
 
 
 class SDXLSampler(PipelineSampler):

@@ -17,7 +17,7 @@ from lpl.base.written_files import FINISHED
 from lpl.config import TrainConfig
 from lpl.config.files import CHECK_REPORT, CONFIG_FILE, DATA_REPORT
 from lpl.data.bad_files import FILE as BAD_FILES
-from lpl.training.output import RESULT, SAVED
+from lpl.training.output import RESULT, SAMPLES, SAVED
 from lpl.training.weights import Weights
 
 ALL_WEIGHTS = "a folder for diffusers; `lpl export` makes the file for ComfyUI, A1111 and Forge"
@@ -155,7 +155,7 @@ def write_model_card(config: TrainConfig, folder: Path) -> Path:
         tags=["text-to-image", "diffusers", "latent-perceptual-loss", *(["lora"] if lora else [])],
         datasets=[config.data.dataset_name] if config.data.dataset_name else None,
     )
-    samples = sorted((folder / "samples").glob("*.png"))
+    samples = sorted((folder / SAMPLES).glob("*.png"))
     picture = (
         f"![{config.logging.validation_prompt or 'validation images'}](samples/{samples[-1].name})\n\n"
         if samples

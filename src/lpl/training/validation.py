@@ -31,12 +31,13 @@ from lpl.base.errors import StopRequestedError
 from lpl.base.files import write_atomically
 from lpl.base.terminal import progress
 from lpl.base.text import Prompt
-from lpl.base.written_files import read_validated
+from lpl.base.written_files import VALIDATION, read_validated
 from lpl.config import TrainConfig
 from lpl.data.dataset import TrainingData
 from lpl.data.sheets import KEY, cells_note
 from lpl.diffusion.draws import bin_edges, draw_normal, keyed_uniform
 from lpl.diffusion.losses import diffusion_loss
+from lpl.training.output import SAMPLES
 from lpl.training.sharded import forget_gathered
 from lpl.training.step import StepInputs, TrainingStep
 from lpl.training.stopping import Stop
@@ -146,10 +147,6 @@ class HeldOutLoss:
         }
 
 
-FILE = "validation.jsonl"
-SAMPLES = "samples"
-
-
 class Validation:
     """Validates a run at step 0, every --validation_steps or --validation_epochs, and at its end.
 
@@ -189,10 +186,10 @@ class Validation:
             return
         done = torch.zeros(1, device=self.accelerator.device)
         if self.accelerator.is_main_process:
-            rows = read_rows(self.folder / FILE)
+            rows = read_rows(self.folder / VALIDATION)
             kept = [row for row in rows if row["step"] <= step]
             if len(kept) < len(rows):
-                write_rows(self.folder / FILE, kept)
+                write_rows(self.folder / VALIDATION, kept)
             kinds = {row["weights"] for row in kept if row["step"] == step}
             measured = self.losses is None or kinds == set(self.weights.kinds)
             done += measured and (self.images is None or image_file(self.folder, step).is_file())
@@ -241,8 +238,8 @@ class Validation:
             self.accelerator.log(metrics, step=step)
         if rows:
             new = {(row["step"], row["weights"]) for row in rows}
-            kept = [row for row in read_rows(self.folder / FILE) if (row["step"], row["weights"]) not in new]
-            write_rows(self.folder / FILE, kept + rows)
+            kept = [row for row in read_rows(self.folder / VALIDATION) if (row["step"], row["weights"]) not in new]
+            write_rows(self.folder / VALIDATION, kept + rows)
         if self.images is not None:
             seeds = [seed for _, seed in self.images.jobs]
             grid = label_grid(pictures, self.images.prompts, f"step {step}", seeds)
