@@ -159,11 +159,7 @@ def check_memory_options(config: TrainConfig, packages: bool = True) -> None:
 
 
 def check_processes(optim: OptimConfig, number: int) -> None:
-    """Refuses what works in one process only.
-
-    Raises:
-        UserError: there are several.
-    """
+    """Refuses what works in one process only."""
     require(
         not (optim.fused_backward_pass and number > 1),
         f"--fused_backward_pass in {number} processes: a gradient is gone before it is averaged over them; drop it",

@@ -94,11 +94,7 @@ def claim_output(config: TrainConfig) -> None:
 
 
 def check_inputs_apart(config: TrainConfig) -> None:
-    """Refuses a folder in which a run would land on what it reads, or write among training images.
-
-    Raises:
-        UserError: it would.
-    """
+    """Refuses a folder in which a run would land on what it reads, or write among training images."""
     folder, options = Path(config.run.output_dir), config.flat()
     for flag in ("train_data_dir", "reg_data_dir", "validation_data_dir"):
         images = options[flag]
@@ -172,11 +168,7 @@ def _check_same_schedule(config: TrainConfig, checkpoint: Path | None) -> None:
 
 
 def check_writable(config: TrainConfig) -> None:
-    """Refuses, before anything loads, a folder in which a run would replace what no run wrote.
-
-    Raises:
-        UserError: such a file, or a link, under a name that a run writes.
-    """
+    """Refuses, before anything loads, a folder in which a run would replace what no run wrote."""
     folder = output_of(config)
     folder.check(names_of(config), _adopts(folder))
     for path in sorted(folder.folder.glob("checkpoint-*")):

@@ -162,11 +162,7 @@ def check_data(config: TrainConfig, report: Path, weights: bool = False) -> Chec
 
 
 def check_options(config: TrainConfig, configs: dict[str, Any]) -> None:
-    """Checks the options against the model's schedule and its VAE.
-
-    Raises:
-        UserError: the first that does not go with them.
-    """
+    """Checks the options against the model's schedule and its VAE."""
     timesteps = configs["scheduler"].get("num_train_timesteps", 1000)
     threshold = config.lpl.lpl_t_threshold
     if config.lpl.use_lpl and threshold is not None and threshold > timesteps:
@@ -190,11 +186,7 @@ def _stride(configs: dict[str, Any]) -> int:
 
 
 def check_sizes(data: DataConfig, configs: dict[str, Any]) -> None:
-    """Checks the sizes of the training images against the VAE.
-
-    Raises:
-        UserError: sizes that it does not take, or no bucket.
-    """
+    """Checks the sizes of the training images against the VAE."""
     stride = _stride(configs)
     if data.crop_size % stride:
         raise UserError(f"--resolution {data.crop_size} is no multiple of the VAE's {stride} pixels per latent")
