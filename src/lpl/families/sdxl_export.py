@@ -14,7 +14,7 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lpl.base.errors import UserError
+from lpl.base.errors import UserError, on_one_line
 from lpl.config import ModelConfig
 from lpl.families import sdxl_names as names
 from lpl.families.sdxl import load_pipeline
@@ -213,7 +213,7 @@ def _keys(lora: Path) -> list[str]:
         with safe_open(lora, "pt") as content:
             return list(content.keys())
     except (OSError, SafetensorError) as error:
-        raise UserError(f"--lora {lora}: cannot be read as safetensors ({' '.join(str(error).split())})") from error
+        raise UserError(f"--lora {lora}: cannot be read as safetensors ({on_one_line(error)})") from error
 
 
 def _merge(pipeline: StableDiffusionXLPipeline, lora: Path, scale: float, parts: list[str]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lpl.base import tensor_header
-from lpl.base.errors import UserError
+from lpl.base.errors import UserError, on_one_line
 from lpl.config import ModelConfig
 
 logger = logging.getLogger("lpl")
@@ -252,9 +252,7 @@ def build_scheduler(cls: Any, config: Mapping[str, Any], **changes: Any) -> Any:
     try:
         built = cls.from_config(asked)
     except (TypeError, ValueError, ArithmeticError, RuntimeError, ImportError) as error:
-        raise UserError(
-            f"the model's scheduler config makes no {cls.__name__}: {' '.join(str(error).split())[:200]}"
-        ) from error
+        raise UserError(f"the model's scheduler config makes no {cls.__name__}: {on_one_line(error, 200)}") from error
     known = inspect.signature(cls.__init__).parameters
     for key in dict.fromkeys((*changes, *NOISE)):
         if key in asked and not (asked[key] == built.config.get(key) if key in known else asked[key] in (None, False)):

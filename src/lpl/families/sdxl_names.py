@@ -17,7 +17,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lpl.base.errors import UserError
+from lpl.base.errors import UserError, on_one_line
 from lpl.base.json_files import number, parse_json, require_shape
 from lpl.config import ModelConfig
 from lpl.families.base import TrainedOn
@@ -204,7 +204,7 @@ def to_kohya(lora: Path, configs: Mapping[str, Any], title: str) -> tuple[dict[s
             said = content.metadata() or {}
             adapter = parse_json(said.get(METADATA, "{}"), f"{lora}: {METADATA}")
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{lora}: cannot be read as safetensors ({' '.join(str(error).split())})") from error
+        raise UserError(f"{lora}: cannot be read as safetensors ({on_one_line(error)})") from error
     alphas = {f"{part}.lora_alpha?": number(0, 1e6) for part in PARTS}
     require_shape(adapter, alphas, f"{lora}: {METADATA}", "train it anew, or merge it (--to safetensors)")
     for option in ("alpha_pattern", "use_rslora"):

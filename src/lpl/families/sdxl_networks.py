@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from lpl.base.errors import UserError
+from lpl.base.errors import UserError, on_one_line
 from lpl.families.sdxl_file import FLAG, training_schedule
 from lpl.families.sdxl_names import LORA_TARGETS, TEXT_ATTENTION, TEXT_MLP, WITH_TEXT
 from lpl.families.sdxl_text import TOKENS_PER_CHUNK, embed, usual_layer
@@ -152,7 +152,7 @@ def named(flag: str, name: str) -> Iterator[None]:
     except Exception as error:
         if type(error) is not Exception and not isinstance(error, LOADING_ERRORS):  # tokenizers raises no other class
             raise
-        said = " ".join(str(error).split())[:400]
+        said = on_one_line(error, 400)
         if isinstance(error, NotImplementedError):  # a network is moved whose weights are not all there
             said = f"lacks weights of a network that its configs describe ({said.partition('.')[0]})"
         elif name.endswith(".safetensors") and "outgoing traffic" in said:

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lpl.base.errors import TrainingStoppedError, UserError
+from lpl.base.errors import TrainingStoppedError, UserError, on_one_line
 from lpl.base.files import sync_file as sync
 from lpl.base.json_files import ANY, REST, TEXT, WHOLE, Shape, read_object, require_shape, whole
 from lpl.training.optimizers import label
@@ -165,7 +165,7 @@ def full_disk(folder: Path) -> Iterator[None]:
 
 def reason(error: Exception) -> str:
     """What went wrong with a file, in a few words; safetensors reports the system's errors as text."""
-    return error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+    return error.strerror if isinstance(error, OSError) and error.strerror else on_one_line(error)
 
 
 def _replace(temporary: Path, final: Path) -> None:

@@ -18,7 +18,7 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
-from lpl.base.errors import UserError
+from lpl.base.errors import UserError, on_one_line
 from lpl.config import OptimConfig, TrainConfig
 from lpl.config.files import nearest
 from lpl.training.per_parameter import bare, of_optimi, suited
@@ -262,5 +262,5 @@ def check_steps(config: OptimConfig, device: torch.device) -> None:
         optimizer.load_state_dict(join_optimizer(tensors, rest))
     except FAILURES as error:
         given = f" --optimizer_args {config.optimizer_args}" if config.optimizer_args else ""
-        message = " ".join(str(error).split())[:300]
+        message = on_one_line(error, 300)
         raise UserError(f"--optimizer {config.optimizer_name}{given}: {type(error).__name__}: {message}") from error

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lpl.base.errors import TrainingStoppedError, UserError
+from lpl.base.errors import TrainingStoppedError, UserError, on_one_line
 from lpl.base.output_folder import OutputFolder
 from lpl.base.tensor_file import write_tensors
 from lpl.base.written_files import FINISHED
@@ -115,7 +115,7 @@ def create_repository(config: TrainConfig) -> str:
     try:
         return create_repo(name, exist_ok=True, token=config.logging.hub_token).repo_id
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = on_one_line(error, 200)
         raise UserError(f"--push_to_hub: cannot create {name}: {reason}; see `hf auth login`, --hub_token") from error
 
 
