@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from lpl import __version__
-from lpl.analysis.check import cost, levels, precision, reconstruction
+from lpl.analysis.check import cost, levels, precision
 from lpl.analysis.check.images import Encoded, read_pictures
 from lpl.analysis.check.maps import draw_estimates, draw_maps, layer_maps
 from lpl.analysis.check.suggest import suggestion
@@ -27,6 +27,7 @@ from lpl.base.output_folder import Names, OutputFolder, kind_of
 from lpl.config import TrainConfig
 from lpl.config.commands import FEWEST, PAGE, CheckConfig, ReportConfig
 from lpl.config.files import CHECK_REPORT, environment
+from lpl.data.crops import to_float
 from lpl.data.sheets import printable
 from lpl.diffusion.draws import bin_edges
 from lpl.families import load_family, plan_configs
@@ -145,7 +146,7 @@ class Check:
             **(components or self._text_precision(calls)),
         }
         first = encoded.mean[0].to(self.device)
-        found |= {"components": components, "walk_equals_decode": reconstruction.walk_difference(family.vae, first)}
+        found |= {"components": components, "walk_equals_decode": precision.walk_difference(family.vae, first)}
         found["faults"] = faults_of(found)
         if not any("float32" in fault for fault in found["faults"]):
             found |= self._measure(encoded)
@@ -182,7 +183,7 @@ class Check:
 
     def _vae_precision(self, encoded: Encoded) -> dict[str, Any]:
         shown = range(min(PRECISION_IMAGES, len(encoded)))
-        pixels = [reconstruction.to_float(encoded.pictures[n].pixels)[None] for n in shown]
+        pixels = [to_float(encoded.pictures[n].pixels)[None] for n in shown]
         latents = [encoded.mean[n] for n in shown]
 
         def encode(vae: Any, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -199,8 +200,8 @@ class Check:
 
     def _measure(self, encoded: Encoded) -> dict[str, Any]:
         config, family, step = self.config, self.family, self.step
-        losses = reconstruction.reconstruct(family.vae, encoded, self.device)
-        self._save(LOSSES, reconstruction.draw_losses(encoded, losses))
+        losses = precision.reconstruct(family.vae, encoded, self.device)
+        self._save(LOSSES, precision.draw_losses(encoded, losses))
         measured = levels.measure(step, self.denoiser, encoded, self.device)
         shown = _most_detailed(encoded, losses.typical)
         needs = cost.count(config, self.configs, self.device)
@@ -232,7 +233,7 @@ class Check:
         picture = encoded.pictures[shown]
         name = printable(picture.id)
         decode, space = self.family.vae.decode, self.step.latent_space
-        images = [("original", reconstruction.to_float(picture.pixels)), ("through the VAE", reconstructed)]
+        images = [("original", to_float(picture.pixels)), ("through the VAE", reconstructed)]
         rows = []
         within, without = (part.nonzero().flatten() for part in (gate, ~gate))
         mapped = [int(part[len(part) // 2]) for part in (within, without) if len(part)]
