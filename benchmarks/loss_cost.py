@@ -4,8 +4,8 @@
     python benchmarks/loss_cost.py cpu [pixels]
 
 Runs on the meta device, attention as one kernel: no weights, no arithmetic, the same figures everywhere. With several
-sizes it also draws docs/cost.png. cpu: FLOPs of a real call on a CPU in float32. "textbook" is tests/textbook_lpl.py:
-two passes of plain autograd.
+sizes it also draws docs/cost.png. cpu: FLOPs of a real call on a CPU in float32. "textbook" is the definition,
+src/lpl/perceptual/textbook.py: two passes of plain autograd.
 """
 
 import sys
@@ -17,10 +17,10 @@ from diffusers import AutoencoderKL
 
 from lpl import LatentPerceptualLoss
 from lpl.analysis.counter import FusedAttention, StepCounter
+from lpl.perceptual.textbook import textbook_lpl
 
-sys.path[:0] = [str(Path(__file__).parents[1] / "tests"), str(Path(__file__).parent)]
-from saved_bytes import count_saved_bytes  # noqa: E402
-from textbook_lpl import textbook_lpl  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parent))
+from saved_bytes import count_saved_bytes
 
 DOCS = Path(__file__).parents[1] / "docs"
 WIDTHS = (128, 256, 512, 512)

@@ -22,11 +22,10 @@ from statistics import median
 import torch
 
 from lpl import LatentPerceptualLoss
+from lpl.perceptual.textbook import textbook_lpl
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).parent))
 from loss_cost import sdxl_vae
-from textbook_lpl import textbook_lpl
 
 LPL = {
     "lpl": {},

@@ -138,8 +138,8 @@ def take_steps(case: Case) -> None:
     from lpl.data.dataset import Batch
     from lpl.families import blueprint
     from lpl.training.engine import add_lora, build_accelerator, build_objective
-    from lpl.training.one_by_one import FusedBackward
-    from lpl.training.optim import build_optimizer
+    from lpl.training.optimizers import build_optimizer
+    from lpl.training.per_parameter import FusedBackward
     from lpl.training.step import TrainingStep
     from lpl.training.trainer import WEIGHT_DTYPES
     from lpl.training.weights import Average

@@ -3,19 +3,20 @@
     python benchmarks/random_depth.py
 
 For each decoder: the gradient of every layer's term on its own, the squared norms that the probabilities derive from
-(perceptual/random_depth.py), and the variance of the gradient over samples and depths, in the full loss's over samples.
+(best_reach), and the variance of the gradient over samples and depths, in the full loss's over samples.
 Costs are counted on the meta device at 1024 px. Draws docs/random_depth.png.
 """
 
 import itertools
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from lpl import LatentPerceptualLoss
 from lpl.demo.weights import load_pipeline
-from lpl.perceptual.subsampling import REACH, best_reach, mean_cost, mean_square
+from lpl.perceptual.loss import REACH
 
 sys.path.insert(0, str(Path(__file__).parent))
 from loss_cost import DOCS, count_lpl, decode_flops, sdxl_vae
@@ -23,6 +24,46 @@ from loss_cost import DOCS, count_lpl, decode_flops, sdxl_vae
 SAMPLES, CELLS, BUDGET = 4, 8, 1.3
 ERRORS = (0.05, 0.3)
 """Of the clean-latent estimate, in standard deviations of the latents."""
+
+
+def best_reach(squares: Sequence[float], costs: Sequence[float], budget: float | None = None) -> list[float]:
+    """The probabilities with the least mean squared gradient at a mean cost: p_l = min(1, t sqrt(c_l / k_l)), falling.
+
+    Neighbours whose order a falling sequence forbids are pooled: they share sqrt(sum c / sum k).
+
+    Args:
+        squares: c_l above, averaged over samples.
+        costs: k_l above, in any unit.
+        budget: the mean cost, between the first cost and their sum, which decides t; None: the t at which the product
+            of mean squared gradient and mean cost is least, p_0 being just 1.
+    """
+    pools: list[tuple[float, float, int]] = []
+    for square, cost in zip(squares, costs, strict=True):
+        pool = (max(square, 0.0), cost, 1)
+        while pools and pools[-1][0] * pool[1] <= pool[0] * pools[-1][1]:
+            square_before, cost_before, size = pools.pop()
+            pool = (square_before + pool[0], cost_before + pool[1], size + pool[2])
+        pools.append(pool)
+    top = pools[0][0] / pools[0][1]
+    shape = [(square / cost / top) ** 0.5 for square, cost, size in pools for _ in range(size)]
+    if budget is None:
+        return shape
+    low, high = 1.0, 1 / min(shape)
+    for _ in range(60):
+        t = (low * high) ** 0.5
+        cost = mean_cost([min(1.0, t * p) for p in shape], costs)
+        low, high = (low, t) if cost > budget else (t, high)
+    return [min(1.0, low * p) for p in shape]
+
+
+def mean_cost(reach: Sequence[float], costs: Sequence[float]) -> float:
+    """sum_l k_l p_l."""
+    return sum(p * k for p, k in zip(reach, costs, strict=True))
+
+
+def mean_square(reach: Sequence[float], squares: Sequence[float]) -> float:
+    """sum_l c_l / p_l."""
+    return sum(c / p for p, c in zip(reach, squares, strict=True))
 
 
 def layer_gradients(vae, error, **options):

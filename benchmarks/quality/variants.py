@@ -260,9 +260,9 @@ def less_diffusion(step: Any, gate: Any, factor: float) -> None:
     """Multiplies the diffusion loss of a training step's samples that pass the gate by a factor."""
     plain = step.diffusion_per_sample
 
-    def scaled(model_output: Tensor, target: Tensor, timesteps: Tensor, mask: Tensor | None = None) -> Tensor:
-        open_ = gate.passes(timesteps, step.alpha[timesteps], step.sigma[timesteps])
-        each: Tensor = plain(model_output, target, timesteps, mask)
+    def scaled(inputs: Any) -> Tensor:
+        open_ = gate.passes(inputs.timesteps, step.alpha[inputs.timesteps], step.sigma[inputs.timesteps])
+        each: Tensor = plain(inputs)
         return each * torch.where(open_, factor, 1.0).to(each)
 
     step.diffusion_per_sample = scaled

@@ -194,7 +194,7 @@ def _cache(argv: list[str]) -> None:
         if argv and not argv[0].startswith("-"):
             raise UserError(f"unknown command cache {argv[0]!r}{nearest(argv[0], ['verify', 'prune'])}")
         config = parse_options(TrainConfig, argv, "lpl cache")
-        from lpl.training.caching import fill_cache
+        from lpl.training.run import fill_cache
 
         fill_cache(config)
 

@@ -319,7 +319,7 @@ def of_cache(pattern: str) -> Callable[[Base], tuple[Path, Act]]:
 
 def manifest(base: Base) -> tuple[Path, Act]:
     """What a checkpoint's files must be."""
-    from lpl.training.checkpoint import find_checkpoint, list_checkpoints
+    from lpl.training.output import find_checkpoint, list_checkpoints
 
     run = base.copy("run")
 
@@ -334,7 +334,7 @@ def of_checkpoint(name: str) -> Callable[[Base], tuple[Path, Act]]:
     """A file of a checkpoint whose manifest agrees with it, by the run that goes on from it."""
 
     def prepare(base: Base) -> tuple[Path, Act]:
-        from lpl.training.manifest import write_manifest
+        from lpl.training.output import write_manifest
 
         run = base.copy("run")
         shutil.rmtree(max(run.glob("checkpoint-*")))

@@ -12,7 +12,7 @@ from lpl.base.terminal import progress
 from lpl.config import TrainConfig
 from lpl.data.buckets import image_sizes
 from lpl.families import blueprint, native_resolution, plan_configs
-from lpl.training.checks import check_small_cards
+from lpl.training.checks import check_memory_options
 from lpl.training.launch import check_launch, processes, splits
 from lpl.training.preflight import Checked, check_options
 
@@ -27,7 +27,7 @@ def plan(config: TrainConfig, memory: int) -> str:
     if config.data.resolution is None:
         config = config.changed(resolution=native_resolution(configs))
     config = _with_launched_precision(config)
-    check_small_cards(config, packages=False)
+    check_memory_options(config, packages=False)
     check_launch(config)
     check_options(config, configs)
     rehearsal, number = Rehearsal(blueprint(configs, config.model)), processes()

@@ -11,9 +11,8 @@ from torch import nn
 from lpl.analysis.counter import StepCounter
 from lpl.base.errors import UserError
 from lpl.config import OPTIMIZERS, OptimConfig
-from lpl.training.one_by_one import PIECE
-from lpl.training.optim import build_optimizer
-from lpl.training.optimizers import FAILURES, averages_itself
+from lpl.training.optimizers import FAILURES, averages_itself, build_optimizer
+from lpl.training.per_parameter import ROUNDED_AT_ONCE
 
 ROUNDING = 21
 """Bytes a value that torchao's stochastic rounding writes out: five tensors of four, and a mask."""
@@ -97,7 +96,7 @@ def one_step_size(config: OptimConfig, shape: tuple[int, ...], device: str) -> i
         return round(size * _per_value(config)[1])
     own = {"adamw8bit": 0, "adafactor": 4 * (2 * size + _factored(shape))}
     stepping = own.get(config.optimizer_name, 4 * size if device == "cuda" else 2 * 4 * size)
-    return max(8 * size + stepping, 4 * size + ROUNDING * min(size, PIECE)) if config.rounds else stepping
+    return max(8 * size + stepping, 4 * size + ROUNDING * min(size, ROUNDED_AT_ONCE)) if config.rounds else stepping
 
 
 @cache

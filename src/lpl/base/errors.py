@@ -27,3 +27,8 @@ def require(condition: bool, message: str) -> None:
     """Raises UserError(message) unless the condition holds."""
     if not condition:
         raise UserError(message)
+
+
+def on_one_line(error: Exception, most: int | None = None) -> str:
+    """What an exception says, its line breaks as blanks; of that the first so many characters."""
+    return " ".join(str(error).split())[:most]

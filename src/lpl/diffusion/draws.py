@@ -127,6 +127,16 @@ def _tail(x: Tensor) -> Tensor:
     return torch.erfc(x / 2**0.5) / 2
 
 
+BINS = 10
+"""Parts of a schedule over which losses are told."""
+
+
+def bin_edges(num_timesteps: int, bins: int = BINS) -> list[int]:
+    """Edges of equal parts of a schedule, at most one for each timestep: bin k holds edges[k] <= t < edges[k + 1]."""
+    bins = min(bins, num_timesteps)
+    return [num_timesteps * k // bins for k in range(bins + 1)]
+
+
 @lru_cache(maxsize=4)
 def balanced_order(size: int) -> tuple[int, ...]:
     """Positions 0..size - 1 in such an order that the first k, and the last k, lie evenly in every split, for every k.

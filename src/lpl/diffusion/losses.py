@@ -1,4 +1,6 @@
-"""The threshold of the scheduled pseudo-Huber loss.
+"""The diffusion loss of each sample: squared or pseudo-Huber error, its weight by SNR, and masks.
+
+The threshold c of the scheduled pseudo-Huber loss is each sample's own:
 
     loss = 2 c (sqrt(d^2 + c^2) - c)    of each difference d: d^2 where |d| << c, 2 c |d| where |d| >> c
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lpl.config import ModelConfig
-from lpl.families.sdxl_check import check_model, configs_for_plan, native_resolution
+from lpl.families.sdxl_check import model_configs, native_resolution, plan_configs
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,7 +28,7 @@ RESULT_NAMES = (
 def load_family(
     config: ModelConfig, device: torch.device, weight_dtype: torch.dtype, encoders_only: bool = False
 ) -> SDXL:
-    """Loads the model that the config names, with or without its denoiser; check_model has passed."""
+    """Loads the model that the config names, with or without its denoiser; model_configs has passed."""
     from lpl.families.sdxl import SDXL
 
     return SDXL(config, device, weight_dtype, encoders_only)
@@ -36,7 +36,7 @@ def load_family(
 
 def blueprint(configs: dict[str, Any], config: ModelConfig | None = None) -> Blueprint:
     """The networks that a model's configs describe, for a plan with these options."""
-    from lpl.families.sdxl_blueprint import SDXLBlueprint
+    from lpl.families.sdxl_networks import SDXLBlueprint
 
     config = config or ModelConfig()
     return SDXLBlueprint(configs, config.max_token_length, config.train_text_encoder, config.clip_skip)
@@ -51,11 +51,11 @@ def load_for_export(config: ModelConfig, dtype: torch.dtype | None, lora: Path |
 
 def check_export(config: ModelConfig, single_file: bool, lora: Path | None) -> None:
     """Refuses a model or a LoRA that cannot be written as asked, before anything heavy loads."""
-    from lpl.families.sdxl_export import check_lora, check_single_file
+    from lpl.families.sdxl_export import check_lora, prediction_of, schedule_of
 
     model_configs(config)
     if single_file:
-        check_single_file(config)
+        prediction_of(schedule_of(config))
     if lora is not None:
         check_lora(config, lora)
 
@@ -69,26 +69,16 @@ def as_trained(config: ModelConfig, lora: Path) -> ModelConfig:
 
 def kohya_lora(lora: Path, config: ModelConfig, title: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """A LoRA file of diffusers' naming as kohya and ComfyUI name it, and its metadata."""
-    from lpl.families.sdxl_lora import to_kohya
+    from lpl.families.sdxl_names import to_kohya
 
     return to_kohya(lora, plan_configs(config), title)
 
 
 def noise_scheduler(configs: dict[str, Any]) -> Any:
     """The training schedule that a model's configs state."""
-    from lpl.families import sdxl
+    from lpl.families.sdxl_file import training_schedule
 
-    return sdxl.training_schedule(configs["scheduler"])
-
-
-def model_configs(config: ModelConfig) -> dict[str, Any]:
-    """Checks the model and returns its components' configs; nothing heavy loads."""
-    return check_model(config)
-
-
-def plan_configs(config: ModelConfig) -> dict[str, Any]:
-    """The configs of a model that need not be there: no weights are asked for, and SDXL's own configs are known."""
-    return configs_for_plan(config)
+    return training_schedule(configs["scheduler"])
 
 
 __all__ = [

@@ -12,13 +12,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 DECODED_PIXELS = 1024
-"""Side of the largest image that is decoded in one piece: for SDXL 3 GiB in float32, less than its UNet takes."""
+"""Side of the largest image that is decoded at once: for SDXL 3 GiB in float32, less than its UNet takes."""
 
 
-IDLE = {
-    *("scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast", "sample_size"),
-    *("architectures", "dtype", "torch_dtype", "transformers_version", "name_or_path"),
-}
+ORIGIN = {"architectures", "dtype", "torch_dtype", "transformers_version", "name_or_path"}
+"""Keys of configs that say where a part came from: weights are hashed as they are."""
+IDLE = ORIGIN | {"scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast", "sample_size"}
 """Keys of configs that do not act on raw latents in float32, nor on embeddings."""
 
 
@@ -152,10 +151,14 @@ class Blueprint(Protocol):
         """What encode_text gives for so many captions: values do not matter, shapes do."""
 
 
+def acting(config: Mapping[str, Any], idle: set[str]) -> dict[str, Any]:
+    """A config without the idle keys and without the library's own."""
+    return {name: value for name, value in config.items() if not name.startswith("_") and name not in idle}
+
+
 def config_settings(config: Mapping[str, Any]) -> str:
     """What of a module's config may act on what it makes of its input, beside its weights."""
-    acting = {name: value for name, value in config.items() if not name.startswith("_") and name not in IDLE}
-    return json.dumps(acting, sort_keys=True, default=str)
+    return json.dumps(acting(config, IDLE), sort_keys=True, default=str)
 
 
 def weights_hash(*modules: nn.Module, settings: str = "") -> str:

@@ -34,9 +34,6 @@ class Request(NamedTuple):
 def resolve(options: ExportConfig) -> Request:
     """The model and the LoRA that the options name.
 
-    Args:
-        options: of `lpl export`.
-
     Raises:
         UserError: an unfinished run, a folder that is none, or options that cannot act.
     """
@@ -88,9 +85,6 @@ def _lora_file(path: Path) -> Path:
 def export(options: ExportConfig) -> str:
     """Writes what the options ask for.
 
-    Args:
-        options: of `lpl export`.
-
     Returns:
         A line that says what was written.
 
@@ -109,9 +103,11 @@ def _write(options: ExportConfig, request: Request, output: Path) -> str:
     if options.to == "kohya":
         return _write_kohya(request, output)
     with_flag(request, lambda: check_export(request.model, options.to == "safetensors", request.lora))
+    import torch
+
     from lpl.families import load_for_export
 
-    dtype = _dtype(options.dtype)
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
     model = with_flag(request, lambda: load_for_export(request.model, dtype, request.lora, options.lora_scale))
     if options.to == "diffusers":
         _write_folder(model, output)
@@ -137,12 +133,6 @@ def _check_output(output: Path, to: str) -> None:
     above = next(folder for folder in (output.absolute()).parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise UserError(f"--output {output}: {above} is no folder that can be written to")
-
-
-def _dtype(name: str | None) -> Any:
-    import torch
-
-    return None if name is None else getattr(torch, name)
 
 
 def _write_kohya(request: Request, output: Path) -> str:

@@ -16,29 +16,20 @@ from lpl.base.errors import UserError, require
 from lpl.base.json_files import read_object, whole
 from lpl.config import ModelConfig
 from lpl.diffusion.latent_space import LatentSpace
-from lpl.families.sdxl_check import check_model, native_resolution
+from lpl.families.base import ORIGIN, acting
+from lpl.families.sdxl_check import model_configs, native_resolution
 from lpl.families.sdxl_configs import PUBLISHED
 from lpl.families.sdxl_file import FLAG, check_weights, file_schedule, read_header
 
 logger = logging.getLogger("lpl")
 
 SchedulerName = Literal["model", "dpmsolver++"]
-IDLE = {"transformers_version", "architectures", "dtype", "torch_dtype", "name_or_path"}
-"""Keys of configs that say where a part came from: weights are hashed as they are."""
 GUIDANCE = 5.0
 CLASSIFIER_FREE = (
-    "AuraFlowPipeline",
-    "ChromaPipeline",
-    "CogView4Pipeline",
-    "HunyuanDiTPipeline",
-    "KolorsPipeline",
-    "Lumina2Pipeline",
-    "PixArtAlphaPipeline",
-    "PixArtSigmaPipeline",
-    "SanaPipeline",
-    "StableDiffusionPipeline",
+    "AuraFlowPipeline", "ChromaPipeline", "CogView4Pipeline", "HunyuanDiTPipeline", "KolorsPipeline",
+    "Lumina2Pipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline", "SanaPipeline", "StableDiffusionPipeline",
     "StableDiffusion3Pipeline",
-)
+)  # fmt: skip
 """Pipelines beside SDXL's that take guidance_scale g as none + g (text - none), g up to 1 being no guidance, without a
 negative prompt too (read in diffusers 0.42.1)."""
 DECODED_PIXELS = 16 * 64 * 64
@@ -49,7 +40,6 @@ class PipelineSampler:
     """Samples of a diffusers pipeline, in whatever way it makes them.
 
     Args:
-        pipeline: text to image, on its device.
         scheduler: "model": the pipeline's own; "dpmsolver++": DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095) on
             the same noise schedule, which needs fewer steps.
 
@@ -62,7 +52,7 @@ class PipelineSampler:
         if scheduler != "model":
             from diffusers import DPMSolverMultistepScheduler
 
-            from lpl.families.sdxl_schedule import build_scheduler
+            from lpl.families.sdxl_file import build_scheduler
 
             kind = type(pipeline.scheduler).__name__
             require(
@@ -88,13 +78,10 @@ class PipelineSampler:
         """A hash of what decides the samples beside weights, by part: its class, its config, a tokenizer's ids.
 
         Versions and places in configs do not count.
-
-        Args:
-            prompts: what is drawn.
         """
         settings = {name: _settings(part, prompts) for name, part in sorted(self.pipeline.components.items())}
         own = {key: value for key, value in self.pipeline.config.items() if key not in settings}
-        settings["pipeline"] = [type(self.pipeline).__name__, _acting(own)]
+        settings["pipeline"] = [type(self.pipeline).__name__, acting(own, ORIGIN)]
         return {
             name: hashlib.blake2b(json.dumps(found, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
             for name, found in settings.items()
@@ -112,11 +99,8 @@ class PipelineSampler:
         """Images (B, 3, resolution, resolution), uint8 on the CPU.
 
         Args:
-            prompts: B of them.
             generators: one a sample, on the CPU; all noise of the sample comes from it.
-            num_inference_steps: of the scheduler.
             guidance_scale: of classifier-free guidance; 1: none. None: what the pipeline takes by itself.
-            resolution: pixels.
 
         Raises:
             UserError: images that are not finite.
@@ -149,11 +133,7 @@ def _settings(part: Any, prompts: Sequence[str]) -> list[Any]:
         ids = part([*prompts, ""], verbose=False).input_ids
         return [kind, part.model_max_length, part.pad_token_id, ids]
     config = getattr(part, "config", {})
-    return [kind, _acting(config.to_dict() if hasattr(config, "to_dict") else config)]
-
-
-def _acting(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if not key.startswith("_") and key not in IDLE}
+    return [kind, acting(config.to_dict() if hasattr(config, "to_dict") else config, ORIGIN)]
 
 
 class SDXLSampler(PipelineSampler):
@@ -181,7 +161,7 @@ def check_sampling(config: ModelConfig, lora: Path | None) -> int | None:
     """
     kind = _foreign(config)
     if kind is None:
-        configs = check_model(config)
+        configs = model_configs(config)
         if lora is not None:
             from lpl.families.sdxl_export import check_lora
 
@@ -215,7 +195,6 @@ def check_guidance(config: ModelConfig, guidance_scale: float | None) -> float |
     """The guidance to sample a model with; of a pipeline of which it is not known what a scale means, its own default.
 
     Args:
-        config: which model.
         guidance_scale: as given; None: not given.
 
     Raises:
@@ -268,10 +247,6 @@ def load_for_sampling(
     Args:
         config: which model: a folder or single file of any family that diffusers knows, or an SDXL on the Hub.
         dtype: precision of the denoiser and the text encoders; of an SDXL the VAE stays float32.
-        device: where it samples.
-        lora: a LoRA file or None.
-        scale: of the LoRA.
-        scheduler: see PipelineSampler.
 
     Raises:
         UserError: a model or LoRA that cannot be loaded whole.
@@ -306,7 +281,7 @@ def _foreign(config: ModelConfig) -> str | None:
 
 def _obey(pipeline: Any, said: Mapping[str, Any]) -> None:
     """Gives a pipeline the schedule that its single file says, where it is one of those that have prediction types."""
-    from lpl.families.sdxl_schedule import build_scheduler
+    from lpl.families.sdxl_file import build_scheduler
 
     if said and "prediction_type" in pipeline.scheduler.config:
         pipeline.scheduler = build_scheduler(type(pipeline.scheduler), pipeline.scheduler.config, **said)
@@ -321,11 +296,11 @@ def _load_foreign(config: ModelConfig, dtype: torch.dtype, lora: Path | None, sc
     cls: Any = getattr(diffusers, kind, None)
     require(cls is not None, f"{FLAG} {name}: model_index.json says {kind}, which this diffusers does not have")
     taken = inspect.signature(cls).parameters
-    # A checker paints images black that it dislikes: figures would be of that.
+    # A checker paints images black that it dislikes: metrics would be of that.
     extra = {part: None for part in ("safety_checker", "feature_extractor", "image_encoder") if part in taken}
     if "requires_safety_checker" in taken:
         extra["requires_safety_checker"] = False  # type: ignore[assignment]
-    from lpl.families.sdxl import named
+    from lpl.families.sdxl_networks import named
 
     with named(FLAG, name):
         if name.endswith(".safetensors"):

@@ -5,40 +5,32 @@ from __future__ import annotations
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline
-from diffusers.loaders.single_file_utils import SingleFileComponentError
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from diffusers.training_utils import _collate_lora_metadata
 from PIL import Image
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from lpl.base.errors import UserError
 from lpl.config import ModelConfig
 from lpl.diffusion.latent_space import LatentSpace
 from lpl.families.base import DECODED_PIXELS, TrainedOn, config_settings, weights_hash
-from lpl.families.sdxl_lora import LORA_TARGETS, METADATA, WITH_TEXT, adapter_of, lora_metadata, to_kohya
-from lpl.families.sdxl_schedule import build_scheduler, set_schedule
+from lpl.families.sdxl_file import set_schedule, training_schedule
+from lpl.families.sdxl_names import LORA_TARGETS, METADATA, WITH_TEXT, adapter_of, lora_metadata, to_kohya
+from lpl.families.sdxl_networks import SDXLJointModel, denoise, named, parts_of, token_fields
 from lpl.families.sdxl_text import PromptEncoder, guided
-from lpl.families.sdxl_trainee import SDXLTrainee, denoise, parts_of, token_fields
 
 logger = logging.getLogger("lpl")
 
 COMPONENTS = ("vae", "text_encoder", "text_encoder_2")
 SAMPLING_STEPS = 25
-LOADING_ERRORS = (
-    OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, ArithmeticError, AssertionError,
-    ImportError, SafetensorError, SingleFileComponentError,
-)  # fmt: skip
-"""What the libraries raise of configs and weights that do not go together."""
 GUIDANCE_SCALE = 5.0
 
 
@@ -48,18 +40,18 @@ class SDXL:
     Differs from the diffusers scripts: a dropped caption is what the pipeline uses for no caption (zeros where the
     model says force_zeros_for_empty_prompt), not the encoding of "". See also PromptEncoder.
 
-    With --train_text_encoder the denoiser is an SDXLTrainee: what is cached of a caption are its tokens, and prompts
+    With --train_text_encoder the denoiser is an SDXLJointModel: what is cached of a caption are its tokens, and prompts
     are encoded when images are made of them, with the weights of then.
 
     Args:
-        config: which model.
-        device: where encoding happens and the denoiser goes.
         weight_dtype: precision of the run's arithmetic; validation images are drawn in it.
         encoders_only: leave the denoiser out, where its files are apart from the others.
 
     Raises:
         UserError: the model cannot be loaded.
     """
+
+    denoise = staticmethod(denoise)
 
     def __init__(
         self, config: ModelConfig, device: torch.device, weight_dtype: torch.dtype, encoders_only: bool = False
@@ -87,7 +79,7 @@ class SDXL:
                 weights_hash(settings=self._encode_prompts.token_settings),
             )
             if self.denoiser is not None:  # lpl cache leaves it out
-                self.denoiser = SDXLTrainee(self.denoiser, *self.text_encoders, layer, self.force_zeros)
+                self.denoiser = SDXLJointModel(self.denoiser, *self.text_encoders, layer, self.force_zeros)
         else:
             settings = f"{self.force_zeros} {self._encode_prompts.settings}"
             self.text_key = weights_hash(*self.text_encoders, settings=settings)
@@ -119,25 +111,15 @@ class SDXL:
         image = 2 * 4 * channels * (height // stride) * (width // stride)
         return image, self._encode_prompts.entry_bytes(of_tokens=self.trains_text)
 
-    @staticmethod
-    def denoise(
-        denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, text: Mapping[str, Tensor], sizes: Tensor
-    ) -> Tensor:
-        if "input_ids" in text:
-            return denoiser(noisy_latents, timesteps, text, sizes)
-        return denoise(denoiser, noisy_latents, timesteps, text["prompt_embeds"], text["pooled"], sizes)
-
     def prepare_prompt(self, prompt: str, negative_prompt: str = "") -> None:
         if not self.trains_text:
-            found = guided(prompt, negative_prompt, self._encode, self.force_zeros)
+            encode = lambda text: self._encode_prompts([text], self.device)  # noqa: E731
+            found = guided(prompt, negative_prompt, encode, self.force_zeros)
             self._prompts[prompt, negative_prompt] = tuple(e.cpu() for e in found)
-
-    def _encode(self, prompt: str) -> tuple[Tensor, Tensor]:
-        return self._encode_prompts([prompt], self.device)
 
     def _embeddings(self, denoiser: nn.Module, prompt: str, negative_prompt: str) -> tuple[Tensor, ...]:
         """What guided gives, on the device: prepared, or by text encoders that are trained."""
-        if not isinstance(denoiser, SDXLTrainee):
+        if not isinstance(denoiser, SDXLJointModel):
             return tuple(e.to(self.device) for e in self._prompts[prompt, negative_prompt])
 
         def encode(text: str) -> tuple[Tensor, Tensor]:
@@ -251,18 +233,12 @@ class SDXL:
         return to_kohya(lora, {"unet": self.pipeline.unet.config}, title)
 
 
-def training_schedule(scheduler: Mapping[str, Any]) -> DDPMScheduler:
-    """The training schedule of a pipeline whose scheduler has this config."""
-    return build_scheduler(DDPMScheduler, scheduler)
-
-
 def load_pipeline(
     config: ModelConfig, encoders_only: bool = False, dtypes: Mapping[str, torch.dtype] | None = None
 ) -> StableDiffusionXLPipeline:
     """Loads a model's pipeline, with or without its denoiser, and gives it the schedule that model and options say.
 
     Args:
-        config: which model, and its schedule.
         encoders_only: leave the denoiser out, where its files are apart from the others.
         dtypes: precision by component, unset: float32; a single file has one, the UNet's.
 
@@ -290,10 +266,7 @@ def load_pipeline(
                 dtype=dtypes["unet"],
                 **common,
             )
-            _check_whole(pipeline, ("unet", *COMPONENTS))
-            set_schedule(pipeline, config)
-            _check_tokenizers(pipeline)
-            return pipeline
+            return _checked(pipeline, config, ("unet", *COMPONENTS))
         common |= {"revision": config.revision, "variant": config.variant, "use_safetensors": True}
         for part, cls in (("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)):
             # On its own: a pipeline would fill weights that are missing with random numbers, and say nothing.
@@ -309,18 +282,18 @@ def load_pipeline(
         pipeline = StableDiffusionXLPipeline.from_pretrained(
             name, add_watermarker=False, dtype=parts, **left_out, **common
         )
-        _check_tokenizers(pipeline)
-        _check_whole(pipeline, ("vae",) if encoders_only else ("unet", "vae"))
-        set_schedule(pipeline, config)
-        return pipeline
+        return _checked(pipeline, config, ("vae",) if encoders_only else ("unet", "vae"))
 
 
-def _check_whole(pipeline: Any, parts: Iterable[str]) -> None:
-    """Refuses networks that the model's files lack weights of."""
+def _checked(pipeline: Any, config: ModelConfig, parts: Iterable[str]) -> Any:
+    """The pipeline with its schedule; refuses networks (parts) that the model's files lack weights of."""
+    _check_tokenizers(pipeline)
     for part in parts:
         absent = [key for key, weight in getattr(pipeline, part).named_parameters() if weight.is_meta]
         if absent:
             raise ValueError(f"{part} lacks the weights {absent[:3]}")
+    set_schedule(pipeline, config)
+    return pipeline
 
 
 def _check_tokenizers(pipeline: Any) -> None:
@@ -335,19 +308,3 @@ def _check_tokenizers(pipeline: Any) -> None:
         special = [getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")]
         if None in special or max([*special, *tokenizer.get_vocab().values()]) >= known.vocab_size:
             raise ValueError(f"tokenizer{name} has tokens that its text encoder, of {known.vocab_size}, does not know")
-
-
-@contextmanager
-def named(flag: str, name: str) -> Iterator[None]:
-    """Turns what loading raises into one line that names the flag."""
-    try:
-        yield
-    except Exception as error:
-        if type(error) is not Exception and not isinstance(error, LOADING_ERRORS):  # tokenizers raises no other class
-            raise
-        said = " ".join(str(error).split())[:400]
-        if isinstance(error, NotImplementedError):  # a network is moved whose weights are not all there
-            said = f"lacks weights of a network that its configs describe ({said.partition('.')[0]})"
-        elif name.endswith(".safetensors") and "outgoing traffic" in said:
-            said = "its configs are not in the Hub's cache, and the Hub is off: give a folder by --single_file_config"
-        raise UserError(f"{flag} {name}: {said}") from error

@@ -1,4 +1,4 @@
-"""What the configs of an SDXL model may hold: sizes that a network can have, so that no figure of a file is run on."""
+"""Whether an SDXL model can be trained right here: its files, and configs of sizes that a network can have."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from lpl.base.errors import UserError
 from lpl.base.json_files import ANY, NULL, SWITCH, TEXT, Kind, Shape, number, read_object, require_shape, whole
 from lpl.config import ModelConfig
 from lpl.families import sdxl_configs
-from lpl.families.sdxl_file import FLAG, check_single_file, check_weights, read_header
-from lpl.families.sdxl_schedule import chosen_schedule
+from lpl.families.sdxl_file import FLAG, check_single_file, check_weights, chosen_schedule, read_header
 
 SIZE, LAYERS = whole(1, 2**16), whole(1, 256)
 SIZES = Kind("a list of 1 to 16 sizes", lambda v: isinstance(v, list) and 1 <= len(v) <= 16 and all(map(SIZE.fits, v)))
@@ -115,7 +114,7 @@ COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tok
 WITH_WEIGHTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 
 
-def check_model(config: ModelConfig) -> dict[str, Any]:
+def model_configs(config: ModelConfig) -> dict[str, Any]:
     """Refuses a model that this trainer would not train right.
 
     Returns:
@@ -145,7 +144,7 @@ def check_model(config: ModelConfig) -> dict[str, Any]:
     return configs
 
 
-def configs_for_plan(config: ModelConfig) -> dict[str, Any]:
+def plan_configs(config: ModelConfig) -> dict[str, Any]:
     """The configs of a model for `lpl plan`: no weights are needed, and nothing is read where they are known.
 
     No model, SDXL base 1.0 by its Hub id, and a single file with as many parameters as its UNet: its published configs.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import logging
 import math
 from collections import Counter
@@ -15,14 +14,16 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lpl.base.errors import UserError
+from lpl.base.errors import UserError, on_one_line
 from lpl.config import ModelConfig
 from lpl.families import sdxl_names as names
-from lpl.families.sdxl import load_pipeline, named
-from lpl.families.sdxl_check import WITH_WEIGHTS, check_model, native_resolution
+from lpl.families.sdxl import load_pipeline
+from lpl.families.sdxl_check import WITH_WEIGHTS, model_configs, native_resolution
 from lpl.families.sdxl_configs import PUBLISHED
-from lpl.families.sdxl_file import compare_lora
-from lpl.families.sdxl_schedule import chosen_schedule
+from lpl.families.sdxl_file import chosen_schedule, compare_lora
+from lpl.families.sdxl_networks import named
+
+logger = logging.getLogger("lpl")
 
 
 def original_tensors(pipeline: Any) -> Iterator[tuple[str, Tensor]]:
@@ -64,16 +65,10 @@ def modelspec(pipeline: Any, title: str, resolution: int) -> dict[str, str]:
     Raises:
         UserError: see prediction_of.
     """
-    values = {
-        "sai_model_spec": "1.0.0",
-        "architecture": names.ARCHITECTURE,
-        "implementation": names.IMPLEMENTATION,
-        "title": title,
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "resolution": f"{resolution}x{resolution}",
-        "prediction_type": prediction_of(pipeline.scheduler.config),
+    return names.modelspec(title, names.ARCHITECTURE) | {
+        "modelspec.resolution": f"{resolution}x{resolution}",
+        "modelspec.prediction_type": prediction_of(pipeline.scheduler.config),
     }
-    return {f"modelspec.{key}": value for key, value in values.items()}
 
 
 def _unet(unet: Any) -> Iterator[tuple[str, Tensor]]:
@@ -110,8 +105,6 @@ def _clip_g(encoder: Any) -> Iterator[tuple[str, Tensor]]:
     yield f"{names.CLIP_G}logit_scale", torch.tensor(math.log(100), dtype=encoder.dtype)
 
 
-logger = logging.getLogger("lpl")
-
 STORED = {"F16": torch.float16, "BF16": torch.bfloat16}
 LORA_PARTS = {
     "unet": ("unet.", "lora_unet_"),
@@ -131,14 +124,13 @@ class SDXLExport:
         config: which model; its prediction_type and rescale_betas_zero_snr, if given, are what the result says.
         dtype: precision of the result; None: as each component's files have it, a model on the Hub float32.
         lora: a LoRA file of diffusers' or kohya's, or None.
-        scale: of the LoRA.
 
     Raises:
         UserError: a model or LoRA that cannot be loaded whole.
     """
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype | None, lora: Path | None, scale: float) -> None:
-        self.configs = check_model(config)
+        self.configs = model_configs(config)
         found = {part: dtype or stored_dtype(config, part) for part in WITH_WEIGHTS}
         merged = [] if lora is None else lora_parts(lora)
         self.pipeline = load_pipeline(config, dtypes=found | dict.fromkeys(merged, torch.float32))
@@ -163,18 +155,9 @@ class SDXLExport:
         self.pipeline.save_pretrained(folder, safe_serialization=True)
 
 
-def check_single_file(config: ModelConfig) -> None:
-    """Refuses, before anything heavy loads, what a single file cannot say.
-
-    Raises:
-        UserError: no such model, or a prediction type that programs for single files do not know.
-    """
-    prediction_of(schedule_of(config))
-
-
 def schedule_of(config: ModelConfig) -> dict[str, Any]:
     """The scheduler's config of a model that is checked, by its files and the options; nothing loads."""
-    known: dict[str, Any] = check_model(config).get("scheduler") or chosen_schedule(PUBLISHED["scheduler"], config)
+    known: dict[str, Any] = model_configs(config).get("scheduler") or chosen_schedule(PUBLISHED["scheduler"], config)
     return known
 
 
@@ -230,7 +213,7 @@ def _keys(lora: Path) -> list[str]:
         with safe_open(lora, "pt") as content:
             return list(content.keys())
     except (OSError, SafetensorError) as error:
-        raise UserError(f"--lora {lora}: cannot be read as safetensors ({' '.join(str(error).split())})") from error
+        raise UserError(f"--lora {lora}: cannot be read as safetensors ({on_one_line(error)})") from error
 
 
 def _merge(pipeline: StableDiffusionXLPipeline, lora: Path, scale: float, parts: list[str]) -> None:

@@ -1,15 +1,27 @@
-"""Names of SDXL's weights: diffusers' on the left, those of Stability's own release on the right.
+"""Names of SDXL's weights and of its LoRAs': diffusers' and peft's, and what others call them.
 
-The original layout is what ComfyUI, A1111 and kohya's trainers know. Rules, not lists: for any depth and width.
+The original layout of Stability's own release is what ComfyUI, A1111 and kohya's trainers know. Rules, not lists: for
+any depth and width.
 """
 
 from __future__ import annotations
 
+import datetime
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from lpl.base.errors import UserError
+import torch
+from peft.utils import get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lpl.base.errors import UserError, on_one_line
+from lpl.base.json_files import number, parse_json, require_shape
+from lpl.config import ModelConfig
+from lpl.families.base import TrainedOn
+from lpl.families.sdxl_file import PREDICTION, RESCALED
 
 ARCHITECTURE = "stable-diffusion-xl-v1-base"
 IMPLEMENTATION = "https://github.com/Stability-AI/generative-models"
@@ -129,3 +141,156 @@ def clip_g_weight(name: str) -> str:
     for ours, original in _CLIP_G:
         new = new.replace(ours, original)
     return new
+
+
+_ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
+_MLP = ("ff.net.0.proj", "ff.net.2")
+_RESNET = ("conv1", "conv2", "conv_shortcut", "time_emb_proj")
+_REST = (*_RESNET, "proj_in", "proj_out", "downsamplers.0.conv", "upsamplers.0.conv")
+LORA_TARGETS: dict[str, tuple[str, ...]] = {
+    "attention": _ATTENTION,
+    "attention_mlp": _ATTENTION + _MLP,
+    "all": _ATTENTION + _MLP + _REST,  # what kohya's networks.lora with conv_dim and LyCORIS' full preset reach
+}
+TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
+TEXT_MLP = ("fc1", "fc2")
+TEXT_LORA_TARGETS: dict[str, tuple[str, ...]] = {
+    "attention": TEXT_ATTENTION,
+    "attention_mlp": TEXT_ATTENTION + TEXT_MLP,
+    "all": TEXT_ATTENTION + TEXT_MLP,
+}
+WITH_TEXT = {name: layers + TEXT_LORA_TARGETS[name] for name, layers in LORA_TARGETS.items()}
+"""The same where the text encoders are trained too."""
+
+
+def adapter_of(name: str, part: Any) -> dict[str, Tensor]:
+    """An adapter's tensors under peft's names; those of text encoders begin with text_model.
+
+    transformers 5 has dropped that prefix for CLIP-L. ComfyUI and earlier versions know the layers by it only, and
+    diffusers takes it away where it must.
+    """
+    tensors = get_peft_model_state_dict(part, save_embedding_layers=False)
+    if name == "unet":
+        return tensors
+    return {f"text_model.{key.removeprefix('text_model.')}": value for key, value in tensors.items()}
+
+
+PARTS = ("unet", "text_encoder", "text_encoder_2")
+ENDS = {".lora_A.weight": ".lora_down.weight", ".lora_B.weight": ".lora_up.weight"}
+METADATA = "lora_adapter_metadata"
+"""diffusers' key of the adapter's peft configuration."""
+KEPT = ("modelspec.", "ss_", "lpl.")
+"""How the metadata begin that both files of a LoRA have."""
+
+
+def to_kohya(lora: Path, configs: Mapping[str, Any], title: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a LoRA file in diffusers' (peft's) naming, renamed; values and precision stay.
+
+    A layer has the original UNet's name with underscores for dots (lora_unet_input_blocks_4_1_proj_in), or one of
+    transformers' names in a text encoder (lora_te1_text_model_encoder_layers_0_mlp_fc1; lora_te2_ for CLIP-G), then
+    .lora_down.weight, .lora_up.weight or .alpha. Those programs add (alpha / rank) up down to its weight.
+
+    Args:
+        configs: of the model it belongs to, of which the UNet's blocks count.
+
+    Raises:
+        UserError: a file that holds something else; DoRA, whose magnitudes m (.dora_scale) mean m (W + BA) / |W + BA|
+            by the norms of rows: ComfyUI (0.3.77) and Forge divide by |W|, A1111 by the norms of columns, and kohya's
+            programs and diffusers drop them without an error.
+    """
+    try:
+        with safe_open(lora, "pt") as content:
+            tensors = {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118 (it is no dict)
+            said = content.metadata() or {}
+            adapter = parse_json(said.get(METADATA, "{}"), f"{lora}: {METADATA}")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{lora}: cannot be read as safetensors ({on_one_line(error)})") from error
+    alphas = {f"{part}.lora_alpha?": number(0, 1e6) for part in PARTS}
+    require_shape(adapter, alphas, f"{lora}: {METADATA}", "train it anew, or merge it (--to safetensors)")
+    for option in ("alpha_pattern", "use_rslora"):
+        if any(adapter.get(f"{part}.{option}") for part in PARTS):
+            raise UserError(f"{lora}: has peft's {option}, which is not renamed: merge it (--to safetensors)")
+    found: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    for name, tensor in tensors.items():
+        if "lora_magnitude" in name:
+            raise UserError(
+                f"{lora}: a DoRA, which ComfyUI, Forge and A1111 read otherwise than it was trained: merge it (--to "
+                "safetensors)"
+            )
+        end = next((end for end in ENDS if name.endswith(end)), None)
+        part, _, module = name.removesuffix(end or "").partition(".")
+        if end is None or part not in PARTS or tensor.dim() < 2:
+            raise UserError(
+                f"{lora}: holds {name}; only peft's naming (unet. or text_encoder. ... lora_A.weight) is renamed"
+            )
+        layer = _layer(part, module, configs)
+        found[layer + ENDS[end]] = tensor
+        if end == ".lora_A.weight":
+            ranks[layer] = tensor.shape[0]
+            # Where nothing is said, diffusers takes the rank.
+            found[f"{layer}.alpha"] = torch.tensor(float(adapter.get(f"{part}.lora_alpha", tensor.shape[0])))
+    missing = [layer for layer in ranks if f"{layer}.lora_up.weight" not in found]
+    if missing or 3 * len(ranks) != len(found) or not ranks:
+        raise UserError(f"{lora}: not a whole LoRA (a down or an up part is missing, or all of it)")
+    rank = max(ranks.values())
+    kept = {key: text for key, text in said.items() if key.startswith(KEPT)}
+    return found, kept | _metadata(rank, float(found[f"{next(iter(ranks))}.alpha"]), title)
+
+
+def _layer(part: str, module: str, configs: Mapping[str, Any]) -> str:
+    """kohya's name of a layer of a component."""
+    if part == "unet":
+        return f"lora_unet_{unet_module(module, configs['unet']).replace('.', '_')}"
+    prefix = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}[part]
+    return f"{prefix}_text_model_{module.removeprefix('text_model.').replace('.', '_')}"
+
+
+def lora_metadata(config: ModelConfig, scheduler: Mapping[str, Any], trained_on: TrainedOn | None) -> dict[str, str]:
+    """What a run says in its LoRA's files, under the keys of modelspec and of kohya's programs, which others show.
+
+    Beside that the options that decide the schedule, as they were given: what a run only took from its model is the
+    business of the model that the LoRA is merged into.
+
+    Args:
+        trained_on: the rest; None: it is not known.
+    """
+    model = str(config.pretrained_model_name_or_path)
+    found = {
+        "ss_sd_model_name": Path(model).resolve().name if Path(model).exists() else model,
+        "ss_zero_terminal_snr": str(bool(scheduler.get("rescale_betas_zero_snr"))),
+    }
+    if trained_on is not None:
+        side = trained_on.resolution
+        found |= {
+            "modelspec.resolution": f"{side}x{side}",
+            "ss_resolution": f"({side}, {side})",
+            "ss_num_train_images": str(trained_on.images),
+            "ss_steps": str(trained_on.steps),
+        }
+    if (kind := scheduler.get("prediction_type", "epsilon")) in PREDICTIONS:
+        found["modelspec.prediction_type"] = PREDICTIONS[kind]
+    if config.prediction_type is not None:
+        found[PREDICTION] = config.prediction_type
+    return found | ({RESCALED: "True"} if config.rescale_betas_zero_snr else {})
+
+
+def _metadata(rank: int, alpha: float, title: str) -> dict[str, str]:
+    return {
+        "ss_output_name": title,
+        "ss_base_model_version": "sdxl_base_v1-0",  # by this A1111 knows whose LoRA it is
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": f"{alpha:g}",
+    } | modelspec(title, f"{ARCHITECTURE}/lora")
+
+
+def modelspec(title: str, architecture: str) -> dict[str, str]:
+    """What every file says by Stability AI's model specification 1.0.0."""
+    return {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": architecture,
+        "modelspec.implementation": IMPLEMENTATION,
+        "modelspec.title": title,
+        "modelspec.date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    }

@@ -112,11 +112,7 @@ def embed(text_encoder: Any, text_encoder_2: Any, ids: Tensor, ids_2: Tensor, la
     """Hidden states (B, chunks * length, C) and pooled embedding (B, P) of token ids.
 
     Args:
-        text_encoder: CLIP-L.
-        text_encoder_2: CLIP-G, whose first chunk is what the pooled embedding is of.
         ids: (B, chunks, length), as PromptEncoder.tokens gives them.
-        ids_2: the same for the second encoder.
-        layer: of the hidden states, counted from the last one's -1.
     """
     first, _ = _embed(text_encoder, ids, layer)
     second, pooled = _embed(text_encoder_2, ids_2, layer)

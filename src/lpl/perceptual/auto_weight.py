@@ -1,7 +1,7 @@
-"""A gradient of exactly 0: LPL is computed, logged, and trains nothing.
+"""The weight "auto", by LPL's share of the gradient, and what a gradient of exactly 0 says.
 
-It is what features give that are detached from the prediction, and what a half-precision decoder gives whose gradients
-underflow. Nothing else of a run shows it.
+Such a gradient means that LPL is computed, logged, and trains nothing. It is what features give that are detached from
+the prediction, and what a half-precision decoder gives whose gradients underflow. Nothing else of a run shows it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from torch import Tensor
 
 from lpl.perceptual.input_checks import given
 from lpl.perceptual.loss import LPLOutput
+
+logger = logging.getLogger(__name__)
 
 
 def gradient_of(out: Any, pred: Tensor, needed: bool) -> Tensor | None:
@@ -76,8 +78,6 @@ def zero_gradient(metrics: Mapping[str, float]) -> str | None:
         "gradients underflow"
     )
 
-
-logger = logging.getLogger(__name__)
 
 MEASURED_SAMPLES = 256
 """Gated samples after which the weight is fixed."""

@@ -1,4 +1,7 @@
-"""Decoder outliers: isolated extreme activations of the last layers that would dominate a distance."""
+"""The distance of two feature maps at a tap, and its gradient: normalised, and without the target's outliers.
+
+Outliers are isolated extreme activations of the decoder's last layers, which would dominate a distance.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Whether an objective is called with what it takes: a ValueError says what was given and what to do.
+"""Whether an objective is called with what it takes: each check raises a ValueError that says what was given and what
+to do.
 
 What the host knows (shapes, dtypes, devices, graphs, timesteps and sigmas) is checked at every call. What lies on the
 device is read at the first calls alone (FirstCalls): each reading waits for the device.
@@ -39,11 +40,7 @@ def check_options(
     loss_fn: Any, lpl_weight: Any, lpl_reduction: str, lpl_max_samples: int | None, snr_gamma: float | None,
     lpl_start: int, lpl_warmup_steps: int,
 ) -> None:  # fmt: skip
-    """What an objective's options can be.
-
-    Raises:
-        ValueError: something else.
-    """
+    """What an objective's options can be."""
     if not callable(loss_fn) or hasattr(loss_fn, "decode"):
         raise ValueError(f"loss_fn is {given(loss_fn)}: pass LatentPerceptualLoss(vae)")
     if lpl_weight != "auto" and not isinstance(lpl_weight, Real | Tensor):
@@ -62,11 +59,7 @@ def check_options(
 
 
 def check_latents(model_output: Tensor, noisy_latents: Tensor, latents: Tensor) -> None:
-    """Three floating-point tensors of one shape (B, C, h, w, ...) on one device, noisy_latents in full precision.
-
-    Raises:
-        ValueError: they are not, or gradients are on and model_output carries none.
-    """
+    """Three floating-point tensors of one shape (B, C, h, w, ...) on one device, noisy_latents in full precision."""
     every = {"model_output": model_output, "noisy_latents": noisy_latents, "latents": latents}
     for name, value in every.items():
         if not isinstance(value, Tensor) or not value.is_floating_point():
@@ -95,22 +88,14 @@ def check_latents(model_output: Tensor, noisy_latents: Tensor, latents: Tensor) 
 
 
 def per_sample(value: Any, batch: int, name: str) -> Tensor:
-    """One value a sample as (B,); (B, 1), (B, 1, 1, 1) and the like mean the same and are flattened.
-
-    Raises:
-        ValueError: another shape, or no tensor.
-    """
+    """One value a sample as (B,); (B, 1), (B, 1, 1, 1) and the like mean the same and are flattened."""
     if isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch == value.numel():
         return value.reshape(batch)
     raise ValueError(f"{name}: {given(value)}; pass one value a sample, a tensor of shape ({batch},)")
 
 
 def check_timesteps(timesteps: Any, batch: int, count: int) -> Tensor:
-    """Timesteps of a discrete schedule, (B,) int64, on the CPU.
-
-    Raises:
-        ValueError: none given, not integers (B,), or outside 0..count - 1.
-    """
+    """Timesteps of a discrete schedule, (B,) int64, on the CPU."""
     hint = f"pass the integer timesteps of the schedule, 0..{count - 1}, that made noisy_latents"
     timesteps = per_sample(timesteps, batch, "timesteps").detach().cpu()
     if timesteps.is_floating_point() or timesteps.is_complex() or timesteps.dtype == torch.bool:
@@ -122,11 +107,7 @@ def check_timesteps(timesteps: Any, batch: int, count: int) -> Tensor:
 
 
 def check_sigmas(sigmas: Any, batch: int) -> Tensor:
-    """Noise fractions of x = (1 - sigma) * x0 + sigma * eps, (B,) float64, on the CPU.
-
-    Raises:
-        ValueError: none given, not floating point (B,), or outside [0, 1].
-    """
+    """Noise fractions of x = (1 - sigma) * x0 + sigma * eps, (B,) float64, on the CPU."""
     hint = "sigma is the noise fraction of noisy_latents = (1 - sigma) * latents + sigma * noise, in [0, 1]"
     if sigmas is None:
         raise ValueError(f"flow matching: pass sigmas, the float32 ones that made noisy_latents; {hint}")
@@ -143,22 +124,14 @@ def check_sigmas(sigmas: Any, batch: int) -> Tensor:
 
 
 def check_mask(mask: Any, latents: Tensor) -> None:
-    """A mask (B, 1, h, w) for latents (B, C, h, w), on their device; its values are the loss's to check.
-
-    Raises:
-        ValueError: another shape or device.
-    """
+    """A mask (B, 1, h, w) for latents (B, C, h, w), on their device; its values are the loss's to check."""
     wanted = (len(latents), 1, *latents.shape[2:])
     if not isinstance(mask, Tensor) or mask.shape != wanted or mask.device != latents.device:
         raise ValueError(f"mask: {given(mask)}; pass {wanted} on {latents.device}, how much each location counts")
 
 
 def check_mask_values(mask: Tensor) -> None:
-    """Finite values of 0 or more; over 1 too, since they are the weights of a mean. Synchronises.
-
-    Raises:
-        ValueError: others.
-    """
+    """Finite values of 0 or more; over 1 too, since they are the weights of a mean. Synchronises."""
     if not mask.numel():
         return
     low, high = torch.stack(mask.aminmax()).tolist()
@@ -167,11 +140,7 @@ def check_mask_values(mask: Tensor) -> None:
 
 
 def check_windows(windows: Any, batch: int) -> None:
-    """Places (B, 2) in [0, 1) on the CPU.
-
-    Raises:
-        ValueError: others.
-    """
+    """Places (B, 2) in [0, 1) on the CPU."""
     on_cpu = isinstance(windows, Tensor) and windows.device.type == "cpu"
     if not on_cpu or windows.shape != (batch, 2) or not bool(((windows >= 0) & (windows < 1)).all()):
         raise ValueError(f"windows: {given(windows)}; pass ({batch}, 2) numbers in [0, 1) on the CPU")
@@ -220,11 +189,7 @@ class FirstCalls:
         return is_open
 
     def weights(self, sample_weight: Tensor) -> None:
-        """Finite weights of samples.
-
-        Raises:
-            ValueError: others.
-        """
+        """Finite weights of samples."""
         if self.due("weight") and not bool(sample_weight.isfinite().all()):
             raise ValueError(f"sample_weight is not finite: {sample_weight.tolist()}")
 

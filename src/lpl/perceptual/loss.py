@@ -6,9 +6,11 @@ phi_l: feature maps after the decoder's middle block and up blocks. Source: Berr
 with Perceptual Objectives", ICLR 2025 (arXiv 2411.04873), section 3.
 """
 
+import copy
 import logging
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -22,13 +24,15 @@ from lpl.perceptual.decoders import decoder_taps
 from lpl.perceptual.defaults import NORM_TYPE
 from lpl.perceptual.distance import NORM_TYPES, FeatureDistance, batch_scale
 from lpl.perceptual.input_checks import check_mask, check_mask_values, given
-from lpl.perceptual.subsampling import Crop, reach_probabilities
-from lpl.perceptual.sweep import Segment, WithGradient, compare, see_target
+from lpl.perceptual.sweep import Crop, Segment, WithGradient, compare, see_target
 
 logger = logging.getLogger(__name__)
 
 CHUNK_PIXELS = 256 * 256
 """Pixels that `chunk=None` sends through the decoder at once, where one sample has fewer."""
+
+REACH = (1.0, 1.0, 0.4, 0.3, 0.25)
+"""For the taps of SDXL's decoder (middle block and four up blocks), from benchmarks/random_depth.py."""
 
 READ_MASKS = 3
 """Calls with a mask whose values are checked; reading them waits for the device."""
@@ -64,7 +68,7 @@ class LatentPerceptualLoss:
         norm_type: see distance.py.
         loss_type: mse or l1, on normalised features.
         pow_law: weigh layers by w_l above; off: 1.
-        remove_outliers: mask the target's outliers, see outliers.py.
+        remove_outliers: mask the target's outliers, see distance.py.
         checkpointing: keep only what goes in at the stages and recompute the rest for the gradient.
         dtype: precision of the decoder; where the VAE's weights have another, a private copy is made.
         latent_space: how model space maps to raw latents; None: what vae.config states.
@@ -166,6 +170,12 @@ class LatentPerceptualLoss:
         if not with_gradient:
             return out
         return out._replace(per_sample=WithGradient.apply(pred_latents, out.per_sample, out.gradient))
+
+    def uncropped(self) -> "LatentPerceptualLoss":
+        """The same loss of whole images, whatever its crop; called without a depth it goes all the way."""
+        other = copy.copy(self)
+        other.crop = None
+        return other
 
     def _chunks(
         self, pred_latents: Tensor, target_latents: Tensor, mask: Tensor | None, windows: Tensor | None
@@ -303,3 +313,29 @@ def _join(parts: list[LPLOutput]) -> LPLOutput:
 
 def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
     return autocast(device_type, enabled=False) if is_autocast_available(device_type) else nullcontext()
+
+
+def reach_probabilities(taps: int, given: bool | Sequence[float]) -> tuple[float, ...] | None:
+    """The probability of reaching each tap, or None without random depth.
+
+    Args:
+        taps: how many there are.
+        given: False; True for REACH (a decoder with more taps keeps its last value); or the probabilities.
+
+    Raises:
+        ValueError: probabilities that are not one per tap, do not start at 1, rise, or reach 0.
+    """
+    if given is False:
+        return None
+    if given is True:
+        return tuple(REACH[min(i, len(REACH) - 1)] for i in range(taps))
+    reach = tuple(float(p) for p in given)
+    falls = all(a >= b > 0 for a, b in pairwise(reach))
+    if len(reach) != taps or reach[0] != 1 or not falls:
+        raise ValueError(f"random_depth needs {taps} probabilities, one per tap, falling from 1 and above 0: {reach}")
+    return reach
+
+
+def depth_of(draw: float, reach: Sequence[float]) -> int:
+    """How many taps are compared, for a draw that is uniform in [0, 1)."""
+    return sum(draw < p for p in reach)

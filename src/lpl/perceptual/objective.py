@@ -33,8 +33,9 @@ from lpl.perceptual.input_checks import (
     diffusion_gradient,
     per_sample,
 )
-from lpl.perceptual.loss import LatentPerceptualLoss, LPLOutput
-from lpl.perceptual.subsampling import depth_of
+from lpl.perceptual.loss import LatentPerceptualLoss, LPLOutput, depth_of
+
+logger = logging.getLogger(__name__)
 
 
 class PerceptualTerm(NamedTuple):
@@ -76,8 +77,6 @@ def describe(out: LPLOutput, snr: Tensor) -> dict[str, Tensor | float]:
         metrics[f"{prefix}/std"] = out.feature_std[tap].mean()
     return metrics
 
-
-logger = logging.getLogger(__name__)
 
 IDLE_SAMPLES = 100
 """Samples that should have passed the gate by its probability, before none having passed is a warning."""
@@ -269,11 +268,7 @@ class PerceptualObjective:
         mask = None if mask is None else mask[index]
         pred = x0_from_output(model_output[index], noisy_latents[index], alpha, sigma, self.prediction_type)
         out = self.loss_fn(
-            pred,
-            latents[index],
-            mask,
-            depth=depth,
-            windows=None if windows is None else windows[chosen],
+            pred, latents[index], mask, depth=depth, windows=None if windows is None else windows[chosen]
         )
         acts = self.auto is not None or bool(weight)
         gradient = gradient_of(out, pred, acts and (self._measuring or self._first.is_open("gradient")))

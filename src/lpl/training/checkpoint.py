@@ -22,18 +22,25 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lpl.base.errors import TrainingStoppedError, UserError
+from lpl.base.errors import TrainingStoppedError, UserError, on_one_line
 from lpl.base.files import sync_file as sync
 from lpl.base.json_files import ANY, REST, TEXT, WHOLE, Shape, read_object, require_shape, whole
-from lpl.training.manifest import MANIFEST, RESULT, damage, unlisted, write_manifest
-from lpl.training.optimizers import bare, label
+from lpl.training.optimizers import label
+from lpl.training.output import (
+    PATTERN,
+    RESULT,
+    STATE,
+    damage,
+    last_checkpoint,
+    list_checkpoints,
+    unlisted,
+    write_manifest,
+)
 from lpl.training.sharded import gathered, join_optimizer, joined, load_optimizer, local, put, split, split_optimizer
 from lpl.training.weights import Average
 
 logger = logging.getLogger("lpl")
 
-PATTERN = re.compile(r"checkpoint-(\d+)")
-STATE = "state.json"
 TEMPORARY = ".tmp-"
 DISCARDED = ".tmp-old-"
 KEPT: Shape = {
@@ -44,44 +51,6 @@ KEPT: Shape = {
 """state.json, less what a run keeps there."""
 Tensors = Iterator[tuple[str, Iterable[tuple[str, Tensor]]]]
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints in a run's folder, oldest first; their sizes are compared, their content is not."""
-    return [path for path in _named(folder) if damage(path, read=False) is None]
-
-
-def find_checkpoint(folder: Path, choice: str | None, read: bool = True) -> Path | None:
-    """The checkpoint to go on from: the newest good one of the run, or the one that --resume_from_checkpoint names.
-
-    Every byte is read, or with read=False only sizes are compared. Newer ones that are damaged are named in the log and
-    passed over.
-
-    Raises:
-        UserError: a named checkpoint that is not there or not complete, or a run whose checkpoints are all damaged.
-    """
-    if choice is None or choice == "latest":
-        found = _named(folder)
-        for path in reversed(found):
-            if (fault := damage(path, read)) is None:
-                return path
-            logger.warning("%s is damaged (%s): it is passed over", path, fault)
-        if found:
-            raise UserError(f"{folder}: every checkpoint in it is damaged; delete or move them to start over")
-        return None
-    for path in (Path(choice), folder / choice):
-        if (path / STATE).is_file() or (path / MANIFEST).is_file():
-            if (fault := damage(path, read)) is not None:
-                raise UserError(f"--resume_from_checkpoint {choice}: {path} is damaged ({fault}); name another")
-            return path
-    names = ", ".join(p.name for p in list_checkpoints(folder)) or "none"
-    raise UserError(f"--resume_from_checkpoint {choice}: no complete checkpoint there; {folder} has {names}")
-
-
-def _named(folder: Path) -> list[Path]:
-    """What has the name of a checkpoint, oldest first."""
-    found = [(int(m[1]), p) for p in folder.glob("checkpoint-*") if (m := PATTERN.fullmatch(p.name)) and p.is_dir()]
-    return [path for _, path in sorted(found)]
 
 
 def recover(folder: Path) -> None:
@@ -115,13 +84,7 @@ def save_checkpoint(
     what is written is whole, and says nothing of processes.
 
     Args:
-        folder: the run's output folder.
-        step: optimizer steps done.
-        parameters: the trained parameters by name.
         optimizer: a torch optimizer over those parameters in that order.
-        ema: their average, or None.
-        state: plain numbers to keep: schedule, weight, scaler.
-        total_limit: how many checkpoints to keep.
         writes: whether this is the process that writes; the others only give their parts.
 
     Raises:
@@ -136,7 +99,7 @@ def save_checkpoint(
             gathered(tensors, False)
         return final
     _clear(folder)
-    state = state | {"step": step, "optimizer": numbers | {"class": label(bare(optimizer))}}
+    state = state | {"step": step, "optimizer": numbers | {"class": label(optimizer)}}
     if ema is not None:
         state["ema"] = ema.numbers()
     try:
@@ -180,12 +143,6 @@ def _tensors(parameters: Mapping[str, Tensor], moments: Mapping[str, Tensor], em
         yield "ema", ((name, joined(part, parameter)) for (name, parameter), part in of)
 
 
-def last_checkpoint(folder: Path) -> str:
-    """A clause that says which checkpoint a stopped run has."""
-    found = list_checkpoints(folder)
-    return f"{found[-1]} is the last checkpoint" if found else "no checkpoint was written yet"
-
-
 @contextmanager
 def full_disk(folder: Path) -> Iterator[None]:
     """Makes one line of a disk that has become full, whatever was being written.
@@ -208,7 +165,7 @@ def full_disk(folder: Path) -> Iterator[None]:
 
 def reason(error: Exception) -> str:
     """What went wrong with a file, in a few words; safetensors reports the system's errors as text."""
-    return error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+    return error.strerror if isinstance(error, OSError) and error.strerror else on_one_line(error)
 
 
 def _replace(temporary: Path, final: Path) -> None:
@@ -274,7 +231,7 @@ def load_checkpoint(
 
 
 def _check_same_optimizer(path: Path, kept: dict[str, Any], optimizer: Any) -> None:
-    own = label(bare(optimizer))
+    own = label(optimizer)
     if kept.get("class", own) != own:
         raise UserError(f"{path}: holds the state of {kept['class']}, not of this run's {own}: see --optimizer")
     sizes = [len(group["params"]) for group in kept["param_groups"]]

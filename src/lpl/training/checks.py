@@ -1,4 +1,4 @@
-"""Which options that are counted in optimizer steps cannot act in a run of so many."""
+"""Options that cannot act in a run of so many steps, and those that save memory that do not go with others."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 
 from lpl.base.errors import UserError, require
-from lpl.config import TrainConfig, declared
+from lpl.config import LPLConfig, OptimConfig, TrainConfig, declared
 from lpl.config.optim import ONE_BY_ONE
 from lpl.training.launch import check_launch, processes
 
@@ -26,10 +26,10 @@ def warn_of_steps(config: TrainConfig, steps: int) -> None:
 
 
 def _never_reached(config: TrainConfig, steps: int) -> Iterator[str]:
-    yield from _of_rate(config, steps)
-    yield from _of_lpl(config, steps)
+    yield from _of_rate(config.optim, steps)
+    yield from _of_lpl(config.lpl, steps)
     if config.optim.use_ema:
-        yield from _of_average(config, steps)
+        yield from _of_average(config.optim, steps)
     usual, given = TrainConfig().flat(), config.flat()
     periods = {name: facts.period for name, facts in declared().items() if facts.period is not None}
     if config.logging.draws_images or config.data.holds_out:
@@ -39,27 +39,26 @@ def _never_reached(config: TrainConfig, steps: int) -> Iterator[str]:
             yield f"--{name} {given[name]} is not reached in the run of {steps} steps: {what}; give at most {steps}"
 
 
-def _of_rate(config: TrainConfig, steps: int) -> Iterator[str]:
-    warmup = config.optim.warmup_steps
+def _of_rate(optim: OptimConfig, steps: int) -> Iterator[str]:
+    warmup = optim.warmup_steps
     if warmup >= steps:
         reached = (steps - 1) / warmup
-        default = " (the default)" if config.optim.lr_warmup_steps is None else ""
+        default = " (the default)" if optim.lr_warmup_steps is None else ""
         yield (
             f"--lr_warmup_steps {warmup}{default}: the run of {steps} steps never leaves the warm-up, and the learning "
             f"rate reaches {reached:.0%} of its peak: give fewer, such as {steps // 10}, or train longer"
         )
-    if config.optim.lr_step_rules is not None:
-        *rules, _ = config.optim.lr_step_rules.split(",")
+    if optim.lr_step_rules is not None:
+        *rules, _ = optim.lr_step_rules.split(",")
         late = [rule for rule in rules if int(rule.split(":")[1]) >= steps]
         if late:
             yield (
-                f"--lr_step_rules {config.optim.lr_step_rules}: the run of {steps} steps ends before what follows step "
+                f"--lr_step_rules {optim.lr_step_rules}: the run of {steps} steps ends before what follows step "
                 f"{late[0].split(':')[1]}: give earlier steps, or train longer"
             )
 
 
-def _of_lpl(config: TrainConfig, steps: int) -> Iterator[str]:
-    lpl = config.lpl
+def _of_lpl(lpl: LPLConfig, steps: int) -> Iterator[str]:
     if not lpl.use_lpl:
         return
     end = lpl.lpl_start + lpl.lpl_warmup_steps
@@ -75,8 +74,7 @@ def _of_lpl(config: TrainConfig, steps: int) -> Iterator[str]:
         )
 
 
-def _of_average(config: TrainConfig, steps: int) -> Iterator[str]:
-    optim = config.optim
+def _of_average(optim: OptimConfig, steps: int) -> Iterator[str]:
     updates = steps // optim.ema_update_every
     if not updates:
         yield (
@@ -115,11 +113,10 @@ REASONS = {
 }
 
 
-def check_small_cards(config: TrainConfig, packages: bool = True) -> None:
-    """Checks the options for small cards against the others.
+def check_memory_options(config: TrainConfig, packages: bool = True) -> None:
+    """Checks the options that save memory against the others.
 
     Args:
-        config: the options.
         packages: whether those that they need must be installed here.
 
     Raises:
@@ -137,7 +134,7 @@ def check_small_cards(config: TrainConfig, packages: bool = True) -> None:
         require(
             precision == "bf16", f"{flag} needs --mixed_precision bf16, not {precision}: its arithmetic is bfloat16's"
         )
-        _check_optimizer(config, flag)
+        _check_optimizer(optim, flag)
         require(
             optim.optimizer_keywords.get("kahan_sum") is not False or not optim.is_optimi,
             f"{flag} with --optimizer_args kahan_sum=False: small updates would round to nothing; drop kahan_sum",
@@ -156,18 +153,13 @@ def check_small_cards(config: TrainConfig, packages: bool = True) -> None:
             "step, nothing accumulates; use 1",
         )
         require(precision != "fp16", f"{flag} with --mixed_precision fp16: its scaler needs all gradients; use bf16")
-        _check_optimizer(config, flag)
+        _check_optimizer(optim, flag)
     _check_package("optimi", f"--optimizer {optim.optimizer_name}", packages and optim.is_optimi)
-    check_processes(config, processes())
+    check_processes(optim, processes())
 
 
-def check_processes(config: TrainConfig, number: int) -> None:
-    """Refuses what works in one process only.
-
-    Raises:
-        UserError: there are several.
-    """
-    optim = config.optim
+def check_processes(optim: OptimConfig, number: int) -> None:
+    """Refuses what works in one process only."""
     require(
         not (optim.fused_backward_pass and number > 1),
         f"--fused_backward_pass in {number} processes: a gradient is gone before it is averaged over them; drop it",
@@ -179,10 +171,10 @@ def check_processes(config: TrainConfig, number: int) -> None:
     )
 
 
-def _check_optimizer(config: TrainConfig, flag: str) -> None:
-    name = config.optim.optimizer_name
+def _check_optimizer(optim: OptimConfig, flag: str) -> None:
+    name = optim.optimizer_name
     reason = REASONS.get(name, "it is not known to step parameter by parameter and to keep small updates")
-    require(name in ONE_BY_ONE or config.optim.is_optimi, f"{flag} with --optimizer {name}: {reason}; choose {NEEDS}")
+    require(name in ONE_BY_ONE or optim.is_optimi, f"{flag} with --optimizer {name}: {reason}; choose {NEEDS}")
 
 
 def _check_package(package: str, flag: str, needed: bool) -> None:
@@ -193,9 +185,9 @@ def _check_package(package: str, flag: str, needed: bool) -> None:
 
 
 def suits(config: TrainConfig) -> bool:
-    """Whether the options for small cards go with the others and with the launch, wherever the run is to be."""
+    """Whether the options that save memory go with the others and with the launch, wherever the run is to be."""
     try:
-        check_small_cards(config, packages=False)
+        check_memory_options(config, packages=False)
         check_launch(config)
     except UserError:
         return False

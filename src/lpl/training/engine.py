@@ -1,8 +1,9 @@
-"""A LoRA or DoRA on the denoiser, through peft."""
+"""What a run is built from: accelerate's engine, its batches, an adapter on the denoiser, and LPL."""
 
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import logging
 import os
 import shutil
@@ -18,17 +19,18 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from peft import LoraConfig
 
 from lpl.base.errors import UserError
-from lpl.config import ModelConfig, TrainConfig
+from lpl.config import LPLConfig, ModelConfig, TrainConfig
 from lpl.data.dataset import Batch, TrainingData
 from lpl.data.sampler import BatchOrder, share
 from lpl.diffusion.draws import keyed_seed, strata
 from lpl.perceptual.loss import LatentPerceptualLoss
 from lpl.perceptual.objective import PerceptualObjective
 from lpl.training.checks import check_processes
-from lpl.training.optim import check_steps
-from lpl.training.optimizers import check_class
+from lpl.training.optimizers import check_class, check_steps
 from lpl.training.sharded import set_precision
 from lpl.training.step import timestep_weights
+
+logger = logging.getLogger("lpl")
 
 
 def add_lora(denoiser: Any, options: ModelConfig, targets: Mapping[str, tuple[str, ...]], seed: int) -> None:
@@ -40,10 +42,7 @@ def add_lora(denoiser: Any, options: ModelConfig, targets: Mapping[str, tuple[st
     |V| being the norm of each output's weights, without gradient; m is trained too and starts as |W|.
 
     Args:
-        denoiser: a diffusers model.
-        options: rank, lora_alpha (None: the rank), lora_dropout (of the adapter's input), lora_targets and use_dora.
         targets: names of layers by --lora_targets, matched at the end of a module's name.
-        seed: of the run.
     """
     assert options.rank is not None
     denoiser.requires_grad_(False)
@@ -67,13 +66,7 @@ T = TypeVar("T")
 
 
 class Batches:
-    """The micro-batches of a run.
-
-    Args:
-        config: the run's.
-        data: its samples.
-        accelerator: the engine.
-    """
+    """The micro-batches of a run."""
 
     def __init__(self, config: TrainConfig, data: TrainingData, accelerator: Accelerator) -> None:
         run, processes = config.run, accelerator.num_processes
@@ -103,9 +96,6 @@ class Batches:
         )
 
 
-logger = logging.getLogger("lpl")
-
-
 def build_accelerator(config: TrainConfig) -> Accelerator:
     """accelerate's engine for this run, and the process's logging.
 
@@ -132,7 +122,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     set_precision(accelerator)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise UserError("accelerate's configuration asks for DeepSpeed: use FSDP2 instead (lpl presets fsdp2)")
-    check_processes(config, accelerator.num_processes)
+    check_processes(config.optim, accelerator.num_processes)
     check_class(config.optim)
     check_steps(config.optim, accelerator.device)
     compiled = {"lpl_compile": config.lpl.use_lpl and config.lpl.lpl_compile, "compile_denoiser": run.compile_denoiser}
@@ -153,24 +143,23 @@ def _can_compile(kind: str) -> bool:
     return any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++", "cl"))
 
 
+def _given(options: LPLConfig, cls: type, prefix: str = "") -> dict[str, Any]:
+    """Keywords for a class of the library: the options of its parameters' names, which lack the prefix."""
+    taken = inspect.signature(cls).parameters
+    named = {name.removeprefix(prefix): value for name, value in vars(options).items()}
+    return {name: value for name, value in named.items() if name in taken}
+
+
 def build_loss(config: TrainConfig, vae: Any) -> LatentPerceptualLoss:
     """The loss as the config describes it, on a VAE (which may be on the meta device)."""
     options = config.lpl
-    return LatentPerceptualLoss(
-        vae,
-        num_blocks=options.lpl_num_blocks,
-        norm_type=options.lpl_norm_type,
-        loss_type=options.lpl_loss_type,
-        pow_law=options.lpl_pow_law,
-        remove_outliers=options.lpl_remove_outliers,
-        checkpointing=config.lpl_checkpointing,
-        dtype=getattr(torch, options.lpl_dtype),
-        chunk=None if options.lpl_chunk == "auto" else options.lpl_chunk,
-        channels_last=None if options.lpl_channels_last == "auto" else options.lpl_channels_last == "true",
-        compile=options.lpl_compile,
-        crop=options.lpl_crop,
-        random_depth=options.lpl_random_depth,
-    )
+    given = _given(options, LatentPerceptualLoss, "lpl_") | {
+        "checkpointing": config.lpl_checkpointing,
+        "dtype": getattr(torch, options.lpl_dtype),
+        "chunk": None if options.lpl_chunk == "auto" else options.lpl_chunk,
+        "channels_last": None if options.lpl_channels_last == "auto" else options.lpl_channels_last == "true",
+    }
+    return LatentPerceptualLoss(vae, **given)
 
 
 def build_objective(config: TrainConfig, family: Any) -> PerceptualObjective:
@@ -179,25 +168,15 @@ def build_objective(config: TrainConfig, family: Any) -> PerceptualObjective:
     Raises:
         UserError: a gate that the schedule or the timestep bias never passes.
     """
-    options = config.lpl
-    loss_fn = build_loss(config, family.vae)
+    loss_fn, scheduler = build_loss(config, family.vae), family.noise_scheduler
     try:
         return PerceptualObjective(
             loss_fn,
-            family.noise_scheduler,
-            lpl_weight=options.lpl_weight,
-            lpl_t_threshold=options.lpl_t_threshold,
-            lpl_snr_threshold=options.lpl_snr_threshold,
-            lpl_sigma_threshold=options.lpl_sigma_threshold,
-            lpl_scale=options.lpl_scale,
-            lpl_reduction=options.lpl_reduction,
-            p_gate=timestep_weights(family.noise_scheduler.config.num_train_timesteps, config.diffusion),
+            scheduler,
+            **_given(config.lpl, PerceptualObjective),
+            p_gate=timestep_weights(scheduler.config.num_train_timesteps, config.diffusion),
             snr_gamma=config.diffusion.snr_gamma,
-            lpl_max_samples=options.lpl_max_samples,
-            lpl_target_share=options.lpl_target_share,
             seed=config.run.seed,
-            lpl_start=options.lpl_start,
-            lpl_warmup_steps=options.lpl_warmup_steps,
             checked_calls=0,  # what the step hands over is made here; a gradient of 0 is looked for where it logs
         )
     except ValueError as error:

@@ -24,11 +24,7 @@ def splits() -> bool:
 
 
 def check_launch(config: TrainConfig) -> None:
-    """Checks what the launcher has set, and the options against it.
-
-    Raises:
-        UserError: FSDP1, a setting of FSDP2 that is not taken, or an option that does not go with it.
-    """
+    """Checks what the launcher has set, and the options against it."""
     if not splits():
         return
     version = os.environ.get("FSDP_VERSION", "1")

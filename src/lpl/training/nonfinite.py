@@ -43,7 +43,6 @@ class FiniteGuard:
     """Stops or skips an optimizer step whose loss or gradient is not finite, before weights or moments have moved.
 
     Args:
-        config: --on_nonfinite, --max_skips and what the messages name.
         draw: TrainingStep.draw, which gives a batch's noise and timesteps again.
     """
 
@@ -140,9 +139,6 @@ def dump(
     each micro-batch, its samples as [id, number of the draw]: with the seed they are the key of every draw.
 
     Args:
-        path: nonfinite-step-<step>.safetensors.
-        step: of the run, counted from 1.
-        seen: its micro-batches in this process.
         draw: gives a batch's noise and timesteps again.
         numbers: what else the JSON gets.
         always: write it however many there are.

@@ -1,4 +1,4 @@
-"""Optimizers by name: where each class comes from, what the flags give it, and whether it suits a run.
+"""Optimizers by name, with their groups and learning rates: where each comes from, and whether it suits a run.
 
 Adafactor is the one of transformers, without its relative steps and scaling by the parameter's size, so that
 --learning_rate means what it means for AdamW. torch's own always multiplies the rate by the parameter's root mean
@@ -9,14 +9,20 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import io
+from collections.abc import Mapping
+from contextlib import redirect_stdout
 from typing import Any, NamedTuple
 
 import torch
+from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
-from lpl.base.errors import UserError
-from lpl.config import OptimConfig
+from lpl.base.errors import UserError, on_one_line
+from lpl.config import OptimConfig, TrainConfig
 from lpl.config.files import nearest
+from lpl.training.per_parameter import bare, of_optimi, suited
+from lpl.training.sharded import join_optimizer, split_optimizer
 
 
 class Known(NamedTuple):
@@ -34,9 +40,7 @@ KNOWN = {
     "adamw": Known("torch.optim.AdamW"),
     "adamw8bit": Known("bitsandbytes.optim.AdamW8bit"),
     "adafactor": Known(
-        "transformers.optimization.Adafactor",
-        ("weight_decay",),
-        (("scale_parameter", False), ("relative_step", False)),
+        "transformers.optimization.Adafactor", ("weight_decay",), (("scale_parameter", False), ("relative_step", False))
     ),
     "prodigy": Known("prodigyopt.Prodigy"),
     "schedulefree_adamw": Known("schedulefree.AdamWScheduleFree"),
@@ -50,15 +54,8 @@ FLAGS = {
 }
 """The flag that sets a keyword."""
 FAILURES = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
 
 
 def optimizer_class(config: OptimConfig) -> Any:
@@ -147,22 +144,123 @@ def parameter_groups(
 
 def coefficients(optimizer: Any) -> list[dict[str, Any]]:
     """Of each group, what the run decides: the constructor's keywords, without parameters, rate and what steps keep."""
-    names = set(inspect.signature(type(optimizer)).parameters) - {"params", "lr"}
+    names = set(inspect.signature(type(bare(optimizer))).parameters) - {"params", "lr"}
     return [{name: value for name, value in group.items() if name in names} for group in optimizer.param_groups]
 
 
 def label(optimizer: Any) -> str:
     """Package and class, as checkpoints name them."""
-    cls = type(optimizer)
+    cls = type(bare(optimizer))
     return f"{cls.__module__.split('.')[0]}.{cls.__qualname__}"
-
-
-def bare(optimizer: Any) -> Any:
-    """The optimizer without accelerate's wrapper."""
-    return getattr(optimizer, "optimizer", optimizer)
 
 
 def adapted_rate(optimizer: Any) -> Tensor | float | None:
     """The step size that Prodigy has found, d times the rate; None where the rate is what was asked for."""
     group = optimizer.param_groups[0]
     return group["d"] * group["lr"] if "d_coef" in group else None
+
+
+def build_optimizer(
+    parameters: list[nn.Parameter],
+    config: OptimConfig,
+    learning_rate: float,
+    components: Mapping[str, tuple[list[nn.Parameter], float]] | None = None,
+) -> Any:
+    """The optimizer that --optimizer names, in up to two groups: biases and weights of norms do not decay.
+
+    Args:
+        learning_rate: after --scale_lr.
+        components: by name, further parameters with a rate of their own, again in up to two groups each; a group has
+            the name as its "component".
+
+    Raises:
+        UserError: a package that is not installed, or keywords that the optimizer lacks.
+    """
+    cls = optimizer_class(config)
+    keywords = optimizer_keywords(config, cls)
+    if config.is_optimi:
+        keywords = of_optimi(config) | keywords
+    cls = suited(cls, config)
+    groups = parameter_groups(parameters, config.decay_all, keywords, cls)
+    for name, (further, rate) in (components or {}).items():
+        own = parameter_groups(further, config.decay_all, keywords, cls)
+        groups += [group | {"lr": rate, "component": name} for group in own]
+    with redirect_stdout(io.StringIO()):  # prodigyopt says at each start that its weight decay is decoupled
+        return cls(groups, lr=learning_rate, **keywords)
+
+
+def build_schedule(optimizer: Any, config: OptimConfig, num_steps: int) -> Any:
+    """A schedule in optimizer steps of the run: it is stepped once per optimizer step, on every process alike.
+
+    Raises:
+        UserError: malformed --lr_step_rules.
+    """
+    try:
+        return get_scheduler(
+            config.lr_scheduler,
+            optimizer,
+            step_rules=config.lr_step_rules,
+            num_warmup_steps=config.warmup_steps,
+            num_training_steps=num_steps,
+            num_cycles=config.lr_num_cycles,
+            power=config.lr_power,
+        )
+    except (ValueError, IndexError) as error:
+        raise UserError(f"--lr_scheduler {config.lr_scheduler}: {error}") from error
+
+
+def scaled_learning_rate(config: TrainConfig, num_processes: int) -> float:
+    """The peak learning rate, after --scale_lr."""
+    return config.learning_rate * _scale(config, num_processes)
+
+
+def split_components(
+    parameters: Mapping[str, nn.Parameter], config: TrainConfig, num_processes: int
+) -> tuple[list[nn.Parameter], dict[str, tuple[list[nn.Parameter], float]]]:
+    """The parameters with the learning rate, and those of components that have their own, with it after --scale_lr.
+
+    A component's parameters have names that begin with its own and a dot.
+    """
+    scale = _scale(config, num_processes)
+    components = {
+        part: ([p for name, p in parameters.items() if name.startswith(f"{part}.")], rate * scale)
+        for part, rate in config.component_rates.items()
+    }
+    taken = {id(p) for own, _ in components.values() for p in own}
+    return [p for p in parameters.values() if id(p) not in taken], components
+
+
+def component_rates(optimizer: Any, rates: list[float]) -> dict[str, float]:
+    """Of the rates of an optimizer's groups those of its components, as they are logged."""
+    groups = zip(optimizer.param_groups, rates, strict=True)
+    return {f"learning_rate/{group['component']}": rate for group, rate in groups if "component" in group}
+
+
+def _scale(config: TrainConfig, num_processes: int) -> int:
+    run = config.run
+    return run.gradient_accumulation_steps * run.train_batch_size * num_processes if config.optim.scale_lr else 1
+
+
+def check_steps(config: OptimConfig, device: torch.device) -> None:
+    """Lets the optimizer take two steps on two small tensors, and its state go through a checkpoint.
+
+    Raises:
+        UserError: values that the optimizer refuses, one that needs more than gradients, or one whose state is not
+            made of numbers and tensors.
+    """
+    try:
+        dtype = getattr(torch, config.weights_dtype)
+        parameters = [nn.Parameter(torch.ones(size, device=device, dtype=dtype)) for size in ((64, 64), (64,))]
+        optimizer = build_optimizer(parameters, config, config.learning_rate or 1e-4)
+        if averages_itself(optimizer):
+            optimizer.train()
+        for _ in range(2):
+            for p in parameters:
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+        tensors, rest = split_optimizer(optimizer.state_dict())
+        optimizer.load_state_dict(join_optimizer(tensors, rest))
+    except FAILURES as error:
+        given = f" --optimizer_args {config.optimizer_args}" if config.optimizer_args else ""
+        message = on_one_line(error, 300)
+        raise UserError(f"--optimizer {config.optimizer_name}{given}: {type(error).__name__}: {message}") from error

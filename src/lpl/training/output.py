@@ -1,12 +1,21 @@
-"""The folder of a run: what a run writes into it, whether it may, and whether one has ended there."""
+"""The folder of a run: what a run writes into it, whether it may, and whether what lies there is whole.
+
+What a checkpoint's files must be, their sizes and checksums, is in a file of it that is written last. A folder without
+that was never finished; one whose files differ from it was cut short or damaged since.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
+import re
 from pathlib import Path
 
 from lpl.base.errors import UserError
-from lpl.base.output_folder import Names, OutputFolder, Proof, check_apart, matches
+from lpl.base.files import checksum
+from lpl.base.files import sync_file as sync
+from lpl.base.json_files import REST, TEXT, difference, parse_json, read_object, whole
+from lpl.base.output_folder import JUNK, Names, OutputFolder, Proof, check_apart, matches
 from lpl.base.written_files import FINISHED, VALIDATION, read_finished
 from lpl.config import TrainConfig
 from lpl.config.files import CONFIG_FILE, differences, is_config_of_run
@@ -14,10 +23,14 @@ from lpl.data.bad_files import FILE as BAD_FILES
 from lpl.data.bad_files import is_list
 from lpl.families import RESULT_NAMES
 from lpl.training.launch import processes
-from lpl.training.manifest import MANIFEST, RESULT, unlisted
 
 logger = logging.getLogger("lpl")
 
+ENTRIES = {REST: {"bytes": whole(0), "xxh3_128": TEXT}}
+MANIFEST, STATE = "manifest.json", "state.json"
+PATTERN = re.compile(r"checkpoint-(\d+)")
+RESULT = ".tmp-result"
+"""A result that is being written."""
 SAMPLES, SAVED = "samples", "saved"
 CHECKPOINTS = "checkpoint-#/"
 KOHYA = "_kohya.safetensors"
@@ -47,7 +60,6 @@ def names_of(config: TrainConfig, every: bool = False) -> Names:
     """What a run writes into its folder.
 
     Args:
-        config: the options.
         every: with the names that these options do not use.
 
     Raises:
@@ -82,11 +94,7 @@ def claim_output(config: TrainConfig) -> None:
 
 
 def check_inputs_apart(config: TrainConfig) -> None:
-    """Refuses a folder in which a run would land on what it reads, or write among training images.
-
-    Raises:
-        UserError: it would.
-    """
+    """Refuses a folder in which a run would land on what it reads, or write among training images."""
     folder, options = Path(config.run.output_dir), config.flat()
     for flag in ("train_data_dir", "reg_data_dir", "validation_data_dir"):
         images = options[flag]
@@ -101,7 +109,6 @@ def check_output(config: TrainConfig, tell: bool = True) -> int | None:
     """Refuses a folder that a run cannot begin or go on in.
 
     Args:
-        config: the options.
         tell: say in the log what is allowed all the same.
 
     Returns:
@@ -123,8 +130,6 @@ def check_output(config: TrainConfig, tell: bool = True) -> int | None:
     warn = logger.warning if tell else logger.debug
     choice = config.run.resume_from_checkpoint
     if choice not in (None, "latest"):
-        from lpl.training.checkpoint import find_checkpoint
-
         _check_same_schedule(config, find_checkpoint(folder, choice, read=False))
     if not (folder / CONFIG_FILE).is_file():
         if choice == "latest":
@@ -163,11 +168,7 @@ def _check_same_schedule(config: TrainConfig, checkpoint: Path | None) -> None:
 
 
 def check_writable(config: TrainConfig) -> None:
-    """Refuses, before anything loads, a folder in which a run would replace what no run wrote.
-
-    Raises:
-        UserError: such a file, or a link, under a name that a run writes.
-    """
+    """Refuses, before anything loads, a folder in which a run would replace what no run wrote."""
     folder = output_of(config)
     folder.check(names_of(config), _adopts(folder))
     for path in sorted(folder.folder.glob("checkpoint-*")):
@@ -198,3 +199,96 @@ def _missing(output: OutputFolder) -> str | None:
     if output.has_record:
         return output.missing()
     return None if any((folder / name).is_file() for name in RESULT_NAMES if not name.endswith("/")) else "its result"
+
+
+def write_manifest(folder: Path) -> None:
+    """Reads every file of a folder, notes its size and XXH3 checksum (128 bits), and syncs all of it.
+
+    Raises:
+        OSError: the disk is full, or another fault of the file system.
+    """
+    for path in folder.iterdir():
+        sync(path)
+    files = {p.name: {"bytes": p.stat().st_size, "xxh3_128": checksum(p)} for p in sorted(folder.iterdir())}
+    (folder / MANIFEST).write_text(json.dumps(files, indent=1))
+    sync(folder / MANIFEST)
+    sync(folder)
+
+
+def damage(folder: Path, read: bool = True) -> str | None:
+    """What is wrong with a folder that write_manifest has described; None: nothing.
+
+    Args:
+        read: read every byte; else only sizes are compared.
+    """
+    try:
+        files = parse_json((folder / MANIFEST).read_bytes(), MANIFEST)
+        fault = difference(files, ENTRIES)
+        if fault is not None:
+            return f"{MANIFEST} is not what was written"
+        for name, expected in files.items():
+            size = (folder / name).stat().st_size
+            if size != expected["bytes"]:
+                return f"{name} has {size} of {expected['bytes']} bytes"
+            if read and checksum(folder / name) != expected["xxh3_128"]:
+                return f"{name} does not match its checksum"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except OSError as error:
+        return f"{Path(error.filename or folder).name} cannot be read: {error.strerror}"
+    except (UserError, ValueError):  # ValueError: a name with a NUL
+        return f"{MANIFEST} is not what was written"
+    return None
+
+
+def unlisted(folder: Path) -> str | None:
+    """Something in a folder that write_manifest has described which it did not find there; None: nothing is."""
+    try:
+        files = read_object(folder / MANIFEST)
+        return next((p.name for p in sorted(folder.iterdir()) if p.name not in {MANIFEST, *JUNK, *files}), None)
+    except (OSError, UserError):
+        return None
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints in a run's folder, oldest first; their sizes are compared, their content is not."""
+    return [path for path in _named(folder) if damage(path, read=False) is None]
+
+
+def find_checkpoint(folder: Path, choice: str | None, read: bool = True) -> Path | None:
+    """The checkpoint to go on from: the newest good one of the run, or the one that --resume_from_checkpoint names.
+
+    Every byte is read, or with read=False only sizes are compared. Newer ones that are damaged are named in the log and
+    passed over.
+
+    Raises:
+        UserError: a named checkpoint that is not there or not complete, or a run whose checkpoints are all damaged.
+    """
+    if choice is None or choice == "latest":
+        found = _named(folder)
+        for path in reversed(found):
+            if (fault := damage(path, read)) is None:
+                return path
+            logger.warning("%s is damaged (%s): it is passed over", path, fault)
+        if found:
+            raise UserError(f"{folder}: every checkpoint in it is damaged; delete or move them to start over")
+        return None
+    for path in (Path(choice), folder / choice):
+        if (path / STATE).is_file() or (path / MANIFEST).is_file():
+            if (fault := damage(path, read)) is not None:
+                raise UserError(f"--resume_from_checkpoint {choice}: {path} is damaged ({fault}); name another")
+            return path
+    names = ", ".join(p.name for p in list_checkpoints(folder)) or "none"
+    raise UserError(f"--resume_from_checkpoint {choice}: no complete checkpoint there; {folder} has {names}")
+
+
+def _named(folder: Path) -> list[Path]:
+    """What has the name of a checkpoint, oldest first."""
+    found = [(int(m[1]), p) for p in folder.glob("checkpoint-*") if (m := PATTERN.fullmatch(p.name)) and p.is_dir()]
+    return [path for _, path in sorted(found)]
+
+
+def last_checkpoint(folder: Path) -> str:
+    """A clause that says which checkpoint a stopped run has."""
+    found = list_checkpoints(folder)
+    return f"{found[-1]} is the last checkpoint" if found else "no checkpoint was written yet"

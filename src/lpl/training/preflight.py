@@ -1,4 +1,4 @@
-"""Checks of the options of validation, before anything loads."""
+"""Checks of a run's options, model, data and folder against each other, before anything loads."""
 
 from __future__ import annotations
 
@@ -13,31 +13,18 @@ from typing import Any, NamedTuple
 from lpl.base.errors import UserError
 from lpl.base.files import alone_in
 from lpl.base.text import Prompt, read_prompts
-from lpl.config import LoggingConfig, ModelConfig, TrainConfig, idle_options
+from lpl.config import DataConfig, LoggingConfig, ModelConfig, TrainConfig, idle_options
 from lpl.config.loss import GATES
 from lpl.data.buckets import image_sizes
 from lpl.data.decode import parse_color
 from lpl.data.lock import cache_dir, in_use
 from lpl.data.sources import Source, open_regularisation, open_source, open_validation
 from lpl.families import model_configs, native_resolution, plan_configs
-from lpl.training.checks import check_small_cards, warn_of_objective, warn_of_steps
+from lpl.training.checks import check_memory_options, warn_of_objective, warn_of_steps
 from lpl.training.launch import check_launch, processes
 from lpl.training.output import check_inputs_apart, check_output, check_writable
 
-
-def check_validation(config: TrainConfig, source: Source) -> None:
-    """Refuses to hold out everything, and prompts that cannot be read.
-
-    Raises:
-        UserError: so.
-    """
-    held = config.data.validation_samples
-    if held and source.size is not None and held >= source.size:
-        raise UserError(
-            f"--validation_samples {held}: {source.name} has {source.size} images, which leaves none to train on: hold "
-            "out fewer"
-        )
-    validation_prompts(config.logging)
+logger = logging.getLogger("lpl")
 
 
 def validation_prompts(config: LoggingConfig) -> list[Prompt]:
@@ -50,8 +37,6 @@ def validation_prompts(config: LoggingConfig) -> list[Prompt]:
         return [] if config.validation_prompt is None else [Prompt(config.validation_prompt)]
     return read_prompts(Path(config.validation_prompts), "--validation_prompts")
 
-
-logger = logging.getLogger("lpl")
 
 TRACKERS = {"tensorboard": ("tensorboard",), "wandb": ("wandb",), "comet_ml": ("comet_ml",), "none": (), "all": ()}
 
@@ -93,7 +78,7 @@ def preflight(config: TrainConfig) -> Checked:
         from lpl.training.optimizers import check_class
 
         check_class(config.optim)
-    check_small_cards(config)
+    check_memory_options(config)
     check_launch(config)
     config, configs = check_model(config)
     finished_step = check_output(config)
@@ -101,7 +86,13 @@ def preflight(config: TrainConfig) -> Checked:
         check_options(config, configs)
     source = open_source(config.data, config.model.cache_dir)
     regularisation, validation = open_regularisation(config.data), open_validation(config.data)
-    check_validation(config, source)
+    held = config.data.validation_samples
+    if held and source.size is not None and held >= source.size:
+        raise UserError(
+            f"--validation_samples {held}: {source.name} has {source.size} images, which leaves none to train on: hold "
+            "out fewer"
+        )
+    validation_prompts(config.logging)
     _warn_idle(config)
     even = source.size is not None and config.data.repeats is regularisation is validation is None
     known = config.run.max_train_steps is not None or even
@@ -135,7 +126,6 @@ def check_model(
     """The options with the model's own resolution in the place of an unset one, and the model's configs.
 
     Args:
-        config: the options.
         configs_of: finds the configs; model_configs asks for the weights to be there, plan_configs does not.
 
     Raises:
@@ -152,8 +142,6 @@ def check_data(config: TrainConfig, report: Path, weights: bool = False) -> Chec
     """The checks that a report needs; that of `lpl data` needs no model, and of a model no weights.
 
     Args:
-        config: the options.
-        report: folder that the report will be written to.
         weights: ask for a model with its weights.
 
     Raises:
@@ -174,16 +162,7 @@ def check_data(config: TrainConfig, report: Path, weights: bool = False) -> Chec
 
 
 def check_options(config: TrainConfig, configs: dict[str, Any]) -> None:
-    """Checks the options against the model's schedule and its VAE.
-
-    Raises:
-        UserError: the first that does not go with them.
-    """
-    _check_schedule(config, configs)
-    _check_gate(config, configs)
-
-
-def _check_schedule(config: TrainConfig, configs: dict[str, Any]) -> None:
+    """Checks the options against the model's schedule and its VAE."""
     timesteps = configs["scheduler"].get("num_train_timesteps", 1000)
     threshold = config.lpl.lpl_t_threshold
     if config.lpl.use_lpl and threshold is not None and threshold > timesteps:
@@ -191,7 +170,7 @@ def _check_schedule(config: TrainConfig, configs: dict[str, Any]) -> None:
     bias = config.diffusion
     if bias.timestep_bias_strategy == "range" and bias.timestep_bias_end > timesteps:
         raise UserError(f"--timestep_bias_end {bias.timestep_bias_end} lies outside the model's {timesteps} timesteps")
-    check_sizes(config, configs)
+    check_sizes(config.data, configs)
     side = min(min(size) for size in image_sizes(config.data).sizes)
     crop, stride = config.lpl.lpl_crop, _stride(configs)
     if config.lpl.use_lpl and crop is not None and (crop % stride or crop >= side):
@@ -199,26 +178,21 @@ def _check_schedule(config: TrainConfig, configs: dict[str, Any]) -> None:
             f"--lpl_crop {crop} must be a multiple of the VAE's {stride} pixels per latent and smaller than the "
             f"images' {side}"
         )
+    _check_gate(config, configs)
 
 
 def _stride(configs: dict[str, Any]) -> int:
     return int(2 ** (len(configs["vae"].get("block_out_channels", [64])) - 1))
 
 
-def check_sizes(config: TrainConfig, configs: dict[str, Any]) -> None:
-    """Checks the sizes of the training images against the VAE.
-
-    Raises:
-        UserError: sizes that it does not take, or no bucket.
-    """
+def check_sizes(data: DataConfig, configs: dict[str, Any]) -> None:
+    """Checks the sizes of the training images against the VAE."""
     stride = _stride(configs)
-    if config.data.crop_size % stride:
-        raise UserError(f"--resolution {config.data.crop_size} is no multiple of the VAE's {stride} pixels per latent")
-    if config.data.buckets and config.data.bucket_step % stride:
-        raise UserError(
-            f"--bucket_step {config.data.bucket_step} is no multiple of the VAE's {stride} pixels per latent"
-        )
-    image_sizes(config.data)
+    if data.crop_size % stride:
+        raise UserError(f"--resolution {data.crop_size} is no multiple of the VAE's {stride} pixels per latent")
+    if data.buckets and data.bucket_step % stride:
+        raise UserError(f"--bucket_step {data.bucket_step} is no multiple of the VAE's {stride} pixels per latent")
+    image_sizes(data)
 
 
 def _check_gate(config: TrainConfig, configs: dict[str, Any]) -> None:

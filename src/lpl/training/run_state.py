@@ -15,18 +15,10 @@ from lpl.base.json_files import NULL, REST, SWITCH, TEXT, Kind, Shape, require_s
 from lpl.base.written_files import MEASURED
 from lpl.config import TrainConfig
 from lpl.perceptual.objective import PerceptualObjective
-from lpl.training.checkpoint import (
-    STATE,
-    find_checkpoint,
-    load_checkpoint,
-    prune_checkpoints,
-    reason,
-    recover,
-    save_checkpoint,
-)
+from lpl.training.checkpoint import load_checkpoint, prune_checkpoints, reason, recover, save_checkpoint
 from lpl.training.nonfinite import FiniteGuard
-from lpl.training.optimizers import bare, coefficients
-from lpl.training.output import finished_at
+from lpl.training.optimizers import coefficients
+from lpl.training.output import STATE, find_checkpoint, finished_at
 from lpl.training.tracking import LPLTotals, Tracker
 from lpl.training.weights import Trained
 
@@ -121,7 +113,7 @@ class RunState:
                 logger.warning("%s: the finished run left no checkpoint, so training starts over", self.folder)
             return 0
         optimizer = self.trained.optimizer
-        options = coefficients(bare(optimizer))
+        options = coefficients(optimizer)
         state = load_checkpoint(path, self.trained.parameters, optimizer, self.trained.ema)
         require_shape(state, KEPT, str(path / STATE), "resume from another checkpoint")
         step = int(state["step"])
@@ -140,9 +132,6 @@ class RunState:
         """Puts in place what a checkpoint has beside parameters, moments and average.
 
         Args:
-            path: of the checkpoint.
-            state: its numbers.
-            step: at which it is.
             options: the optimizer's coefficients before its state was loaded, which are this run's.
         """
         schedule, optimizer = self.trained.schedule, self.trained.optimizer

@@ -10,15 +10,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lpl.base.errors import TrainingStoppedError, UserError
+from lpl.base.errors import TrainingStoppedError, UserError, on_one_line
 from lpl.base.output_folder import OutputFolder
 from lpl.base.tensor_file import write_tensors
 from lpl.base.written_files import FINISHED
 from lpl.config import TrainConfig
 from lpl.config.files import CHECK_REPORT, CONFIG_FILE, DATA_REPORT
 from lpl.data.bad_files import FILE as BAD_FILES
-from lpl.training.manifest import RESULT
-from lpl.training.output import SAVED
+from lpl.training.output import RESULT, SAMPLES, SAVED
 from lpl.training.weights import Weights
 
 ALL_WEIGHTS = "a folder for diffusers; `lpl export` makes the file for ComfyUI, A1111 and Forge"
@@ -35,9 +34,6 @@ def save_weights(
     The folder appears whole, or not at all.
 
     Args:
-        output: the run's output folder.
-        step: optimizer steps done.
-        weights: of the run.
         write: writes the denoiser, or its adapter, as it is then, into a folder; every process calls it.
         writes: whether this is the process that writes.
     """
@@ -63,9 +59,6 @@ def save_result(
     """Writes the result, of the weights that --final_weights names, into the output folder, and says that it is there.
 
     Args:
-        output: the run's output folder.
-        step: optimizer steps done.
-        weights: of the run; those of the result stay in place.
         write: writes the pipeline or the adapter into a folder; every process calls it.
         writes: whether this is the process that writes.
         data: digest of the samples that the run was trained on.
@@ -95,8 +88,6 @@ def write_beside(
     """Writes a LoRA a second time beside diffusers' file: that one does nothing in ComfyUI, A1111 or kohya's programs.
 
     Args:
-        lora: the file.
-        name: of the second.
         renamed: makes its tensors and metadata of the first and of a title.
 
     Returns:
@@ -124,7 +115,7 @@ def create_repository(config: TrainConfig) -> str:
     try:
         return create_repo(name, exist_ok=True, token=config.logging.hub_token).repo_id
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = on_one_line(error, 200)
         raise UserError(f"--push_to_hub: cannot create {name}: {reason}; see `hf auth login`, --hub_token") from error
 
 
@@ -164,7 +155,7 @@ def write_model_card(config: TrainConfig, folder: Path) -> Path:
         tags=["text-to-image", "diffusers", "latent-perceptual-loss", *(["lora"] if lora else [])],
         datasets=[config.data.dataset_name] if config.data.dataset_name else None,
     )
-    samples = sorted((folder / "samples").glob("*.png"))
+    samples = sorted((folder / SAMPLES).glob("*.png"))
     picture = (
         f"![{config.logging.validation_prompt or 'validation images'}](samples/{samples[-1].name})\n\n"
         if samples

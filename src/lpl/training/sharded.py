@@ -65,7 +65,6 @@ class WholeModel:
     whose weights are gathered on the CPU of the main process; else the model itself.
 
     Args:
-        accelerator: the engine.
         model: before the engine has prepared it.
     """
 

@@ -13,7 +13,7 @@ from lpl.data.dataset import Batch
 from lpl.diffusion.draws import draw_normal, draw_timestep, keyed_uniform, pyramid_noise, timestep_probabilities
 from lpl.diffusion.latent_space import LatentSpace
 from lpl.diffusion.losses import debiased_weight, diffusion_loss, huber_threshold, min_snr_weight, p2_weight
-from lpl.diffusion.prediction import add_noise, alpha_sigma_table, signal_to_noise, target_of
+from lpl.diffusion.prediction import add_noise, alpha_sigma_table, signal_to_noise, target_of, x0_from_output
 from lpl.families.base import Family
 from lpl.perceptual.objective import PerceptualObjective
 
@@ -38,14 +38,34 @@ class Drawn(NamedTuple):
     timesteps: Tensor
 
 
+class StepInputs(NamedTuple):
+    """What the losses of a batch are computed from; (B, C, h, w) in model space, on the device."""
+
+    latents: Tensor
+    noise: Tensor
+    noisy_latents: Tensor
+    model_output: Tensor
+    """Float32."""
+    target: Tensor
+    """What the output should be."""
+    timesteps: Tensor
+    """(B,), on the CPU."""
+    alpha: Tensor
+    """(B,), float32, on the CPU; sigma likewise."""
+    sigma: Tensor
+    mask: Tensor | None
+    """(B, 1, h, w), how much each location counts."""
+
+    def x0(self, prediction_type: str) -> Tensor:
+        """The clean latent that the output implies, differentiable in it."""
+        return x0_from_output(self.model_output, self.noisy_latents, self.alpha, self.sigma, prediction_type)
+
+
 class TrainingStep:
     """Computes the loss of a micro-batch; holds what is the same at every step.
 
     Args:
-        family: the loaded model.
-        config: the diffusion objective.
         objective: LPL, or None for the plain diffusion objective.
-        seed: of the draws.
         autocast: precision of the denoiser's arithmetic where its wrapper does not see to it; None: it does.
     """
 
@@ -108,50 +128,49 @@ class TrainingStep:
             self.config.huber_schedule, self.config.huber_c, timesteps, len(self.alpha), alpha, sigma
         )
 
-    def diffusion_per_sample(
-        self, model_output: Tensor, target: Tensor, timesteps: Tensor, mask: Tensor | None = None
-    ) -> Tensor:
-        """The diffusion loss of each sample with the run's weighting, (B,).
+    def denoise(
+        self, denoiser: nn.Module, batch: Batch, noise: Tensor, timesteps: Tensor, device: torch.device
+    ) -> StepInputs:
+        """Noises a batch and asks the model; batch, noise (B, C, h, w) and timesteps (B,) are on the CPU."""
+        alpha, sigma = self.alpha[timesteps].float(), self.sigma[timesteps].float()
+        latents, noise = self.latent_space.from_raw(_send(batch.raw_latents, device)), _send(noise, device)
+        noisy_latents = add_noise(latents, noise, alpha, sigma)
+        text = {name: _send(value, device) for name, value in batch.text.items()}
+        sent, sizes = _send(timesteps, device), _send(batch.sizes, device)
+        with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
+            output = self.family.denoise(denoiser, noisy_latents, sent, text, sizes).float()
+        target = target_of(latents, noise, alpha, sigma, self.prediction_type)
+        mask = None if batch.mask is None else _send(batch.mask, device)
+        return StepInputs(latents, noise, noisy_latents, output, target, timesteps, alpha, sigma, mask)
 
-        Args:
-            model_output, target: (B, C, h, w).
-            timesteps: (B,), on the CPU.
-            mask: (B, 1, h, w), how much each location counts.
-        """
+    def diffusion_per_sample(self, inputs: StepInputs) -> Tensor:
+        """The diffusion loss of each sample with the run's weighting, (B,)."""
+        timesteps = inputs.timesteps
         snr = signal_to_noise(self.alpha[timesteps], self.sigma[timesteps]).float()
-        return diffusion_loss(model_output, target, self._weight(snr), self._huber_c(timesteps), mask)
+        weight, huber_c = self._weight(snr), self._huber_c(timesteps)
+        return diffusion_loss(inputs.model_output, inputs.target, weight, huber_c, inputs.mask)
 
     def __call__(self, denoiser: nn.Module, batch: Batch, device: torch.device, use_lpl: bool, step: int) -> StepLoss:
         """The loss of a micro-batch of an optimizer step; the batch's tensors are on the CPU."""
         drawn = self.draw(batch)
-        alpha, sigma = self.alpha[drawn.timesteps], self.sigma[drawn.timesteps]
-        latents = self.latent_space.from_raw(_send(batch.raw_latents, device))
-        noise = _send(drawn.noise, device)
-        noisy_latents = add_noise(latents, noise, alpha.float(), sigma.float())
-        text = {name: _send(value, device) for name, value in batch.text.items()}
-        timesteps, sizes = _send(drawn.timesteps, device), _send(batch.sizes, device)
-        with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
-            output = self.family.denoise(denoiser, noisy_latents, timesteps, text, sizes).float()
+        inputs = self.denoise(denoiser, batch, drawn.noise, drawn.timesteps, device)
         # A tensor of its own: LPL differentiates with respect to it, which is not the backward pass that an engine's
         # hooks on the output wait for.
-        model_output = output.view_as(output)
-
-        target = target_of(latents, noise, alpha.float(), sigma.float(), self.prediction_type)
-        mask = None if batch.mask is None else _send(batch.mask, device)
-        per_sample = self.diffusion_per_sample(model_output, target, drawn.timesteps, mask)
+        inputs = inputs._replace(model_output=inputs.model_output.view_as(inputs.model_output))
+        per_sample = self.diffusion_per_sample(inputs)
         weights = None if batch.weights is None else _send(batch.weights, device)
         loss = (per_sample if weights is None else per_sample * weights).mean()
         metrics: dict[str, Tensor | float] = {"diffusion_loss": loss.detach()}
         if not use_lpl or self.objective is None:
             return StepLoss(loss, per_sample.detach(), torch.zeros_like(loss).detach(), metrics, 0)
         term = self.objective(
-            model_output,
-            noisy_latents,
-            latents,
-            drawn.timesteps,
+            inputs.model_output,
+            inputs.noisy_latents,
+            inputs.latents,
+            inputs.timesteps,
             diffusion_loss=loss,
             sample_weight=weights,
-            mask=mask,
+            mask=inputs.mask,
             step=step,
             windows=self._windows(batch) if self.objective.loss_fn.crop is not None else None,
         )

@@ -1,4 +1,4 @@
-"""What LPL did over a run, for the line that the run ends with."""
+"""What a run logs: means over the steps since the last log, LPL's share of the gradient, and what LPL did in all."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from lpl.base.errors import TrainingStoppedError
 from lpl.perceptual.auto_weight import zero_gradient
 from lpl.perceptual.defaults import HIGH_SHARE, LOW_SHARE
 from lpl.perceptual.objective import PerceptualObjective, gradient_share
+
+logger = logging.getLogger("lpl")
 
 
 @dataclass
@@ -45,9 +47,7 @@ class LPLTotals:
 
         Args:
             metrics: means over these steps.
-            step: the step of the log.
             steps: how many of the steps since the last log had LPL.
-            samples_per_step: of all processes.
         """
         if not self.steps:
             self.since = step - round(steps)
@@ -58,10 +58,6 @@ class LPLTotals:
             self.measured += steps
             self.lpl_square += metrics["lpl/gradient_square"] * steps
             self.diffusion_square += metrics["diffusion/gradient_square"] * steps
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain numbers, for a checkpoint."""
-        return asdict(self)
 
     def line(self, objective: PerceptualObjective, steps: int) -> str | None:
         """One sentence on what LPL did in a run of so many steps, or why nothing; None: nothing is known of it.
@@ -96,8 +92,6 @@ class LPLTotals:
 def _percent(part: float) -> str:
     return f"{100 * part:.0f} %" if part >= 0.01 else f"{100 * part:.2g} %"
 
-
-logger = logging.getLogger("lpl")
 
 SHARE_SAMPLES = 32
 """Gated samples before the gradient share is judged."""
@@ -194,7 +188,7 @@ class Tracker:
             "squares": list(self._squares),
             "gated": self._gated,
             "warned": self._warned,
-            "lpl": self.totals.state_dict(),
+            "lpl": asdict(self.totals),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

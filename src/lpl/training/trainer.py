@@ -23,14 +23,13 @@ from lpl.families import load_family
 from lpl.families.base import TrainedOn
 from lpl.families.export import LORA_FILE
 from lpl.training import saving
-from lpl.training.checkpoint import full_disk, last_checkpoint
+from lpl.training.checkpoint import full_disk
 from lpl.training.checks import warn_of_steps
 from lpl.training.engine import Batches, build_accelerator, build_objective
 from lpl.training.nonfinite import FiniteGuard, spoil
-from lpl.training.one_by_one import FusedBackward
-from lpl.training.optim import component_rates, scaled_learning_rate
-from lpl.training.optimizers import adapted_rate
-from lpl.training.output import claim_output, lora_name, output_of
+from lpl.training.optimizers import adapted_rate, component_rates, scaled_learning_rate
+from lpl.training.output import claim_output, last_checkpoint, lora_name, output_of
+from lpl.training.per_parameter import FusedBackward
 from lpl.training.preflight import Checked, validation_prompts
 from lpl.training.run_state import RunState
 from lpl.training.saving import ALL_WEIGHTS, save_result, save_weights, write_beside

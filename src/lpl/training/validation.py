@@ -5,7 +5,7 @@
 for sample i and bin k of the schedule, cut into BINS equal parts; t_ik is uniform in bin k, drawn for (seed,
 "validation_timestep", i, k), and the noise for (seed, "validation_noise", i, k). Neither loss is weighted: no min-SNR,
 no Huber, no noise offset, no lpl_weight, no scale by SNR, no random depth and no crop, so changing those leaves the
-scale of the figures as it is. LPL is measured where its gate passes. Masks count as in training.
+scale of the losses as it is. LPL is measured where its gate passes. Masks count as in training.
 
 Differs from training: timesteps are uniform over the schedule whatever --timestep_distribution says; captions are never
 dropped; crops are always the first one, not mirrored.
@@ -13,7 +13,6 @@ dropped; crops are always the first one, not mirrored.
 
 from __future__ import annotations
 
-import copy
 import io
 import json
 import logging
@@ -32,22 +31,20 @@ from lpl.base.errors import StopRequestedError
 from lpl.base.files import write_atomically
 from lpl.base.terminal import progress
 from lpl.base.text import Prompt
-from lpl.base.written_files import read_validated
+from lpl.base.written_files import VALIDATION, read_validated
 from lpl.config import TrainConfig
 from lpl.data.dataset import TrainingData
 from lpl.data.sheets import KEY, cells_note
-from lpl.diffusion.draws import draw_normal, keyed_uniform
+from lpl.diffusion.draws import bin_edges, draw_normal, keyed_uniform
 from lpl.diffusion.losses import diffusion_loss
-from lpl.diffusion.prediction import add_noise, target_of, x0_from_output
+from lpl.training.output import SAMPLES
 from lpl.training.sharded import forget_gathered
-from lpl.training.step import TrainingStep
+from lpl.training.step import StepInputs, TrainingStep
 from lpl.training.stopping import Stop
 from lpl.training.validation_images import ImageDrawer, label_grid
 from lpl.training.weights import Weights
 
 logger = logging.getLogger("lpl")
-
-BINS = 10
 
 
 class Item(NamedTuple):
@@ -64,20 +61,18 @@ class HeldOutLoss:
     """Measures diffusion loss and LPL on the held-out samples.
 
     The model is called equally often on every process, as sharded models need it: batches are dealt out in turn, and
-    who has one less repeats one that does not count. Batches are the same whatever the number of processes, and every
-    figure is put together in the same order, so the result is the same too.
+    a process with one batch fewer computes one again and discards it. Batches are the same whatever the number of
+    processes, and every mean is taken in the same order, so the result is the same too.
 
     Args:
-        accelerator: of the run.
-        data: with what is held out.
-        step_loss: of the run: family, seed, schedule and LPL.
         batch_size: samples that go through the model at once; training's own needs no more memory than training.
     """
 
     def __init__(self, accelerator: Accelerator, data: TrainingData, step_loss: TrainingStep, batch_size: int) -> None:
         self.accelerator, self.data, self.step, self.seed = accelerator, data, step_loss, step_loss.seed
-        self.edges = bin_edges(len(step_loss.alpha), BINS)
-        self.items = [self._item(index, k) for index in self._by_bucket() for k in range(len(self.edges) - 1)]
+        self.edges = bin_edges(len(step_loss.alpha))
+        held = sorted(data.split.held_out.tolist(), key=lambda index: (int(data.buckets[index]), index))
+        self.items = [self._item(index, k) for index in held for k in range(len(self.edges) - 1)]
         places = range(len(self.items))
         buckets = [int(data.buckets[item.sample]) for item in self.items]
         self.batches: list[list[int]] = []
@@ -92,13 +87,7 @@ class HeldOutLoss:
                     "validation says nothing of LPL: none of its %d timesteps passes the gate %s; hold out more images",
                     *(len(self.items), step_loss.objective.gate),
                 )
-            # Whole images at full depth: the loss itself may be an estimate of that.
-            self.loss_fn = copy.copy(step_loss.objective.loss_fn)
-            self.loss_fn.crop = None
-
-    def _by_bucket(self) -> list[int]:
-        held = self.data.split.held_out.tolist()
-        return sorted(held, key=lambda index: (int(self.data.buckets[index]), index))
+            self.loss_fn = step_loss.objective.loss_fn.uncropped()  # the loss itself may be an estimate of that
 
     def _item(self, index: int, k: int) -> Item:
         low, high = self.edges[k], self.edges[k + 1]
@@ -110,7 +99,6 @@ class HeldOutLoss:
         """The means over all samples and by bin, alike on every process; the denoiser is in eval mode.
 
         Args:
-            denoiser: as accelerate prepared it.
             proceed: called before every batch, on every process equally often; raises to stop there.
 
         Returns:
@@ -136,29 +124,18 @@ class HeldOutLoss:
 
     def _losses(self, denoiser: Any, places: list[int]) -> Tensor:
         """(2, B): diffusion loss and LPL (0 where the gate is shut) of a batch."""
-        step, device = self.step, self.accelerator.device
-        items = [self.items[place] for place in places]
+        step, items = self.step, [self.items[place] for place in places]
         batch = self.data.batch([(item.sample, item.part) for item in items], fixed=True)
         timesteps = torch.tensor([item.timestep for item in items])
-        alpha, sigma = step.alpha[timesteps].float(), step.sigma[timesteps].float()
         shape = tuple(batch.raw_latents.shape[1:])
         keys = zip(batch.sample_ids, batch.counts, strict=True)
-        noise = torch.stack([draw_normal(shape, self.seed, "validation_noise", *key) for key in keys]).to(device)
-        latents = step.latent_space.from_raw(batch.raw_latents.to(device))
-        noisy_latents = add_noise(latents, noise, alpha, sigma)
-        text = {name: value.to(device) for name, value in batch.text.items()}
-        with torch.autocast(device.type, step.autocast, enabled=step.autocast is not None):
-            output = step.family.denoise(
-                denoiser, noisy_latents, timesteps.to(device), text, batch.sizes.to(device)
-            ).float()
-        target = target_of(latents, noise, alpha, sigma, step.prediction_type)
-        mask = None if batch.mask is None else batch.mask.to(device)
-        diffusion = diffusion_loss(output, target, mask=mask)
+        noise = torch.stack([draw_normal(shape, self.seed, "validation_noise", *key) for key in keys])
+        inputs = step.denoise(denoiser, batch, noise, timesteps, self.accelerator.device)
+        diffusion = diffusion_loss(inputs.model_output, inputs.target, mask=inputs.mask)
         losses = torch.stack([diffusion, torch.zeros_like(diffusion)])
         for n in self.gated[places].nonzero().flatten().tolist():  # each alone: norm `batch` is to see no other
-            one = slice(n, n + 1)
-            clean = x0_from_output(output[one], noisy_latents[one], alpha[one], sigma[one], step.prediction_type)
-            losses[1, n] = self.loss_fn(clean, latents[one], None if mask is None else mask[one]).per_sample[0]
+            one = StepInputs._make(None if part is None else part[n : n + 1] for part in inputs)
+            losses[1, n] = self.loss_fn(one.x0(step.prediction_type), one.latents, one.mask).per_sample[0]
         return losses
 
     def _means(self, name: str, values: Tensor, among: Tensor) -> dict[str, Any]:
@@ -170,16 +147,6 @@ class HeldOutLoss:
         }
 
 
-def bin_edges(num_timesteps: int, bins: int) -> list[int]:
-    """Edges of equal parts of a schedule, at most one for each timestep: bin k holds edges[k] <= t < edges[k + 1]."""
-    bins = min(bins, num_timesteps)
-    return [num_timesteps * k // bins for k in range(bins + 1)]
-
-
-FILE = "validation.jsonl"
-SAMPLES = "samples"
-
-
 class Validation:
     """Validates a run at step 0, every --validation_steps or --validation_epochs, and at its end.
 
@@ -187,14 +154,8 @@ class Validation:
     validation/<kind>/diffusion_loss, .../diffusion_loss/bin_<k>, .../lpl, .../lpl/bin_<k>, and the images.
 
     Args:
-        config: the options.
-        accelerator: of the run.
-        weights: what is validated.
         losses: on what is held out; None: nothing is.
         images: of the prompts; None: there are none.
-        stop: asked between batches and sampling steps.
-        steps_per_epoch: for --validation_epochs.
-        num_steps: of the run.
     """
 
     def __init__(
@@ -225,10 +186,10 @@ class Validation:
             return
         done = torch.zeros(1, device=self.accelerator.device)
         if self.accelerator.is_main_process:
-            rows = read_rows(self.folder / FILE)
+            rows = read_rows(self.folder / VALIDATION)
             kept = [row for row in rows if row["step"] <= step]
             if len(kept) < len(rows):
-                write_rows(self.folder / FILE, kept)
+                write_rows(self.folder / VALIDATION, kept)
             kinds = {row["weights"] for row in kept if row["step"] == step}
             measured = self.losses is None or kinds == set(self.weights.kinds)
             done += measured and (self.images is None or image_file(self.folder, step).is_file())
@@ -236,12 +197,7 @@ class Validation:
             self.at(step, denoiser)
 
     def at(self, step: int, denoiser: Any) -> None:
-        """After so many optimizer steps: validates if it is time; leaves nothing if the run is asked to stop meanwhile.
-
-        Args:
-            step: optimizer steps done.
-            denoiser: as accelerate prepared it.
-        """
+        """After a step: validates if it is time; leaves nothing if the run is asked to stop meanwhile."""
         nothing = self.losses is None and self.images is None
         if nothing or (step % self.every and step != self.num_steps):
             return
@@ -256,7 +212,9 @@ class Validation:
                     with self.weights.use(kind):
                         forget_gathered(denoiser)
                         if self.losses is not None:
-                            rows.append(self._row(step, kind, self.losses.measure(denoiser, self._proceed)))
+                            what = {"step": step, "weights": kind, "samples": len(self.losses.data.split.held_out)}
+                            found = self.losses.measure(denoiser, self._proceed)
+                            rows.append(what | {"edges": self.losses.edges} | found)
                         if self.images is not None:
                             pictures[kind] = self.images.draw(bare, self._proceed)
         except StopRequestedError:
@@ -272,11 +230,6 @@ class Validation:
         if self.stop.agreed():
             raise StopRequestedError("stopped while validating: the same command continues")
 
-    def _row(self, step: int, kind: str, found: dict[str, Any]) -> dict[str, Any]:
-        assert self.losses is not None
-        samples = len(self.losses.data.split.held_out)
-        return {"step": step, "weights": kind, "samples": samples, "edges": self.losses.edges} | found
-
     def _publish(self, step: int, rows: list[dict[str, Any]], pictures: dict[str, list[Image.Image]]) -> None:
         for row in rows:
             metrics = scalars(row)
@@ -285,8 +238,8 @@ class Validation:
             self.accelerator.log(metrics, step=step)
         if rows:
             new = {(row["step"], row["weights"]) for row in rows}
-            kept = [row for row in read_rows(self.folder / FILE) if (row["step"], row["weights"]) not in new]
-            write_rows(self.folder / FILE, kept + rows)
+            kept = [row for row in read_rows(self.folder / VALIDATION) if (row["step"], row["weights"]) not in new]
+            write_rows(self.folder / VALIDATION, kept + rows)
         if self.images is not None:
             seeds = [seed for _, seed in self.images.jobs]
             grid = label_grid(pictures, self.images.prompts, f"step {step}", seeds)

@@ -35,12 +35,8 @@ class ImageDrawer:
     (of large images in tiles) less than the denoiser's weights. `lpl plan` counts it.
 
     Args:
-        accelerator: of the run.
         family: with the prompts prepared.
-        prompts: in order.
         count: images of each.
-        seed: of the run.
-        resolution: height and width, in pixels.
     """
 
     def __init__(
@@ -59,7 +55,7 @@ class ImageDrawer:
     def draw(self, denoiser: Any, proceed: Callable[[], None] = lambda: None) -> list[Image.Image]:
         """All images, prompt by prompt, alike on every process.
 
-        Every process runs the denoiser equally often: who has one image less draws one that is not shown.
+        Every process runs the denoiser equally often: one with an image fewer draws one that is not shown.
 
         Args:
             denoiser: bare, in eval mode.
@@ -104,16 +100,6 @@ def image_seed(prompt: Prompt, seed: int, number: int, image: int) -> int:
     return keyed_seed(seed, "validation_image", number, image)
 
 
-def image_grid(images: list[Image.Image], columns: int, gap: int = 2) -> Image.Image:
-    """Images of one size as a grid, row by row, on white."""
-    width, height = images[0].size
-    rows = -(-len(images) // columns)
-    grid = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
-    for i, image in enumerate(images):
-        grid.paste(image, (i % columns * (width + gap), i // columns * (height + gap)))
-    return grid
-
-
 def label_grid(
     pictures: dict[str, list[Image.Image]], prompts: Sequence[Prompt], title: str, seeds: Sequence[int] | None = None
 ) -> Image.Image:
@@ -123,8 +109,6 @@ def label_grid(
 
     Args:
         pictures: by kind, prompt by prompt, equally many of each, all of one size.
-        prompts: whose they are.
-        title: stands above.
         seeds: of the images of one kind, in order; None: not noted.
     """
     kinds = list(pictures)

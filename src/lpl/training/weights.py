@@ -1,4 +1,4 @@
-"""The exponential moving average of the trained parameters: diffusers' EMAModel, on the device or on the CPU."""
+"""What is trained: denoiser, optimizer and the moving average of the weights, and which weights are used for what."""
 
 from __future__ import annotations
 
@@ -16,9 +16,14 @@ from torch import Tensor, nn
 from lpl.config import OptimConfig, TrainConfig
 from lpl.families.base import Family
 from lpl.training.engine import add_lora
-from lpl.training.one_by_one import FusedBackward
-from lpl.training.optim import build_optimizer, build_schedule, scaled_learning_rate, split_components
-from lpl.training.optimizers import averages_itself, bare
+from lpl.training.optimizers import (
+    averages_itself,
+    build_optimizer,
+    build_schedule,
+    scaled_learning_rate,
+    split_components,
+)
+from lpl.training.per_parameter import FusedBackward, bare
 from lpl.training.sharded import WholeModel, local
 
 
@@ -32,7 +37,6 @@ class Average(EMAModel):
     Args:
         parameters: what is averaged; the parts that this process holds are copied to the device of the average, as
             float32 whatever they are.
-        config: the --ema_ options.
     """
 
     def __init__(self, parameters: list[nn.Parameter], config: OptimConfig) -> None:
@@ -87,9 +91,6 @@ class Weights:
     that --use_ema keeps.
 
     Args:
-        parameters: the trained parameters by name.
-        optimizer: over them, accelerate's wrapper or not.
-        ema: their average, or None.
         choice: --final_weights.
     """
 
@@ -155,11 +156,7 @@ def build_trained(
     """Makes the family's denoiser trainable, as the config says, and prepares it for the engine.
 
     Args:
-        config: the run's.
-        family: the loaded model.
-        accelerator: the engine.
         weight_dtype: precision of the run's arithmetic, in which frozen weights are kept.
-        num_steps: optimizer steps of the run.
     """
     denoiser: Any = family.denoiser
     kind = accelerator.distributed_type

@@ -71,7 +71,8 @@ def test_each_gradient_is_the_one_that_the_objective_measures(prediction_type: s
         target = {"epsilon": seen.noise, "sample": seen.latents}.get(prediction_type)
         if target is None:
             target = seen.alpha.item() * seen.noise - seen.sigma.item() * seen.latents
-        diffusion = step.diffusion_per_sample(seen.model_output, target, timesteps).mean()
+        torch.testing.assert_close(seen.target, target)
+        diffusion = step.diffusion_per_sample(seen).mean()
         term = step.objective(seen.model_output, seen.noisy_latents, seen.latents, timesteps, diffusion_loss=diffusion)
         ours = (found.lpl_square[n, k].item(), found.diffusion_square[n, k].item())
         theirs = (float(term.metrics["lpl/gradient_square"]), float(term.metrics["diffusion/gradient_square"]))
@@ -99,7 +100,7 @@ def test_weight_is_that_of_auto_on_the_same_samples() -> None:
         for k in range(10):
             timesteps = found.timesteps[n : n + 1, k]
             seen = levels.estimate(step, nn.Identity(), encoded.batch([n], k), timesteps, torch.device("cpu"))
-            diffusion = step.diffusion_per_sample(seen.model_output, seen.noise, timesteps).mean()
+            diffusion = step.diffusion_per_sample(seen).mean()
             auto(seen.model_output, seen.noisy_latents, seen.latents, timesteps, diffusion_loss=diffusion)
     auto.end_step()
     uniform = torch.full((TIMESTEPS,), 1 / TIMESTEPS, dtype=torch.float64)

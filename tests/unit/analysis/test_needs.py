@@ -16,7 +16,7 @@ from lpl.base.errors import UserError
 from lpl.config import TrainConfig
 from lpl.config.command_line import parse_train
 from lpl.families import blueprint, plan_configs
-from lpl.training.optim import build_optimizer
+from lpl.training.optimizers import build_optimizer
 
 
 def options(*flags: str) -> TrainConfig:

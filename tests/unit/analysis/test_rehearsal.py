@@ -17,8 +17,8 @@ from lpl.diffusion.losses import diffusion_loss
 from lpl.families import blueprint, model_configs
 from lpl.families.sdxl_configs import PUBLISHED
 from lpl.training.engine import add_lora, build_loss
-from lpl.training.one_by_one import FusedBackward
-from lpl.training.optim import build_optimizer
+from lpl.training.optimizers import build_optimizer
+from lpl.training.per_parameter import FusedBackward
 
 
 def options(*flags: str) -> TrainConfig:

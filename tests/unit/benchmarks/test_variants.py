@@ -147,10 +147,11 @@ def test_less_diffusion_where_the_gate_is_open(tmp_path: Path) -> None:
     setup = Setup(Variant(weight=(1.0, 1.0)), tmp_path)
     step = SimpleNamespace(
         alpha=setup.alpha, sigma=setup.sigma,
-        diffusion_per_sample=lambda output, target, timesteps, mask=None: (output - target).square().mean((1, 2, 3)),
+        diffusion_per_sample=lambda inputs: (inputs.model_output - inputs.target).square().mean((1, 2, 3)),
     )  # fmt: skip
     variants.less_diffusion(step, setup.inner.gate, 0.1)
-    found = step.diffusion_per_sample(setup.noisy, setup.noise, TIMESTEPS)
+    inputs = SimpleNamespace(model_output=setup.noisy, target=setup.noise, timesteps=TIMESTEPS)
+    found = step.diffusion_per_sample(inputs)
     each = (setup.noisy - setup.noise).square().mean((1, 2, 3))
     torch.testing.assert_close(found, torch.where(setup.open, 0.1 * each, each))
 

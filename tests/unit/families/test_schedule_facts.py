@@ -31,7 +31,7 @@ from lpl.families import check_export, load_family, model_configs, plan_configs,
 from lpl.families.export import resolve
 from lpl.families.sampling import check_sampling, load_for_sampling
 from lpl.families.sdxl_export import SDXLExport
-from lpl.families.sdxl_schedule import build_scheduler
+from lpl.families.sdxl_file import build_scheduler
 
 CPU = torch.device("cpu")
 ASKED = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
@@ -108,7 +108,7 @@ def test_schedulers_are_built_in_one_place() -> None:
                 whose = ast.unparse(node.value)
                 if "cheduler" in whose or whose in ("cls", "type"):
                     found.append(f"{file.name}: {whose}")
-    assert found == ["sdxl_schedule.py: cls"]
+    assert found == ["sdxl_file.py: cls"]
 
 
 def test_options_act_on_every_way_to_load_a_lean_model(lean: Path) -> None:

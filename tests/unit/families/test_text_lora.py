@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lpl.families import sdxl
-from lpl.families.sdxl_trainee import token_fields
+from lpl.families.sdxl_networks import token_fields
 
 LORA = "pytorch_lora_weights.safetensors"
 ENCODERS = ("text_encoder", "text_encoder_2")

@@ -10,7 +10,7 @@ from lpl.perceptual import strips
 from lpl.perceptual.convolution import Convolution, Upsampling
 from lpl.perceptual.distance import NORM_TYPES
 from lpl.perceptual.frozen import Attention, Plain, Resnet
-from lpl.perceptual.subsampling import Crop
+from lpl.perceptual.sweep import Crop
 
 
 def equal(a, b, rtol=1e-5):
@@ -64,7 +64,7 @@ def test_sdxl_decoder_runs_on_frozen_operations(get_vae, caplog):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_other_blocks_fall_back_to_plain_ones_and_say_so(random_latents, caplog, checkpointing):
     """An attention up block has no frozen operations; the result is the textbook's all the same."""
-    from textbook_lpl import textbook_lpl
+    from lpl.perceptual.textbook import textbook_lpl
 
     vae = tiny_vae(widths=(8, 16))
     from diffusers.models.unets.unet_2d_blocks import AttnUpDecoderBlock2D

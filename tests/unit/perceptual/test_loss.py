@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from textbook_lpl import decoder_features, textbook_lpl
 from tiny_models import tiny_vae
 
 from lpl import LatentPerceptualLoss
@@ -13,6 +12,7 @@ from lpl.diffusion.latent_space import LatentSpace
 from lpl.perceptual.distance import NORM_TYPES, FeatureDistance
 from lpl.perceptual.frozen import Identity
 from lpl.perceptual.sweep import Segment
+from lpl.perceptual.textbook import decoder_features, textbook_lpl
 
 
 def value_and_gradient(per_sample, pred):
@@ -382,7 +382,7 @@ def test_mask_weighs_the_mean_over_features(vae, remove_outliers):
 def test_mask_is_enlarged_to_each_map(vae, random_latents):
     pred, target = random_latents(vae)
     mask = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    out = LatentPerceptualLoss(vae, remove_outliers=False)(pred, target, mask)
+    out = LatentPerceptualLoss(vae, norm_type="shared", remove_outliers=False)(pred, target, mask)
     pairs = zip(decoder_features(vae, pred, 4, False), decoder_features(vae, target, 4, False), strict=True)
     for value, (x, y) in zip(out.per_layer.values(), pairs, strict=True):
         inside = torch.nn.functional.interpolate(mask, x.shape[-2:], mode="nearest")

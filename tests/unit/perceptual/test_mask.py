@@ -3,11 +3,11 @@
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from textbook_lpl import textbook_lpl
 
 from lpl import LatentPerceptualLoss, PerceptualObjective
 from lpl.perceptual import strips
 from lpl.perceptual.distance import NORM_TYPES
+from lpl.perceptual.textbook import textbook_lpl
 
 
 def make_mask(batch=3, size=(8, 8)):

@@ -1,10 +1,10 @@
 import pytest
 import torch
-from textbook_lpl import inlier_mask as textbook_mask
 
 from lpl.perceptual import distance
 from lpl.perceptual.distance import HALO, inlier_range
 from lpl.perceptual.strips import channel_moments
+from lpl.perceptual.textbook import inlier_mask as textbook_mask
 
 
 def standard_deviation(y):

@@ -14,7 +14,7 @@ from lpl.config import TrainConfig
 from lpl.config.files import differences, read_record, write_config
 from lpl.report.page import render
 from lpl.report.sources import Inputs, read_inputs
-from lpl.training.manifest import damage
+from lpl.training.output import damage
 from lpl.training.validation import read_rows
 
 ORIGINALS = Path(__file__).parents[2] / "fuzz" / "originals"

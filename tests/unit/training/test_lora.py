@@ -15,7 +15,7 @@ from torch import nn
 
 from lpl.config import ModelConfig
 from lpl.families import sdxl
-from lpl.families.sdxl_lora import LORA_TARGETS
+from lpl.families.sdxl_names import LORA_TARGETS
 from lpl.training.engine import add_lora
 
 LAYERS = {"attention": 32, "attention_mlp": 40, "all": 79}

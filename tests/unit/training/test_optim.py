@@ -11,7 +11,7 @@ from diffusers.optimization import SchedulerType, get_scheduler
 
 from lpl.base.errors import UserError
 from lpl.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
-from lpl.training.optim import build_optimizer, build_schedule, scaled_learning_rate
+from lpl.training.optimizers import build_optimizer, build_schedule, scaled_learning_rate
 
 SCHEDULES: dict[str, dict[str, Any]] = {
     "constant": {},

@@ -19,8 +19,7 @@ from transformers.optimization import Adafactor
 from lpl.base.errors import UserError
 from lpl.config import OptimConfig
 from lpl.config.command_line import parse_train
-from lpl.training.optim import build_optimizer, check_steps
-from lpl.training.optimizers import check_class, coefficients
+from lpl.training.optimizers import build_optimizer, check_class, check_steps, coefficients
 from lpl.training.sharded import join_optimizer, split_optimizer
 
 CPU = torch.device("cpu")

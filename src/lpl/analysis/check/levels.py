@@ -13,7 +13,6 @@ knows nothing of the picture. The denoiser is as it was loaded, its output witho
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,31 +24,11 @@ from torch import Tensor, nn
 from lpl.analysis.check.images import Encoded, same_size
 from lpl.base.terminal import progress
 from lpl.data.dataset import Batch
-from lpl.diffusion.draws import keyed_uniform
-from lpl.diffusion.prediction import add_noise, signal_to_noise, target_of, x0_from_output
+from lpl.diffusion.draws import bin_edges, keyed_uniform
+from lpl.diffusion.prediction import signal_to_noise
 from lpl.perceptual.gate import snr_scale
 from lpl.perceptual.loss import LatentPerceptualLoss
-from lpl.perceptual.objective import PerceptualObjective
-from lpl.training.step import TrainingStep
-
-BINS = 10
-
-
-class Estimate(NamedTuple):
-    """What the model makes of a batch at given timesteps; all (B, C, h, w) in model space, on the device."""
-
-    latents: Tensor
-    noise: Tensor
-    noisy_latents: Tensor
-    model_output: Tensor
-    """Float32; a leaf that takes gradients."""
-    alpha: Tensor
-    """(B,), float32, on the CPU; sigma likewise."""
-    sigma: Tensor
-
-    def x0(self, prediction_type: str) -> Tensor:
-        """The clean latent that the output implies, differentiable in it."""
-        return x0_from_output(self.model_output, self.noisy_latents, self.alpha, self.sigma, prediction_type)
+from lpl.training.step import StepInputs, TrainingStep
 
 
 class Gradients(NamedTuple):
@@ -92,16 +71,11 @@ class Levels:
 @torch.no_grad()
 def estimate(
     step: TrainingStep, denoiser: nn.Module, batch: Batch, timesteps: Tensor, device: torch.device
-) -> Estimate:
-    """Noises a batch as training would, to given timesteps (B,), and asks the model."""
-    noise = step.draw(batch).noise.to(device)
-    alpha, sigma = step.alpha[timesteps].float(), step.sigma[timesteps].float()
-    latents = step.latent_space.from_raw(batch.raw_latents.to(device))
-    noisy_latents = add_noise(latents, noise, alpha, sigma)
-    text = {name: value.to(device) for name, value in batch.text.items()}
-    with torch.autocast(device.type, step.autocast, enabled=step.autocast is not None):
-        output = step.family.denoise(denoiser, noisy_latents, timesteps.to(device), text, batch.sizes.to(device))
-    return Estimate(latents, noise, noisy_latents, output.float().requires_grad_(), alpha, sigma)
+) -> StepInputs:
+    """Noises a batch as training would, to given timesteps (B,), and asks the model; its output takes gradients."""
+    inputs = step.denoise(denoiser, batch, step.draw(batch).noise, timesteps, device)
+    inputs.model_output.requires_grad_()
+    return inputs
 
 
 def gradients_of(model_output: Tensor, lpl_terms: Tensor, diffusion_terms: Tensor) -> Gradients:
@@ -116,23 +90,10 @@ def gradients_of(model_output: Tensor, lpl_terms: Tensor, diffusion_terms: Tenso
     return Gradients(lpl_square, diffusion_square, cosine)
 
 
-def whole_loss(objective: PerceptualObjective) -> LatentPerceptualLoss:
-    """The objective's loss of whole images at full depth, whatever --lpl_crop and --lpl_random_depth say."""
-    loss_fn = copy.copy(objective.loss_fn)
-    loss_fn.crop = None
-    return loss_fn
-
-
 def mean_latent(step: TrainingStep, encoded: Encoded) -> Tensor:
     """The mean over pictures and places of the posterior means, (1, C, 1, 1), model space."""
     means = torch.cat([mean.mean((2, 3), keepdim=True) for mean in encoded.mean])
     return step.latent_space.from_raw(means.mean(0, keepdim=True))
-
-
-def bin_edges(num_timesteps: int, bins: int = BINS) -> list[int]:
-    """Edges of equal parts of a schedule, at most one for each timestep."""
-    bins = min(bins, num_timesteps)
-    return [num_timesteps * k // bins for k in range(bins + 1)]
 
 
 def measure(step: TrainingStep, denoiser: nn.Module, encoded: Encoded, device: torch.device) -> Levels:
@@ -145,7 +106,7 @@ def measure(step: TrainingStep, denoiser: nn.Module, encoded: Encoded, device: t
         device: where the model is.
     """
     assert step.objective is not None
-    loss_fn = whole_loss(step.objective)
+    loss_fn = step.objective.loss_fn.uncropped()  # whatever --lpl_crop and --lpl_random_depth say
     edges, n = bin_edges(len(step.alpha)), len(encoded)
     taps = [tap.name for tap in loss_fn.taps]
     shape = (n, len(edges) - 1)
@@ -166,16 +127,15 @@ def measure(step: TrainingStep, denoiser: nn.Module, encoded: Encoded, device: t
     for numbers, k in progress(work, desc="measuring", unit="batch"):
         batch = encoded.batch(numbers, k)
         seen = estimate(step, denoiser, batch, found.timesteps[numbers, k], device)
-        mask = None if batch.mask is None else batch.mask.to(device)
         if batch.weights is not None:
             found.weights[numbers] = batch.weights.double()
         if k == 0:
             with torch.no_grad():
-                blank = loss_fn(average.expand_as(seen.latents), seen.latents, mask)
+                blank = loss_fn(average.expand_as(seen.latents), seen.latents, seen.mask)
             found.uninformed[numbers] = blank.per_sample.double().cpu()
         if step.prediction_type == "epsilon" and bool((seen.alpha == 0).any()):
             continue  # pure noise says nothing of x0
-        _measure_batch(found, step, loss_fn, seen, numbers, k, mask)
+        _measure_batch(found, step, loss_fn, seen, numbers, k)
     return found
 
 
@@ -183,23 +143,21 @@ def _measure_batch(
     found: Levels,
     step: TrainingStep,
     loss_fn: LatentPerceptualLoss,
-    seen: Estimate,
+    seen: StepInputs,
     numbers: Sequence[int],
     k: int,
-    mask: Tensor | None,
 ) -> None:
     objective, device = step.objective, seen.latents.device
     assert objective is not None
     pred = seen.x0(step.prediction_type)
     _wait(device)
     started = time.perf_counter()
-    out = loss_fn(pred, seen.latents, mask)
+    out = loss_fn(pred, seen.latents, seen.mask)
     _wait(device)
     found.lpl_seconds.append((time.perf_counter() - started) / len(numbers))
     snr = signal_to_noise(seen.alpha, seen.sigma)
     scale = snr_scale(snr, objective.snr_gamma) if objective.lpl_scale else torch.ones_like(snr)
-    target = target_of(seen.latents, seen.noise, seen.alpha, seen.sigma, step.prediction_type)
-    diffusion = step.diffusion_per_sample(seen.model_output, target, found.timesteps[numbers, k], mask)
+    diffusion = step.diffusion_per_sample(seen)
     gradients = gradients_of(seen.model_output, scale.to(device) * out.per_sample, diffusion)
     found.lpl[numbers, k] = out.per_sample.detach().double().cpu()
     found.lpl_square[numbers, k], found.diffusion_square[numbers, k], found.cosine[numbers, k] = gradients

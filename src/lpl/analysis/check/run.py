@@ -25,7 +25,9 @@ from lpl.base.files import alone_in, write_atomically
 from lpl.base.output_folder import Names, OutputFolder, kind_of
 from lpl.config.commands import FEWEST, PAGE, CheckConfig, ReportConfig
 from lpl.config.files import CHECK_REPORT, environment
+from lpl.data.crops import to_float
 from lpl.data.sheets import printable
+from lpl.diffusion.draws import bin_edges
 from lpl.families import load_family, plan_configs
 from lpl.training.engine import build_accelerator, build_objective
 from lpl.training.preflight import Checked, check_data, processes
@@ -181,7 +183,7 @@ class Check:
 
     def _vae_precision(self, encoded: Encoded) -> dict[str, Any]:
         shown = range(min(PRECISION_IMAGES, len(encoded)))
-        pixels = [precision.to_float(encoded.pictures[n].pixels)[None] for n in shown]
+        pixels = [to_float(encoded.pictures[n].pixels)[None] for n in shown]
         latents = [encoded.mean[n] for n in shown]
 
         def encode(vae: Any, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -228,13 +230,13 @@ class Check:
         picture = encoded.pictures[shown]
         name = printable(picture.id)
         decode, space = self.family.vae.decode, self.step.latent_space
-        images = [("original", precision.to_float(picture.pixels)), ("through the VAE", reconstructed)]
+        images = [("original", to_float(picture.pixels)), ("through the VAE", reconstructed)]
         rows = []
         within, without = (part.nonzero().flatten() for part in (gate, ~gate))
         mapped = [int(part[len(part) // 2]) for part in (within, without) if len(part)]
-        edges = levels.bin_edges(total)
+        edges = bin_edges(total)
         centres = [(low + high) // 2 for low, high in pairwise(edges)]
-        loss_fn = levels.whole_loss(self.objective)
+        loss_fn = self.objective.loss_fn.uncropped()
         for t in sorted({*centres, *mapped}):
             seen = levels.estimate(self.step, self.denoiser, encoded.batch([shown], 0), torch.tensor([t]), self.device)
             if self.step.prediction_type == "epsilon" and float(seen.alpha) == 0:

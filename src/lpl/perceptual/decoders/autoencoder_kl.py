@@ -35,15 +35,11 @@ class AutoencoderKLTaps(DecoderTaps):
             )
         self._post_quant_conv = vae.post_quant_conv
         self._decoder = vae.decoder
-        self._latent_channels = int(vae.config.latent_channels)
+        self.latent_channels = int(vae.config.latent_channels)
         widths = list(reversed(vae.config.block_out_channels))
         strides = [2 ** (len(widths) - 1 - i) for i in range(len(widths))]
         up = [Tap(f"up_{i}", width, strides[min(i + 1, len(widths) - 1)]) for i, width in enumerate(widths)]
         self.taps = (Tap("mid", widths[0], strides[0]), *up)
-
-    @property
-    def latent_channels(self) -> int:
-        return self._latent_channels
 
     def modules(self) -> list[torch.nn.Module]:
         return [m for m in (self._post_quant_conv, self._decoder) if m is not None]

@@ -26,19 +26,16 @@ class DecoderTaps(ABC):
 
     Attributes:
         taps: one per stage, first to last.
-        num_up_blocks: how many stages follow the first one.
+        latent_channels: of the latents.
     """
 
     taps: tuple[Tap, ...]
+    latent_channels: int
 
     @property
     def num_up_blocks(self) -> int:
+        """How many stages follow the first one."""
         return len(self.taps) - 1
-
-    @property
-    @abstractmethod
-    def latent_channels(self) -> int:
-        """Channels of a latent."""
 
     @abstractmethod
     def modules(self) -> list[torch.nn.Module]:

@@ -1,31 +1,41 @@
-"""SDXL's denoiser and text encoders as one module, for training them together."""
+"""SDXL's networks: denoiser and text encoders as one module, for training them together, and all of them for a plan."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import SingleFileComponentError
 from peft import LoraConfig
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from lpl.families.sdxl_lora import TEXT_ATTENTION, TEXT_MLP
-from lpl.families.sdxl_text import embed
+from lpl.base.errors import UserError, on_one_line
+from lpl.families.sdxl_file import FLAG, training_schedule
+from lpl.families.sdxl_names import LORA_TARGETS, TEXT_ATTENTION, TEXT_MLP, WITH_TEXT
+from lpl.families.sdxl_text import TOKENS_PER_CHUNK, embed, usual_layer
+
+LOADING_ERRORS = (
+    OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, ArithmeticError, AssertionError,
+    ImportError, SafetensorError, SingleFileComponentError,
+)  # fmt: skip
+"""What the libraries raise of configs and weights that do not go together."""
 
 
-class SDXLTrainee(nn.Module):
+class SDXLJointModel(nn.Module):
     """The UNet with both text encoders before it: one module, so that engines wrap, shard and synchronise it once.
 
     Weights on which no output depends never take gradients: CLIP-L's last layers and its last norm, since the UNet
     sees the hidden states before them. All of CLIP-G acts, on the pooled embedding.
 
     Args:
-        unet: the denoiser.
-        text_encoder: CLIP-L.
-        text_encoder_2: CLIP-G.
         layer: of the hidden states that are used, see PromptEncoder.
         force_zeros: whether an empty caption is zeros instead of its encoding.
     """
@@ -38,7 +48,7 @@ class SDXLTrainee(nn.Module):
     def forward(self, noisy_latents: Tensor, timesteps: Tensor, text: Mapping[str, Tensor], sizes: Tensor) -> Tensor:
         """The UNet's output, (B, C, h, w), for captions as `token_fields` gives them."""
         embeds, pooled = self.encode(text)
-        return denoise(self.unet, noisy_latents, timesteps, embeds, pooled, sizes)
+        return _run_unet(self.unet, noisy_latents, timesteps, embeds, pooled, sizes)
 
     def encode(self, text: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Hidden states (B, chunks * length, C) and pooled embedding (B, P), with gradient."""
@@ -66,7 +76,7 @@ class SDXLTrainee(nn.Module):
         yield from body.final_layer_norm.parameters()
         yield from body.encoder.layers[self.num_used :].parameters()
 
-    def requires_grad_(self, requires_grad: bool = True) -> SDXLTrainee:
+    def requires_grad_(self, requires_grad: bool = True) -> SDXLJointModel:
         """As torch's, but for weights on which no output depends, which stay without."""
         super().requires_grad_(requires_grad)
         for parameter in self._idle():
@@ -103,7 +113,7 @@ class SDXLTrainee(nn.Module):
 
 def parts_of(denoiser: nn.Module) -> dict[str, Any]:
     """The networks that are trained, by their name in a pipeline."""
-    return dict(denoiser.named_children()) if isinstance(denoiser, SDXLTrainee) else {"unet": denoiser}
+    return dict(denoiser.named_children()) if isinstance(denoiser, SDXLJointModel) else {"unet": denoiser}
 
 
 def token_fields(ids: Tensor, ids_2: Tensor, captions: list[str]) -> dict[str, Tensor]:
@@ -112,15 +122,99 @@ def token_fields(ids: Tensor, ids_2: Tensor, captions: list[str]) -> dict[str, T
     return {"input_ids": ids.int(), "input_ids_2": ids_2.int(), "is_empty": is_empty.int()}
 
 
-def denoise(
+def _run_unet(
     unet: nn.Module, noisy_latents: Tensor, timesteps: Tensor, embeds: Tensor, pooled: Tensor, sizes: Tensor
 ) -> Tensor:
-    """The UNet's output, (B, C, h, w); see families.base.Family.denoise."""
     dtype = noisy_latents.dtype
     conditions = {"text_embeds": pooled.to(dtype), "time_ids": sizes.to(dtype)}
     return unet(noisy_latents, timesteps, embeds.to(dtype), added_cond_kwargs=conditions, return_dict=False)[0]
 
 
+def denoise(
+    denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, text: Mapping[str, Tensor], sizes: Tensor
+) -> Tensor:
+    """See families.base.Family.denoise."""
+    if "input_ids" in text:
+        return denoiser(noisy_latents, timesteps, text, sizes)
+    return _run_unet(denoiser, noisy_latents, timesteps, text["prompt_embeds"], text["pooled"], sizes)
+
+
 def _body(encoder: Any) -> Any:
     """What holds a text encoder's layers: transformers 5 has it in CLIPTextModel itself."""
     return getattr(encoder, "text_model", encoder)
+
+
+@contextmanager
+def named(flag: str, name: str) -> Iterator[None]:
+    """Turns what loading raises into one line that names the flag."""
+    try:
+        yield
+    except Exception as error:
+        if type(error) is not Exception and not isinstance(error, LOADING_ERRORS):  # tokenizers raises no other class
+            raise
+        said = on_one_line(error, 400)
+        if isinstance(error, NotImplementedError):  # a network is moved whose weights are not all there
+            said = f"lacks weights of a network that its configs describe ({said.partition('.')[0]})"
+        elif name.endswith(".safetensors") and "outgoing traffic" in said:
+            said = "its configs are not in the Hub's cache, and the Hub is off: give a folder by --single_file_config"
+        raise UserError(f"{flag} {name}: {said}") from error
+
+
+class SDXLBlueprint:
+    """Builds networks with random weights; on the meta device they take no memory. See families.base.Blueprint.
+
+    Args:
+        configs: by component, as model_configs returns them.
+        trains_text: whether the text encoders are trained, and so part of the denoiser.
+    """
+
+    def __init__(
+        self,
+        configs: Mapping[str, Any],
+        max_token_length: int = TOKENS_PER_CHUNK,
+        trains_text: bool = False,
+        clip_skip: int | None = None,
+    ) -> None:
+        self._configs = configs
+        self.trains_text, self._layer = trains_text, usual_layer(clip_skip)
+        self.lora_targets: Mapping[str, tuple[str, ...]] = WITH_TEXT if trains_text else LORA_TARGETS
+        self._chunks = max_token_length // TOKENS_PER_CHUNK
+        self.denoise = denoise
+        with named(FLAG, "its scheduler"):
+            self.noise_scheduler = training_schedule(configs["scheduler"])
+        self.latent_channels = int(configs["vae"].get("latent_channels", 4))
+        self.stride = 2 ** (len(configs["vae"].get("block_out_channels", [64])) - 1)
+        with named(FLAG, "its configs"):
+            self._text_configs = [
+                CLIPTextConfig.from_dict(configs[part]) for part in ("text_encoder", "text_encoder_2")
+            ]
+
+    def denoiser(self) -> Any:
+        with named(FLAG, "the UNet of its configs"):
+            unet = UNet2DConditionModel.from_config(self._configs["unet"])
+        if not self.trains_text:
+            return unet
+        first, second = self.text_encoders()
+        return SDXLJointModel(unet, first, second, self._layer, force_zeros=False)
+
+    def vae(self) -> Any:
+        with named(FLAG, "the VAE of its configs"):
+            return AutoencoderKL.from_config(self._configs["vae"]).eval().requires_grad_(False)
+
+    def text_encoders(self) -> list[nn.Module]:
+        first, second = self._text_configs
+        with named(FLAG, "the text encoders of its configs"):
+            return [CLIPTextModel(first).eval(), CLIPTextModelWithProjection(second).eval()]
+
+    def tokens(self, batch: int) -> Tensor:
+        return torch.zeros(batch, self._text_configs[0].max_position_embeddings, dtype=torch.long)
+
+    def text(self, batch: int) -> dict[str, Tensor]:
+        if self.trains_text:
+            ids = self.tokens(batch)[:, None].expand(-1, self._chunks, -1)
+            return token_fields(ids, ids, [""] * batch)
+        unet = self._configs["unet"]
+        pooled = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
+        length = self._chunks * self._text_configs[0].max_position_embeddings
+        embeds = torch.zeros(batch, length, unet["cross_attention_dim"])
+        return {"prompt_embeds": embeds, "pooled": torch.zeros(batch, pooled)}

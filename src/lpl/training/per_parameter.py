@@ -23,13 +23,12 @@ from torch.optim import Optimizer
 
 from lpl.base.errors import TrainingStoppedError, UserError
 from lpl.config import OptimConfig
-from lpl.training.optimizers import bare
 
-PIECE = 2**22
+ROUNDED_AT_ONCE = 2**22
 """Values that are rounded at once: torchao writes out five tensors for them."""
 
 
-class OneByOne(Optimizer):
+class PerParameter(Optimizer):
     """A mixin before an optimizer in which a parameter's step depends on that parameter alone.
 
     What is bfloat16 is stepped in float32 and rounded stochastically, from torch's own random state, which the trainer
@@ -63,9 +62,9 @@ class OneByOne(Optimizer):
             stepped = parameter.data
             parameter.grad = None
             parameter.data = low
-        rows = max(1, PIECE // low[0].numel())
-        for piece, values in zip(low.split(rows), stepped.split(rows), strict=True):
-            piece.copy_(rounding()(values))
+        rows = max(1, ROUNDED_AT_ONCE // low[0].numel())
+        for part, values in zip(low.split(rows), stepped.split(rows), strict=True):
+            part.copy_(rounding()(values))
 
     def _step_alone(self, parameter: Tensor) -> None:
         groups = self.param_groups
@@ -89,12 +88,12 @@ class OneByOne(Optimizer):
                     self.state[parameter][name] = value.to(self.state[parameter][name].device, copy=True)
 
 
-class Released(OneByOne):
+class Released(PerParameter):
     """A mixin before an optimizer of optimi that was built with gradient_release: its own step of one parameter."""
 
     def step_one(self, parameter: Tensor) -> None:
         """Steps one parameter by its gradient."""
-        super(OneByOne, self).step(param=parameter)  # type: ignore[call-overload]
+        super(PerParameter, self).step(param=parameter)  # type: ignore[call-overload]
 
     def state_dict(self) -> dict[str, Any]:
         """The state, without the group that optimi keeps with each parameter."""
@@ -114,7 +113,7 @@ def suited(cls: Any, config: OptimConfig) -> Any:
     """The optimizer's class, with a step of one parameter where the options need it."""
     if config.is_optimi:
         return _mixed(Released, cls) if config.fused_backward_pass else cls
-    return _mixed(OneByOne, cls) if config.rounds or config.fused_backward_pass else cls
+    return _mixed(PerParameter, cls) if config.rounds or config.fused_backward_pass else cls
 
 
 def of_optimi(config: OptimConfig) -> dict[str, Any]:
@@ -144,6 +143,11 @@ def rounding() -> Callable[[Tensor], Tensor]:
         ) from error
 
 
+def bare(optimizer: Any) -> Any:
+    """The optimizer without accelerate's wrapper."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
 class FusedBackward:
     """Makes the backward pass step the weights.
 
@@ -151,7 +155,6 @@ class FusedBackward:
     clipped, and a gradient that is not finite although the loss is cannot be left out: it stops the run.
 
     Args:
-        parameters: that are trained.
         optimizer: over them, with a step_one; accelerate's wrapper or not.
     """
 
@@ -170,8 +173,6 @@ class FusedBackward:
         """Steps every weight by the gradient of a loss that is finite. Synchronises.
 
         Args:
-            backward: accelerate's.
-            loss: scalar.
             step: of the run, counted from 1.
 
         Returns:

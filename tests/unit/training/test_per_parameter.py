@@ -12,8 +12,8 @@ from lpl.analysis.counter import StepCounter
 from lpl.analysis.states import one_step_size
 from lpl.config import OptimConfig
 from lpl.training.checkpoint import join_optimizer, split_optimizer
-from lpl.training.one_by_one import FusedBackward, rounding
-from lpl.training.optim import build_optimizer
+from lpl.training.optimizers import build_optimizer
+from lpl.training.per_parameter import FusedBackward, rounding
 
 SHAPES = ((128, 64), (64,))
 
