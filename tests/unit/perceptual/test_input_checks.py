@@ -457,6 +457,6 @@ def test_gate_that_never_opens_is_said_once(latent_distance, caplog):
             call(lucky, timesteps=shut)
         for step in range(300):
             call(objective, timesteps=shut)
-            assert len(caplog.records) == (step >= 124), step
-    assert "applied to none of 500 samples" in caplog.text
+            assert len(caplog.records) == (step >= 52), step
+    assert "applied to none of 212 samples" in caplog.text
     assert "the timesteps that made noisy_latents" in caplog.text
