@@ -1,4 +1,4 @@
-"""Weights that exist on a fake CPU, where autocast acts, and take no memory."""
+"""Counts what runs under it: floating-point operations, and the bytes of the tensors that are alive."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a JSON file must look like: a description as plain data, and the key at which a file differs from it."""
+"""Reading JSON: every fault is one line that names the file; and what a file must look like, as plain data."""
 
 from __future__ import annotations
 

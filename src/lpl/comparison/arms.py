@@ -1,4 +1,4 @@
-"""Runs are compared in pairs only where both were trained on the same images and captions."""
+"""The arms: named sets of options over those that all share, read and checked before anything is trained."""
 
 from __future__ import annotations
 

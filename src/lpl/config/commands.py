@@ -1,4 +1,4 @@
-"""Options of the small commands; those of `lpl train` are in lpl.config, others with what they run."""
+"""Options of the other commands, some of which take those of `lpl train` too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options: the diffusion loss, its noise and its timesteps."""
+"""Options: the diffusion loss, its noise and its timesteps; the Latent Perceptual Loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options: the model, and what of it is trained."""
+"""Options: the model and what of it is trained; length, batches, precision, checkpoints; validation, logs, hub."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The errors of an image file that gives no pixels."""
+"""Images that cannot be used: counted, listed with the reason, and too many of them stop the run."""
 
 from __future__ import annotations
 

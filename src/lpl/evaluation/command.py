@@ -1,4 +1,4 @@
-"""`lpl eval`: what one process of a launch finds out ends all of them alike, so that none waits for it."""
+"""`lpl eval`: checks what is cheap to check, draws samples or takes them, measures, and writes eval.json."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images on disk as square uint8 tensors of one size."""
+"""Images on disk as square uint8 tensors of one size, and what is kept of a set of them, image by image."""
 
 from __future__ import annotations
 

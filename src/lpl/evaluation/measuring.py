@@ -1,4 +1,4 @@
-"""Metrics of a point's samples, kept beside them, so that a continued command measures what is missing alone."""
+"""All metrics of one command, in the features of each network at hand; kept beside the samples, so that it can go on."""
 
 from __future__ import annotations
 

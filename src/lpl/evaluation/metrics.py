@@ -1,4 +1,4 @@
-"""Fréchet and kernel distance between two sets of features, in float64."""
+"""Metrics of two sets: Fréchet and kernel distance, precision and recall, density and coverage, the power spectrum."""
 
 from __future__ import annotations
 

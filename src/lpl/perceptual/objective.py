@@ -1,4 +1,11 @@
-"""What an objective gives for a micro-batch: LPL, weighted, and what is logged of it."""
+"""LPL as a term of a training loss: gate, scale, reduction, weight and gradient meter, for any loop.
+
+    total = L_diffusion + lpl_weight * sum_i gate_i * scale_i * L_i / (B * p_gate)
+
+Source: Berrada et al., ICLR 2025. Differs from the paper: it averages over all samples, zeros included, so its weight
+is lpl_weight / p_gate. Differs from the diffusers project: that divides by the gated samples of each micro-batch
+(lpl_reduction="gated"), which makes the weight depend on the batch size.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures as data URIs, sized so that all of them together stay within the page's budget."""
+"""The pictures of the page: found, put in rows by prompt and seed, and embedded within a budget of bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights for inference: every N steps beside the checkpoints, and as the result; each folder says what it holds."""
+"""Results for inference, every N steps and at the end, each folder saying what it holds; publishing them on the Hub."""
 
 from __future__ import annotations
 

@@ -1,14 +1,7 @@
-"""Both losses on held-out samples, with noise and timesteps that never change: comparable over steps and runs.
+"""Validation: when it happens, both losses on what is held out, images of fixed prompts, and what is left of them.
 
-    diffusion(k) = mean over i of |o(x_ik, t_ik) - target_ik|^2 / n,    lpl(k) = mean over i of L(x0_hat_ik, x0_i)
-
-for sample i and bin k of the schedule, cut into BINS equal parts; t_ik is uniform in bin k, drawn for (seed,
-"validation_timestep", i, k), and the noise for (seed, "validation_noise", i, k). Neither loss is weighted: no min-SNR,
-no Huber, no noise offset, no lpl_weight, no scale by SNR, no random depth and no crop, so changing those leaves the
-scale of the losses as it is. LPL is measured where its gate passes. Masks count as in training.
-
-Differs from training: timesteps are uniform over the schedule whatever --timestep_distribution says; captions are never
-dropped; crops are always the first one, not mirrored.
+Everything is done with each kind of weights in turn, raw and averaged. Draws have keys of their own, the denoiser is in
+eval mode and no gradient is taken, so training goes on as if there had been none.
 """
 
 from __future__ import annotations

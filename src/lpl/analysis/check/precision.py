@@ -1,10 +1,4 @@
-"""Each component in each precision: finite or not, how large its activations get, how far from float32 it ends.
-
-    relative error = |y - y32| / |y32|,    y the component's output
-
-VAE and text encoders run with their weights cast, as --lpl_dtype and programs that draw images do it; the denoiser runs
-under autocast, as --mixed_precision trains it. A precision that the device lacks an operation of is named, not failed.
-"""
+"""Each component in each precision: finite or not, how large, how far from float32; what the VAE loses; the walk."""
 
 from __future__ import annotations
 

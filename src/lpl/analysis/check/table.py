@@ -1,4 +1,4 @@
-"""What of a check's figures speaks against a run, and which option helps."""
+"""A check as text for the terminal."""
 
 from __future__ import annotations
 
