@@ -33,7 +33,7 @@ from lpl.errors import UserError
 from lpl.families.base import weights_hash
 
 VAE_STEPS = 6_000
-DENOISER_STEPS, BATCH, PARTS = 30_000, 64, 2
+DENOISER_STEPS, BATCH, THREADS = 30_000, 64, 2
 UNET_WIDTHS = (96, 144)
 DENOISER = Path("checkpoints", "denoiser.pt")
 LEARNING_RATE = 8e-4
@@ -98,7 +98,7 @@ def train_denoiser(folder: Path, steps: int = DENOISER_STEPS, weights: Path | No
     )  # fmt: skip
     if weights is not None and run.step == 0:
         go_on_from_kept(run, weights)
-    model = fit_base(run, captions, data, BATCH, PARTS)
+    model = fit_base(run, captions, data, BATCH, THREADS)
     write_pipeline(folder / "pipeline", vae, model, captions)
 
 
