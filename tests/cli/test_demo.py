@@ -34,8 +34,8 @@ def test_arms_differ_in_lpl_alone(small: Path, run_cli: Any, monkeypatch: pytest
 
     found: dict[str, Any] = {}
 
-    def run_compare(options: Any, parse: Any, _train: Any) -> None:
-        found.update(options=options, arms=read_arms(options, parse))
+    def run_compare(options: Any) -> None:
+        found.update(options=options, arms=read_arms(options))
         raise StopRequestedError("stopped")
 
     monkeypatch.setattr(lpl.comparison.run, "run_compare", run_compare)

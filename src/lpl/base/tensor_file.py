@@ -7,14 +7,13 @@ import os
 import struct
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors.torch import save_file
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from lpl.base.errors import UserError
 from lpl.base.json_files import NULL, REST, TEXT, Kind, Shape, parse_json, require_shape, whole
+
+if TYPE_CHECKING:  # headers are read before torch loads
+    from torch import Tensor
 
 HASH = "modelspec.hash_sha256"
 UNKNOWN = "0x" + 64 * "0"
@@ -76,6 +75,9 @@ def write_tensors(tensors: Iterable[tuple[str, Tensor]], file: Path, metadata: d
         UserError: a name given twice, or a value that float16 cannot hold.
         OSError, SafetensorError: a file that cannot be written.
     """
+    import torch
+    from safetensors.torch import save_file
+
     content: dict[str, Tensor] = {}
     for name, tensor in tensors:
         if name in content:

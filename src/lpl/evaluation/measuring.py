@@ -1,4 +1,4 @@
-"""All metrics of one command, in the features of each network at hand; kept beside the samples, so that it can go on."""
+"""All metrics of one command, in the features of each network at hand; kept beside samples, so that it can go on."""
 
 from __future__ import annotations
 

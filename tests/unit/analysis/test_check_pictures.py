@@ -53,7 +53,7 @@ class Piece:
 
 
 def chosen(pieces: list[Piece], count: int) -> list[tuple[str, list[int]]]:
-    source: Any = SimpleNamespace(pieces=lambda: pieces)
+    source: Any = SimpleNamespace(pieces=pieces)
     return [(piece.key, numbers) for piece, numbers in spread(source, count)]
 
 

@@ -280,7 +280,7 @@ def test_a_plan_counts_the_encoders(train: Any, deep: Path, rank: int | None) ->
     [
         ({"use_dora": True, "rank": 2}, "--use_dora with --train_text_encoder"),
         ({"text_encoder_lr": 0}, "--text_encoder_lr must be positive, not 0"),
-        ({"text_encoder_2_lr": "inf"}, "--text_encoder_2_lr must be positive, not inf"),
+        ({"text_encoder_2_lr": "inf"}, "--text_encoder_2_lr must be a finite number, not inf"),
         (
             {"text_encoder_lr": 0.5, "optimizer": "prodigy", "learning_rate": None},
             "--text_encoder_lr 0.5 with --optimizer prodigy, which finds one rate for all",

@@ -148,11 +148,12 @@ def test_a_signal_while_caching_keeps_what_is_encoded(
     options = base_options | {"latent_cache_dir": tmp_path / "cache", "output_dir": tmp_path / "out"}
     original, encoded = Filler._encode_images, []
 
-    def signalled(self: Filler, batch: Any, staging: Any) -> None:
+    def signalled(self: Filler, batch: Any) -> Any:
+        made = original(self, batch)
         if not encoded:
             os.kill(os.getpid(), signal.SIGINT)
         encoded.extend(batch)
-        original(self, batch, staging)
+        return made
 
     monkeypatch.setattr(Filler, "_encode_images", signalled)
     code, _, err = run_cli([command, *as_flags(options)])
