@@ -93,7 +93,12 @@ def test_a_run_without_the_encoders_is_not_continued_with_them(train: Any) -> No
 
 @pytest.mark.parametrize(
     ("variant", "fsdp"),
-    [("full", False), ("full", True), ("lora", False), pytest.param("lora", True, marks=pytest.mark.slow)],
+    [
+        pytest.param("full", False, marks=pytest.mark.slow),
+        ("full", True),
+        ("lora", False),
+        pytest.param("lora", True, marks=pytest.mark.slow),
+    ],
 )
 def test_two_processes_equal_one_with_twice_the_batch(
     train: Any,

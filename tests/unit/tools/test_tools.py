@@ -61,6 +61,7 @@ def test_circles_and_imports_are_found() -> None:
     assert list(house.imports("lpl.x", tree, known)) == ["lpl.base", "lpl.data.files", "lpl.data"]
 
 
+@pytest.mark.slow  # the tests of rooms below show the same places
 def test_the_code_is_measured(monkeypatch: Any, capsys: pytest.CaptureFixture[str]) -> None:
     """Every room has its place."""
     monkeypatch.setattr("sys.argv", ["house.py"])
