@@ -19,8 +19,9 @@ from torch import nn
 
 from lpl.demo.architecture import build_vae
 from lpl.demo.weights import WEIGHTS_FOLDER, load_component, shipped_scaling_factor
-from tools.demo_weights.base import train_base
-from tools.demo_weights.vae import held_out_psnr, latent_std, refine_decoder, train_vae
+
+from .base import train_base
+from .vae import held_out_psnr, latent_std, refine_decoder, train_vae
 
 
 def save_component(name: str, module: nn.Module, metadata: dict[str, str] | None = None) -> Path:

@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from lpl.demo.architecture import UNET_WIDTHS, build_scheduler, build_text_encoders, build_tokenizers, build_unet
 from lpl.demo.photographs import IMAGE_SIZE, all_captions, random_crops, to_tensor, training_crops
-from tools.demo_weights.training_run import TrainingRun
+
+from .training_run import TrainingRun
 
 NUM_RANDOM_CROPS = 3000
 CAPTION_DROPOUT = 0.1

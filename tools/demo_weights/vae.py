@@ -23,7 +23,8 @@ from lpl.demo.photographs import (
     split_regions,
     to_tensor,
 )  # fmt: skip
-from tools.demo_weights.training_run import TrainingRun
+
+from .training_run import TrainingRun
 
 BATCH_SIZE = 8
 FEATURE_BATCH = 4  # the feature distance looks at half of each batch

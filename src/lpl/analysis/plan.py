@@ -10,10 +10,11 @@ from lpl.analysis.rehearsal import Rehearsal
 from lpl.base.errors import UserError
 from lpl.base.terminal import progress
 from lpl.config import TrainConfig
+from lpl.config.run import processes
 from lpl.data.buckets import image_sizes
 from lpl.families import blueprint, native_resolution, plan_configs
 from lpl.training.checks import check_memory_options
-from lpl.training.launch import check_launch, processes, splits
+from lpl.training.launch import check_launch, splits
 from lpl.training.preflight import Checked, check_options
 
 
@@ -64,7 +65,7 @@ def describe(config: TrainConfig, checked: Checked) -> str:
     rehearsal, run = Rehearsal(blueprint(configs, config.model)), config.run
     needs = launched_estimate(config, rehearsal, processes())
     held, size = config.data.validation_samples, checked.source.size
-    samples, per_step = None if size is None else size - held, run.train_batch_size * run.gradient_accumulation_steps
+    samples, per_step = None if size is None else size - held, config.samples_per_step(1)
     steps = None if checked.num_steps is None else config.num_steps(samples or 1, 1)
     if steps is None:
         length = f"{run.num_train_epochs} epochs, of a length known once the data are read"

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lpl.analysis.counter import StepCounter
-from lpl.base.errors import UserError
+from lpl.base.errors import UserError, on_one_line
 from lpl.config import OPTIMIZERS, OptimConfig
 from lpl.training.optimizers import FAILURES, averages_itself, build_optimizer
 from lpl.training.per_parameter import ROUNDED_AT_ONCE
@@ -115,7 +115,7 @@ def _per_value(config: OptimConfig) -> tuple[float, float]:
             optimizer.step()
             return state / parameter.numel(), max(0, counter.peak - state - held) / parameter.numel()
     except FAILURES as error:
-        message = " ".join(str(error).split())[:200]
+        message = on_one_line(error, 200)
         raise UserError(f"--optimizer {config.optimizer}: its memory cannot be counted ({message})") from error
 
 
@@ -145,5 +145,5 @@ def _counted(config: OptimConfig, shapes: Shapes, device: str) -> tuple[int, int
                 optimizer.step()
             return state, counter.peak - state
     except FAILURES as error:
-        message = " ".join(str(error).split())[:200]
+        message = on_one_line(error, 200)
         raise UserError(f"--optimizer {config.optimizer}: its memory cannot be counted ({message})") from error

@@ -29,6 +29,6 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def on_one_line(error: Exception, most: int | None = None) -> str:
+def on_one_line(error: BaseException, most: int | None = None) -> str:
     """What an exception says, its line breaks as blanks; of that the first so many characters."""
     return " ".join(str(error).split())[:most]

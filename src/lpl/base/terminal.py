@@ -115,3 +115,8 @@ def with_names(told: Iterable[tuple[str, str]], everyone: int | None = None) -> 
     for name, line in told:
         names.setdefault(line, {})[name] = None
     return [line if len(own) == everyone else f"{', '.join(own)}: {line}" for line, own in names.items()]
+
+
+def percent(part: float) -> str:
+    """A share in per cent: whole ones from 1 % on, below with two digits."""
+    return f"{100 * part:.0f} %" if part >= 0.01 else f"{100 * part:.2g} %"

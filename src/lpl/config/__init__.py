@@ -5,7 +5,6 @@ No heavy imports here: `lpl --help` and every check of a flag run before torch l
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cache
@@ -72,15 +71,12 @@ class TrainConfig:
 
     def num_steps(self, samples: int, processes: int) -> int:
         """Optimizer steps of the run: --max_train_steps, or what --num_train_epochs of so many samples take."""
-        run = self.run
-        per_step = run.train_batch_size * run.gradient_accumulation_steps * processes
-        return run.max_train_steps or -(-run.num_train_epochs * samples // per_step)
+        epochs = self.run.num_train_epochs
+        return self.run.max_train_steps or -(-epochs * samples // self.samples_per_step(processes))
 
-    @property
-    def samples_a_step(self) -> int:
-        """Samples of an optimizer step, of all processes of this launch."""
-        run, processes = self.run, int(os.environ.get("WORLD_SIZE", "1"))
-        return run.train_batch_size * run.gradient_accumulation_steps * processes
+    def samples_per_step(self, processes: int) -> int:
+        """Samples of an optimizer step, of so many processes."""
+        return self.run.train_batch_size * self.run.gradient_accumulation_steps * processes
 
     def flat(self) -> dict[str, Any]:
         """Every option by its flag's name."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from lpl.base.errors import UserError
+from lpl.base.errors import UserError, on_one_line
 from lpl.base.files import write_atomically
 from lpl.base.json_files import REST, Shape, require_shape, whole
 from lpl.base.text import read_text
@@ -83,7 +83,7 @@ def read_options(name: str) -> dict[str, str]:
     if not isinstance(options, dict):
         raise UserError(f"--config {name}: expected lines of `option: value`")
     is_record = options.pop(RECORD, None) is not None
-    known = list(TrainConfig().flat())
+    known = list(declared())
     for key, value in options.items():
         why = REFUSED.get(key)
         if why is not None:
@@ -159,7 +159,7 @@ def _load(text: str, loader: Any, where: str) -> Any:
     except RecursionError as error:
         raise UserError(f"{where}: lists or mappings within each other, too deep to be read") from error
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # the last two: of a date or character that is none
-        raise UserError(f"{where}: not YAML: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"{where}: not YAML: {on_one_line(error, 300)}") from error
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
 
@@ -182,7 +182,7 @@ def read_record(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         found = _load(file.read_text(encoding="utf-8"), _PlainLoader, str(file))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: cannot be read ({' '.join(str(error).split())})") from error
+        raise UserError(f"{file}: cannot be read ({on_one_line(error)})") from error
     if not isinstance(found, dict) or RECORD not in found:
         raise UserError(f"{file}: was not written by lpl train")
     found = {str(key): value for key, value in found.items()}
@@ -192,14 +192,14 @@ def read_record(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def as_flags(options: dict[str, str]) -> list[str]:
     """Options as command-line flags; booleans become --x or --no_x."""
-    defaults = TrainConfig().flat()
     flags = []
     for key, value in options.items():
-        if isinstance(defaults[key], bool):
+        default = declared()[key].default
+        if isinstance(default, bool):
             if value.lower() not in ("true", "false"):
                 raise UserError(f"{key}: expected true or false, not {value!r}")
             flags.append(f"--{key}" if value.lower() == "true" else f"--no_{key}")
-        elif value.lower() in EMPTY and isinstance(defaults[key], str):
+        elif value.lower() in EMPTY and isinstance(default, str):
             raise UserError(f"{key} is given empty: give a value, or leave it out")
         else:
             flags.append(f"--{key}={'None' if value.lower() in EMPTY else value}")

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from lpl.base.errors import require
 from lpl.config.checks import MOST_PIXELS, Needs, Options, option
+from lpl.config.run import processes
 from lpl.perceptual import defaults
 
 
@@ -58,7 +59,7 @@ class DiffusionConfig(Options):
     timestep_sampling: Literal["independent", "stratified"] = option(
         "independent",
         draws=True,
-        needs=Needs("more than one sample in a step", lambda config: config.samples_a_step > 1),
+        needs=Needs("more than one sample in a step", lambda config: config.samples_per_step(processes()) > 1),
     )
     """stratified: each step's timesteps cover the distribution evenly, so each step, and each process in it, has nearly
     the same number of samples that pass LPL's gate."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,6 +11,11 @@ from lpl.base.errors import require
 from lpl.config.checks import Needs, Options, option
 
 ONE_MODEL = "all arms begin with one model"
+
+
+def processes() -> int:
+    """How many processes the launcher has started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from PIL import (
 )
 from PIL.ImageFile import ImageFile
 
-from lpl.base.errors import UserError
+from lpl.base.errors import UserError, on_one_line
 from lpl.data.bad_files import BadImageError, UnreadImageError
 from lpl.data.color import has_16_bits, on_background, read_16_bits, split_alpha, to_srgb
 
@@ -208,7 +208,7 @@ def _orientation(image: ImageFile) -> int:
 def _reason(kind: str, error: BaseException) -> str:
     if isinstance(error, Image.DecompressionBombError):
         return f"too large: more than {MAX_PIXELS:,} pixels"
-    message = " ".join(str(error).split()) or type(error).__name__
+    message = on_one_line(error) or type(error).__name__
     if "runcated" in message:
         return f"{kind} cut short"
     if message == "not identified by this driver":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from lpl.base.files import alone_in, write_atomically
 from lpl.base.json_files import object_in
 from lpl.base.output_folder import Names, OutputFolder
 from lpl.config import TrainConfig
+from lpl.config.run import processes
 from lpl.data.bad_files import FILE as BAD_FILES
 from lpl.data.bad_files import is_list
 from lpl.data.contact_sheet import crop_sheet, draw_sheet
@@ -169,8 +169,7 @@ def _write_report(
     try:
         for name in (NUMBERS, DRAWS, CROPPED):
             (folder / name).unlink(missing_ok=True)
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
-        survey = read_through(config, source, regularisation, folder / BAD_FILES, processes)
+        survey = read_through(config, source, regularisation, folder / BAD_FILES, processes())
         found, pictures = numbers(survey), {}
         if survey.order is not None and num_shown:
             draws, cropped = first_draws(survey, num_shown), most_cropped(survey, CROPPED_SHOWN)

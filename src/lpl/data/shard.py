@@ -20,7 +20,7 @@ import xxhash
 from safetensors.torch import save
 from torch import Tensor
 
-from lpl.base.errors import DamagedCacheError, UnreadCacheError, UserError
+from lpl.base.errors import DamagedCacheError, UnreadCacheError, UserError, on_one_line
 from lpl.base.tensor_file import METADATA, parse_header
 
 SUFFIX = ".safetensors"
@@ -184,4 +184,4 @@ def unusable_file(path: Path, error: Exception) -> DamagedCacheError:
                 "another folder with --latent_cache_dir"
             )
         return damaged_file(path, os.strerror(error.errno))
-    return damaged_file(path, " ".join(str(error).split())[:80] or type(error).__name__)
+    return damaged_file(path, on_one_line(error, 80) or type(error).__name__)

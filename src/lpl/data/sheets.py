@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from PIL import Image, ImageFont, PngImagePlugin, features
 
-from lpl.base.errors import UserError
+from lpl.base.errors import UserError, on_one_line
 from lpl.base.json_files import parse_json
 from lpl.data.bad_files import BadImageError
 from lpl.data.decode import DECODE_ERRORS
@@ -150,7 +150,7 @@ def read_cells(path: Path) -> list[Cell]:
         with Image.open(path) as picture:
             text, (width, height) = picture.info.get(KEY), picture.size
     except DECODE_ERRORS as error:
-        raise BadImageError(" ".join(str(error).split()) or type(error).__name__) from error
+        raise BadImageError(on_one_line(error) or type(error).__name__) from error
     if not isinstance(text, str):
         return []
     try:

@@ -75,8 +75,7 @@ class Survey:
     @property
     def batch_size(self) -> int:
         """Draws of an optimizer step, over all processes and micro-batches."""
-        run = self.config.run
-        return run.train_batch_size * run.gradient_accumulation_steps * self.processes
+        return self.config.samples_per_step(self.processes)
 
     @property
     def num_steps(self) -> int:
@@ -143,8 +142,7 @@ def read_through(
         split = split_samples(everything, data, run.seed)
         split = split._replace(trained=split.trained[everything.prefixes() != VALIDATION])
         repeats, left_out = split_repeats(samples, split, data), int((~split.trained).sum())
-        per_step = run.train_batch_size * run.gradient_accumulation_steps * processes
-        order = BatchOrder(run.seed, buckets, repeats, per_step)
+        order = BatchOrder(run.seed, buckets, repeats, config.samples_per_step(processes))
     else:
         fault = fault or none_usable(source, bad_files)
     return Survey(config, parts, samples, views, rules, buckets, repeats, order, processes, fault, left_out)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from lpl.base.errors import UserError, require
+from lpl.base.errors import UserError, on_one_line, require
 
 EFFICIENTNET = "efficientnet-lite0"
 SMALL, LARGE = 128, 224
@@ -154,7 +154,7 @@ def find_inception(given: str | None) -> Path | None:
         importlib.import_module("torchmetrics.image.fid")
         importlib.import_module("torch_fidelity")
     except (ImportError, RuntimeError) as error:  # a torchvision of another torch raises the second
-        reason = " ".join(str(error).split())[:200]
+        reason = on_one_line(error, 200)
         require(
             given is None,
             f"--inception_weights needs torchmetrics, torch-fidelity and torchvision ({reason}): pip install "
@@ -216,7 +216,7 @@ def load_pretrained(cls: Any, flag: str, name: str) -> Any:
 
 
 def _unusable(where: str, error: Exception) -> UserError:
-    return UserError(f"{where}: {' '.join(str(error).split())[:300]}")
+    return UserError(f"{where}: {on_one_line(error, 300)}")
 
 
 def _resize(images: Tensor, size: int, mode: str) -> Tensor:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from lpl.base.errors import UserError, require
+from lpl.base.errors import UserError, on_one_line, require
 from lpl.base.files import write_output
 from lpl.data.crops import to_float
 from lpl.data.lock import default_cache_dir
@@ -156,7 +156,7 @@ def _cached(base: Path, key: str, compute: Any) -> ImageSet:
                 raise OSError("it does not match its checksum")
             return ImageSet(found["features"], found["power"])
         except (SafetensorError, KeyError, OSError) as error:
-            logger.warning("%s cannot be read (%s) and is made again", file, " ".join(str(error).split()))
+            logger.warning("%s cannot be read (%s) and is made again", file, on_one_line(error))
     made = compute()
     proof = _proof(key, made.features, made.power)
     content = save({"features": made.features, "power": made.power, "proof": proof})

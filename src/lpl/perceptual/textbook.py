@@ -2,8 +2,8 @@
 
     L_i = 1/N sum_l w_l sum(m_l d_l) / sum(m_l),    d_l = |n(phi_l(pred_i)) - n(phi_l(target_i))|^2
 
-phi_l: feature maps after the middle block and the up blocks of an AutoencoderKL's decoder, m_l: the mask of what counts
-in them, n: their normalisation, w_l = 2^-log2(resolution_l / resolution_mid). Source: Berrada et al., "Boosting Latent
+phi_l: feature maps after the middle block and the up blocks of the VAE's decoder, m_l: the mask of what counts in them,
+n: their normalisation, w_l = 2^-log2(resolution_l / resolution_mid). Source: Berrada et al., "Boosting Latent
 Diffusion with Perceptual Objectives", ICLR 2025 (arXiv 2411.04873), section 3; differs from it where distance.py does.
 Two full passes through the decoder with plain autograd, every feature map kept, exact order statistics.
 """

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from lpl.base.errors import UserError, require
 from lpl.config import LPLConfig, OptimConfig, TrainConfig, declared
 from lpl.config.optim import ONE_BY_ONE
-from lpl.training.launch import check_launch, processes
+from lpl.config.run import processes
+from lpl.training.launch import check_launch
 
 logger = logging.getLogger("lpl")
 

@@ -71,7 +71,7 @@ class Batches:
     def __init__(self, config: TrainConfig, data: TrainingData, accelerator: Accelerator) -> None:
         run, processes = config.run, accelerator.num_processes
         self._config, self._data, self._accelerator = config, data, accelerator
-        self.samples_per_step = run.train_batch_size * run.gradient_accumulation_steps * processes
+        self.samples_per_step = config.samples_per_step(processes)
         self._order = BatchOrder(run.seed, data.buckets, data.repeats, self.samples_per_step)
         self.steps_per_epoch = self._order.epoch_size / self.samples_per_step
         self.num_steps = config.num_steps(self._order.epoch_size, processes)

@@ -13,11 +13,6 @@ UNSHARDED = ("adafactor", "adamw8bit", "prodigy")
 """Optimizers whose state does not have the shape of a parameter, or whose step is no function of its elements."""
 
 
-def processes() -> int:
-    """How many processes the launcher has started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def splits() -> bool:
     """Whether accelerate is to split the model over them by FSDP."""
     return _is_set("ACCELERATE_USE_FSDP")

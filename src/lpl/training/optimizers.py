@@ -237,8 +237,7 @@ def component_rates(optimizer: Any, rates: list[float]) -> dict[str, float]:
 
 
 def _scale(config: TrainConfig, num_processes: int) -> int:
-    run = config.run
-    return run.gradient_accumulation_steps * run.train_batch_size * num_processes if config.optim.scale_lr else 1
+    return config.samples_per_step(num_processes) if config.optim.scale_lr else 1
 
 
 def check_steps(config: OptimConfig, device: torch.device) -> None:

@@ -19,10 +19,10 @@ from lpl.base.output_folder import JUNK, Names, OutputFolder, Proof, check_apart
 from lpl.base.written_files import FINISHED, VALIDATION, read_finished
 from lpl.config import TrainConfig
 from lpl.config.files import CONFIG_FILE, differences, is_config_of_run
+from lpl.config.run import processes
 from lpl.data.bad_files import FILE as BAD_FILES
 from lpl.data.bad_files import is_list
 from lpl.families import RESULT_NAMES
-from lpl.training.launch import processes
 
 logger = logging.getLogger("lpl")
 

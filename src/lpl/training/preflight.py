@@ -15,13 +15,14 @@ from lpl.base.files import alone_in
 from lpl.base.text import Prompt, read_prompts
 from lpl.config import DataConfig, LoggingConfig, ModelConfig, TrainConfig, idle_options
 from lpl.config.loss import GATES
+from lpl.config.run import processes
 from lpl.data.buckets import image_sizes
 from lpl.data.decode import parse_color
 from lpl.data.lock import cache_dir, in_use
 from lpl.data.sources import Source, open_regularisation, open_source, open_validation
 from lpl.families import model_configs, native_resolution, plan_configs
 from lpl.training.checks import check_memory_options, warn_of_objective, warn_of_steps
-from lpl.training.launch import check_launch, processes
+from lpl.training.launch import check_launch
 from lpl.training.output import check_inputs_apart, check_output, check_writable
 
 logger = logging.getLogger("lpl")

@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from lpl.base.errors import TrainingStoppedError
+from lpl.base.terminal import percent
 from lpl.perceptual.auto_weight import zero_gradient
 from lpl.perceptual.defaults import HIGH_SHARE, LOW_SHARE
 from lpl.perceptual.objective import PerceptualObjective, gradient_share
@@ -81,16 +82,12 @@ class LPLTotals:
                 return f"{nothing}the run ended before --lpl_weight auto had a weight; train longer, or give a number"
             return f"{nothing}its gradient was 0 for all that passed the gate; look at masks and sample weights"
         since = f" since step {self.since}" if self.since else ""
-        reached = f"{_percent(self.gated / self.samples)} of the samples{since}"
+        reached = f"{percent(self.gated / self.samples)} of the samples{since}"
         weight = f"weight {float(objective.weight_at(steps - 1)):.3g}"
         if not self.measured:
             return f"LPL acted on {reached}, {weight}; its share of the gradient was not measured"
         share = gradient_share(self.lpl_square, self.diffusion_square)
-        return f"LPL had {_percent(share)} of the gradient on {reached}, {weight}"
-
-
-def _percent(part: float) -> str:
-    return f"{100 * part:.0f} %" if part >= 0.01 else f"{100 * part:.2g} %"
+        return f"LPL had {percent(share)} of the gradient on {reached}, {weight}"
 
 
 SHARE_SAMPLES = 32

@@ -35,7 +35,7 @@ def step_row(needs: Needs, config: TrainConfig, seconds: float | None, lpl_secon
     Seconds are of a micro-batch forward and backward without LPL (None: not measured), lpl_seconds of LPL for a sample.
     """
     run = config.run
-    samples = run.train_batch_size * run.gradient_accumulation_steps
+    samples = config.samples_per_step(1)
     plain = None if seconds is None else seconds * run.gradient_accumulation_steps
     with_lpl = None if plain is None else plain + samples * needs.decoded * lpl_seconds
     return {

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lpl.analysis.check.images import Encoded
+from lpl.base.errors import on_one_line
 from lpl.data.contact_sheet import CELL, GREY, INK, LETTERS, Cell, compose, fit
 from lpl.data.crops import to_float
 from lpl.data.sheets import shorten
@@ -86,7 +87,7 @@ def compare(
         except RuntimeError as fault:
             if dtype == torch.float32 or "not implemented" not in str(fault):
                 raise
-            found[name] = _entry(None, None, None, note=f"not on this device: {' '.join(str(fault).split())[:100]}")
+            found[name] = _entry(None, None, None, note=f"not on this device: {on_one_line(fault, 100)}")
             continue
         values = torch.stack([value for _, value in largest]).cpu() if largest else torch.zeros(1)
         first = next((part for (part, _), value in zip(largest, values, strict=False) if not value.isfinite()), None)

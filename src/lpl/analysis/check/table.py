@@ -10,6 +10,7 @@ from typing import Any
 from lpl.analysis.check import precision
 from lpl.analysis.check.suggest import INFORMED
 from lpl.analysis.needs import readable
+from lpl.base.terminal import percent
 from lpl.config import TrainConfig
 from lpl.config.commands import WALK_TOLERANCE
 from lpl.perceptual.auto_weight import MEASURED_SAMPLES
@@ -58,7 +59,7 @@ def warnings_of(found: dict[str, Any], config: TrainConfig, samples: int | None)
             )
     run = config.run
     if config.lpl.lpl_weight == "auto" and not (samples is None and run.max_train_steps is None):
-        drawn = run.train_batch_size * run.gradient_accumulation_steps * config.num_steps(samples or 1, 1)
+        drawn = config.samples_per_step(1) * config.num_steps(samples or 1, 1)
         passing = found["p_gate"] * drawn
         if passing < MEASURED_SAMPLES:
             lines.append(
@@ -86,7 +87,7 @@ def verdict_of(found: dict[str, Any], config: TrainConfig) -> tuple[str, str]:
         return _idles("--lpl_weight is 0; give auto, or a number above 0")
     if p_gate < LEAST_GATED or own["gradient"] == "none":
         return _idles(
-            f"{_whole_percent(p_gate)} of the samples pass the gate ({gate}); give a wider one, such as "
+            f"{percent(p_gate)} of the samples pass the gate ({gate}); give a wider one, such as "
             "--lpl_sigma_threshold 3, or draw less noise (--timestep_bias_strategy earlier)"
         )
     if own["gradient"] == "zero":
@@ -108,7 +109,7 @@ def verdict_of(found: dict[str, Any], config: TrainConfig) -> tuple[str, str]:
     share = lpl.lpl_target_share if auto else share
     weight = own["lpl_weight"] if auto else float(lpl.lpl_weight)
     flag = "--lpl_target_share" if auto else "--lpl_weight"
-    has = f"{flag} {lpl.lpl_target_share if auto else lpl.lpl_weight} gives it {_whole_percent(share)} of the gradient"
+    has = f"{flag} {lpl.lpl_target_share if auto else lpl.lpl_weight} gives it {percent(share)} of the gradient"
     if share < LOW_SHARE:
         return _idles(f"{has}; raise it" + ("" if auto else ", or use auto"))
     if share > HIGH_SHARE:
@@ -117,7 +118,7 @@ def verdict_of(found: dict[str, Any], config: TrainConfig) -> tuple[str, str]:
     if own["cosine_interval"] is not None and own["cosine_interval"][0] > 0:
         direction = "pulls the same way as the diffusion loss"
     return "acts", (
-        f"LPL will act: it gets {_whole_percent(share)} of the gradient on {_whole_percent(p_gate)} of the samples, "
+        f"LPL will act: it gets {percent(share)} of the gradient on {percent(p_gate)} of the samples, "
         f"with a weight of {'about ' if auto else ''}{weight:.3g}, and {direction} (cosine {cosine:.2f}); nothing "
         "needs to be changed"
     )
@@ -129,10 +130,6 @@ def _idles(why: str) -> tuple[str, str]:
 
 def _harms(why: str) -> tuple[str, str]:
     return "harms", f"LPL will likely harm: {why}"
-
-
-def _whole_percent(part: float) -> str:
-    return f"{100 * part:.0f} %" if part >= 0.01 else f"{100 * part:.2g} %"
 
 
 INDENT, WIDTH = 13, 118
