@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lpl.diffusion.draws import keyed_uniform
+from lpl.diffusion.draws import keyed_generator, keyed_uniform
 from lpl.diffusion.prediction import (
     DISCRETE_TYPES,
     FLOW_TYPES,
@@ -26,10 +26,12 @@ from lpl.diffusion.prediction import (
     x0_from_output,
 )
 from lpl.perceptual.auto_weight import AutoWeight, count_zero_gradients, gradient_of, zero_gradient
+from lpl.perceptual.budget import Budget, Spread, compare_spread, tap_flops
 from lpl.perceptual.defaults import TARGET_SHARE
 from lpl.perceptual.gate import Gate, snr_scale
 from lpl.perceptual.input_checks import (
     FirstCalls,
+    check_budget,
     check_latents,
     check_mask,
     check_options,
@@ -120,6 +122,11 @@ class PerceptualObjective:
             call) is multiplied by min(1, (s - lpl_start + 1) / (n + 1)), n = lpl_warmup_steps, and is 0 before
             lpl_start: n steps of a linear ramp. "auto" measures without the ramp, so its weight is that of the whole
             run, and what acts is the product of both.
+        lpl_budget: LPL's mean cost as a share of step_flops. Which gated samples are decoded, and how deep, is then
+            drawn, and terms are divided by the probability, so that value and gradient are the full ones on average
+            (see Budget). Pass step_flops, and call end_step() after every optimizer step.
+        step_flops: FLOPs of a sample's training step without LPL; may be set later, as `objective.step_flops`, but
+            before the first call.
         checked_calls: calls whose values on the device are checked, a synchronisation or a few each; 0: none.
 
     Raises:
@@ -145,6 +152,8 @@ class PerceptualObjective:
         seed: int = 0,
         lpl_start: int = 0,
         lpl_warmup_steps: int = 0,
+        lpl_budget: float | None = None,
+        step_flops: float | None = None,
         checked_calls: int = 3,
     ) -> None:
         check_options(loss_fn, lpl_weight, lpl_reduction, lpl_max_samples, snr_gamma, lpl_start, lpl_warmup_steps)
@@ -176,6 +185,12 @@ class PerceptualObjective:
                 raise ValueError(
                     "epsilon prediction says nothing where alpha is 0 (zero-terminal SNR): close the gate there"
                 )
+        if lpl_budget is not None:
+            check_budget(lpl_budget, lpl_reduction, loss_fn)
+        self.lpl_budget, self.step_flops = lpl_budget, step_flops
+        self.budget: Budget | None = None
+        """Of lpl_budget, from the first call on."""
+        self._calls = 0
         self._first = FirstCalls(checked_calls)
         self._seen = self._passed = 0
 
@@ -196,6 +211,7 @@ class PerceptualObjective:
         diffusion_loss: Tensor | None = None,
         step: int | None = None,
         windows: Tensor | None = None,
+        draws: Tensor | None = None,
     ) -> PerceptualTerm:
         """LPL of one micro-batch.
 
@@ -212,6 +228,9 @@ class PerceptualObjective:
             step: the optimizer step, the same on every process: with the seed it decides how deep a loss with
                 random_depth goes. While "auto" measures, that is all the way. Needed for lpl_warmup_steps, too.
             windows: (B, 2) in [0, 1), for a loss with crop: where each sample's window lies.
+            draws: (B,) in [0, 1), uniform and independent of the noise levels, for lpl_budget: what decides whether a
+                sample is decoded, and how deep. None: by seed and the number of calls before; with several processes
+                pass some, or give each another seed.
 
         Per-sample values may be (B, 1) or (B, 1, 1, 1), too.
 
@@ -253,17 +272,23 @@ class PerceptualObjective:
         if diffusion_square is not None:
             # LPL's is 0 unless samples pass: the share is one of means over all samples.
             metrics |= {"diffusion/gradient_square": diffusion_square / max(size, 1), "lpl/gradient_square": 0.0}
-        if not gated:
+        spread, decoded = None, passed
+        if gated and self.lpl_budget is not None:
+            spread = self._spread(passed, alpha, sigma, latents, draws)
+            decoded = passed[spread.decoded]
+        if not len(decoded):
             metrics["lpl/weighted_loss"] = 0.0
             if self.auto is not None and diffusion_square is not None:
                 self.auto.measure(torch.zeros_like(diffusion_square), diffusion_square, 0, step)
+            if spread is not None and self.budget is not None:
+                self.budget.measure(spread, model_output.new_zeros(0))
             return PerceptualTerm(torch.zeros((), device=model_output.device), metrics, 0)
 
-        chosen = passed[: self.lpl_max_samples]
+        chosen = decoded[: self.lpl_max_samples]
         alpha, sigma = alpha[chosen].float(), sigma[chosen].float()
         snr = signal_to_noise(alpha, sigma)
         coefficient = snr_scale(snr, self.snr_gamma) if self.lpl_scale else torch.ones_like(snr)
-        coefficient = coefficient * (gated / len(chosen))
+        coefficient = coefficient * (len(decoded) / len(chosen))
         coefficient = coefficient / (size * self.p_gate if self.lpl_reduction == "expected" else gated)
         index = chosen.to(model_output.device, non_blocking=True)
         coefficient = coefficient.to(index.device, non_blocking=True)
@@ -271,13 +296,19 @@ class PerceptualObjective:
             coefficient = coefficient * sample_weight.to(index.device, non_blocking=True)[index]
         mask = None if mask is None else mask[index]
         pred = x0_from_output(model_output[index], noisy_latents[index], alpha, sigma, self.prediction_type)
-        out = self.loss_fn(
-            pred, latents[index], mask, depth=depth, windows=None if windows is None else windows[chosen]
-        )
+        windows = None if windows is None else windows[chosen]
+        if spread is None or self.budget is None:
+            out = self.loss_fn(pred, latents[index], mask, depth=depth, windows=windows)
+        else:
+            spread = spread.first(len(chosen))
+            out = compare_spread(self.loss_fn, pred, latents[index], mask, windows, spread)
+            metrics["lpl/cost"] = self.budget.cost_of(spread) / size
         acts = self.auto is not None or bool(weight)
         gradient = gradient_of(out, pred, acts and (self._measuring or self._first.is_open("gradient")))
         loss = weight * (coefficient * out.per_sample).sum()
         metrics |= describe(out, snr) | {"lpl/weighted_loss": loss.detach()}
+        if spread is not None:  # the mean over gated samples, on average: values are divided by probabilities
+            metrics["lpl/loss"] = out.per_sample.detach().sum() * (len(decoded) / len(chosen) / gated)
         if gradient is not None and acts:
             counts = count_zero_gradients(out.per_sample, gradient, coefficient, mask)
             metrics |= counts
@@ -286,10 +317,14 @@ class PerceptualObjective:
         if gradient is not None and diffusion_square is not None:
             sensitivity = output_sensitivity(alpha, sigma, self.prediction_type)
             factor = coefficient * sensitivity.to(index.device, non_blocking=True)
-            unit_square = (expand(factor, gradient) * gradient).float().square().sum() * size**2
+            squares = (expand(factor, gradient) * gradient).float().flatten(1).square().sum(1) * size**2
+            if spread is not None and self.budget is not None:
+                squares = squares * spread.reach[:, 0].to(squares)  # what is divided by p counts with p
+                self.budget.measure(spread, squares)
+            unit_square = squares.sum()
             metrics["lpl/gradient_square"] = unit_square * weight**2 / size
             if self.auto is not None:
-                self.auto.measure(unit_square, diffusion_square, gated, step)
+                self.auto.measure(unit_square, diffusion_square, len(decoded), step)
         return PerceptualTerm(loss, metrics, len(chosen))
 
     def weight_at(self, step: int | None) -> Tensor | float:
@@ -300,6 +335,21 @@ class PerceptualObjective:
         """Says that an optimizer step is done; "auto" then updates its weight. `reduce` sums over processes."""
         if self.auto is not None:
             self.auto.end_step(reduce)
+        if self.budget is not None:
+            self.budget.end_step(reduce)
+
+    def _spread(self, passed: Tensor, alpha: Tensor, sigma: Tensor, latents: Tensor, draws: Tensor | None) -> Spread:
+        """Which gated samples are decoded, and how deep."""
+        if self.budget is None:
+            if self.step_flops is None or self.lpl_budget is None:
+                raise ValueError(f"lpl_budget {self.lpl_budget} is a share of a training step: pass step_flops=")
+            costs = tap_flops(self.loss_fn, latents.shape[1:])
+            self.budget = Budget(self.lpl_budget, self.step_flops, costs, self.p_gate)
+        if draws is None:
+            draws = torch.rand(len(alpha), generator=keyed_generator(self.seed, "lpl_budget", self._calls))
+            self._calls += 1
+        draws = per_sample(draws, len(alpha), "draws").cpu()
+        return self.budget.spread(alpha[passed], sigma[passed], draws[passed], self._measuring)
 
     def _depth(self, step: int | None) -> int | None:
         reach = getattr(self.loss_fn, "reach", None)
