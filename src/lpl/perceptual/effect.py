@@ -1,4 +1,4 @@
-"""What LPL wants of the model's output beside the diffusion loss, and 95 % intervals of it, by bootstrap over samples."""
+"""What LPL wants of the model's output beside the diffusion loss; 95 % intervals, by bootstrap over samples."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ device is read at the first calls alone (FirstCalls): each reading waits for the
 
 import logging
 import math
+from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any
 
@@ -109,6 +110,12 @@ def unpacking(tokens: Tensor, latents: Tensor) -> str:
     return example
 
 
+def unpacked(unpack: Callable[[Tensor], Tensor] | None, packed: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """Latents (B, C, *space) of packed ones, and of others that are packed alike; None: they are latents."""
+    tensors = (packed, *others)
+    return tensors if unpack is None else tuple(unpack(x) if x.dim() == packed.dim() else x for x in tensors)
+
+
 def per_sample(value: Any, batch: int, name: str) -> Tensor:
     """One value a sample as (B,); (B, 1), (B, 1, 1, 1) and the like mean the same and are flattened."""
     if isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch == value.numel():
@@ -198,6 +205,33 @@ def diffusion_gradient(diffusion_loss: Any, model_output: Tensor) -> Tensor | No
     return gradient
 
 
+AGAINST = -0.5
+"""An alignment below this is another prediction's."""
+
+
+@torch.no_grad()
+def alignment(
+    diffusion_gradient: Tensor,
+    model_output: Tensor,
+    noisy_latents: Tensor,
+    latents: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    prediction_type: str | Convention,
+) -> Tensor:
+    """The cosine of the diffusion loss's gradient and output - target, (B,): above 0 where it draws to that target.
+
+    Args:
+        diffusion_gradient, model_output, noisy_latents, latents: (B, C, ...).
+        alpha, sigma: (B,), sigma above 0.
+        prediction_type: what says the target, see prediction.py.
+    """
+    alpha, sigma, x0 = alpha.to(noisy_latents.dtype), sigma.to(noisy_latents.dtype), latents.to(noisy_latents.dtype)
+    noise = (noisy_latents - expand(alpha, x0) * x0) / expand(sigma, x0)
+    error = model_output.to(x0.dtype) - target_of(x0, noise, alpha, sigma, prediction_type)
+    return torch.cosine_similarity(diffusion_gradient.to(x0.dtype).flatten(1), error.flatten(1))
+
+
 class FirstCalls:
     """Reads values on the device, at the first `calls` calls that have something to check; none after them.
 
@@ -283,12 +317,9 @@ class FirstCalls:
         rows = (sigma >= CLEAR_SIGMA[0]).nonzero().flatten()
         if prediction_type not in FLOW_TYPES or not len(rows) or not self.due("direction"):
             return
-        index, sigma = rows.to(latents.device), sigma[rows].to(noisy_latents.dtype)
-        x0 = latents[index].to(noisy_latents.dtype)
-        noise = x0 + (noisy_latents[index] - x0) / expand(sigma, x0)
-        error = model_output[index].to(x0.dtype) - target_of(x0, noise, 1 - sigma, sigma, prediction_type)
-        along = torch.cosine_similarity(diffusion_gradient[index].to(x0.dtype).flatten(1), error.flatten(1))
-        if float(along.mean()) < -0.5:
+        tensors = (x[rows.to(x.device)] for x in (diffusion_gradient, model_output, noisy_latents, latents))
+        along = alignment(*tensors, 1 - sigma[rows], sigma[rows], prediction_type)
+        if float(along.mean()) < AGAINST:
             self._left["direction"] = 0
             logger.warning(
                 "diffusion_loss draws model_output away from what prediction_type %r says it estimates: 'flow' is for "

@@ -11,14 +11,22 @@ from lpl.perceptual.gate import Gate
 from lpl.perceptual.input_checks import check_sigmas, check_timesteps, per_sample
 
 
+def prediction_types(gate: Gate) -> tuple[str, ...]:
+    """Those that there can be of a gate's process."""
+    if gate.process is not None:
+        return PREDICTION_TYPES
+    return (*FLOW_TYPES, "sample") if gate.is_flow else DISCRETE_TYPES
+
+
 def check_prediction_type(gate: Gate, prediction_type: Any) -> None:
     """Raises a ValueError where it is not of the gate's process."""
+    fits = prediction_types(gate)
     if gate.process is not None:
-        process, fits, hint = "a process of your own", PREDICTION_TYPES, ", or pass a function such as edm()"
+        process, hint = "a process of your own", ", or pass a function such as edm()"
     elif gate.is_flow:
-        process, fits, hint = "a flow-matching schedule", (*FLOW_TYPES, "sample"), ""
+        process, hint = "a flow-matching schedule", ""
     else:
-        process, fits, hint = "a discrete schedule", DISCRETE_TYPES, "; for flow matching pass noise_scheduler=None"
+        process, hint = "a discrete schedule", "; for flow matching pass noise_scheduler=None"
     if not callable(prediction_type) and prediction_type not in fits:
         raise ValueError(
             f"prediction type {prediction_type!r} does not go with {process}, which has {', '.join(fits)}{hint}"

@@ -39,6 +39,7 @@ from lpl.perceptual.input_checks import (
     check_windows,
     diffusion_gradient,
     per_sample,
+    unpacked,
 )
 from lpl.perceptual.loss import LatentPerceptualLoss, LPLOutput, depth_of
 from lpl.perceptual.noise_levels import check_prediction_type, noise_levels, source_of
@@ -234,10 +235,7 @@ class PerceptualObjective:
             RuntimeError: LPL's gradient is exactly 0 in the first calls, or "auto" without end_step().
         """
         packed = model_output
-        if unpack is not None:
-            model_output, noisy_latents, latents = (
-                unpack(x) if x.dim() == packed.dim() else x for x in (model_output, noisy_latents, latents)
-            )
+        model_output, noisy_latents, latents = unpacked(unpack, model_output, noisy_latents, latents)
         check_latents(model_output, noisy_latents, latents, channels_of(self.loss_fn))
         if self.auto is not None and diffusion_loss is None and torch.is_grad_enabled():
             raise ValueError("lpl_weight 'auto' measures gradients: pass diffusion_loss=")
@@ -270,7 +268,7 @@ class PerceptualObjective:
         elif diffusion_loss is not None and (g := diffusion_gradient(diffusion_loss, packed)) is not None:
             # Of each sample's own loss, whatever the size of the micro-batch that its mean is taken over.
             diffusion_square = g.float().square().sum() * size**2
-            g = g if unpack is None else unpack(g)
+            (g,) = unpacked(unpack, g)
             self._first.direction(g, model_output, noisy_latents, latents, looked_at, self.prediction_type)
         if diffusion_square is not None:
             # LPL's is 0 unless samples pass: the share is one of means over all samples.

@@ -1,4 +1,4 @@
-"""A module in each precision, finite or not, how large, how far from float32; and LPL's walk against the decoder's own."""
+"""A module in each precision: finite, how large, how far from float32; LPL's walk against the decoder's own."""
 
 from __future__ import annotations
 
