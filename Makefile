@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
-.PHONY: demo test soak lint options same house bench quality demo-weights clean
+.PHONY: demo test soak lint options api same house bench quality demo-weights clean
 
 demo: .venv/installed
 	$(OFFLINE) OMP_WAIT_POLICY=PASSIVE $(BIN)/lpl demo --output_dir lpl-demo
@@ -28,6 +28,10 @@ lint: .venv/installed
 # docs/options.md, made of what is declared beside the options.
 options: .venv/installed
 	$(BIN)/python tools/options_page.py
+
+# docs/api.md, made of the docstrings of the public names.
+api: .venv/installed
+	$(BIN)/python tools/api_page.py
 
 # Runs the same commands with an older commit (BASE=..., else where this branch left main), and compares what they leave.
 same: .venv/installed

@@ -12,7 +12,7 @@ from torch import Tensor
 AlphaSigma = Callable[[Any], tuple[Tensor, Tensor]]
 """alpha and sigma, (B,) each, of what the loop calls time, (B,)."""
 
-RULES = {
+RULES: dict[str, tuple[str, Callable[[Tensor, Tensor], Tensor]]] = {
     "v_prediction": ("alpha^2 + sigma^2", lambda alpha, sigma: alpha.square() + sigma.square()),
     "flow": ("alpha + sigma", torch.add),
     "flow_to_data": ("alpha + sigma", torch.add),

@@ -72,7 +72,8 @@ class Gate:
             self.process = alpha_sigma if isinstance(alpha_sigma, OwnProcess) else OwnProcess(alpha_sigma)
             self.is_flow = False
             return
-        self.schedule: Schedule = schedule_of(noise_scheduler)
+        own_kind = hasattr(noise_scheduler, "alpha_sigma")
+        self.schedule: Schedule = noise_scheduler if own_kind else schedule_of(noise_scheduler)
         self.num_timesteps, self.is_flow = self.schedule.num_timesteps, self.schedule.is_flow
         if t_threshold is not None and t_threshold != int(t_threshold):
             raise ValueError(f"lpl_t_threshold counts timesteps of 0..{self.num_timesteps - 1}, so not {t_threshold}")

@@ -333,8 +333,10 @@ class FirstCalls:
         rows = (sigma >= CLEAR_SIGMA[0]).nonzero().flatten()
         if prediction_type not in FLOW_TYPES or not len(rows) or not self.due("direction"):
             return
-        tensors = (x[rows.to(x.device)] for x in (diffusion_gradient, model_output, noisy_latents, latents))
-        along = alignment(*tensors, 1 - sigma[rows], sigma[rows], prediction_type)
+        g, output, noisy, clean = (
+            x[rows.to(x.device)] for x in (diffusion_gradient, model_output, noisy_latents, latents)
+        )
+        along = alignment(g, output, noisy, clean, 1 - sigma[rows], sigma[rows], prediction_type)
         if float(along.mean()) < AGAINST:
             self._left["direction"] = 0
             logger.warning(

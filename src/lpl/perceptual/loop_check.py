@@ -174,10 +174,10 @@ def _check_direction(objective: PerceptualObjective, tensors: Sequence[Tensor], 
     clear = (sigma >= CLEAR_SIGMA[0]).nonzero().flatten()
     if not len(clear):
         return
-    chosen = [x[clear.to(x.device)] for x in tensors]
+    gradient, output, noisy, latents = (x[clear.to(x.device)] for x in tensors)
 
     def along(kind: Any) -> float:
-        return float(alignment(*chosen, alpha[clear], sigma[clear], kind).mean())
+        return float(alignment(gradient, output, noisy, latents, alpha[clear], sigma[clear], kind).mean())
 
     declared, kind = along(objective.prediction_type), objective.prediction_type
     others = {name: along(name) for name in prediction_types(objective.gate)}

@@ -314,6 +314,7 @@ class PerceptualObjective:
         if sample_weight is not None:
             coefficient = coefficient * sample_weight.to(index.device, non_blocking=True)[index]
         mask = None if mask is None else mask[index]
+        noisy_latents = noisy_latents.detach()  # some loops have it require gradients
         pred = x0_from_output(model_output[index], noisy_latents[index], alpha, sigma, self.prediction_type)
         windows = None if windows is None else windows[chosen]
         if spread is None or self.budget is None:

@@ -11,6 +11,7 @@ from diffusers import DDPMScheduler
 from lpl import Distribution, Gate, LatentPerceptualLoss, PerceptualObjective, edm, probability_of
 from lpl.diffusion.own_process import OwnProcess
 from lpl.diffusion.prediction import alpha_sigma_table, expand, output_sensitivity, target_of, x0_from_output
+from lpl.diffusion.schedule import schedule_of
 
 SIZE = 6
 
@@ -111,6 +112,38 @@ def test_a_table_of_ones_own_is_the_schedulers(latent_distance):
     assert own.p_gate == pytest.approx(known.p_gate, abs=4e-3)
     own.p_gate = known.p_gate
     assert torch.equal(own(*arguments, timesteps).loss, known(*arguments, timesteps).loss)
+
+
+class Halved:
+    """A Schedule of someone else's: every other timestep of a discrete one."""
+
+    is_flow, num_timesteps, prediction_type = False, 500, "epsilon"
+
+    def __init__(self):
+        self.inner = schedule_of(DDPMScheduler())
+
+    def at(self, timesteps):
+        return torch.tensor([int(t) for t in timesteps])
+
+    def timesteps(self, levels):
+        return levels
+
+    def alpha_sigma(self, levels):
+        return self.inner.alpha_sigma(2 * levels)
+
+    def probability(self, passes):
+        every = torch.arange(self.num_timesteps)
+        return float(passes(every, *self.alpha_sigma(every)).double().mean())
+
+
+def test_a_schedule_of_ones_own(latent_distance):
+    timesteps = torch.tensor([0, 100, 200, 300, 400, 499])
+    latents, noise, output = randn(3, SIZE, 4, 8, 8)
+    own, known = (PerceptualObjective(latent_distance, s, lpl_reduction="gated") for s in (Halved(), DDPMScheduler()))
+    alpha, sigma = (c.float() for c in Halved().alpha_sigma(timesteps))
+    arguments = (output.requires_grad_(), expand(alpha, noise) * latents + expand(sigma, noise) * noise, latents)
+    assert torch.equal(own(*arguments, timesteps).loss, known(*arguments, 2 * timesteps).loss)
+    assert own.p_gate == pytest.approx(known.p_gate, abs=2e-3)
 
 
 @pytest.mark.parametrize("space", [(8,), (4, 4, 6), (1, 8, 8)])
