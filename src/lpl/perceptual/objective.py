@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from lpl.diffusion.prediction import (
     x0_from_output,
 )
 from lpl.diffusion.schedule import Distribution
-from lpl.perceptual.auto_weight import AutoWeight, count_zero_gradients, gradient_of, zero_gradient
+from lpl.perceptual.auto_weight import AutoWeight, count_zero_gradients, gradient_of
 from lpl.perceptual.budget import Budget, Spread, compare_spread, tap_flops
 from lpl.perceptual.defaults import TARGET_SHARE
 from lpl.perceptual.gate import Gate, Sampler, snr_scale
@@ -43,50 +43,11 @@ from lpl.perceptual.input_checks import (
     per_sample,
     unpacked,
 )
-from lpl.perceptual.loss import LatentPerceptualLoss, LPLOutput, depth_of
+from lpl.perceptual.loss import LatentPerceptualLoss, depth_of
 from lpl.perceptual.noise_levels import check_prediction_type, noise_levels, source_of
+from lpl.perceptual.term import PerceptualTerm, describe
 
 logger = logging.getLogger(__name__)
-
-
-class PerceptualTerm(NamedTuple):
-    """LPL of one micro-batch."""
-
-    loss: Tensor
-    """Scalar, weighted: add it to the diffusion loss. An exact 0 without graph where no sample passed the gate."""
-    metrics: dict[str, Tensor | float]
-    """Scalars on the device, detached: reading one synchronises, keeping it does not. See read()."""
-    num_samples: int
-    """Samples that went through the decoder."""
-
-    def read(self) -> dict[str, float]:
-        """The metrics as numbers, for where they are logged. Synchronises.
-
-        Raises:
-            RuntimeError: LPL's gradient is exactly 0 for every gated sample that has a weight, a mask and a value
-                that are not: it trains nothing.
-        """
-        numbers = {name: float(value) for name, value in self.metrics.items()}
-        if fault := zero_gradient(numbers):
-            raise RuntimeError(fault)
-        return numbers
-
-
-def describe(out: LPLOutput, snr: Tensor) -> dict[str, Tensor | float]:
-    """Metrics of the samples that went through the decoder, under the diffusers project's names; snr: (B,)."""
-    metrics: dict[str, Tensor | float] = {
-        "lpl/loss": out.per_sample.detach().mean(),
-        "lpl/snr_mean": snr.mean(),
-        "lpl/snr_min": snr.min(),
-        "lpl/snr_max": snr.max(),
-    }
-    for i, tap in enumerate(out.per_layer):
-        prefix = f"lpl/features/layer_{i}"
-        metrics[f"{prefix}/distance"] = out.per_layer[tap].mean()
-        metrics[f"{prefix}/outlier_ratio"] = out.outlier_fraction[tap].mean()
-        metrics[f"{prefix}/mean"] = out.feature_mean[tap].mean()
-        metrics[f"{prefix}/std"] = out.feature_std[tap].mean()
-    return metrics
 
 
 IDLE_SAMPLES = 100
@@ -421,9 +382,3 @@ class PerceptualObjective:
 def channels_of(loss_fn: Any) -> int | None:
     """Of the latents that a loss takes, where it says."""
     return getattr(getattr(loss_fn, "decoder", None), "latent_channels", None)
-
-
-def gradient_share(lpl_square: float, diffusion_square: float) -> float:
-    """r_lpl / (r_lpl + r_diffusion) from mean squared gradients; 0 where both are 0."""
-    lpl, diffusion = lpl_square**0.5, diffusion_square**0.5
-    return lpl / (lpl + diffusion) if lpl > 0 else 0.0

@@ -17,7 +17,8 @@ from lpl.base.errors import TrainingStoppedError
 from lpl.base.terminal import percent
 from lpl.perceptual.auto_weight import zero_gradient
 from lpl.perceptual.defaults import HIGH_SHARE, LOW_SHARE
-from lpl.perceptual.objective import PerceptualObjective, gradient_share
+from lpl.perceptual.objective import PerceptualObjective
+from lpl.perceptual.term import gradient_share
 
 logger = logging.getLogger("lpl")
 
