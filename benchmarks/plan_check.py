@@ -159,7 +159,7 @@ def take_steps(case: Case) -> None:
     ema = Average(trained, config.optim) if config.optim.use_ema else None
     denoiser, optimizer = accelerator.prepare(denoiser, build_optimizer(trained, config.optim, 1e-4))
     fused = FusedBackward(trained, optimizer) if config.optim.fused_backward_pass else None
-    family: Any = SimpleNamespace(denoise=plan.denoise, vae=vae, noise_scheduler=plan.noise_scheduler)
+    family: Any = SimpleNamespace(denoise=plan.denoise, vae=vae, schedule=plan.schedule)
     objective = build_objective(config, family) if config.lpl.use_lpl else None
     step = TrainingStep(family, config.diffusion, objective, 0)
     size, side = config.run.train_batch_size, config.data.crop_size // plan.stride
@@ -170,7 +170,7 @@ def take_steps(case: Case) -> None:
                 counts=[i] * size,
                 raw_latents=torch.randn(size, plan.latent_channels, side, side),
                 text={name: torch.randn(value.shape) for name, value in plan.text(size).items()},
-                sizes=torch.full((size, 6), 64.0),
+                extra={"sizes": torch.full((size, 6), 64.0)},
             )
             with accelerator.accumulate(denoiser):
                 loss = step(denoiser, batch, accelerator.device, True, i).loss

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from lpl.diffusion.schedule import Schedule
     from lpl.families.base import Blueprint
     from lpl.families.sdxl import SDXL
     from lpl.families.sdxl_export import SDXLExport
@@ -74,7 +75,7 @@ def kohya_lora(lora: Path, config: ModelConfig, title: str) -> tuple[dict[str, t
     return to_kohya(lora, plan_configs(config), title)
 
 
-def noise_scheduler(configs: dict[str, Any]) -> Any:
+def schedule_of_configs(configs: dict[str, Any]) -> Schedule:
     """The training schedule that a model's configs state."""
     from lpl.families.sdxl_file import training_schedule
 
@@ -91,6 +92,6 @@ __all__ = [
     "load_for_export",
     "model_configs",
     "native_resolution",
-    "noise_scheduler",
     "plan_configs",
+    "schedule_of_configs",
 ]

@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from lpl.diffusion.schedule import Schedule
+
 DECODED_PIXELS = 1024
 """Side of the largest image that is decoded at once: for SDXL 3 GiB in float32, less than its UNet takes."""
 
@@ -40,8 +42,8 @@ class Family(Protocol):
     """
     vae: Any
     """The frozen VAE, float32, in eval mode."""
-    noise_scheduler: Any
-    """The training schedule, with alphas_cumprod and config.prediction_type."""
+    schedule: Schedule
+    """The training schedule; how levels are drawn from it is the run's business."""
     lora_targets: Mapping[str, tuple[str, ...]]
     """By --lora_targets, names of the denoiser's layers that a LoRA is put on."""
     latent_key: str
@@ -70,9 +72,20 @@ class Family(Protocol):
         """Bytes of what is cached in float32 of an image of this size, in pixels, and of a caption."""
 
     def denoise(
-        self, denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, text: Mapping[str, Tensor], sizes: Tensor
+        self,
+        denoiser: nn.Module,
+        noisy_latents: Tensor,
+        levels: Tensor,
+        text: Mapping[str, Tensor],
+        extra: Mapping[str, Tensor],
     ) -> Tensor:
-        """The model's output, (B, C, h, w), for sizes (B, 6) = original (h, w), crop (y, x), target (h, w)."""
+        """The model's output, (B, C, h, w), in terms of the schedule's prediction type (flow: noise - latents).
+
+        Args:
+            noisy_latents: (B, C, h, w), float32, model space, on the VAE's grid: packing is done here.
+            levels: (B,), timesteps of a discrete schedule, int64, or sigma of flow matching, float32.
+            extra: sizes, (B, 6) = original (h, w), crop (y, x), target (h, w).
+        """
 
     def prepare_prompt(self, prompt: str, negative_prompt: str = "") -> None:
         """Encodes a prompt for `sample`, while the text encoders are at hand; not if they are trained.
@@ -128,7 +141,7 @@ class Blueprint(Protocol):
     lora_targets: Mapping[str, tuple[str, ...]]
     trains_text: bool
     """Whether the text encoders are trained, and so part of the denoiser."""
-    noise_scheduler: Any
+    schedule: Schedule
     latent_channels: int
     stride: int
     """Pixels per cell of a latent."""

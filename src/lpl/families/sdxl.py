@@ -64,7 +64,7 @@ class SDXL:
         for encoder in self.text_encoders:
             # Float32 whatever the run's precision: they encode once, and the result is saved in float32.
             encoder.float().eval().requires_grad_(False)
-        self.noise_scheduler = training_schedule(self.pipeline.scheduler.config)
+        self.schedule = training_schedule(self.pipeline.scheduler.config)
         self.force_zeros = bool(self.pipeline.config.force_zeros_for_empty_prompt)
         self.latent_key = weights_hash(
             *[m for m in (self.vae.encoder, self.vae.quant_conv) if m is not None],

@@ -7,11 +7,14 @@ import inspect
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lpl.base import tensor_file
 from lpl.base.errors import UserError, on_one_line
 from lpl.config import ModelConfig
+
+if TYPE_CHECKING:
+    from lpl.diffusion.schedule import Schedule
 
 logger = logging.getLogger("lpl")
 
@@ -274,8 +277,10 @@ def set_schedule(pipeline: Any, config: ModelConfig) -> None:
         pipeline.scheduler = build_scheduler(cls, own, **changes)
 
 
-def training_schedule(scheduler: Mapping[str, Any]) -> Any:
+def training_schedule(scheduler: Mapping[str, Any]) -> Schedule:
     """The training schedule of a pipeline whose scheduler has this config."""
     from diffusers import DDPMScheduler
 
-    return build_scheduler(DDPMScheduler, scheduler)
+    from lpl.diffusion.schedule import schedule_of
+
+    return schedule_of(build_scheduler(DDPMScheduler, scheduler))

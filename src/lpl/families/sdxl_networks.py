@@ -131,12 +131,16 @@ def _run_unet(
 
 
 def denoise(
-    denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, text: Mapping[str, Tensor], sizes: Tensor
+    denoiser: nn.Module,
+    noisy_latents: Tensor,
+    levels: Tensor,
+    text: Mapping[str, Tensor],
+    extra: Mapping[str, Tensor],
 ) -> Tensor:
     """See families.base.Family.denoise."""
     if "input_ids" in text:
-        return denoiser(noisy_latents, timesteps, text, sizes)
-    return _run_unet(denoiser, noisy_latents, timesteps, text["prompt_embeds"], text["pooled"], sizes)
+        return denoiser(noisy_latents, levels, text, extra["sizes"])
+    return _run_unet(denoiser, noisy_latents, levels, text["prompt_embeds"], text["pooled"], extra["sizes"])
 
 
 def _body(encoder: Any) -> Any:
@@ -181,7 +185,7 @@ class SDXLBlueprint:
         self._chunks = max_token_length // TOKENS_PER_CHUNK
         self.denoise = denoise
         with named(FLAG, "its scheduler"):
-            self.noise_scheduler = training_schedule(configs["scheduler"])
+            self.schedule = training_schedule(configs["scheduler"])
         self.latent_channels = int(configs["vae"].get("latent_channels", 4))
         self.stride = 2 ** (len(configs["vae"].get("block_out_channels", [64])) - 1)
         with named(FLAG, "its configs"):

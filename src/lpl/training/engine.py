@@ -28,7 +28,7 @@ from lpl.perceptual.objective import PerceptualObjective
 from lpl.training.checks import check_processes
 from lpl.training.optimizers import check_class, check_steps
 from lpl.training.sharded import set_precision
-from lpl.training.step import timestep_weights
+from lpl.training.step import run_schedule
 
 logger = logging.getLogger("lpl")
 
@@ -168,13 +168,12 @@ def build_objective(config: TrainConfig, family: Any) -> PerceptualObjective:
     Raises:
         UserError: a gate that the schedule or the timestep bias never passes.
     """
-    loss_fn, scheduler = build_loss(config, family.vae), family.noise_scheduler
+    loss_fn, cells = build_loss(config, family.vae), (config.data.crop_size // family.latent_stride) ** 2
     try:
         return PerceptualObjective(
             loss_fn,
-            scheduler,
+            run_schedule(family.schedule, config.diffusion, cells),
             **_given(config.lpl, PerceptualObjective),
-            p_gate=timestep_weights(scheduler.config.num_train_timesteps, config.diffusion),
             snr_gamma=config.diffusion.snr_gamma,
             seed=config.run.seed,
             checked_calls=0,  # what the step hands over is made here; a gradient of 0 is looked for where it logs

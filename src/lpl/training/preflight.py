@@ -204,15 +204,15 @@ def _check_gate(config: TrainConfig, configs: dict[str, Any]) -> None:
     usual = bias == "none" and drawn == "uniform"
     if not options.use_lpl or (given["lpl_snr_threshold"] is given["lpl_sigma_threshold"] is None and usual):
         return
-    from lpl.families import noise_scheduler
+    from lpl.families import schedule_of_configs
     from lpl.perceptual.gate import Gate
-    from lpl.training.step import timestep_weights
+    from lpl.training.step import run_schedule
 
-    scheduler = noise_scheduler(configs)
-    weights = timestep_weights(scheduler.config.num_train_timesteps, config.diffusion)
+    cells = (config.data.crop_size // _stride(configs)) ** 2
+    schedule = run_schedule(schedule_of_configs(configs), config.diffusion, cells)
     try:
-        gate = Gate(scheduler, options.lpl_t_threshold, options.lpl_snr_threshold, options.lpl_sigma_threshold)
-        gate.probability(weights)
+        gate = Gate(schedule, options.lpl_t_threshold, options.lpl_snr_threshold, options.lpl_sigma_threshold)
+        gate.probability(None)
     except ValueError as error:
         flags = [f"--{name} {value}" for name, value in given.items() if value is not None]
         flags += [f"--timestep_bias_strategy {bias}"] * (bias != "none")

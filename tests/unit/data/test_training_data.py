@@ -25,8 +25,8 @@ def test_a_batch_holds_what_a_step_needs(encode: Encode) -> None:
     assert (batch.raw_latents.shape, batch.raw_latents.dtype) == ((2, 4, 4, 4), torch.float32)
     assert batch.text["prompt_embeds"].shape == (2, 8, 4)
     assert batch.text["pooled"].shape == (2, 5)
-    assert (batch.sizes.shape, batch.sizes.dtype) == ((2, 6), torch.float32)
-    assert batch.sizes[1].tolist() == [32, 32, 0, 0, 32, 32]
+    assert (batch.extra["sizes"].shape, batch.extra["sizes"].dtype) == ((2, 6), torch.float32)
+    assert batch.extra["sizes"][1].tolist() == [32, 32, 0, 0, 32, 32]
     assert torch.equal(batch.text["pooled"][1], data.caches.text.gather([caption_key("caption 1")])["pooled"][0])
 
 
@@ -37,7 +37,7 @@ def test_draws_do_not_depend_on_batch_or_order(encode: Encode) -> None:
     for n in reversed(range(len(draws))):
         alone = data.batch([draws[n]])
         assert torch.equal(alone.raw_latents[0], together.raw_latents[n])
-        assert torch.equal(alone.sizes[0], together.sizes[n])
+        assert torch.equal(alone.extra["sizes"][0], together.extra["sizes"][n])
         assert torch.equal(alone.text["pooled"][0], together.text["pooled"][n])
     again = encode(random_flip=True, crop_variants=3, proportion_empty_prompts=0.5).batch(draws)
     assert torch.equal(again.raw_latents, together.raw_latents)
@@ -81,7 +81,7 @@ def test_conditioning_belongs_to_the_latent_that_was_drawn(encode: Encode) -> No
         noise = draw_normal((4, 4, 4), 0, "posterior", "3.png", count)
         found = [(crop, posterior(data, crop, 3)) for crop in crops]
         (crop,) = (c for c, p in found if torch.equal(batch.raw_latents[0], p["mean"] + p["std"] * noise))
-        assert batch.sizes[0].tolist() == list(crop.size_conditioning)
+        assert batch.extra["sizes"][0].tolist() == list(crop.size_conditioning)
 
 
 def is_dropped(data: TrainingData, index: int, count: int) -> bool:
@@ -119,7 +119,7 @@ def test_every_crop_and_text_of_regularisation_images_is_cached(encode: Encode, 
     data = encode(reg_data_dir=str(folder), **options)
     assert len(data) == 10
     batch = data.batch([(index, count) for index in range(10) for count in range(40)])
-    assert len(batch.sizes[5 * 40 :].unique(dim=0)) > 5
+    assert len(batch.extra["sizes"][5 * 40 :].unique(dim=0)) > 5
     encode(train_data_dir=str(folder), **options)  # the other role of the same folder
     again = encode(reg_data_dir=str(folder), **options).batch([(9, 3)])
     assert torch.equal(again.raw_latents[0], batch.raw_latents[9 * 40 + 3])

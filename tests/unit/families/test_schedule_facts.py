@@ -115,8 +115,8 @@ def test_options_act_on_every_way_to_load_a_lean_model(lean: Path) -> None:
     config = ModelConfig(str(lean), **ASKED)
     family = load_family(config, CPU, torch.float32)
     assert said(family.pipeline.scheduler) == V
-    assert said(family.noise_scheduler)[:2] == V[:2]
-    assert family.noise_scheduler.alphas_cumprod[-1] == 0
+    assert family.schedule.prediction_type == V[0]
+    assert family.schedule.alpha[-1] == 0
     sampler = load_for_sampling(config, torch.float32, CPU, scheduler="dpmsolver++")
     assert type(sampler.pipeline.scheduler) is DPMSolverMultistepScheduler
     assert said(sampler.pipeline.scheduler) == V
@@ -158,7 +158,8 @@ def test_a_single_file_says_its_schedule(
             stated = configs["scheduler"]
             assert (stated.get("prediction_type", "epsilon"), stated.get("rescale_betas_zero_snr", False)) == expected
     family = load_family(config, CPU, torch.float32)
-    assert said(family.noise_scheduler)[:2] == said(family.pipeline.scheduler)[:2] == expected
+    assert (family.schedule.prediction_type, bool(family.schedule.alpha[-1] == 0)) == expected
+    assert said(family.pipeline.scheduler)[:2] == expected
     assert (said(family.pipeline.scheduler)[2] == "trailing") == expected[1]
 
 
@@ -178,7 +179,7 @@ def test_the_option_goes_before_the_file_and_a_difference_is_said_once(
     assert [text.rpartition(": ")[2] for text in warnings()] == ["the key counts", "the file counts"]
     config = ModelConfig(str(file), single_file_config=str(model), prediction_type="epsilon")
     assert model_configs(config)["scheduler"]["prediction_type"] == "epsilon"
-    assert load_family(config, CPU, torch.float32).noise_scheduler.config.prediction_type == "epsilon"
+    assert load_family(config, CPU, torch.float32).schedule.prediction_type == "epsilon"
     assert warnings() == [f"--prediction_type epsilon: {file} says v_prediction; the option counts"]
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_sdxl
 
 from lpl.config import ModelConfig
-from lpl.families import blueprint, load_family, model_configs, native_resolution, noise_scheduler
+from lpl.families import blueprint, load_family, model_configs, native_resolution, schedule_of_configs
 from lpl.families.sdxl import GUIDANCE_SCALE, SAMPLING_STEPS, SDXL
 
 CAPTIONS = ["a red fox", "picture 3 of a pattern", "x " * 200]
@@ -210,7 +210,7 @@ def test_export_reloads_bit_for_bit_and_says_its_prediction_type(
     family.export(family.denoiser, tmp_path / "out")
     saved = StableDiffusionXLPipeline.from_pretrained(tmp_path / "out", use_safetensors=True, add_watermarker=False)
     assert saved.scheduler.config.prediction_type == (prediction_type or "epsilon")
-    assert family.noise_scheduler.config.prediction_type == (prediction_type or "epsilon")
+    assert family.schedule.prediction_type == (prediction_type or "epsilon")
     for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
         before, after = getattr(family.pipeline, name).state_dict(), getattr(saved, name).state_dict()
         assert before.keys() == after.keys()
@@ -231,7 +231,7 @@ def test_v_prediction_model_trains_by_what_its_scheduler_says(train: Any, tmp_pa
 
 def test_configs_alone_give_schedule_models_and_resolution(model: Path, family: SDXL) -> None:
     configs = model_configs(ModelConfig(str(model)))
-    assert torch.equal(noise_scheduler(configs).alphas_cumprod, family.noise_scheduler.alphas_cumprod)
+    assert torch.equal(schedule_of_configs(configs).alpha, family.schedule.alpha)
     plan = blueprint(configs)
     with torch.device("meta"):
         parts = [plan.denoiser(), plan.vae(), *plan.text_encoders()]

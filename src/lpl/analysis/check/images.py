@@ -183,7 +183,7 @@ class Encoded:
             counts=[count] * len(numbers),
             raw_latents=raw,
             text={name: torch.cat([field[name] for field in fields]) for name in fields[0]},
-            sizes=torch.tensor([p.crop.size_conditioning for p in pictures], dtype=torch.float32),
+            extra={"sizes": torch.tensor([p.crop.size_conditioning for p in pictures], dtype=torch.float32)},
             weights=weights,
             mask=mask,
         )
