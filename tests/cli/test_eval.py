@@ -240,9 +240,9 @@ def test_killed_run_ends_as_a_whole_one(
     # Slow batches, so that the kill falls between two of them.
     code = (
         "import sys, time\n"
-        "from lpl.families.sampling import SDXLSampler\n"
-        "draw = SDXLSampler.__call__\n"
-        "SDXLSampler.__call__ = lambda *a: (time.sleep(0.5), draw(*a))[1]\n"
+        "from lpl.families.sampling import FamilySampler\n"
+        "draw = FamilySampler.__call__\n"
+        "FamilySampler.__call__ = lambda *a: (time.sleep(0.5), draw(*a))[1]\n"
         "from lpl.cli import main\n"
         "main(sys.argv[1:])\n"
     )

@@ -25,7 +25,7 @@ HELD = {"validation_samples": 2, "validation_steps": 2, "max_train_steps": 4, "u
 
 @pytest.fixture(autouse=True)
 def quick_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sdxl, "SAMPLING_STEPS", 2)
+    monkeypatch.setattr(sdxl.SDXL, "steps", 2)
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:

@@ -28,7 +28,7 @@ __all__ = [
     "OptimConfig",
     "RunConfig",
     "TrainConfig",
-    "check_schedule",
+    "check_model_options",
     "declared",
     "idle_options",
 ]
@@ -108,8 +108,13 @@ def declared(command: Any = TrainConfig) -> dict[str, Facts]:
     return {name: facts for group in groups.values() for name, facts in declared(group).items()} | own
 
 
-def check_schedule(config: TrainConfig, is_flow: bool) -> None:
-    """Refuses options that do not act with the model's kind of noise schedule.
+def check_model_options(config: TrainConfig, family: str, is_flow: bool, known: frozenset[str]) -> None:
+    """Refuses options that do not act with the model: with its noise schedule, or with anything of its family.
+
+    Args:
+        family: its name.
+        is_flow: whether it is trained by flow matching.
+        known: of the options that only some models have, those that it has.
 
     Raises:
         UserError: all of them, by name.
@@ -118,6 +123,9 @@ def check_schedule(config: TrainConfig, is_flow: bool) -> None:
     odd = [f"--{name} {given[name]}" for name, facts in declared().items() if not facts.fits(given[name], kind)]
     words = {"flow": "is trained by flow matching", "discrete": "has a discrete schedule, no flow matching"}[kind]
     require(not odd, f"{', '.join(odd)}: the model {words}: drop {'it' if len(odd) == 1 else 'them'}")
+    own = {name: facts for name, facts in declared().items() if facts.by_model and name not in known}
+    odd = [f"--{name} {given[name]}" for name, facts in own.items() if given[name] != facts.default]
+    require(not odd, f"{', '.join(odd)}: no model of {family} has that: drop {'it' if len(odd) == 1 else 'them'}")
 
 
 def idle_options(config: TrainConfig) -> Iterator[tuple[str, str]]:

@@ -51,6 +51,7 @@ class Facts:
         period: it is counted in optimizer steps; what a run lacks that is shorter.
         elsewhere: what other trainers call it.
         schedule: "discrete" or "flow", the only kind of noise schedule that it acts with; or by value.
+        by_model: only models of some families have it.
     """
 
     default: Any = None
@@ -70,6 +71,7 @@ class Facts:
     period: str | None = None
     elsewhere: tuple[str, ...] = ()
     schedule: str | Mapping[str, str] | None = None
+    by_model: bool = False
 
     def fits(self, value: Any, schedule: str) -> bool:
         """Whether a value other than the default acts with a kind of schedule, "discrete" or "flow"."""

@@ -77,6 +77,10 @@ class Schedule(Protocol):
     def is_flow(self) -> bool:
         """Whether levels are sigma, not integer timesteps."""
 
+    @property
+    def shift(self) -> float | Literal["resolution"]:
+        """The model's own, of flow matching: see Distribution."""
+
     def drawing(self, distribution: Distribution) -> Schedule:
         """The same schedule with levels drawn from a distribution.
 
@@ -122,6 +126,7 @@ class Discrete:
     weights: Tensor
 
     is_flow = False
+    shift = 1.0
 
     @property
     def num_timesteps(self) -> int:
@@ -171,6 +176,10 @@ class Flow:
     dynamic_shift: tuple[float, float] = (0.65 / (4 * 3840), 0.5 - 0.65 * 256 / 3840)
 
     is_flow = True
+
+    @property
+    def shift(self) -> float | Literal["resolution"]:
+        return self.distribution.shift
 
     def drawing(self, distribution: Distribution) -> Flow:
         name, _, std, scale, bias, shift, _ = distribution

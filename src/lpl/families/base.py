@@ -135,6 +135,22 @@ class Family(Protocol):
         """
 
 
+class Exported(Protocol):
+    """A model in memory, ready to be written."""
+
+    pipeline: Any
+
+    def single_file(self, title: str) -> tuple[Any, dict[str, str]]:
+        """Names and tensors of a single file, and its metadata.
+
+        Raises:
+            UserError: a model that none is known of.
+        """
+
+    def save_folder(self, folder: Path) -> None:
+        """Writes a pipeline in diffusers' format."""
+
+
 class Blueprint(Protocol):
     """What a plan asks of a model family: networks without trained weights, and inputs of their shapes."""
 
@@ -142,6 +158,8 @@ class Blueprint(Protocol):
     trains_text: bool
     """Whether the text encoders are trained, and so part of the denoiser."""
     schedule: Schedule
+    denoiser_word: str
+    """What the denoiser is called."""
     latent_channels: int
     stride: int
     """Pixels per cell of a latent."""

@@ -214,7 +214,7 @@ def run_schedule(schedule: Schedule, config: DiffusionConfig, cells: int = 1) ->
                     config.timestep_bias_begin,
                     config.timestep_bias_end,
                 ),
-                1.0 if config.timestep_shift is None else config.timestep_shift,
+                schedule.shift if config.timestep_shift is None else config.timestep_shift,
                 cells,
             )
         )

@@ -48,7 +48,7 @@ class Setup:
 
     def call(self, step: int = 0) -> tuple[object, Tensor]:
         """The term, and the model's output."""
-        output = self.family.denoise(None, self.noisy, TIMESTEPS, self.text, torch.zeros(4, 6))
+        output = self.family.denoise(None, self.noisy, TIMESTEPS, self.text, {"sizes": torch.zeros(4, 6)})
         loss = (output - self.noise).square().mean()
         return self.objective(output, self.noisy, self.latents, TIMESTEPS, diffusion_loss=loss, step=step), output
 
@@ -92,7 +92,7 @@ def test_guided_estimate(tmp_path: Path, both: bool) -> None:
     setup = Setup(Variant(guided=(3.0, 1.0), guided_both=both), tmp_path)
     term, output = setup.call()
     with torch.set_grad_enabled(both):
-        unconditional = setup.x0(setup.denoise(None, setup.noisy, TIMESTEPS, {"prompt_embeds": torch.zeros(4)}, None))
+        unconditional = setup.x0(setup.denoise(None, setup.noisy, TIMESTEPS, {"prompt_embeds": torch.zeros(4)}, {}))
     g = torch.where(CAPTIONED, 3.0, 1.0).view(-1, 1, 1, 1)
     wanted = setup.expected(unconditional + g * (setup.x0(output) - unconditional), setup.open, setup.p_gate)
     torch.testing.assert_close(term.loss, wanted)

@@ -27,11 +27,11 @@ from lpl.base.errors import UserError
 from lpl.base.tensor_file import write_tensors
 from lpl.config import ModelConfig
 from lpl.config.model_commands import ExportConfig
-from lpl.families import check_export, load_family, model_configs, plan_configs, sdxl_file
+from lpl.families import check_export, load_family, model_configs, plan_configs, schedulers
 from lpl.families.export import resolve
 from lpl.families.sampling import check_sampling, load_for_sampling
+from lpl.families.schedulers import build_scheduler
 from lpl.families.sdxl_export import SDXLExport
-from lpl.families.sdxl_file import build_scheduler
 
 CPU = torch.device("cpu")
 ASKED = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
@@ -66,7 +66,7 @@ def single(model: Path, shared: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _warns_anew() -> None:
-    sdxl_file.warn.cache_clear()
+    schedulers.warn.cache_clear()
 
 
 @pytest.mark.parametrize("cls", [EulerDiscreteScheduler, DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler])
@@ -108,7 +108,7 @@ def test_schedulers_are_built_in_one_place() -> None:
                 whose = ast.unparse(node.value)
                 if "cheduler" in whose or whose in ("cls", "type"):
                     found.append(f"{file.name}: {whose}")
-    assert found == ["sdxl_file.py: cls"]
+    assert found == ["schedulers.py: cls"]
 
 
 def test_options_act_on_every_way_to_load_a_lean_model(lean: Path) -> None:

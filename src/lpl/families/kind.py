@@ -1,0 +1,125 @@
+"""What is known of a model family before anything heavy loads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from lpl.base.errors import UserError
+from lpl.config import ModelConfig
+from lpl.families.files import FLAG, INDEX, SINGLE_FILES, check_complete, reader, vae_stride
+from lpl.families.schedulers import chosen_schedule
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A model family, by what it declares.
+
+    Attributes:
+        name: in messages.
+        pipelines: how the names of its pipelines' classes begin, as model_index.json has them.
+        module: of families/, which has its parts: the classes Model (a Family), Plan (a Blueprint) and Export (an
+            Exported), the function to_kohya, and PUBLISHED, configs by component and "index".
+        lora_starts: how the names of a LoRA's tensors begin, for each network it may change.
+        parts: where another module has one, or by another name: its name -> "module:name".
+        base, base_name: the published model that a plan is of where no model is given, and its Hub id.
+        networks, tokenizers: subfolders of a pipeline, the denoiser first, then the VAE.
+        denoiser_word: what the denoiser is called.
+        is_flow: whether it is trained by flow matching.
+        patch: cells of a latent, in height and in width, that the denoiser takes as one.
+        options: of those that only some models have (config/, by_model), those that it has.
+        resolution, usual_stride: pixels that it was made for, and pixels per latent, where its configs do not say.
+        steps, guidance: how images are drawn where nothing else is said.
+    """
+
+    name: str
+    pipelines: tuple[str, ...]
+    module: str
+    base: str
+    base_name: str
+    networks: tuple[str, ...]
+    tokenizers: tuple[str, ...]
+    denoiser_word: str = "transformer"
+    is_flow: bool = True
+    patch: int = 2
+    options: frozenset[str] = frozenset()
+    resolution: int = 1024
+    usual_stride: int = 8
+    steps: int = 25
+    guidance: float = 5.0
+    parts: Mapping[str, str] = field(default_factory=dict)
+    lora_starts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def find(self, name: str) -> Any:
+        """A part of it by its name; loads its module, and with it what is heavy."""
+        module, _, attribute = self.parts.get(name, f"{self.module}:{name}").partition(":")
+        return getattr(import_module(f"lpl.families.{module}"), attribute)
+
+    def owns(self, header: Mapping[str, Any]) -> bool:
+        """Whether a single file with this header holds a model of this family."""
+        return False
+
+    def model_configs(self, config: ModelConfig) -> dict[str, Any]:
+        """Refuses a model that this trainer would not train right.
+
+        Returns:
+            The configs that were read, by component and "index"; for a single file those of --single_file_config, or
+            nothing.
+
+        Raises:
+            UserError: what is missing or wrong, in one line.
+        """
+        name = str(config.pretrained_model_name_or_path)
+        if Path(name).suffix in SINGLE_FILES:
+            raise UserError(f"{FLAG} {name}: no single files of {self.name} are read; give a diffusers folder")
+        if Path(name).is_dir():
+            check_complete(Path(name), config.variant, self.networks, self.tokenizers)
+        return self.plan_configs(config)
+
+    def plan_configs(self, config: ModelConfig) -> dict[str, Any]:
+        """The configs of a model for a plan: no weights are needed, and nothing is read where they are known.
+
+        Raises:
+            UserError: a model of another kind, or one whose configs cannot be read.
+        """
+        name = config.pretrained_model_name_or_path
+        if name is None or (name == self.base_name and not Path(name).exists()):
+            configs = dict(self.find("PUBLISHED"))
+        else:
+            read = reader(Path(name), name, config)
+            configs = {"index": read(INDEX), "scheduler": read("scheduler/scheduler_config.json")}
+            configs |= {part: read(f"{part}/config.json") for part in self.networks}
+        if self.is_flow != ("FlowMatch" in str(configs["scheduler"].get("_class_name"))):
+            kind = configs["scheduler"].get("_class_name")
+            raise UserError(f"{FLAG} {name}: its scheduler is {kind}, which is none of {self.name}'s")
+        return configs if self.is_flow else configs | {"scheduler": chosen_schedule(configs["scheduler"], config)}
+
+    def check_export(self, config: ModelConfig, single_file: bool, lora: Path | None) -> None:
+        """Refuses a model or a LoRA that cannot be written as asked, before anything heavy loads."""
+        self.model_configs(config)
+        if lora is not None:
+            self.check_lora(config, lora)
+        if single_file:
+            raise UserError(f"--to safetensors: no single files of {self.name} are written; use --to diffusers")
+
+    def native_resolution(self, configs: Mapping[str, Any]) -> int:
+        """Pixels that a model with these configs was made for: what its pipeline draws by default."""
+        size = configs[self.networks[0]].get("sample_size") if configs else None
+        return int(size) * self.stride(configs) if isinstance(size, int) else self.resolution
+
+    def check_lora(self, config: ModelConfig, lora: Path) -> None:
+        """Refuses a LoRA file that is none of this family's; loads what is heavy."""
+        from lpl.families.pipeline_export import lora_parts
+
+        lora_parts(lora, self)
+
+    def stride(self, configs: Mapping[str, Any]) -> int:
+        """Pixels per latent."""
+        return vae_stride(configs["vae"]) or 1
+
+    def pixel_multiple(self, configs: Mapping[str, Any]) -> int:
+        """What the sides of images are multiples of."""
+        return self.patch * self.stride(configs)
