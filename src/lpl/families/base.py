@@ -62,10 +62,11 @@ class Family(Protocol):
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior mean and std, raw latents (B, C, h, w), float32 on the CPU, of pixels (B, 3, H, W) in [-1, 1]."""
 
-    def encode_text(self, captions: list[str]) -> dict[str, Tensor]:
-        """What the denoiser needs of each caption, (B, ...) on the CPU; the same shapes for all captions of a run.
+    def encode_text(self, captions: list[str]) -> Mapping[str, Tensor | list[Tensor]]:
+        """What the denoiser needs of each caption, by field, on the CPU: (B, ...), or B tensors of several lengths.
 
-        Embeddings, or token ids (integers) where the text encoders are trained.
+        Embeddings, or token ids (integers) where the text encoders are trained. In a batch, shorter ones have zeros at
+        their end: a denoiser that must know them gets a field of ones, which is then a mask.
         """
 
     def entry_bytes(self, height: int, width: int) -> tuple[int, int]:

@@ -30,6 +30,25 @@ def test_a_batch_holds_what_a_step_needs(encode: Encode) -> None:
     assert torch.equal(batch.text["pooled"][1], data.caches.text.gather([caption_key("caption 1")])["pooled"][0])
 
 
+def test_captions_of_several_lengths_are_padded_with_zeros(encode: Encode, encoder: Any, monkeypatch: Any) -> None:
+    """Each is cached in its own length; what is padded in a batch tells by a field of ones."""
+    lengths = {"caption 1": 2, "caption 9": 5}
+
+    def encode_text(captions: list[str]) -> dict[str, Any]:
+        rows = [torch.full((lengths.get(caption, 3), 4), float(len(caption))) for caption in captions]
+        return {"embeds": rows, "mask": [torch.ones(len(row)) for row in rows]}
+
+    monkeypatch.setattr(encoder, "encode_text", encode_text)
+    data = encode()
+    assert data.caches.text.gather([caption_key("caption 1")])["embeds"].shape == (1, 2, 4)
+    text = data.batch([(4, 0), (1, 0), (0, 0)]).text
+    assert text["embeds"].shape == (3, 5, 4)
+    for row, mask, caption in zip(text["embeds"], text["mask"], ("caption 9", "caption 1", "caption 0"), strict=True):
+        length = lengths.get(caption, 3)
+        assert mask.tolist() == [1.0] * length + [0.0] * (5 - length)
+        assert row[:, 0].tolist() == [9.0] * length + [0.0] * (5 - length)
+
+
 def test_draws_do_not_depend_on_batch_or_order(encode: Encode) -> None:
     data = encode(random_flip=True, crop_variants=3, proportion_empty_prompts=0.5)
     draws = [(index, count) for index in range(5) for count in range(4)]
