@@ -1,4 +1,4 @@
-"""Model families. Names of models live in this package only: further families join KINDS."""
+"""Model families. Names of models live in this package only: families are declared in kinds.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lpl.base.errors import UserError, require
 from lpl.config import ModelConfig
 from lpl.families.files import INDEX, read_header, reader
 from lpl.families.kind import Kind
-from lpl.families.sdxl_check import SDXL_KIND
+from lpl.families.kinds import KINDS
 
 if TYPE_CHECKING:
     import torch
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from lpl.diffusion.schedule import Schedule
     from lpl.families.base import Blueprint, Exported, Family
 
-KINDS: tuple[Kind, ...] = (SDXL_KIND,)
-"""The first is that of a plan without a model, and the one whose checks judge what belongs to none."""
 RESULT_NAMES = (
     "model_index.json", "unet/", "transformer/", "vae/", "scheduler/", "text_encoder/", "text_encoder_#/", "tokenizer/",
     "tokenizer_#/", "image_encoder/", "feature_extractor/", "pytorch_lora_weights.safetensors",

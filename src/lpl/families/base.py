@@ -193,6 +193,15 @@ def config_settings(config: Mapping[str, Any]) -> str:
     return json.dumps(acting(config, IDLE), sort_keys=True, default=str)
 
 
+def tokenizer_settings(tokenizer: Any) -> list[Any]:
+    """All that token ids depend on."""
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    rules |= {"truncation": None, "padding": None}  # of its latest call
+    sides = (tokenizer.model_max_length, tokenizer.padding_side, tokenizer.pad_token_type_id)
+    ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return [type(tokenizer).__name__, rules, sides, ids, tokenizer.split_special_tokens]
+
+
 def weights_hash(*modules: nn.Module, settings: str = "") -> str:
     """A hash of modules' weights, whatever files they came from, and of settings."""
     import hashlib

@@ -10,7 +10,7 @@ from typing import Any
 
 from lpl.base.errors import UserError
 from lpl.config import ModelConfig
-from lpl.families.files import FLAG, INDEX, SINGLE_FILES, check_complete, reader, vae_stride
+from lpl.families.files import FLAG, INDEX, SINGLE_FILES, check_complete, check_weights, read_header, reader, vae_stride
 from lpl.families.schedulers import chosen_schedule
 
 
@@ -23,6 +23,7 @@ class Kind:
         pipelines: how the names of its pipelines' classes begin, as model_index.json has them.
         module: of families/, which has its parts: the classes Model (a Family), Plan (a Blueprint) and Export (an
             Exported), the function to_kohya, and PUBLISHED, configs by component and "index".
+        single_files: whether diffusers loads its single files, with the configs of --single_file_config.
         lora_starts: how the names of a LoRA's tensors begin, for each network it may change.
         parts: where another module has one, or by another name: its name -> "module:name".
         base, base_name: the published model that a plan is of where no model is given, and its Hub id.
@@ -50,6 +51,7 @@ class Kind:
     usual_stride: int = 8
     steps: int = 25
     guidance: float = 5.0
+    single_files: bool = False
     parts: Mapping[str, str] = field(default_factory=dict)
     lora_starts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -73,11 +75,20 @@ class Kind:
             UserError: what is missing or wrong, in one line.
         """
         name = str(config.pretrained_model_name_or_path)
-        if Path(name).suffix in SINGLE_FILES:
-            raise UserError(f"{FLAG} {name}: no single files of {self.name} are read; give a diffusers folder")
-        if Path(name).is_dir():
-            check_complete(Path(name), config.variant, self.networks, self.tokenizers)
+        path = Path(name)
+        if path.suffix in SINGLE_FILES:
+            self._check_single_file(path)
+        elif path.is_dir():
+            check_complete(path, config.variant, self.networks, self.tokenizers)
         return self.plan_configs(config)
+
+    def _check_single_file(self, path: Path) -> None:
+        if not self.single_files or path.suffix != ".safetensors":
+            raise UserError(f"{FLAG} {path}: no such single file of {self.name} is read; give a diffusers folder")
+        header = read_header(path)
+        if header is None:
+            raise UserError(f"{FLAG} {path}: not a safetensors file, or cut short")
+        check_weights(header, f"{FLAG} {path}")
 
     def plan_configs(self, config: ModelConfig) -> dict[str, Any]:
         """The configs of a model for a plan: no weights are needed, and nothing is read where they are known.
@@ -89,7 +100,8 @@ class Kind:
         if name is None or (name == self.base_name and not Path(name).exists()):
             configs = dict(self.find("PUBLISHED"))
         else:
-            read = reader(Path(name), name, config)
+            folder = config.single_file_config or name
+            read = reader(Path(folder), folder, config)
             configs = {"index": read(INDEX), "scheduler": read("scheduler/scheduler_config.json")}
             configs |= {part: read(f"{part}/config.json") for part in self.networks}
         if self.is_flow != ("FlowMatch" in str(configs["scheduler"].get("_class_name"))):

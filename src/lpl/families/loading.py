@@ -16,6 +16,8 @@ from safetensors import SafetensorError
 from lpl.base.errors import UserError, on_one_line
 from lpl.config import ModelConfig
 from lpl.families.files import FLAG, INDEX, VAE_FLAG, reader
+from lpl.families.kind import Kind
+from lpl.families.schedulers import set_schedule
 
 LOADING_ERRORS = (
     OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, ArithmeticError, AssertionError,
@@ -40,24 +42,51 @@ def named(flag: str, name: str) -> Iterator[None]:
         raise UserError(f"{flag} {name}: {said}") from error
 
 
-def load_folder(
-    cls: Any, config: ModelConfig, left_out: Iterable[str], dtypes: Mapping[str, torch.dtype], **options: Any
+def load_whole(
+    cls: Any,
+    kind: Kind,
+    config: ModelConfig,
+    encoders_only: bool = False,
+    dtypes: Mapping[str, torch.dtype] | None = None,
+    **options: Any,
 ) -> Any:
-    """A pipeline of a diffusers folder or a Hub id.
+    """A pipeline of a class, with or without its denoiser, and the schedule that model and options say.
 
     Args:
-        cls: of the pipeline.
-        left_out: components that are not loaded.
-        dtypes: precision by component, of all that are not left out.
+        encoders_only: leave the denoiser out, where its files are apart from the others.
+        dtypes: precision by component, unset: float32; a single file has one, the denoiser's.
         options: of the pipeline's own.
 
     Raises:
-        UserError: a pipeline that cannot be loaded, or text encoders that lack weights.
+        UserError: the model cannot be loaded, or lacks weights.
     """
+    transformers.utils.logging.disable_progress_bar()  # a bar per text encoder; the pipeline's own bar stays
+    own = dict.fromkeys(kind.networks, torch.float32) | dict(dtypes or {})
+    name, denoiser = str(config.pretrained_model_name_or_path), kind.networks[0]
+    checked = kind.networks
+    if name.endswith(".safetensors"):
+        local, vae = config.single_file_config, load_vae(config, own["vae"])
+        options |= {"config": local, "local_files_only": local is not None, "cache_dir": config.cache_dir}
+        with named(FLAG, name):
+            pipeline = cls.from_single_file(name, dtype=own[denoiser], **options, **vae)
+    else:
+        pipeline = _load_folder(cls, config, {denoiser: None} if encoders_only else {}, own, **options)
+        checked = ("vae",) if encoders_only else (denoiser, "vae")
+    with named(FLAG, name):
+        check_tokenizers(pipeline, kind.tokenizers)
+        require_weights(pipeline, checked)
+        set_schedule(pipeline, config)
+    return pipeline
+
+
+def _load_folder(
+    cls: Any, config: ModelConfig, parts: dict[str, Any], dtypes: Mapping[str, torch.dtype], **options: Any
+) -> Any:
+    """A pipeline of a diffusers folder or a Hub id, of which some parts are there."""
     name = str(config.pretrained_model_name_or_path)
     common: dict[str, Any] = {"cache_dir": config.cache_dir, "revision": config.revision, "variant": config.variant}
     common["use_safetensors"] = True
-    parts: dict[str, Any] = dict.fromkeys(left_out) | load_vae(config, dtypes["vae"])
+    parts |= load_vae(config, dtypes["vae"])
     with named(FLAG, name):
         index = reader(Path(name), name, config)(INDEX)
         for part, (library, found) in ((k, v) for k, v in index.items() if isinstance(v, list)):

@@ -10,6 +10,7 @@ import diffusers
 import transformers
 from torch import Tensor, nn
 
+from lpl.config import ModelConfig
 from lpl.families.files import FLAG
 from lpl.families.kind import Kind
 from lpl.families.loading import named
@@ -21,6 +22,7 @@ class PipelineBlueprint(ABC):
 
     Args:
         configs: by component, and "index", as Kind.plan_configs returns them.
+        config: the options of the model.
     """
 
     kind: ClassVar[Kind]
@@ -29,8 +31,8 @@ class PipelineBlueprint(ABC):
     lora_targets: Mapping[str, tuple[str, ...]]
     trains_text = False
 
-    def __init__(self, configs: Mapping[str, Any]) -> None:
-        self.configs = configs
+    def __init__(self, configs: Mapping[str, Any], config: ModelConfig) -> None:
+        self.configs, self.config = configs, config
         with named(FLAG, "its scheduler"):
             self.schedule = training_schedule(configs["scheduler"])
         self.latent_channels = int(configs["vae"].get("latent_channels", 4))

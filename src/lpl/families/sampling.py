@@ -28,11 +28,10 @@ SchedulerName = Literal["model", "dpmsolver++"]
 GUIDANCE = 5.0
 CLASSIFIER_FREE = (
     "AuraFlowPipeline", "ChromaPipeline", "CogView4Pipeline", "HunyuanDiTPipeline", "KolorsPipeline",
-    "Lumina2Pipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline", "SanaPipeline", "StableDiffusionPipeline",
-    "StableDiffusion3Pipeline",
+    "Lumina2Pipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline", "SanaPipeline", "StableDiffusion3Pipeline",
 )  # fmt: skip
-"""Pipelines beside SDXL's that take guidance_scale g as none + g (text - none), g up to 1 being no guidance, without a
-negative prompt too (read in diffusers 0.42.1)."""
+"""Pipelines of no family here that take guidance_scale g as none + g (text - none), g up to 1 being no guidance,
+without a negative prompt too (read in diffusers 0.42.1)."""
 DECODED_PIXELS = 16 * 64 * 64
 """Pixels that are decoded together, or one image: more leave a CPU's caches, and a GPU's memory at 1024 pixels."""
 

@@ -7,17 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
 
 from lpl.config import ModelConfig
 from lpl.families.base import weights_hash
-from lpl.families.files import FLAG
-from lpl.families.loading import check_tokenizers, load_folder, load_vae, named, require_weights
+from lpl.families.loading import load_whole
 from lpl.families.pipeline_family import PipelineFamily, logger
-from lpl.families.schedulers import set_schedule
-from lpl.families.sdxl_check import SDXL_KIND, TOKENIZERS, WITH_WEIGHTS
+from lpl.families.sdxl_check import SDXL_KIND
 from lpl.families.sdxl_names import LORA_TARGETS, WITH_TEXT, to_kohya
 from lpl.families.sdxl_networks import SDXLJointModel, denoise, parts_of, token_fields
 from lpl.families.sdxl_text import PromptEncoder, guided
@@ -120,37 +117,7 @@ class SDXL(PipelineFamily):
 
 def load_pipeline(
     config: ModelConfig, encoders_only: bool = False, dtypes: Mapping[str, torch.dtype] | None = None
-) -> StableDiffusionXLPipeline:
-    """Loads a model's pipeline, with or without its denoiser, and gives it the schedule that model and options say.
-
-    Args:
-        encoders_only: leave the denoiser out, where its files are apart from the others.
-        dtypes: precision by component, unset: float32; a single file has one, the UNet's.
-
-    Raises:
-        UserError: the model cannot be loaded, or lacks weights.
-    """
-    own = dict.fromkeys(WITH_WEIGHTS, torch.float32) | dict(dtypes or {})
-    transformers.utils.logging.disable_progress_bar()  # a bar per text encoder; the pipeline's own bar stays
-    name, parts = str(config.pretrained_model_name_or_path), list(WITH_WEIGHTS)
-    if name.endswith(".safetensors"):
-        local, vae = config.single_file_config, load_vae(config, own["vae"])
-        with named(FLAG, name):
-            pipeline = StableDiffusionXLPipeline.from_single_file(
-                name,
-                config=local,
-                local_files_only=local is not None,
-                add_watermarker=False,
-                dtype=own["unet"],
-                cache_dir=config.cache_dir,
-                **vae,
-            )
-    else:
-        left_out = ["unet"] if encoders_only else []
-        pipeline = load_folder(StableDiffusionXLPipeline, config, left_out, own, add_watermarker=False)
-        parts = ["vae"] if encoders_only else ["unet", "vae"]
-    with named(FLAG, name):
-        check_tokenizers(pipeline, TOKENIZERS)
-        require_weights(pipeline, parts)
-        set_schedule(pipeline, config)
-    return pipeline
+) -> Any:
+    """See PipelineFamily.load."""
+    cls = StableDiffusionXLPipeline
+    return load_whole(cls, SDXL_KIND, config, encoders_only, dtypes, add_watermarker=False)

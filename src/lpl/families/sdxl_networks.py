@@ -146,7 +146,7 @@ class SDXLBlueprint(PipelineBlueprint):
     denoise = staticmethod(denoise)
 
     def __init__(self, configs: Mapping[str, Any], config: ModelConfig) -> None:
-        super().__init__(configs)
+        super().__init__(configs, config)
         self.trains_text, self._layer = config.train_text_encoder, usual_layer(config.clip_skip)
         self.lora_targets = WITH_TEXT if self.trains_text else LORA_TARGETS
         self._chunks = config.max_token_length // TOKENS_PER_CHUNK
