@@ -378,6 +378,8 @@ def test_a_pipeline_of_another_family(
     evaluate: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_known: bool
 ) -> None:
     """Of a family that is known here, and of one that is not, which draws with a guidance of its own."""
+    from lpl import families
+
     if not is_known:
         monkeypatch.setattr("lpl.families.KINDS", families.KINDS[:1])
     from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from lpl.base.errors import UserError
+from lpl.base.tensor_file import read_header as read_tensor_header
 from lpl.config import ModelConfig
 from lpl.families.files import FLAG, INDEX, SINGLE_FILES, check_complete, check_weights, read_header, reader, vae_stride
-from lpl.families.schedulers import chosen_schedule
+from lpl.families.schedulers import chosen_schedule, compare_lora
 
 
 @dataclass(frozen=True)
@@ -123,10 +124,30 @@ class Kind:
         return int(size) * self.stride(configs) if isinstance(size, int) else self.resolution
 
     def check_lora(self, config: ModelConfig, lora: Path) -> None:
-        """Refuses a LoRA file that is none of this family's; loads what is heavy."""
-        from lpl.families.pipeline_export import lora_parts
+        """Refuses a LoRA file that is none of this family's, and says so where it predicts another thing."""
+        self.lora_parts(lora)
+        known = self.model_configs(config).get("scheduler")
+        if known and not self.is_flow:
+            compare_lora(lora, known)
 
-        lora_parts(lora, self)
+    def lora_parts(self, file: Path) -> list[str]:
+        """The components that a LoRA file changes.
+
+        Raises:
+            UserError: no safetensors file, or tensors that belong to none of the family's components.
+        """
+        try:
+            keys = [key for key in read_tensor_header(file) if key != "__metadata__"]
+        except UserError as error:
+            raise UserError(f"--lora {file}: cannot be read as safetensors ({error})") from error
+        parts = [part for part, starts in self.lora_starts.items() if any(key.startswith(starts) for key in keys)]
+        known = tuple(start for part in parts for start in self.lora_starts[part])
+        strange = [key for key in keys if not key.startswith(known)] if parts else keys
+        if strange or not keys:
+            found = f"{strange[0]}" if strange else "nothing"
+            whose = f"a LoRA of {self.name}, of diffusers' or kohya's naming"
+            raise UserError(f"--lora {file}: holds {found}, which is no part of {whose}")
+        return parts
 
     def stride(self, configs: Mapping[str, Any]) -> int:
         """Pixels per latent."""

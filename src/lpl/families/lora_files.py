@@ -11,12 +11,10 @@ from torch import Tensor
 
 from lpl.config import ModelConfig
 from lpl.families.base import TrainedOn
-from lpl.families.schedulers import PREDICTION, RESCALED
+from lpl.families.schedulers import PREDICTION, PREDICTIONS, RESCALED
 
 METADATA = "lora_adapter_metadata"
 """diffusers' key of the adapter's peft configuration."""
-PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
-"""modelspec's words for what a model predicts."""
 
 
 def adapter_of(name: str, part: Any) -> dict[str, Tensor]:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from lpl.base.errors import UserError, on_one_line
+from lpl.base.errors import UserError
+from lpl.base.tensor_file import read_header
 from lpl.config import ModelConfig
 from lpl.families.kind import Kind
 from lpl.families.loading import named
@@ -39,7 +40,7 @@ class PipelineExport(ABC):
     def __init__(self, config: ModelConfig, dtype: torch.dtype | None, lora: Path | None, scale: float) -> None:
         self.configs = self.kind.model_configs(config)
         found = {part: dtype or stored_dtype(config, part) for part in self.kind.networks}
-        merged = [] if lora is None else lora_parts(lora, self.kind)
+        merged = [] if lora is None else self.kind.lora_parts(lora)
         self.pipeline = self.load(config, dtypes=found | dict.fromkeys(merged, torch.float32))
         if lora is not None:
             _merge(self.pipeline, lora, scale, merged)
@@ -80,34 +81,8 @@ def stored_dtype(config: ModelConfig, part: str) -> torch.dtype:
     return STORED.get(max(sizes, key=lambda kind: sizes[kind]) if sizes else "F32", torch.float32)
 
 
-def lora_parts(file: Path, kind: Kind) -> list[str]:
-    """The components that a LoRA file changes.
-
-    Raises:
-        UserError: no safetensors file, or tensors that belong to none of the family's components.
-    """
-    keys = _keys(file)
-    parts = [part for part, starts in kind.lora_starts.items() if any(key.startswith(starts) for key in keys)]
-    known = tuple(start for part in parts for start in kind.lora_starts[part])
-    strange = [key for key in keys if not key.startswith(known)] if parts else keys
-    if strange or not keys:
-        found = f"{strange[0]}" if strange else "nothing"
-        raise UserError(
-            f"--lora {file}: holds {found}, which is no part of a LoRA of {kind.name}, of diffusers' or kohya's naming"
-        )
-    return parts
-
-
-def _keys(lora: Path) -> list[str]:
-    try:
-        with safe_open(lora, "pt") as content:
-            return list(content.keys())
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"--lora {lora}: cannot be read as safetensors ({on_one_line(error)})") from error
-
-
 def _merge(pipeline: Any, lora: Path, scale: float, parts: list[str]) -> None:
-    expected = sum(not key.endswith(".alpha") for key in _keys(lora))
+    expected = sum(not key.endswith(".alpha") for key in read_header(lora) if key != "__metadata__")
     with named("--lora", str(lora)):
         pipeline.load_lora_weights(str(lora.parent.resolve()), weight_name=lora.name, local_files_only=True)
     arrived = sum("lora_" in name for part in parts for name, _ in getattr(pipeline, part).named_parameters())

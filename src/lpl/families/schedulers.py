@@ -21,6 +21,8 @@ logger = logging.getLogger("lpl")
 ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 WORDS = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
 """What modelspec.prediction_type says, and diffusers' word for it."""
+PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
+"""modelspec's words for what a model predicts."""
 PREDICTION, RESCALED = "lpl.prediction_type", "lpl.rescale_betas_zero_snr"
 """Metadata of a LoRA file: the options of these names that the run was given, whatever its model said."""
 
@@ -90,6 +92,18 @@ def compare_lora(file: Path, scheduler: Mapping[str, Any]) -> None:
     kind = scheduler.get("prediction_type", "epsilon")
     if word not in (None, kind):
         warn(f"{file}: was trained on {word}; the model it is merged into predicts {kind}, and so will the result")
+
+
+def prediction_of(scheduler: Any) -> str:
+    """modelspec's word for what a model with this schedule predicts.
+
+    Raises:
+        UserError: something that programs for single files do not know.
+    """
+    kind = str(scheduler.get("prediction_type", "epsilon"))
+    if kind not in PREDICTIONS:
+        raise UserError(f"the model predicts {kind}, which a single file cannot say: use --to diffusers")
+    return PREDICTIONS[kind]
 
 
 def chosen_schedule(scheduler: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:

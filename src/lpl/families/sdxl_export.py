@@ -5,20 +5,16 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lpl.base.errors import UserError
-from lpl.config import ModelConfig
 from lpl.families import sdxl_names as names
-from lpl.families.lora_files import PREDICTIONS
-from lpl.families.pipeline_export import PipelineExport, lora_parts
-from lpl.families.schedulers import chosen_schedule, compare_lora
+from lpl.families.pipeline_export import PipelineExport
+from lpl.families.schedulers import prediction_of
 from lpl.families.sdxl import load_pipeline
-from lpl.families.sdxl_check import SDXL_KIND, model_configs
+from lpl.families.sdxl_check import SDXL_KIND
 from lpl.families.sdxl_configs import PUBLISHED
 
 logger = logging.getLogger("lpl")
@@ -43,18 +39,6 @@ def original_tensors(pipeline: Any) -> Iterator[tuple[str, Tensor]]:
         yield "v_pred", torch.zeros(0)
         if scheduler.get("rescale_betas_zero_snr"):
             yield "ztsnr", torch.zeros(0)
-
-
-def prediction_of(scheduler: Any) -> str:
-    """modelspec's word for what a model with this schedule predicts.
-
-    Raises:
-        UserError: something that programs for single files do not know.
-    """
-    kind = str(scheduler.get("prediction_type", "epsilon"))
-    if kind not in PREDICTIONS:
-        raise UserError(f"the model predicts {kind}, which a single file cannot say: use --to diffusers")
-    return PREDICTIONS[kind]
 
 
 def modelspec(pipeline: Any, title: str, resolution: int) -> dict[str, str]:
@@ -118,19 +102,3 @@ class SDXLExport(PipelineExport):
             )
         resolution = SDXL_KIND.native_resolution(self.configs)
         return original_tensors(self.pipeline), modelspec(self.pipeline, title, resolution)
-
-
-def schedule_of(config: ModelConfig) -> dict[str, Any]:
-    """The scheduler's config of a model that is checked, by its files and the options; nothing loads."""
-    known: dict[str, Any] = model_configs(config).get("scheduler") or chosen_schedule(PUBLISHED["scheduler"], config)
-    return known
-
-
-def check_lora(config: ModelConfig, lora: Path) -> None:
-    """Refuses a LoRA that is none of SDXL's, and says so where it was trained to predict another thing than the model.
-
-    Raises:
-        UserError: see lora_parts.
-    """
-    lora_parts(lora, SDXL_KIND)
-    compare_lora(lora, schedule_of(config))
