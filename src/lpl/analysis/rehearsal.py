@@ -274,9 +274,9 @@ class Rehearsal:
         with torch.device("meta"), torch.no_grad(), FusedAttention():
             with StepCounter() as counter:
                 vae.encode(torch.empty(batch_of((3, size, size)), 3, size, size))
-            for encoder in encoders:
+            for number, encoder in enumerate(encoders):
                 with counter:
-                    encoder(self.blueprint.tokens(CAPTION_BATCH), output_hidden_states=True)
+                    encoder(self.blueprint.tokens(CAPTION_BATCH)[number], output_hidden_states=True)
         return counter.peak + _bytes(vae) + sum(map(_bytes, encoders))
 
     def validation(self, config: TrainConfig) -> tuple[int, int]:

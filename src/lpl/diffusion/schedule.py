@@ -108,7 +108,7 @@ class Schedule(Protocol):
         """The probability that a drawn level passes."""
 
     def density(self, levels: Tensor) -> Tensor:
-        """The probability per timestep at levels, any shape, float64."""
+        """The probability per timestep at levels of any shape, float64; for a schedule that `drawing` made."""
 
 
 @dataclass(frozen=True, eq=False)

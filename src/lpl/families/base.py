@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from lpl.diffusion.latent_space import LatentSpace
 from lpl.diffusion.schedule import Schedule
 
 DECODED_PIXELS = 1024
@@ -42,6 +43,8 @@ class Family(Protocol):
     """
     vae: Any
     """The frozen VAE, float32, in eval mode."""
+    latent_space: LatentSpace
+    """Between the VAE's raw latents and what the denoiser is trained on, of the same shape."""
     schedule: Schedule
     """The training schedule; how levels are drawn from it is the run's business."""
     lora_targets: Mapping[str, tuple[str, ...]]
@@ -176,8 +179,8 @@ class Blueprint(Protocol):
     def text_encoders(self) -> list[nn.Module]:
         """The text encoders, float32."""
 
-    def tokens(self, batch: int) -> Tensor:
-        """Token ids of so many captions, as each text encoder takes them at once: a chunk of each caption."""
+    def tokens(self, batch: int) -> Sequence[Tensor]:
+        """Token ids of so many captions for each text encoder, as it takes them at once: a chunk of each caption."""
 
     def text(self, batch: int) -> dict[str, Tensor]:
         """What encode_text gives for so many captions: values do not matter, shapes do."""

@@ -25,6 +25,7 @@ class Kind:
         module: of families/, which has its parts: the classes Model (a Family), Plan (a Blueprint) and Export (an
             Exported), the function to_kohya, and PUBLISHED, configs by component and "index".
         single_files: whether diffusers loads its single files, with the configs of --single_file_config.
+        vae_class: of its VAE, in diffusers.
         lora_starts: how the names of a LoRA's tensors begin, for each network it may change.
         parts: where another module has one, or by another name: its name -> "module:name".
         base, base_name: the published model that a plan is of where no model is given, and its Hub id.
@@ -53,6 +54,7 @@ class Kind:
     steps: int = 25
     guidance: float = 5.0
     single_files: bool = False
+    vae_class: str = "AutoencoderKL"
     parts: Mapping[str, str] = field(default_factory=dict)
     lora_starts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -80,8 +82,15 @@ class Kind:
         if path.suffix in SINGLE_FILES:
             self._check_single_file(path)
         elif path.is_dir():
-            check_complete(path, config.variant, self.networks, self.tokenizers)
+            index = reader(path, name, config)(INDEX) if (path / INDEX).is_file() else {}
+            networks, tokenizers = (self._present(index, parts) for parts in (self.networks, self.tokenizers))
+            check_complete(path, config.variant, networks, tokenizers)
         return self.plan_configs(config)
+
+    @staticmethod
+    def _present(index: Mapping[str, Any], parts: tuple[str, ...]) -> tuple[str, ...]:
+        """Those that model_index.json does not say to be left out, as [null, null]."""
+        return tuple(part for part in parts if index.get(part) != [None, None])
 
     def _check_single_file(self, path: Path) -> None:
         if not self.single_files or path.suffix != ".safetensors":
@@ -104,7 +113,8 @@ class Kind:
             folder = config.single_file_config or name
             read = reader(Path(folder), folder, config)
             configs = {"index": read(INDEX), "scheduler": read("scheduler/scheduler_config.json")}
-            configs |= {part: read(f"{part}/config.json") for part in self.networks}
+            present = self._present(configs["index"], self.networks)
+            configs |= {part: read(f"{part}/config.json") for part in present}
         if self.is_flow != ("FlowMatch" in str(configs["scheduler"].get("_class_name"))):
             kind = configs["scheduler"].get("_class_name")
             raise UserError(f"{FLAG} {name}: its scheduler is {kind}, which is none of {self.name}'s")

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 import transformers
-from diffusers import AutoencoderKL
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from safetensors import SafetensorError
 
@@ -65,12 +65,13 @@ def load_whole(
     name, denoiser = str(config.pretrained_model_name_or_path), kind.networks[0]
     checked = kind.networks
     if name.endswith(".safetensors"):
-        local, vae = config.single_file_config, load_vae(config, own["vae"])
+        local, vae = config.single_file_config, load_vae(kind, config, own["vae"])
         options |= {"config": local, "local_files_only": local is not None, "cache_dir": config.cache_dir}
         with named(FLAG, name):
             pipeline = cls.from_single_file(name, dtype=own[denoiser], **options, **vae)
     else:
-        pipeline = _load_folder(cls, config, {denoiser: None} if encoders_only else {}, own, **options)
+        parts = ({denoiser: None} if encoders_only else {}) | load_vae(kind, config, own["vae"])
+        pipeline = _load_folder(cls, config, parts, own, **options)
         checked = ("vae",) if encoders_only else (denoiser, "vae")
     with named(FLAG, name):
         check_tokenizers(pipeline, kind.tokenizers)
@@ -86,7 +87,6 @@ def _load_folder(
     name = str(config.pretrained_model_name_or_path)
     common: dict[str, Any] = {"cache_dir": config.cache_dir, "revision": config.revision, "variant": config.variant}
     common["use_safetensors"] = True
-    parts |= load_vae(config, dtypes["vae"])
     with named(FLAG, name):
         index = reader(Path(name), name, config)(INDEX)
         for part, (library, found) in ((k, v) for k, v in index.items() if isinstance(v, list)):
@@ -103,13 +103,14 @@ def _load_folder(
         return cls.from_pretrained(name, dtype=others, **parts, **common, **options)
 
 
-def load_vae(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+def load_vae(kind: Kind, config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     """The VAE of --pretrained_vae_model_name_or_path as a component; nothing where it is not given."""
     name = config.pretrained_vae_model_name_or_path
     if name is None:
         return {}
     with named(VAE_FLAG, name):
-        vae = AutoencoderKL.from_pretrained(name, dtype=dtype, use_safetensors=True, cache_dir=config.cache_dir)
+        cls = getattr(diffusers, kind.vae_class)
+        vae = cls.from_pretrained(name, dtype=dtype, use_safetensors=True, cache_dir=config.cache_dir)
     return {"vae": vae}
 
 
@@ -124,7 +125,10 @@ def require_weights(pipeline: Any, parts: Iterable[str]) -> None:
 def check_tokenizers(pipeline: Any, names: Iterable[str]) -> None:
     """Refuses tokenizers that make more or other tokens than their text encoders know."""
     for name in (name.removeprefix("tokenizer") for name in names):
-        tokenizer, known = getattr(pipeline, f"tokenizer{name}"), getattr(pipeline, f"text_encoder{name}").config
+        tokenizer, encoder = getattr(pipeline, f"tokenizer{name}"), getattr(pipeline, f"text_encoder{name}")
+        if encoder is None or not hasattr(encoder.config, "max_position_embeddings"):
+            continue  # left out by the model; of any length
+        known = encoder.config
         if not 3 <= tokenizer.model_max_length <= known.max_position_embeddings:
             raise ValueError(
                 f"tokenizer{name} makes {tokenizer.model_max_length:.6g} tokens of a text (model_max_length), its text "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import diffusers
@@ -38,7 +38,7 @@ class PipelineBlueprint(ABC):
         self.latent_channels = int(configs["vae"].get("latent_channels", 4))
         self.stride = self.kind.stride(configs)
         self.denoiser_word = self.kind.denoiser_word
-        names = [part for part in self.kind.networks if part.startswith("text_encoder")]
+        names = [part for part in self.kind.networks if part.startswith("text_encoder") and part in configs]
         found = self.text_classes or [configs["index"][part][1] for part in names]
         self._text_classes = [getattr(transformers, name) for name in found]
         with named(FLAG, "its configs"):
@@ -64,7 +64,7 @@ class PipelineBlueprint(ABC):
             return [cls(config).eval() for cls, config in zip(self._text_classes, self.text_configs, strict=True)]
 
     @abstractmethod
-    def tokens(self, batch: int) -> Tensor:
+    def tokens(self, batch: int) -> Sequence[Tensor]:
         """See families.base.Blueprint."""
 
     @abstractmethod

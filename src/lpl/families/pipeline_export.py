@@ -45,7 +45,8 @@ class PipelineExport(ABC):
         if lora is not None:
             _merge(self.pipeline, lora, scale, merged)
         for part in self.kind.networks:
-            for parameter in getattr(self.pipeline, part).parameters():
+            network = getattr(self.pipeline, part)
+            for parameter in () if network is None else network.parameters():
                 parameter.data = parameter.data.to(found[part])
 
     @staticmethod

@@ -64,6 +64,7 @@ class PipelineFamily(ABC):
         settings = f"{type(self.vae).__name__} {config_settings(self.vae.config)}"
         self.latent_key = weights_hash(*encoder, settings=settings)
         self.latent_stride = self.kind.stride({"vae": self.vae.config})
+        self.latent_space = LatentSpace.from_config(self.vae.config)
         self._prompts: dict[tuple[str, str], dict[str, Tensor]] = {}
         self.prepare_text()
         for module in (self.vae, *(() if self.trains_text else self.text_encoders)):

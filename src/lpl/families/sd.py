@@ -139,8 +139,8 @@ class Plan(PipelineBlueprint):
     lora_targets = LORA_TARGETS
     denoise = staticmethod(denoise)
 
-    def tokens(self, batch: int) -> Tensor:
-        return torch.zeros(batch, self.text_configs[0].max_position_embeddings, dtype=torch.long)
+    def tokens(self, batch: int) -> list[Tensor]:
+        return [torch.zeros(batch, self.text_configs[0].max_position_embeddings, dtype=torch.long)]
 
     def text(self, batch: int) -> dict[str, Tensor]:
         length, width = self.text_configs[0].max_position_embeddings, self.configs["unet"]["cross_attention_dim"]

@@ -158,12 +158,12 @@ class SDXLBlueprint(PipelineBlueprint):
         first, second = self.text_encoders()
         return SDXLJointModel(unet, first, second, self._layer, force_zeros=False)
 
-    def tokens(self, batch: int) -> Tensor:
-        return torch.zeros(batch, self.text_configs[0].max_position_embeddings, dtype=torch.long)
+    def tokens(self, batch: int) -> list[Tensor]:
+        return 2 * [torch.zeros(batch, self.text_configs[0].max_position_embeddings, dtype=torch.long)]
 
     def text(self, batch: int) -> dict[str, Tensor]:
         if self.trains_text:
-            ids = self.tokens(batch)[:, None].expand(-1, self._chunks, -1)
+            ids = self.tokens(batch)[0][:, None].expand(-1, self._chunks, -1)
             return token_fields(ids, ids, [""] * batch)
         unet = self.configs["unet"]
         pooled = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]

@@ -23,6 +23,7 @@ from lpl.config import LPLConfig, ModelConfig, TrainConfig
 from lpl.data.dataset import Batch, TrainingData
 from lpl.data.sampler import BatchOrder, share
 from lpl.diffusion.draws import keyed_seed, strata
+from lpl.diffusion.latent_space import LatentSpace
 from lpl.perceptual.loss import LatentPerceptualLoss
 from lpl.perceptual.objective import PerceptualObjective
 from lpl.training.checks import check_processes
@@ -150,8 +151,8 @@ def _given(options: LPLConfig, cls: type, prefix: str = "") -> dict[str, Any]:
     return {name: value for name, value in named.items() if name in taken}
 
 
-def build_loss(config: TrainConfig, vae: Any) -> LatentPerceptualLoss:
-    """The loss as the config describes it, on a VAE (which may be on the meta device)."""
+def build_loss(config: TrainConfig, vae: Any, latent_space: LatentSpace | None = None) -> LatentPerceptualLoss:
+    """The loss as the config describes it, on a VAE (which may be on the meta device); None: as its config says."""
     options = config.lpl
     given = _given(options, LatentPerceptualLoss, "lpl_") | {
         "checkpointing": config.lpl_checkpointing,
@@ -159,7 +160,7 @@ def build_loss(config: TrainConfig, vae: Any) -> LatentPerceptualLoss:
         "chunk": None if options.lpl_chunk == "auto" else options.lpl_chunk,
         "channels_last": None if options.lpl_channels_last == "auto" else options.lpl_channels_last == "true",
     }
-    return LatentPerceptualLoss(vae, **given)
+    return LatentPerceptualLoss(vae, latent_space=latent_space, **given)
 
 
 def build_objective(config: TrainConfig, family: Any) -> PerceptualObjective:
@@ -168,7 +169,10 @@ def build_objective(config: TrainConfig, family: Any) -> PerceptualObjective:
     Raises:
         UserError: a gate that the schedule or the timestep bias never passes.
     """
-    loss_fn, cells = build_loss(config, family.vae), (config.data.crop_size // family.latent_stride) ** 2
+    loss_fn, cells = (
+        build_loss(config, family.vae, family.latent_space),
+        (config.data.crop_size // family.latent_stride) ** 2,
+    )
     try:
         return PerceptualObjective(
             loss_fn,

@@ -11,7 +11,6 @@ from lpl.base.errors import UserError
 from lpl.config import DiffusionConfig
 from lpl.data.dataset import Batch
 from lpl.diffusion.draws import draw_normal, keyed_quantile, keyed_uniform, pyramid_noise
-from lpl.diffusion.latent_space import LatentSpace
 from lpl.diffusion.losses import (
     debiased_weight,
     diffusion_loss,
@@ -90,7 +89,7 @@ class TrainingStep:
         self.autocast = autocast
         self.schedule = run_schedule(family.schedule, config)
         self.prediction_type = self.schedule.prediction_type
-        self.latent_space = LatentSpace.from_config(family.vae.config)
+        self.latent_space = family.latent_space
 
     def draw(self, batch: Batch) -> Drawn:
         """Noise and noise levels of a batch, keyed by sample and by how often it was drawn; levels by its strata."""

@@ -17,7 +17,9 @@ from lpl.analysis.check.images import Encoded, Picture
 from lpl.analysis.check.suggest import weight_for
 from lpl.config import DiffusionConfig, TrainConfig
 from lpl.data.crops import plan_crop
+from lpl.diffusion.latent_space import LatentSpace
 from lpl.diffusion.schedule import schedule_of
+from lpl.perceptual.gate import Gate
 from lpl.perceptual.loss import LatentPerceptualLoss
 from lpl.perceptual.objective import PerceptualObjective
 from lpl.training.step import TrainingStep
@@ -43,7 +45,7 @@ def make(snr_gamma: float | None = None, prediction_type: str = "epsilon", **lpl
     loss = LatentPerceptualLoss(vae, num_blocks=1, norm_type="channel")
     objective = PerceptualObjective(loss, scheduler, 1.0, TIMESTEPS, snr_gamma=snr_gamma, **lpl)
     family = SimpleNamespace(
-        vae=vae,
+        latent_space=LatentSpace.from_config(vae.config),
         schedule=schedule_of(scheduler),
         denoise=lambda denoiser, noisy, *rest: 0.5 * noisy + rest[0].view(-1, 1, 1, 1),
     )
@@ -104,7 +106,7 @@ def test_weight_is_that_of_auto_on_the_same_samples() -> None:
             diffusion = step.diffusion_per_sample(seen).mean()
             auto(seen.model_output, seen.noisy_latents, seen.latents, timesteps, diffusion_loss=diffusion)
     auto.end_step()
-    weight = weight_for(found, auto.gate, TrainConfig(), 0.3, seed=0)
+    weight = weight_for(found, Gate(step.schedule, 17), TrainConfig(), 0.3, seed=0)
     assert weight.value == pytest.approx(float(auto.weight), rel=1e-4)
     assert weight.interval is None  # of three pictures
 

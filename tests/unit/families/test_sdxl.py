@@ -191,7 +191,7 @@ def test_samples_equal_the_whole_pipeline(family: SDXL, pipeline: Any, negative:
 
 def test_large_images_are_decoded_in_tiles(family: SDXL, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 16 pixels, 4 latents; smaller ones go through in one piece, whatever size the VAE's config states."""
-    monkeypatch.setattr("lpl.families.sdxl.DECODED_PIXELS", 16)
+    monkeypatch.setattr("lpl.families.pipeline_family.DECODED_PIXELS", 16)
     seen: list[tuple[int, ...]] = []
     handle = family.vae.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape[2:])))
     small, large = (family.decode(torch.zeros(1, 4, side, side)) for side in (4, 8))
@@ -242,6 +242,6 @@ def test_configs_alone_give_schedule_models_and_resolution(model: Path, family: 
     assert plan.lora_targets == family.lora_targets
     text = family.encode_text(["a fox", "a hare"])
     assert {name: value.shape for name, value in plan.text(2).items()} == {n: v.shape for n, v in text.items()}
-    assert plan.tokens(2).shape == (2, family.pipeline.tokenizer.model_max_length)
+    assert plan.tokens(2)[1].shape == (2, family.pipeline.tokenizer.model_max_length)
     assert SDXL_KIND.native_resolution(configs) == 4 * 4
     assert SDXL_KIND.native_resolution({}) == 1024

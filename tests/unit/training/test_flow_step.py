@@ -15,6 +15,7 @@ from lpl.base.errors import UserError
 from lpl.config import DiffusionConfig, ModelConfig, TrainConfig, check_model_options
 from lpl.data.dataset import Batch
 from lpl.diffusion.draws import keyed_uniform
+from lpl.diffusion.latent_space import LatentSpace
 from lpl.diffusion.losses import flow_weight
 from lpl.diffusion.schedule import Flow
 from lpl.perceptual.loss import LatentPerceptualLoss
@@ -31,7 +32,7 @@ def make(config: DiffusionConfig) -> tuple[TrainingStep, Batch, list[torch.Tenso
         seen.append(levels)
         return denoiser * noisy + extra["sizes"].mean() * 0
 
-    family: Any = SimpleNamespace(vae=vae, schedule=Flow(), denoise=denoise)
+    family: Any = SimpleNamespace(latent_space=LatentSpace.from_config(vae.config), schedule=Flow(), denoise=denoise)
     loss = LatentPerceptualLoss(vae, num_blocks=1, norm_type="channel")
     objective = PerceptualObjective(loss, run_schedule(Flow(), config), 1.0)
     raw = torch.randn((3, 4, 4, 4), generator=torch.Generator().manual_seed(0))
