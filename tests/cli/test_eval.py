@@ -240,9 +240,9 @@ def test_killed_run_ends_as_a_whole_one(
     # Slow batches, so that the kill falls between two of them.
     code = (
         "import sys, time\n"
-        "from lpl.families.sampling import SDXLSampler\n"
-        "draw = SDXLSampler.__call__\n"
-        "SDXLSampler.__call__ = lambda *a: (time.sleep(0.5), draw(*a))[1]\n"
+        "from lpl.families.sampling import FamilySampler\n"
+        "draw = FamilySampler.__call__\n"
+        "FamilySampler.__call__ = lambda *a: (time.sleep(0.5), draw(*a))[1]\n"
         "from lpl.cli import main\n"
         "main(sys.argv[1:])\n"
     )
@@ -373,7 +373,15 @@ def test_a_single_file_gives_the_same_samples(
     assert len(found) == 16
 
 
-def test_a_pipeline_of_another_family(evaluate: Any, model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_known", [True, False])
+def test_a_pipeline_of_another_family(
+    evaluate: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_known: bool
+) -> None:
+    """Of a family that is known here, and of one that is not, which draws with a guidance of its own."""
+    from lpl import families
+
+    if not is_known:
+        monkeypatch.setattr("lpl.families.KINDS", families.KINDS[:1])
     from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -407,6 +415,7 @@ def test_a_pipeline_of_another_family(evaluate: Any, model: Path, tmp_path: Path
         num_samples=10,
         resolution=None,
         metrics="spectrum",
+        **({} if is_known else {"guidance_scale": None}),
     )
     assert found["resolution"] == 16
     assert found["metrics"]["spectrum_log_error_high"]["value"] > 0
@@ -414,7 +423,8 @@ def test_a_pipeline_of_another_family(evaluate: Any, model: Path, tmp_path: Path
     from lpl.evaluation.generate import generator_of
 
     expected = pipeline(
-        found["images"][0]["prompt"], num_inference_steps=2, guidance_scale=1.0, generator=generator_of(0, 0),
+        found["images"][0]["prompt"], num_inference_steps=2, guidance_scale=1.0 if is_known else 7.5,
+        generator=generator_of(0, 0),
         height=16, width=16, output_type="pt",
     ).images[0]  # fmt: skip
     with Image.open(tmp_path / "out" / found["images"][0]["file"]) as image:

@@ -134,9 +134,10 @@ def dump(
 ) -> bool:
     """Writes what an optimizer step was computed from (not the weights) to path, and numbers to a JSON beside it.
 
-    Tensors are named <micro-batch>.<name>: raw_latents (B, C, h, w), noise (B, C, h, w), timesteps (B,), sizes (B, 6),
-    weights (B,), mask (B, 1, h, w), text.<field>, and the losses diffusion_per_sample (B,) and lpl. The JSON has, for
-    each micro-batch, its samples as [id, number of the draw]: with the seed they are the key of every draw.
+    Tensors are named <micro-batch>.<name>: raw_latents (B, C, h, w), noise (B, C, h, w), timesteps (B,) (of flow
+    matching sigmas), sizes (B, 6), weights (B,), mask (B, 1, h, w), text.<field>, and the losses diffusion_per_sample
+    (B,) and lpl. The JSON has, for each micro-batch, its samples as [id, number of the draw]: with the seed they are
+    the key of every draw.
 
     Args:
         draw: gives a batch's noise and timesteps again.
@@ -152,8 +153,8 @@ def dump(
     samples = []
     for i, (batch, per_sample, lpl) in enumerate(seen):
         drawn = draw(batch)
-        own = {"raw_latents": batch.raw_latents, "sizes": batch.sizes, "noise": drawn.noise}
-        own |= {"timesteps": drawn.timesteps, "diffusion_per_sample": per_sample, "lpl": lpl}
+        own = {"raw_latents": batch.raw_latents, "noise": drawn.noise, "timesteps": drawn.levels}
+        own |= batch.extra | {"diffusion_per_sample": per_sample, "lpl": lpl}
         own |= {f"text.{name}": value for name, value in batch.text.items()}
         if batch.weights is not None:
             own["weights"] = batch.weights

@@ -46,7 +46,7 @@ def fill_cache(config: TrainConfig) -> None:
 
     config, configs = check_model(config)
     if configs:
-        check_sizes(config.data, configs)
+        check_sizes(config, configs)
     source = open_source(config.data, config.model.cache_dir)
     regularisation, validation = open_regularisation(config.data), open_validation(config.data)
     output = OutputFolder(config.run.output_dir, "lpl train")

@@ -47,7 +47,8 @@ class Item(NamedTuple):
     """Number of the sample."""
     part: int
     """The bin it is in."""
-    timestep: int
+    level: Tensor
+    """Scalar, the noise level."""
 
 
 class HeldOutLoss:
@@ -63,7 +64,7 @@ class HeldOutLoss:
 
     def __init__(self, accelerator: Accelerator, data: TrainingData, step_loss: TrainingStep, batch_size: int) -> None:
         self.accelerator, self.data, self.step, self.seed = accelerator, data, step_loss, step_loss.seed
-        self.edges = bin_edges(len(step_loss.alpha))
+        self.edges = bin_edges(step_loss.schedule.num_timesteps)
         held = sorted(data.split.held_out.tolist(), key=lambda index: (int(data.buckets[index]), index))
         self.items = [self._item(index, k) for index in held for k in range(len(self.edges) - 1)]
         places = range(len(self.items))
@@ -74,7 +75,7 @@ class HeldOutLoss:
             self.batches += [own[first : first + batch_size] for first in range(0, len(own), batch_size)]
         self.gated = torch.zeros(len(self.items), dtype=torch.bool)
         if step_loss.objective is not None:
-            self.gated = step_loss.objective.gate.table[torch.tensor([item.timestep for item in self.items])]
+            self.gated = step_loss.objective.gate.opens(torch.stack([item.level for item in self.items]))
             if not self.gated.any():
                 logger.warning(
                     "validation says nothing of LPL: none of its %d timesteps passes the gate %s; hold out more images",
@@ -85,7 +86,7 @@ class HeldOutLoss:
     def _item(self, index: int, k: int) -> Item:
         low, high = self.edges[k], self.edges[k + 1]
         drawn = keyed_uniform(self.seed, "validation_timestep", self.data.samples[index].id, k)
-        return Item(index, k, low + int(drawn * (high - low)))
+        return Item(index, k, self.step.schedule.at([low + drawn * (high - low)])[0])
 
     @torch.no_grad()
     def measure(self, denoiser: Any, proceed: Callable[[], None] = lambda: None) -> dict[str, Any]:
@@ -119,11 +120,11 @@ class HeldOutLoss:
         """(2, B): diffusion loss and LPL (0 where the gate is shut) of a batch."""
         step, items = self.step, [self.items[place] for place in places]
         batch = self.data.batch([(item.sample, item.part) for item in items], fixed=True)
-        timesteps = torch.tensor([item.timestep for item in items])
+        levels = torch.stack([item.level for item in items])
         shape = tuple(batch.raw_latents.shape[1:])
         keys = zip(batch.sample_ids, batch.counts, strict=True)
         noise = torch.stack([draw_normal(shape, self.seed, "validation_noise", *key) for key in keys])
-        inputs = step.denoise(denoiser, batch, noise, timesteps, self.accelerator.device)
+        inputs = step.denoise(denoiser, batch, noise, levels, self.accelerator.device)
         diffusion = diffusion_loss(inputs.model_output, inputs.target, mask=inputs.mask)
         losses = torch.stack([diffusion, torch.zeros_like(diffusion)])
         for n in self.gated[places].nonzero().flatten().tolist():  # each alone: norm `batch` is to see no other

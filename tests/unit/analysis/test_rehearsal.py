@@ -78,7 +78,7 @@ def test_denoiser_counts_as_a_real_one(model: Path, flags: str) -> None:
     timesteps, sizes = torch.zeros(2, dtype=torch.long), torch.zeros(2, 6)
     with StepCounter() as counter:
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            output = plan_of.denoise(denoiser, latents, timesteps, text, sizes)
+            output = plan_of.denoise(denoiser, latents, timesteps, text, {"sizes": sizes})
         loss = diffusion_loss(output.float(), latents).mean()
         close = 0.01 if half else 0  # a kernel's statistics may have another precision than its description says
         assert (found.forward, found.kept) == pytest.approx((counter.peak, counter.live), rel=close)

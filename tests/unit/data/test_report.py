@@ -306,7 +306,7 @@ def test_draws_are_those_of_training(folder: Path, encode: Any, encoder: Any) ->
     for step in range(8):
         batch, own = trained.batch(survey.order.batch(step)), [draw for draw in draws if draw.step == step]
         assert [(draw.row.id, draw.count) for draw in own] == list(zip(batch.sample_ids, batch.counts, strict=True))
-        assert [list(draw.crop.size_conditioning) for draw in own] == batch.sizes.tolist()
+        assert [list(draw.crop.size_conditioning) for draw in own] == batch.extra["sizes"].tolist()
         text = encoder.encode_text([draw.caption for draw in own])
         assert torch.equal(batch.text["prompt_embeds"], text["prompt_embeds"])
 

@@ -138,7 +138,7 @@ def test_weights_every_so_many_steps_and_the_final_ones(train: Any, choice: str,
 
 
 def test_both_kinds_are_shown_whatever_is_final(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sdxl, "SAMPLING_STEPS", 1)
+    monkeypatch.setattr(sdxl.SDXL, "steps", 1)
     shown: list[dict[str, Any]] = []
     original = sdxl.SDXL.sample
 

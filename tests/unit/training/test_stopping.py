@@ -111,7 +111,7 @@ def test_minutes_run_out(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_signal_while_images_are_drawn_draws_them_the_next_time(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sdxl, "SAMPLING_STEPS", 3)
+    monkeypatch.setattr(sdxl.SDXL, "steps", 3)
     options = OPTIONS | {"validation_prompt": "a pattern", "validation_steps": 2, "num_validation_images": 1}
     whole = train(**options, output="whole")
     original, calls = sdxl.SDXL.sample, []

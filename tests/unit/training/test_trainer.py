@@ -30,7 +30,7 @@ def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 @pytest.fixture
 def quick_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sdxl, "SAMPLING_STEPS", 2)
+    monkeypatch.setattr(sdxl.SDXL, "steps", 2)
 
 
 def unet_output(unet: Any, width: int = 24) -> torch.Tensor:

@@ -165,16 +165,16 @@ class Check:
 
     def _denoiser_precision(self, encoded: Encoded) -> dict[str, Any]:
         count = min(PRECISION_IMAGES, len(encoded))
-        total = len(self.step.alpha)
+        schedule = self.step.schedule
 
         def run(denoiser: Any, dtype: torch.dtype) -> list[torch.Tensor]:
             autocast = None if dtype == torch.float32 else dtype
             step = TrainingStep(self.family, self.config.diffusion, None, self.config.run.seed, autocast)
             outputs = []
             for n in range(count):
-                timesteps = torch.tensor([total * (2 * n + 1) // (2 * count)])
+                level = schedule.at([schedule.num_timesteps * (2 * n + 1) // (2 * count)])
                 batch = encoded.batch([n], 0)
-                outputs.append(levels.estimate(step, denoiser, batch, timesteps, self.device).model_output)
+                outputs.append(levels.estimate(step, denoiser, batch, level, self.device).model_output)
             return outputs
 
         own, why = self.step.autocast, self.no_float32
@@ -213,7 +213,7 @@ class Check:
             "p_gate": self.objective.p_gate,
             "layers": levels.layer_rows(measured, self.objective.loss_fn),
             "gradients": levels.gradient_rows(measured),
-            "suggestion": suggestion(measured, self.objective.gate, family.noise_scheduler, step.probabilities, config),
+            "suggestion": suggestion(measured, self.objective.gate, config),
             "estimates": {"name": encoded.pictures[shown].name, "file": ESTIMATES},
             "maps": self._maps(encoded, shown, losses.decoded[shown]),
         }
@@ -226,7 +226,7 @@ class Check:
     @torch.no_grad()
     def _maps(self, encoded: Encoded, shown: int, reconstructed: torch.Tensor) -> list[dict[str, Any]]:
         """Draws a typical picture's estimates and maps: inside the gate, and outside it if anything is."""
-        gate, total = self.objective.gate.table, len(self.step.alpha)
+        gate, schedule = self.objective.gate.table, self.step.schedule
         picture = encoded.pictures[shown]
         name = printable(picture.id)
         decode, space = self.family.vae.decode, self.step.latent_space
@@ -234,11 +234,11 @@ class Check:
         rows = []
         within, without = (part.nonzero().flatten() for part in (gate, ~gate))
         mapped = [int(part[len(part) // 2]) for part in (within, without) if len(part)]
-        edges = bin_edges(total)
+        edges = bin_edges(schedule.num_timesteps)
         centres = [(low + high) // 2 for low, high in pairwise(edges)]
         loss_fn = self.objective.loss_fn.uncropped()
         for t in sorted({*centres, *mapped}):
-            seen = levels.estimate(self.step, self.denoiser, encoded.batch([shown], 0), torch.tensor([t]), self.device)
+            seen = levels.estimate(self.step, self.denoiser, encoded.batch([shown], 0), schedule.at([t]), self.device)
             if self.step.prediction_type == "epsilon" and float(seen.alpha) == 0:
                 continue
             pred = seen.x0(self.step.prediction_type)
