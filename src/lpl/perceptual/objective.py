@@ -10,7 +10,7 @@ is lpl_weight / p_gate. Differs from the diffusers project: that divides by the 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -254,14 +254,16 @@ class PerceptualObjective:
             # LPL's is 0 unless samples pass: the share is one of means over all samples.
             metrics |= {"diffusion/gradient_square": diffusion_square / max(size, 1), "lpl/gradient_square": 0.0}
         spread, decoded = None, passed
-        if gated and self.lpl_budget is not None:
+        if self.lpl_budget is not None:
             spread = self._spread(passed, alpha, sigma, latents, draws)
+            assert self.budget is not None
             decoded = passed[spread.decoded]
+            metrics |= {"lpl/cost": self.budget.cost_of(spread) / max(size, 1), "lpl/loss": 0.0}
         if not len(decoded):
             metrics["lpl/weighted_loss"] = 0.0
             if self.auto is not None and diffusion_square is not None:
                 self.auto.measure(torch.zeros_like(diffusion_square), diffusion_square, 0, step)
-            if spread is not None and self.budget is not None:
+            if spread is not None and self.budget is not None and torch.is_grad_enabled():
                 self.budget.measure(spread, model_output.new_zeros(0))
             return PerceptualTerm(torch.zeros((), device=model_output.device), metrics, 0)
 
@@ -283,7 +285,6 @@ class PerceptualObjective:
         else:
             spread = spread.first(len(chosen))
             out = compare_spread(self.loss_fn, pred, latents[index], mask, windows, spread)
-            metrics["lpl/cost"] = self.budget.cost_of(spread) / size
         acts = self.auto is not None or bool(weight)
         gradient = gradient_of(out, pred, acts and (self._measuring or self._first.is_open("gradient")))
         loss = weight * (coefficient * out.per_sample).sum()
@@ -295,19 +296,20 @@ class PerceptualObjective:
             metrics |= counts
             if self._first.due("gradient"):
                 PerceptualTerm(loss, counts, len(chosen)).read()
-        if gradient is not None and diffusion_square is not None:
+        measures = self.budget is not None and not self.budget.fixed
+        if gradient is not None and (diffusion_square is not None or measures):
             sensitivity = output_sensitivity(alpha, sigma, self.prediction_type)
             factor = coefficient * sensitivity.to(index.device, non_blocking=True)
             squares = (expand(factor, gradient) * gradient).float().square()
             if spread is not None and self.budget is not None:
-                squares = squares.flatten(1).sum(1) * spread.reach[:, 0].to(
-                    squares
-                )  # what is divided by p counts with p
+                decoded_with = spread.reach[:, 0].to(squares)
+                squares = squares.flatten(1).sum(1) * decoded_with  # what is divided by p counts with p
                 self.budget.measure(spread, squares)
             unit_square = squares.sum() * size**2
-            metrics["lpl/gradient_square"] = unit_square * weight**2 / size
-            if self.auto is not None:
-                self.auto.measure(unit_square, diffusion_square, len(decoded), step)
+            if diffusion_square is not None:
+                metrics["lpl/gradient_square"] = unit_square * weight**2 / size
+                if self.auto is not None:
+                    self.auto.measure(unit_square, diffusion_square, len(decoded), step)
         return PerceptualTerm(loss, metrics, len(chosen))
 
     def weight_at(self, step: int | None) -> Tensor | float:
@@ -321,13 +323,27 @@ class PerceptualObjective:
         if self.budget is not None:
             self.budget.end_step(reduce)
 
+    def discard_step(self) -> None:
+        """Forgets what the optimizer step under way has measured; instead of end_step() where the step is left out."""
+        for measured in (self.auto, self.budget):
+            if measured is not None:
+                measured.discard_step()
+
+    def count(self, shape: Sequence[int]) -> None:
+        """Counts what lpl_budget spends for a sample's latents of this shape, (C, *space); else the first call does.
+
+        Raises:
+            ValueError: step_flops is not set, or not a positive number.
+        """
+        if self.lpl_budget is not None and self.budget is None:
+            if self.step_flops is None:
+                raise ValueError(f"lpl_budget {self.lpl_budget} is a share of a training step: pass step_flops=")
+            self.budget = Budget(self.lpl_budget, self.step_flops, tap_flops(self.loss_fn, shape), self.p_gate)
+
     def _spread(self, passed: Tensor, alpha: Tensor, sigma: Tensor, latents: Tensor, draws: Tensor | None) -> Spread:
         """Which gated samples are decoded, and how deep."""
-        if self.budget is None:
-            if self.step_flops is None or self.lpl_budget is None:
-                raise ValueError(f"lpl_budget {self.lpl_budget} is a share of a training step: pass step_flops=")
-            costs = tap_flops(self.loss_fn, latents.shape[1:])
-            self.budget = Budget(self.lpl_budget, self.step_flops, costs, self.p_gate)
+        self.count(latents.shape[1:])
+        assert self.budget is not None
         if draws is None:
             draws = torch.rand(len(alpha), generator=keyed_generator(self.seed, "lpl_budget", self._calls))
             self._calls += 1
