@@ -163,8 +163,8 @@ class LPLConfig(Options):
     """Stop each step at a random depth of the decoder, terms divided by the chance of reaching them: unbiased, cheaper,
     noisier."""
     lpl_budget: float | None = option(None, above=0)
-    """What LPL costs on average, as a share of a step without it (0.1: a tenth): which gated samples are decoded, and how
-    deep, is drawn, and terms are divided by the chance: the same gradient on average, noisier. Unset: all of them."""
+    """What LPL costs on average, as a share of a step without it (0.1: a tenth): which gated samples are decoded, and
+    how deep, is drawn, and terms are divided by the chance: the same gradient on average, noisier. Unset: all."""
     lpl_warmup_steps: int = option(0, least=0)
     """Optimizer steps over which LPL's weight rises linearly, from --lpl_start on; auto measures without this ramp."""
 
