@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -82,7 +83,7 @@ class StepCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        out = _run(func, args, kwargs)
         if func.namespace == "prim":  # a question about a tensor, no operation
             return out
         new = {id(storage): storage for storage in _storages((out,)) if id(storage) not in self._known}
@@ -106,6 +107,39 @@ class StepCounter(TorchDispatchMode):
     def _remove(self, key: int, size: int) -> None:
         self.live -= size
         del self._known[key]
+
+
+_forms: dict[Any, tuple[Any, list[Any]]] = {}
+"""Of what operations returned on the meta device: its type, and shape, stride and dtype of each tensor."""
+
+
+def _run(func: Any, args: Any, kwargs: Any) -> Any:
+    """What an operation returns; on the meta device derived once for all inputs of one form, as that takes torch long."""
+    if not _makes_tensors(func):
+        return func(*args, **kwargs)
+    key = func, _form(args), _form([*kwargs.items()])
+    if key not in _forms:
+        out = func(*args, **kwargs)
+        tensors = out if isinstance(out, tuple) else (out,)
+        if all(type(t) is Tensor and t.is_meta for t in tensors):
+            _forms[key] = type(out), [(t.shape, t.stride(), t.dtype) for t in tensors]
+        return out
+    kind, forms = _forms[key]
+    made = (aten.empty_strided(size, stride, dtype=dtype, device="meta") for size, stride, dtype in forms)
+    return tuple(made) if kind is tuple else next(made)
+
+
+@cache
+def _makes_tensors(func: Any) -> bool:
+    """Whether an operation returns new tensors and changes none."""
+    results = func._schema.returns
+    return not func._schema.is_mutable and all(r.alias_info is None and str(r.type) == "Tensor" for r in results)
+
+
+def _form(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.device
+    return tuple(map(_form, value)) if isinstance(value, (list, tuple)) else (type(value), value)
 
 
 def _storages(values: Any) -> Iterator[Any]:

@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import platform
 import subprocess
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -273,6 +274,7 @@ def environment() -> dict[str, Any]:
     return {**found, "git": _git_state()}
 
 
+@cache
 def _git_state() -> str | None:
     folder = str(Path(__file__).parent)
 
