@@ -39,6 +39,9 @@ def described_once(f: Any, **given: Any) -> Any:
 tyro._parsers.ParserSpecification.from_callable_or_type = staticmethod(described_once)  # type: ignore[method-assign]
 
 
+os.fsync = lambda _: None  # tests kill processes, and take no computer its power
+
+
 class Run(NamedTuple):
     """One call of `lpl train`."""
 

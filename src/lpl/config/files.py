@@ -265,6 +265,7 @@ def _same_path(facts: Facts, old: Any, new: Any) -> bool:
     return are_paths and Path(new).exists() and Path(old).expanduser().resolve() == Path(new).resolve()
 
 
+@cache
 def environment() -> dict[str, Any]:
     """Versions of what a run stands on, and the git state of this package where it runs from a checkout."""
     found = {"python": platform.python_version()}
@@ -274,7 +275,6 @@ def environment() -> dict[str, Any]:
     return {**found, "git": _git_state()}
 
 
-@cache
 def _git_state() -> str | None:
     folder = str(Path(__file__).parent)
 
