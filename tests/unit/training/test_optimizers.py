@@ -230,7 +230,10 @@ RUNS = {
     "schedulefree_adamw": {"optimizer": "schedulefree_adamw", "lr_warmup_steps": 2},
     "package.Class": {"optimizer": "odd_optimizers.Odd", "optimizer_args": "twist=2.0"},
     "torch.optim.NAdam": {
-        "optimizer": "torch.optim.NAdam", "use_ema": True, "lr_scheduler": "cosine", "rank": 2,
+        "optimizer": "torch.optim.NAdam",
+        "use_ema": True,
+        "lr_scheduler": "cosine",
+        "rank": 2,
     },  # fmt: skip,
 }
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
-from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lpl.families.sdxl as sdxl
