@@ -114,7 +114,7 @@ _forms: dict[Any, tuple[Any, list[Any]]] = {}
 
 
 def _run(func: Any, args: Any, kwargs: Any) -> Any:
-    """What an operation returns; on the meta device derived once for all inputs of one form, as that takes torch long."""
+    """What an operation returns; on the meta device, where torch takes long, derived once for all inputs of a form."""
     if not _makes_tensors(func):
         return func(*args, **kwargs)
     key = func, _form(args), _form([*kwargs.items()])

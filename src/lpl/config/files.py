@@ -17,18 +17,14 @@ from lpl.base.errors import UserError, on_one_line
 from lpl.base.files import write_atomically
 from lpl.base.json_files import REST, Shape, require_shape, whole
 from lpl.base.text import read_text
-from lpl.base.written_files import PLAIN
 from lpl.config import Facts, TrainConfig, declared
 from lpl.config.checks import check_path, check_text
 from lpl.config.loss import GATES, acting
+from lpl.config.run_folder import CONFIG_FILE, PLAIN
 from lpl.presets import preset_text, presets
 
 RECORD = "environment"
 """Key of config.yaml that holds versions and git state; it is read over."""
-
-CONFIG_FILE = "config.yaml"
-DATA_REPORT, CHECK_REPORT = "data-report", "check-report"
-"""Folders of --output_dir that `lpl data` and `lpl check` write to; training images are in them: never published."""
 
 EMPTY = ("null", "~", "")
 """How YAML says None."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image, ImageFont, PngImagePlugin, features
 
@@ -138,6 +139,13 @@ def cells_note(cells: Sequence[Cell]) -> PngImagePlugin.PngInfo:
     note = PngImagePlugin.PngInfo()
     note.add_text(KEY, json.dumps([cell._asdict() for cell in cells]))
     return note
+
+
+def png_of(picture: Image.Image, cells: Sequence[Cell] = (), **options: Any) -> bytes:
+    """A PNG file that notes the cells, if there are any; options are Pillow's."""
+    file = io.BytesIO()
+    picture.save(file, "PNG", pnginfo=cells_note(cells) if cells else None, **options)
+    return file.getvalue()
 
 
 def read_cells(path: Path) -> list[Cell]:

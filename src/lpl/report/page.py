@@ -38,7 +38,7 @@ from lpl.report.findings import (
 )
 from lpl.report.pictures import build_gallery
 from lpl.report.plots import Table, short, signed
-from lpl.report.run_folder import training_clock
+from lpl.report.runs import training_clock
 from lpl.report.sources import Group, Inputs, Result, read_inputs
 
 GENERATOR, HEAD = b'<meta name="generator" content="lpl ', 4096
