@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import nullcontext
-from functools import cache
 from typing import Any
 
 import torch
@@ -109,31 +108,22 @@ class StepCounter(TorchDispatchMode):
         del self._known[key]
 
 
-_forms: dict[Any, tuple[Any, list[Any]]] = {}
-"""Of what operations returned on the meta device: its type, and shape, stride and dtype of each tensor."""
+_made: dict[Any, list[Any]] = {}
+"""Shape, stride and dtype of what operations return on the meta device, where torch takes long to derive them."""
 
 
 def _run(func: Any, args: Any, kwargs: Any) -> Any:
-    """What an operation returns; on the meta device, where torch takes long, derived once for all inputs of a form."""
-    if not _makes_tensors(func):
-        return func(*args, **kwargs)
-    key = func, _form(args), _form([*kwargs.items()])
-    if key not in _forms:
+    """What an operation returns; one that makes new tensors on the meta device is asked once for inputs of one form."""
+    key, returns = (func, _form(args), _form([*kwargs.items()])), func._schema.returns
+    if key not in _made:
         out = func(*args, **kwargs)
         tensors = out if isinstance(out, tuple) else (out,)
-        if all(type(t) is Tensor and t.is_meta for t in tensors):
-            _forms[key] = type(out), [(t.shape, t.stride(), t.dtype) for t in tensors]
+        is_new = not func._schema.is_mutable and all(each.alias_info is None for each in returns)
+        if is_new and all(type(t) is Tensor and t.is_meta for t in tensors):
+            _made[key] = [(t.shape, t.stride(), t.dtype) for t in tensors]
         return out
-    kind, forms = _forms[key]
-    made = (aten.empty_strided(size, stride, dtype=dtype, device="meta") for size, stride, dtype in forms)
-    return tuple(made) if kind is tuple else next(made)
-
-
-@cache
-def _makes_tensors(func: Any) -> bool:
-    """Whether an operation returns new tensors and changes none."""
-    results = func._schema.returns
-    return not func._schema.is_mutable and all(r.alias_info is None and str(r.type) == "Tensor" for r in results)
+    made = [aten.empty_strided(size, stride, dtype=dtype, device="meta") for size, stride, dtype in _made[key]]
+    return tuple(made) if len(returns) > 1 else made[0]
 
 
 def _form(value: Any) -> Any:

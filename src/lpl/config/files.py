@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from lpl.base.errors import UserError, on_one_line
-from lpl.base.files import write_atomically
+from lpl.base.files import write_output
 from lpl.base.json_files import REST, Shape, require_shape, whole
 from lpl.base.text import read_text
 from lpl.config import Facts, TrainConfig, declared
@@ -211,10 +211,7 @@ def write_config(config: TrainConfig, folder: Path, processes: int = 1) -> None:
     stated = config.flat() | {key: value for key, value in acting(config.flat()).items() if key in GATES}
     options = {name: value for name, value in stated.items() if declared()[name].recorded}
     text = yaml.safe_dump(options | {RECORD: environment() | {"processes": processes}}, sort_keys=False)
-    try:
-        write_atomically(folder / CONFIG_FILE, text.encode())
-    except OSError as error:
-        raise UserError(f"--output_dir {folder}: cannot be written ({error.strerror})") from error
+    write_output(folder / CONFIG_FILE, text.encode(), f"--output_dir {folder}")
 
 
 def is_config_of_run(path: Path) -> bool:

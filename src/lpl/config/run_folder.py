@@ -51,6 +51,8 @@ MANIFEST, STATE = "manifest.json", "state.json"
 CHECKPOINT, NONFINITE = "checkpoint-", "nonfinite-step-"
 """How names begin that end with a step: of checkpoints, and of files about a step that was not finite."""
 PATTERN = re.compile(rf"{CHECKPOINT}(\d+)")
+UNPUBLISHED = (f"{CHECKPOINT}*", f"{SAVED}-*", ".tmp-*", ".lpl*", f"{DATA_REPORT}/*", f"{CHECK_REPORT}/*", BAD_FILES)
+"""What of a run does not go to the Hub."""
 # Results, and the page about them.
 RESULT_FILES = {"eval": "eval.json", "check": "check.json", "compare": "compare.json"}
 EVAL_FILE, CHECK_FILE, COMPARE_FILE = RESULT_FILES.values()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lpl.base.errors import UserError
-from lpl.base.files import alone_in, write_atomically
+from lpl.base.files import ELSEWHERE, alone_in, write_atomically, writing
 from lpl.base.json_files import as_json, object_in
 from lpl.base.output_folder import Names, OutputFolder
 from lpl.base.terminal import columns, labelled
@@ -154,7 +154,7 @@ def make_report(
 def _write_report(
     config: TrainConfig, source: Source, regularisation: Source | None, folder: Path, num_shown: int
 ) -> tuple[str, UserError | None]:
-    try:
+    with writing(f"--output_dir {config.run.output_dir}: {folder}", ELSEWHERE):
         for name in (DATA_FILE, DRAWS, CROPPED):
             (folder / name).unlink(missing_ok=True)
         survey = read_through(config, source, regularisation, folder / BAD_FILES, processes())
@@ -168,10 +168,5 @@ def _write_report(
         for name, picture in pictures.items():
             write_atomically(folder / name, png_of(picture))
         write_atomically(folder / DATA_FILE, as_json(found))
-    except OSError as error:
-        raise UserError(
-            f"--output_dir {config.run.output_dir}: {folder} cannot be written ({error.strerror}): make room there, or "
-            "name another folder"
-        ) from error
     files = [folder / name for name in (DATA_FILE, *pictures)]
     return text(found, files, folder / BAD_FILES), survey.fault

@@ -14,18 +14,7 @@ from lpl.base.errors import TrainingStoppedError, UserError, on_one_line
 from lpl.base.output_folder import OutputFolder
 from lpl.base.tensor_file import write_tensors
 from lpl.config import TrainConfig
-from lpl.config.run_folder import (
-    BAD_FILES,
-    CHECK_REPORT,
-    CHECKPOINT,
-    CONFIG_FILE,
-    DATA_REPORT,
-    FINISHED,
-    RESULT,
-    SAMPLES,
-    SAVED,
-    WEIGHTS,
-)
+from lpl.config.run_folder import CONFIG_FILE, FINISHED, RESULT, SAMPLES, SAVED, UNPUBLISHED, WEIGHTS
 from lpl.training.weights import Weights
 
 ALL_WEIGHTS = "a folder for diffusers; `lpl export` makes the file for ComfyUI, A1111 and Forge"
@@ -136,16 +125,7 @@ def push(config: TrainConfig, repository: str) -> None:
         repo_id=repository,
         folder_path=folder,
         commit_message="End of training",
-        ignore_patterns=[
-            f"{CHECKPOINT}*",
-            f"{SAVED}-*",
-            ".tmp-*",
-            ".lpl*",
-            f"{config.logging.logging_dir}/*",
-            f"{DATA_REPORT}/*",
-            f"{CHECK_REPORT}/*",
-            BAD_FILES,
-        ],
+        ignore_patterns=[*UNPUBLISHED, f"{config.logging.logging_dir}/*"],
         token=config.logging.hub_token,
     )
 

@@ -19,7 +19,7 @@ from lpl.analysis.check.maps import draw_estimates, draw_maps, layer_maps
 from lpl.analysis.check.suggest import suggestion
 from lpl.analysis.check.table import faults_of, table, verdict_of, warnings_of
 from lpl.base.errors import UserError
-from lpl.base.files import alone_in, write_atomically
+from lpl.base.files import ELSEWHERE, alone_in, write_atomically, writing
 from lpl.base.json_files import as_json
 from lpl.base.output_folder import Names, OutputFolder, kind_of
 from lpl.config.commands import FEWEST, CheckConfig, ReportConfig
@@ -55,7 +55,7 @@ def run_check(options: CheckConfig) -> None:
     output.check(names, is_old)
     with alone_in(folder):
         output.check(names, is_old)
-        try:
+        with writing(f"--output_dir {output.given}: {folder}", ELSEWHERE):
             output.claim(names, is_old)
             for old in (folder / CHECK_FILE, *(folder / MAPS).glob("*-t????.png")):
                 old.unlink(missing_ok=True)
@@ -63,11 +63,6 @@ def run_check(options: CheckConfig) -> None:
                 (folder / name).unlink(missing_ok=True)
             found = Check(checked, options.num_images, folder).run()
             write_atomically(folder / CHECK_FILE, as_json(_plain(found)))
-        except OSError as error:
-            raise UserError(
-                f"--output_dir {options.train.run.output_dir}: {folder} cannot be written ({error.strerror}): make "
-                "room there, or name another folder"
-            ) from error
         from lpl.report.page import write_report
 
         page = write_report(ReportConfig((str(folder),)), announce=False)
