@@ -15,7 +15,7 @@ from lpl.config.run_folder import damage, read_finished, read_result, read_rows
 from lpl.report.page import render
 from lpl.report.sources import Inputs, read_inputs
 
-ORIGINALS = Path(__file__).parents[2] / "fuzz" / "originals"
+ORIGINALS = Path(__file__).parents[1] / "fuzz" / "originals"
 MISSING = object()
 
 
