@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lpl.config import TrainConfig
-from lpl.config.files import CONFIG_FILE
+from lpl.config.run_folder import CONFIG_FILE, NONFINITE
 from lpl.data.dataset import Batch
 
 logger = logging.getLogger("lpl")
@@ -85,7 +85,7 @@ class FiniteGuard:
         run = self._config.run
         stops = run.on_nonfinite == "stop" or self.skips >= run.max_skips
         suffix = f"-process-{rank}" if rank else ""
-        path = Path(run.output_dir) / f"nonfinite-step-{step}{suffix}.safetensors"
+        path = Path(run.output_dir) / f"{NONFINITE}{step}{suffix}.safetensors"
         numbers = {"fault": fault, "gradient_norm": str(norm), "seed": run.seed, "config": CONFIG_FILE}
         kept = dump(path, step, self._seen, self._draw, numbers, stops)
         fault += f"; safetensors.torch.load_file('{path}') has its latents, noise, timesteps and texts" * kept
@@ -147,7 +147,7 @@ def dump(
     Returns:
         Whether it was written.
     """
-    if not always and len(list(path.parent.glob("nonfinite-step-*.safetensors"))) >= DUMPS:
+    if not always and len(list(path.parent.glob(f"{NONFINITE}*.safetensors"))) >= DUMPS:
         return False
     tensors: dict[str, Tensor] = {}
     samples = []

@@ -6,8 +6,6 @@ eval mode and no gradient is taken, so training goes on as if there had been non
 
 from __future__ import annotations
 
-import io
-import json
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -24,13 +22,12 @@ from lpl.base.errors import StopRequestedError
 from lpl.base.files import write_atomically
 from lpl.base.terminal import progress
 from lpl.base.text import Prompt
-from lpl.base.written_files import VALIDATION, read_validated
 from lpl.config import TrainConfig
+from lpl.config.run_folder import SAMPLES, VALIDATION, read_rows, write_rows
 from lpl.data.dataset import TrainingData
-from lpl.data.sheets import KEY, cells_note
+from lpl.data.sheets import KEY, png_of
 from lpl.diffusion.draws import bin_edges, draw_normal, keyed_uniform
 from lpl.diffusion.losses import diffusion_loss
-from lpl.training.output import SAMPLES
 from lpl.training.sharded import forget_gathered
 from lpl.training.step import StepInputs, TrainingStep
 from lpl.training.stopping import Stop
@@ -238,9 +235,7 @@ class Validation:
             seeds = [seed for _, seed in self.images.jobs]
             grid = label_grid(pictures, self.images.prompts, f"step {step}", seeds)
             self._track(step, grid, pictures, self.images.prompts)
-            content = io.BytesIO()
-            grid.save(content, "PNG", pnginfo=cells_note(grid.info[KEY]))
-            write_atomically(image_file(self.folder, step), content.getvalue())
+            write_atomically(image_file(self.folder, step), png_of(grid, grid.info[KEY]))
 
     def _track(
         self, step: int, grid: Image.Image, pictures: dict[str, list[Image.Image]], prompts: Sequence[Prompt]
@@ -272,24 +267,3 @@ def scalars(row: dict[str, Any]) -> dict[str, float]:
             found[prefix] = row[name]
             found |= {f"{prefix}/bin_{k}": v for k, v in enumerate(row[f"{name}_bins"]) if v is not None}
     return found
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a validation.jsonl, none if there is no file.
-
-    Raises:
-        UserError: a line that is no row.
-    """
-    if not path.is_file():
-        return []
-    rows = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        if line.strip():
-            rows.append(read_validated(line, f"{path}, line {number}"))
-    return rows
-
-
-def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Replaces the rows, ordered by step; the file is whole at any moment."""
-    ordered = sorted(rows, key=lambda row: int(row["step"]))
-    write_atomically(path, "".join(json.dumps(row) + "\n" for row in ordered).encode())

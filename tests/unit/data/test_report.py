@@ -19,7 +19,7 @@ from PIL import Image
 
 from lpl.base.errors import UserError
 from lpl.config import DataConfig, ModelConfig, RunConfig, TrainConfig
-from lpl.data.bad_files import FILE as BAD_FILES
+from lpl.config.run_folder import BAD_FILES
 from lpl.data.report import make_report
 from lpl.data.sources import open_regularisation, open_source
 from lpl.data.survey import first_draws, look_again, read_through

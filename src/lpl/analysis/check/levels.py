@@ -136,10 +136,10 @@ def _measure_batch(
     objective, device = step.objective, seen.latents.device
     assert objective is not None
     pred = seen.x0(step.prediction_type)
-    _wait(device)
+    wait(device)
     started = time.perf_counter()
     out = loss_fn(pred, seen.latents, seen.mask)
-    _wait(device)
+    wait(device)
     found.lpl_seconds.append((time.perf_counter() - started) / len(numbers))
     snr = signal_to_noise(seen.alpha, seen.sigma)
     scale = snr_scale(snr, objective.snr_gamma) if objective.lpl_scale else torch.ones_like(snr)
@@ -152,7 +152,8 @@ def _measure_batch(
         found.outliers[tap, numbers, k] = out.outlier_fraction[name].double().cpu()
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
