@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler
+from diffusers import DDPMScheduler
 
 from lpl import LatentPerceptualLoss
 from lpl.demo.photographs import random_crops, to_tensor
@@ -34,7 +34,7 @@ SHARES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7)
 
 @torch.no_grad()
 def samples(pipeline):
-    """(bins, (N, taps) c_l, (N,) squared gradients of the diffusion loss) of gated samples of the demo's model."""
+    """(bins, (N, taps) c_l) of gated samples of the demo's model."""
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     schedule, loss_fn = schedule_of(scheduler), LatentPerceptualLoss(pipeline.vae)
     gated = Gate(schedule).table.nonzero().flatten()
@@ -60,8 +60,7 @@ def samples(pipeline):
             prefixes.append(expand(factor, gradient) * gradient)
         from_tap = [(prefixes[-1] - before).flatten(1).square().sum(1) for before in prefixes]
         c = torch.stack([a - b for a, b in pairwise(from_tap)], 1)
-        diffusion = (2 * (output - noise) / noise[0].numel()).flatten(1).square().sum(1)
-        found.append((bins_of(alpha, sigma), c, diffusion))
+        found.append((bins_of(alpha, sigma), c))
     return tuple(map(torch.cat, zip(*found, strict=True)))
 
 
@@ -102,37 +101,39 @@ def rules(share, step, costs, p_gate, shares, c):
     return found
 
 
-def draw(points, free):
+def draw(points):
     """The curves of SDXL's costs."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6.4, 4))
+    figure, axes = plt.subplots(figsize=(7, 4.4))
     for name in points[0]:
         cost, square = zip(*(p[name] for p in points), strict=True)
         axes.loglog(cost, square, marker="o", label=name)
-    axes.axhline(1, color="grey", linewidth=0.8)
-    axes.axhline(free, color="grey", linestyle=":", label="LPL and diffusion loss together, whole, at a share of 0.5")
+    axes.axhline(2, color="grey", linestyle=":", label="whole LPL and the diffusion loss\ntogether, at a share of 0.5")
+    for axis, ticks in ((axes.xaxis, SHARES), (axes.yaxis, (1, 2, 5, 10, 20, 50))):
+        axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.set_ticks([], minor=True)
     axes.set_xlabel("cost of LPL, whole loss = 1")
-    axes.set_ylabel("mean squared gradient of a sample, whole loss = 1")
-    axes.legend()
+    axes.set_ylabel("mean squared gradient, whole loss = 1")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
     figure.tight_layout()
     figure.savefig(DOCS / "budget.png", dpi=120)
 
 
 def main():
     pipeline = load_pipeline()
-    bins, c, diffusion = samples(pipeline)
+    bins, c = samples(pipeline)
     shares, squares = by_bin(bins, c)
-    with torch.device("meta"):
-        shape = (4, 128, 128)
     costs = {
-        "SDXL, 1024 px": (SDXL_STEP, tap_flops(LatentPerceptualLoss(sdxl_vae("meta")), shape)),
+        "SDXL, 1024 px": (SDXL_STEP, tap_flops(LatentPerceptualLoss(sdxl_vae("meta")), (4, 128, 128))),
         "the demo, 64 px": (None, tap_flops(LatentPerceptualLoss(pipeline.vae), (16, 8, 8))),
     }
     p_gate = Gate(schedule_of(DDPMScheduler.from_config(pipeline.scheduler.config))).probability(None)
-    print(f"gate passes {p_gate:.3f}; c_l / sum: {' '.join(f'{x:.2f}' for x in squares.T @ shares / (shares @ squares.sum(1)))}")
-    print(f"squared gradient, largest sample's / mean: LPL {c.sum(1).max() / c.sum(1).mean():.1f}, diffusion {diffusion.max() / diffusion.mean():.1f}")
-    print("\n| costs of | share of the step | rule | cost, whole = 1 | mean square, whole = 1 | product |\n|---|---|---|---|---|---|")
+    layers = squares.T @ shares / (shares @ squares.sum(1))
+    print(f"gate passes {p_gate:.3f}; c_l / sum: {' '.join(f'{x:.2f}' for x in layers)}\n")
+    print("| costs of | share of the step | rule | cost, whole = 1 | mean square, whole = 1 | product |")
+    print("|---|---|---|---|---|---|")
     for name, (step, taps) in costs.items():
         step = step or p_gate * sum(taps)
         points = []
@@ -142,7 +143,7 @@ def main():
                 for rule, (cost, square) in points[-1].items():
                     print(f"| {name} | {share} | {rule} | {cost:.3f} | {square:.2f} | {cost * square:.2f} |")
         if "SDXL" in name:
-            draw(points, 2.0)
+            draw(points)
 
 
 if __name__ == "__main__":
