@@ -55,6 +55,8 @@ class Distribution(NamedTuple):
     """Strategy, multiplier, portion, begin and end: see timestep_probabilities."""
     shift: float | Literal["resolution"] = 1.0
     """Of a flow: above 1 draws more noise; by the number of latent cells, see Flow.dynamic_shift."""
+    cells: int = 1
+    """h * w of a run's usual latents, for a shift by resolution."""
 
 
 UNIFORM = Distribution()
@@ -75,6 +77,10 @@ class Schedule(Protocol):
     def is_flow(self) -> bool:
         """Whether levels are sigma, not integer timesteps."""
 
+    @property
+    def shift(self) -> float | Literal["resolution"]:
+        """The model's own, of flow matching: see Distribution."""
+
     def drawing(self, distribution: Distribution) -> Schedule:
         """The same schedule with levels drawn from a distribution.
 
@@ -82,11 +88,11 @@ class Schedule(Protocol):
             ValueError: a distribution that this kind of schedule has not, or with nothing left to draw.
         """
 
-    def levels(self, quantiles: Sequence[float], cells: int = 1) -> Tensor:
+    def levels(self, quantiles: Sequence[float], cells: int | None = None) -> Tensor:
         """The levels, (B,), int64 or float64, at quantiles in [0, 1) of the distribution.
 
         Args:
-            cells: h * w of the latents, for a shift by resolution.
+            cells: h * w of the latents, for a shift by resolution; None: the usual ones'.
         """
 
     def at(self, timesteps: Sequence[float]) -> Tensor:
@@ -98,11 +104,11 @@ class Schedule(Protocol):
     def alpha_sigma(self, levels: Tensor) -> tuple[Tensor, Tensor]:
         """The coefficients of noisy latents, (B,) float64 each."""
 
-    def probability(self, passes: Passes, cells: int = 1) -> float:
+    def probability(self, passes: Passes) -> float:
         """The probability that a drawn level passes."""
 
-    def density(self, levels: Tensor, cells: int = 1) -> Tensor:
-        """The probability per timestep at levels, any shape, float64."""
+    def density(self, levels: Tensor) -> Tensor:
+        """The probability per timestep at levels of any shape, float64; for a schedule that `drawing` made."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,19 +126,20 @@ class Discrete:
     weights: Tensor
 
     is_flow = False
+    shift = 1.0
 
     @property
     def num_timesteps(self) -> int:
         return len(self.alpha)
 
     def drawing(self, distribution: Distribution) -> Discrete:
-        name, mean, std, _, bias, shift = distribution
+        name, mean, std, _, bias, shift, _ = distribution
         if shift != 1:
             raise ValueError(f"a shift of {shift} is for flow matching, not for a discrete schedule")
         weights = timestep_probabilities(self.num_timesteps, *bias, name, mean, std)
         return replace(self, weights=weights)
 
-    def levels(self, quantiles: Sequence[float], cells: int = 1) -> Tensor:
+    def levels(self, quantiles: Sequence[float], cells: int | None = None) -> Tensor:
         cumulative = self.weights.cumsum(0)
         points = torch.tensor(quantiles, dtype=torch.float64) * cumulative[-1]
         return torch.searchsorted(cumulative, points, right=True).clamp(max=self.num_timesteps - 1)
@@ -146,11 +153,11 @@ class Discrete:
     def alpha_sigma(self, levels: Tensor) -> tuple[Tensor, Tensor]:
         return self.alpha[levels], self.sigma[levels]
 
-    def probability(self, passes: Passes, cells: int = 1) -> float:
+    def probability(self, passes: Passes) -> float:
         passed = passes(torch.arange(self.num_timesteps), self.alpha, self.sigma)
         return float(self.weights[passed].sum() / self.weights.sum())
 
-    def density(self, levels: Tensor, cells: int = 1) -> Tensor:
+    def density(self, levels: Tensor) -> Tensor:
         return self.weights[levels]
 
 
@@ -170,8 +177,12 @@ class Flow:
 
     is_flow = True
 
+    @property
+    def shift(self) -> float | Literal["resolution"]:
+        return self.distribution.shift
+
     def drawing(self, distribution: Distribution) -> Flow:
-        name, _, std, scale, bias, shift = distribution
+        name, _, std, scale, bias, shift, _ = distribution
         if name not in ("uniform", "logit_normal", "mode"):
             raise ValueError(f"unknown timestep distribution {name!r}")
         if not std > 0:
@@ -184,7 +195,7 @@ class Flow:
             raise ValueError(f"the timestep bias {bias[0]} is for a discrete schedule, not for flow matching")
         return replace(self, distribution=distribution)
 
-    def levels(self, quantiles: Sequence[float], cells: int = 1) -> Tensor:
+    def levels(self, quantiles: Sequence[float], cells: int | None = None) -> Tensor:
         return self._quantile(torch.tensor(quantiles, dtype=torch.float64), cells)
 
     def at(self, timesteps: Sequence[float]) -> Tensor:
@@ -197,34 +208,34 @@ class Flow:
         levels = levels.double()
         return 1 - levels, levels
 
-    def probability(self, passes: Passes, cells: int = 1) -> float:
-        return float(self._last(lambda sigma: passes(sigma, 1 - sigma, sigma), (), cells))
+    def probability(self, passes: Passes) -> float:
+        return float(self._last(lambda sigma: passes(sigma, 1 - sigma, sigma), ()))
 
-    def density(self, levels: Tensor, cells: int = 1) -> Tensor:
+    def density(self, levels: Tensor) -> Tensor:
         step = 1e-4  # a difference quotient, as mode has no distribution function in closed form
         above, below = (levels + step).clamp(max=1), (levels - step).clamp(min=0)
-        high, low = (self._last(at.ge, levels.shape, cells) for at in (above, below))
+        high, low = (self._last(at.ge, levels.shape) for at in (above, below))
         return (high - low) / (above - below) / self.num_timesteps
 
-    def _quantile(self, p: Tensor, cells: int) -> Tensor:
+    def _quantile(self, p: Tensor, cells: int | None = None) -> Tensor:
         """The levels, float64, at quantiles of any shape."""
-        name, mean, std, scale, _, shift = self.distribution
+        name, mean, std, scale, _, shift, usual = self.distribution
         u = p
         if name == "logit_normal":
             u = torch.sigmoid(mean + std * torch.special.ndtri(p))
         elif name == "mode":
             u = p - scale * (torch.sin(math.pi * p / 2).square() - p)
         slope, offset = self.dynamic_shift
-        s = math.exp(slope * cells + offset) if shift == "resolution" else shift
+        s = math.exp(slope * (usual if cells is None else cells) + offset) if shift == "resolution" else shift
         return s * u / (1 + (s - 1) * u)
 
-    def _last(self, passes: Callable[[Tensor], Tensor], shape: Sequence[int], cells: int) -> Tensor:
+    def _last(self, passes: Callable[[Tensor], Tensor], shape: Sequence[int]) -> Tensor:
         """The largest quantile whose level passes, to a rounding: levels rise with it."""
         low, high = torch.zeros(tuple(shape), dtype=torch.float64), torch.ones(tuple(shape), dtype=torch.float64)
-        high = torch.where(passes(self._quantile(high, cells)), 2.0, high)  # everything passes: low goes to 1
+        high = torch.where(passes(self._quantile(high)), 2.0, high)  # everything passes: low goes to 1
         for _ in range(BISECTIONS):
             middle = (low + high) / 2
-            passed = passes(self._quantile(middle.clamp(max=1), cells))
+            passed = passes(self._quantile(middle.clamp(max=1)))
             low, high = torch.where(passed, middle, low), torch.where(passed, high, middle)
         return low.clamp(max=1)
 

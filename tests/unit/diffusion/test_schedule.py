@@ -56,11 +56,12 @@ def test_mode_is_that_of_diffusers(scale):
 
 def test_shift_by_resolution_is_flux_line():
     """exp(0.5) at 256 tokens of 2 x 2 cells, exp(1.15) at 4096."""
-    flow = Flow().drawing(Distribution(shift="resolution"))
     for tokens, mu in ((256, 0.5), (4096, 1.15)):
-        level = float(flow.levels([0.3], cells=4 * tokens))
+        flow = Flow().drawing(Distribution(shift="resolution", cells=4 * tokens))
+        level = float(flow.levels([0.3]))
+        assert level == float(Flow().drawing(Distribution(shift="resolution")).levels([0.3], cells=4 * tokens))
         assert level == pytest.approx(shifted(0.3, math.exp(mu)), rel=1e-12)
-        assert flow.probability(lambda t, alpha, sigma, at=level: sigma <= at, 4 * tokens) == pytest.approx(0.3)
+        assert flow.probability(lambda t, alpha, sigma, at=level: sigma <= at) == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize("distribution", [Distribution("logit_normal", 0.3, shift=2.0), Distribution("mode")])
