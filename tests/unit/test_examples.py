@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers import (
     DDPMScheduler,
     DiTTransformer2DModel,
@@ -141,7 +141,8 @@ def test_kohya():
     wrapped.parameters = unet.parameters
     batches = [{"latents": z, "conds": None, "loss_weights": torch.ones(4)} for z in latents(3)]
     options = args(v_parameterization=False)
-    trainer.train(options, Accelerator(cpu=True), wrapped, tiny_vae(widths=WIDTHS), DDPMScheduler(), batches)
+    alone = types.SimpleNamespace(device="cpu", backward=torch.Tensor.backward, reduce=lambda x, how: x)
+    trainer.train(options, alone, wrapped, tiny_vae(widths=WIDTHS), DDPMScheduler(), batches)
     assert acts(trainer.objective)
     with torch.no_grad():
         trainer.process_batch(batches[0], wrapped, DDPMScheduler(), options)
@@ -151,6 +152,7 @@ def fsdp_process(folder):
     """One process: two steps, and what it has measured."""
     from launching import ShardingAccelerator
 
+    AcceleratorState._reset_state(reset_partial_state=True)  # of the tests that this process is forked from
     os.environ["RANK"] = str(torch.distributed.get_rank())  # as real launchers do
     example, accelerator = load("accelerate_fsdp2"), ShardingAccelerator(cpu=True)
     torch.manual_seed(accelerator.process_index)

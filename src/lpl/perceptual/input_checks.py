@@ -256,7 +256,6 @@ class FirstCalls:
     """
 
     def __init__(self, calls: int) -> None:
-        self.counts = calls > 0
         self._left = dict.fromkeys(("noise", "weight", "direction", "gradient"), calls)
 
     def is_open(self, check: str) -> bool:

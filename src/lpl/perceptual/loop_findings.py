@@ -188,7 +188,8 @@ def _weight(lpl: Tensor, diffusion: Tensor, share: float, seed: int) -> Weight:
 
 def _warnings(numbers: dict[str, Any], found: Measured, passes: Tensor, seed: int) -> list[str]:
     lines, count, p = [], numbers["num_samples"], numbers["p_gate"]
-    if abs(numbers["passed"] - p) > DEVIATIONS * (p * (1 - p) / count) ** 0.5:
+    acts = found.objective.auto is None and found.objective.lpl_reduction == "expected"
+    if acts and abs(numbers["passed"] - p) > DEVIATIONS * (p * (1 - p) / count) ** 0.5:
         lines.append(
             f"{percent(numbers['passed'])} of the samples passed the gate, where p_gate says {percent(p)}: pass "
             "p_gate= of your draws, a Distribution or a function that draws as your loop does"

@@ -80,7 +80,8 @@ class PerceptualObjective:
         p_gate: probability of passing the gate (and of being active): None for levels as a Schedule draws them, with a
             diffusers scheduler for uniform timesteps (for flow matching: uniform sigma, which a shift is not: see
             Gate); a Distribution, such as Distribution("logit_normal", shift=3); a function that draws n levels; a
-            number; or weights per timestep (T,). A share of passed samples that does not fit it warns once.
+            number; or weights per timestep (T,). Where the weight is a number and the reduction "expected", a share of
+            passed samples that does not fit it warns once.
         snr_gamma: g of lpl_scale.
         lpl_max_samples: decode at most this many gated samples a call (the first ones; rescaled, so unbiased where
             batches are shuffled).
@@ -153,9 +154,9 @@ class PerceptualObjective:
         self.lpl_budget, self.step_flops = lpl_budget, step_flops
         self.budget: Budget | None = None
         """Of lpl_budget, from the first call on."""
-        self._calls = 0
         self._first = FirstCalls(checked_calls)
-        self._seen = self._passed = 0
+        self._seen = self._passed = self._calls = 0
+        self._p_gate_acts = checked_calls > 0 and self.auto is None and lpl_reduction == "expected"
 
     @property
     def weight(self) -> Tensor | float:
@@ -317,11 +318,10 @@ class PerceptualObjective:
         return self.weight * self._ramp(step)
 
     def end_step(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
-        """Says that an optimizer step is done; "auto" then updates its weight. `reduce` sums over processes."""
-        if self.auto is not None:
-            self.auto.end_step(reduce)
-        if self.budget is not None:
-            self.budget.end_step(reduce)
+        """Says that an optimizer step is done; "auto" and lpl_budget take over what it measured. `reduce` sums over processes."""
+        for measured in (self.auto, self.budget):
+            if measured is not None:
+                measured.end_step(reduce)
 
     def discard_step(self) -> None:
         """Forgets what the optimizer step under way has measured; instead of end_step() where the step is left out."""
@@ -381,7 +381,7 @@ class PerceptualObjective:
                 "%s that made noisy_latents, and is p_gate that of your draws?",
                 self._seen, self.gate, 100 * p, source_of(self.gate),
             )  # fmt: skip
-        elif self._first.counts and self._passed and before < COUNTED_SAMPLES <= self._seen:
+        elif self._p_gate_acts and self._passed and before < COUNTED_SAMPLES <= self._seen:
             found = self._passed / self._seen
             if abs(found - p) > DEVIATIONS * (p * (1 - p) / self._seen) ** 0.5:
                 logger.warning(

@@ -229,7 +229,11 @@ def test_decoder_in_training_mode_and_no_batches_are_refused():
 @pytest.mark.parametrize(
     ("options", "error", "warning"),
     [
-        ({"p_gate": Distribution("logit_normal", shift=100.0)}, 0.3, "samples passed the gate, where p_gate says"),
+        (
+            {"p_gate": Distribution("logit_normal", shift=100.0), "lpl_weight": 1.0},
+            0.3,
+            "samples passed the gate, where p_gate says",
+        ),
         ({"lpl_weight": 1e-9}, 0.3, "LPL will idle: it gets"),
         ({"lpl_weight": 1e9}, 0.3, "LPL will dominate: it gets"),
         ({"lpl_sigma_threshold": 1e-3, "p_gate": 0.001}, 0.3, "LPL will idle: no sample passed the gate"),
