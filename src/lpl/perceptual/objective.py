@@ -318,7 +318,7 @@ class PerceptualObjective:
         return self.weight * self._ramp(step)
 
     def end_step(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
-        """Says that an optimizer step is done; "auto" and lpl_budget take over what it measured. `reduce` sums over processes."""
+        """Says that an optimizer step is done, for "auto" and lpl_budget. `reduce` sums over processes."""
         for measured in (self.auto, self.budget):
             if measured is not None:
                 measured.end_step(reduce)
