@@ -44,7 +44,7 @@ house: .venv/installed
 # The figures of docs/performance.md: over half an hour on two CPU cores.
 bench: .venv/installed
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[bench]'
-	for what in loss_cost "loss_cost cpu" "loss_time time" "loss_time memory" "loss_time sweep" random_depth crop_bias step_time \
+	for what in loss_cost "loss_cost cpu" "loss_time time" "loss_time memory" "loss_time sweep" random_depth budget crop_bias step_time \
 	    step_profile plan_check plan_table data_reading data_start "data_start memory" "data_start million"; do \
 	    set -- $$what; echo "## $$what"; $(OFFLINE) $(BIN)/python benchmarks/$$1.py $$2 || exit 1; done
 

@@ -10,13 +10,14 @@ if TYPE_CHECKING:
     from lpl.perceptual.gate import Gate, probability_of
     from lpl.perceptual.loop_check import CheckResult, check
     from lpl.perceptual.loss import LatentPerceptualLoss, LPLOutput
-    from lpl.perceptual.objective import PerceptualObjective, PerceptualTerm
+    from lpl.perceptual.objective import PerceptualObjective
+    from lpl.perceptual.term import PerceptualTerm
 
 _PUBLIC = {
     "LatentPerceptualLoss": "lpl.perceptual.loss",
     "LPLOutput": "lpl.perceptual.loss",
     "PerceptualObjective": "lpl.perceptual.objective",
-    "PerceptualTerm": "lpl.perceptual.objective",
+    "PerceptualTerm": "lpl.perceptual.term",
     "check": "lpl.perceptual.loop_check",
     "CheckResult": "lpl.perceptual.loop_check",
     "Gate": "lpl.perceptual.gate",

@@ -61,6 +61,22 @@ def check_options(
             raise ValueError(f"{name} must be an integer of 0 or more, not {steps}")
 
 
+def check_budget(lpl_budget: Any, lpl_reduction: str, loss_fn: Any) -> None:
+    """What a budget can be, and what it goes with."""
+    if not isinstance(lpl_budget, Real) or not 0 < float(lpl_budget) < math.inf:
+        raise ValueError(f"lpl_budget must be a positive number, a share of a step's cost, not {lpl_budget!r}")
+    if lpl_reduction == "gated":
+        raise ValueError("lpl_budget needs lpl_reduction 'expected': a mean over the decoded samples is biased")
+    if getattr(loss_fn, "norm_type", None) == "batch":
+        raise ValueError(
+            "lpl_budget does not go with norm_type 'batch', whose scale depends on which samples are decoded"
+        )
+    if getattr(loss_fn, "reach", None) is not None:
+        raise ValueError("lpl_budget draws depths of its own: drop random_depth")
+    if not hasattr(loss_fn, "on_meta"):
+        raise ValueError(f"lpl_budget needs a LatentPerceptualLoss, not {given(loss_fn)}")
+
+
 def check_latents(model_output: Tensor, noisy_latents: Tensor, latents: Tensor, channels: int | None = None) -> None:
     """Three floating-point tensors of one shape (B, C, *space) on one device, noisy_latents in full precision.
 

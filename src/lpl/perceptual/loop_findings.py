@@ -22,7 +22,8 @@ from lpl.base.terminal import columns, percent
 from lpl.perceptual.auto_weight import weight_of_share
 from lpl.perceptual.defaults import HIGH_SHARE, LOW_SHARE, TARGET_SHARE
 from lpl.perceptual.effect import INFORMED, LEAST, Gradients, Weight, interval, mean_interval, ratio_interval, resampled
-from lpl.perceptual.objective import PerceptualObjective, gradient_share
+from lpl.perceptual.objective import PerceptualObjective
+from lpl.perceptual.term import gradient_share
 
 LEVELS = (0.0, 0.1, 0.3, 1.0, 3.0, 6.0, math.inf)
 """Edges of noise/signal between which samples are taken together."""

@@ -144,6 +144,7 @@ class LatentPerceptualLoss:
         *,
         depth: int | None = None,
         windows: Tensor | None = None,
+        reach: Sequence[float] | None = None,
     ) -> LPLOutput:
         """Compares two batches of latents.
 
@@ -155,6 +156,7 @@ class LatentPerceptualLoss:
             depth: with random_depth, how many taps are compared. None: all, each with its full weight.
             windows: with crop, (B, 2) numbers in [0, 1), on the CPU: where each sample's window lies, from top left
                 to bottom right.
+            reach: compare as many taps as this has probabilities, dividing each term by its own; instead of depth.
 
         Raises:
             ValueError: shapes or devices that do not fit each other or the VAE, a depth or windows without the option
@@ -162,11 +164,15 @@ class LatentPerceptualLoss:
                 mask with negative values.
         """
         self._check(pred_latents, target_latents, mask, depth, windows)
+        if reach is not None:
+            depth = len(reach)
+        elif depth is not None and self.reach is not None:
+            reach = self.reach
         with_gradient = torch.is_grad_enabled() and pred_latents.requires_grad
         with torch.no_grad(), _without_autocast(pred_latents.device.type):
             chunks = self._chunks(pred_latents, target_latents, mask, windows)
             scales = self._scales(chunks, depth)
-            out = _join([self._compare(chunk, depth, scales, with_gradient) for chunk in chunks])
+            out = _join([self._compare(chunk, depth, reach, scales, with_gradient) for chunk in chunks])
         if not with_gradient:
             return out
         return out._replace(per_sample=WithGradient.apply(pred_latents, out.per_sample, out.gradient))
@@ -175,6 +181,15 @@ class LatentPerceptualLoss:
         """The same loss of whole images, whatever its crop; called without a depth it goes all the way."""
         other = copy.copy(self)
         other.crop = None
+        return other
+
+    def on_meta(self) -> "LatentPerceptualLoss":
+        """The same loss with a decoder that computes shapes alone, on the meta device: for counting."""
+        other = copy.copy(self)
+        other.decoder = self.decoder.copy_to(self.dtype)
+        for module in other.decoder.modules():
+            module.to("meta")
+        other.segments, other.copied, other._unread_masks = other.decoder.segments(lambda f: f), False, 0
         return other
 
     def _chunks(
@@ -211,11 +226,16 @@ class LatentPerceptualLoss:
         return [batch_scale(list(tap)) for tap in zip(*seen, strict=True)]
 
     def _compare(
-        self, chunk: "Chunk", depth: int | None, scales: list[Tensor] | None, with_gradient: bool
+        self,
+        chunk: "Chunk",
+        depth: int | None,
+        reach: Sequence[float] | None,
+        scales: list[Tensor] | None,
+        with_gradient: bool,
     ) -> LPLOutput:
-        reach = self.reach if depth is not None and self.reach is not None else [1.0] * len(self.taps)
         depth = depth or len(self.taps)
-        weights = [w / (len(self.taps) * p) for w, p in zip(self.weights, reach, strict=True)][:depth]
+        probabilities = [1.0] * depth if reach is None else reach[:depth]
+        weights = [w / (len(self.taps) * p) for w, p in zip(self.weights, probabilities, strict=False)]
         # float16 features have gradients below its smallest number: scale them by a power of two, exactly undone.
         factor = 2.0**16 if self.dtype == torch.float16 else 1.0
         found = compare(

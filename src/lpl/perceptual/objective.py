@@ -10,13 +10,13 @@ is lpl_weight / p_gate. Differs from the diffusers project: that divides by the 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from lpl.diffusion.draws import keyed_uniform
+from lpl.diffusion.draws import keyed_generator, keyed_uniform
 from lpl.diffusion.own_process import AlphaSigma, OwnProcess
 from lpl.diffusion.prediction import (
     FLOW_TYPES,
@@ -27,12 +27,14 @@ from lpl.diffusion.prediction import (
     x0_from_output,
 )
 from lpl.diffusion.schedule import Distribution
-from lpl.perceptual.auto_weight import AutoWeight, count_zero_gradients, gradient_of, zero_gradient
+from lpl.perceptual.auto_weight import AutoWeight, count_zero_gradients, gradient_of
+from lpl.perceptual.budget import Budget, Spread, compare_spread, tap_flops
 from lpl.perceptual.defaults import TARGET_SHARE
 from lpl.perceptual.gate import Gate, Sampler, snr_scale
 from lpl.perceptual.input_checks import (
     FirstCalls,
     check_active,
+    check_budget,
     check_latents,
     check_mask,
     check_options,
@@ -41,50 +43,11 @@ from lpl.perceptual.input_checks import (
     per_sample,
     unpacked,
 )
-from lpl.perceptual.loss import LatentPerceptualLoss, LPLOutput, depth_of
+from lpl.perceptual.loss import LatentPerceptualLoss, depth_of
 from lpl.perceptual.noise_levels import check_prediction_type, noise_levels, source_of
+from lpl.perceptual.term import PerceptualTerm, describe
 
 logger = logging.getLogger(__name__)
-
-
-class PerceptualTerm(NamedTuple):
-    """LPL of one micro-batch."""
-
-    loss: Tensor
-    """Scalar, weighted: add it to the diffusion loss. An exact 0 without graph where no sample passed the gate."""
-    metrics: dict[str, Tensor | float]
-    """Scalars on the device, detached: reading one synchronises, keeping it does not. See read()."""
-    num_samples: int
-    """Samples that went through the decoder."""
-
-    def read(self) -> dict[str, float]:
-        """The metrics as numbers, for where they are logged. Synchronises.
-
-        Raises:
-            RuntimeError: LPL's gradient is exactly 0 for every gated sample that has a weight, a mask and a value
-                that are not: it trains nothing.
-        """
-        numbers = {name: float(value) for name, value in self.metrics.items()}
-        if fault := zero_gradient(numbers):
-            raise RuntimeError(fault)
-        return numbers
-
-
-def describe(out: LPLOutput, snr: Tensor) -> dict[str, Tensor | float]:
-    """Metrics of the samples that went through the decoder, under the diffusers project's names; snr: (B,)."""
-    metrics: dict[str, Tensor | float] = {
-        "lpl/loss": out.per_sample.detach().mean(),
-        "lpl/snr_mean": snr.mean(),
-        "lpl/snr_min": snr.min(),
-        "lpl/snr_max": snr.max(),
-    }
-    for i, tap in enumerate(out.per_layer):
-        prefix = f"lpl/features/layer_{i}"
-        metrics[f"{prefix}/distance"] = out.per_layer[tap].mean()
-        metrics[f"{prefix}/outlier_ratio"] = out.outlier_fraction[tap].mean()
-        metrics[f"{prefix}/mean"] = out.feature_mean[tap].mean()
-        metrics[f"{prefix}/std"] = out.feature_std[tap].mean()
-    return metrics
 
 
 IDLE_SAMPLES = 100
@@ -132,6 +95,11 @@ class PerceptualObjective:
             call) is multiplied by min(1, (s - lpl_start + 1) / (n + 1)), n = lpl_warmup_steps, and is 0 before
             lpl_start: n steps of a linear ramp. "auto" measures without the ramp, so its weight is that of the whole
             run, and what acts is the product of both.
+        lpl_budget: LPL's mean cost as a share of step_flops. Which gated samples are decoded, and how deep, is then
+            drawn, and terms are divided by the probability, so that value and gradient are the full ones on average
+            (see Budget). Pass step_flops, and call end_step() after every optimizer step.
+        step_flops: FLOPs of a sample's training step without LPL; may be set later, as `objective.step_flops`, but
+            before the first call.
         checked_calls: calls whose values on the device are checked, a synchronisation or a few each; 0: none.
 
     Raises:
@@ -158,6 +126,8 @@ class PerceptualObjective:
         seed: int = 0,
         lpl_start: int = 0,
         lpl_warmup_steps: int = 0,
+        lpl_budget: float | None = None,
+        step_flops: float | None = None,
         checked_calls: int = 3,
     ) -> None:
         check_options(loss_fn, lpl_weight, lpl_reduction, lpl_max_samples, snr_gamma, lpl_start, lpl_warmup_steps)
@@ -179,8 +149,13 @@ class PerceptualObjective:
         self.prediction_type = prediction_type or self.gate.schedule.prediction_type
         check_prediction_type(self.gate, self.prediction_type)
         self.p_gate = self.gate.probability(p_gate)
+        if lpl_budget is not None:
+            check_budget(lpl_budget, lpl_reduction, loss_fn)
+        self.lpl_budget, self.step_flops = lpl_budget, step_flops
+        self.budget: Budget | None = None
+        """Of lpl_budget, from the first call on."""
         self._first = FirstCalls(checked_calls)
-        self._seen = self._passed = 0
+        self._seen = self._passed = self._calls = 0
         self._p_gate_acts = checked_calls > 0 and self.auto is None and lpl_reduction == "expected"
 
     @property
@@ -204,6 +179,7 @@ class PerceptualObjective:
         active: Tensor | None = None,
         alphas: Tensor | None = None,
         unpack: Callable[[Tensor], Tensor] | None = None,
+        draws: Tensor | None = None,
     ) -> PerceptualTerm:
         """LPL of one micro-batch.
 
@@ -227,6 +203,9 @@ class PerceptualObjective:
             alphas: (B,), the signal's factor, with sigmas: for a process of which nothing else is known.
             unpack: makes (B, C, *space) of a packed model_output (B, N, D), and of noisy_latents and latents where they
                 are packed, too; diffusion_loss may be of either.
+            draws: (B,) in [0, 1), uniform and independent of the noise levels, for lpl_budget: what decides whether a
+                sample is decoded, and how deep. None: by seed and the number of calls before; with several processes
+                pass some, or give each another seed.
 
         Per-sample values may be (B, 1) or (B, 1, 1, 1), too.
 
@@ -275,16 +254,24 @@ class PerceptualObjective:
         if diffusion_square is not None:
             # LPL's is 0 unless samples pass: the share is one of means over all samples.
             metrics |= {"diffusion/gradient_square": diffusion_square / max(size, 1), "lpl/gradient_square": 0.0}
-        if not gated:
+        spread, decoded = None, passed
+        if self.lpl_budget is not None:
+            spread = self._spread(passed, alpha, sigma, latents, draws)
+            assert self.budget is not None
+            decoded = passed[spread.decoded]
+            metrics |= {"lpl/cost": self.budget.cost_of(spread) / max(size, 1), "lpl/loss": 0.0}
+        if not len(decoded):
             metrics["lpl/weighted_loss"] = 0.0
             if self.auto is not None and diffusion_square is not None:
                 self.auto.measure(torch.zeros_like(diffusion_square), diffusion_square, 0, step)
+            if spread is not None and self.budget is not None and torch.is_grad_enabled():
+                self.budget.measure(spread, model_output.new_zeros(0))
             return PerceptualTerm(torch.zeros((), device=model_output.device), metrics, 0)
 
-        chosen = passed[: self.lpl_max_samples]
+        chosen = decoded[: self.lpl_max_samples]
         alpha, sigma = alpha[chosen].float(), sigma[chosen].float()
         snr = signal_to_noise(alpha, sigma)
-        coefficient = self.scale(snr) * (gated / len(chosen))
+        coefficient = self.scale(snr) * (len(decoded) / len(chosen))
         coefficient = coefficient / (size * self.p_gate if self.lpl_reduction == "expected" else gated)
         index = chosen.to(model_output.device, non_blocking=True)
         coefficient = coefficient.to(index.device, non_blocking=True)
@@ -293,25 +280,37 @@ class PerceptualObjective:
         mask = None if mask is None else mask[index]
         noisy_latents = noisy_latents.detach()  # some loops have it require gradients
         pred = x0_from_output(model_output[index], noisy_latents[index], alpha, sigma, self.prediction_type)
-        out = self.loss_fn(
-            pred, latents[index], mask, depth=depth, windows=None if windows is None else windows[chosen]
-        )
+        windows = None if windows is None else windows[chosen]
+        if spread is None or self.budget is None:
+            out = self.loss_fn(pred, latents[index], mask, depth=depth, windows=windows)
+        else:
+            spread = spread.first(len(chosen))
+            out = compare_spread(self.loss_fn, pred, latents[index], mask, windows, spread)
         acts = self.auto is not None or bool(weight)
         gradient = gradient_of(out, pred, acts and (self._measuring or self._first.is_open("gradient")))
         loss = weight * (coefficient * out.per_sample).sum()
         metrics |= describe(out, snr) | {"lpl/weighted_loss": loss.detach()}
+        if spread is not None:  # the mean over gated samples, on average: values are divided by probabilities
+            metrics["lpl/loss"] = out.per_sample.detach().sum() * (len(decoded) / len(chosen) / gated)
         if gradient is not None and acts:
             counts = count_zero_gradients(out.per_sample, gradient, coefficient, mask)
             metrics |= counts
             if self._first.due("gradient"):
                 PerceptualTerm(loss, counts, len(chosen)).read()
-        if gradient is not None and diffusion_square is not None:
+        measures = self.budget is not None and not self.budget.fixed
+        if gradient is not None and (diffusion_square is not None or measures):
             sensitivity = output_sensitivity(alpha, sigma, self.prediction_type)
             factor = coefficient * sensitivity.to(index.device, non_blocking=True)
-            unit_square = (expand(factor, gradient) * gradient).float().square().sum() * size**2
-            metrics["lpl/gradient_square"] = unit_square * weight**2 / size
-            if self.auto is not None:
-                self.auto.measure(unit_square, diffusion_square, gated, step)
+            squares = (expand(factor, gradient) * gradient).float().square()
+            if spread is not None and self.budget is not None:
+                decoded_with = spread.reach[:, 0].to(squares)
+                squares = squares.flatten(1).sum(1) * decoded_with  # what is divided by p counts with p
+                self.budget.measure(spread, squares)
+            unit_square = squares.sum() * size**2
+            if diffusion_square is not None:
+                metrics["lpl/gradient_square"] = unit_square * weight**2 / size
+                if self.auto is not None:
+                    self.auto.measure(unit_square, diffusion_square, len(decoded), step)
         return PerceptualTerm(loss, metrics, len(chosen))
 
     def weight_at(self, step: int | None) -> Tensor | float:
@@ -319,9 +318,37 @@ class PerceptualObjective:
         return self.weight * self._ramp(step)
 
     def end_step(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
-        """Says that an optimizer step is done; "auto" then updates its weight. `reduce` sums over processes."""
-        if self.auto is not None:
-            self.auto.end_step(reduce)
+        """Says that an optimizer step is done, for "auto" and lpl_budget. `reduce` sums over processes."""
+        for measured in (self.auto, self.budget):
+            if measured is not None:
+                measured.end_step(reduce)
+
+    def discard_step(self) -> None:
+        """Forgets what the optimizer step under way has measured; instead of end_step() where the step is left out."""
+        for measured in (self.auto, self.budget):
+            if measured is not None:
+                measured.discard_step()
+
+    def count(self, shape: Sequence[int]) -> None:
+        """Counts what lpl_budget spends for a sample's latents of this shape, (C, *space); else the first call does.
+
+        Raises:
+            ValueError: step_flops is not set, or not a positive number.
+        """
+        if self.lpl_budget is not None and self.budget is None:
+            if self.step_flops is None:
+                raise ValueError(f"lpl_budget {self.lpl_budget} is a share of a training step: pass step_flops=")
+            self.budget = Budget(self.lpl_budget, self.step_flops, tap_flops(self.loss_fn, shape), self.p_gate)
+
+    def _spread(self, passed: Tensor, alpha: Tensor, sigma: Tensor, latents: Tensor, draws: Tensor | None) -> Spread:
+        """Which gated samples are decoded, and how deep."""
+        self.count(latents.shape[1:])
+        assert self.budget is not None
+        if draws is None:
+            draws = torch.rand(len(alpha), generator=keyed_generator(self.seed, "lpl_budget", self._calls))
+            self._calls += 1
+        draws = per_sample(draws, len(alpha), "draws").cpu()
+        return self.budget.spread(alpha[passed], sigma[passed], draws[passed], self._measuring)
 
     def _depth(self, step: int | None) -> int | None:
         reach = getattr(self.loss_fn, "reach", None)
@@ -371,9 +398,3 @@ class PerceptualObjective:
 def channels_of(loss_fn: Any) -> int | None:
     """Of the latents that a loss takes, where it says."""
     return getattr(getattr(loss_fn, "decoder", None), "latent_channels", None)
-
-
-def gradient_share(lpl_square: float, diffusion_square: float) -> float:
-    """r_lpl / (r_lpl + r_diffusion) from mean squared gradients; 0 where both are 0."""
-    lpl, diffusion = lpl_square**0.5, diffusion_square**0.5
-    return lpl / (lpl + diffusion) if lpl > 0 else 0.0

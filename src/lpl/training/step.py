@@ -179,6 +179,7 @@ class TrainingStep:
             mask=inputs.mask,
             step=step,
             windows=self._windows(batch) if self.objective.loss_fn.crop is not None else None,
+            draws=None if batch.lpl_draws is None else torch.tensor(batch.lpl_draws, dtype=torch.float64),
         )
         return StepLoss(
             loss + term.loss, per_sample.detach(), term.loss.detach(), metrics | term.metrics, term.num_samples
