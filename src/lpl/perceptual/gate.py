@@ -113,8 +113,10 @@ class Gate:
                     "p_gate: a process of your own has no schedule to draw from: pass p_gate=, a function that draws n "
                     "levels as your loop does (lambda n: torch.rand(n)), or the probability of passing the gate"
                 )
-            if p_gate is not None and p_gate.shift == "resolution":
-                raise ValueError("p_gate: give the shift as a number, or the probability: a Distribution has no sizes")
+            if p_gate is not None and p_gate.shift == "resolution" and p_gate.cells == 1:
+                raise ValueError(
+                    "p_gate: a shift by resolution needs cells=, h * w of the latents; or give it as a number"
+                )
             schedule = self.schedule if p_gate is None else self.schedule.drawing(p_gate)
             probability = schedule.probability(self.passes)
         elif isinstance(p_gate, Tensor):
