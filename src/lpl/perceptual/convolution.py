@@ -30,15 +30,26 @@ WINOGRAD_CHANNELS, WINOGRAD_CELLS = 64, 4096
 
 
 class Operation(ABC):
-    """A part of the decoder. Runs without autograd; `differentiable` shows one to it."""
+    """A part of the decoder, from map (B, C, H, W) to map; `Plain` alone takes any state.
+
+    Runs without autograd; `differentiable` shows one to it.
+    """
 
     @abstractmethod
-    def forward(self, x: Tensor, keep: bool) -> tuple[Tensor, list[Any]]:
-        """The output for x (B, C, H, W) and, if keep, what backward needs."""
+    def forward(self, x: Any, keep: bool) -> tuple[Any, list[Any]]:
+        """The output for x and, if keep, what backward needs."""
 
     @abstractmethod
-    def backward(self, saved: list[Any], grad: Tensor) -> Tensor:
+    def backward(self, saved: list[Any], grad: Any) -> Any:
         """The gradient with respect to x, from the output's. Empties saved, so that maps are freed on the way."""
+
+
+class Head(Operation):
+    """An operation that makes a tap's map, also row by row."""
+
+    @abstractmethod
+    def rows(self, x: Tensor) -> Rows:
+        """The rows of the output, from an even row to an even row."""
 
 
 def rows_of(x: Tensor) -> Rows:
@@ -147,7 +158,7 @@ class Convolution(Operation):
         return assemble(spans(grad, shape[1]), shape, grad, make)
 
 
-class Upsampling(Operation):
+class Upsampling(Head):
     """y = W * nearest(x) + b, nearest doubling height and width, W of 3 x 3. Keeps nothing.
 
     Output pixel (2i + a, 2j + c) is a 2 x 2 convolution of x around (i, j), with weights of its own for each (a, c):

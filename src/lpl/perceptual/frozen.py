@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
-from lpl.perceptual.convolution import Convolution, Operation, Rows, row_convolution, rows_of
+from lpl.perceptual.convolution import Convolution, Head, Operation, Rows, row_convolution, rows_of
+from lpl.perceptual.feature_maps import State
 from lpl.perceptual.strips import assemble, channel_moments, spans, strip_bytes, window
 
 Fuse = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -90,7 +91,7 @@ class _Norm:
         return mean.repeat_interleave(x.shape[1] // groups, 1)[..., None, None]
 
 
-class NormSiLUConvolution:
+class NormSiLUConvolution(Operation):
     """y = W * SiLU(GroupNorm(x)) + b, and the sum with another map. Keeps x and each group's mean and 1/std."""
 
     def __init__(self, norm: nn.GroupNorm, convolution: nn.Conv2d, fuse: Fuse) -> None:
@@ -208,7 +209,7 @@ def _heads(tokens: Tensor, heads: int) -> Tensor:
     return tokens.unflatten(2, (heads, -1)).transpose(1, 2)
 
 
-class Identity(Operation):
+class Identity(Head):
     """y = x."""
 
     def rows(self, x: Tensor) -> Rows:
@@ -223,23 +224,54 @@ class Identity(Operation):
 
 
 class Plain(Operation):
-    """Any function of a map, through autograd; keeps what autograd keeps."""
+    """Any function from state to state, through autograd; keeps what autograd keeps.
 
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        self.function = function
+    Raises:
+        ValueError: of a function whose output has no graph.
+    """
 
-    def forward(self, x: Tensor, keep: bool) -> tuple[Tensor, list[Any]]:
+    def __init__(self, function: Callable[..., State], name: str = "a stage") -> None:
+        self.function, self.name = function, name
+
+    def forward(self, x: State, keep: bool) -> tuple[State, list[Any]]:
         if not keep:
             return self.function(x), []
-        x = x.detach().requires_grad_()
+        every = [part.detach() for part in _parts(x)]
+        inputs = [part.requires_grad_() for part in every if part.is_floating_point()]
         with torch.enable_grad():
-            y = self.function(x.view_as(x))  # a leaf given to a module breaks torch's module trackers (FlopCounterMode)
-        return y.detach(), [x, y]
+            # A leaf given to a module breaks torch's module trackers (FlopCounterMode).
+            seen = tuple(part.view_as(part) for part in every)
+            y = self.function(seen[0] if isinstance(x, Tensor) else seen)
+        outputs = _parts(y)
+        if not outputs[0].requires_grad:
+            raise ValueError(
+                f"{self.name} gives features without a graph: LPL would train nothing; run it without detach() and "
+                "torch.no_grad()"
+            )
+        detached = tuple(part.detach() for part in outputs)
+        return (detached[0] if isinstance(y, Tensor) else detached), [x, inputs, outputs]
 
-    def backward(self, saved: list[Any], grad: Tensor) -> Tensor:
-        x, y = saved
+    def backward(self, saved: list[Any], grad: State) -> State:
+        x, inputs, outputs = saved
         saved.clear()
-        return torch.autograd.grad(y, x, grad)[0]
+        pairs = [(y, g) for y, g in zip(outputs, _parts(grad), strict=True) if y.requires_grad]
+        found = torch.autograd.grad(
+            [y for y, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True, materialize_grads=True
+        )
+        if isinstance(x, Tensor):
+            return _own(found[0])
+        gradients = iter(found)
+        every = [next(gradients) if part.is_floating_point() else torch.zeros_like(part) for part in x]
+        return every[0].clone(), *every[1:]
+
+
+def _parts(state: State) -> tuple[Tensor, ...]:
+    return (state,) if isinstance(state, Tensor) else state
+
+
+def _own(gradient: Tensor) -> Tensor:
+    """A gradient that may be added to in place: no expanded one."""
+    return gradient.clone() if 0 in gradient.stride() else gradient
 
 
 class _Differentiable(torch.autograd.Function):

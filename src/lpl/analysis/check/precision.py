@@ -187,7 +187,7 @@ def walk_difference(vae: Any, raw_latents: Tensor) -> float:
     """The largest absolute difference between the walk of LPL's frozen operations to the end and `vae.decode`."""
     walk = decoder_taps(vae)
     segments = walk.segments(lambda function: function)
-    x = raw_latents
+    x: Any = raw_latents
     for segment, following in pairwise(segments):
         x = following.open(segment.run(x))
     return float((walk.finish(x) - vae.decode(raw_latents).sample).abs().max())
