@@ -5,17 +5,31 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from lpl.diffusion.latent_space import LatentSpace
+    from lpl.perceptual.decoders import DecoderTaps, HookTaps
     from lpl.perceptual.loss import LatentPerceptualLoss, LPLOutput
     from lpl.perceptual.objective import PerceptualObjective, PerceptualTerm
 
 _PUBLIC = {
+    "DecoderTaps": "lpl.perceptual.decoders",
+    "HookTaps": "lpl.perceptual.decoders",
+    "LatentSpace": "lpl.diffusion.latent_space",
     "LatentPerceptualLoss": "lpl.perceptual.loss",
     "LPLOutput": "lpl.perceptual.loss",
     "PerceptualObjective": "lpl.perceptual.objective",
     "PerceptualTerm": "lpl.perceptual.objective",
 }
 
-__all__ = ["LPLOutput", "LatentPerceptualLoss", "PerceptualObjective", "PerceptualTerm", "__version__"]
+__all__ = [
+    "DecoderTaps",
+    "HookTaps",
+    "LPLOutput",
+    "LatentPerceptualLoss",
+    "LatentSpace",
+    "PerceptualObjective",
+    "PerceptualTerm",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

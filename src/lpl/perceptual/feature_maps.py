@@ -37,18 +37,19 @@ def mean_of_rows(values: Tensor, batch: int) -> Tensor:
     return values if len(values) == batch else values.view(batch, -1).mean(1)
 
 
-def mask_at(mask: Tensor, features: Tensor) -> Tensor:
+def mask_at(mask: Tensor, features: Tensor, frames: bool = False) -> Tensor:
     """A mask at the size of a map: the nearest cell's value.
 
     Args:
         mask: (B, 1, *space), how much each location of the latents counts. For frames (B, 1, T, h, w).
         features: the map, (B, C, *space), or the frames of T' = T, T * r or 1 + (T - 1) * r, as a causal decoder makes
             them of a first frame and r of each other.
+        frames: the mask has some.
 
     Raises:
         ValueError: other axes of space than the map's, or frames that are none of these.
     """
-    if mask.dim() == features.dim() + 1:
+    if frames and mask.dim() == 5:
         mask = _frames_at(mask, len(features) // len(mask))
     if mask.dim() != features.dim():
         raise ValueError(
@@ -64,8 +65,9 @@ def _frames_at(mask: Tensor, count: int) -> Tensor:
     frames = mask.shape[2]
     if count % frames == 0:
         index = torch.arange(count) // (count // frames)
-    elif frames > 1 and (count - 1) % (frames - 1) == 0:
-        index = (torch.arange(count) + (count - 1) // (frames - 1) - 1) // ((count - 1) // (frames - 1))
+    elif frames > 1 and count > 1 and (count - 1) % (frames - 1) == 0:
+        ratio = (count - 1) // (frames - 1)
+        index = (torch.arange(count) + ratio - 1) // ratio
     else:
         raise ValueError(f"a mask of {frames} frames does not fit {count} frames of features: leave the mask out")
     return map_of(mask[:, :, index.to(mask.device)], frames=True)

@@ -187,7 +187,7 @@ def see_target(
     def note(boundary: State, y: State, tap: int) -> None:
         features, mask = map_of(y, frames), masks[tap]
         seen.boundaries.append(boundary)
-        seen.insides.append(None if mask is None else mask_at(mask, features))
+        seen.insides.append(None if mask is None else mask_at(mask, features, frames))
         seen.statistics.append(distances[tap].statistics(features, seen.insides[-1]))
 
     if callable(way):

@@ -70,7 +70,7 @@ def check_against_autograd(name, mask=None, batch=2, **options):
     expected = torch.zeros(batch, dtype=torch.float64)
     rest = {"norm_type": "channel", "loss_type": "mse"} | options
     for tap, prediction, wanted in zip(walk.taps, x, y, strict=True):
-        insides = None if mask is None else [mask_at(mask, wanted)]
+        insides = None if mask is None else [mask_at(mask, wanted, walk.frames)]
         rows = lpl_of_features(
             [prediction], [wanted], [tap.stride], **rest, pow_law=False, remove_outliers=True, insides=insides
         )
@@ -168,10 +168,10 @@ def test_one_frame_is_an_image(name):
 
 def test_mask_of_frames_follows_the_frames_that_come_of_each():
     mask = torch.tensor([[[[[1.0]], [[0.0]], [[2.0]]]]])
-    assert mask_at(mask, torch.empty(5, 8, 1, 1)).flatten().tolist() == [1, 0, 0, 2, 2]
-    assert mask_at(mask, torch.empty(6, 8, 1, 1)).flatten().tolist() == [1, 1, 0, 0, 2, 2]
+    assert mask_at(mask, torch.empty(5, 8, 1, 1), True).flatten().tolist() == [1, 0, 0, 2, 2]
+    assert mask_at(mask, torch.empty(6, 8, 1, 1), True).flatten().tolist() == [1, 1, 0, 0, 2, 2]
     with pytest.raises(ValueError, match="3 frames does not fit 4"):
-        mask_at(mask, torch.empty(4, 8, 1, 1))
+        mask_at(mask, torch.empty(4, 8, 1, 1), True)
 
 
 def test_chunks_of_videos_are_the_whole():

@@ -42,12 +42,12 @@ def _next(modules: list[Any], fuse: Fuse) -> tuple[int, list[Operation]]:
         return 1, [Convolution(first)]
     if is_resnet(first):
         return 1, [Resnet(first, fuse)]
-    if type(first) is nn.GroupNorm and [type(m) for m in rest[:1]] == [nn.SiLU] and all(map(is_plain, rest[1:2])):
-        if first.affine and len(rest) > 1:
-            return 3, [NormSiLUConvolution(first, rest[1], fuse)]
-    if type(first) is nn.Upsample and first.scale_factor == 2 and first.mode == "nearest" and len(rest):
-        if is_plain(rest[0]) and rest[0].kernel_size == (3, 3):
-            return 2, [Upsampling(rest[0])]
+    second, third = [*rest, None, None][:2]
+    if type(first) is nn.GroupNorm and first.affine and type(second) is nn.SiLU and is_plain(third):
+        return 3, [NormSiLUConvolution(first, third, fuse)]
+    doubles = type(first) is nn.Upsample and first.mode == "nearest" and first.scale_factor == 2
+    if doubles and is_plain(second) and second.kernel_size == (3, 3):
+        return 2, [Upsampling(second)]
     block = frozen_block(first, fuse) if hasattr(first, "upsamplers") and hasattr(first, "resnets") else None
     if block is not None:
         return 1, [*block[0], *([block[1]] if isinstance(block[1], Upsampling) else [])]

@@ -1,6 +1,7 @@
 """Walks through diffusers' decoders of images that run as plain blocks."""
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, Self
 
 import torch
@@ -20,7 +21,7 @@ class TinyTaps(VaeTaps):
         """The layers, cut before each upsampling; the convolution to the image is left out."""
         layers = list(self.decoder.layers)
         cuts = [0, *(i for i, layer in enumerate(layers) if isinstance(layer, nn.Upsample)), len(layers) - 1]
-        return [nn.Sequential(*layers[first:last]) for first, last in zip(cuts, cuts[1:], strict=False)]
+        return [nn.Sequential(*layers[first:last]) for first, last in pairwise(cuts)]
 
     def stages(self) -> Sequence[Callable[..., State]]:
         return self._pieces()
