@@ -122,10 +122,31 @@ def transposed(weight: Tensor) -> Tensor:
     return weight.flip(2, 3).transpose(0, 1).contiguous(memory_format=torch.channels_last)
 
 
+class LastSlice:
+    """A causal convolution (kernel t x k x k, zeros before the first frame) of one frame: the 2-D one of the kernel's
+    last frame. The weights are taken at each use, so that they follow their module.
+    """
+
+    def __init__(self, module: nn.Conv3d) -> None:
+        self._module = module
+        self.in_channels, self.out_channels = module.in_channels, module.out_channels
+        self.kernel_size = module.kernel_size[1:]
+
+    @property
+    def weight(self) -> Tensor:
+        """(out, in, k, k)."""
+        return self._module.weight[:, :, -1].contiguous()
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(out,)."""
+        return self._module.bias
+
+
 class Convolution(Operation):
     """y = W * x + b: a convolution of stride 1 and odd size that keeps the map's size. Keeps nothing."""
 
-    def __init__(self, module: nn.Conv2d) -> None:
+    def __init__(self, module: nn.Conv2d | LastSlice) -> None:
         self.module = module
 
     def rows(self, x: Tensor) -> Rows:
@@ -145,7 +166,7 @@ class Convolution(Operation):
     @property
     def halo(self) -> int:
         """Rows on either side that an output row needs."""
-        return self.module.weight.shape[2] // 2
+        return self.module.kernel_size[0] // 2
 
     def forward(self, x: Tensor, keep: bool) -> tuple[Tensor, list[Any]]:
         make = self._maker(x, self.module.weight, self.module.bias)

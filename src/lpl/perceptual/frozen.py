@@ -1,9 +1,9 @@
 """Exact, memory-lean operations of a decoder whose weights are frozen.
 
 Each has a forward pass and the backward pass to its input, and keeps for the latter only what the mathematics needs: a
-convolution nothing, a fused GroupNorm + SiLU its input and two statistics per group. (Plain autograd keeps the input of
-every convolution, norm and SiLU.) The result of GroupNorm + SiLU exists only strip by strip, on its way into the
-convolution behind it.
+convolution nothing, a fused GroupNorm + SiLU its input and two statistics per group, an RMS norm + SiLU its input.
+(Plain autograd keeps the input of every convolution, norm and SiLU.) The result of norm + SiLU exists only strip by
+strip, on its way into the convolution behind it.
 """
 
 from collections.abc import Callable
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
-from lpl.perceptual.convolution import Convolution, Head, Operation, Rows, row_convolution, rows_of
+from lpl.perceptual.convolution import Convolution, Head, LastSlice, Operation, Rows, row_convolution, rows_of
 from lpl.perceptual.feature_maps import State
-from lpl.perceptual.strips import assemble, channel_moments, spans, strip_bytes, window
+from lpl.perceptual.strips import arithmetic, assemble, channel_moments, spans, strip_bytes, window
 
 Fuse = Callable[[Callable[..., Any]], Callable[..., Any]]
 """What is done to pointwise functions before use: nothing, or torch.compile."""
@@ -48,6 +48,7 @@ class _Norm:
 
     def __init__(self, module: nn.GroupNorm, fuse: Fuse) -> None:
         self.module, self.combine = module, fuse(_norm_backward)
+        self.norm_silu, self.norm_silu_backward = fuse(_norm_silu), fuse(_norm_silu_backward)
 
     def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and 1/std of each channel's group, (B, C, 1, 1)."""
@@ -90,40 +91,107 @@ class _Norm:
         mean = x.view(len(x), groups, -1).mean(2)
         return mean.repeat_interleave(x.shape[1] // groups, 1)[..., None, None]
 
+    def silu(self, statistics: tuple[Tensor, ...]) -> Callable[[Tensor], Tensor]:
+        """From rows of x to those of SiLU(norm(x))."""
+        scale, shift = self.affine(*statistics)
+        return lambda rows: self.norm_silu(rows, scale, shift)
+
+    def silu_backward(self, x: Tensor, statistics: tuple[Tensor, ...], grad: Rows, plus: Rows | None) -> Tensor:
+        """dL/dx, plus the rows of another gradient, from the rows of dL/dSiLU(norm(x))."""
+        scale, shift = self.affine(*statistics)
+
+        def d_norm(first: int, last: int) -> Tensor:
+            return self.norm_silu_backward(grad(first, last), x[:, :, first:last], scale, shift)
+
+        mean, rstd = statistics
+        return self.backward(x, mean, rstd, d_norm, plus)
+
+
+def _rms_silu(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+    wide = x.to(gamma.dtype)
+    length = torch.linalg.vector_norm(wide, dim=1, keepdim=True).clamp_min_(1e-12)
+    return silu(torch.addcmul(beta, wide * (x.shape[1] ** 0.5 / length), gamma)).to(x.dtype)
+
+
+def _rms_silu_backward(grad: Tensor, x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+    """dL/dx; grad may be overwritten."""
+    grad, x = grad.to(gamma.dtype), x.to(gamma.dtype)
+    length = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min_(1e-12)
+    scale = x.shape[1] ** 0.5 / length
+    normal = torch.addcmul(beta, x * scale, gamma)
+    slope = torch.ops.aten.silu_backward.grad_input(grad, normal, grad_input=grad).mul_(gamma)
+    along = (slope * x).sum(1, keepdim=True) / length.square_()
+    return slope.addcmul_(x, along, value=-1).mul_(scale)
+
+
+class _RMSNorm:
+    """RMS norm over channels: x / |x| * sqrt(C) * gamma + beta, |x| at each location. With h = gamma * dL/dy,
+    dL/dx = sqrt(C) / |x| * (h - x * sum(h * x) / |x|^2): each location by itself, so that nothing but x is kept.
+    """
+
+    def __init__(self, module: Any, fuse: Fuse) -> None:
+        self.module = module
+        self.rms_silu, self.rms_silu_backward = fuse(_rms_silu), fuse(_rms_silu_backward)
+
+    def statistics(self, x: Tensor) -> tuple[Tensor, ...]:
+        """None are needed."""
+        return ()
+
+    def silu(self, statistics: tuple[Tensor, ...]) -> Callable[[Tensor], Tensor]:
+        """From rows of x to those of SiLU(norm(x))."""
+        gamma, beta = self._affine()
+        return lambda rows: self.rms_silu(rows, gamma, beta)
+
+    def silu_backward(self, x: Tensor, statistics: tuple[Tensor, ...], grad: Rows, plus: Rows | None) -> Tensor:
+        """dL/dx, plus the rows of another gradient, from the rows of dL/dSiLU(norm(x))."""
+        gamma, beta = self._affine()
+
+        def make(first: int, last: int, _: Tensor | None) -> Tensor:
+            rows = self.rms_silu_backward(grad(first, last), x[:, :, first:last], gamma, beta)
+            return (rows if plus is None else rows.add_(plus(first, last))).to(x.dtype)
+
+        return assemble(spans(x), x.shape, x, make)
+
+    def _affine(self) -> tuple[Tensor, Tensor]:
+        gamma = self.module.gamma.view(1, -1, 1, 1)
+        gamma = gamma.to(arithmetic(gamma))
+        bias = self.module.bias
+        return gamma, bias.to(gamma.dtype).view(gamma.shape) if isinstance(bias, Tensor) else torch.zeros_like(gamma)
+
 
 class NormSiLUConvolution(Operation):
-    """y = W * SiLU(GroupNorm(x)) + b, and the sum with another map. Keeps x and each group's mean and 1/std."""
+    """y = W * SiLU(norm(x)) + b, and the sum with another map. Keeps x and the norm's statistics.
 
-    def __init__(self, norm: nn.GroupNorm, convolution: nn.Conv2d, fuse: Fuse) -> None:
-        self.norm, self.convolution = _Norm(norm, fuse), Convolution(convolution)
-        self.norm_silu, self.norm_silu_backward = fuse(_norm_silu), fuse(_norm_silu_backward)
+    Args:
+        norm: a GroupNorm, or an RMS norm over channels with `gamma` and `bias`.
+        convolution: stride 1, odd size, which keeps the map's size.
+        fuse: applied to pointwise functions.
+    """
+
+    def __init__(self, norm: Any, convolution: nn.Conv2d | LastSlice, fuse: Fuse) -> None:
+        self.norm = _Norm(norm, fuse) if isinstance(norm, nn.GroupNorm) else _RMSNorm(norm, fuse)
+        self.convolution = Convolution(convolution)
 
     def forward(self, x: Tensor, keep: bool, plus: Rows | None = None) -> tuple[Tensor, list[Any]]:
         """plus: rows of the map that is added to the output."""
-        mean, rstd = self.norm.statistics(x)
-        scale, shift = self.norm.affine(mean, rstd)
+        statistics = self.norm.statistics(x)
+        activate = self.norm.silu(statistics)
         module, halo = self.convolution.module, self.convolution.halo
         convolve = row_convolution(module.weight, module.bias, x)
 
         def make(first: int, last: int, place: Tensor | None) -> Tensor:
-            y = convolve(window(x, first - halo, last + halo, lambda rows: self.norm_silu(rows, scale, shift)), place)
+            y = convolve(window(x, first - halo, last + halo, activate), place)
             return y if plus is None else y.add_(plus(first, last))
 
         shape = (len(x), module.out_channels, *x.shape[2:])
         y = assemble(spans(x, shape[1]), shape, x, make)
-        return y, [x, mean, rstd] if keep else []
+        return y, [x, *statistics] if keep else []
 
     def backward(self, saved: list[Any], grad: Tensor, plus: Rows | None = None) -> Tensor:
         """plus: rows of the gradient that is added to the input's."""
-        x, mean, rstd = saved
+        x, *statistics = saved
         saved.clear()
-        scale, shift = self.norm.affine(mean, rstd)
-        grad_rows = self.convolution.rows_backward(grad)
-
-        def d_norm(first: int, last: int) -> Tensor:
-            return self.norm_silu_backward(grad_rows(first, last), x[:, :, first:last], scale, shift)
-
-        return self.norm.backward(x, mean, rstd, d_norm, plus)
+        return self.norm.silu_backward(x, tuple(statistics), self.convolution.rows_backward(grad), plus)
 
 
 class Resnet(Operation):
@@ -140,7 +208,8 @@ class Resnet(Operation):
         return y, first + second
 
     def backward(self, saved: list[Any], grad: Tensor) -> Tensor:
-        first, second = saved[:3], saved[3:]
+        half = len(saved) // 2
+        first, second = saved[:half], saved[half:]
         saved.clear()
         hidden = self.second.backward(second, grad)
         return self.first.backward(

@@ -219,8 +219,8 @@ class LatentPerceptualLoss:
             if mask is not None:
                 whole = mask[part].to(self.arithmetic)
                 masks = [whole, *[whole if crop is None else crop.cut(whole)] * (len(self.taps) - 1)]
-            segments, frames = self._segments(crop, len(space)), self.decoder.frames and len(space) == 3
-            chunks.append(Chunk(pred_latents[part], target_latents[part], masks, segments, frames))
+            segments = self._segments(crop, len(space))
+            chunks.append(Chunk(pred_latents[part], target_latents[part], masks, segments))
         return chunks
 
     def _segments(self, crop: Crop | None, axes: int) -> list[Segment]:
@@ -244,7 +244,7 @@ class LatentPerceptualLoss:
 
     def _see(self, chunk: "Chunk", depth: int | None) -> Target:
         way, raw = self._way(chunk, depth), self._raw(chunk.target)
-        return see_target(way, self.distances[:depth], raw, chunk.masks, chunk.frames)
+        return see_target(way, self.distances[:depth], raw, chunk.masks, self.decoder.frames)
 
     def _scales(self, chunks: list["Chunk"], depth: int | None) -> list[Tensor] | None:
         """For norm `batch` in several chunks: the scale of each tap over all samples."""
@@ -270,7 +270,7 @@ class LatentPerceptualLoss:
             scales,
             [factor * w for w in weights] if with_gradient else None,
             self.checkpointing,
-            chunk.frames,
+            self.decoder.frames,
         )
         batch = len(chunk.pred)
         distances = [mean_of_rows(d, batch) for d in found.distances]
@@ -322,8 +322,6 @@ class Chunk(NamedTuple):
     masks: list[Tensor | None]
     """Per tap, the caller's mask."""
     segments: list[Segment]
-    frames: bool
-    """Maps (B, C, T, H, W) are compared frame by frame."""
 
 
 def _join(parts: list[LPLOutput]) -> LPLOutput:

@@ -233,7 +233,7 @@ def compare(
         boundary, boundaries[i] = boundaries[i], None
         assert boundary is not None
         features = map_of(x, frames)
-        if callable(way) or frames or not isinstance(boundary, Tensor):
+        if callable(way) or not isinstance(boundary, Tensor) or (frames and boundary.dim() == 5):
             rows = rows_of(map_of(boundary, frames))
         else:
             rows = way[i + 1].head.rows(boundary)

@@ -1,13 +1,21 @@
 """The walk through the causal video decoders of Qwen-Image and Wan: frame after frame, each stage over all frames."""
 
+import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lpl.perceptual.convolution import Head, Operation
 from lpl.perceptual.decoders.base import VaeTaps
-from lpl.perceptual.feature_maps import State
+from lpl.perceptual.decoders.folding import folded_block, folded_middle, upsampler_of
+from lpl.perceptual.feature_maps import State, map_of
+from lpl.perceptual.frozen import Fuse, Identity, Plain
+from lpl.perceptual.sweep import Segment
+
+logger = logging.getLogger("lpl")
 
 CACHED = 2
 """Frames that a causal convolution of 3 looks back on."""
@@ -17,7 +25,7 @@ class CausalTaps(VaeTaps):
     """AutoencoderKLQwenImage, AutoencoderKLWan (2.1 and 2.2).
 
     One frame runs as it stands, without caches. Of several, each block gets the first frame's map, then those of each
-    further latent frame in turn, and a cache of its own.
+    further latent frame in turn, and a cache of its own. One frame has frozen operations (folding.py).
     """
 
     parts = ("conv_in", "mid_block", "up_blocks", "norm_out", "conv_out")
@@ -40,9 +48,27 @@ class CausalTaps(VaeTaps):
             y = y.unflatten(1, (-1, patch, patch)).permute(0, 1, 4, 5, 3, 6, 2).flatten(5, 6).flatten(3, 4)
         return y.clamp(-1, 1)
 
+    def segments(self, fuse: Fuse) -> list[Segment]:
+        """Of one frame, on maps (B, C, H, W): frozen operations; a stage of another build runs as plain blocks."""
+        heads: list[Head] = [Identity()]
+        bodies: list[list[Operation]] = []
+        for stage, tap in enumerate(self.taps):
+            block = folded_block(self.decoder.up_blocks[stage - 1], fuse) if stage else folded_middle(self._vae, fuse)
+            if block is None:
+                logger.info("LPL: %s has no frozen operations and runs as plain blocks", tap.name)
+                block = [Plain(partial(self._one_frame, stage), tap.name)], Identity()
+            bodies.append(block[0])
+            heads.append(block[1])
+        return [Segment(head, body) for head, body in zip(heads, [*bodies, []], strict=True)]
+
+    def _one_frame(self, stage: int, x: Tensor) -> State:
+        return map_of(self.run(stage, x.unsqueeze(2) if stage else self.begin(x))).squeeze(2)
+
     def _ratio(self, blocks: int) -> int:
         """Frames that the first so many up blocks make of each latent frame but the first."""
-        return 2 ** sum(upsampler_mode(block) == "upsample3d" for block in self.decoder.up_blocks[:blocks])
+        return 2 ** sum(
+            getattr(upsampler_of(block), "mode", "") == "upsample3d" for block in self.decoder.up_blocks[:blocks]
+        )
 
     def _block(self, stage: int, x: Any) -> Tensor:
         block = self.decoder.up_blocks[stage - 1] if stage else self.decoder.mid_block
@@ -77,14 +103,6 @@ class QwenImage21Taps(CausalTaps):
     """AutoencoderKLQwenImage21: images alone."""
 
     max_frames = 1
-
-
-def upsampler_mode(block: Any) -> str | None:
-    """upsample2d, upsample3d, or None for a block that keeps the map's size."""
-    upsampler = getattr(block, "upsampler", None)
-    if upsampler is None and getattr(block, "upsamplers", None) is not None:
-        upsampler = block.upsamplers[0]
-    return None if upsampler is None else upsampler.mode
 
 
 def _pieces(x: Tensor, ratio: int) -> list[Tensor]:
