@@ -124,18 +124,26 @@ def transposed(weight: Tensor) -> Tensor:
 
 class LastSlice:
     """A causal convolution (kernel t x k x k, zeros before the first frame) of one frame: the 2-D one of the kernel's
-    last frame. The weights are taken at each use, so that they follow their module.
+    last frame. The weights follow their module. On a CPU, where cutting them out takes as long as a small map's
+    convolution, they are cut out once and kept, a third of the module's.
     """
 
     def __init__(self, module: nn.Conv3d) -> None:
         self._module = module
         self.in_channels, self.out_channels = module.in_channels, module.out_channels
         self.kernel_size = module.kernel_size[1:]
+        self._kept: tuple[Any, Tensor] | None = None
 
     @property
     def weight(self) -> Tensor:
         """(out, in, k, k)."""
-        return self._module.weight[:, :, -1].contiguous()
+        whole = self._module.weight
+        stamp = (whole.untyped_storage()._cdata, whole._version, whole.dtype, whole.device)
+        if self._kept is not None and self._kept[0] == stamp:
+            return self._kept[1]
+        weight = whole[:, :, -1].contiguous(memory_format=torch.channels_last)
+        self._kept = (stamp, weight) if whole.device.type == "cpu" else None
+        return weight
 
     @property
     def bias(self) -> Tensor | None:
@@ -156,6 +164,8 @@ class Convolution(Operation):
 
     def rows_backward(self, grad: Tensor) -> Rows:
         """The rows of the gradient with respect to the input."""
+        if self._is_mostly_weights(grad):
+            return rows_of(self._whole_backward(grad))
         make = self._maker(grad, transposed(self.module.weight), None)
         return lambda first, last: make(first, last, None)
 
@@ -173,7 +183,23 @@ class Convolution(Operation):
         shape = (len(x), self.module.out_channels, *x.shape[2:])
         return assemble(spans(x, shape[1]), shape, x, make), []
 
+    def _is_mostly_weights(self, grad: Tensor) -> bool:
+        """Whether transposing a slice's weights would cost more than working on a map of one strip."""
+        small = isinstance(self.module, LastSlice) and len(spans(grad, self.module.in_channels)) == 1
+        return small and grad.shape[0] * grad.shape[2] * grad.shape[3] < WINOGRAD_CELLS
+
+    def _whole_backward(self, grad: Tensor) -> Tensor:
+        """torch's own backward pass, which takes the weights as they are."""
+        weight, around = self.module.weight, [self.halo] * 2
+        shape = (len(grad), self.module.in_channels, *grad.shape[2:])
+        like = grad.new_empty(1).expand(shape)
+        return torch.ops.aten.convolution_backward(
+            grad, like, weight, None, [1, 1], around, [1, 1], False, [0, 0], 1, [True, False, False]
+        )[0]
+
     def backward(self, saved: list[Any], grad: Tensor) -> Tensor:
+        if self._is_mostly_weights(grad):
+            return self._whole_backward(grad)
         make = self._maker(grad, transposed(self.module.weight), None)
         shape = (len(grad), self.module.in_channels, *grad.shape[2:])
         return assemble(spans(grad, shape[1]), shape, grad, make)
