@@ -122,6 +122,17 @@ def transposed(weight: Tensor) -> Tensor:
     return weight.flip(2, 3).transpose(0, 1).contiguous(memory_format=torch.channels_last)
 
 
+def gradient_to_input(weight: Tensor, grad: Tensor) -> Tensor:
+    """torch's own backward pass of a convolution (stride 1, odd size, zero padding), which takes the weights as they
+    are: for maps so small that transposing them would cost more.
+    """
+    like = grad.new_empty(1).expand(len(grad), weight.shape[1], *grad.shape[2:])
+    around = [weight.shape[2] // 2] * 2
+    return torch.ops.aten.convolution_backward(
+        grad, like, weight, None, [1, 1], around, [1, 1], False, [0, 0], 1, [True, False, False]
+    )[0]
+
+
 class LastSlice:
     """A causal convolution (kernel t x k x k, zeros before the first frame) of one frame: the 2-D one of the kernel's
     last frame. The weights follow their module. On a CPU, where cutting them out takes as long as a small map's
@@ -165,7 +176,7 @@ class Convolution(Operation):
     def rows_backward(self, grad: Tensor) -> Rows:
         """The rows of the gradient with respect to the input."""
         if self._is_mostly_weights(grad):
-            return rows_of(self._whole_backward(grad))
+            return rows_of(gradient_to_input(self.module.weight, grad))
         make = self._maker(grad, transposed(self.module.weight), None)
         return lambda first, last: make(first, last, None)
 
@@ -188,18 +199,9 @@ class Convolution(Operation):
         small = isinstance(self.module, LastSlice) and len(spans(grad, self.module.in_channels)) == 1
         return small and grad.shape[0] * grad.shape[2] * grad.shape[3] < WINOGRAD_CELLS
 
-    def _whole_backward(self, grad: Tensor) -> Tensor:
-        """torch's own backward pass, which takes the weights as they are."""
-        weight, around = self.module.weight, [self.halo] * 2
-        shape = (len(grad), self.module.in_channels, *grad.shape[2:])
-        like = grad.new_empty(1).expand(shape)
-        return torch.ops.aten.convolution_backward(
-            grad, like, weight, None, [1, 1], around, [1, 1], False, [0, 0], 1, [True, False, False]
-        )[0]
-
     def backward(self, saved: list[Any], grad: Tensor) -> Tensor:
         if self._is_mostly_weights(grad):
-            return self._whole_backward(grad)
+            return gradient_to_input(self.module.weight, grad)
         make = self._maker(grad, transposed(self.module.weight), None)
         shape = (len(grad), self.module.in_channels, *grad.shape[2:])
         return assemble(spans(grad, shape[1]), shape, grad, make)

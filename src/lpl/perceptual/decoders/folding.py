@@ -6,11 +6,44 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+from torch.nn.functional import avg_pool2d, conv2d, interpolate, pixel_shuffle, pixel_unshuffle
 
-from lpl.perceptual.convolution import Convolution, Head, LastSlice, Operation, Upsampling
+from lpl.perceptual.convolution import (
+    Convolution,
+    Head,
+    LastSlice,
+    Operation,
+    Rows,
+    Upsampling,
+    gradient_to_input,
+    rows_of,
+)
 from lpl.perceptual.decoders.blocks import is_plain
 from lpl.perceptual.frozen import Fuse, Identity, Plain, Resnet
+
+DIRECT_CELLS = 512
+"""Cells of a map (all samples) below which putting an upsampling's weights together costs more than it saves."""
+
+
+class SmallUpsampling(Upsampling):
+    """The same for the small, wide maps of these decoders: the plain way, doubling and 3 x 3."""
+
+    def rows(self, x: Tensor) -> Rows:
+        return rows_of(self.forward(x, keep=False)[0]) if _is_small(x) else super().rows(x)
+
+    def forward(self, x: Tensor, keep: bool) -> tuple[Tensor, list[Any]]:
+        if not _is_small(x):
+            return super().forward(x, keep)
+        return conv2d(interpolate(x, scale_factor=2.0), self.module.weight, self.module.bias, padding=1), []
+
+    def backward(self, saved: list[Any], grad: Tensor) -> Tensor:
+        if not _is_small(grad[:, :, ::2, ::2]):
+            return super().backward(saved, grad)
+        return 4 * avg_pool2d(gradient_to_input(self.module.weight, grad), 2)
+
+
+def _is_small(x: Tensor) -> bool:
+    return x.shape[0] * x.shape[2] * x.shape[3] < DIRECT_CELLS
 
 
 class Duplicate(Operation):
@@ -79,7 +112,7 @@ def folded_block(block: Any, fuse: Fuse) -> tuple[list[Operation], Head] | None:
     resnets: list[Operation] = [_resnet(resnet, fuse) for resnet in block.resnets]
     if upsampler is None:
         return (resnets, Identity()) if shortcut is None else None
-    head = Upsampling(upsampler.resample[1])
+    head = SmallUpsampling(upsampler.resample[1])
     if shortcut is None:
         return resnets, head
     return [WithShortcut([*resnets, head], Duplicate(shortcut))], Identity()
