@@ -45,7 +45,8 @@ def training(folder: Path, checkout: Path, steps: int) -> list[str]:
     return [
         "train", "--config=demo", f"--pretrained_model_name_or_path={folder}/model", f"--train_data_dir={folder}/data",
         f"--output_dir={own}/run-{steps}", f"--latent_cache_dir={own}/cache", f"--max_train_steps={steps}",
-        "--report_to=none", f"--checkpointing_steps={10**6}",
+        "--report_to=none", f"--checkpointing_steps={10**6}", "--lpl_norm_type=channel", "--lpl_sigma_threshold=3",
+        "--lpl_target_share=0.5",
     ]  # fmt: skip
 
 

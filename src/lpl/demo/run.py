@@ -18,7 +18,7 @@ LABELS = {WITHOUT: "without LPL", WITH: "with LPL"}
 SEEDS = ("0", "1", "2")
 GUIDANCE_SCALES = (1.0, 3.0)
 SAMPLING_STEPS = 12
-NUM_SAMPLES = 128
+NUM_SAMPLES = 256
 """Of each run at each guidance."""
 PICTURE, ARMS_FILE = "samples.png", "arms.yaml"
 PARTS = ("model", "data", "views", "cache", "compared")

@@ -51,7 +51,7 @@ class Moments:
 def frechet_distance(samples: Moments, reference: Moments, counts: Tensor | None = None) -> Tensor:
     """Fréchet distance between Gaussians: |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)).
 
-    With C2 = F F^T the last trace is the sum of the roots of the eigenvalues of F^T C1 F, which is symmetric.
+    With C2 = F F^T and C1 = X^T X / (N - 1) the last trace is the sum of the singular values of X F / (N - 1)^(1/2).
     Covariances are unbiased (N - 1), as in torchmetrics and in the code of the source.
 
     Source: Dowson and Landau 1982; Heusel et al. 2017 (arXiv 1706.08500), eq. 6. Only in features of their Inception
@@ -69,24 +69,24 @@ def frechet_distance(samples: Moments, reference: Moments, counts: Tensor | None
     projected = samples.centred @ reference.root
     size = len(projected)
     if counts is None:
-        inner = projected.T @ projected / (size - 1)
         shift = (samples.mean - reference.mean).square().sum()
-        return shift + samples.trace + reference.trace - 2 * _root_trace(inner)
+        return shift + samples.trace + reference.trace - 2 * _sum_of_singular_values(projected, size - 1)
     lengths = samples.centred.square().sum(1)
     found = []
     for row in counts.to(torch.float64):
         mean, mean_projected = row @ samples.centred / size, row @ projected / size
         used = row > 0
-        part = projected[used] * row[used, None].sqrt()
-        inner = (part.T @ part - size * torch.outer(mean_projected, mean_projected)) / (size - 1)
+        part = (projected[used] - mean_projected) * row[used, None].sqrt()
         trace = (row @ lengths - size * mean.square().sum()) / (size - 1)
         shift = (samples.mean + mean - reference.mean).square().sum()
-        found.append(shift + trace + reference.trace - 2 * _root_trace(inner))
+        found.append(shift + trace + reference.trace - 2 * _sum_of_singular_values(part, size - 1))
     return torch.stack(found)
 
 
-def _root_trace(symmetric: Tensor) -> Tensor:
-    return torch.linalg.eigvalsh(symmetric).clamp(min=0).sqrt().sum()
+def _sum_of_singular_values(x: Tensor, divisor: int) -> Tensor:
+    """Of x / divisor^(1/2), by the smaller of its two Gram matrices."""
+    gram = x @ x.T if len(x) < x.shape[1] else x.T @ x
+    return torch.linalg.eigvalsh(gram / divisor).clamp(min=0).sqrt().sum()
 
 
 def kernel_distance(samples: Tensor, reference: Tensor, counts: Tensor | None = None) -> Tensor:
