@@ -25,6 +25,8 @@ from lpl.perceptual.strips import Make, arithmetic, assemble, layout, spans, win
 
 Rows = Callable[[int, int], Tensor]
 """Rows first to last of a map."""
+MATRIX_CELLS = 256
+"""Cells of a map (all samples) up to which a folded convolution is a product of matrices."""
 WINOGRAD_CHANNELS, WINOGRAD_CELLS = 64, 4096
 """Input channels and cells of a map (all samples) from which on F(2, 3) pays for making its weights."""
 
@@ -102,6 +104,11 @@ def row_convolution(
     return winograd
 
 
+def takes_matrix(x: Tensor) -> bool:
+    """Whether a map is so small that a convolution on a CPU is mostly a matter of its weights."""
+    return x.device.type == "cpu" and x.shape[0] * x.shape[2] * x.shape[3] <= MATRIX_CELLS
+
+
 def takes_winograd(weight: Tensor, x: Tensor) -> bool:
     """Whether row_convolution saves products on the map x."""
     exact = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
@@ -122,10 +129,40 @@ def transposed(weight: Tensor) -> Tensor:
     return weight.flip(2, 3).transpose(0, 1).contiguous(memory_format=torch.channels_last)
 
 
+def matrix_convolution(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """row_convolution as one product of matrices, which does not copy the weights (channels last)."""
+    size, matrix = weight.shape[2], _matrix(weight)
+
+    def convolve(rows: Tensor, _: Tensor | None) -> Tensor:
+        padded = torch.nn.functional.pad(rows, (size // 2, size // 2)).permute(0, 2, 3, 1)
+        windows = padded.unfold(1, size, 1).unfold(2, size, 1).permute(0, 1, 2, 4, 5, 3)
+        flat = windows.reshape(-1, matrix.shape[1])
+        y = flat @ matrix.T if bias is None else torch.addmm(bias, flat, matrix.T)
+        return y.view(*windows.shape[:3], -1).permute(0, 3, 1, 2)
+
+    return convolve
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    """(out, k * k * in)."""
+    return weight.permute(0, 2, 3, 1).reshape(len(weight), -1)
+
+
 def gradient_to_input(weight: Tensor, grad: Tensor) -> Tensor:
-    """torch's own backward pass of a convolution (stride 1, odd size, zero padding), which takes the weights as they
-    are: for maps so small that transposing them would cost more.
+    """The backward pass of a convolution (stride 1, odd size, zero padding) from the weights as they are, for maps so
+    small that transposing them would cost more: of the smallest as a product of matrices, else torch's own.
     """
+    if takes_matrix(grad):
+        size, (batch, _, height, width) = weight.shape[2], grad.shape
+        parts = (grad.permute(0, 2, 3, 1).reshape(-1, grad.shape[1]) @ _matrix(weight)).view(
+            batch, height, width, size, size, -1
+        )
+        out = parts.new_zeros((batch, height + size - 1, width + size - 1, parts.shape[-1]))
+        for a in range(size):
+            for c in range(size):
+                out[:, a : a + height, c : c + width] += parts[:, :, :, a, c]
+        inner = slice(size // 2, size // 2 + height), slice(size // 2, size // 2 + width)
+        return out[:, inner[0], inner[1]].permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
     like = grad.new_empty(1).expand(len(grad), weight.shape[1], *grad.shape[2:])
     around = [weight.shape[2] // 2] * 2
     return torch.ops.aten.convolution_backward(
@@ -170,19 +207,29 @@ class Convolution(Operation):
 
     def rows(self, x: Tensor) -> Rows:
         """The rows of the output."""
-        make = self._maker(x, self.module.weight, self.module.bias)
+        make = self._forward_maker(x)
         return lambda first, last: make(first, last, None)
 
     def rows_backward(self, grad: Tensor) -> Rows:
         """The rows of the gradient with respect to the input."""
         if self._is_mostly_weights(grad):
             return rows_of(gradient_to_input(self.module.weight, grad))
-        make = self._maker(grad, transposed(self.module.weight), None)
+        make = self._backward_maker(grad)
         return lambda first, last: make(first, last, None)
 
-    def _maker(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Make:
-        convolve, halo = row_convolution(weight, bias, x), self.halo
+    def convolver(self, x: Tensor) -> Callable[[Tensor, Tensor | None], Tensor]:
+        """Of rows with their halo, to rows of the output, for the map x."""
+        if isinstance(self.module, LastSlice) and takes_matrix(x):
+            return matrix_convolution(self.module.weight, self.module.bias)
+        return row_convolution(self.module.weight, self.module.bias, x)
+
+    def _forward_maker(self, x: Tensor) -> Make:
+        convolve, halo = self.convolver(x), self.halo
         return lambda first, last, place: convolve(window(x, first - halo, last + halo), place)
+
+    def _backward_maker(self, grad: Tensor) -> Make:
+        convolve, halo = row_convolution(transposed(self.module.weight), None, grad), self.halo
+        return lambda first, last, place: convolve(window(grad, first - halo, last + halo), place)
 
     @property
     def halo(self) -> int:
@@ -190,7 +237,7 @@ class Convolution(Operation):
         return self.module.kernel_size[0] // 2
 
     def forward(self, x: Tensor, keep: bool) -> tuple[Tensor, list[Any]]:
-        make = self._maker(x, self.module.weight, self.module.bias)
+        make = self._forward_maker(x)
         shape = (len(x), self.module.out_channels, *x.shape[2:])
         return assemble(spans(x, shape[1]), shape, x, make), []
 
@@ -202,7 +249,7 @@ class Convolution(Operation):
     def backward(self, saved: list[Any], grad: Tensor) -> Tensor:
         if self._is_mostly_weights(grad):
             return gradient_to_input(self.module.weight, grad)
-        make = self._maker(grad, transposed(self.module.weight), None)
+        make = self._backward_maker(grad)
         shape = (len(grad), self.module.in_channels, *grad.shape[2:])
         return assemble(spans(grad, shape[1]), shape, grad, make)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
-from lpl.perceptual.convolution import Convolution, Head, LastSlice, Operation, Rows, row_convolution, rows_of
+from lpl.perceptual.convolution import Convolution, Head, LastSlice, Operation, Rows, rows_of
 from lpl.perceptual.feature_maps import State
 from lpl.perceptual.strips import arithmetic, assemble, channel_moments, spans, strip_bytes, window
 
@@ -177,7 +177,7 @@ class NormSiLUConvolution(Operation):
         statistics = self.norm.statistics(x)
         activate = self.norm.silu(statistics)
         module, halo = self.convolution.module, self.convolution.halo
-        convolve = row_convolution(module.weight, module.bias, x)
+        convolve = self.convolution.convolver(x)
 
         def make(first: int, last: int, place: Tensor | None) -> Tensor:
             y = convolve(window(x, first - halo, last + halo, activate), place)

@@ -8,6 +8,7 @@ import torch
 from tiny_vaes import vae_of
 from torch import nn
 
+from benchmarks import loss_cost
 from lpl import LatentPerceptualLoss
 from lpl.perceptual import strips
 from lpl.perceptual.decoders.folding import Duplicate
@@ -43,6 +44,17 @@ def test_frozen_operations_are_exact(monkeypatch, name, checkpointing, strip_byt
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
 def test_other_precisions(dtype, tolerance):
     check_frozen_is_plain(vae_of("wan"), dtype, tolerance, norm_type="shared")
+
+
+def test_a_third_of_what_autograd_keeps_is_kept():
+    """Qwen-Image's decoder at full width, counted on the meta device at 64 px."""
+    _, vae, channels, stride = next(loss_cost.causal_vaes("meta"))
+    loss_fn, kept = LatentPerceptualLoss(vae), []
+    pred = torch.empty(1, channels, 64 // stride, 64 // stride, device="meta").requires_grad_()
+    for segments in (loss_fn.clip_segments, loss_fn.segments):
+        loss_fn.segments = list(segments)
+        kept.append(loss_cost.count_call(loss_fn, pred)[1])
+    assert kept[1] < 0.30 * kept[0]
 
 
 def test_all_but_attention_is_frozen():
