@@ -59,9 +59,9 @@ class LatentPerceptualLoss:
     """LPL per sample.
 
     It owns no weights: the VAE stays the caller's to place and to save. The decoder's parameters are frozen
-    (requires_grad False) here. The decoder runs outside autocast in `dtype`; distances are float32. The gradient is
-    computed in the forward pass, `chunk` samples at a time, and only it is kept: no feature map outlives the call, and
-    memory does not grow with the batch.
+    (requires_grad False) here, but for HookTaps, whose model may be one that is trained. The decoder runs outside
+    autocast in `dtype`; distances are float32. The gradient is computed in the forward pass, `chunk` samples at a time,
+    and only it is kept: no feature map outlives the call, and memory does not grow with the batch.
 
     Args:
         vae: a diffusers VAE in eval mode, of a class that decoders.DECODERS names; or a DecoderTaps or HookTaps.
@@ -128,8 +128,9 @@ class LatentPerceptualLoss:
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ValueError(f"dtype {dtype!r} is no floating-point torch.dtype, such as torch.float32")
         decoder = any_decoder(vae, stages, strides)
-        for module in decoder.modules():
-            module.requires_grad_(False)
+        if not isinstance(decoder, HookTaps):
+            for module in decoder.modules():
+                module.requires_grad_(False)
         self.copied = any(p.dtype != dtype for m in decoder.modules() for p in m.parameters())
         self.decoder = decoder.copy_to(dtype) if self.copied else decoder
         self.latent_space = latent_space or decoder.latent_space

@@ -310,7 +310,7 @@ class Decoder(nn.Module):
         (["c", "a"], None, "names in the order they run are a, c: pass them so"),
         (["a", "unused"], None, "unused: not run by decode"),
         (["b"], None, "b: its output is changed in place behind it: name the module behind"),
-        (["a"], "train", "Decoder is in training mode"),
+        (["a"], "train", "a: in training mode; call .eval.. on the decoder"),
         (["a"], "no_grad", "a: features without a graph.*no_grad"),
         (["a"], "twice", "a runs twice in a decode"),
     ],
@@ -340,6 +340,17 @@ def test_hooks_stop_behind_the_last_tap_and_switch_off_what_cuts_decoding_up(vae
     assert not ran
     assert own.use_slicing
     assert [tap.stride for tap in loss_fn.taps] == [8, 4]
+
+
+def test_hooks_freeze_nothing():
+    """The model that they listen to may be the one that is trained, its denoiser in training mode."""
+    whole = nn.Module()
+    whole.denoiser, whole.decoder = nn.Conv2d(2, 2, 1), Decoder().eval()
+    loss_fn = LatentPerceptualLoss(HookTaps(whole, ["decoder.a", "decoder.c"], whole.decoder, torch.zeros(1, 2, 3, 3)))
+    latents = torch.randn(1, 2, 3, 3)
+    loss_fn(whole.denoiser(latents), latents).per_sample.sum().backward()
+    assert all(p.grad is not None for p in whole.denoiser.parameters())
+    assert all(p.grad is None for p in whole.decoder.parameters())
 
 
 def test_random_depth_of_hooks(vae):

@@ -90,10 +90,10 @@ class HookTaps(Decoder):
     """A decoder whose taps are outputs of modules, by dotted names: hooks catch them while `decode` runs.
 
     Stages are better where they can be had: a hook's features are kept whole for the gradient. Slicing, tiling and
-    gradient checkpointing of the model are switched off for the call.
+    gradient checkpointing of the model are switched off for the call; nothing of it is frozen.
 
     Args:
-        model: holds the modules; in eval mode.
+        model: holds the modules, and may hold more than the decoder, which is in eval mode.
         names: of modules in `model`, in the order in which they run, such as "decoder.up.3.block.2".
         decode: from raw latents to the output; it must run in autograd.
         example: raw latents, a small batch, that are decoded once to see that all is well.
@@ -101,7 +101,7 @@ class HookTaps(Decoder):
 
     Raises:
         ValueError: unknown names, modules that do not run, run twice or in another order, change their output in
-            place afterwards, or whose output has no graph; a model in training mode.
+            place afterwards, are in training mode, or whose output has no graph.
     """
 
     axes = (1, 2, 3)
@@ -118,8 +118,9 @@ class HookTaps(Decoder):
         unknown = [name for name in names if name not in modules]
         if isinstance(names, str) or not names or unknown or len(set(names)) < len(names):
             raise ValueError(f"names {unknown or names!r}: pass names of model.named_modules(), each once")
-        if model.training:
-            raise ValueError(f"{type(model).__name__} is in training mode: call .eval()")
+        trained = [name for name in names if modules[name].training]
+        if trained:
+            raise ValueError(f"{', '.join(trained)}: in training mode; call .eval() on the decoder")
         self.model, self.names, self.decode, self.to_map = model, list(names), decode, to_map or _first
         self.latent_channels = example.shape[1]
         self.taps = self._try(example)
@@ -129,7 +130,8 @@ class HookTaps(Decoder):
         return LatentSpace.identity()
 
     def modules(self) -> list[nn.Module]:
-        return [self.model]
+        modules = dict(self.model.named_modules())
+        return [modules[name] for name in self.names]
 
     def copy_to(self, dtype: torch.dtype) -> Self:
         raise ValueError(_cast(self.modules(), dtype))
