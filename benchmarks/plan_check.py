@@ -136,6 +136,7 @@ def take_steps(case: Case) -> None:
     from accelerate.state import AcceleratorState
 
     from lpl.data.dataset import Batch
+    from lpl.diffusion.latent_space import LatentSpace
     from lpl.families import blueprint
     from lpl.training.engine import add_lora, build_accelerator, build_objective
     from lpl.training.optimizers import build_optimizer
@@ -159,7 +160,10 @@ def take_steps(case: Case) -> None:
     ema = Average(trained, config.optim) if config.optim.use_ema else None
     denoiser, optimizer = accelerator.prepare(denoiser, build_optimizer(trained, config.optim, 1e-4))
     fused = FusedBackward(trained, optimizer) if config.optim.fused_backward_pass else None
-    family: Any = SimpleNamespace(denoise=plan.denoise, vae=vae, noise_scheduler=plan.noise_scheduler)
+    family: Any = SimpleNamespace(
+        denoise=plan.denoise, vae=vae, schedule=plan.schedule, latent_space=LatentSpace.from_config(vae.config),
+        latent_stride=plan.stride,
+    )  # fmt: skip
     objective = build_objective(config, family) if config.lpl.use_lpl else None
     step = TrainingStep(family, config.diffusion, objective, 0)
     size, side = config.run.train_batch_size, config.data.crop_size // plan.stride
@@ -170,7 +174,7 @@ def take_steps(case: Case) -> None:
                 counts=[i] * size,
                 raw_latents=torch.randn(size, plan.latent_channels, side, side),
                 text={name: torch.randn(value.shape) for name, value in plan.text(size).items()},
-                sizes=torch.full((size, 6), 64.0),
+                extra={"sizes": torch.full((size, 6), 64.0)},
             )
             with accelerator.accumulate(denoiser):
                 loss = step(denoiser, batch, accelerator.device, True, i).loss

@@ -15,10 +15,31 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import tyro._parsers
 from process_state import fresh_process_state
 
 LOSSES = ("diffusion_loss", "train_loss", "lpl/loss", "lpl/weighted_loss", "gradient_norm", "learning_rate")
 """Logged values that belong to the trajectory (the others are times and memory)."""
+
+
+_describe = tyro._parsers.ParserSpecification.from_callable_or_type
+_described: dict[Any, Any] = {}
+
+
+def described_once(f: Any, **given: Any) -> Any:
+    """tyro reads the options of a command whenever it parses: most of the time of a refusal, and always the same."""
+    key = f, given["description"]
+    if given["parent_classes"]:  # a group of options within a command
+        return _describe(f, **given)
+    if key not in _described:
+        _described[key] = _describe(f, **given)
+    return _described[key]
+
+
+tyro._parsers.ParserSpecification.from_callable_or_type = staticmethod(described_once)  # type: ignore[method-assign]
+
+
+os.fsync = lambda _: None  # tests kill processes, and take no computer its power
 
 
 class Run(NamedTuple):

@@ -40,7 +40,7 @@ class ShardingAccelerator(accelerate.Accelerator):
         return prepared
 
 
-def process(argv: list[str], fsdp: bool) -> None:
+def process(commands: list[list[str]], fsdp: bool) -> None:
     """One process of a launch; real launchers name its number in the environment."""
     from lpl.cli import main
     from lpl.training import engine
@@ -48,10 +48,16 @@ def process(argv: list[str], fsdp: bool) -> None:
     os.environ["RANK"] = str(torch.distributed.get_rank())
     if fsdp:
         engine.Accelerator = ShardingAccelerator  # type: ignore[misc]
-    main(argv)
+    for argv in commands:
+        main(argv)
 
 
 def launch(argv: list[str], processes: int, fsdp: bool = False) -> None:
     """Runs `lpl ARGV` in so many processes, under DDP or FSDP2; raises where one fails."""
+    launch_all([argv], processes, fsdp)
+
+
+def launch_all(commands: list[list[str]], processes: int, fsdp: bool = False) -> None:
+    """Runs commands one after the other in the same processes: what FSDP2 prepares, it prepares once."""
     with environment({"ACCELERATE_USE_CPU": "true"} | (FSDP if fsdp else {})):
-        accelerate.debug_launcher(process, (argv, fsdp), num_processes=processes)
+        accelerate.debug_launcher(process, (commands, fsdp), num_processes=processes)

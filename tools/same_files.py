@@ -29,6 +29,8 @@ MOMENT = re.compile(r"(?<=tfevents\.).*|\b\d{10}(\.\d+)?\b")
 """In names of TensorBoard's files and folders."""
 RENAMED: dict[str, str] = {}
 """Keys, and parts of names of files, as the older commit has them -> as they are now."""
+ADDED = frozenset({"mode_scale", "timestep_shift"})
+"""Options that the older commit lacks, which are not compared."""
 TEXTS = (".stdout", ".stderr", ".html", ".md")
 """What people read: left out by --no_text."""
 PROGRESS = re.compile(r"\d+%\||\?it/s|\d(it|s| examples)/(s|it)")
@@ -49,7 +51,7 @@ class Difference(NamedTuple):
 def flat(value: Any, key: str = "") -> Values:
     """Nested JSON as path -> value."""
     if isinstance(value, dict):
-        parts = [(RENAMED.get(str(name), str(name)), part) for name, part in value.items()]
+        parts = [(RENAMED.get(str(name), str(name)), part) for name, part in value.items() if name not in ADDED]
     elif isinstance(value, list):
         parts = [(str(number), part) for number, part in enumerate(value)]
     else:

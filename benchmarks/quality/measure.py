@@ -234,9 +234,9 @@ def open_sampler_of(pipeline: Any) -> Any:
     """Draws samples of a pipeline, float32, as SAMPLER says."""
     from diffusers import DPMSolverMultistepScheduler
 
-    from lpl.families.sampling import SDXLSampler
+    from lpl.families.sampling import FamilySampler
 
-    sampler = SDXLSampler(pipeline, "dpmsolver++")
+    sampler = FamilySampler(pipeline, "dpmsolver++")
     # "leading", the model's own, would begin four steps at t = 801, from noise that belongs to t = 999.
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
     return sampler

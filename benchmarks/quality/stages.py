@@ -22,7 +22,7 @@ from benchmarks.quality.pretrain import captions_of, trained_steps
 from benchmarks.quality.results import Results, Row
 from benchmarks.quality.workers import DivergedError, Workers
 from lpl.base.errors import UserError
-from lpl.base.written_files import FINISHED
+from lpl.config.run_folder import FINISHED
 
 ARMS = ("baseline", "lpl")
 FEW = "-few"

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -76,17 +75,15 @@ class Recording:
 
     def __init__(self, family: Any) -> None:
         self.family = family
-        self.last: tuple[Any, Tensor, Tensor, Mapping[str, Tensor], Tensor] | None = None
+        self.last: tuple[Any, Tensor, Tensor, Any, Any] | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.family, name)
 
-    def denoise(
-        self, denoiser: Any, noisy_latents: Tensor, timesteps: Tensor, text: Mapping[str, Tensor], sizes: Tensor
-    ) -> Tensor:
+    def denoise(self, denoiser: Any, noisy_latents: Tensor, timesteps: Tensor, text: Any, extra: Any) -> Tensor:
         """As the family's."""
-        self.last = denoiser, noisy_latents, timesteps, text, sizes
-        output: Tensor = self.family.denoise(denoiser, noisy_latents, timesteps, text, sizes)
+        self.last = denoiser, noisy_latents, timesteps, text, extra
+        output: Tensor = self.family.denoise(denoiser, noisy_latents, timesteps, text, extra)
         return output
 
     def captioned(self) -> Tensor:
@@ -97,9 +94,10 @@ class Recording:
     def without_captions(self, index: Tensor) -> Tensor:
         """The output of some of the last call's samples without their captions."""
         assert self.last is not None
-        denoiser, noisy_latents, timesteps, text, sizes = self.last
+        denoiser, noisy_latents, timesteps, text, extra = self.last
         empty = {name: torch.zeros_like(value[index]) for name, value in text.items()}
-        output: Tensor = self.family.denoise(denoiser, noisy_latents[index], timesteps[index], empty, sizes[index])
+        own = {name: value[index] for name, value in extra.items()}
+        output: Tensor = self.family.denoise(denoiser, noisy_latents[index], timesteps[index], empty, own)
         return output.float()
 
 
@@ -261,7 +259,7 @@ def less_diffusion(step: Any, gate: Any, factor: float) -> None:
     plain = step.diffusion_per_sample
 
     def scaled(inputs: Any) -> Tensor:
-        open_ = gate.passes(inputs.timesteps, step.alpha[inputs.timesteps], step.sigma[inputs.timesteps])
+        open_ = gate.passes(inputs.levels, *step.schedule.alpha_sigma(inputs.levels))
         each: Tensor = plain(inputs)
         return each * torch.where(open_, factor, 1.0).to(each)
 
@@ -290,7 +288,7 @@ def apply(variant: Variant, trainer: Any) -> None:
         (trainer.folder / STATE).unlink(missing_ok=True)
     step.family = Recording(step.family)
     step.objective = VariantObjective(
-        objective, variant, step.family, step.alpha, step.sigma, trainer.num_steps, config.run.seed,
+        objective, variant, step.family, step.schedule.alpha, step.schedule.sigma, trainer.num_steps, config.run.seed,
         config.data.proportion_empty_prompts, trainer.folder,
     )  # fmt: skip
 

@@ -14,8 +14,9 @@ from lpl.base.errors import StopRequestedError, TrainingStoppedError, UserError
 from lpl.base.terminal import one_line, printable_streams
 from lpl.config import TrainConfig, commands
 from lpl.config.command_line import parse_compare, parse_options, parse_train
-from lpl.config.files import DATA_REPORT, environment, nearest
+from lpl.config.files import environment, nearest
 from lpl.config.model_commands import EvalConfig, ExportConfig
+from lpl.config.run_folder import DATA_REPORT
 from lpl.presets import list_presets, preset_text
 
 COMMANDS = {

@@ -89,7 +89,7 @@ def test_report_table_and_pictures(check: Any, tmp_path: Path) -> None:
 
 
 def test_a_second_check_replaces_the_first(check: Any, tmp_path: Path) -> None:
-    check()
+    check(lpl_num_blocks=1)
     left, mine = (tmp_path / "out" / "check-report" / "maps" / name for name in ("up_9-t0999.png", "mine.png"))
     for file in (left, mine):
         file.write_bytes(b"")
@@ -140,7 +140,7 @@ def test_weight_and_gate_are_the_runs_own(check: Any) -> None:
     ids=lambda options: next(iter(options)),
 )
 def test_with_other_options(check: Any, options: dict[str, Any]) -> None:
-    found, out, _ = check(**options)
+    found, out, _ = check(**options, lpl_num_blocks=1)
     assert found["suggestion"]["lpl_weight"] > 0
     assert all(row["ratio"] > 0 for row in found["gradients"])
     assert found["step"]["seconds"] > 0

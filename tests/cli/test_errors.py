@@ -258,7 +258,7 @@ def test_variant_that_is_not_there(refused: Refused) -> None:
         ("vae/config.json", {"_class_name": "AutoencoderTiny"}, "AutoencoderTiny"),
         ("model_index.json", {"requires_aesthetics_score": True}, "refiner"),
         ("model_index.json", {"text_encoder": [None, None]}, "refiner"),
-        ("model_index.json", {"_class_name": "StableDiffusionPipeline"}, "StableDiffusionPipeline"),
+        ("model_index.json", {"_class_name": "KandinskyPipeline"}, "KandinskyPipeline"),
     ],
 )
 def test_model_that_is_not_trained_right_here(

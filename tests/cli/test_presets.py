@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -136,66 +134,44 @@ def test_dry_run_agrees_with_the_run(train: Any) -> None:
 # --- processes
 
 
-@pytest.fixture(scope="module")
-def launched(
-    base_options: dict[str, Any], as_flags: Any, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, tuple[Path, subprocess.Popen[str]]]]:
-    """Two processes that run side by side, with their output folders: most of their time goes into imports."""
-    folder = tmp_path_factory.mktemp("launched")
-    model, data = (base_options[key] for key in ("pretrained_model_name_or_path", "train_data_dir"))
-    issue = (
+def test_the_command_of_the_issue_under_accelerate_launch(
+    model: Path, data: Path, run_cli: Any, read_run: Any, tmp_path: Path, monkeypatch: Any, capfd: Any
+) -> None:
+    """In a process of its own, as in this one. No --resolution: what the model was made for; no cache: the user's."""
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    command = (
         f"train --pretrained_model_name_or_path {model} --train_data_dir {data} --use_lpl --lpl_weight 1.0 "
         "--lpl_t_threshold 200 --lpl_loss_type mse --lpl_norm_type shared --lpl_pow_law --lpl_num_blocks 4 "
-        "--lpl_remove_outliers --lpl_scale --lpl_start 0 --max_train_steps 4 "
-        f"--output_dir {folder / 'issue'}"
-    )
-    script = Path(sys.executable).with_name("lpl")
-    start = [str(script)] if script.exists() else [sys.executable, "-m", "lpl"]
-    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m", "lpl"]
-    commands = {
-        "issue": [*start, *issue.split()],
-        "accelerate": [*accelerate, "train", *as_flags(base_options | {"output_dir": folder / "accelerate"})],
-    }
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "XDG_CACHE_HOME": str(folder / "cache")}
-    running = {
-        name: subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8"
-        )
-        for name, command in commands.items()
-    }
-    yield {name: (folder / name, process) for name, process in running.items()}
-    for process in running.values():
-        process.kill()
-
-
-def test_the_command_of_the_issue_as_a_process(launched: Any) -> None:
-    """No --resolution: what the model was made for; no cache folder: the user's."""
-    folder, process = launched["issue"]
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
+        "--lpl_remove_outliers --lpl_scale --lpl_start 0 --max_train_steps 4 --output_dir"
+    ).split()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    launch = ["--cpu", "--num_processes", "1", "-m", "lpl", *command, str(tmp_path / "launched")]
+    launch_command(launch_command_parser().parse_args(launch))
+    err = capfd.readouterr().err
     assert "6 samples; 6 crops and 6 captions encoded" in err
     assert "decoder in float32 outside autocast" in err
     assert "100%" in err
-    assert f"done: the result is in {folder}" in err
-    assert list((folder.parent / "cache" / "lpl" / "latents").iterdir())
+    assert f"done: the result is in {tmp_path / 'launched'}" in err
+    assert list((tmp_path / "cache" / "lpl" / "latents").iterdir())
     from diffusers import StableDiffusionXLPipeline
 
-    StableDiffusionXLPipeline.from_pretrained(folder, use_safetensors=True, add_watermarker=False)
+    StableDiffusionXLPipeline.from_pretrained(tmp_path / "launched", use_safetensors=True, add_watermarker=False)
+    code, _, err = run_cli([*command, str(tmp_path / "plain")])
+    assert code == 0, err
+    launched, plain = read_run(tmp_path / "launched"), read_run(tmp_path / "plain")
+    assert same(launched.unet(), plain.unet())
+    assert launched.losses() == plain.losses()
 
 
-def test_accelerate_launch_trains_like_a_plain_call(launched: Any, train: Any, read_run: Any) -> None:
-    plain = train()
-    folder, process = launched["accelerate"]
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    assert same(plain.unet(), read_run(folder).unet())
-
-
-def test_python_m_and_version(run_cli: Any) -> None:
+def test_the_ways_to_start_a_process(run_cli: Any) -> None:
     import lpl
 
-    done = subprocess.run([sys.executable, "-m", "lpl", "--version"], capture_output=True, text=True, check=True)
-    assert done.stdout == f"{lpl.__version__}\n"
+    script = Path(sys.executable).with_name("lpl")
+    for start in ([sys.executable, "-m", "lpl"], *([[str(script)]] if script.exists() else [])):
+        done = subprocess.run([*start, "--version"], capture_output=True, text=True, check=True)
+        assert done.stdout == f"{lpl.__version__}\n"
     code, out, err = run_cli(["env"])
     assert (code, err) == (0, "")
     assert f"torch: {torch.__version__}" in out

@@ -39,14 +39,14 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def run(train_in: Any, shared: Path) -> Path:
     """A run with validation losses and pictures; not to be changed."""
-    steps, sdxl.SAMPLING_STEPS = sdxl.SAMPLING_STEPS, 2
+    steps, sdxl.SDXL.steps = sdxl.SDXL.steps, 2
     try:
         prompts = shared / "prompts.jsonl"
         prompts.write_text('{"prompt": "a <red> fox", "seed": 5}\n{"prompt": "snow"}\n')
         options = {"validation_samples": 2, "validation_steps": 2, "max_train_steps": 4, "num_validation_images": 2}
         train_in(shared / "reported", **options, validation_prompts=prompts, use_ema=True)
     finally:
-        sdxl.SAMPLING_STEPS = steps
+        sdxl.SDXL.steps = steps
     return shared / "reported"
 
 

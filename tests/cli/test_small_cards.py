@@ -21,8 +21,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "optimi.AdamW"])
-@pytest.mark.parametrize("fused", [False, True], ids=["after", "fused"])
+@pytest.mark.parametrize(("optimizer", "fused"), [("adamw", False), ("adafactor", True), ("optimi.AdamW", True)])
 def test_two_steps_and_two_more_equal_four(train: Any, optimizer: str, fused: bool) -> None:
     options = BFLOAT16 | (FUSED if fused else {}) | {"optimizer": optimizer, "use_ema": True, "ema_decay": 0.5}
     whole = train(**options | STEPS, output="whole")

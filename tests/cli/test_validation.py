@@ -25,7 +25,7 @@ HELD = {"validation_samples": 2, "validation_steps": 2, "max_train_steps": 4, "u
 
 @pytest.fixture(autouse=True)
 def quick_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sdxl, "SAMPLING_STEPS", 2)
+    monkeypatch.setattr(sdxl.SDXL, "steps", 2)
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
@@ -154,7 +154,7 @@ def by_hand(losses: HeldOutLoss, denoiser: Any) -> tuple[list[list[float]], list
     from lpl.diffusion.draws import draw_normal, keyed_uniform
 
     step, data, seed = losses.step, losses.data, losses.seed
-    cumulative = step.family.noise_scheduler.alphas_cumprod.double()
+    cumulative = step.schedule.alpha.square()
     diffusion: list[list[float]] = [[] for _ in range(10)]
     perceptual: list[list[float]] = [[] for _ in range(10)]
     masks = 0
@@ -168,7 +168,7 @@ def by_hand(losses: HeldOutLoss, denoiser: Any) -> tuple[list[list[float]], list
             noise = draw_normal(latents.shape[1:], seed, "validation_noise", name, k)[None]
             alpha, sigma = cumulative[t].sqrt().float(), (1 - cumulative[t]).sqrt().float()
             noisy = alpha * latents + sigma * noise
-            output = step.family.denoise(denoiser, noisy, torch.tensor([t]), batch.text, batch.sizes)
+            output = step.family.denoise(denoiser, noisy, torch.tensor([t]), batch.text, batch.extra)
             mask = torch.ones(1, 1, *latents.shape[2:]) if batch.mask is None else batch.mask
             square = mask * (output - noise).square()
             diffusion[k].append(float(square.sum() / (square.shape[1] * mask.sum())))
@@ -180,7 +180,7 @@ def by_hand(losses: HeldOutLoss, denoiser: Any) -> tuple[list[list[float]], list
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"rank": 2, "lora_dropout": 0.5}, {"optimizer": "schedulefree_adamw"}, {"train_text_encoder": True}],
+    [{"rank": 2, "lora_dropout": 0.5}, {"optimizer": "schedulefree_adamw"}, {"train_text_encoder": True}],
 )
 def test_training_goes_on_as_if_there_had_been_none(train: Any, data: Path, tmp_path: Path, options: Any) -> None:
     """Losses and weights bit for bit."""

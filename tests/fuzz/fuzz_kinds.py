@@ -76,8 +76,8 @@ def of_run(name: str) -> Callable[[Base], tuple[Path, Act]]:
     """A file of a run's folder, by `lpl report` and by what a further `lpl train` asks of it."""
 
     def prepare(base: Base) -> tuple[Path, Act]:
+        from lpl.config.run_folder import read_rows
         from lpl.training.output import finished_at
-        from lpl.training.validation import read_rows
 
         run = base.copy("run")
         page = base.folder / "page.html"
@@ -99,7 +99,8 @@ def differences(base: Base) -> tuple[Path, Act]:
     """A run's config.yaml, by the run that would continue it, and as --config."""
     from lpl.base.errors import UserError
     from lpl.config.command_line import parse_train
-    from lpl.config.files import CONFIG_FILE, differences
+    from lpl.config.files import differences
+    from lpl.config.run_folder import CONFIG_FILE
 
     run = base.copy("run")
 
@@ -319,7 +320,7 @@ def of_cache(pattern: str) -> Callable[[Base], tuple[Path, Act]]:
 
 def manifest(base: Base) -> tuple[Path, Act]:
     """What a checkpoint's files must be."""
-    from lpl.training.output import find_checkpoint, list_checkpoints
+    from lpl.config.run_folder import find_checkpoint, list_checkpoints
 
     run = base.copy("run")
 
@@ -334,7 +335,7 @@ def of_checkpoint(name: str) -> Callable[[Base], tuple[Path, Act]]:
     """A file of a checkpoint whose manifest agrees with it, by the run that goes on from it."""
 
     def prepare(base: Base) -> tuple[Path, Act]:
-        from lpl.training.output import write_manifest
+        from lpl.config.run_folder import write_manifest
 
         run = base.copy("run")
         shutil.rmtree(max(run.glob("checkpoint-*")))
@@ -357,7 +358,8 @@ def of_checkpoint(name: str) -> Callable[[Base], tuple[Path, Act]]:
 
 def drawn(base: Base) -> tuple[Path, Act]:
     """samples.json, by the evaluation that would go on from it."""
-    from lpl.evaluation.generate import SETTINGS, Sampling, check_settings, settings_of, write_settings
+    from lpl.config.run_folder import SETTINGS
+    from lpl.evaluation.generate import Sampling, check_settings, settings_of, write_settings
 
     settings = settings_of(Sampling(16), scheduler="model", prompts="x", weights="y")
     write_settings(base.folder, settings)

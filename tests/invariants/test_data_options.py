@@ -94,8 +94,8 @@ def seen(train: Any, monkeypatch: pytest.MonkeyPatch, **options: Any) -> list[An
     call = TrainingStep.__call__
 
     def spy(self: Any, denoiser: Any, batch: Any, device: Any, use_lpl: bool, step: int, *where: Any) -> Any:
-        assert len({tuple(size[4:].tolist()) for size in batch.sizes}) == 1
-        rows = zip(batch.sample_ids, batch.counts, batch.sizes.tolist(), batch.weights.tolist(), strict=True)
+        assert len({tuple(size[4:].tolist()) for size in batch.extra["sizes"]}) == 1
+        rows = zip(batch.sample_ids, batch.counts, batch.extra["sizes"].tolist(), batch.weights.tolist(), strict=True)
         steps.setdefault(step, []).extend(rows)
         return call(self, denoiser, batch, device, use_lpl, step, *where)
 

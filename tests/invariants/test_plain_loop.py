@@ -63,7 +63,7 @@ def plain_loop(model: Path, data: Path, cache: Path) -> dict[str, Tensor]:
                 alpha * latents + sigma * noise,
                 t,
                 batch.text["prompt_embeds"],
-                added_cond_kwargs={"text_embeds": batch.text["pooled"], "time_ids": batch.sizes},
+                added_cond_kwargs={"text_embeds": batch.text["pooled"], "time_ids": batch.extra["sizes"]},
             ).sample
             loss = (output - noise).square().flatten(1).mean(1).mean()
             (loss / ACCUMULATION).backward()
@@ -123,7 +123,9 @@ def test_lpl_on_and_off_see_the_same_draws(train: Any, monkeypatch: pytest.Monke
 
     def spy(self: TrainingStep, batch: Any, *where: Any) -> Any:
         drawn = original(self, batch, *where)
-        seen.append((batch.sample_ids, batch.counts, batch.raw_latents, batch.sizes, drawn.noise, drawn.timesteps))
+        seen.append(
+            (batch.sample_ids, batch.counts, batch.raw_latents, batch.extra["sizes"], drawn.noise, drawn.levels)
+        )
         return drawn
 
     monkeypatch.setattr(TrainingStep, "draw", spy)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from tiny_models import tiny_images
 
+from lpl.config.run_folder import list_checkpoints
 from lpl.training.checkpoint import save_checkpoint
-from lpl.training.output import list_checkpoints
 
 
 @pytest.fixture

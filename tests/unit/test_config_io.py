@@ -12,17 +12,9 @@ import yaml
 from lpl.base.errors import UserError
 from lpl.config import LoggingConfig, LPLConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from lpl.config.command_line import parse_train
-from lpl.config.files import (
-    CONFIG_FILE,
-    RECORD,
-    as_flags,
-    differences,
-    environment,
-    nearest,
-    read_options,
-    write_config,
-)
+from lpl.config.files import RECORD, as_flags, differences, environment, nearest, read_options, write_config
 from lpl.config.loss import GATES
+from lpl.config.run_folder import CONFIG_FILE
 
 
 def round_trip(config: TrainConfig, folder: Path) -> TrainConfig:

@@ -52,8 +52,8 @@ DERIVED = {
     "draws": SETTINGS | {
         "noise_offset", "pyramid_noise_iterations", "pyramid_noise_discount", "timestep_bias_strategy",
         "timestep_bias_multiplier", "timestep_bias_portion", "timestep_bias_begin", "timestep_bias_end",
-        "timestep_distribution", "logit_mean", "logit_std", "timestep_sampling", "train_batch_size",
-        "gradient_accumulation_steps",
+        "timestep_distribution", "logit_mean", "logit_std", "mode_scale", "timestep_shift", "timestep_sampling",
+        "train_batch_size", "gradient_accumulation_steps",
     },
     "arms": {
         "seed", "output_dir", "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "revision",

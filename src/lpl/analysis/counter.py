@@ -82,7 +82,7 @@ class StepCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        out = _run(func, args, kwargs)
         if func.namespace == "prim":  # a question about a tensor, no operation
             return out
         new = {id(storage): storage for storage in _storages((out,)) if id(storage) not in self._known}
@@ -106,6 +106,30 @@ class StepCounter(TorchDispatchMode):
     def _remove(self, key: int, size: int) -> None:
         self.live -= size
         del self._known[key]
+
+
+_made: dict[Any, list[Any]] = {}
+"""Shape, stride and dtype of what operations return on the meta device, where torch takes long to derive them."""
+
+
+def _run(func: Any, args: Any, kwargs: Any) -> Any:
+    """What an operation returns; one that makes new tensors on the meta device is asked once for inputs of one form."""
+    key, returns = (func, _form(args), _form([*kwargs.items()])), func._schema.returns
+    if key not in _made:
+        out = func(*args, **kwargs)
+        tensors = out if isinstance(out, tuple) else (out,)
+        is_new = not func._schema.is_mutable and all(each.alias_info is None for each in returns)
+        if is_new and all(type(t) is Tensor and t.is_meta for t in tensors):
+            _made[key] = [(t.shape, t.stride(), t.dtype) for t in tensors]
+        return out
+    made = [aten.empty_strided(size, stride, dtype=dtype, device="meta") for size, stride, dtype in _made[key]]
+    return tuple(made) if len(returns) > 1 else made[0]
+
+
+def _form(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.device
+    return tuple(map(_form, value)) if isinstance(value, (list, tuple)) else (type(value), value)
 
 
 def _storages(values: Any) -> Iterator[Any]:

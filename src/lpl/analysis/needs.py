@@ -10,7 +10,7 @@ from lpl.analysis.states import state_name, state_size, workspace_size
 from lpl.config import TrainConfig
 from lpl.perceptual.gate import Gate
 from lpl.training.launch import splits
-from lpl.training.step import timestep_weights
+from lpl.training.step import run_schedule
 
 
 class Needs(NamedTuple):
@@ -81,9 +81,10 @@ def estimate(config: TrainConfig, rehearsal: Rehearsal, processes: int = 1) -> N
         phases["validation"] = total + max(sampling, decoding - (0 if rehearsal.device == "cpu" else parameters.size))
     batch, p_gate = config.run.train_batch_size, 0.0
     if loss is not None:
-        schedule, lpl = rehearsal.blueprint.noise_scheduler, config.lpl
+        shape, lpl = rehearsal.latents(config, 1), config.lpl
+        schedule = run_schedule(rehearsal.blueprint.schedule, config.diffusion, shape[2] * shape[3])
         gate = Gate(schedule, lpl.lpl_t_threshold, lpl.lpl_snr_threshold, lpl.lpl_sigma_threshold)
-        p_gate = gate.probability(timestep_weights(schedule.config.num_train_timesteps, config.diffusion))
+        p_gate = gate.probability(None)
     return Needs(
         parameters.base,
         parameters.trained,
@@ -104,7 +105,7 @@ def fixed_costs(config: TrainConfig, rehearsal: Rehearsal, processes: int) -> di
     """Bytes that are on the device throughout, without LPL's; arithmetic alone."""
     parameters = rehearsal.parameters(config)
     state = state_size(config.optim, parameters.shapes, rehearsal.device)
-    weights = "UNet and text weights" if rehearsal.blueprint.trains_text else "UNet weights"
+    weights = f"{rehearsal.blueprint.denoiser_word} {'and text ' * rehearsal.blueprint.trains_text}weights"
     stays = {weights: parameters.size, state_name(config.optim): state}
     if _averages_there(config, rehearsal):
         stays["EMA"] = 4 * parameters.trained

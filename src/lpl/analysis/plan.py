@@ -12,7 +12,7 @@ from lpl.base.terminal import progress
 from lpl.config import TrainConfig
 from lpl.config.run import processes
 from lpl.data.buckets import image_sizes
-from lpl.families import blueprint, native_resolution, plan_configs
+from lpl.families import blueprint, kind_of, plan_configs
 from lpl.training.checks import check_memory_options
 from lpl.training.launch import check_launch, splits
 from lpl.training.preflight import Checked, check_options
@@ -26,7 +26,7 @@ def plan(config: TrainConfig, memory: int) -> str:
     """
     configs = plan_configs(config.model)
     if config.data.resolution is None:
-        config = config.changed(resolution=native_resolution(configs))
+        config = config.changed(resolution=kind_of(config.model).native_resolution(configs))
     config = _with_launched_precision(config)
     check_memory_options(config, packages=False)
     check_launch(config)
@@ -40,7 +40,7 @@ def plan(config: TrainConfig, memory: int) -> str:
     run = config.run
     checkpointing = "on" if run.gradient_checkpointing else "off"
     lines = [
-        f"model        {config.model.pretrained_model_name_or_path or 'SDXL base 1.0'}",
+        f"model        {config.model.pretrained_model_name_or_path or kind_of(config.model).base}",
         _trains(asked, config),
         f"run          {config.data.crop_size} px, batch {run.train_batch_size} x {run.gradient_accumulation_steps}, "
         f"mixed precision {run.mixed_precision}, gradient checkpointing {checkpointing}",
@@ -101,7 +101,7 @@ def _with_launched_precision(config: TrainConfig) -> TrainConfig:
 def _trains(needs: Needs, config: TrainConfig) -> str:
     rank = config.model.rank
     kind = "DoRA" if config.model.use_dora else "LoRA"
-    what = f"{kind} of rank {rank} on {needs.base:,}" if rank else "the whole UNet"
+    what = f"{kind} of rank {rank} on {needs.base:,}" if rank else f"the whole {kind_of(config.model).denoiser_word}"
     if config.model.train_text_encoder:
         what += "" if rank else " and both text encoders"
     return f"trains       {needs.trained:,} parameters ({what})"
@@ -122,7 +122,9 @@ def _details(needs: Needs, config: TrainConfig) -> list[str]:
             f"{_tera(mean)} on average: {1 + mean / needs.step_flops:.2f} times"
         )
     weights, *others = needs.stays.items()
-    activations = "their activations" if config.model.train_text_encoder else "UNet activations"
+    activations = (
+        "their activations" if config.model.train_text_encoder else f"{kind_of(config.model).denoiser_word} activations"
+    )
     rows = [weights, ("gradients", needs.gradients), *others, (activations, needs.kept)]
     if lpl.use_lpl:
         rows.append(("LPL, while it runs", needs.lpl))

@@ -206,8 +206,8 @@ class Rehearsal:
 
     def _inputs(self, shape: tuple[int, ...]) -> tuple[Any, ...]:
         batch = shape[0]
-        timesteps, sizes = torch.zeros(batch, dtype=torch.long), torch.zeros(batch, 6)
-        return torch.empty(shape), timesteps, self.blueprint.text(batch), sizes
+        levels = torch.zeros(batch, dtype=torch.float32 if self.blueprint.schedule.is_flow else torch.long)
+        return torch.empty(shape), levels, self.blueprint.text(batch), {"sizes": torch.zeros(batch, 6)}
 
     def loss(self, config: TrainConfig) -> LossCost:
         """LPL of a micro-batch in which every sample passes the gate."""
@@ -274,9 +274,9 @@ class Rehearsal:
         with torch.device("meta"), torch.no_grad(), FusedAttention():
             with StepCounter() as counter:
                 vae.encode(torch.empty(batch_of((3, size, size)), 3, size, size))
-            for encoder in encoders:
+            for number, encoder in enumerate(encoders):
                 with counter:
-                    encoder(self.blueprint.tokens(CAPTION_BATCH), output_hidden_states=True)
+                    encoder(self.blueprint.tokens(CAPTION_BATCH)[number], output_hidden_states=True)
         return counter.peak + _bytes(vae) + sum(map(_bytes, encoders))
 
     def validation(self, config: TrainConfig) -> tuple[int, int]:

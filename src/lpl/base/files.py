@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import takewhile
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from lpl.base.errors import UserError
 
 TEMPORARY = ".tmp"
 PROBED = 4096
+ELSEWHERE = ": make room there, or name another folder"
 GONE = "gone"
 """The stamp of what is not there, or cannot be looked at."""
 
@@ -50,15 +51,17 @@ def write_cached(path: Path, data: bytes, scratch: Path | None = None) -> None:
 
 
 @contextmanager
-def cache_writing(folder: Path) -> Iterator[None]:
-    """Turns what goes wrong while writing a folder of the cache into a UserError."""
+def writing(what: str, remedy: str = "") -> Iterator[None]:
+    """Makes one line of a fault of the file system: what cannot be written, why, and what to do (": ...")."""
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"cache {folder} cannot be written ({error.strerror}): make room there, or name another folder with "
-            "--latent_cache_dir"
-        ) from error
+        raise UserError(f"{what} cannot be written ({error.strerror}){remedy}") from error
+
+
+def cache_writing(folder: Path) -> AbstractContextManager[None]:
+    """The same for a folder of the cache."""
+    return writing(f"cache {folder}", f"{ELSEWHERE} with --latent_cache_dir")
 
 
 def sync_file(path: Path) -> None:
@@ -183,7 +186,5 @@ def write_output(path: Path, data: bytes, where: str) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    try:
+    with writing(f"{where}:"):
         write_atomically(path, data)
-    except OSError as error:
-        raise UserError(f"{where}: cannot be written ({error.strerror})") from error

@@ -186,16 +186,12 @@ def _unusable(value: Any) -> str | None:
     return next((f"\\u{ord(x):04x}" for x in letters if x == "\0" or "\ud800" <= x <= "\udfff"), None)
 
 
-def write_json(file: Path, content: Any, where: str) -> None:
-    """Writes indented JSON (UTF-8); the file appears whole.
-
-    Args:
-        file: the file.
-        content: without numbers that are not finite.
-        where: see write_output.
-
-    Raises:
-        UserError: it cannot be written.
-    """
+def as_json(content: Any) -> bytes:
+    """Indented JSON, without numbers that are not finite; what is no UTF-8 is an escape, read as what it was."""
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
-    write_output(file, f"{text}\n".encode(), where)
+    return text.encode("utf-8", "backslashreplace") + b"\n"
+
+
+def write_json(file: Path, content: Any, where: str) -> None:
+    """Writes as_json; the file appears whole. Arguments and errors are those of write_output."""
+    write_output(file, as_json(content), where)

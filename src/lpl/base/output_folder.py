@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lpl.base.errors import UserError
-from lpl.base.files import checksum, sync_file, write_atomically
+from lpl.base.files import checksum, sync_file, write_atomically, write_output
 from lpl.base.json_files import REST, TEXT, Shape, object_in, read_object, require_shape
 
 RECORD = ".lpl.json"
@@ -184,11 +184,8 @@ class OutputFolder:
         return found
 
     def _write(self, part: dict[str, Any]) -> None:
-        try:
-            content = json.dumps(self._all() | {self.command: part}, indent=1)
-            write_atomically(self.folder / RECORD, content.encode())
-        except OSError as error:
-            raise UserError(f"{self.flag} {self.folder}: cannot be written ({error.strerror})") from error
+        content = json.dumps(self._all() | {self.command: part}, indent=1)
+        write_output(self.folder / RECORD, content.encode(), f"{self.flag} {self.folder}")
 
 
 def check_real(given: Path, path: Path, flag: str) -> None:

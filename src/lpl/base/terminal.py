@@ -92,6 +92,15 @@ def progress(
     )
 
 
+INDENT = 13
+"""Columns before the text of a labelled line."""
+
+
+def labelled(label: str, lines: Iterable[str]) -> list[str]:
+    """Lines after a label, all indented alike."""
+    return [f"{'' if number else label:{INDENT}}{line}" for number, line in enumerate(lines)]
+
+
 def columns(rows: Sequence[Sequence[str]], right: bool = False) -> list[str]:
     """The rows of a table as lines, each column as wide as its longest text.
 

@@ -12,12 +12,12 @@ import yaml
 
 from lpl.base.errors import UserError
 from lpl.base.text import read_text
-from lpl.base.written_files import FINISHED, read_finished
 from lpl.config import TrainConfig, declared
 from lpl.config.command_line import parse_train
-from lpl.config.commands import FILE, PAGE, CompareConfig, check_logs
+from lpl.config.commands import CompareConfig, check_logs
 from lpl.config.files import REFUSED, as_flags, nearest, read_strings, without_replaced
 from lpl.config.loss import acting
+from lpl.config.run_folder import COMPARE_FILE, FINISHED, PAGE, read_finished
 from lpl.evaluation.guidance import SAMPLES
 
 logger = logging.getLogger("lpl")
@@ -136,7 +136,7 @@ def _read(file: Path) -> dict[str, dict[str, str]]:
     for name, overrides in content.items():
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+=-]*", name):
             raise UserError(f"--arms {file}: {name!r} names a folder: use letters, digits and . _ + = - only")
-        if name.lower() in (FILE, PAGE):
+        if name.lower() in (COMPARE_FILE, PAGE):
             raise UserError(f"--arms {file}: {name} is a file that lpl compare writes; name the arm otherwise")
         overrides = overrides or {}
         if not isinstance(overrides, dict) or not all(isinstance(value, str) for value in overrides.values()):

@@ -12,21 +12,20 @@ from typing import Any, NamedTuple
 
 from lpl.base.errors import UserError, require
 from lpl.base.json_files import read_object
-from lpl.base.written_files import FINISHED, read_result
 from lpl.config import TrainConfig
 from lpl.config.commands import CompareConfig
 from lpl.config.model_commands import EvalConfig
 from lpl.config.points import FOLDER, as_tuple
+from lpl.config.run_folder import EVAL_FOLDER, FINISHED, read_result
 from lpl.evaluation.guidance import Row, rows_of
 from lpl.report.curves import LOSSES, final_kind
-from lpl.report.run_folder import Curve, RunFolder, read_run, training_clock
+from lpl.report.runs import Curve, RunFolder, read_run, training_clock
 
 logger = logging.getLogger("lpl")
 
-EVAL = "eval"
 REDRAW = (
     "give --prompts, --reference_dir, --resolution, --guidance_scale and --num_inference_steps as before, or remove "
-    f"the folder {EVAL} of every run, so that all samples are drawn anew"
+    f"the folder {EVAL_FOLDER} of every run, so that all samples are drawn anew"
 )
 """What to do about samples of a comparison that were drawn otherwise."""
 
@@ -121,11 +120,12 @@ def metrics_of(
         UserError: what cannot be measured, in every process.
         StopRequestedError: no time is left, in every process.
     """
-    from lpl.evaluation.command import RESULT, run_eval
+    from lpl.config.run_folder import EVAL_FILE
+    from lpl.evaluation.command import run_eval
 
     first = os.environ.get("RANK", "0") == "0"
-    wanted = eval_options(str(folder), folder / EVAL, options, config)
-    file = folder / EVAL / RESULT
+    wanted = eval_options(str(folder), folder / EVAL_FOLDER, options, config)
+    file = folder / EVAL_FOLDER / EVAL_FILE
     if not _holds(file, {"options": asdict(wanted), **digests}, folder):
         if first:
             drop_stale_samples(folder)
@@ -147,14 +147,14 @@ def drop_stale_samples(run: Path) -> None:
     """
     from lpl.evaluation.generate import remove_samples
 
-    for folder in (run / EVAL, *(run / EVAL / FOLDER).glob("*")):
+    for folder in (run / EVAL_FOLDER, *(run / EVAL_FOLDER / FOLDER).glob("*")):
         if _are_stale(run, folder):
             logger.info("%s: its samples are of the run before it was trained on; they are drawn anew", folder)
             remove_samples(folder)
 
 
 def _are_stale(run: Path, folder: Path) -> bool:
-    from lpl.evaluation.generate import SETTINGS
+    from lpl.config.run_folder import SETTINGS
 
     drawn, result = folder / SETTINGS, run / FINISHED
     return drawn.is_file() and result.is_file() and drawn.stat().st_mtime < result.stat().st_mtime
@@ -176,7 +176,7 @@ def check_metrics(options: CompareConfig, config: TrainConfig, ended: Sequence[T
     from lpl.evaluation.generate import check_settings
     from lpl.evaluation.images import list_pictures
 
-    source, folder = str(config.model.pretrained_model_name_or_path), Path(config.run.output_dir) / EVAL
+    source, folder = str(config.model.pretrained_model_name_or_path), Path(config.run.output_dir) / EVAL_FOLDER
     wanted = eval_options(source, folder, options, config)
     least = min(options.num_samples, len(list_pictures(Path(str(options.reference_dir)), "--reference_dir")))
     several = len(as_tuple(options.guidance_scale)) * len(as_tuple(options.num_inference_steps)) > 1
@@ -188,7 +188,7 @@ def check_metrics(options: CompareConfig, config: TrainConfig, ended: Sequence[T
     plan = check_reference(wanted, config.model)
     for one in ended:
         run = Path(one.run.output_dir)
-        own = replace(plan, resolution=one.data.resolution or plan.resolution, folder=run / EVAL)
+        own = replace(plan, resolution=one.data.resolution or plan.resolution, folder=run / EVAL_FOLDER)
         for point in own.each():
             if not _are_stale(run, point.folder):
                 check_settings(point.folder, point.settings(), REDRAW)

@@ -20,11 +20,12 @@ from lpl.base.output_folder import Names, OutputFolder, check_real, kind_of
 from lpl.base.terminal import with_names
 from lpl.comparison import measures
 from lpl.comparison.arms import Arm, check_same_data, read_arms
-from lpl.comparison.measures import EVAL, NO_METRICS, RunMetrics, measure_run
+from lpl.comparison.measures import NO_METRICS, RunMetrics, measure_run
 from lpl.comparison.sentences import verdict_on
 from lpl.comparison.verdict import compare_arm, repeated_noise, result_table
-from lpl.config.commands import FILE, PAGE, CompareConfig, ReportConfig
-from lpl.config.files import CONFIG_FILE, environment
+from lpl.config.commands import CompareConfig, ReportConfig
+from lpl.config.files import environment
+from lpl.config.run_folder import COMPARE_FILE, CONFIG_FILE, EVAL_FOLDER, PAGE
 from lpl.evaluation.guidance import SAMPLES, at_best, edge_notes
 from lpl.training.run import run_train
 
@@ -47,11 +48,11 @@ def run_compare(options: CompareConfig) -> None:
     home = Path(options.train.run.output_dir)
     for arm in arms:
         for seed in options.seeds:
-            check_real(home, home / arm.folder(seed) / EVAL, "--output_dir")
+            check_real(home, home / arm.folder(seed) / EVAL_FOLDER, "--output_dir")
     from lpl.report.page import is_page, write_report
 
     output = OutputFolder(home, "lpl compare")
-    names = Names({FILE: lambda path: kind_of(path) == "compare", PAGE: is_page})
+    names = Names({COMPARE_FILE: lambda path: kind_of(path) == "compare", PAGE: is_page})
     output.check(names)
     with alone_in(home):
         content = _compare(options, arms)
@@ -59,7 +60,7 @@ def run_compare(options: CompareConfig) -> None:
             return
         output.check(names)
         output.claim(names)
-        write_json(home / FILE, content, f"--output_dir {home}")
+        write_json(home / COMPARE_FILE, content, f"--output_dir {home}")
         print(result_table(content))
         write_report(ReportConfig((str(home),), str(home / PAGE)))
         print("\n".join(["", *(entry["sentence"] for entry in content["verdicts"])]))
@@ -158,7 +159,7 @@ def _measure_all(
     if options.reference_dir is not None:
         from lpl.evaluation.planning import input_digests
 
-        digests = input_digests(measures.eval_options("", Path(first.run.output_dir) / EVAL, options, first))
+        digests = input_digests(measures.eval_options("", Path(first.run.output_dir) / EVAL_FOLDER, options, first))
     for arm in arms:
         for seed, config in arm.configs.items():
             if (arm.name, seed) in failed:

@@ -12,7 +12,7 @@ from lpl.comparison.measures import RunMetrics
 from lpl.evaluation.guidance import DIFFERENCES, kind_of
 from lpl.evaluation.intervals import bootstrap_interval, noise_floor, root_mean_square, t_interval
 from lpl.report.findings import ABSCISSAE, NOISE, best_scales, chance_line
-from lpl.report.run_folder import Curve, interpolate
+from lpl.report.runs import Curve, interpolate
 
 NO_DIFFERENCE = "no measurable difference"
 HIGHER_IS_BETTER = {"precision", "recall", "density", "coverage", "clip_score"}

@@ -10,6 +10,7 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cache
 from typing import Any
 
+from lpl.base.errors import require
 from lpl.config.checks import Facts, facts_of
 from lpl.config.data import DataConfig
 from lpl.config.loss import DiffusionConfig, LPLConfig
@@ -27,6 +28,7 @@ __all__ = [
     "OptimConfig",
     "RunConfig",
     "TrainConfig",
+    "check_model_options",
     "declared",
     "idle_options",
 ]
@@ -104,6 +106,26 @@ def declared(command: Any = TrainConfig) -> dict[str, Facts]:
     groups: dict[str, Any] = {f.name: f.default_factory for f in fields(command) if f.default_factory is not MISSING}
     own = {name: facts for name, facts in facts_of(command).items() if name not in groups}
     return {name: facts for group in groups.values() for name, facts in declared(group).items()} | own
+
+
+def check_model_options(config: TrainConfig, family: str, is_flow: bool, known: frozenset[str]) -> None:
+    """Refuses options that do not act with the model: with its noise schedule, or with anything of its family.
+
+    Args:
+        family: its name.
+        is_flow: whether it is trained by flow matching.
+        known: of the options that only some models have, those that it has.
+
+    Raises:
+        UserError: all of them, by name.
+    """
+    kind, given = ("flow", "discrete")[not is_flow], config.flat()
+    odd = [f"--{name} {given[name]}" for name, facts in declared().items() if not facts.fits(given[name], kind)]
+    words = {"flow": "is trained by flow matching", "discrete": "has a discrete schedule, no flow matching"}[kind]
+    require(not odd, f"{', '.join(odd)}: the model {words}: drop {'it' if len(odd) == 1 else 'them'}")
+    own = {name: facts for name, facts in declared().items() if facts.by_model and name not in known}
+    odd = [f"--{name} {given[name]}" for name, facts in own.items() if given[name] != facts.default]
+    require(not odd, f"{', '.join(odd)}: no model of {family} has that: drop {'it' if len(odd) == 1 else 'them'}")
 
 
 def idle_options(config: TrainConfig) -> Iterator[tuple[str, str]]:

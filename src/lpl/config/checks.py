@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from math import isfinite
@@ -50,6 +50,8 @@ class Facts:
         arms: why the arms of a comparison cannot have it.
         period: it is counted in optimizer steps; what a run lacks that is shorter.
         elsewhere: what other trainers call it.
+        schedule: "discrete" or "flow", the only kind of noise schedule that it acts with; or by value.
+        by_model: only models of some families have it.
     """
 
     default: Any = None
@@ -68,6 +70,13 @@ class Facts:
     arms: str | None = None
     period: str | None = None
     elsewhere: tuple[str, ...] = ()
+    schedule: str | Mapping[str, str] | None = None
+    by_model: bool = False
+
+    def fits(self, value: Any, schedule: str) -> bool:
+        """Whether a value other than the default acts with a kind of schedule, "discrete" or "flow"."""
+        only = self.schedule.get(str(value)) if isinstance(self.schedule, Mapping) else self.schedule
+        return only in (None, schedule) or value == self.default
 
     def range(self) -> str:
         """The bounds in words, as in "must be ..."; empty: none."""

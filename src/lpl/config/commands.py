@@ -11,6 +11,7 @@ from lpl.base.errors import UserError, require
 from lpl.config import TrainConfig
 from lpl.config.checks import Needs, Options, option
 from lpl.config.model_commands import EvalConfig, check_points
+from lpl.config.run_folder import PAGE
 
 MOST_SHOWN = 300
 UNITS = {"gib": 2**30, "gb": 10**9, "mib": 2**20, "mb": 10**6}
@@ -118,9 +119,6 @@ class CheckConfig(Options):
         require(self.train.lpl.use_lpl, "lpl check measures LPL: drop --no_use_lpl")
 
 
-PAGE = "report.html"
-
-
 @dataclass(frozen=True)
 class ReportConfig(Options):
     """Write one HTML page about runs, comparisons, evaluations and checks; it works from disk, without network."""
@@ -142,8 +140,6 @@ class ReportConfig(Options):
         return Path(self.runs[0]) / PAGE if self.output is None else Path(self.output)
 
 
-FILE = "compare.json"
-"""What the comparison is written to, in --output_dir."""
 PROMPTS = Needs(
     "--reference_dir (for images while training: --validation_prompts)", lambda config: config.reference_dir is not None
 )

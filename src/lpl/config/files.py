@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import platform
 import subprocess
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,21 +14,17 @@ from typing import Any
 import yaml
 
 from lpl.base.errors import UserError, on_one_line
-from lpl.base.files import write_atomically
+from lpl.base.files import write_output
 from lpl.base.json_files import REST, Shape, require_shape, whole
 from lpl.base.text import read_text
-from lpl.base.written_files import PLAIN
 from lpl.config import Facts, TrainConfig, declared
 from lpl.config.checks import check_path, check_text
 from lpl.config.loss import GATES, acting
+from lpl.config.run_folder import CONFIG_FILE, PLAIN
 from lpl.presets import preset_text, presets
 
 RECORD = "environment"
 """Key of config.yaml that holds versions and git state; it is read over."""
-
-CONFIG_FILE = "config.yaml"
-DATA_REPORT, CHECK_REPORT = "data-report", "check-report"
-"""Folders of --output_dir that `lpl data` and `lpl check` write to; training images are in them: never published."""
 
 EMPTY = ("null", "~", "")
 """How YAML says None."""
@@ -214,10 +211,7 @@ def write_config(config: TrainConfig, folder: Path, processes: int = 1) -> None:
     stated = config.flat() | {key: value for key, value in acting(config.flat()).items() if key in GATES}
     options = {name: value for name, value in stated.items() if declared()[name].recorded}
     text = yaml.safe_dump(options | {RECORD: environment() | {"processes": processes}}, sort_keys=False)
-    try:
-        write_atomically(folder / CONFIG_FILE, text.encode())
-    except OSError as error:
-        raise UserError(f"--output_dir {folder}: cannot be written ({error.strerror})") from error
+    write_output(folder / CONFIG_FILE, text.encode(), f"--output_dir {folder}")
 
 
 def is_config_of_run(path: Path) -> bool:
@@ -264,6 +258,7 @@ def _same_path(facts: Facts, old: Any, new: Any) -> bool:
     return are_paths and Path(new).exists() and Path(old).expanduser().resolve() == Path(new).resolve()
 
 
+@cache
 def environment() -> dict[str, Any]:
     """Versions of what a run stands on, and the git state of this package where it runs from a checkout."""
     found = {"python": platform.python_version()}

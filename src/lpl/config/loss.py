@@ -20,7 +20,9 @@ class DiffusionConfig(Options):
     """Min-SNR weighting of the diffusion loss with this gamma (5 is usual)."""
     noise_offset: float = option(0.0, least=0, draws=True)
     """Scale of noise added per channel, the same for every pixel."""
-    timestep_bias_strategy: Literal["none", "earlier", "later", "range"] = option("none", draws=True)
+    timestep_bias_strategy: Literal["none", "earlier", "later", "range"] = option(
+        "none", draws=True, schedule="discrete"
+    )
     """Which timesteps are drawn more often."""
     timestep_bias_multiplier: float = option(1.0, least=0, draws=True, needs="timestep_bias_strategy")
     """How much more often."""
@@ -32,8 +34,13 @@ class DiffusionConfig(Options):
     """First timestep that `range` favours."""
     timestep_bias_end: int = option(1000, draws=True, needs="timestep_bias_strategy=range")
     """Timestep before which `range` ends."""
-    loss_weighting: Literal["none", "debiased", "p2"] = option("none", elsewhere=("debiased_estimation_loss",))
-    """Weight by noise level instead of --snr_gamma: debiased estimation (1/sqrt(SNR)) or P2 (1/(k + SNR)^gamma)."""
+    loss_weighting: Literal["none", "debiased", "p2", "sigma_sqrt", "cosmap"] = option(
+        "none",
+        elsewhere=("debiased_estimation_loss", "weighting_scheme"),
+        schedule={"debiased": "discrete", "p2": "discrete", "sigma_sqrt": "flow", "cosmap": "flow"},
+    )
+    """Weight by noise level instead of --snr_gamma: debiased estimation (1/sqrt(SNR)) or P2 (1/(k + SNR)^gamma); for
+    flow matching sigma_sqrt (1/sigma^2) or cosmap (2/(pi (1 - 2 sigma + 2 sigma^2)))."""
     p2_gamma: float = option(1.0, least=0, needs="loss_weighting=p2")
     """Strength of P2 weighting."""
     p2_k: float = option(1.0, above=0, needs="loss_weighting=p2")
@@ -50,12 +57,19 @@ class DiffusionConfig(Options):
         0.3, above=0, most=1, draws=True, needs="pyramid_noise_iterations", elsewhere=("multires_noise_discount",)
     )
     """Factor from one level to the next, coarser one."""
-    timestep_distribution: Literal["uniform", "logit_normal"] = option("uniform", draws=True)
-    """How timesteps are drawn; --timestep_bias_strategy multiplies it."""
+    timestep_distribution: Literal["uniform", "logit_normal", "mode"] = option(
+        "uniform", draws=True, schedule={"mode": "flow"}
+    )
+    """How timesteps are drawn; --timestep_bias_strategy multiplies it. mode, for flow matching: more in the middle."""
     logit_mean: float = option(0.0, draws=True, needs="timestep_distribution=logit_normal")
     """Mean of logit_normal, over logit(t / T); below 0: less noise, which LPL's gate passes more often."""
     logit_std: float = option(1.0, above=0, draws=True, needs="timestep_distribution=logit_normal")
     """Standard deviation of logit_normal."""
+    mode_scale: float = option(1.29, least=-1, most=1.75, draws=True, needs="timestep_distribution=mode")
+    """How much more often mode draws the middle."""
+    timestep_shift: float | Literal["resolution"] | None = option(None, above=0, draws=True, schedule="flow")
+    """Draw more noise (above 1) or less: s u / (1 + (s - 1) u) of each u that is drawn; resolution: by the number of
+    latent cells, as Flux.1 does; unset: the model's own."""
     timestep_sampling: Literal["independent", "stratified"] = option(
         "independent",
         draws=True,

@@ -35,16 +35,18 @@ class ModelConfig(Options):
     single_file_config: str | None = option(None, path=True, free=True, arms=ONE_MODEL)
     """For a .safetensors file without network: a diffusers folder with that model's configs and tokenizers."""
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = option(
-        None, defines=("diffusion_loss",), elsewhere=("v_parameterization",)
+        None, defines=("diffusion_loss",), elsewhere=("v_parameterization",), schedule="discrete"
     )
     """What the denoiser predicts; unset: what the model's scheduler says. The saved pipeline says the same."""
-    clip_skip: int | None = option(None, most=1000, least=0)
+    clip_skip: int | None = option(None, most=1000, least=0, by_model=True)
     """Take the text encoders' output so many layers before the usual one (diffusers' meaning of clip_skip)."""
-    max_token_length: Literal[75, 150, 225] = 75
+    max_token_length: Literal[75, 150, 225] = option(75, by_model=True)
     """Caption tokens that are used; beyond 75, in chunks of 75 that are encoded one by one and joined."""
     rank: int | None = option(None, most=2**16, least=1, elsewhere=("network_dim",))
     """Train a LoRA of this rank instead of the whole denoiser."""
-    rescale_betas_zero_snr: bool = option(False, defines=("diffusion_loss", "lpl"), elsewhere=("zero_terminal_snr",))
+    rescale_betas_zero_snr: bool = option(
+        False, defines=("diffusion_loss", "lpl"), elsewhere=("zero_terminal_snr",), schedule="discrete"
+    )
     """Rescale the schedule so that its last timestep is pure noise (zero terminal SNR, for v_prediction or sample); the
     saved pipeline says the same, and samples with trailing timesteps."""
     lora_alpha: float | None = option(None, above=0, needs="rank", elsewhere=("network_alpha",))
@@ -56,7 +58,7 @@ class ModelConfig(Options):
     the blocks."""
     use_dora: bool = option(False, needs="rank")
     """Train a DoRA: also a magnitude for each output of these layers (slower, more memory)."""
-    train_text_encoder: bool = False
+    train_text_encoder: bool = option(False, by_model=True)
     """Train both text encoders too, or with --rank a LoRA on their attentions (--lora_targets attention_mlp or all: and
     MLPs); see --text_encoder_lr."""
 

@@ -25,7 +25,6 @@ class UnreadImageError(BadImageError):
     """A file that could not be read, or not here: no property of it, so the next run tries again."""
 
 
-FILE = "bad_files.jsonl"
 ALWAYS_ALLOWED = 3
 """So many bad images of a source stop no run, whatever their share, unless --max_bad_fraction is 0."""
 SEEN_FIRST = 1000

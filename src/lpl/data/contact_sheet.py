@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 
 from lpl.data.crops import Crop, render
 from lpl.data.prepare import REGULARISATION
-from lpl.data.sheets import font_for, shorten, wrap
+from lpl.data.sheets import Color, shorten, wrap, write
 from lpl.data.survey import Draw, Survey, look_again
 
 CELL = 256
@@ -26,7 +26,6 @@ GROUND, MAT, EDGE = (252, 252, 250), (232, 232, 228), (200, 200, 196)
 INK, GREY = (24, 24, 24), (100, 100, 100)
 BLUE, RED = (0, 70, 160), (176, 32, 16)
 
-Color = tuple[int, int, int]
 Line = tuple[str, Color]
 
 
@@ -88,9 +87,9 @@ def compose(title: str, about: str, cells: Sequence[Cell], columns: int | None =
     top = MARGIN + TITLE_LINE + LINE * len(about_lines) + GAP
     sheet = Image.new("RGB", (width, top + sum(heights) + MARGIN - GAP), GROUND)
     pen = ImageDraw.Draw(sheet)
-    _write(pen, (MARGIN, MARGIN), title, INK, TITLE_LETTERS)
+    write(pen, (MARGIN, MARGIN), title, INK, TITLE_LETTERS)
     for number, line in enumerate(about_lines):
-        _write(pen, (MARGIN, MARGIN + TITLE_LINE + number * LINE), line, GREY)
+        write(pen, (MARGIN, MARGIN + TITLE_LINE + number * LINE), line, GREY, LETTERS)
     for row, height in zip(rows, heights, strict=True):
         for column, cell in enumerate(row):
             left = MARGIN + column * (CELL + GAP)
@@ -100,7 +99,7 @@ def compose(title: str, about: str, cells: Sequence[Cell], columns: int | None =
             )
             below = top + CELL + SPACE
             for text, color in cell.lines:
-                _write(pen, (left, below), text, color)
+                write(pen, (left, below), text, color, LETTERS)
                 below += _height((text, color))
         top += height
     return sheet
@@ -213,7 +212,3 @@ def _name(survey: Survey, index: int) -> str:
 
 def _height(line: Line) -> int:
     return LINE if line[0] else SPACE
-
-
-def _write(pen: ImageDraw.ImageDraw, place: tuple[int, int], text: str, color: Color, size: int = LETTERS) -> None:
-    pen.text(place, text, color, font_for(text, size))

@@ -99,8 +99,9 @@ class Batch:
         sample_ids: id of each sample.
         counts: number of each draw of it, no two alike; with the id, the key of every further draw.
         raw_latents: (B, C, h, w), float32, raw latent space: what the VAE's decoder takes.
-        text: by field, (B, ...).
-        sizes: (B, 6), float32: original height, width, crop top, left, target height, width, in pixels.
+        text: by field, (B, ...); of captions of several lengths, the shorter ones with zeros at their end.
+        extra: what else a denoiser may be given, by name: sizes, (B, 6), float32: original height, width, crop top,
+            left, target height, width, in pixels.
         weights: (B,), float32: loss weight of each sample, LPL included; None: all 1. With a mask, times its maximum.
         strata: for stratified timesteps the part of their distribution that each sample draws from, and of how many
             parts (diffusion/strata.py); None: each draws from all of it.
@@ -111,7 +112,7 @@ class Batch:
     counts: list[int]
     raw_latents: Tensor
     text: dict[str, Tensor]
-    sizes: Tensor
+    extra: dict[str, Tensor]
     weights: Tensor | None = None
     strata: tuple[Sequence[int], int] | None = None
     mask: Tensor | None = None
@@ -191,8 +192,8 @@ class TrainingData:
             sample_ids=[row.id for row in rows],
             counts=[count for _, count in draws],
             raw_latents=raw,
-            text=cast_floats(self.caches.text.gather(texts), torch.float32),
-            sizes=torch.tensor(sizes, dtype=torch.float32),
+            text=cast_floats(self.caches.text.gather_padded(texts), torch.float32),
+            extra={"sizes": torch.tensor(sizes, dtype=torch.float32)},
             weights=weights,
             mask=mask,
         )

@@ -47,7 +47,7 @@ class Staging:
     Args:
         store: where the entries end up.
         folder: where batches wait.
-        encode: makes a batch's fields.
+        encode: makes a batch's fields: (B, ...), or B tensors of several shapes.
         at_once: how many values of a shape are encoded together.
     """
 
@@ -55,7 +55,7 @@ class Staging:
         self,
         store: TensorStore,
         folder: Path,
-        encode: Callable[[list[Item]], Mapping[str, Tensor]],
+        encode: Callable[[list[Item]], Mapping[str, Tensor | list[Tensor]]],
         at_once: Callable[[Sequence[int]], int],
     ) -> None:
         self._store, self.folder, self._encode, self._at_once = store, folder, encode, at_once
@@ -101,7 +101,13 @@ class Staging:
 
     def _encode_all(self, queue: list[Item]) -> None:
         if queue:
-            self._staged.write([key for key, _, _ in queue], self._encode(queue))
+            fields = self._encode(queue)
+            by_shape: dict[str, list[int]] = {}
+            for n in range(len(queue)):
+                by_shape.setdefault(str([values[n].shape for values in fields.values()]), []).append(n)
+            for places in by_shape.values():
+                rows = {name: torch.stack([values[n] for n in places]) for name, values in fields.items()}
+                self._staged.write([queue[n][0] for n in places], rows)
             queue.clear()
 
 
@@ -124,8 +130,8 @@ class Encoder(Protocol):
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior mean and std, (B, C, h, w), float32, CPU, raw latent space, of pixels (B, 3, H, W) in [-1, 1]."""
 
-    def encode_text(self, captions: list[str]) -> dict[str, Tensor]:
-        """By field, (B, ...) on the CPU, for B captions."""
+    def encode_text(self, captions: list[str]) -> Mapping[str, Tensor | list[Tensor]]:
+        """By field, on the CPU, for B captions: (B, ...), or B tensors whose first dimensions differ."""
 
     def entry_bytes(self, height: int, width: int) -> tuple[int, int]:
         """Bytes of what is cached in float32 of an image of this size, in pixels, and of a caption."""
@@ -312,9 +318,11 @@ class Filler:
         self.empty_masks += int((masks.flatten(1) == 0).all(1).sum())
         return {"mask": masks}
 
-    def _encode_captions(self, batch: list[Item]) -> dict[str, Tensor]:
+    def _encode_captions(self, batch: list[Item]) -> dict[str, Tensor | list[Tensor]]:
         self.proceed()
-        fields = cast_floats(self.encoder.encode_text([caption for _, caption, _ in batch]), self.caches.dtype)
+        encoded = self.encoder.encode_text([caption for _, caption, _ in batch])
+        rows = [cast_floats({name: v[n] for name, v in encoded.items()}, self.caches.dtype) for n in range(len(batch))]
+        fields: dict[str, Tensor | list[Tensor]] = {name: [row[name] for row in rows] for name in encoded}
         for position, (_, _, name) in enumerate(batch):
             values = [values[position] for values in fields.values()]
             _require_finite(values, name, "the text encoder", "--pretrained_model_name_or_path")

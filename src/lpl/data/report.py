@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import io
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from lpl.base.errors import UserError
-from lpl.base.files import alone_in, write_atomically
-from lpl.base.json_files import object_in
+from lpl.base.files import ELSEWHERE, alone_in, write_atomically, writing
+from lpl.base.json_files import as_json, object_in
 from lpl.base.output_folder import Names, OutputFolder
+from lpl.base.terminal import columns, labelled
 from lpl.config import TrainConfig
 from lpl.config.run import processes
-from lpl.data.bad_files import FILE as BAD_FILES
+from lpl.config.run_folder import BAD_FILES, CROPPED, DATA_FILE, DRAWS
 from lpl.data.bad_files import is_list
 from lpl.data.contact_sheet import crop_sheet, draw_sheet
 from lpl.data.report_numbers import draw_numbers, most_cropped, numbers
+from lpl.data.sheets import png_of
 from lpl.data.sources import Source
 from lpl.data.survey import first_draws, read_through
 
 SHOWN = 20
 """Folders that are listed; of more, the largest, and the others are summed up."""
 REASONS = 10
-INDENT = 13
 
 
 def text(found: dict[str, Any], files: Sequence[Path], bad_files: Path) -> str:
@@ -35,26 +34,26 @@ def text(found: dict[str, Any], files: Sequence[Path], bad_files: Path) -> str:
     if "epoch" in found:
         epoch, run = found["epoch"], found["run"]
         length = f"{epoch['draws']:,} draws, {_short(epoch['steps'])} steps of {found['batch_size']}"
-        lines += _labelled("epoch", [length])
-        lines += _labelled("run", [f"{run['steps']:,} steps, {_short(run['epochs'])} epochs"])
+        lines += labelled("epoch", [length])
+        lines += labelled("run", [f"{run['steps']:,} steps, {_short(run['epochs'])} epochs"])
         lines += _buckets(found["buckets"])
     if "left_out" in found:
-        lines += _labelled("held out", [f"{found['left_out']:,} for validation, copies included: not trained on"])
+        lines += labelled("held out", [f"{found['left_out']:,} for validation, copies included: not trained on"])
     copies = found["duplicates"]
     if copies["images"]:
         pairs = [f"{names[1]} = {names[0]}" for names in copies["sets"][:3]]
-        lines += _labelled("duplicates", [f"{copies['images']:,} with the bytes of another:", *pairs])
+        lines += labelled("duplicates", [f"{copies['images']:,} with the bytes of another:", *pairs])
     if found["bad_files"]:
-        lines += _labelled("bad files", [f"{found['bad_files']:,}, listed in {bad_files}", *_reasons(found["parts"])])
-    lines += _labelled("warnings", found["warnings"])
-    lines += _labelled("written", list(map(str, files)))
+        lines += labelled("bad files", [f"{found['bad_files']:,}, listed in {bad_files}", *_reasons(found["parts"])])
+    lines += labelled("warnings", found["warnings"])
+    lines += labelled("written", list(map(str, files)))
     return "\n".join(line.rstrip() for line in lines)
 
 
 def _part(part: dict[str, Any]) -> list[str]:
     label = "reg images" if part["regularisation"] else "images"
     of = "" if part["images"] == part["seen"] else f" of {part['seen']:,}"
-    lines = _labelled(label, [f"{part['images']:,}{of} in {part['source']}"])
+    lines = labelled(label, [f"{part['images']:,}{of} in {part['source']}"])
     if not part["images"]:
         return lines
     groups = part["groups"]
@@ -68,18 +67,18 @@ def _part(part: dict[str, Any]) -> list[str]:
         facts.append(f"{captions['instance_prompt']:,} by --instance_prompt")
     if captions["empty"]:
         facts.append(f"{captions['empty']:,} empty")
-    lines += _labelled("captions", [", ".join(facts)])
-    lines += _labelled("", [f"longest {captions['longest']:,} characters: {captions['longest_of']}"])
+    lines += labelled("captions", [", ".join(facts)])
+    lines += labelled("", [f"longest {captions['longest']:,} characters: {captions['longest_of']}"])
     if "masks" in part:
-        lines += _labelled("masks", [f"{part['masks']:,} of {part['images']:,} images have one"])
+        lines += labelled("masks", [f"{part['masks']:,} of {part['images']:,} images have one"])
     scaled = part["scaled_up"]
     if scaled["images"]:
         worst = [f"{entry['factor']:.2f} x  {entry['name']}" for entry in scaled["worst"]]
-        lines += _labelled("scaled up", [f"{scaled['images']:,} images ({scaled['share']:.1%}), most:", *worst])
+        lines += labelled("scaled up", [f"{scaled['images']:,} images ({scaled['share']:.1%}), most:", *worst])
     lost = part["cropped_away"]
     if lost["worst"] and lost["worst"][0]["share"] >= 0.001:
         worst = [f"{entry['share']:6.1%}  {entry['name']}" for entry in lost["worst"]]
-        lines += _labelled("cropped away", [f"{lost['mean']:.1%} of the area on average, most:", *worst])
+        lines += labelled("cropped away", [f"{lost['mean']:.1%} of the area on average, most:", *worst])
     return lines
 
 
@@ -88,22 +87,22 @@ def _groups(groups: list[dict[str, Any]]) -> list[str]:
         groups = sorted(groups, key=lambda g: -g["images"])
     rows = [["folder", "images", "repeats", "draws an epoch"]]
     for group in groups[:SHOWN]:
-        columns = f"{group['images']:,}", _short(group["repeats"]), _short(group["draws"])
-        rows.append([group["group"] or "(the root)", *columns])
+        told = f"{group['images']:,}", _short(group["repeats"]), _short(group["draws"])
+        rows.append([group["group"] or "(the root)", *told])
     if rest := groups[SHOWN:]:
         images, draws = (sum(g[key] for g in rest) for key in ("images", "draws"))
         rows.append([f"{len(rest):,} more", f"{images:,}", "", _short(draws)])
-    return _table(rows)
+    return labelled("", columns(rows, right=True))
 
 
 def _buckets(buckets: list[dict[str, Any]]) -> list[str]:
     if len(buckets) == 1:
-        return _labelled("crops", [f"{buckets[0]['width']} x {buckets[0]['height']}"])
+        return labelled("crops", [f"{buckets[0]['width']} x {buckets[0]['height']}"])
     rows = [["width x height", "images", "share", "draws an epoch", "steps an epoch"]]
     for bucket in buckets:
         size, share = f"{bucket['width']:5} x {bucket['height']}", f"{bucket['share']:.1%}"
         rows.append([size, f"{bucket['images']:,}", share, f"{bucket['draws']:,}", f"{bucket['steps']:,.1f}"])
-    return [*_labelled("buckets", [f"{len(buckets)}"]), *_table(rows)]
+    return [*labelled("buckets", [f"{len(buckets)}"]), *labelled("", columns(rows, right=True))]
 
 
 def _reasons(parts: list[dict[str, Any]]) -> Iterator[str]:
@@ -114,22 +113,11 @@ def _reasons(parts: list[dict[str, Any]]) -> Iterator[str]:
         yield f"{len(every) - REASONS:,} more reasons"
 
 
-def _labelled(label: str, lines: Sequence[str]) -> list[str]:
-    return [f"{label if n == 0 else '':{INDENT}}{line}" for n, line in enumerate(lines)]
-
-
-def _table(rows: list[list[str]]) -> list[str]:
-    """The first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [" " * INDENT + "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
-
-
 def _short(number: float) -> str:
     """With two digits after the point where they say something."""
     return f"{number:,.2f}".rstrip("0").rstrip(".")
 
 
-NUMBERS, DRAWS, CROPPED = "data.json", "draws.png", "cropped.png"
 CROPPED_SHOWN = 6
 
 
@@ -151,10 +139,10 @@ def make_report(
         UserError: a folder that cannot be written, a source that cannot be read, options that do not go with it.
     """
     output = OutputFolder(folder.parent, "lpl data", folder.name)
-    names = Names({**dict.fromkeys((NUMBERS, DRAWS, CROPPED)), BAD_FILES: is_list})
+    names = Names({**dict.fromkeys((DATA_FILE, DRAWS, CROPPED)), BAD_FILES: is_list})
 
     def is_old(_path: Path) -> bool:
-        return {"resolution", "bad_files", "parts", "warnings"} <= object_in(folder / NUMBERS).keys()
+        return {"resolution", "bad_files", "parts", "warnings"} <= object_in(folder / DATA_FILE).keys()
 
     output.check(names, is_old)
     with alone_in(folder):
@@ -166,8 +154,8 @@ def make_report(
 def _write_report(
     config: TrainConfig, source: Source, regularisation: Source | None, folder: Path, num_shown: int
 ) -> tuple[str, UserError | None]:
-    try:
-        for name in (NUMBERS, DRAWS, CROPPED):
+    with writing(f"--output_dir {config.run.output_dir}: {folder}", ELSEWHERE):
+        for name in (DATA_FILE, DRAWS, CROPPED):
             (folder / name).unlink(missing_ok=True)
         survey = read_through(config, source, regularisation, folder / BAD_FILES, processes())
         found, pictures = numbers(survey), {}
@@ -178,16 +166,7 @@ def _write_report(
             if cropped:
                 pictures[CROPPED] = crop_sheet(survey, cropped)
         for name, picture in pictures.items():
-            buffer = io.BytesIO()
-            picture.save(buffer, "PNG")
-            write_atomically(folder / name, buffer.getvalue())
-        # What is no UTF-8 becomes an escape, which JSON reads as what it was.
-        written = json.dumps(found, ensure_ascii=False, indent=1).encode("utf-8", "backslashreplace")
-        write_atomically(folder / NUMBERS, written + b"\n")
-    except OSError as error:
-        raise UserError(
-            f"--output_dir {config.run.output_dir}: {folder} cannot be written ({error.strerror}): make room there, or "
-            "name another folder"
-        ) from error
-    files = [folder / name for name in (NUMBERS, *pictures)]
+            write_atomically(folder / name, png_of(picture))
+        write_atomically(folder / DATA_FILE, as_json(found))
+    files = [folder / name for name in (DATA_FILE, *pictures)]
     return text(found, files, folder / BAD_FILES), survey.fault

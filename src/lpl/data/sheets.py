@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from PIL import Image, ImageFont, PngImagePlugin, features
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, features
 
 from lpl.base.errors import UserError, on_one_line
 from lpl.base.json_files import parse_json
@@ -24,6 +25,9 @@ LETTERS_OF_A_LINE = 2000
 """No line that is drawn holds as many; longer texts are not measured, as that takes time with their length."""
 MISSING = "\U0010ffff"
 """A character of no font: it shows what a font draws instead."""
+
+
+Color = tuple[int, int, int]
 
 
 @cache
@@ -56,6 +60,11 @@ def font_for(text: str, size: int) -> ImageFont.FreeTypeFont:
 def _has(font: ImageFont.FreeTypeFont, letter: str) -> bool:
     drawn, instead = font.getmask(letter), font.getmask(MISSING)
     return (drawn.size, bytes(drawn)) != (instead.size, bytes(instead))
+
+
+def write(pen: ImageDraw.ImageDraw, place: tuple[int, int], text: str, color: Color | str, size: int) -> None:
+    """Draws a text in a font that has its letters, its upper left corner at a place."""
+    pen.text(place, text, color, font_for(text, size))
 
 
 def printable(text: str) -> str:
@@ -138,6 +147,13 @@ def cells_note(cells: Sequence[Cell]) -> PngImagePlugin.PngInfo:
     note = PngImagePlugin.PngInfo()
     note.add_text(KEY, json.dumps([cell._asdict() for cell in cells]))
     return note
+
+
+def png_of(picture: Image.Image, cells: Sequence[Cell] = (), **options: Any) -> bytes:
+    """A PNG file that notes the cells, if there are any; options are Pillow's."""
+    file = io.BytesIO()
+    picture.save(file, "PNG", pnginfo=cells_note(cells) if cells else None, **options)
+    return file.getvalue()
 
 
 def read_cells(path: Path) -> list[Cell]:

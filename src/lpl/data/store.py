@@ -39,6 +39,16 @@ class Index(NamedTuple):
     """(N, 2), int32: number of the shard, row in it."""
 
 
+def padded(rows: Sequence[Tensor]) -> Tensor:
+    """Tensors that differ in their first dimension at most, stacked, the shorter ones with zeros at their end."""
+    if len({row.shape for row in rows}) == 1:
+        return torch.stack(list(rows))
+    found = rows[0].new_zeros((len(rows), max(map(len, rows)), *rows[0].shape[1:]))
+    for target, row in zip(found, rows, strict=True):
+        target[: len(row)] = row
+    return found
+
+
 class TensorStore:
     """Dicts of tensors by 20-byte key, in a folder of safetensors shards that never change once they have their name.
 
@@ -116,6 +126,19 @@ class TensorStore:
                 target[position] = shard.row(name, row)
             shard.check(row, [target[position] for target in rows.values()])  # at every read: less than copying takes
         return stacked
+
+    def gather_padded(self, keys: Sequence[bytes]) -> dict[str, Tensor]:
+        """The same of entries whose shapes differ in their first dimension at most: see `padded`."""
+        layouts = [str(self.layout(key)) if key in self else "" for key in keys]
+        if len(set(layouts)) == 1:
+            return self.gather(keys)
+        rows: list[dict[str, Tensor]] = [{} for _ in keys]
+        for layout in dict.fromkeys(layouts):
+            places = [place for place, own in enumerate(layouts) if own == layout]
+            found = self.gather([keys[place] for place in places])
+            for n, place in enumerate(places):
+                rows[place] = {name: values[n] for name, values in found.items()}
+        return {name: padded([row[name] for row in rows]) for name in rows[0]}
 
     def write(self, keys: Sequence[bytes], fields: Mapping[str, Tensor], scratch: Path | None = None) -> None:
         """Stores N entries, fields (N, ...), in one new shard, and returns when it is safely on disk.

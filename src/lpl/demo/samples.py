@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from lpl.data.sheets import Cell, font_for
+from lpl.data.sheets import Cell, write
 from lpl.demo.photographs import export_crops, random_crops, training_crops
 
 SEED = 7
@@ -92,9 +92,7 @@ def put_together(
     pen, cells = ImageDraw.Draw(sheet), []
     for row, (name, setting, images) in enumerate(rows):
         for line, text in enumerate(filter(None, (name, setting))):
-            pen.text(
-                (GAP, row * step + SIDE // 2 + (line - 1) * (LETTERS + GAP)), text, "black", font_for(text, LETTERS)
-            )
+            write(pen, (GAP, row * step + SIDE // 2 + (line - 1) * (LETTERS + GAP)), text, "black", LETTERS)
         for column, (image, caption) in enumerate(zip(images, captions, strict=True)):
             x, y = MARGIN + column * step, row * step
             sheet.paste(image.resize((SIDE, SIDE), Image.Resampling.LANCZOS), (x, y))

@@ -42,17 +42,9 @@ def fill_normal(target: Tensor, *key: int | str) -> None:
     target.normal_(generator=keyed_generator(*key))
 
 
-def draw_timestep(probabilities: Tensor, *key: int | str, stratum: int = 0, strata: int = 1) -> int:
-    """A timestep from probabilities (T,), float64, that sum to 1, by inversion of their cumulative sum.
-
-    Args:
-        probabilities: of each timestep.
-        key: of the draw.
-        stratum, strata: draw from part number `stratum` of `strata` parts of equal probability, the lowest first.
-    """
-    cumulative = probabilities.cumsum(0)
-    point = torch.tensor([(stratum + keyed_uniform(*key)) / strata], dtype=torch.float64) * cumulative[-1]
-    return min(int(torch.searchsorted(cumulative, point, right=True)), len(probabilities) - 1)
+def keyed_quantile(*key: int | str, stratum: int = 0, strata: int = 1) -> float:
+    """One number in [0, 1) for a key, from part number `stratum` of `strata` equal parts, the lowest first."""
+    return (stratum + keyed_uniform(*key)) / strata
 
 
 def timestep_probabilities(

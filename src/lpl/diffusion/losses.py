@@ -11,6 +11,8 @@ Source: Khrapov et al. 2024, "Improving Diffusion Models's Data-Corruption Resis
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -31,7 +33,7 @@ def huber_threshold(
     Args:
         schedule: one of SCHEDULES.
         huber_c: above 0.
-        timesteps: (B,), integers in 0..T - 1.
+        timesteps: (B,), in 0..T.
         num_timesteps: T.
         alpha, sigma: (B,), as in prediction.py.
 
@@ -115,6 +117,24 @@ def min_snr_weight(snr: Tensor, gamma: float, prediction_type: str, sigma: Tenso
     if sigma is None:
         raise ValueError("min-SNR weighting of a flow model needs sigma")
     return m * sigma.square()
+
+
+def flow_weight(kind: str, sigma: Tensor) -> Tensor:
+    """Weight of each sample's flow-matching loss, (B,).
+
+        sigma_sqrt    1 / sigma^2
+        cosmap        2 / (pi (1 - 2 sigma + 2 sigma^2))
+
+    Source: Esser et al. 2024 (arXiv 2403.03206), appendix B, under the names of diffusers' scripts.
+
+    Raises:
+        ValueError: another kind.
+    """
+    if kind == "sigma_sqrt":
+        return sigma**-2
+    if kind == "cosmap":
+        return 2 / (math.pi * (1 - 2 * sigma + 2 * sigma.square()))
+    raise ValueError(f"unknown weighting {kind!r} of flow matching")
 
 
 def diffusion_loss(

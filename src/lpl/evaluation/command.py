@@ -21,10 +21,11 @@ from lpl.base.json_files import write_json
 from lpl.base.terminal import progress
 from lpl.config import ModelConfig
 from lpl.config.model_commands import EvalConfig
+from lpl.config.run_folder import EVAL_FILE, IMAGES
 from lpl.evaluation.generate import check_settings, generate_into, image_name, write_settings
 from lpl.evaluation.images import CAPTIONS
 from lpl.evaluation.measuring import Judge, PointMetrics, measure_point, open_judges
-from lpl.evaluation.planning import IMAGES, RESULT, Plan, check_eval, check_output, claim_output, with_flag
+from lpl.evaluation.planning import Plan, check_eval, check_output, claim_output, with_flag
 from lpl.evaluation.result import eval_result, format_table
 
 T = TypeVar("T")
@@ -199,5 +200,5 @@ def _draw(plan: Plan, sampler: Any, accelerator: Accelerator) -> None:
 
 def _tell(plan: Plan, found: list[PointMetrics]) -> None:
     result = eval_result(plan, found)
-    write_json(plan.folder / RESULT, result, f"--output_dir {plan.folder}")
+    write_json(plan.folder / EVAL_FILE, result, f"--output_dir {plan.folder}")
     print(format_table(result))

@@ -15,11 +15,11 @@ from lpl.base.errors import UserError, require
 from lpl.base.files import write_output
 from lpl.base.json_files import object_in, read_object, write_json
 from lpl.base.terminal import progress
+from lpl.config.run_folder import IMAGES, SETTINGS
 from lpl.diffusion.draws import keyed_generator
 from lpl.evaluation.images import CAPTIONS, as_png
 
 PER_FOLDER = 1000
-SETTINGS = "samples.json"
 OWN = re.compile(rf"\d{{5}}/\d{{8}}\.png|{re.escape(CAPTIONS)}")
 """What is below the folder of images: see image_name."""
 Draw = Callable[[Sequence[str], Sequence[torch.Generator], int, float | None, int], Tensor]
@@ -139,7 +139,7 @@ def check_settings(folder: Path, settings: dict[str, Any], remedy: str = "choose
     file = folder / SETTINGS
     if not file.is_file():
         require(
-            not (folder / "images").exists(),
+            not (folder / IMAGES).exists(),
             f"--output_dir {folder}: has images but no {SETTINGS} that says how they were drawn; {remedy}",
         )
         return
@@ -156,7 +156,7 @@ def check_settings(folder: Path, settings: dict[str, Any], remedy: str = "choose
 
 def remove_samples(folder: Path) -> None:
     """Removes the samples of a folder, and last what says how they were drawn; nothing else."""
-    images = folder / "images"
+    images = folder / IMAGES
     for file in [path for path in images.rglob("*") if OWN.fullmatch(path.relative_to(images).as_posix())]:
         file.unlink()
     for below in (*images.glob("*"), images):

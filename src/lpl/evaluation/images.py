@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from lpl.base.text import read_rows, text_of
 from lpl.data.bad_files import BadImageError
 from lpl.data.crops import plan_crop, render
 from lpl.data.decode import decode_image
+from lpl.data.sheets import png_of
 from lpl.data.sources.base import IMAGE_SUFFIXES
 from lpl.data.sources.listing import list_images, tell_left_out
 from lpl.diffusion.draws import keyed_generator
@@ -115,9 +115,7 @@ def read_captions(folder: Path, files: list[Path], flag: str) -> list[str] | Non
 
 def as_png(pixels: Tensor) -> bytes:
     """A PNG file of (3, H, W) uint8."""
-    out = io.BytesIO()
-    Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(out, "PNG", compress_level=1)
-    return out.getvalue()
+    return png_of(Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()), compress_level=1)
 
 
 BATCH = 16

@@ -14,6 +14,7 @@ import torch
 from lpl import __version__
 from lpl.base.errors import UserError
 from lpl.base.json_files import read_object, write_json
+from lpl.config.run_folder import FIGURES
 from lpl.evaluation.evaluate import Subsets, evaluate_images, measure_images
 from lpl.evaluation.features import EFFICIENTNET, INCEPTION_FILE, DINOv2, EfficientNetLite0, Extractor, Inception
 from lpl.evaluation.images import (
@@ -29,7 +30,6 @@ from lpl.evaluation.metrics import frequencies
 from lpl.evaluation.planning import Plan
 from lpl.evaluation.reference import Reference, reconstruct
 
-KEPT = "figures.json"
 NOT_ACTING = ("guidance_scale", "num_inference_steps", "output_dir", "sample_batch_size", "reference_cache_dir")
 """Options that metrics of given images do not follow from."""
 REFERENCE = "--reference_dir"
@@ -88,7 +88,7 @@ def measure_point(plan: Plan, vae: Any, device: torch.device, judges: Sequence[J
     """
     if plan.folder == Path(plan.options.output_dir):
         return measure_all(plan, vae, device, judges)
-    key, file = _key(plan, judges, vae), plan.folder / KEPT
+    key, file = _key(plan, judges, vae), plan.folder / FIGURES
     try:
         kept = read_object(file)
         if kept.get("key") == key:

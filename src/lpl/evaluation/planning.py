@@ -17,15 +17,16 @@ from lpl.base.text import read_prompts
 from lpl.config import ModelConfig
 from lpl.config.model_commands import DEFAULT_SAMPLES, EvalConfig, ExportConfig
 from lpl.config.points import FOLDER, Point, as_tuple
+from lpl.config.run_folder import EVAL_FILE, IMAGES, SETTINGS
 from lpl.evaluation.evaluate import FEWEST
 from lpl.evaluation.features import check_efficientnet, find_inception
-from lpl.evaluation.generate import SETTINGS, Sampling, are_settings, check_settings, image_name, settings_of
+from lpl.evaluation.generate import Sampling, are_settings, check_settings, image_name, settings_of
 from lpl.evaluation.images import CAPTIONS, list_pictures, pictures_digest, read_captions, shortest_side
 from lpl.families.export import Request, resolve
 
 logger = logging.getLogger("lpl")
 
-RESULT, IMAGES, COMMAND = "eval.json", "images", "lpl eval"
+COMMAND = "lpl eval"
 MOST_TOGETHER, PIXELS_TOGETHER = 64, 4 * 2**20
 
 
@@ -283,7 +284,7 @@ def check_output(plan: Plan, drawn: bool = True) -> None:
         for one in plan.each():
             check_settings(one.folder, one.settings())
     try:
-        old = read_object(folder / RESULT).get("options")
+        old = read_object(folder / EVAL_FILE).get("options")
     except UserError:
         return  # nothing that could be read is lost
     if not isinstance(old, dict) or not isinstance(old := old.get("images"), str | None):
@@ -291,7 +292,7 @@ def check_output(plan: Plan, drawn: bool = True) -> None:
     before, now = (None if path is None else Path(path).resolve() for path in (old, options.images))
     told = "samples that were drawn" if old is None else f"the images in {old}"
     require(
-        before == now, f"--output_dir {folder}: its {RESULT} is of {told}, which would be overwritten; name another"
+        before == now, f"--output_dir {folder}: its {EVAL_FILE} is of {told}, which would be overwritten; name another"
     )
 
 
@@ -301,7 +302,7 @@ def claim_output(options: EvalConfig) -> None:
 
 
 def _names(options: EvalConfig) -> Names:
-    found = {RESULT: lambda path: kind_of(path) == "eval"}
+    found = {EVAL_FILE: lambda path: kind_of(path) == "eval"}
     several = max(len(as_tuple(options.guidance_scale)), len(as_tuple(options.num_inference_steps))) > 1
     if options.images is None and several:
         found[f"{FOLDER}/"] = lambda path: any(are_settings(file) for file in path.glob(f"*/{SETTINGS}"))

@@ -1,22 +1,23 @@
-"""Model families. Names of models live in this package only; further families join here."""
+"""Model families. Names of models live in this package only: families are declared in kinds.py."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lpl.base.errors import UserError, require
 from lpl.config import ModelConfig
-from lpl.families.sdxl_check import model_configs, native_resolution, plan_configs
+from lpl.families.files import INDEX, read_header, reader
+from lpl.families.kind import Kind
+from lpl.families.kinds import KINDS
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
 
-    from lpl.families.base import Blueprint
-    from lpl.families.sdxl import SDXL
-    from lpl.families.sdxl_export import SDXLExport
-
+    from lpl.diffusion.schedule import Schedule
+    from lpl.families.base import Blueprint, Exported, Family
 
 RESULT_NAMES = (
     "model_index.json", "unet/", "transformer/", "vae/", "scheduler/", "text_encoder/", "text_encoder_#/", "tokenizer/",
@@ -25,72 +26,98 @@ RESULT_NAMES = (
 """What a pipeline or an adapter is written to: names of a run's result; # stands for a number, / ends a folder's."""
 
 
+def kind_of_class(name: Any) -> Kind | None:
+    """The family that a pipeline's class, by its name, belongs to."""
+    return next((kind for kind in KINDS if isinstance(name, str) and name.startswith(kind.pipelines)), None)
+
+
+def kind_of(config: ModelConfig) -> Kind:
+    """The family of a model: by its Hub id, its model_index.json, or a single file's keys."""
+    name = config.pretrained_model_name_or_path
+    if name is None:
+        return KINDS[0]
+    path = Path(config.single_file_config or name)
+    known = next((kind for kind in KINDS if kind.base_name == name and not path.exists()), None)
+    if known is None and path.suffix == ".safetensors":
+        header = read_header(path) or {}
+        known = next((kind for kind in KINDS if kind.owns(header)), None)
+    elif known is None:
+        with suppress(UserError):  # which the checks of the first will say
+            known = kind_of_class(reader(path, str(path), config)(INDEX).get("_class_name"))
+    return known or KINDS[0]
+
+
+def model_configs(config: ModelConfig) -> dict[str, Any]:
+    """See Kind.model_configs."""
+    return kind_of(config).model_configs(config)
+
+
+def plan_configs(config: ModelConfig) -> dict[str, Any]:
+    """See Kind.plan_configs."""
+    return kind_of(config).plan_configs(config)
+
+
 def load_family(
     config: ModelConfig, device: torch.device, weight_dtype: torch.dtype, encoders_only: bool = False
-) -> SDXL:
+) -> Family:
     """Loads the model that the config names, with or without its denoiser; model_configs has passed."""
-    from lpl.families.sdxl import SDXL
-
-    return SDXL(config, device, weight_dtype, encoders_only)
+    family: Family = kind_of(config).find("Model")(config, device, weight_dtype, encoders_only)
+    return family
 
 
 def blueprint(configs: dict[str, Any], config: ModelConfig | None = None) -> Blueprint:
     """The networks that a model's configs describe, for a plan with these options."""
-    from lpl.families.sdxl_networks import SDXLBlueprint
-
     config = config or ModelConfig()
-    return SDXLBlueprint(configs, config.max_token_length, config.train_text_encoder, config.clip_skip)
+    plan: Blueprint = kind_of(config).find("Plan")(configs, config)
+    return plan
 
 
-def load_for_export(config: ModelConfig, dtype: torch.dtype | None, lora: Path | None, scale: float) -> SDXLExport:
+def load_for_export(config: ModelConfig, dtype: torch.dtype | None, lora: Path | None, scale: float) -> Exported:
     """Loads a model to write it elsewhere, in a precision (None: as stored), with a LoRA merged into it."""
-    from lpl.families.sdxl_export import SDXLExport
-
-    return SDXLExport(config, dtype, lora, scale)
+    model: Exported = kind_of(config).find("Export")(config, dtype, lora, scale)
+    return model
 
 
 def check_export(config: ModelConfig, single_file: bool, lora: Path | None) -> None:
     """Refuses a model or a LoRA that cannot be written as asked, before anything heavy loads."""
-    from lpl.families.sdxl_export import check_lora, prediction_of, schedule_of
-
-    model_configs(config)
-    if single_file:
-        prediction_of(schedule_of(config))
-    if lora is not None:
-        check_lora(config, lora)
+    kind_of(config).check_export(config, single_file, lora)
 
 
 def as_trained(config: ModelConfig, lora: Path) -> ModelConfig:
     """The options of a model with those of its schedule that a run was given that trained this LoRA, if it says any."""
-    from lpl.families.sdxl_file import lora_options
+    from lpl.families.schedulers import lora_options
 
     return replace(config, **lora_options(lora))
 
 
 def kohya_lora(lora: Path, config: ModelConfig, title: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """A LoRA file of diffusers' naming as kohya and ComfyUI name it, and its metadata."""
-    from lpl.families.sdxl_names import to_kohya
+    kind = kind_of(config)
+    require("to_kohya" in kind.parts, f"--to kohya: no names of a {kind.name} LoRA's layers are known but diffusers'")
+    tensors, metadata = kind.find("to_kohya")(lora, plan_configs(config), title)
+    return tensors, metadata
 
-    return to_kohya(lora, plan_configs(config), title)
 
-
-def noise_scheduler(configs: dict[str, Any]) -> Any:
+def schedule_of_configs(configs: dict[str, Any]) -> Schedule:
     """The training schedule that a model's configs state."""
-    from lpl.families.sdxl_file import training_schedule
+    from lpl.families.schedulers import training_schedule
 
     return training_schedule(configs["scheduler"])
 
 
 __all__ = [
+    "KINDS",
     "RESULT_NAMES",
+    "Kind",
     "as_trained",
     "blueprint",
     "check_export",
+    "kind_of",
+    "kind_of_class",
     "kohya_lora",
     "load_family",
     "load_for_export",
     "model_configs",
-    "native_resolution",
-    "noise_scheduler",
     "plan_configs",
+    "schedule_of_configs",
 ]

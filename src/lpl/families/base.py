@@ -11,6 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from lpl.diffusion.latent_space import LatentSpace
+from lpl.diffusion.schedule import Schedule
+
 DECODED_PIXELS = 1024
 """Side of the largest image that is decoded at once: for SDXL 3 GiB in float32, less than its UNet takes."""
 
@@ -40,8 +43,10 @@ class Family(Protocol):
     """
     vae: Any
     """The frozen VAE, float32, in eval mode."""
-    noise_scheduler: Any
-    """The training schedule, with alphas_cumprod and config.prediction_type."""
+    latent_space: LatentSpace
+    """Between the VAE's raw latents and what the denoiser is trained on, of the same shape."""
+    schedule: Schedule
+    """The training schedule; how levels are drawn from it is the run's business."""
     lora_targets: Mapping[str, tuple[str, ...]]
     """By --lora_targets, names of the denoiser's layers that a LoRA is put on."""
     latent_key: str
@@ -60,19 +65,31 @@ class Family(Protocol):
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior mean and std, raw latents (B, C, h, w), float32 on the CPU, of pixels (B, 3, H, W) in [-1, 1]."""
 
-    def encode_text(self, captions: list[str]) -> dict[str, Tensor]:
-        """What the denoiser needs of each caption, (B, ...) on the CPU; the same shapes for all captions of a run.
+    def encode_text(self, captions: list[str]) -> Mapping[str, Tensor | list[Tensor]]:
+        """What the denoiser needs of each caption, by field, on the CPU: (B, ...), or B tensors of several lengths.
 
-        Embeddings, or token ids (integers) where the text encoders are trained.
+        Embeddings, or token ids (integers) where the text encoders are trained. In a batch, shorter ones have zeros at
+        their end: a denoiser that must know them gets a field of ones, which is then a mask.
         """
 
     def entry_bytes(self, height: int, width: int) -> tuple[int, int]:
         """Bytes of what is cached in float32 of an image of this size, in pixels, and of a caption."""
 
     def denoise(
-        self, denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, text: Mapping[str, Tensor], sizes: Tensor
+        self,
+        denoiser: nn.Module,
+        noisy_latents: Tensor,
+        levels: Tensor,
+        text: Mapping[str, Tensor],
+        extra: Mapping[str, Tensor],
     ) -> Tensor:
-        """The model's output, (B, C, h, w), for sizes (B, 6) = original (h, w), crop (y, x), target (h, w)."""
+        """The model's output, (B, C, h, w), in terms of the schedule's prediction type (flow: noise - latents).
+
+        Args:
+            noisy_latents: (B, C, h, w), float32, model space, on the VAE's grid: packing is done here.
+            levels: (B,), timesteps of a discrete schedule, int64, or sigma of flow matching, float32.
+            extra: sizes, (B, 6) = original (h, w), crop (y, x), target (h, w).
+        """
 
     def prepare_prompt(self, prompt: str, negative_prompt: str = "") -> None:
         """Encodes a prompt for `sample`, while the text encoders are at hand; not if they are trained.
@@ -122,13 +139,31 @@ class Family(Protocol):
         """
 
 
+class Exported(Protocol):
+    """A model in memory, ready to be written."""
+
+    pipeline: Any
+
+    def single_file(self, title: str) -> tuple[Any, dict[str, str]]:
+        """Names and tensors of a single file, and its metadata.
+
+        Raises:
+            UserError: a model that none is known of.
+        """
+
+    def save_folder(self, folder: Path) -> None:
+        """Writes a pipeline in diffusers' format."""
+
+
 class Blueprint(Protocol):
     """What a plan asks of a model family: networks without trained weights, and inputs of their shapes."""
 
     lora_targets: Mapping[str, tuple[str, ...]]
     trains_text: bool
     """Whether the text encoders are trained, and so part of the denoiser."""
-    noise_scheduler: Any
+    schedule: Schedule
+    denoiser_word: str
+    """What the denoiser is called."""
     latent_channels: int
     stride: int
     """Pixels per cell of a latent."""
@@ -144,8 +179,8 @@ class Blueprint(Protocol):
     def text_encoders(self) -> list[nn.Module]:
         """The text encoders, float32."""
 
-    def tokens(self, batch: int) -> Tensor:
-        """Token ids of so many captions, as each text encoder takes them at once: a chunk of each caption."""
+    def tokens(self, batch: int) -> Sequence[Tensor]:
+        """Token ids of so many captions for each text encoder, as it takes them at once: a chunk of each caption."""
 
     def text(self, batch: int) -> dict[str, Tensor]:
         """What encode_text gives for so many captions: values do not matter, shapes do."""
@@ -159,6 +194,15 @@ def acting(config: Mapping[str, Any], idle: set[str]) -> dict[str, Any]:
 def config_settings(config: Mapping[str, Any]) -> str:
     """What of a module's config may act on what it makes of its input, beside its weights."""
     return json.dumps(acting(config, IDLE), sort_keys=True, default=str)
+
+
+def tokenizer_settings(tokenizer: Any) -> list[Any]:
+    """All that token ids depend on."""
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    rules |= {"truncation": None, "padding": None}  # of its latest call
+    sides = (tokenizer.model_max_length, tokenizer.padding_side, tokenizer.pad_token_type_id)
+    ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return [type(tokenizer).__name__, rules, sides, ids, tokenizer.split_special_tokens]
 
 
 def weights_hash(*modules: nn.Module, settings: str = "") -> str:

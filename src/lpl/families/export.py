@@ -13,8 +13,8 @@ from lpl.base.errors import UserError, require
 from lpl.base.files import alone_at
 from lpl.config import ModelConfig
 from lpl.config.command_line import load_config
-from lpl.config.files import CONFIG_FILE
 from lpl.config.model_commands import ExportConfig
+from lpl.config.run_folder import CONFIG_FILE
 from lpl.families import as_trained, check_export
 
 LORA_FILE = "pytorch_lora_weights.safetensors"

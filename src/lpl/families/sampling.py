@@ -15,11 +15,12 @@ from torch import Tensor
 from lpl.base.errors import UserError, require
 from lpl.base.json_files import read_object, whole
 from lpl.config import ModelConfig
-from lpl.diffusion.latent_space import LatentSpace
+from lpl.families import Kind, kind_of, kind_of_class, load_for_export
 from lpl.families.base import ORIGIN, acting
-from lpl.families.sdxl_check import model_configs, native_resolution
-from lpl.families.sdxl_configs import PUBLISHED
-from lpl.families.sdxl_file import FLAG, check_weights, file_schedule, read_header
+from lpl.families.files import FLAG, INDEX, check_weights, read_header
+from lpl.families.files import vae_stride as stride_of
+from lpl.families.loading import named
+from lpl.families.schedulers import build_scheduler, file_schedule
 
 logger = logging.getLogger("lpl")
 
@@ -27,11 +28,10 @@ SchedulerName = Literal["model", "dpmsolver++"]
 GUIDANCE = 5.0
 CLASSIFIER_FREE = (
     "AuraFlowPipeline", "ChromaPipeline", "CogView4Pipeline", "HunyuanDiTPipeline", "KolorsPipeline",
-    "Lumina2Pipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline", "SanaPipeline", "StableDiffusionPipeline",
-    "StableDiffusion3Pipeline",
+    "Lumina2Pipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline", "SanaPipeline", "StableDiffusion3Pipeline",
 )  # fmt: skip
-"""Pipelines beside SDXL's that take guidance_scale g as none + g (text - none), g up to 1 being no guidance, without a
-negative prompt too (read in diffusers 0.42.1)."""
+"""Pipelines of no family here that take guidance_scale g as none + g (text - none), g up to 1 being no guidance,
+without a negative prompt too (read in diffusers 0.42.1)."""
 DECODED_PIXELS = 16 * 64 * 64
 """Pixels that are decoded together, or one image: more leave a CPU's caches, and a GPU's memory at 1024 pixels."""
 
@@ -51,8 +51,6 @@ class PipelineSampler:
         self.pipeline = pipeline
         if scheduler != "model":
             from diffusers import DPMSolverMultistepScheduler
-
-            from lpl.families.sdxl_file import build_scheduler
 
             kind = type(pipeline.scheduler).__name__
             require(
@@ -136,17 +134,21 @@ def _settings(part: Any, prompts: Sequence[str]) -> list[Any]:
     return [kind, acting(config.to_dict() if hasattr(config, "to_dict") else config, ORIGIN)]
 
 
-class SDXLSampler(PipelineSampler):
-    """Samples of a StableDiffusionXLPipeline; the VAE decodes in float32, whatever the precision of the others."""
+class FamilySampler(PipelineSampler):
+    """Samples of a family that is known; the VAE decodes in float32, whatever the precision of the others."""
 
-    def __init__(self, pipeline: Any, scheduler: SchedulerName = "model") -> None:
+    def __init__(self, pipeline: Any, scheduler: SchedulerName = "model", kind: Kind | None = None) -> None:
         super().__init__(pipeline, scheduler)
+        known = kind or kind_of_class(type(pipeline).__name__)
+        assert known is not None
+        self._to_raw = known.find("Model").to_raw
         pipeline.vae.float()
 
     def _draw(self, **options: Any) -> Tensor:
+        height, width = options["height"], options["width"]
         latents = self.pipeline(output_type="latent", **options).images
-        raw = LatentSpace.from_config(self.vae.config).to_raw(latents.float())
-        together = max(1, DECODED_PIXELS // (options["height"] * options["width"]))
+        raw = self._to_raw(self.vae, latents.float(), height, width)
+        together = max(1, DECODED_PIXELS // (height * width))
         return torch.cat([self.vae.decode(part).sample / 2 + 0.5 for part in raw.split(together)])
 
 
@@ -161,12 +163,11 @@ def check_sampling(config: ModelConfig, lora: Path | None) -> int | None:
     """
     kind = _foreign(config)
     if kind is None:
-        configs = model_configs(config)
+        known = kind_of(config)
+        configs = known.model_configs(config)
         if lora is not None:
-            from lpl.families.sdxl_export import check_lora
-
-            check_lora(config, lora)
-        return native_resolution(configs)
+            known.check_lora(config, lora)
+        return known.native_resolution(configs)
     name, folder = config.pretrained_model_name_or_path, _folder(config)
     require(
         config.prediction_type is None and not config.rescale_betas_zero_snr,
@@ -187,7 +188,7 @@ def check_sampling(config: ModelConfig, lora: Path | None) -> int | None:
         if file.is_file():
             configs[part] = read_object(file, FLAG)
     size = configs.get("unet", configs.get("transformer", {})).get("sample_size")
-    stride = _stride_of(configs.get("vae", {}))
+    stride = stride_of(configs.get("vae", {}))
     return size * stride if whole(1, 2**16).fits(size) and stride else None
 
 
@@ -202,7 +203,8 @@ def check_guidance(config: ModelConfig, guidance_scale: float | None) -> float |
     """
     kind = _foreign(config)
     if kind is None or kind in CLASSIFIER_FREE:
-        return GUIDANCE if guidance_scale is None else guidance_scale
+        usual = GUIDANCE if kind is not None else kind_of(config).guidance
+        return usual if guidance_scale is None else guidance_scale
     require(
         guidance_scale is None,
         f"--guidance_scale {guidance_scale}: what that is to a {kind} is not known here (some pipelines ignore it, or "
@@ -214,24 +216,18 @@ def check_guidance(config: ModelConfig, guidance_scale: float | None) -> float |
 def vae_stride(config: ModelConfig) -> int | None:
     """Pixels per latent of a model's VAE, or of a VAE alone; None where its config is not here or does not say.
 
-    Of a model whose configs are not here it is that of the published SDXL.
+    Of a model whose configs are not here it is its family's usual one.
     """
     name, folder = config.pretrained_vae_model_name_or_path, _folder(config)
     if name is None and folder is None:
-        return _stride_of(PUBLISHED["vae"])
+        return kind_of(config).usual_stride
     file = Path(name) / "config.json" if name is not None else Path(str(folder)) / "vae" / "config.json"
     if not file.is_file():
         return None
     try:
-        return _stride_of(read_object(file))
+        return stride_of(read_object(file))
     except UserError:
         return None  # loading it will say more
-
-
-def _stride_of(vae: Mapping[str, Any]) -> int | None:
-    """By a VAE's config: every block but the last halves the size."""
-    widths = vae.get("block_out_channels") or vae.get("encoder_block_out_channels")
-    return 2 ** (len(widths) - 1) if isinstance(widths, list) and 1 <= len(widths) <= 16 else None
 
 
 def load_for_sampling(
@@ -252,11 +248,9 @@ def load_for_sampling(
         UserError: a model or LoRA that cannot be loaded whole.
     """
     if _foreign(config) is None:
-        from lpl.families.sdxl_export import SDXLExport
-
-        pipeline = SDXLExport(config, dtype, lora, scale).pipeline
+        pipeline = load_for_export(config, dtype, lora, scale).pipeline
         pipeline.vae.float()
-        return SDXLSampler(pipeline.to(device), scheduler)
+        return FamilySampler(pipeline.to(device), scheduler, kind_of(config))
     return PipelineSampler(_load_foreign(config, dtype, lora, scale).to(device), scheduler)
 
 
@@ -268,21 +262,19 @@ def _folder(config: ModelConfig) -> Path | None:
 
 
 def _foreign(config: ModelConfig) -> str | None:
-    """The class of a pipeline that is no SDXL; None for SDXL, or what its checks are to judge."""
+    """The class of a pipeline of no family here; None for one of a family, or what the checks are to judge."""
     folder = _folder(config)
-    if folder is None or not (folder / "model_index.json").is_file():
+    if folder is None or not (folder / INDEX).is_file():
         return None
     try:
-        kind = read_object(folder / "model_index.json").get("_class_name")
+        kind = read_object(folder / INDEX).get("_class_name")
     except UserError:
         return None
-    return None if not isinstance(kind, str) or kind.startswith("StableDiffusionXL") else kind
+    return None if not isinstance(kind, str) or kind_of_class(kind) is not None else kind
 
 
 def _obey(pipeline: Any, said: Mapping[str, Any]) -> None:
     """Gives a pipeline the schedule that its single file says, where it is one of those that have prediction types."""
-    from lpl.families.sdxl_file import build_scheduler
-
     if said and "prediction_type" in pipeline.scheduler.config:
         pipeline.scheduler = build_scheduler(type(pipeline.scheduler), pipeline.scheduler.config, **said)
 
@@ -300,8 +292,6 @@ def _load_foreign(config: ModelConfig, dtype: torch.dtype, lora: Path | None, sc
     extra = {part: None for part in ("safety_checker", "feature_extractor", "image_encoder") if part in taken}
     if "requires_safety_checker" in taken:
         extra["requires_safety_checker"] = False  # type: ignore[assignment]
-    from lpl.families.sdxl_networks import named
-
     with named(FLAG, name):
         if name.endswith(".safetensors"):
             options = {"config": config.single_file_config, "local_files_only": True, "dtype": dtype}

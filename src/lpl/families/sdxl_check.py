@@ -3,115 +3,34 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lpl.base.errors import UserError
-from lpl.base.json_files import ANY, NULL, SWITCH, TEXT, Kind, Shape, number, read_object, require_shape, whole
 from lpl.config import ModelConfig
 from lpl.families import sdxl_configs
-from lpl.families.sdxl_file import FLAG, check_single_file, check_weights, chosen_schedule, read_header
-
-SIZE, LAYERS = whole(1, 2**16), whole(1, 256)
-SIZES = Kind("a list of 1 to 16 sizes", lambda v: isinstance(v, list) and 1 <= len(v) <= 16 and all(map(SIZE.fits, v)))
-ABOVE_0 = number(1e-6, 1e6)
-BETA = number(1e-9, 0.9999)
-
-UNET: Shape = {
-    "cross_attention_dim": SIZE,
-    "addition_time_embed_dim": SIZE,
-    "projection_class_embeddings_input_dim": SIZE,
-    **{
-        f"{name}?": SIZE for name in ("in_channels", "out_channels", "norm_num_groups", "addition_embed_type_num_heads")
-    },
-    **{f"{name}?": (SIZE, NULL) for name in ("sample_size", "time_embedding_dim", "num_class_embeds")},
-    **{f"{name}?": whole(0, 31) for name in ("downsample_padding", "freq_shift")},
-    **{f"{name}?": whole(1, 31) for name in ("conv_in_kernel", "conv_out_kernel")},
-    **{f"{name}?": ABOVE_0 for name in ("mid_block_scale_factor", "resnet_out_scale_factor")},
-    **{f"{name}?": SWITCH for name in ("center_input_sample", "flip_sin_to_cos", "use_linear_projection")},
-    **{f"{name}?": [TEXT] for name in ("down_block_types", "up_block_types")},
-    "block_out_channels?": SIZES,
-    "layers_per_block?": (LAYERS, [LAYERS]),
-    "transformer_layers_per_block?": (LAYERS, [(LAYERS, [LAYERS])]),
-    "attention_head_dim?": (SIZE, [SIZE]),
-    "num_attention_heads?": (SIZE, [SIZE], NULL),
-    "norm_eps?": number(0, 1),
-    "dropout?": number(0, 0.999),
-}
-VAE_CONFIG: Shape = {
-    "scaling_factor?": ABOVE_0,
-    "shift_factor?": (number(-1e6, 1e6), NULL),
-    "latents_mean?": ([number(-1e6, 1e6)], NULL),
-    "latents_std?": ([ABOVE_0], NULL),
-    **{f"{name}?": SIZE for name in ("in_channels", "out_channels", "latent_channels", "norm_num_groups")},
-    "sample_size?": (SIZE, SIZES, NULL),
-    "block_out_channels?": SIZES,
-    **{f"{name}?": [TEXT] for name in ("down_block_types", "up_block_types")},
-    "layers_per_block?": LAYERS,
-    **{f"{name}?": SWITCH for name in ("use_quant_conv", "use_post_quant_conv", "mid_block_add_attention")},
-}
-SCHEDULER: Shape = {
-    "num_train_timesteps?": whole(1, 10**5),
-    "beta_start?": BETA,
-    "beta_end?": BETA,
-    "beta_schedule?": TEXT,
-    "trained_betas?": ([BETA], NULL),
-    "prediction_type?": (TEXT, NULL),
-    "rescale_betas_zero_snr?": SWITCH,
-    "steps_offset?": whole(0, 10**5),
-    "timestep_spacing?": TEXT,
-}
-TEXT_ENCODER: Shape = {
-    **{f"{name}?": SIZE for name in ("hidden_size", "intermediate_size", "num_attention_heads", "projection_dim")},
-    "num_hidden_layers?": LAYERS,
-    "max_position_embeddings?": whole(3, 2**16),
-    "vocab_size?": whole(1, 10**7),
-    "layer_norm_eps?": number(0, 1),
-    "attention_dropout?": number(0, 0.999),
-    "hidden_act?": TEXT,
-    "eos_token_id?": whole(0, 2**31),
-    **{f"{name}?": (whole(0, 2**31), NULL) for name in ("bos_token_id", "pad_token_id")},
-}
-INDEX: Shape = {
-    "_class_name?": (TEXT, NULL),
-    "text_encoder?": ([ANY], NULL),
-    "force_zeros_for_empty_prompt?": (SWITCH, NULL),
-}
-SHAPES = {
-    "model_index.json": INDEX,
-    "unet/config.json": UNET,
-    "vae/config.json": VAE_CONFIG,
-    "scheduler/scheduler_config.json": SCHEDULER,
-    "text_encoder/config.json": TEXT_ENCODER,
-    "text_encoder_2/config.json": TEXT_ENCODER,
-}
-
-
-def check_shape(file: str, found: dict[str, Any], where: str) -> None:
-    """Refuses a config with a value that no such model has.
-
-    Args:
-        file: by its path in the model's folder.
-        found: what it holds.
-        where: what errors call it.
-
-    Raises:
-        UserError: the key, what it is, and what it must be.
-    """
-    then = "fetch or write the file anew"
-    require_shape(found, SHAPES[file], where, then)
-    lists = ("block_out_channels", "down_block_types", "up_block_types")
-    lengths = {name: len(found[name]) for name in lists if name in found}
-    if len(set(lengths.values())) > 1:
-        told = ", ".join(f"{count} {name}" for name, count in lengths.items())
-        raise UserError(f"{where}: {told}, which must be as many of each: {then}")
-
+from lpl.families.files import (
+    FLAG,
+    SINGLE_FILES,
+    VAE_FLAG,
+    check_complete,
+    check_weights,
+    read_header,
+    read_json,
+    reader,
+)
+from lpl.families.kind import Kind
+from lpl.families.schedulers import chosen_schedule, compare_lora, file_schedule, prediction_of
+from lpl.families.sdxl_configs import check_shape
 
 PIPELINE = "StableDiffusionXLPipeline"
 VAE = "AutoencoderKL"
-FULL_SIZE = 1024
-COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 WITH_WEIGHTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+TOKENIZERS = ("tokenizer", "tokenizer_2")
+EDM = ("edm_vpred.sigma_max", "edm_vpred.sigma_min", "edm_mean", "edm_std")
+UNET, FIRST_STAGE = "model.diffusion_model.", "first_stage_model."
+FIRST_TEXT, SECOND_TEXT = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
 
 
 def model_configs(config: ModelConfig) -> dict[str, Any]:
@@ -128,7 +47,7 @@ def model_configs(config: ModelConfig) -> dict[str, Any]:
     if name is None:
         raise UserError(f"{FLAG} is missing: give a diffusers folder, a Hub id or a .safetensors file")
     path = Path(name)
-    if path.suffix in (".safetensors", ".ckpt", ".pt", ".bin", ".pth"):
+    if path.suffix in SINGLE_FILES:
         check_single_file(path, config)
         if config.single_file_config is None:
             _check_clip_skip(sdxl_configs.PUBLISHED, config)
@@ -137,8 +56,8 @@ def model_configs(config: ModelConfig) -> dict[str, Any]:
             return {}
         path, name = Path(config.single_file_config), config.single_file_config
     if config.single_file_config is None and path.is_dir():
-        _check_complete(path, config.variant)
-    configs = _with_options(_read(_reader(path, name, config), name), config)
+        check_complete(path, config.variant, WITH_WEIGHTS, TOKENIZERS)
+    configs = _with_options(_read(reader(path, name, config), name), config)
     _check_configs(configs, config)
     _check_vae(config, configs)
     return configs
@@ -163,7 +82,7 @@ def plan_configs(config: ModelConfig) -> dict[str, Any]:
             _check_clip_skip(sdxl_configs.PUBLISHED, config)
             return _with_options(_configs_of_file(path), config)
         path, name = Path(config.single_file_config), config.single_file_config
-    configs = _with_options(_read(_reader(path, name, config), name), config)
+    configs = _with_options(_read(reader(path, name, config), name), config)
     _check_configs(configs, config)
     return configs
 
@@ -185,26 +104,6 @@ def _configs_of_file(path: Path) -> dict[str, Any]:
     return sdxl_configs.PUBLISHED
 
 
-def _reader(path: Path, name: str, config: ModelConfig) -> Any:
-    """What reads a JSON file of the model, by its path in the model's folder."""
-    flag = FLAG if config.single_file_config is None else "--single_file_config"
-    if path.is_dir():
-        return lambda file: _read_json(path / file, flag)
-    if path.exists():
-        raise UserError(f"{flag} {name}: a file, but not .safetensors; give that or a diffusers folder")
-    if config.single_file_config is not None or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise UserError(f"{flag} {name}: no such folder")
-    return _hub_reader(config)
-
-
-def native_resolution(configs: dict[str, Any]) -> int:
-    """Pixels that a model was made for: what its pipeline draws by default; SDXL's 1024 where no config is at hand."""
-    if not configs:
-        return FULL_SIZE
-    size = configs["unet"].get("sample_size") or 128
-    return int(size) * 2 ** (len(configs["vae"].get("block_out_channels", [1] * 4)) - 1)
-
-
 def _read(read: Any, name: str) -> dict[str, Any]:
     files = {part: f"{part}/config.json" for part in ("unet", "vae", "text_encoder", "text_encoder_2")}
     files["scheduler"] = "scheduler/scheduler_config.json"
@@ -222,60 +121,6 @@ def _read(read: Any, name: str) -> dict[str, Any]:
     for part, found in configs.items():
         check_shape(files[part], found, f"{FLAG} {name}: {files[part]}")
     return configs
-
-
-def _hub_reader(config: ModelConfig) -> Any:
-    def read(file: str) -> Any:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
-
-        name = config.pretrained_model_name_or_path
-        try:
-            found = hf_hub_download(str(name), file, revision=config.revision, cache_dir=config.cache_dir)
-        except LocalEntryNotFoundError as error:
-            raise UserError(f"{FLAG} {name}: no such folder, and the Hub cannot be reached for {file}") from error
-        except (EntryNotFoundError, HfHubHTTPError) as error:
-            raise UserError(
-                f"{FLAG} {name}: no such folder, and not on the Hub: {str(error).splitlines()[0]}"
-            ) from error
-        return _read_json(Path(found), FLAG)
-
-    return read
-
-
-def _read_json(file: Path, flag: str) -> dict[str, Any]:
-    return read_object(file, f"{flag}:")
-
-
-def _check_complete(folder: Path, variant: str | None) -> None:
-    if not (folder / "model_index.json").is_file():
-        inside = ", ".join(sorted(p.name for p in folder.iterdir())[:6]) or "nothing"
-        raise UserError(f"{FLAG} {folder}: no model_index.json, so no diffusers model; it holds {inside}")
-    missing = [name for name in COMPONENTS if not (folder / name).is_dir()]
-    for name in WITH_WEIGHTS:
-        if name in missing:
-            continue
-        if not (folder / name / "config.json").is_file():
-            missing.append(f"{name}/config.json")
-        found = list((folder / name).glob("*.safetensors"))
-        weights = [f for f in found if (f".{variant}" in f.name if variant else f.name.count(".") == 1)]
-        for file in weights:
-            if (header := read_header(file)) is None:
-                missing.append(f"the end of {name}/{file.name}")
-            else:
-                check_weights(header, f"{FLAG} {folder}: {name}/{file.name}")
-        if not weights:
-            others = list((folder / name).glob("*.bin"))
-            hint = " (only .bin, which is not read: convert it to safetensors)" if others else ""
-            hint = f" (only {found[0].name}: give its --variant)" if found else hint
-            missing.append(f"{name}/*.safetensors{hint}")
-    for name in ("tokenizer", "tokenizer_2"):
-        if name not in missing and not any((folder / name / f).is_file() for f in ("tokenizer.json", "vocab.json")):
-            missing.append(f"{name}/tokenizer.json")
-    if "scheduler" not in missing and not (folder / "scheduler" / "scheduler_config.json").is_file():
-        missing.append("scheduler/scheduler_config.json")
-    if missing:
-        raise UserError(f"{FLAG} {folder}: missing in it: {', '.join(missing)}")
 
 
 def _check_configs(configs: dict[str, Any], config: ModelConfig) -> None:
@@ -330,7 +175,7 @@ def _check_vae(config: ModelConfig, configs: dict[str, Any]) -> None:
     file = Path(name) / "config.json"
     if not file.is_file():
         raise UserError(f"--pretrained_vae_model_name_or_path {name}: no config.json in it")
-    vae = _read_json(file, "--pretrained_vae_model_name_or_path")
+    vae = read_json(file, "--pretrained_vae_model_name_or_path")
     check_shape("vae/config.json", vae, f"--pretrained_vae_model_name_or_path {name}: config.json")
     if vae.get("_class_name", VAE) != VAE:
         raise UserError(f"--pretrained_vae_model_name_or_path {name}: {vae['_class_name']}; this trainer needs {VAE}")
@@ -347,3 +192,119 @@ def _check_vae(config: ModelConfig, configs: dict[str, Any]) -> None:
             f"--pretrained_vae_model_name_or_path {name}: {channels} latent channels, "
             f"the UNet takes {configs['unet'].get('in_channels', 4)}"
         )
+
+
+def check_single_file(path: Path, config: ModelConfig) -> None:
+    """Refuses a single file that is no whole SDXL checkpoint, or one that is not trained right here.
+
+    Raises:
+        UserError: what it is, in one line.
+    """
+    where = f"{FLAG} {path}"
+    if path.suffix != ".safetensors":
+        raise UserError(f"{where}: {path.suffix} files are pickles and are not read; convert it to .safetensors")
+    if not path.is_file():
+        raise UserError(f"{where}: no such file")
+    header = read_header(path)
+    if header is None:
+        raise UserError(f"{where}: not a safetensors file, or cut short")
+    if not _has_second(header):
+        raise UserError(f"{where}: {_what_else(header)}")
+    if header.get(f"{UNET}input_blocks.0.0.weight", {}).get("shape", [])[1:2] == [9]:
+        raise UserError(f"{where}: an inpainting model (9 input channels); this trainer needs a text-to-image one")
+    if config.single_file_config is not None and not (Path(config.single_file_config) / "model_index.json").is_file():
+        raise UserError(f"--single_file_config {config.single_file_config}: no model_index.json in it")
+    check_weights(header, where)
+    if not all(any(key.startswith(part) for key in header) for part in (UNET, FIRST_TEXT)):
+        raise UserError(f"{where}: {_what_else(header)}")
+    if not any(key.startswith(FIRST_STAGE) for key in header) and config.pretrained_vae_model_name_or_path is None:
+        raise UserError(f"{where}: no VAE in it ({FIRST_STAGE}...); give one with {VAE_FLAG}")
+    edm = [key for key in EDM if key in header]
+    if edm:
+        raise UserError(f"{where}: an EDM model ({', '.join(edm)}), whose schedule is not trained right here yet")
+    file_schedule(path, config)
+
+
+def _what_else(header: Mapping[str, Any]) -> str:
+    """What a file is that is no SDXL checkpoint."""
+    keys = list(header)
+    if "conditioner.embedders.0.model.ln_final.weight" in header:
+        return "an SDXL refiner; train the base model"
+    if any("lora_" in key for key in keys):
+        return "a LoRA, not a model; give the model that it belongs to"
+    text = any(key.startswith(("conditioner.", "cond_stage_model.")) for key in keys)
+    unet = any(key.startswith((UNET, "input_blocks.", "down_blocks.", "double_blocks.")) for key in keys)
+    if unet and not text:
+        return (
+            "not an SDXL checkpoint but a UNet or transformer alone, without text encoders; give a whole one, or a "
+            "diffusers folder that has it as its unet"
+        )
+    if not unet and not text and any(key.startswith((FIRST_STAGE, "decoder.")) for key in keys):
+        return f"a VAE alone; give it with {VAE_FLAG}, beside a model"
+    lacking = "UNet" if not unet else "first text encoder" if _has_second(header) else "second text encoder"
+    return f"not an SDXL checkpoint (no {lacking})"
+
+
+def _has_second(header: Mapping[str, Any]) -> bool:
+    return f"{SECOND_TEXT}ln_final.weight" in header
+
+
+class SDXLKind(Kind):
+    """SDXL, whose single files are known, and whose configs are checked value by value."""
+
+    def owns(self, header: Mapping[str, Any]) -> bool:
+        return _has_second(header)
+
+    def model_configs(self, config: ModelConfig) -> dict[str, Any]:
+        return model_configs(config)
+
+    def plan_configs(self, config: ModelConfig) -> dict[str, Any]:
+        return plan_configs(config)
+
+    def check_export(self, config: ModelConfig, single_file: bool, lora: Path | None) -> None:
+        scheduler = self._scheduler(config)
+        if single_file:
+            prediction_of(scheduler)
+        if lora is not None:
+            self.check_lora(config, lora)
+
+    def check_lora(self, config: ModelConfig, lora: Path) -> None:
+        self.lora_parts(lora)
+        compare_lora(lora, self._scheduler(config))
+
+    def _scheduler(self, config: ModelConfig) -> dict[str, Any]:
+        """The scheduler's config of a model that is checked, by its files and the options."""
+        known = model_configs(config)
+        return dict((known or _with_options(sdxl_configs.PUBLISHED, config))["scheduler"])
+
+    def native_resolution(self, configs: Mapping[str, Any]) -> int:
+        if not configs:
+            return self.resolution
+        size = configs["unet"].get("sample_size") or 128
+        return int(size) * 2 ** (len(configs["vae"].get("block_out_channels", [1] * 4)) - 1)
+
+
+SDXL_KIND = SDXLKind(
+    name="SDXL",
+    pipelines=("StableDiffusionXL",),
+    module="sdxl",
+    base="SDXL base 1.0",
+    base_name=sdxl_configs.NAME,
+    networks=WITH_WEIGHTS,
+    tokenizers=TOKENIZERS,
+    denoiser_word="UNet",
+    is_flow=False,
+    patch=1,
+    options=frozenset({"clip_skip", "max_token_length", "train_text_encoder"}),
+    lora_starts={
+        "unet": ("unet.", "lora_unet_"),
+        "text_encoder": ("text_encoder.", "lora_te_", "lora_te1_"),
+        "text_encoder_2": ("text_encoder_2.", "lora_te2_"),
+    },
+    parts={
+        "Model": "sdxl:SDXL",
+        "Plan": "sdxl_networks:SDXLBlueprint",
+        "Export": "sdxl_export:SDXLExport",
+        "to_kohya": "sdxl_names:to_kohya",
+    },
+)

@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionXLPipeline
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lpl.base.errors import UserError, on_one_line
-from lpl.config import ModelConfig
 from lpl.families import sdxl_names as names
+from lpl.families.pipeline_export import PipelineExport
+from lpl.families.schedulers import prediction_of
 from lpl.families.sdxl import load_pipeline
-from lpl.families.sdxl_check import WITH_WEIGHTS, model_configs, native_resolution
+from lpl.families.sdxl_check import SDXL_KIND
 from lpl.families.sdxl_configs import PUBLISHED
-from lpl.families.sdxl_file import chosen_schedule, compare_lora
-from lpl.families.sdxl_networks import named
 
 logger = logging.getLogger("lpl")
 
@@ -45,18 +39,6 @@ def original_tensors(pipeline: Any) -> Iterator[tuple[str, Tensor]]:
         yield "v_pred", torch.zeros(0)
         if scheduler.get("rescale_betas_zero_snr"):
             yield "ztsnr", torch.zeros(0)
-
-
-def prediction_of(scheduler: Any) -> str:
-    """modelspec's word for what a model with this schedule predicts.
-
-    Raises:
-        UserError: something that programs for single files do not know.
-    """
-    kind = str(scheduler.get("prediction_type", "epsilon"))
-    if kind not in names.PREDICTIONS:
-        raise UserError(f"the model predicts {kind}, which a single file cannot say: use --to diffusers")
-    return names.PREDICTIONS[kind]
 
 
 def modelspec(pipeline: Any, title: str, resolution: int) -> dict[str, str]:
@@ -105,40 +87,11 @@ def _clip_g(encoder: Any) -> Iterator[tuple[str, Tensor]]:
     yield f"{names.CLIP_G}logit_scale", torch.tensor(math.log(100), dtype=encoder.dtype)
 
 
-STORED = {"F16": torch.float16, "BF16": torch.bfloat16}
-LORA_PARTS = {
-    "unet": ("unet.", "lora_unet_"),
-    "text_encoder": ("text_encoder.", "lora_te_", "lora_te1_"),
-    "text_encoder_2": ("text_encoder_2.", "lora_te2_"),
-}
-"""How the names of a LoRA's tensors begin, for each component it changes: diffusers' way and kohya's."""
+class SDXLExport(PipelineExport):
+    """An SDXL model in memory, ready to be written, also in the original layout."""
 
-
-class SDXLExport:
-    """An SDXL model in memory, ready to be written.
-
-    A LoRA is merged in float32 by peft, W + scale * (alpha / rank) B A, or for DoRA m times that divided by the norm of
-    its rows; only then is the result rounded to the precision it is written in.
-
-    Args:
-        config: which model; its prediction_type and rescale_betas_zero_snr, if given, are what the result says.
-        dtype: precision of the result; None: as each component's files have it, a model on the Hub float32.
-        lora: a LoRA file of diffusers' or kohya's, or None.
-
-    Raises:
-        UserError: a model or LoRA that cannot be loaded whole.
-    """
-
-    def __init__(self, config: ModelConfig, dtype: torch.dtype | None, lora: Path | None, scale: float) -> None:
-        self.configs = model_configs(config)
-        found = {part: dtype or stored_dtype(config, part) for part in WITH_WEIGHTS}
-        merged = [] if lora is None else lora_parts(lora)
-        self.pipeline = load_pipeline(config, dtypes=found | dict.fromkeys(merged, torch.float32))
-        if lora is not None:
-            _merge(self.pipeline, lora, scale, merged)
-        for part in WITH_WEIGHTS:
-            for parameter in getattr(self.pipeline, part).parameters():
-                parameter.data = parameter.data.to(found[part])
+    kind = SDXL_KIND
+    load = staticmethod(load_pipeline)
 
     def single_file(self, title: str) -> tuple[Any, dict[str, str]]:
         """Names and tensors of the original layout, and modelspec's metadata."""
@@ -147,85 +100,5 @@ class SDXLExport:
             logger.warning(
                 "programs for single files take a VAE's scaling_factor to be %g; this one's is %g", usual, own
             )
-        resolution = native_resolution(self.configs)
+        resolution = SDXL_KIND.native_resolution(self.configs)
         return original_tensors(self.pipeline), modelspec(self.pipeline, title, resolution)
-
-    def save_folder(self, folder: Path) -> None:
-        """Writes a pipeline in diffusers' format."""
-        self.pipeline.save_pretrained(folder, safe_serialization=True)
-
-
-def schedule_of(config: ModelConfig) -> dict[str, Any]:
-    """The scheduler's config of a model that is checked, by its files and the options; nothing loads."""
-    known: dict[str, Any] = model_configs(config).get("scheduler") or chosen_schedule(PUBLISHED["scheduler"], config)
-    return known
-
-
-def stored_dtype(config: ModelConfig, part: str) -> torch.dtype:
-    """The precision that most values of a component have in its files: float16, bfloat16 or else float32."""
-    name, variant = Path(str(config.pretrained_model_name_or_path)), config.variant
-    if part == "vae" and config.pretrained_vae_model_name_or_path is not None:
-        files = list(Path(config.pretrained_vae_model_name_or_path).glob("*.safetensors"))
-    elif name.suffix == ".safetensors":
-        files = [name]
-    else:
-        found = (name / part).glob("*.safetensors")
-        files = [f for f in found if (f".{variant}" in f.name if variant else f.name.count(".") == 1)]
-    sizes: Counter[str] = Counter()
-    for file in files:
-        with named("--base", str(file)), safe_open(file, "pt") as content:
-            for key in content.keys():  # noqa: SIM118 (it is no dict)
-                entry = content.get_slice(key)
-                sizes[entry.get_dtype()] += torch.Size(entry.get_shape()).numel()
-    return STORED.get(max(sizes, key=lambda kind: sizes[kind]) if sizes else "F32", torch.float32)
-
-
-def check_lora(config: ModelConfig, lora: Path) -> None:
-    """Refuses a LoRA that is none of SDXL's, and says so where it was trained to predict another thing than the model.
-
-    Raises:
-        UserError: see lora_parts.
-    """
-    lora_parts(lora)
-    compare_lora(lora, schedule_of(config))
-
-
-def lora_parts(file: Path) -> list[str]:
-    """The components that a LoRA file changes.
-
-    Raises:
-        UserError: no safetensors file, or tensors that belong to none of SDXL's components.
-    """
-    keys = _keys(file)
-    parts = [part for part, starts in LORA_PARTS.items() if any(key.startswith(starts) for key in keys)]
-    known = tuple(start for part in parts for start in LORA_PARTS[part])
-    strange = [key for key in keys if not key.startswith(known)] if parts else keys
-    if strange or not keys:
-        found = f"{strange[0]}" if strange else "nothing"
-        raise UserError(
-            f"--lora {file}: holds {found}, which is no part of an SDXL LoRA of diffusers' or kohya's naming"
-        )
-    return parts
-
-
-def _keys(lora: Path) -> list[str]:
-    try:
-        with safe_open(lora, "pt") as content:
-            return list(content.keys())
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"--lora {lora}: cannot be read as safetensors ({on_one_line(error)})") from error
-
-
-def _merge(pipeline: StableDiffusionXLPipeline, lora: Path, scale: float, parts: list[str]) -> None:
-    expected = sum(not key.endswith(".alpha") for key in _keys(lora))
-    with named("--lora", str(lora)):
-        pipeline.load_lora_weights(str(lora.parent.resolve()), weight_name=lora.name, local_files_only=True)
-    arrived = sum("lora_" in name for part in parts for name, _ in getattr(pipeline, part).named_parameters())
-    if arrived != expected:
-        raise UserError(
-            f"--lora {lora}: of its {expected} tensors diffusers loads {arrived} into this model, so the result would "
-            "not be the LoRA's: is it of another kind of model or of a newer format?"
-        )
-    with named("--lora", str(lora)):
-        pipeline.fuse_lora(components=parts, lora_scale=scale, safe_fusing=True)
-    pipeline.unload_lora_weights()

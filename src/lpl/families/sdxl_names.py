@@ -13,19 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lpl.base.errors import UserError, on_one_line
 from lpl.base.json_files import number, parse_json, require_shape
-from lpl.config import ModelConfig
-from lpl.families.base import TrainedOn
-from lpl.families.sdxl_file import PREDICTION, RESCALED
+from lpl.families.lora_files import METADATA
 
 ARCHITECTURE = "stable-diffusion-xl-v1-base"
 IMPLEMENTATION = "https://github.com/Stability-AI/generative-models"
-PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
 CLIP_L = "conditioner.embedders.0.transformer.text_model."
@@ -163,22 +159,8 @@ WITH_TEXT = {name: layers + TEXT_LORA_TARGETS[name] for name, layers in LORA_TAR
 """The same where the text encoders are trained too."""
 
 
-def adapter_of(name: str, part: Any) -> dict[str, Tensor]:
-    """An adapter's tensors under peft's names; those of text encoders begin with text_model.
-
-    transformers 5 has dropped that prefix for CLIP-L. ComfyUI and earlier versions know the layers by it only, and
-    diffusers takes it away where it must.
-    """
-    tensors = get_peft_model_state_dict(part, save_embedding_layers=False)
-    if name == "unet":
-        return tensors
-    return {f"text_model.{key.removeprefix('text_model.')}": value for key, value in tensors.items()}
-
-
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 ENDS = {".lora_A.weight": ".lora_down.weight", ".lora_B.weight": ".lora_up.weight"}
-METADATA = "lora_adapter_metadata"
-"""diffusers' key of the adapter's peft configuration."""
 KEPT = ("modelspec.", "ss_", "lpl.")
 """How the metadata begin that both files of a LoRA have."""
 
@@ -244,35 +226,6 @@ def _layer(part: str, module: str, configs: Mapping[str, Any]) -> str:
         return f"lora_unet_{unet_module(module, configs['unet']).replace('.', '_')}"
     prefix = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}[part]
     return f"{prefix}_text_model_{module.removeprefix('text_model.').replace('.', '_')}"
-
-
-def lora_metadata(config: ModelConfig, scheduler: Mapping[str, Any], trained_on: TrainedOn | None) -> dict[str, str]:
-    """What a run says in its LoRA's files, under the keys of modelspec and of kohya's programs, which others show.
-
-    Beside that the options that decide the schedule, as they were given: what a run only took from its model is the
-    business of the model that the LoRA is merged into.
-
-    Args:
-        trained_on: the rest; None: it is not known.
-    """
-    model = str(config.pretrained_model_name_or_path)
-    found = {
-        "ss_sd_model_name": Path(model).resolve().name if Path(model).exists() else model,
-        "ss_zero_terminal_snr": str(bool(scheduler.get("rescale_betas_zero_snr"))),
-    }
-    if trained_on is not None:
-        side = trained_on.resolution
-        found |= {
-            "modelspec.resolution": f"{side}x{side}",
-            "ss_resolution": f"({side}, {side})",
-            "ss_num_train_images": str(trained_on.images),
-            "ss_steps": str(trained_on.steps),
-        }
-    if (kind := scheduler.get("prediction_type", "epsilon")) in PREDICTIONS:
-        found["modelspec.prediction_type"] = PREDICTIONS[kind]
-    if config.prediction_type is not None:
-        found[PREDICTION] = config.prediction_type
-    return found | ({RESCALED: "True"} if config.rescale_betas_zero_snr else {})
 
 
 def _metadata(rank: int, alpha: float, title: str) -> dict[str, str]:

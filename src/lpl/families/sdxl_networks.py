@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from diffusers.loaders.single_file_utils import SingleFileComponentError
 from peft import LoraConfig
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from lpl.base.errors import UserError, on_one_line
-from lpl.families.sdxl_file import FLAG, training_schedule
+from lpl.config import ModelConfig
+from lpl.families.pipeline_blueprint import PipelineBlueprint
+from lpl.families.sdxl_check import SDXL_KIND
 from lpl.families.sdxl_names import LORA_TARGETS, TEXT_ATTENTION, TEXT_MLP, WITH_TEXT
 from lpl.families.sdxl_text import TOKENS_PER_CHUNK, embed, usual_layer
-
-LOADING_ERRORS = (
-    OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, ArithmeticError, AssertionError,
-    ImportError, SafetensorError, SingleFileComponentError,
-)  # fmt: skip
-"""What the libraries raise of configs and weights that do not go together."""
 
 
 class SDXLJointModel(nn.Module):
@@ -131,12 +121,16 @@ def _run_unet(
 
 
 def denoise(
-    denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, text: Mapping[str, Tensor], sizes: Tensor
+    denoiser: nn.Module,
+    noisy_latents: Tensor,
+    levels: Tensor,
+    text: Mapping[str, Tensor],
+    extra: Mapping[str, Tensor],
 ) -> Tensor:
     """See families.base.Family.denoise."""
     if "input_ids" in text:
-        return denoiser(noisy_latents, timesteps, text, sizes)
-    return _run_unet(denoiser, noisy_latents, timesteps, text["prompt_embeds"], text["pooled"], sizes)
+        return denoiser(noisy_latents, levels, text, extra["sizes"])
+    return _run_unet(denoiser, noisy_latents, levels, text["prompt_embeds"], text["pooled"], extra["sizes"])
 
 
 def _body(encoder: Any) -> Any:
@@ -144,77 +138,35 @@ def _body(encoder: Any) -> Any:
     return getattr(encoder, "text_model", encoder)
 
 
-@contextmanager
-def named(flag: str, name: str) -> Iterator[None]:
-    """Turns what loading raises into one line that names the flag."""
-    try:
-        yield
-    except Exception as error:
-        if type(error) is not Exception and not isinstance(error, LOADING_ERRORS):  # tokenizers raises no other class
-            raise
-        said = on_one_line(error, 400)
-        if isinstance(error, NotImplementedError):  # a network is moved whose weights are not all there
-            said = f"lacks weights of a network that its configs describe ({said.partition('.')[0]})"
-        elif name.endswith(".safetensors") and "outgoing traffic" in said:
-            said = "its configs are not in the Hub's cache, and the Hub is off: give a folder by --single_file_config"
-        raise UserError(f"{flag} {name}: {said}") from error
+class SDXLBlueprint(PipelineBlueprint):
+    """SDXL's networks with random weights."""
 
+    kind = SDXL_KIND
+    text_classes = ("CLIPTextModel", "CLIPTextModelWithProjection")
+    denoise = staticmethod(denoise)
 
-class SDXLBlueprint:
-    """Builds networks with random weights; on the meta device they take no memory. See families.base.Blueprint.
-
-    Args:
-        configs: by component, as model_configs returns them.
-        trains_text: whether the text encoders are trained, and so part of the denoiser.
-    """
-
-    def __init__(
-        self,
-        configs: Mapping[str, Any],
-        max_token_length: int = TOKENS_PER_CHUNK,
-        trains_text: bool = False,
-        clip_skip: int | None = None,
-    ) -> None:
-        self._configs = configs
-        self.trains_text, self._layer = trains_text, usual_layer(clip_skip)
-        self.lora_targets: Mapping[str, tuple[str, ...]] = WITH_TEXT if trains_text else LORA_TARGETS
-        self._chunks = max_token_length // TOKENS_PER_CHUNK
-        self.denoise = denoise
-        with named(FLAG, "its scheduler"):
-            self.noise_scheduler = training_schedule(configs["scheduler"])
-        self.latent_channels = int(configs["vae"].get("latent_channels", 4))
-        self.stride = 2 ** (len(configs["vae"].get("block_out_channels", [64])) - 1)
-        with named(FLAG, "its configs"):
-            self._text_configs = [
-                CLIPTextConfig.from_dict(configs[part]) for part in ("text_encoder", "text_encoder_2")
-            ]
+    def __init__(self, configs: Mapping[str, Any], config: ModelConfig) -> None:
+        super().__init__(configs, config)
+        self.trains_text, self._layer = config.train_text_encoder, usual_layer(config.clip_skip)
+        self.lora_targets = WITH_TEXT if self.trains_text else LORA_TARGETS
+        self._chunks = config.max_token_length // TOKENS_PER_CHUNK
 
     def denoiser(self) -> Any:
-        with named(FLAG, "the UNet of its configs"):
-            unet = UNet2DConditionModel.from_config(self._configs["unet"])
+        unet = super().denoiser()
         if not self.trains_text:
             return unet
         first, second = self.text_encoders()
         return SDXLJointModel(unet, first, second, self._layer, force_zeros=False)
 
-    def vae(self) -> Any:
-        with named(FLAG, "the VAE of its configs"):
-            return AutoencoderKL.from_config(self._configs["vae"]).eval().requires_grad_(False)
-
-    def text_encoders(self) -> list[nn.Module]:
-        first, second = self._text_configs
-        with named(FLAG, "the text encoders of its configs"):
-            return [CLIPTextModel(first).eval(), CLIPTextModelWithProjection(second).eval()]
-
-    def tokens(self, batch: int) -> Tensor:
-        return torch.zeros(batch, self._text_configs[0].max_position_embeddings, dtype=torch.long)
+    def tokens(self, batch: int) -> list[Tensor]:
+        return 2 * [torch.zeros(batch, self.text_configs[0].max_position_embeddings, dtype=torch.long)]
 
     def text(self, batch: int) -> dict[str, Tensor]:
         if self.trains_text:
-            ids = self.tokens(batch)[:, None].expand(-1, self._chunks, -1)
+            ids = self.tokens(batch)[0][:, None].expand(-1, self._chunks, -1)
             return token_fields(ids, ids, [""] * batch)
-        unet = self._configs["unet"]
+        unet = self.configs["unet"]
         pooled = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
-        length = self._chunks * self._text_configs[0].max_position_embeddings
+        length = self._chunks * self.text_configs[0].max_position_embeddings
         embeds = torch.zeros(batch, length, unet["cross_attention_dim"])
         return {"prompt_embeds": embeds, "pooled": torch.zeros(batch, pooled)}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lpl.families.base import config_settings
+from lpl.families.base import config_settings, tokenizer_settings
 
 TOKENS_PER_CHUNK = 75
 """Tokens of a chunk, less its start and end: what --max_token_length counts in."""
@@ -57,12 +57,7 @@ class PromptEncoder:
     def token_settings(self) -> str:
         """All that token ids depend on: the tokenizers, whole, and how many chunks there are."""
         settings: list[Any] = ["tokens", self.chunks]
-        for tokenizer in (self._pipeline.tokenizer, self._pipeline.tokenizer_2):
-            rules = json.loads(tokenizer.backend_tokenizer.to_str())
-            rules |= {"truncation": None, "padding": None}  # of its latest call
-            sides = (tokenizer.model_max_length, tokenizer.padding_side, tokenizer.pad_token_type_id)
-            ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-            settings.append([type(tokenizer).__name__, rules, sides, ids, tokenizer.split_special_tokens])
+        settings += map(tokenizer_settings, (self._pipeline.tokenizer, self._pipeline.tokenizer_2))
         return json.dumps(settings, sort_keys=True)
 
     def entry_bytes(self, of_tokens: bool = False) -> int:

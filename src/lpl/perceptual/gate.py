@@ -3,17 +3,13 @@
 from numbers import Real
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from lpl.diffusion.prediction import alpha_sigma_table, signal_to_noise
+from lpl.diffusion.prediction import signal_to_noise
+from lpl.diffusion.schedule import schedule_of
 from lpl.perceptual.defaults import SIGMA_THRESHOLD
 
 DEFAULT_SNR_GAMMA = 5.0
-GRID = 10**5
-"""Values of sigma, uniform in (0, 1), on which a flow schedule's gate is tabulated."""
-FLOW_TIMESTEPS = 1000
-"""What t_threshold counts in where there is no scheduler."""
 
 
 class Gate:
@@ -28,8 +24,8 @@ class Gate:
     Source: Berrada et al., ICLR 2025, section 3.2, where it is sigma <= tau; the diffusers project has t < 200.
 
     Args:
-        noise_scheduler: a diffusers scheduler with alphas_cumprod, or a flow-matching one without; None: flow matching,
-            with sigma * 1000 as t.
+        noise_scheduler: a Schedule, or what schedule_of takes: a diffusers scheduler with alphas_cumprod, or a
+            flow-matching one without; None: flow matching, with sigma * 1000 as t.
         t_threshold, snr_threshold, sigma_threshold: at most one of them.
 
     Raises:
@@ -47,10 +43,8 @@ class Gate:
         given = [v for v in (t_threshold, snr_threshold, sigma_threshold) if v is not None]
         if len(given) > 1:
             raise ValueError("contradictory gates: give one of lpl_t_threshold, lpl_snr_threshold, lpl_sigma_threshold")
-        self.num_timesteps = FLOW_TIMESTEPS if noise_scheduler is None else _num_timesteps(noise_scheduler)
-        self.is_flow = getattr(noise_scheduler, "alphas_cumprod", None) is None
-        if self.is_flow and noise_scheduler is not None:
-            _check_flow(noise_scheduler)
+        self.schedule = schedule_of(noise_scheduler)
+        self.num_timesteps, self.is_flow = self.schedule.num_timesteps, self.schedule.is_flow
         if not given:
             sigma_threshold = SIGMA_THRESHOLD
         if t_threshold is not None and t_threshold != int(t_threshold):
@@ -60,35 +54,34 @@ class Gate:
                 f"lpl_t_threshold {t_threshold} lies outside the schedule's 1..{self.num_timesteps} timesteps"
             )
         self.t_threshold, self.snr_threshold, self.sigma_threshold = t_threshold, snr_threshold, sigma_threshold
-        if self.is_flow:
-            sigma = (torch.arange(GRID, dtype=torch.float64) + 0.5) / GRID
-            self.table = self._open(sigma * self.num_timesteps, 1 - sigma, sigma)
-        else:
-            alpha, sigma = alpha_sigma_table(noise_scheduler)
-            self.table = self._open(torch.arange(self.num_timesteps), alpha, sigma)
+        self.table = self.opens(self.schedule.at(range(self.num_timesteps)))
         if not self.table.any():
             raise ValueError(f"no timestep of the schedule passes the gate {self}")
+
+    def opens(self, levels: Tensor) -> Tensor:
+        """Whether it is open at levels of its schedule, any shape; bool."""
+        return self._open(self.schedule.timesteps(levels), *self.schedule.alpha_sigma(levels))
 
     def passes(self, timesteps: Tensor | None, alpha: Tensor, sigma: Tensor) -> Tensor:
         """Which samples pass, (B,) bool; alpha and sigma (B,) as in prediction.py, timesteps not used for flow."""
         if self.is_flow or timesteps is None:
             return self._open(sigma * self.num_timesteps, alpha, sigma)
-        return self.table.to(timesteps.device)[timesteps]
+        return self._open(timesteps, alpha, sigma)
 
     def probability(self, p_gate: float | Tensor | None) -> float:
         """The probability that a sample passes.
 
         Args:
-            p_gate: None for uniform timesteps (for flow: uniform sigma), weights per timestep (T,), or the
-                probability itself.
+            p_gate: None for levels as the schedule draws them (all timesteps, or for flow all sigma, alike likely,
+                unless a Schedule says otherwise), weights per timestep (T,), or the probability itself.
 
         Raises:
             ValueError: weights of the wrong length or for a flow schedule, or a probability outside (0, 1].
         """
         if p_gate is None:
-            probability = float(self.table.double().mean())
+            probability = self.schedule.probability(self.passes)
         elif isinstance(p_gate, Tensor):
-            if self.is_flow or p_gate.shape != self.table.shape:
+            if self.is_flow or p_gate.shape != (self.num_timesteps,):
                 raise ValueError(f"p_gate as weights needs one per timestep of a discrete schedule, not {p_gate.shape}")
             weights = p_gate.detach().double().cpu()
             if not (weights >= 0).all():
@@ -116,27 +109,6 @@ class Gate:
         if self.snr_threshold is not None:
             return f"SNR >= {self.snr_threshold}"
         return f"noise/signal <= {self.sigma_threshold:g}"
-
-
-def _num_timesteps(noise_scheduler: Any) -> int:
-    count = getattr(getattr(noise_scheduler, "config", None), "num_train_timesteps", None)
-    if count is None:
-        hint = "pass its .scheduler" if hasattr(noise_scheduler, "scheduler") else "pass a diffusers scheduler"
-        raise ValueError(f"noise_scheduler is a {type(noise_scheduler).__name__}: {hint}, or None for flow matching")
-    return int(count)
-
-
-def _check_flow(noise_scheduler: Any) -> None:
-    """Refuses what has no alphas_cumprod and is not x = (1 - sigma) * x0 + sigma * eps either."""
-    name, stated = type(noise_scheduler).__name__, getattr(noise_scheduler.config, "prediction_type", None)
-    sigmas = getattr(noise_scheduler, "sigmas", None)
-    most = 1.0 if sigmas is None or not len(sigmas) else float(max(sigmas))
-    if most > 1 or (stated is not None and not str(stated).startswith("flow")):
-        found = f"sigmas of up to {most:.4g}" if most > 1 else f"prediction_type {stated!r}"
-        raise ValueError(
-            f"{name} has no alphas_cumprod, and {found}: it is neither a discrete nor a flow-matching schedule; where "
-            "your latents are (1 - sigma) * x0 + sigma * noise pass noise_scheduler=None and prediction_type='flow'"
-        )
 
 
 def snr_scale(snr: Tensor, gamma: float | None) -> Tensor:

@@ -20,7 +20,6 @@ from lpl.diffusion.draws import keyed_uniform
 from lpl.diffusion.prediction import (
     DISCRETE_TYPES,
     FLOW_TYPES,
-    alpha_sigma_table,
     expand,
     output_sensitivity,
     signal_to_noise,
@@ -101,14 +100,15 @@ class PerceptualObjective:
     Args:
         loss_fn: the loss, or another callable of its signature that returns an LPLOutput.
         noise_scheduler: a diffusers scheduler: one with alphas_cumprod, or a flow-matching one (then pass sigmas); None
-            for flow matching, with prediction_type.
+            for flow matching, with prediction_type; or a Schedule of diffusion/schedule.py.
         lpl_weight: against the diffusion loss; "auto" sets it from measured gradients (AutoWeight): pass
             diffusion_loss with every call and call end_step() after every optimizer step.
         lpl_t_threshold, lpl_snr_threshold, lpl_sigma_threshold: the gate, one; none: sigma / alpha of at most 3.
         lpl_scale: multiply by min(1, g / SNR), g = snr_gamma or 5.
         lpl_reduction: "expected" divides by B * p_gate, "gated" by the gated samples of the micro-batch.
-        p_gate: probability of passing the gate: None for uniform timesteps (for flow matching: uniform sigma, which a
-            shift is not: see Gate), a number, or weights per timestep (T,).
+        p_gate: probability of passing the gate: None for levels as a Schedule draws them, with a diffusers scheduler
+            for uniform timesteps (for flow matching: uniform sigma, which a shift is not: see Gate); a number; or
+            weights per timestep (T,).
         snr_gamma: g of lpl_scale.
         lpl_max_samples: decode at most this many gated samples a call (the first ones; rescaled, so unbiased where
             batches are shuffled).
@@ -161,9 +161,8 @@ class PerceptualObjective:
         self.lpl_start, self.lpl_warmup_steps = lpl_start, lpl_warmup_steps
         self.auto = AutoWeight(lpl_target_share) if lpl_weight == "auto" else None
         self._weight = 0.0 if lpl_weight == "auto" else float(lpl_weight)
-        self._table = None if self.gate.is_flow else alpha_sigma_table(noise_scheduler)
-        own = "flow" if self.gate.is_flow else noise_scheduler.config.prediction_type
-        self.prediction_type = prediction_type or own
+        self.schedule = self.gate.schedule
+        self.prediction_type = prediction_type or self.schedule.prediction_type
         if self.prediction_type not in (FLOW_TYPES if self.gate.is_flow else DISCRETE_TYPES):
             kind = "a flow-matching" if self.gate.is_flow else "a discrete"
             fits = ", ".join(FLOW_TYPES if self.gate.is_flow else DISCRETE_TYPES)
@@ -171,14 +170,12 @@ class PerceptualObjective:
                 f"prediction type {self.prediction_type!r} does not go with {kind} schedule, which has {fits}"
                 + "; for flow matching pass noise_scheduler=None" * (not self.gate.is_flow)
             )
-        if (
-            self._table is not None
-            and self.prediction_type == "epsilon"
-            and (self._table[0][self.gate.table] == 0).any()
-        ):
-            raise ValueError(
-                "epsilon prediction says nothing where alpha is 0 (zero-terminal SNR): close the gate there"
-            )
+        if self.prediction_type == "epsilon":
+            levels = self.schedule.at(range(self.schedule.num_timesteps))
+            if (self.schedule.alpha_sigma(levels)[0][self.gate.table] == 0).any():
+                raise ValueError(
+                    "epsilon prediction says nothing where alpha is 0 (zero-terminal SNR): close the gate there"
+                )
         self._first = FirstCalls(checked_calls)
         self._seen = self._passed = 0
 
@@ -325,13 +322,12 @@ class PerceptualObjective:
         self, timesteps: Tensor | None, sigmas: Tensor | None, size: int
     ) -> tuple[Tensor | None, Tensor, Tensor]:
         """Timesteps (not for flow matching), alpha and sigma, (B,), on the CPU."""
-        if self._table is None:
-            sigma = check_sigmas(sigmas, size)
-            return None, 1 - sigma, sigma
+        if self.schedule.is_flow:
+            return None, *self.schedule.alpha_sigma(check_sigmas(sigmas, size))
         if sigmas is not None:
             raise ValueError("sigmas are for flow matching: this schedule has its own, so pass timesteps alone")
-        timesteps = check_timesteps(timesteps, size, self.gate.num_timesteps)
-        return timesteps, self._table[0][timesteps], self._table[1][timesteps]
+        timesteps = check_timesteps(timesteps, size, self.schedule.num_timesteps)
+        return timesteps, *self.schedule.alpha_sigma(timesteps)
 
     def _expect_gated(self, size: int, gated: int) -> None:
         """Warns once where the gate stays shut that should have passed IDLE_SAMPLES samples by now."""

@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 from lpl.report.plots import Chart, Line, line_chart
-from lpl.report.run_folder import RunFolder, interpolate, training_clock
+from lpl.report.runs import RunFolder, interpolate, training_clock
 from lpl.report.sources import Group
 
 LOSSES = {"diffusion_loss": "Diffusion loss", "lpl": "LPL"}

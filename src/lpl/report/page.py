@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from lpl import __version__
 from lpl.base.errors import UserError
-from lpl.base.files import write_atomically
+from lpl.base.files import write_atomically, writing
 from lpl.base.terminal import printable
 from lpl.config import TrainConfig
 from lpl.config.commands import WALK_TOLERANCE, ReportConfig
@@ -38,7 +38,7 @@ from lpl.report.findings import (
 )
 from lpl.report.pictures import build_gallery
 from lpl.report.plots import Table, short, signed
-from lpl.report.run_folder import training_clock
+from lpl.report.runs import training_clock
 from lpl.report.sources import Group, Inputs, Result, read_inputs
 
 GENERATOR, HEAD = b'<meta name="generator" content="lpl ', 4096
@@ -65,10 +65,8 @@ def write_report(options: ReportConfig, announce: bool = True) -> Path:
         raise UserError(f"--output {path}: what is there was not written by lpl report: move it away, or name another")
     inputs = read_inputs(options.runs)
     page = render(inputs, int(options.max_megabytes * 10**6)).encode("utf-8", "backslashreplace")
-    try:
+    with writing(f"--output {path}:", "; name another file"):
         write_atomically(path, page)
-    except OSError as error:
-        raise UserError(f"--output {path}: cannot be written ({error.strerror}); name another file") from error
     if announce:
         print(f"the report is in {path} ({len(page) / 1e6:.1f} MB): open it in a browser")
     return path

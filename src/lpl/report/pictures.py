@@ -11,10 +11,11 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from lpl.config.run_folder import SAMPLES
 from lpl.data.bad_files import BadImageError
 from lpl.data.decode import decode_image
 from lpl.data.sheets import Cell, read_cells
-from lpl.report.run_folder import RunFolder, inside
+from lpl.report.runs import RunFolder, inside
 from lpl.report.sources import Group, Inputs, Result
 
 TRIES = ((1024, 88), (768, 86), (640, 84), (512, 82), (384, 80), (256, 78), (160, 70))
@@ -25,7 +26,6 @@ SHEET = 2
 """A whole sheet may be so many times larger than a single picture."""
 
 
-SHEETS = "samples"
 MOST_ROWS = 16
 BEFORE = "before"
 LONG = 10**7
@@ -176,8 +176,8 @@ def gather_pictures(inputs: Inputs) -> PictureTable:
 def _add_run(table: PictureTable, group: Group, alone: bool) -> None:
     run = group.runs[0]
     sheets = set()
-    for file in (run.path / SHEETS).glob("*.png"):
-        if inside(run.path, f"{SHEETS}/{file.name}") is None:
+    for file in (run.path / SAMPLES).glob("*.png"):
+        if inside(run.path, f"{SAMPLES}/{file.name}") is None:
             table.notes.append(f"{file}: leads out of {run.path} and is not shown")
         else:
             sheets.add(file)

@@ -8,14 +8,12 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from lpl.base import written_files
 from lpl.base.errors import UserError
-from lpl.report.run_folder import RunFolder, inside, is_run, read_run
+from lpl.config import run_folder
+from lpl.config.run_folder import CHECK_FILE, EVAL_FILE, EVAL_FOLDER, RESULT_FILES
+from lpl.report.runs import RunFolder, inside, is_run, read_run
 
-KINDS = {"eval": "eval.json", "check": "check.json", "compare": "compare.json"}
 SLOTS = 8
-OWN_EVAL = "eval"
-"""Folder of the evaluation that stands for a run, where several are beside it."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,7 @@ def read_inputs(names: Sequence[str]) -> Inputs:
 
 def _folder(name: str) -> tuple[Path, Path | None]:
     path = Path(name)
-    if path.is_file() and path.name in KINDS.values():
+    if path.is_file() and path.name in RESULT_FILES.values():
         return path.parent, path
     if not path.is_dir():
         raise UserError(f"{name}: no such folder; name one that lpl train, compare, eval or check wrote")
@@ -103,15 +101,15 @@ def _folder(name: str) -> tuple[Path, Path | None]:
 
 
 def _read(inputs: Inputs, folder: Path, file: Path | None, label: str) -> None:
-    files = {kind: folder / name for kind, name in KINDS.items() if (folder / name).is_file()}
+    files = {kind: folder / name for kind, name in RESULT_FILES.items() if (folder / name).is_file()}
     if file is not None:
         files = {kind: path for kind, path in files.items() if path == file}
     run = file is None and is_run(folder)
-    beside = file is None and any(folder.glob("*/check.json"))
+    beside = file is None and any(folder.glob(f"*/{CHECK_FILE}"))
     if not files and not run and not beside:
-        raise UserError(f"{folder}: no config.yaml of a run in it, no {', '.join(KINDS.values())}")
+        raise UserError(f"{folder}: no config.yaml of a run in it, no {', '.join(RESULT_FILES.values())}")
     if beside and not run:
-        inputs.checks += [read_result(found, "check") for found in sorted(folder.glob("*/check.json"))]
+        inputs.checks += [read_result(found, "check") for found in sorted(folder.glob(f"*/{CHECK_FILE}"))]
     if "compare" in files:
         _read_comparison(inputs, read_result(files["compare"], "compare"))
     if "check" in files:
@@ -161,15 +159,16 @@ def _read_comparison(inputs: Inputs, comparison: Result) -> None:
 def _read_beside(inputs: Inputs, group: Group, folders: Sequence[Path]) -> None:
     """Results in folders within the folders of a group's runs.
 
-    What is drawn as one is one evaluation of each run, that in OWN_EVAL where there are several; the others are groups
-    of their own, by their folders' names: different evaluations of a run say nothing of what another seed changes.
+    What is drawn as one is one evaluation of each run, that in EVAL_FOLDER where there are several; the others are
+    groups of their own, by their folders' names: different evaluations of a run say nothing of what another seed
+    changes.
     """
     found: dict[str, list[Result]] = {}
     for folder in folders:
-        for file in sorted(folder.glob("*/eval.json")):
+        for file in sorted(folder.glob(f"*/{EVAL_FILE}")):
             found.setdefault(file.parent.name, []).append(read_result(file, "eval"))
-        inputs.checks += [read_result(file, "check") for file in sorted(folder.glob("*/check.json"))]
-    own = OWN_EVAL if OWN_EVAL in found or len(found) != 1 else next(iter(found))
+        inputs.checks += [read_result(file, "check") for file in sorted(folder.glob(f"*/{CHECK_FILE}"))]
+    own = EVAL_FOLDER if EVAL_FOLDER in found or len(found) != 1 else next(iter(found))
     if not group.evals:
         group.evals = found.pop(own, [])
     for name, evals in sorted(found.items()):
@@ -202,7 +201,7 @@ def read_result(file: Path, kind: str) -> Result:
     Raises:
         UserError: it cannot be read, or is of another kind.
     """
-    return Result(file, written_files.read_result(file, kind))
+    return Result(file, run_folder.read_result(file, kind))
 
 
 def _slot(inputs: Inputs) -> str:

@@ -25,8 +25,8 @@ from torch import Tensor
 from lpl.base.errors import TrainingStoppedError, UserError, on_one_line
 from lpl.base.files import sync_file as sync
 from lpl.base.json_files import ANY, REST, TEXT, WHOLE, Shape, read_object, require_shape, whole
-from lpl.training.optimizers import label
-from lpl.training.output import (
+from lpl.config.run_folder import (
+    CHECKPOINT,
     PATTERN,
     RESULT,
     STATE,
@@ -36,6 +36,7 @@ from lpl.training.output import (
     unlisted,
     write_manifest,
 )
+from lpl.training.optimizers import label
 from lpl.training.sharded import gathered, join_optimizer, joined, load_optimizer, local, put, split, split_optimizer
 from lpl.training.weights import Average
 
@@ -55,7 +56,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def recover(folder: Path) -> None:
     """Puts a checkpoint in its place that a kill left whole but not yet renamed; clears away what kills left else."""
-    for temporary in folder.glob(f"{TEMPORARY}checkpoint-*"):
+    for temporary in folder.glob(f"{TEMPORARY}{CHECKPOINT}*"):
         final = folder / temporary.name.removeprefix(TEMPORARY)
         if PATTERN.fullmatch(final.name) and damage(temporary) is None and damage(final) is not None:
             _replace(temporary, final)
@@ -64,7 +65,7 @@ def recover(folder: Path) -> None:
 
 def _clear(folder: Path) -> None:
     """Removes what killed processes have left unfinished, or half removed."""
-    for left in [*folder.glob(f"{TEMPORARY}checkpoint-*"), *folder.glob(f"{DISCARDED}*")]:
+    for left in [*folder.glob(f"{TEMPORARY}{CHECKPOINT}*"), *folder.glob(f"{DISCARDED}*")]:
         shutil.rmtree(left, ignore_errors=True)
 
 
@@ -90,7 +91,7 @@ def save_checkpoint(
     Raises:
         TrainingStoppedError: the disk is full, or cannot be written; what was written before is as it was.
     """
-    final = folder / f"checkpoint-{step}"
+    final = folder / f"{CHECKPOINT}{step}"
     temporary = folder / f"{TEMPORARY}{final.name}"
     moments, numbers = split_optimizer(optimizer.state_dict())
     files = _tensors(parameters, moments, ema)

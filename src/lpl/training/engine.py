@@ -23,12 +23,13 @@ from lpl.config import LPLConfig, ModelConfig, TrainConfig
 from lpl.data.dataset import Batch, TrainingData
 from lpl.data.sampler import BatchOrder, share
 from lpl.diffusion.draws import keyed_seed, strata
+from lpl.diffusion.latent_space import LatentSpace
 from lpl.perceptual.loss import LatentPerceptualLoss
 from lpl.perceptual.objective import PerceptualObjective
 from lpl.training.checks import check_processes
 from lpl.training.optimizers import check_class, check_steps
 from lpl.training.sharded import set_precision
-from lpl.training.step import timestep_weights
+from lpl.training.step import run_schedule
 
 logger = logging.getLogger("lpl")
 
@@ -150,8 +151,8 @@ def _given(options: LPLConfig, cls: type, prefix: str = "") -> dict[str, Any]:
     return {name: value for name, value in named.items() if name in taken}
 
 
-def build_loss(config: TrainConfig, vae: Any) -> LatentPerceptualLoss:
-    """The loss as the config describes it, on a VAE (which may be on the meta device)."""
+def build_loss(config: TrainConfig, vae: Any, latent_space: LatentSpace | None = None) -> LatentPerceptualLoss:
+    """The loss as the config describes it, on a VAE (which may be on the meta device); None: as its config says."""
     options = config.lpl
     given = _given(options, LatentPerceptualLoss, "lpl_") | {
         "checkpointing": config.lpl_checkpointing,
@@ -159,7 +160,7 @@ def build_loss(config: TrainConfig, vae: Any) -> LatentPerceptualLoss:
         "chunk": None if options.lpl_chunk == "auto" else options.lpl_chunk,
         "channels_last": None if options.lpl_channels_last == "auto" else options.lpl_channels_last == "true",
     }
-    return LatentPerceptualLoss(vae, **given)
+    return LatentPerceptualLoss(vae, latent_space=latent_space, **given)
 
 
 def build_objective(config: TrainConfig, family: Any) -> PerceptualObjective:
@@ -168,13 +169,15 @@ def build_objective(config: TrainConfig, family: Any) -> PerceptualObjective:
     Raises:
         UserError: a gate that the schedule or the timestep bias never passes.
     """
-    loss_fn, scheduler = build_loss(config, family.vae), family.noise_scheduler
+    loss_fn, cells = (
+        build_loss(config, family.vae, family.latent_space),
+        (config.data.crop_size // family.latent_stride) ** 2,
+    )
     try:
         return PerceptualObjective(
             loss_fn,
-            scheduler,
+            run_schedule(family.schedule, config.diffusion, cells),
             **_given(config.lpl, PerceptualObjective),
-            p_gate=timestep_weights(scheduler.config.num_train_timesteps, config.diffusion),
             snr_gamma=config.diffusion.snr_gamma,
             seed=config.run.seed,
             checked_calls=0,  # what the step hands over is made here; a gradient of 0 is looked for where it logs

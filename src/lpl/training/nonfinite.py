@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lpl.config import TrainConfig
-from lpl.config.files import CONFIG_FILE
+from lpl.config.run_folder import CONFIG_FILE, NONFINITE
 from lpl.data.dataset import Batch
 
 logger = logging.getLogger("lpl")
@@ -85,7 +85,7 @@ class FiniteGuard:
         run = self._config.run
         stops = run.on_nonfinite == "stop" or self.skips >= run.max_skips
         suffix = f"-process-{rank}" if rank else ""
-        path = Path(run.output_dir) / f"nonfinite-step-{step}{suffix}.safetensors"
+        path = Path(run.output_dir) / f"{NONFINITE}{step}{suffix}.safetensors"
         numbers = {"fault": fault, "gradient_norm": str(norm), "seed": run.seed, "config": CONFIG_FILE}
         kept = dump(path, step, self._seen, self._draw, numbers, stops)
         fault += f"; safetensors.torch.load_file('{path}') has its latents, noise, timesteps and texts" * kept
@@ -134,9 +134,10 @@ def dump(
 ) -> bool:
     """Writes what an optimizer step was computed from (not the weights) to path, and numbers to a JSON beside it.
 
-    Tensors are named <micro-batch>.<name>: raw_latents (B, C, h, w), noise (B, C, h, w), timesteps (B,), sizes (B, 6),
-    weights (B,), mask (B, 1, h, w), text.<field>, and the losses diffusion_per_sample (B,) and lpl. The JSON has, for
-    each micro-batch, its samples as [id, number of the draw]: with the seed they are the key of every draw.
+    Tensors are named <micro-batch>.<name>: raw_latents (B, C, h, w), noise (B, C, h, w), timesteps (B,) (of flow
+    matching sigmas), sizes (B, 6), weights (B,), mask (B, 1, h, w), text.<field>, and the losses diffusion_per_sample
+    (B,) and lpl. The JSON has, for each micro-batch, its samples as [id, number of the draw]: with the seed they are
+    the key of every draw.
 
     Args:
         draw: gives a batch's noise and timesteps again.
@@ -146,14 +147,14 @@ def dump(
     Returns:
         Whether it was written.
     """
-    if not always and len(list(path.parent.glob("nonfinite-step-*.safetensors"))) >= DUMPS:
+    if not always and len(list(path.parent.glob(f"{NONFINITE}*.safetensors"))) >= DUMPS:
         return False
     tensors: dict[str, Tensor] = {}
     samples = []
     for i, (batch, per_sample, lpl) in enumerate(seen):
         drawn = draw(batch)
-        own = {"raw_latents": batch.raw_latents, "sizes": batch.sizes, "noise": drawn.noise}
-        own |= {"timesteps": drawn.timesteps, "diffusion_per_sample": per_sample, "lpl": lpl}
+        own = {"raw_latents": batch.raw_latents, "noise": drawn.noise, "timesteps": drawn.levels}
+        own |= batch.extra | {"diffusion_per_sample": per_sample, "lpl": lpl}
         own |= {f"text.{name}": value for name, value in batch.text.items()}
         if batch.weights is not None:
             own["weights"] = batch.weights

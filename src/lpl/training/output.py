@@ -6,33 +6,34 @@ that was never finished; one whose files differ from it was cut short or damaged
 
 from __future__ import annotations
 
-import json
 import logging
-import re
 from pathlib import Path
 
 from lpl.base.errors import UserError
-from lpl.base.files import checksum
-from lpl.base.files import sync_file as sync
-from lpl.base.json_files import REST, TEXT, difference, parse_json, read_object, whole
-from lpl.base.output_folder import JUNK, Names, OutputFolder, Proof, check_apart, matches
-from lpl.base.written_files import FINISHED, VALIDATION, read_finished
+from lpl.base.output_folder import Names, OutputFolder, Proof, check_apart, matches
 from lpl.config import TrainConfig
-from lpl.config.files import CONFIG_FILE, differences, is_config_of_run
+from lpl.config.files import differences, is_config_of_run
 from lpl.config.run import processes
-from lpl.data.bad_files import FILE as BAD_FILES
+from lpl.config.run_folder import (
+    BAD_FILES,
+    CHECKPOINT,
+    CONFIG_FILE,
+    FINISHED,
+    MANIFEST,
+    NONFINITE,
+    RESULT,
+    SAMPLES,
+    SAVED,
+    VALIDATION,
+    find_checkpoint,
+    read_finished,
+    unlisted,
+)
 from lpl.data.bad_files import is_list
 from lpl.families import RESULT_NAMES
 
 logger = logging.getLogger("lpl")
 
-ENTRIES = {REST: {"bytes": whole(0), "xxh3_128": TEXT}}
-MANIFEST, STATE = "manifest.json", "state.json"
-PATTERN = re.compile(r"checkpoint-(\d+)")
-RESULT = ".tmp-result"
-"""A result that is being written."""
-SAMPLES, SAVED = "samples", "saved"
-CHECKPOINTS = "checkpoint-#/"
 KOHYA = "_kohya.safetensors"
 """How the file's name ends that has a LoRA under the names that kohya's programs gave them."""
 LONGEST = 200
@@ -70,9 +71,9 @@ def names_of(config: TrainConfig, every: bool = False) -> Names:
         CONFIG_FILE: is_config_of_run,
         FINISHED: lambda path: finished_at(path.parent) is not None,
         BAD_FILES: is_list,
-        CHECKPOINTS: lambda path: (path / MANIFEST).is_file(),
-        **dict.fromkeys((".tmp-checkpoint-#/", ".tmp-old-checkpoint-#/", f".tmp-{SAVED}-#/", f"{RESULT}/")),
-        **dict.fromkeys(("nonfinite-step-#.safetensors", "nonfinite-step-#-process-#.safetensors")),
+        f"{CHECKPOINT}#/": lambda path: (path / MANIFEST).is_file(),
+        **dict.fromkeys((f".tmp-{CHECKPOINT}#/", f".tmp-old-{CHECKPOINT}#/", f".tmp-{SAVED}-#/", f"{RESULT}/")),
+        **dict.fromkeys((f"{NONFINITE}#.safetensors", f"{NONFINITE}#-process-#.safetensors")),
     }
     optional = {
         f"{SAMPLES}/": log.draws_images,
@@ -171,7 +172,7 @@ def check_writable(config: TrainConfig) -> None:
     """Refuses, before anything loads, a folder in which a run would replace what no run wrote."""
     folder = output_of(config)
     folder.check(names_of(config), _adopts(folder))
-    for path in sorted(folder.folder.glob("checkpoint-*")):
+    for path in sorted(folder.folder.glob(f"{CHECKPOINT}*")):
         if (extra := unlisted(path)) is not None:
             raise UserError(
                 f"--output_dir {folder.folder}: {path.name}/{extra} in it was not written by {COMMAND}, which removes "
@@ -199,96 +200,3 @@ def _missing(output: OutputFolder) -> str | None:
     if output.has_record:
         return output.missing()
     return None if any((folder / name).is_file() for name in RESULT_NAMES if not name.endswith("/")) else "its result"
-
-
-def write_manifest(folder: Path) -> None:
-    """Reads every file of a folder, notes its size and XXH3 checksum (128 bits), and syncs all of it.
-
-    Raises:
-        OSError: the disk is full, or another fault of the file system.
-    """
-    for path in folder.iterdir():
-        sync(path)
-    files = {p.name: {"bytes": p.stat().st_size, "xxh3_128": checksum(p)} for p in sorted(folder.iterdir())}
-    (folder / MANIFEST).write_text(json.dumps(files, indent=1))
-    sync(folder / MANIFEST)
-    sync(folder)
-
-
-def damage(folder: Path, read: bool = True) -> str | None:
-    """What is wrong with a folder that write_manifest has described; None: nothing.
-
-    Args:
-        read: read every byte; else only sizes are compared.
-    """
-    try:
-        files = parse_json((folder / MANIFEST).read_bytes(), MANIFEST)
-        fault = difference(files, ENTRIES)
-        if fault is not None:
-            return f"{MANIFEST} is not what was written"
-        for name, expected in files.items():
-            size = (folder / name).stat().st_size
-            if size != expected["bytes"]:
-                return f"{name} has {size} of {expected['bytes']} bytes"
-            if read and checksum(folder / name) != expected["xxh3_128"]:
-                return f"{name} does not match its checksum"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except OSError as error:
-        return f"{Path(error.filename or folder).name} cannot be read: {error.strerror}"
-    except (UserError, ValueError):  # ValueError: a name with a NUL
-        return f"{MANIFEST} is not what was written"
-    return None
-
-
-def unlisted(folder: Path) -> str | None:
-    """Something in a folder that write_manifest has described which it did not find there; None: nothing is."""
-    try:
-        files = read_object(folder / MANIFEST)
-        return next((p.name for p in sorted(folder.iterdir()) if p.name not in {MANIFEST, *JUNK, *files}), None)
-    except (OSError, UserError):
-        return None
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints in a run's folder, oldest first; their sizes are compared, their content is not."""
-    return [path for path in _named(folder) if damage(path, read=False) is None]
-
-
-def find_checkpoint(folder: Path, choice: str | None, read: bool = True) -> Path | None:
-    """The checkpoint to go on from: the newest good one of the run, or the one that --resume_from_checkpoint names.
-
-    Every byte is read, or with read=False only sizes are compared. Newer ones that are damaged are named in the log and
-    passed over.
-
-    Raises:
-        UserError: a named checkpoint that is not there or not complete, or a run whose checkpoints are all damaged.
-    """
-    if choice is None or choice == "latest":
-        found = _named(folder)
-        for path in reversed(found):
-            if (fault := damage(path, read)) is None:
-                return path
-            logger.warning("%s is damaged (%s): it is passed over", path, fault)
-        if found:
-            raise UserError(f"{folder}: every checkpoint in it is damaged; delete or move them to start over")
-        return None
-    for path in (Path(choice), folder / choice):
-        if (path / STATE).is_file() or (path / MANIFEST).is_file():
-            if (fault := damage(path, read)) is not None:
-                raise UserError(f"--resume_from_checkpoint {choice}: {path} is damaged ({fault}); name another")
-            return path
-    names = ", ".join(p.name for p in list_checkpoints(folder)) or "none"
-    raise UserError(f"--resume_from_checkpoint {choice}: no complete checkpoint there; {folder} has {names}")
-
-
-def _named(folder: Path) -> list[Path]:
-    """What has the name of a checkpoint, oldest first."""
-    found = [(int(m[1]), p) for p in folder.glob("checkpoint-*") if (m := PATTERN.fullmatch(p.name)) and p.is_dir()]
-    return [path for _, path in sorted(found)]
-
-
-def last_checkpoint(folder: Path) -> str:
-    """A clause that says which checkpoint a stopped run has."""
-    found = list_checkpoints(folder)
-    return f"{found[-1]} is the last checkpoint" if found else "no checkpoint was written yet"

@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 from lpl.base.errors import UserError
 from lpl.base.files import alone_in
 from lpl.base.text import Prompt, read_prompts
-from lpl.config import DataConfig, LoggingConfig, ModelConfig, TrainConfig, idle_options
+from lpl.config import LoggingConfig, ModelConfig, TrainConfig, check_model_options, idle_options
 from lpl.config.loss import GATES
 from lpl.config.run import processes
 from lpl.data.buckets import image_sizes
 from lpl.data.decode import parse_color
 from lpl.data.lock import cache_dir, in_use
 from lpl.data.sources import Source, open_regularisation, open_source, open_validation
-from lpl.families import model_configs, native_resolution, plan_configs
+from lpl.families import kind_of, model_configs, plan_configs
 from lpl.training.checks import check_memory_options, warn_of_objective, warn_of_steps
 from lpl.training.launch import check_launch
 from lpl.training.output import check_inputs_apart, check_output, check_writable
@@ -133,9 +133,11 @@ def check_model(
         UserError: no such model, or a --background_color that is none.
     """
     parse_color(config.data.background_color)
+    kind = kind_of(config.model)
+    check_model_options(config, kind.name, kind.is_flow, kind.options)
     configs = configs_of(config.model)
     if config.data.resolution is None:
-        config = replace(config, data=replace(config.data, resolution=native_resolution(configs)))
+        config = replace(config, data=replace(config.data, resolution=kind.native_resolution(configs)))
     return config, configs
 
 
@@ -171,9 +173,9 @@ def check_options(config: TrainConfig, configs: dict[str, Any]) -> None:
     bias = config.diffusion
     if bias.timestep_bias_strategy == "range" and bias.timestep_bias_end > timesteps:
         raise UserError(f"--timestep_bias_end {bias.timestep_bias_end} lies outside the model's {timesteps} timesteps")
-    check_sizes(config.data, configs)
+    check_sizes(config, configs)
     side = min(min(size) for size in image_sizes(config.data).sizes)
-    crop, stride = config.lpl.lpl_crop, _stride(configs)
+    crop, stride = config.lpl.lpl_crop, kind_of(config.model).stride(configs)
     if config.lpl.use_lpl and crop is not None and (crop % stride or crop >= side):
         raise UserError(
             f"--lpl_crop {crop} must be a multiple of the VAE's {stride} pixels per latent and smaller than the "
@@ -182,17 +184,15 @@ def check_options(config: TrainConfig, configs: dict[str, Any]) -> None:
     _check_gate(config, configs)
 
 
-def _stride(configs: dict[str, Any]) -> int:
-    return int(2 ** (len(configs["vae"].get("block_out_channels", [64])) - 1))
-
-
-def check_sizes(data: DataConfig, configs: dict[str, Any]) -> None:
-    """Checks the sizes of the training images against the VAE."""
-    stride = _stride(configs)
-    if data.crop_size % stride:
-        raise UserError(f"--resolution {data.crop_size} is no multiple of the VAE's {stride} pixels per latent")
-    if data.buckets and data.bucket_step % stride:
-        raise UserError(f"--bucket_step {data.bucket_step} is no multiple of the VAE's {stride} pixels per latent")
+def check_sizes(config: TrainConfig, configs: dict[str, Any]) -> None:
+    """Checks the sizes of the training images against the VAE and the denoiser."""
+    data, kind = config.data, kind_of(config.model)
+    multiple = kind.pixel_multiple(configs)
+    whose = f"the VAE's {multiple} pixels per latent" if kind.patch == 1 else f"the model's {multiple} pixels"
+    if data.crop_size % multiple:
+        raise UserError(f"--resolution {data.crop_size} is no multiple of {whose}")
+    if data.buckets and data.bucket_step % multiple:
+        raise UserError(f"--bucket_step {data.bucket_step} is no multiple of {whose}")
     image_sizes(data)
 
 
@@ -204,15 +204,15 @@ def _check_gate(config: TrainConfig, configs: dict[str, Any]) -> None:
     usual = bias == "none" and drawn == "uniform"
     if not options.use_lpl or (given["lpl_snr_threshold"] is given["lpl_sigma_threshold"] is None and usual):
         return
-    from lpl.families import noise_scheduler
+    from lpl.families import schedule_of_configs
     from lpl.perceptual.gate import Gate
-    from lpl.training.step import timestep_weights
+    from lpl.training.step import run_schedule
 
-    scheduler = noise_scheduler(configs)
-    weights = timestep_weights(scheduler.config.num_train_timesteps, config.diffusion)
+    cells = (config.data.crop_size // kind_of(config.model).stride(configs)) ** 2
+    schedule = run_schedule(schedule_of_configs(configs), config.diffusion, cells)
     try:
-        gate = Gate(scheduler, options.lpl_t_threshold, options.lpl_snr_threshold, options.lpl_sigma_threshold)
-        gate.probability(weights)
+        gate = Gate(schedule, options.lpl_t_threshold, options.lpl_snr_threshold, options.lpl_sigma_threshold)
+        gate.probability(None)
     except ValueError as error:
         flags = [f"--{name} {value}" for name, value in given.items() if value is not None]
         flags += [f"--timestep_bias_strategy {bias}"] * (bias != "none")

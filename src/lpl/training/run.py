@@ -35,7 +35,8 @@ def fill_cache(config: TrainConfig) -> None:
     import torch
 
     from lpl.base.output_folder import Names, OutputFolder
-    from lpl.data.bad_files import FILE, is_list
+    from lpl.config.run_folder import BAD_FILES
+    from lpl.data.bad_files import is_list
     from lpl.data.lock import cache_dir, in_use
     from lpl.data.prepare import Processes, prepare_data
     from lpl.data.sources import open_regularisation, open_source, open_validation
@@ -46,11 +47,11 @@ def fill_cache(config: TrainConfig) -> None:
 
     config, configs = check_model(config)
     if configs:
-        check_sizes(config.data, configs)
+        check_sizes(config, configs)
     source = open_source(config.data, config.model.cache_dir)
     regularisation, validation = open_regularisation(config.data), open_validation(config.data)
     output = OutputFolder(config.run.output_dir, "lpl train")
-    output.check(Names({FILE: is_list}))
+    output.check(Names({BAD_FILES: is_list}))
     accelerator = build_accelerator(config)
     with in_use(cache_dir(config.data)), stoppable(config.run.max_minutes) as stop:
         family = load_family(config.model, accelerator.device, torch.float32, encoders_only=True)
@@ -61,7 +62,7 @@ def fill_cache(config: TrainConfig) -> None:
             config.data,
             family,
             config.run.seed,
-            Path(config.run.output_dir) / FILE,
+            Path(config.run.output_dir) / BAD_FILES,
             Processes(rank, size, accelerator.wait_for_everyone, stop.raise_if_asked),
             accelerator.is_local_main_process,
             validation,

@@ -12,13 +12,13 @@ from accelerate import Accelerator
 
 from lpl.base.errors import UserError
 from lpl.base.json_files import NULL, REST, SWITCH, TEXT, Kind, Shape, require_shape, whole
-from lpl.base.written_files import MEASURED
 from lpl.config import TrainConfig
+from lpl.config.run_folder import MEASURED, STATE, find_checkpoint
 from lpl.perceptual.objective import PerceptualObjective
 from lpl.training.checkpoint import load_checkpoint, prune_checkpoints, reason, recover, save_checkpoint
 from lpl.training.nonfinite import FiniteGuard
 from lpl.training.optimizers import coefficients
-from lpl.training.output import STATE, find_checkpoint, finished_at
+from lpl.training.output import finished_at
 from lpl.training.tracking import LPLTotals, Tracker
 from lpl.training.weights import Trained
 

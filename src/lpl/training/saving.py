@@ -13,16 +13,12 @@ from torch import Tensor
 from lpl.base.errors import TrainingStoppedError, UserError, on_one_line
 from lpl.base.output_folder import OutputFolder
 from lpl.base.tensor_file import write_tensors
-from lpl.base.written_files import FINISHED
 from lpl.config import TrainConfig
-from lpl.config.files import CHECK_REPORT, CONFIG_FILE, DATA_REPORT
-from lpl.data.bad_files import FILE as BAD_FILES
-from lpl.training.output import RESULT, SAMPLES, SAVED
+from lpl.config.run_folder import CONFIG_FILE, FINISHED, RESULT, SAMPLES, SAVED, UNPUBLISHED, WEIGHTS
 from lpl.training.weights import Weights
 
 ALL_WEIGHTS = "a folder for diffusers; `lpl export` makes the file for ComfyUI, A1111 and Forge"
 """Which result is for which programs, where all weights were trained."""
-CONTENTS = "weights.json"
 
 
 def save_weights(
@@ -48,7 +44,7 @@ def save_weights(
             write(temporary / kind)
     if writes:
         contents = {"step": step, "kinds": list(weights.kinds), "final": weights.final}
-        (temporary / CONTENTS).write_text(json.dumps(contents))
+        (temporary / WEIGHTS).write_text(json.dumps(contents))
         output.put({final.name: temporary})
     return final
 
@@ -129,16 +125,7 @@ def push(config: TrainConfig, repository: str) -> None:
         repo_id=repository,
         folder_path=folder,
         commit_message="End of training",
-        ignore_patterns=[
-            "checkpoint-*",
-            f"{SAVED}-*",
-            ".tmp-*",
-            ".lpl*",
-            f"{config.logging.logging_dir}/*",
-            f"{DATA_REPORT}/*",
-            f"{CHECK_REPORT}/*",
-            BAD_FILES,
-        ],
+        ignore_patterns=[*UNPUBLISHED, f"{config.logging.logging_dir}/*"],
         token=config.logging.hub_token,
     )
 

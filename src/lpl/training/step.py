@@ -10,10 +10,17 @@ from torch import Tensor, nn
 from lpl.base.errors import UserError
 from lpl.config import DiffusionConfig
 from lpl.data.dataset import Batch
-from lpl.diffusion.draws import draw_normal, draw_timestep, keyed_uniform, pyramid_noise, timestep_probabilities
-from lpl.diffusion.latent_space import LatentSpace
-from lpl.diffusion.losses import debiased_weight, diffusion_loss, huber_threshold, min_snr_weight, p2_weight
-from lpl.diffusion.prediction import add_noise, alpha_sigma_table, signal_to_noise, target_of, x0_from_output
+from lpl.diffusion.draws import draw_normal, keyed_quantile, keyed_uniform, pyramid_noise
+from lpl.diffusion.losses import (
+    debiased_weight,
+    diffusion_loss,
+    flow_weight,
+    huber_threshold,
+    min_snr_weight,
+    p2_weight,
+)
+from lpl.diffusion.prediction import add_noise, signal_to_noise, target_of, x0_from_output
+from lpl.diffusion.schedule import Distribution, Schedule
 from lpl.families.base import Family
 from lpl.perceptual.objective import PerceptualObjective
 
@@ -35,7 +42,8 @@ class Drawn(NamedTuple):
     """What was drawn for a micro-batch, on the CPU."""
 
     noise: Tensor
-    timesteps: Tensor
+    levels: Tensor
+    """(B,), noise levels of the schedule."""
 
 
 class StepInputs(NamedTuple):
@@ -48,8 +56,8 @@ class StepInputs(NamedTuple):
     """Float32."""
     target: Tensor
     """What the output should be."""
-    timesteps: Tensor
-    """(B,), on the CPU."""
+    levels: Tensor
+    """(B,), noise levels of the schedule, on the CPU."""
     alpha: Tensor
     """(B,), float32, on the CPU; sigma likewise."""
     sigma: Tensor
@@ -79,16 +87,14 @@ class TrainingStep:
     ) -> None:
         self.family, self.config, self.objective, self.seed = family, config, objective, seed
         self.autocast = autocast
-        scheduler = family.noise_scheduler
-        self.prediction_type = str(scheduler.config.prediction_type)
-        self.alpha, self.sigma = alpha_sigma_table(scheduler)
-        self.latent_space = LatentSpace.from_config(family.vae.config)
-        self.probabilities = timestep_weights(scheduler.config.num_train_timesteps, config)
+        self.schedule = run_schedule(family.schedule, config)
+        self.prediction_type = self.schedule.prediction_type
+        self.latent_space = family.latent_space
 
     def draw(self, batch: Batch) -> Drawn:
-        """Noise and timesteps of a batch, keyed by sample and by how often it was drawn; timesteps by its strata."""
+        """Noise and noise levels of a batch, keyed by sample and by how often it was drawn; levels by its strata."""
         shape = tuple(batch.raw_latents.shape[1:])
-        noise, timesteps = [], []
+        noise, quantiles = [], []
         strata, of = batch.strata or ([0] * len(batch.sample_ids), 1)
         keys = zip(batch.sample_ids, batch.counts, strict=True)
         for stratum, key in zip(strata, keys, strict=True):
@@ -99,9 +105,8 @@ class TrainingStep:
                 levels, discount = self.config.pyramid_noise_iterations, self.config.pyramid_noise_discount
                 eps = pyramid_noise(eps, levels, discount, self.seed, "pyramid", *key)
             noise.append(eps)
-            t = draw_timestep(self.probabilities, self.seed, "timestep", *key, stratum=stratum, strata=of)
-            timesteps.append(t)
-        return Drawn(torch.stack(noise), torch.tensor(timesteps))
+            quantiles.append(keyed_quantile(self.seed, "timestep", *key, stratum=stratum, strata=of))
+        return Drawn(torch.stack(noise), self.schedule.levels(quantiles, shape[-2] * shape[-1]))
 
     def _windows(self, batch: Batch) -> Tensor:
         """Where --lpl_crop's window of each sample lies, (B, 2), keyed as the noise is."""
@@ -109,51 +114,51 @@ class TrainingStep:
         places = [[keyed_uniform(self.seed, f"lpl_crop_{axis}", *key) for axis in "yx"] for key in keys]
         return torch.tensor(places, dtype=torch.float64)
 
-    def _weight(self, snr: Tensor) -> Tensor | None:
+    def _weight(self, alpha: Tensor, sigma: Tensor) -> Tensor | None:
         """Weight of each sample's diffusion loss, (B,), or None where all are 1."""
         config, kind = self.config, self.prediction_type
+        snr = signal_to_noise(alpha, sigma).float()
         if config.snr_gamma is not None:
-            return min_snr_weight(snr, config.snr_gamma, kind)
+            return min_snr_weight(snr, config.snr_gamma, kind, sigma)
         if config.loss_weighting == "debiased":
             return debiased_weight(snr, kind)
         if config.loss_weighting == "p2":
             return p2_weight(snr, config.p2_gamma, config.p2_k, kind)
-        return None
+        return None if config.loss_weighting == "none" else flow_weight(config.loss_weighting, sigma)
 
-    def _huber_c(self, timesteps: Tensor) -> Tensor | None:
+    def _huber_c(self, levels: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor | None:
         if self.config.loss_type != "huber":
             return None
-        alpha, sigma = self.alpha[timesteps], self.sigma[timesteps]
-        return huber_threshold(
-            self.config.huber_schedule, self.config.huber_c, timesteps, len(self.alpha), alpha, sigma
-        )
+        schedule, config = self.schedule, self.config
+        timesteps = schedule.timesteps(levels)
+        return huber_threshold(config.huber_schedule, config.huber_c, timesteps, schedule.num_timesteps, alpha, sigma)
 
     def denoise(
-        self, denoiser: nn.Module, batch: Batch, noise: Tensor, timesteps: Tensor, device: torch.device
+        self, denoiser: nn.Module, batch: Batch, noise: Tensor, levels: Tensor, device: torch.device
     ) -> StepInputs:
-        """Noises a batch and asks the model; batch, noise (B, C, h, w) and timesteps (B,) are on the CPU."""
-        alpha, sigma = self.alpha[timesteps].float(), self.sigma[timesteps].float()
+        """Noises a batch and asks the model; batch, noise (B, C, h, w) and noise levels (B,) are on the CPU."""
+        alpha, sigma = (values.float() for values in self.schedule.alpha_sigma(levels))
         latents, noise = self.latent_space.from_raw(_send(batch.raw_latents, device)), _send(noise, device)
         noisy_latents = add_noise(latents, noise, alpha, sigma)
         text = {name: _send(value, device) for name, value in batch.text.items()}
-        sent, sizes = _send(timesteps, device), _send(batch.sizes, device)
+        extra = {name: _send(value, device) for name, value in batch.extra.items()}
+        sent = _send(sigma if self.schedule.is_flow else levels, device)
         with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
-            output = self.family.denoise(denoiser, noisy_latents, sent, text, sizes).float()
+            output = self.family.denoise(denoiser, noisy_latents, sent, text, extra).float()
         target = target_of(latents, noise, alpha, sigma, self.prediction_type)
         mask = None if batch.mask is None else _send(batch.mask, device)
-        return StepInputs(latents, noise, noisy_latents, output, target, timesteps, alpha, sigma, mask)
+        return StepInputs(latents, noise, noisy_latents, output, target, levels, alpha, sigma, mask)
 
     def diffusion_per_sample(self, inputs: StepInputs) -> Tensor:
         """The diffusion loss of each sample with the run's weighting, (B,)."""
-        timesteps = inputs.timesteps
-        snr = signal_to_noise(self.alpha[timesteps], self.sigma[timesteps]).float()
-        weight, huber_c = self._weight(snr), self._huber_c(timesteps)
+        alpha, sigma = self.schedule.alpha_sigma(inputs.levels)
+        weight, huber_c = self._weight(alpha, sigma), self._huber_c(inputs.levels, alpha, sigma)
         return diffusion_loss(inputs.model_output, inputs.target, weight, huber_c, inputs.mask)
 
     def __call__(self, denoiser: nn.Module, batch: Batch, device: torch.device, use_lpl: bool, step: int) -> StepLoss:
         """The loss of a micro-batch of an optimizer step; the batch's tensors are on the CPU."""
-        drawn = self.draw(batch)
-        inputs = self.denoise(denoiser, batch, drawn.noise, drawn.timesteps, device)
+        draws = self.draw(batch)
+        inputs = self.denoise(denoiser, batch, draws.noise, draws.levels, device)
         # A tensor of its own: LPL differentiates with respect to it, which is not the backward pass that an engine's
         # hooks on the output wait for.
         inputs = inputs._replace(model_output=inputs.model_output.view_as(inputs.model_output))
@@ -167,7 +172,7 @@ class TrainingStep:
             inputs.model_output,
             inputs.noisy_latents,
             inputs.latents,
-            inputs.timesteps,
+            **({"sigmas": inputs.sigma} if self.schedule.is_flow else {"timesteps": inputs.levels}),
             diffusion_loss=loss,
             sample_weight=weights,
             mask=inputs.mask,
@@ -184,23 +189,33 @@ def _send(tensor: Tensor, device: torch.device) -> Tensor:
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
-def timestep_weights(num_timesteps: int, config: DiffusionConfig) -> Tensor:
-    """How likely each timestep is, (T,), under --timestep_distribution and --timestep_bias_*.
+def run_schedule(schedule: Schedule, config: DiffusionConfig, cells: int = 1) -> Schedule:
+    """A schedule with levels drawn as the options say.
+
+    Args:
+        cells: h * w of the run's usual latents.
 
     Raises:
         UserError: a range outside the schedule, or nothing left to draw.
     """
+    strategy = config.timestep_bias_strategy
     try:
-        return timestep_probabilities(
-            num_timesteps,
-            config.timestep_bias_strategy,
-            config.timestep_bias_multiplier,
-            config.timestep_bias_portion,
-            config.timestep_bias_begin,
-            config.timestep_bias_end,
-            config.timestep_distribution,
-            config.logit_mean,
-            config.logit_std,
+        return schedule.drawing(
+            Distribution(
+                config.timestep_distribution,
+                config.logit_mean,
+                config.logit_std,
+                config.mode_scale,
+                (
+                    strategy,
+                    config.timestep_bias_multiplier,
+                    config.timestep_bias_portion,
+                    config.timestep_bias_begin,
+                    config.timestep_bias_end,
+                ),
+                schedule.shift if config.timestep_shift is None else config.timestep_shift,
+                cells,
+            )
         )
     except ValueError as error:
-        raise UserError(f"--timestep_bias_strategy {config.timestep_bias_strategy}: {error}") from error
+        raise UserError(f"--timestep_bias_strategy {strategy}: {error}") from error

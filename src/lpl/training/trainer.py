@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from lpl.base.errors import DamagedCacheError, StopRequestedError, TrainingStoppedError
 from lpl.config import TrainConfig
 from lpl.config.files import write_config
-from lpl.data.bad_files import FILE as BAD_FILES
+from lpl.config.run_folder import BAD_FILES, last_checkpoint
 from lpl.data.prepare import Processes, prepare_data
 from lpl.diffusion.draws import keyed_seed
 from lpl.families import load_family
@@ -28,7 +28,7 @@ from lpl.training.checks import warn_of_steps
 from lpl.training.engine import Batches, build_accelerator, build_objective
 from lpl.training.nonfinite import FiniteGuard, spoil
 from lpl.training.optimizers import adapted_rate, component_rates, scaled_learning_rate
-from lpl.training.output import claim_output, last_checkpoint, lora_name, output_of
+from lpl.training.output import claim_output, lora_name, output_of
 from lpl.training.per_parameter import FusedBackward
 from lpl.training.preflight import Checked, validation_prompts
 from lpl.training.run_state import RunState

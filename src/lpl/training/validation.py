@@ -6,8 +6,6 @@ eval mode and no gradient is taken, so training goes on as if there had been non
 
 from __future__ import annotations
 
-import io
-import json
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -24,13 +22,12 @@ from lpl.base.errors import StopRequestedError
 from lpl.base.files import write_atomically
 from lpl.base.terminal import progress
 from lpl.base.text import Prompt
-from lpl.base.written_files import VALIDATION, read_validated
 from lpl.config import TrainConfig
+from lpl.config.run_folder import SAMPLES, VALIDATION, read_rows, write_rows
 from lpl.data.dataset import TrainingData
-from lpl.data.sheets import KEY, cells_note
+from lpl.data.sheets import KEY, png_of
 from lpl.diffusion.draws import bin_edges, draw_normal, keyed_uniform
 from lpl.diffusion.losses import diffusion_loss
-from lpl.training.output import SAMPLES
 from lpl.training.sharded import forget_gathered
 from lpl.training.step import StepInputs, TrainingStep
 from lpl.training.stopping import Stop
@@ -47,7 +44,8 @@ class Item(NamedTuple):
     """Number of the sample."""
     part: int
     """The bin it is in."""
-    timestep: int
+    level: Tensor
+    """Scalar, the noise level."""
 
 
 class HeldOutLoss:
@@ -63,7 +61,7 @@ class HeldOutLoss:
 
     def __init__(self, accelerator: Accelerator, data: TrainingData, step_loss: TrainingStep, batch_size: int) -> None:
         self.accelerator, self.data, self.step, self.seed = accelerator, data, step_loss, step_loss.seed
-        self.edges = bin_edges(len(step_loss.alpha))
+        self.edges = bin_edges(step_loss.schedule.num_timesteps)
         held = sorted(data.split.held_out.tolist(), key=lambda index: (int(data.buckets[index]), index))
         self.items = [self._item(index, k) for index in held for k in range(len(self.edges) - 1)]
         places = range(len(self.items))
@@ -74,7 +72,7 @@ class HeldOutLoss:
             self.batches += [own[first : first + batch_size] for first in range(0, len(own), batch_size)]
         self.gated = torch.zeros(len(self.items), dtype=torch.bool)
         if step_loss.objective is not None:
-            self.gated = step_loss.objective.gate.table[torch.tensor([item.timestep for item in self.items])]
+            self.gated = step_loss.objective.gate.opens(torch.stack([item.level for item in self.items]))
             if not self.gated.any():
                 logger.warning(
                     "validation says nothing of LPL: none of its %d timesteps passes the gate %s; hold out more images",
@@ -85,7 +83,7 @@ class HeldOutLoss:
     def _item(self, index: int, k: int) -> Item:
         low, high = self.edges[k], self.edges[k + 1]
         drawn = keyed_uniform(self.seed, "validation_timestep", self.data.samples[index].id, k)
-        return Item(index, k, low + int(drawn * (high - low)))
+        return Item(index, k, self.step.schedule.at([low + drawn * (high - low)])[0])
 
     @torch.no_grad()
     def measure(self, denoiser: Any, proceed: Callable[[], None] = lambda: None) -> dict[str, Any]:
@@ -119,11 +117,11 @@ class HeldOutLoss:
         """(2, B): diffusion loss and LPL (0 where the gate is shut) of a batch."""
         step, items = self.step, [self.items[place] for place in places]
         batch = self.data.batch([(item.sample, item.part) for item in items], fixed=True)
-        timesteps = torch.tensor([item.timestep for item in items])
+        levels = torch.stack([item.level for item in items])
         shape = tuple(batch.raw_latents.shape[1:])
         keys = zip(batch.sample_ids, batch.counts, strict=True)
         noise = torch.stack([draw_normal(shape, self.seed, "validation_noise", *key) for key in keys])
-        inputs = step.denoise(denoiser, batch, noise, timesteps, self.accelerator.device)
+        inputs = step.denoise(denoiser, batch, noise, levels, self.accelerator.device)
         diffusion = diffusion_loss(inputs.model_output, inputs.target, mask=inputs.mask)
         losses = torch.stack([diffusion, torch.zeros_like(diffusion)])
         for n in self.gated[places].nonzero().flatten().tolist():  # each alone: norm `batch` is to see no other
@@ -237,9 +235,7 @@ class Validation:
             seeds = [seed for _, seed in self.images.jobs]
             grid = label_grid(pictures, self.images.prompts, f"step {step}", seeds)
             self._track(step, grid, pictures, self.images.prompts)
-            content = io.BytesIO()
-            grid.save(content, "PNG", pnginfo=cells_note(grid.info[KEY]))
-            write_atomically(image_file(self.folder, step), content.getvalue())
+            write_atomically(image_file(self.folder, step), png_of(grid, grid.info[KEY]))
 
     def _track(
         self, step: int, grid: Image.Image, pictures: dict[str, list[Image.Image]], prompts: Sequence[Prompt]
@@ -271,24 +267,3 @@ def scalars(row: dict[str, Any]) -> dict[str, float]:
             found[prefix] = row[name]
             found |= {f"{prefix}/bin_{k}": v for k, v in enumerate(row[f"{name}_bins"]) if v is not None}
     return found
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a validation.jsonl, none if there is no file.
-
-    Raises:
-        UserError: a line that is no row.
-    """
-    if not path.is_file():
-        return []
-    rows = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        if line.strip():
-            rows.append(read_validated(line, f"{path}, line {number}"))
-    return rows
-
-
-def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Replaces the rows, ordered by step; the file is whole at any moment."""
-    ordered = sorted(rows, key=lambda row: int(row["step"]))
-    write_atomically(path, "".join(json.dumps(row) + "\n" for row in ordered).encode())

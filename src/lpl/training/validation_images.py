@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 
 from lpl.base.terminal import progress
 from lpl.base.text import Prompt
-from lpl.data.sheets import KEY, Cell, font_for, wrap
+from lpl.data.sheets import KEY, Cell, font_for, wrap, write
 from lpl.diffusion.draws import keyed_seed
 from lpl.families.base import Family
 
@@ -124,19 +124,16 @@ def label_grid(
     grid = Image.new("RGB", (across, down), "white")
     pen = ImageDraw.Draw(grid)
 
-    def write(text: str, x: int, y: int, color: str = "black") -> None:
-        pen.text((x, y), text, color, font_for(text, LETTERS))
-
-    write(title, GAP, GAP, "gray")
+    write(pen, (GAP, GAP), title, "gray", LETTERS)
     noted: list[Cell] = []
     y = LINE + 2 * GAP
     for number, lines in enumerate(texts):
         for line in lines:
-            write(line, GAP, y)
+            write(pen, (GAP, y), line, "black", LETTERS)
             y += LINE
         y += GAP
         for kind in kinds:
-            write(kind, GAP, y, "gray")
+            write(pen, (GAP, y), kind, "gray", LETTERS)
             for column in range(columns):
                 image = pictures[kind][number * columns + column]
                 if image.size != (width, height):

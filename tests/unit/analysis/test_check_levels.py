@@ -17,6 +17,9 @@ from lpl.analysis.check.images import Encoded, Picture
 from lpl.analysis.check.suggest import weight_for
 from lpl.config import DiffusionConfig, TrainConfig
 from lpl.data.crops import plan_crop
+from lpl.diffusion.latent_space import LatentSpace
+from lpl.diffusion.schedule import schedule_of
+from lpl.perceptual.gate import Gate
 from lpl.perceptual.loss import LatentPerceptualLoss
 from lpl.perceptual.objective import PerceptualObjective
 from lpl.training.step import TrainingStep
@@ -42,8 +45,8 @@ def make(snr_gamma: float | None = None, prediction_type: str = "epsilon", **lpl
     loss = LatentPerceptualLoss(vae, num_blocks=1, norm_type="channel")
     objective = PerceptualObjective(loss, scheduler, 1.0, TIMESTEPS, snr_gamma=snr_gamma, **lpl)
     family = SimpleNamespace(
-        vae=vae,
-        noise_scheduler=scheduler,
+        latent_space=LatentSpace.from_config(vae.config),
+        schedule=schedule_of(scheduler),
         denoise=lambda denoiser, noisy, *rest: 0.5 * noisy + rest[0].view(-1, 1, 1, 1),
     )
     step: Any = TrainingStep(family, DiffusionConfig(snr_gamma=snr_gamma), objective, seed=3)  # type: ignore[arg-type]
@@ -60,12 +63,12 @@ def make(snr_gamma: float | None = None, prediction_type: str = "epsilon", **lpl
 def test_each_gradient_is_the_one_that_the_objective_measures(prediction_type: str, snr_gamma: float | None) -> None:
     step, encoded = make(snr_gamma, prediction_type)
     found = levels.measure(step, nn.Identity(), encoded, torch.device("cpu"))
-    assert found.timesteps.shape == (3, 10)
+    assert found.levels.shape == (3, 10)
     assert all(
-        low <= t < high for row in found.timesteps.tolist() for t, low, high in zip(row, *edges(found), strict=True)
+        low <= t < high for row in found.levels.tolist() for t, low, high in zip(row, *edges(found), strict=True)
     )
     for n, k in ((0, 0), (1, 4), (2, 9)):
-        timesteps = found.timesteps[n : n + 1, k]
+        timesteps = found.levels[n : n + 1, k]
         batch = encoded.batch([n], k)
         seen = levels.estimate(step, nn.Identity(), batch, timesteps, torch.device("cpu"))
         target = {"epsilon": seen.noise, "sample": seen.latents}.get(prediction_type)
@@ -94,17 +97,16 @@ def test_weight_is_that_of_auto_on_the_same_samples() -> None:
     """AutoWeight's closed formula over the very draws, each part of the schedule being equally likely."""
     step, encoded = make()
     found = levels.measure(step, nn.Identity(), encoded, torch.device("cpu"))
-    loss, scheduler = step.objective.loss_fn, step.family.noise_scheduler
+    loss, scheduler = step.objective.loss_fn, step.family.schedule
     auto = PerceptualObjective(loss, scheduler, "auto", 17, lpl_target_share=0.3)
     for n in range(3):
         for k in range(10):
-            timesteps = found.timesteps[n : n + 1, k]
+            timesteps = found.levels[n : n + 1, k]
             seen = levels.estimate(step, nn.Identity(), encoded.batch([n], k), timesteps, torch.device("cpu"))
             diffusion = step.diffusion_per_sample(seen).mean()
             auto(seen.model_output, seen.noisy_latents, seen.latents, timesteps, diffusion_loss=diffusion)
     auto.end_step()
-    uniform = torch.full((TIMESTEPS,), 1 / TIMESTEPS, dtype=torch.float64)
-    weight = weight_for(found, auto.gate.table, uniform, TrainConfig(), 0.3, seed=0)
+    weight = weight_for(found, Gate(step.schedule, 17), TrainConfig(), 0.3, seed=0)
     assert weight.value == pytest.approx(float(auto.weight), rel=1e-4)
     assert weight.interval is None  # of three pictures
 
@@ -132,7 +134,7 @@ def test_rows_are_means_over_pictures_and_nothing_is_lost_to_undefined_ones() ->
 
 def test_pure_noise_says_nothing_of_the_clean_image() -> None:
     step, encoded = make()
-    step.alpha[-4:] = 0
+    step.schedule.alpha[-4:] = 0
     found = levels.measure(step, nn.Identity(), encoded, torch.device("cpu"))
     assert found.lpl[:, :9].isfinite().all()
     assert found.lpl[:, 9].isnan().all()

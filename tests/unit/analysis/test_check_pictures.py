@@ -99,7 +99,7 @@ def test_pictures_are_the_first_draws_of_a_run(tmp_path: Path, options: dict[str
         assert ours.sample_ids == theirs.sample_ids
         assert torch.equal(ours.raw_latents, theirs.raw_latents)
         assert torch.equal(ours.text["e"], theirs.text["e"])
-        assert torch.equal(ours.sizes, theirs.sizes)
+        assert torch.equal(ours.extra["sizes"], theirs.extra["sizes"])
         assert (ours.mask is None) == (theirs.mask is None)
         if ours.mask is not None and theirs.mask is not None:
             assert torch.equal(ours.mask, theirs.mask)

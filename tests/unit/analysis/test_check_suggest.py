@@ -14,11 +14,11 @@ from lpl.analysis.check.levels import Levels
 from lpl.analysis.check.suggest import reduction_factor, share_at, suggestion, supported_threshold, weight_for
 from lpl.analysis.check.table import verdict_of
 from lpl.config import LPLConfig, RunConfig, TrainConfig
+from lpl.diffusion.schedule import schedule_of
 from lpl.perceptual.gate import Gate
 
 N, T = 20, 1000
-UNIFORM = torch.full((T,), 1 / T, dtype=torch.float64)
-SCHEDULER = DDPMScheduler(num_train_timesteps=T)
+SCHEDULER = schedule_of(DDPMScheduler(num_train_timesteps=T))
 
 
 def levels(informed: list[float], cosine: float | list[float] = 0.5, lpl_square: float = 1.0) -> Levels:
@@ -55,14 +55,14 @@ def test_the_interval_decides_not_the_mean() -> None:
 
 def test_weight_and_share_by_hand() -> None:
     """Half the schedule passes: the mean square of LPL is 0.5 * 1 / 0.5^2 = 2, of diffusion 4."""
-    gate, config = Gate(SCHEDULER, 500).table, TrainConfig()
+    gate, config = Gate(SCHEDULER, 500), TrainConfig()
     found = levels([0.1] * 10)
     mean_square = float((torch.linspace(0.99, 1.01, N).double() ** 2).mean()) * 2
-    weight = weight_for(found, gate, UNIFORM, config, 0.2, seed=0)
+    weight = weight_for(found, gate, config, 0.2, seed=0)
     assert weight.value == pytest.approx(0.25 * (4 / mean_square) ** 0.5)
     assert weight.low < weight.value < weight.high < 1.01 * weight.value
-    assert share_at(found, gate, UNIFORM, config, weight.value) == pytest.approx(0.2)
-    assert share_at(found, gate, UNIFORM, config, 0.0) == 0
+    assert share_at(found, gate, config, weight.value) == pytest.approx(0.2)
+    assert share_at(found, gate, config, 0.0) == 0
 
 
 def test_timesteps_that_are_drawn_more_often_count_more() -> None:
@@ -70,7 +70,7 @@ def test_timesteps_that_are_drawn_more_often_count_more() -> None:
     biased = torch.cat([torch.full((500,), 1 / 500), torch.zeros(500)]).double()
     found = levels([0.1] * 10)
     found.diffusion_square[:, 5:] = 1e9
-    weight = weight_for(found, Gate(SCHEDULER, 500).table, biased, TrainConfig(), 0.5, seed=0)
+    weight = weight_for(found, Gate(replace(SCHEDULER, weights=biased), 500), TrainConfig(), 0.5, seed=0)
     assert weight.value == pytest.approx(2, rel=1e-3)
 
 
@@ -78,7 +78,7 @@ def test_pictures_count_by_their_weight() -> None:
     found = levels([0.1] * 10)
     found.lpl_square[0] *= 1e6
     found.weights[0] = 0
-    weight = weight_for(found, Gate(SCHEDULER, 1000).table, UNIFORM, TrainConfig(), 0.5, seed=0)
+    weight = weight_for(found, Gate(SCHEDULER, 1000), TrainConfig(), 0.5, seed=0)
     assert weight.value == pytest.approx(2, rel=1e-2)
 
 
@@ -102,7 +102,7 @@ def test_reduction_factor(reduction: Any, batch: int, limit: int | None, p: floa
 
 
 def suggest(found: Levels, gate: Gate, **lpl: Any) -> dict[str, Any]:
-    return suggestion(found, gate, SCHEDULER, UNIFORM, replace(TrainConfig(), lpl=LPLConfig(**lpl)))
+    return suggestion(found, gate, replace(TrainConfig(), lpl=LPLConfig(**lpl)))
 
 
 def test_suggestion_names_gate_and_weight_and_why() -> None:
@@ -135,10 +135,10 @@ def test_without_a_gradient_nothing_is_suggested(square: float, said: str) -> No
 
 def test_too_few_pictures_have_no_interval_and_no_threshold() -> None:
     found, config = levels([0.1] * 10), TrainConfig()
-    for name in ("timesteps", "lpl", "uninformed", "lpl_square", "diffusion_square", "cosine", "weights"):
+    for name in ("levels", "lpl", "uninformed", "lpl_square", "diffusion_square", "cosine", "weights"):
         setattr(found, name, getattr(found, name)[:4])
     assert supported_threshold(found, seed=0) == (0, "4 pictures are too few, at least 5 are needed")
-    said = suggestion(found, Gate(SCHEDULER, 500), SCHEDULER, UNIFORM, config)
+    said = suggestion(found, Gate(SCHEDULER, 500), config)
     assert said["lpl_t_threshold"] is said["lpl_weight_interval"] is said["own_gate"]["lpl_weight_interval"] is None
     assert said["lpl_weight"] > 0
     assert "(from fewer than 5 pictures: no interval)" in " ".join(said["why"])

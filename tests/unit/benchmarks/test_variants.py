@@ -48,7 +48,7 @@ class Setup:
 
     def call(self, step: int = 0) -> tuple[object, Tensor]:
         """The term, and the model's output."""
-        output = self.family.denoise(None, self.noisy, TIMESTEPS, self.text, torch.zeros(4, 6))
+        output = self.family.denoise(None, self.noisy, TIMESTEPS, self.text, {"sizes": torch.zeros(4, 6)})
         loss = (output - self.noise).square().mean()
         return self.objective(output, self.noisy, self.latents, TIMESTEPS, diffusion_loss=loss, step=step), output
 
@@ -92,7 +92,7 @@ def test_guided_estimate(tmp_path: Path, both: bool) -> None:
     setup = Setup(Variant(guided=(3.0, 1.0), guided_both=both), tmp_path)
     term, output = setup.call()
     with torch.set_grad_enabled(both):
-        unconditional = setup.x0(setup.denoise(None, setup.noisy, TIMESTEPS, {"prompt_embeds": torch.zeros(4)}, None))
+        unconditional = setup.x0(setup.denoise(None, setup.noisy, TIMESTEPS, {"prompt_embeds": torch.zeros(4)}, {}))
     g = torch.where(CAPTIONED, 3.0, 1.0).view(-1, 1, 1, 1)
     wanted = setup.expected(unconditional + g * (setup.x0(output) - unconditional), setup.open, setup.p_gate)
     torch.testing.assert_close(term.loss, wanted)
@@ -146,11 +146,11 @@ def test_share_of_the_loss_is_reached(tmp_path: Path) -> None:
 def test_less_diffusion_where_the_gate_is_open(tmp_path: Path) -> None:
     setup = Setup(Variant(weight=(1.0, 1.0)), tmp_path)
     step = SimpleNamespace(
-        alpha=setup.alpha, sigma=setup.sigma,
+        schedule=setup.inner.schedule,
         diffusion_per_sample=lambda inputs: (inputs.model_output - inputs.target).square().mean((1, 2, 3)),
     )  # fmt: skip
     variants.less_diffusion(step, setup.inner.gate, 0.1)
-    inputs = SimpleNamespace(model_output=setup.noisy, target=setup.noise, timesteps=TIMESTEPS)
+    inputs = SimpleNamespace(model_output=setup.noisy, target=setup.noise, levels=TIMESTEPS)
     found = step.diffusion_per_sample(inputs)
     each = (setup.noisy - setup.noise).square().mean((1, 2, 3))
     torch.testing.assert_close(found, torch.where(setup.open, 0.1 * each, each))
@@ -161,7 +161,7 @@ def test_layer_weights_and_distance_replace_the_losss_own(tmp_path: Path) -> Non
         setup = Setup(Variant(weight=(1.0, 1.0)), tmp_path)
         setup.inner.loss_fn = SimpleNamespace(weights=[1.0, 0.5, 0.25])
         config = SimpleNamespace(run=SimpleNamespace(seed=0), data=SimpleNamespace(proportion_empty_prompts=0.1))
-        step = SimpleNamespace(family=setup.family, alpha=setup.alpha, sigma=setup.sigma, objective=setup.inner)
+        step = SimpleNamespace(family=setup.family, schedule=setup.inner.schedule, objective=setup.inner)
         return SimpleNamespace(
             config=config, step_loss=step, objective=setup.inner, step=0, folder=tmp_path, num_steps=5
         )

@@ -11,7 +11,7 @@ import pytest
 from lpl.comparison.measures import RunMetrics
 from lpl.comparison.verdict import Noise, Pair, compare_arm, entry, noise_of, over_seconds, repeated_noise, result_table
 from lpl.report.findings import chance_line
-from lpl.report.run_folder import interpolate
+from lpl.report.runs import interpolate
 
 LOSS = "validation/ema/diffusion_loss"
 

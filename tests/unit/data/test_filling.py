@@ -86,7 +86,7 @@ def test_buckets_are_encoded_apart(encode: Encode, encoder: Any) -> None:
     for index, (height, width) in enumerate(sizes):
         batch = data.batch([(index, 0)])
         assert batch.raw_latents.shape == (1, 4, height // 8, width // 8)
-        assert batch.sizes[0, 4:].tolist() == [height, width]
+        assert batch.extra["sizes"][0, 4:].tolist() == [height, width]
 
 
 def test_only_what_is_new_or_changed_is_read(
@@ -160,7 +160,7 @@ def test_another_seed_encodes_nothing(encode: Encode, encoder: Any) -> None:
     other = encode(crop_variants=3, seed=1)
     assert encoder.images == 15 - 2  # one image has no room to be cropped differently
     draws = [(4, count) for count in range(8)]
-    assert not torch.equal(one.batch(draws).sizes, other.batch(draws).sizes)
+    assert not torch.equal(one.batch(draws).extra["sizes"], other.batch(draws).extra["sizes"])
 
 
 def test_the_same_image_and_caption_are_encoded_once(encode: Encode, encoder: Any, folder: Path) -> None:

@@ -94,7 +94,7 @@ def test_a_fixed_batch_is_the_first_crop_and_the_whole_caption(encode: Any) -> N
     assert not torch.equal(first.raw_latents, other.raw_latents)
     for batch in (first, other):
         assert torch.equal(batch.text["pooled"], plain.batch([(index, 0)]).text["pooled"])
-        assert torch.equal(batch.sizes, plain.batch([(index, 0)]).sizes)
+        assert torch.equal(batch.extra["sizes"], plain.batch([(index, 0)]).extra["sizes"])
     assert (first.raw_latents - plain.batch([(index, 0)]).raw_latents).abs().max() < 1.5  # posterior noise alone
 
 

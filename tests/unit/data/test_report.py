@@ -19,7 +19,7 @@ from PIL import Image
 
 from lpl.base.errors import UserError
 from lpl.config import DataConfig, ModelConfig, RunConfig, TrainConfig
-from lpl.data.bad_files import FILE as BAD_FILES
+from lpl.config.run_folder import BAD_FILES
 from lpl.data.report import make_report
 from lpl.data.sources import open_regularisation, open_source
 from lpl.data.survey import first_draws, look_again, read_through
@@ -306,7 +306,7 @@ def test_draws_are_those_of_training(folder: Path, encode: Any, encoder: Any) ->
     for step in range(8):
         batch, own = trained.batch(survey.order.batch(step)), [draw for draw in draws if draw.step == step]
         assert [(draw.row.id, draw.count) for draw in own] == list(zip(batch.sample_ids, batch.counts, strict=True))
-        assert [list(draw.crop.size_conditioning) for draw in own] == batch.sizes.tolist()
+        assert [list(draw.crop.size_conditioning) for draw in own] == batch.extra["sizes"].tolist()
         text = encoder.encode_text([draw.caption for draw in own])
         assert torch.equal(batch.text["prompt_embeds"], text["prompt_embeds"])
 

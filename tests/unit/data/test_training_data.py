@@ -25,9 +25,28 @@ def test_a_batch_holds_what_a_step_needs(encode: Encode) -> None:
     assert (batch.raw_latents.shape, batch.raw_latents.dtype) == ((2, 4, 4, 4), torch.float32)
     assert batch.text["prompt_embeds"].shape == (2, 8, 4)
     assert batch.text["pooled"].shape == (2, 5)
-    assert (batch.sizes.shape, batch.sizes.dtype) == ((2, 6), torch.float32)
-    assert batch.sizes[1].tolist() == [32, 32, 0, 0, 32, 32]
+    assert (batch.extra["sizes"].shape, batch.extra["sizes"].dtype) == ((2, 6), torch.float32)
+    assert batch.extra["sizes"][1].tolist() == [32, 32, 0, 0, 32, 32]
     assert torch.equal(batch.text["pooled"][1], data.caches.text.gather([caption_key("caption 1")])["pooled"][0])
+
+
+def test_captions_of_several_lengths_are_padded_with_zeros(encode: Encode, encoder: Any, monkeypatch: Any) -> None:
+    """Each is cached in its own length; what is padded in a batch tells by a field of ones."""
+    lengths = {"caption 1": 2, "caption 9": 5}
+
+    def encode_text(captions: list[str]) -> dict[str, Any]:
+        rows = [torch.full((lengths.get(caption, 3), 4), float(len(caption))) for caption in captions]
+        return {"embeds": rows, "mask": [torch.ones(len(row)) for row in rows]}
+
+    monkeypatch.setattr(encoder, "encode_text", encode_text)
+    data = encode()
+    assert data.caches.text.gather([caption_key("caption 1")])["embeds"].shape == (1, 2, 4)
+    text = data.batch([(4, 0), (1, 0), (0, 0)]).text
+    assert text["embeds"].shape == (3, 5, 4)
+    for row, mask, caption in zip(text["embeds"], text["mask"], ("caption 9", "caption 1", "caption 0"), strict=True):
+        length = lengths.get(caption, 3)
+        assert mask.tolist() == [1.0] * length + [0.0] * (5 - length)
+        assert row[:, 0].tolist() == [9.0] * length + [0.0] * (5 - length)
 
 
 def test_draws_do_not_depend_on_batch_or_order(encode: Encode) -> None:
@@ -37,7 +56,7 @@ def test_draws_do_not_depend_on_batch_or_order(encode: Encode) -> None:
     for n in reversed(range(len(draws))):
         alone = data.batch([draws[n]])
         assert torch.equal(alone.raw_latents[0], together.raw_latents[n])
-        assert torch.equal(alone.sizes[0], together.sizes[n])
+        assert torch.equal(alone.extra["sizes"][0], together.extra["sizes"][n])
         assert torch.equal(alone.text["pooled"][0], together.text["pooled"][n])
     again = encode(random_flip=True, crop_variants=3, proportion_empty_prompts=0.5).batch(draws)
     assert torch.equal(again.raw_latents, together.raw_latents)
@@ -81,7 +100,7 @@ def test_conditioning_belongs_to_the_latent_that_was_drawn(encode: Encode) -> No
         noise = draw_normal((4, 4, 4), 0, "posterior", "3.png", count)
         found = [(crop, posterior(data, crop, 3)) for crop in crops]
         (crop,) = (c for c, p in found if torch.equal(batch.raw_latents[0], p["mean"] + p["std"] * noise))
-        assert batch.sizes[0].tolist() == list(crop.size_conditioning)
+        assert batch.extra["sizes"][0].tolist() == list(crop.size_conditioning)
 
 
 def is_dropped(data: TrainingData, index: int, count: int) -> bool:
@@ -119,7 +138,7 @@ def test_every_crop_and_text_of_regularisation_images_is_cached(encode: Encode, 
     data = encode(reg_data_dir=str(folder), **options)
     assert len(data) == 10
     batch = data.batch([(index, count) for index in range(10) for count in range(40)])
-    assert len(batch.sizes[5 * 40 :].unique(dim=0)) > 5
+    assert len(batch.extra["sizes"][5 * 40 :].unique(dim=0)) > 5
     encode(train_data_dir=str(folder), **options)  # the other role of the same folder
     again = encode(reg_data_dir=str(folder), **options).batch([(9, 3)])
     assert torch.equal(again.raw_latents[0], batch.raw_latents[9 * 40 + 3])

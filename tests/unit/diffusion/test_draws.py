@@ -5,23 +5,28 @@ import torch
 
 from lpl.diffusion.draws import (
     draw_normal,
-    draw_timestep,
     keyed_generator,
+    keyed_quantile,
     keyed_seed,
     keyed_uniform,
     timestep_probabilities,
 )
+from lpl.diffusion.schedule import Discrete
 
 KEYS = list(itertools.product([0, 1], ["noise", "crop"], ["cat", "dog"], [0, 1, 10]))
 
 
+def timestep(p, quantile):
+    """The timestep at a quantile of probabilities (T,)."""
+    return int(Discrete(p, p, "epsilon", p).levels([quantile]))
+
+
 def test_same_key_same_draw():
-    uniform = torch.full((1000,), 1e-3, dtype=torch.float64)
     for key in KEYS:
         assert keyed_seed(*key) == keyed_seed(*key)
         assert keyed_uniform(*key) == keyed_uniform(*key)
         assert torch.equal(draw_normal((4, 8, 8), *key), draw_normal((4, 8, 8), *key))
-        assert draw_timestep(uniform, *key) == draw_timestep(uniform, *key)
+        assert keyed_quantile(*key) == keyed_quantile(*key)
 
 
 def test_different_keys_different_draws():
@@ -91,7 +96,7 @@ def test_uniform_is_below_one(monkeypatch, seed, expected):
 def test_timesteps_follow_their_probabilities(probabilities):
     """Chi-square over the possible ones, 27.9 as above; never an impossible one, at either end."""
     p = torch.tensor(probabilities, dtype=torch.float64)
-    draws = torch.tensor([draw_timestep(p, 0, "timestep", i, 0) for i in range(4000)])
+    draws = torch.tensor([timestep(p, keyed_quantile(0, "timestep", i, 0)) for i in range(4000)])
     counts = draws.bincount(minlength=len(p)).double()
     assert counts[p == 0].sum() == 0
     expected = 4000 * p[p > 0]
@@ -102,7 +107,7 @@ def test_timesteps_follow_their_probabilities(probabilities):
 def test_inversion_by_hand(monkeypatch, point, expected):
     """Probabilities 0, 1/4, 0, 3/4, 0: an interval holds its lower end."""
     monkeypatch.setattr("lpl.diffusion.draws.keyed_uniform", lambda *key: point)
-    assert draw_timestep(torch.tensor([0, 0.25, 0, 0.75, 0], dtype=torch.float64), 0) == expected
+    assert timestep(torch.tensor([0, 0.25, 0, 0.75, 0], dtype=torch.float64), keyed_quantile(0)) == expected
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from lpl.data.sampler import share
-from lpl.diffusion.draws import balanced_order, draw_timestep, strata, timestep_probabilities
+from lpl.diffusion.draws import balanced_order, keyed_quantile, strata, timestep_probabilities
+from lpl.diffusion.schedule import Discrete
+
+
+def timestep(p, quantile):
+    """The timestep at a quantile of probabilities (T,)."""
+    return int(Discrete(p, p, "epsilon", p).levels([quantile]))
 
 
 def splits(size):
@@ -88,7 +94,7 @@ def test_every_step_has_its_share_of_gated_samples(size, p_gate):
     counts = []
     for step in range(150):
         numbers = strata(size, 5, step)
-        t = [draw_timestep(p, 5, "t", i, step, stratum=n, strata=size) for i, n in enumerate(numbers)]
+        t = [timestep(p, keyed_quantile(5, "t", i, step, stratum=n, strata=size)) for i, n in enumerate(numbers)]
         counts.append(sum(x < threshold for x in t))
     expected = size * p_gate
     assert set(counts) <= {math.floor(expected + 1e-9), math.ceil(expected - 1e-9)}
@@ -120,4 +126,4 @@ def test_stratum_is_a_part_of_equal_probability(monkeypatch, stratum, uniform, e
     """Ten timesteps in four parts: the first is t = 0, 1 and half of 2."""
     monkeypatch.setattr("lpl.diffusion.draws.keyed_uniform", lambda *key: uniform)
     p = torch.full((10,), 0.1, dtype=torch.float64)
-    assert draw_timestep(p, 0, stratum=stratum, strata=4) == expected
+    assert timestep(p, keyed_quantile(0, stratum=stratum, strata=4)) == expected

@@ -24,7 +24,7 @@ from lpl.evaluation.generate import (
     settings_of,
     write_settings,
 )
-from lpl.families.sampling import SDXLSampler, load_for_sampling
+from lpl.families.sampling import FamilySampler, load_for_sampling
 
 SAMPLING = Sampling(16, num_inference_steps=2, guidance_scale=2.0, seed=3, batch_size=4)
 PROMPTS = ("a cat", "a cup", "a rocket")
@@ -171,7 +171,7 @@ def test_another_scheduler_solves_the_same_equation(model: Path) -> None:
     own, other = (
         load_for_sampling(ModelConfig(str(model)), torch.float32, CPU, scheduler=s) for s in ("model", "dpmsolver++")
     )
-    assert isinstance(own, SDXLSampler)
+    assert isinstance(own, FamilySampler)
     assert type(other.pipeline.scheduler).__name__ == "DPMSolverMultistepScheduler"
     assert other.pipeline.scheduler.config.beta_schedule == "scaled_linear"
     few, many = (

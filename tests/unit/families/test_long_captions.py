@@ -20,7 +20,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from lpl.base.errors import UserError
 from lpl.config import ModelConfig
 from lpl.families import blueprint, model_configs, plan_configs
-from lpl.families.sdxl import GUIDANCE_SCALE, SAMPLING_STEPS, SDXL
+from lpl.families.sdxl import SDXL
 from lpl.families.sdxl_configs import NAME
 
 CAPTIONS = [
@@ -195,8 +195,8 @@ def test_validation_images_use_both(
             **{name: value[None] for name, value in zip(names, encoded, strict=True)},
             height=16,
             width=16,
-            num_inference_steps=SAMPLING_STEPS,
-            guidance_scale=GUIDANCE_SCALE,
+            num_inference_steps=SDXL.steps,
+            guidance_scale=SDXL.guidance,
             generator=torch.Generator("cpu").manual_seed(seed),
         ).images
         return np.asarray(drawn, dtype=int)
@@ -216,7 +216,7 @@ def test_a_plan_knows_the_shapes(
     plan = blueprint(configs, ModelConfig(max_token_length=tokens))
     text = family_of(which, max_token_length=tokens).encode_text(["a fox", "x " * 300])
     assert {name: value.shape for name, value in plan.text(2).items()} == {n: v.shape for n, v in text.items()}
-    assert plan.tokens(2).shape == (2, 32 if which == "tiny" else 77)
+    assert plan.tokens(2)[1].shape == (2, 32 if which == "tiny" else 77)
 
 
 @pytest.mark.slow

@@ -27,11 +27,11 @@ from lpl.base.errors import UserError
 from lpl.base.tensor_file import write_tensors
 from lpl.config import ModelConfig
 from lpl.config.model_commands import ExportConfig
-from lpl.families import check_export, load_family, model_configs, plan_configs, sdxl_file
+from lpl.families import check_export, load_family, model_configs, plan_configs, schedulers
 from lpl.families.export import resolve
 from lpl.families.sampling import check_sampling, load_for_sampling
+from lpl.families.schedulers import build_scheduler
 from lpl.families.sdxl_export import SDXLExport
-from lpl.families.sdxl_file import build_scheduler
 
 CPU = torch.device("cpu")
 ASKED = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
@@ -66,7 +66,7 @@ def single(model: Path, shared: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _warns_anew() -> None:
-    sdxl_file.warn.cache_clear()
+    schedulers.warn.cache_clear()
 
 
 @pytest.mark.parametrize("cls", [EulerDiscreteScheduler, DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler])
@@ -108,15 +108,15 @@ def test_schedulers_are_built_in_one_place() -> None:
                 whose = ast.unparse(node.value)
                 if "cheduler" in whose or whose in ("cls", "type"):
                     found.append(f"{file.name}: {whose}")
-    assert found == ["sdxl_file.py: cls"]
+    assert found == ["schedulers.py: cls"]
 
 
 def test_options_act_on_every_way_to_load_a_lean_model(lean: Path) -> None:
     config = ModelConfig(str(lean), **ASKED)
     family = load_family(config, CPU, torch.float32)
     assert said(family.pipeline.scheduler) == V
-    assert said(family.noise_scheduler)[:2] == V[:2]
-    assert family.noise_scheduler.alphas_cumprod[-1] == 0
+    assert family.schedule.prediction_type == V[0]
+    assert family.schedule.alpha[-1] == 0
     sampler = load_for_sampling(config, torch.float32, CPU, scheduler="dpmsolver++")
     assert type(sampler.pipeline.scheduler) is DPMSolverMultistepScheduler
     assert said(sampler.pipeline.scheduler) == V
@@ -158,7 +158,8 @@ def test_a_single_file_says_its_schedule(
             stated = configs["scheduler"]
             assert (stated.get("prediction_type", "epsilon"), stated.get("rescale_betas_zero_snr", False)) == expected
     family = load_family(config, CPU, torch.float32)
-    assert said(family.noise_scheduler)[:2] == said(family.pipeline.scheduler)[:2] == expected
+    assert (family.schedule.prediction_type, bool(family.schedule.alpha[-1] == 0)) == expected
+    assert said(family.pipeline.scheduler)[:2] == expected
     assert (said(family.pipeline.scheduler)[2] == "trailing") == expected[1]
 
 
@@ -178,7 +179,7 @@ def test_the_option_goes_before_the_file_and_a_difference_is_said_once(
     assert [text.rpartition(": ")[2] for text in warnings()] == ["the key counts", "the file counts"]
     config = ModelConfig(str(file), single_file_config=str(model), prediction_type="epsilon")
     assert model_configs(config)["scheduler"]["prediction_type"] == "epsilon"
-    assert load_family(config, CPU, torch.float32).noise_scheduler.config.prediction_type == "epsilon"
+    assert load_family(config, CPU, torch.float32).schedule.prediction_type == "epsilon"
     assert warnings() == [f"--prediction_type epsilon: {file} says v_prediction; the option counts"]
 
 

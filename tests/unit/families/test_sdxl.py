@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_sdxl
 
 from lpl.config import ModelConfig
-from lpl.families import blueprint, load_family, model_configs, native_resolution, noise_scheduler
-from lpl.families.sdxl import GUIDANCE_SCALE, SAMPLING_STEPS, SDXL
+from lpl.families import blueprint, load_family, model_configs, schedule_of_configs
+from lpl.families.sdxl import SDXL
+from lpl.families.sdxl_check import SDXL_KIND
 
 CAPTIONS = ["a red fox", "picture 3 of a pattern", "x " * 200]
 
@@ -82,7 +83,7 @@ def test_sizes_are_sdxl_time_ids(family: SDXL, pipeline: Any) -> None:
 
     sizes = torch.tensor([[480.0, 640.0, 8.0, 24.0, 16.0, 16.0]])
     text = {"prompt_embeds": torch.zeros(1, 5, 24), "pooled": torch.ones(1, 16)}
-    family.denoise(denoiser, torch.zeros(1, 4, 4, 4), torch.tensor([3]), text, sizes)  # type: ignore[arg-type]
+    family.denoise(denoiser, torch.zeros(1, 4, 4, 4), torch.tensor([3]), text, {"sizes": sizes})  # type: ignore[arg-type]
     expected = pipeline._get_add_time_ids((480, 640), (8, 24), (16, 16), torch.float32, 16)
     assert torch.equal(seen["time_ids"], expected)
     assert torch.equal(seen["text_embeds"], text["pooled"])
@@ -177,8 +178,8 @@ def test_samples_equal_the_whole_pipeline(family: SDXL, pipeline: Any, negative:
         negative_prompt=[negative] * 2 if negative else None,
         height=16,
         width=16,
-        num_inference_steps=SAMPLING_STEPS,
-        guidance_scale=GUIDANCE_SCALE,
+        num_inference_steps=SDXL.steps,
+        guidance_scale=SDXL.guidance,
         generator=[torch.Generator("cpu").manual_seed(5 + i) for i in range(2)],
     ).images
     for found, image in zip(images, expected, strict=True):
@@ -190,7 +191,7 @@ def test_samples_equal_the_whole_pipeline(family: SDXL, pipeline: Any, negative:
 
 def test_large_images_are_decoded_in_tiles(family: SDXL, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 16 pixels, 4 latents; smaller ones go through in one piece, whatever size the VAE's config states."""
-    monkeypatch.setattr("lpl.families.sdxl.DECODED_PIXELS", 16)
+    monkeypatch.setattr("lpl.families.pipeline_family.DECODED_PIXELS", 16)
     seen: list[tuple[int, ...]] = []
     handle = family.vae.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape[2:])))
     small, large = (family.decode(torch.zeros(1, 4, side, side)) for side in (4, 8))
@@ -210,7 +211,7 @@ def test_export_reloads_bit_for_bit_and_says_its_prediction_type(
     family.export(family.denoiser, tmp_path / "out")
     saved = StableDiffusionXLPipeline.from_pretrained(tmp_path / "out", use_safetensors=True, add_watermarker=False)
     assert saved.scheduler.config.prediction_type == (prediction_type or "epsilon")
-    assert family.noise_scheduler.config.prediction_type == (prediction_type or "epsilon")
+    assert family.schedule.prediction_type == (prediction_type or "epsilon")
     for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
         before, after = getattr(family.pipeline, name).state_dict(), getattr(saved, name).state_dict()
         assert before.keys() == after.keys()
@@ -231,7 +232,7 @@ def test_v_prediction_model_trains_by_what_its_scheduler_says(train: Any, tmp_pa
 
 def test_configs_alone_give_schedule_models_and_resolution(model: Path, family: SDXL) -> None:
     configs = model_configs(ModelConfig(str(model)))
-    assert torch.equal(noise_scheduler(configs).alphas_cumprod, family.noise_scheduler.alphas_cumprod)
+    assert torch.equal(schedule_of_configs(configs).alpha, family.schedule.alpha)
     plan = blueprint(configs)
     with torch.device("meta"):
         parts = [plan.denoiser(), plan.vae(), *plan.text_encoders()]
@@ -241,6 +242,6 @@ def test_configs_alone_give_schedule_models_and_resolution(model: Path, family: 
     assert plan.lora_targets == family.lora_targets
     text = family.encode_text(["a fox", "a hare"])
     assert {name: value.shape for name, value in plan.text(2).items()} == {n: v.shape for n, v in text.items()}
-    assert plan.tokens(2).shape == (2, family.pipeline.tokenizer.model_max_length)
-    assert native_resolution(configs) == 4 * 4
-    assert native_resolution({}) == 1024
+    assert plan.tokens(2)[1].shape == (2, family.pipeline.tokenizer.model_max_length)
+    assert SDXL_KIND.native_resolution(configs) == 4 * 4
+    assert SDXL_KIND.native_resolution({}) == 1024

@@ -20,7 +20,9 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 from lpl.base.errors import UserError
 from lpl.base.tensor_file import write_tensors
 from lpl.config import ModelConfig
-from lpl.families.sdxl_export import SDXLExport, lora_parts, stored_dtype
+from lpl.families.pipeline_export import stored_dtype
+from lpl.families.sdxl_check import SDXL_KIND
+from lpl.families.sdxl_export import SDXLExport
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 
@@ -252,4 +254,4 @@ def test_file_that_is_no_lora_is_named(model: Path, tmp_path: Path) -> None:
     save_file({}, tmp_path / "c.safetensors")
     for name, found in (("a", "holds other"), ("b", "cannot be read"), ("c", "holds nothing")):
         with pytest.raises(UserError, match=found):
-            lora_parts(tmp_path / f"{name}.safetensors")
+            SDXL_KIND.lora_parts(tmp_path / f"{name}.safetensors")

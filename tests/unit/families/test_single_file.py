@@ -139,7 +139,7 @@ def test_its_weights_are_the_folders(single_file: Path, model: Path) -> None:
         assert found.keys() == expected.keys()
         assert [name for name in expected if not torch.equal(found[name], expected[name])] == [], part
     assert (from_file.latent_key, from_file.text_key) == (from_folder.latent_key, from_folder.text_key)
-    assert from_file.noise_scheduler.config.prediction_type == "epsilon"
+    assert from_file.schedule.prediction_type == "epsilon"
 
 
 def test_it_trains_as_the_folder_does(single_file: Path, model: Path, train: Any) -> None:

@@ -202,7 +202,7 @@ def test_tokens_are_cached_whole_in_every_precision(
 def test_images_are_made_with_the_text_encoders_of_then(
     train: Any, model: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    monkeypatch.setattr(sdxl, "SAMPLING_STEPS", 2)
+    monkeypatch.setattr(sdxl.SDXL, "steps", 2)
     decoded: list[Any] = []
     decode = sdxl.SDXL.decode
     monkeypatch.setattr(sdxl.SDXL, "decode", lambda self, raw: (decoded.append(decode(self, raw)), decoded[-1])[1])
@@ -223,7 +223,7 @@ def test_images_are_made_with_the_text_encoders_of_then(
 
     def image(pipeline: Any) -> Any:
         generator = torch.Generator().manual_seed(keyed_seed(0, "validation_image", 0, 0))
-        size = {"height": 16, "width": 16, "num_inference_steps": 2, "guidance_scale": sdxl.GUIDANCE_SCALE}
+        size = {"height": 16, "width": 16, "num_inference_steps": 2, "guidance_scale": sdxl.SDXL.guidance}
         return np.asarray(pipeline("a pattern", generator=generator, **size).images[0]).astype(int)
 
     assert abs(image(pipeline) - shown).max() <= 1

@@ -14,7 +14,7 @@ from tiny_models import tiny_sdxl
 
 from lpl.base.errors import UserError
 from lpl.config import ModelConfig
-from lpl.families import model_configs, noise_scheduler, plan_configs
+from lpl.families import model_configs, plan_configs, schedule_of_configs
 
 V = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
 
@@ -28,11 +28,11 @@ def cumprod_of_paper() -> torch.Tensor:
 
 def test_schedule_is_the_papers(model: Path) -> None:
     configs = model_configs(ModelConfig(str(model), **V))
-    schedule = noise_scheduler(configs)
-    torch.testing.assert_close(schedule.alphas_cumprod.double(), cumprod_of_paper(), rtol=1e-3, atol=1e-6)
-    assert schedule.alphas_cumprod[-1] == 0
-    assert schedule.config.prediction_type == "v_prediction"
-    plain = noise_scheduler(model_configs(ModelConfig(str(model)))).alphas_cumprod
+    schedule = schedule_of_configs(configs)
+    torch.testing.assert_close(schedule.alpha.square(), cumprod_of_paper(), rtol=1e-3, atol=1e-6)
+    assert schedule.alpha[-1] == 0
+    assert schedule.prediction_type == "v_prediction"
+    plain = schedule_of_configs(model_configs(ModelConfig(str(model)))).alpha.square()
     assert plain[-1] > 0.004
     assert plan_configs(ModelConfig(**V))["scheduler"]["rescale_betas_zero_snr"] is True
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lpl.report.curves import loss_charts
-from lpl.report.run_folder import RunFolder
+from lpl.report.runs import RunFolder
 from lpl.report.sources import Group
 
 

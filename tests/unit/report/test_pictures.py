@@ -13,7 +13,7 @@ from PIL import Image
 from lpl.base.text import Prompt
 from lpl.data.sheets import KEY, Cell, cells_note, read_cells
 from lpl.report.pictures import ImagePart, RowKey, build_gallery, embed_all, encode, gather_pictures
-from lpl.report.run_folder import RunFolder
+from lpl.report.runs import RunFolder
 from lpl.report.sources import Group, Inputs, Result
 from lpl.training.validation_images import label_grid
 

@@ -13,8 +13,8 @@ import torch
 
 from lpl.base.errors import TrainingStoppedError, UserError
 from lpl.config import OptimConfig
+from lpl.config.run_folder import find_checkpoint, list_checkpoints
 from lpl.training.checkpoint import full_disk, load_checkpoint, recover, save_checkpoint
-from lpl.training.output import find_checkpoint, list_checkpoints
 from lpl.training.weights import Average
 
 

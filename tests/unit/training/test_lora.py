@@ -48,8 +48,10 @@ def unet_output(unet: Any) -> torch.Tensor:
         return unet(draw(2, 4, 4, 4), torch.tensor([10, 700]), draw(2, 5, 24), added_cond_kwargs=conditions).sample
 
 
-@pytest.mark.parametrize("use_dora", [False, True])
-@pytest.mark.parametrize("preset", ["attention", pytest.param("attention_mlp", marks=pytest.mark.slow), "all"])
+@pytest.mark.parametrize(
+    ("preset", "use_dora"),
+    [("attention", False), pytest.param("attention_mlp", False, marks=pytest.mark.slow), ("all", True)],
+)
 def test_every_tensor_arrives(
     train: Any, model: Path, monkeypatch: pytest.MonkeyPatch, preset: str, use_dora: bool
 ) -> None:

@@ -139,7 +139,8 @@ def test_dump_reproduces_the_step(train: Any, monkeypatch: pytest.MonkeyPatch) -
 
 def spy_only(inputs: list[dict[str, torch.Tensor]], args: tuple[Any, ...]) -> None:
     step, _, batch = args[:3]
-    inputs.append({"raw_latents": batch.raw_latents, "sizes": batch.sizes, **step.draw(batch)._asdict()})
+    noise, levels = step.draw(batch)
+    inputs.append({"raw_latents": batch.raw_latents, **batch.extra, "noise": noise, "timesteps": levels})
     inputs[-1] |= {f"text.{name}": value for name, value in batch.text.items()}
 
 

@@ -49,8 +49,8 @@ class Spy:
 
     def snr(self, micro_batch: int = 0) -> Tensor:
         assert self.step is not None
-        cumprod = self.step.family.noise_scheduler.alphas_cumprod.double()[self.drawn[micro_batch].timesteps]
-        return cumprod / (1 - cumprod)
+        alpha, sigma = self.step.schedule.alpha_sigma(self.drawn[micro_batch].levels)
+        return (alpha / sigma).square()
 
     def squares(self, micro_batch: int = 0) -> Tensor:
         output, target = self.pairs[micro_batch]
@@ -62,15 +62,16 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
     return Spy(monkeypatch)
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.parametrize("weighting", ["none", "debiased", "p2"])
+@pytest.mark.parametrize(
+    ("weighting", "kind"),
+    [("debiased", "epsilon"), ("debiased", "v_prediction"), ("p2", "v_prediction"), ("p2", "sample")],
+)
 def test_weighting(train: Any, spy: Spy, weighting: str, kind: str) -> None:
     train(**BASE, loss_weighting=weighting, p2_gamma=0.5, prediction_type=kind)
     snr = spy.snr()
-    epsilon = {"none": None, "debiased": snr.clamp(max=1000) ** -0.5, "p2": (1 + snr) ** -0.5}[weighting]
+    epsilon = {"debiased": snr.clamp(max=1000) ** -0.5, "p2": (1 + snr) ** -0.5}[weighting]
     factor = {"epsilon": 1.0, "v_prediction": snr / (snr + 1), "sample": snr}[kind]
-    weight = torch.ones(4) if epsilon is None else epsilon * factor
-    expected = weight * spy.squares().flatten(1).mean(1)
+    expected = epsilon * factor * spy.squares().flatten(1).mean(1)
     assert spy.out[0].diffusion_per_sample.tolist() == pytest.approx(expected.tolist(), rel=1e-4)
 
 
@@ -86,7 +87,7 @@ def test_scale_of_lpl_does_not_know_the_weighting(train: Any, weighting: str) ->
 @pytest.mark.parametrize("schedule", ["constant", "exponential", "snr"])
 def test_huber(train: Any, spy: Spy, schedule: str) -> None:
     run = train(**BASE, loss_type="huber", huber_c=0.2, huber_schedule=schedule, snr_gamma=5.0)
-    snr, t = spy.snr(), spy.drawn[0].timesteps
+    snr, t = spy.snr(), spy.drawn[0].levels
     c = {
         "constant": torch.full((4,), 0.2, dtype=torch.float64),
         "exponential": torch.exp(math.log(0.2) * t.double() / 1000),
@@ -113,7 +114,7 @@ def test_pyramid_noise(train: Any, spy: Spy) -> None:
 def test_logit_normal_timesteps_and_their_gate(train: Any, spy: Spy) -> None:
     run = train(**BASE | {"train_batch_size": 64}, use_lpl=False, lpl_weight=None, lpl_norm_type=None,
                 lpl_t_threshold=None, timestep_distribution="logit_normal", logit_mean=-1.0, logit_std=0.5)  # fmt: skip
-    t = torch.cat([drawn.timesteps for drawn in spy.drawn]).double() / 1000
+    t = torch.cat([drawn.levels for drawn in spy.drawn]).double() / 1000
     logits = torch.logit(t + 0.0005)
     assert float(logits.mean()) == pytest.approx(-1.0, abs=4 * 0.5 / 128**0.5)
     assert float(logits.std()) == pytest.approx(0.5, abs=4 * 0.5 / 256**0.5)
@@ -154,7 +155,7 @@ def test_stratified_timesteps(train: Any, spy: Spy) -> None:
     assert all(abs(a - b) <= 1 for a, b in zip(counts[::2], counts[1::2], strict=True))
     cumulative = timestep_probabilities(1000).cumsum(0)
     for first, second in zip(spy.drawn[::2], spy.drawn[1::2], strict=True):
-        t = torch.cat([first.timesteps, second.timesteps]).sort().values
+        t = torch.cat([first.levels, second.levels]).sort().values
         low, high = cumulative[t] - 0.001, cumulative[t]
         edges = torch.arange(17, dtype=torch.float64) / 16
         assert (high > edges[:-1] - 1e-9).all()

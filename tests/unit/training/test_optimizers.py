@@ -229,8 +229,12 @@ RUNS = {
     "prodigy": {"optimizer": "prodigy", "learning_rate": None, "optimizer_args": "d0=1e-4"},
     "schedulefree_adamw": {"optimizer": "schedulefree_adamw", "lr_warmup_steps": 2},
     "package.Class": {"optimizer": "odd_optimizers.Odd", "optimizer_args": "twist=2.0"},
-    "torch.optim.NAdam": {"optimizer": "torch.optim.NAdam", "use_ema": True, "lr_scheduler": "cosine"},
-    "torch.optim.RAdam": {"optimizer": "torch.optim.RAdam", "rank": 2},
+    "torch.optim.NAdam": {
+        "optimizer": "torch.optim.NAdam",
+        "use_ema": True,
+        "lr_scheduler": "cosine",
+        "rank": 2,
+    },  # fmt: skip,
 }
 
 

@@ -10,6 +10,7 @@ import torch
 
 from lpl.analysis.alternatives import fits
 from lpl.analysis.check.images import Encoded, same_size
+from lpl.analysis.check.levels import wait
 from lpl.analysis.needs import Needs, estimate
 from lpl.analysis.rehearsal import Device, Rehearsal
 from lpl.base.errors import UserError
@@ -98,18 +99,13 @@ def measure_step(
     batch = encoded.batch([group[i % len(group)] for i in range(size)], 0)
     times = []
     for _ in range(1 + REPEATS):
-        _wait(device)
+        wait(device)
         started = time.perf_counter()
         step(denoiser, batch, device, use_lpl=False, step=0).loss.backward()
-        _wait(device)
+        wait(device)
         times.append(time.perf_counter() - started)
     return statistics.median(times[1:]), None
 
 
 def _drop_gradient(parameter: torch.Tensor) -> None:
     parameter.grad = None
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

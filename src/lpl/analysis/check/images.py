@@ -25,6 +25,7 @@ from lpl.data.masks import Mask, crop_mask, location_weights, mask_of
 from lpl.data.reading import in_order, threads_of
 from lpl.data.sources import Piece, Sample, Source
 from lpl.data.sources.base import PIECE_SIZE
+from lpl.data.store import padded
 from lpl.diffusion.draws import fill_normal
 from lpl.families.base import Family
 
@@ -153,7 +154,7 @@ class Encoded:
         text: list[dict[str, Tensor]] = []
         for first in range(0, len(pictures), CAPTION_BATCH):
             captions = [picture.caption for picture in pictures[first : first + CAPTION_BATCH]]
-            fields = {name: values.split(1) for name, values in family.encode_text(captions).items()}
+            fields = family.encode_text(captions)
             text += [{name: values[n] for name, values in fields.items()} for n in range(len(captions))]
         return cls(pictures, mean, std, text, config.run.seed, config.data.unmasked_weight)
 
@@ -182,8 +183,8 @@ class Encoded:
             sample_ids=[picture.id for picture in pictures],
             counts=[count] * len(numbers),
             raw_latents=raw,
-            text={name: torch.cat([field[name] for field in fields]) for name in fields[0]},
-            sizes=torch.tensor([p.crop.size_conditioning for p in pictures], dtype=torch.float32),
+            text={name: padded([field[name] for field in fields]) for name in fields[0]},
+            extra={"sizes": torch.tensor([p.crop.size_conditioning for p in pictures], dtype=torch.float32)},
             weights=weights,
             mask=mask,
         )

@@ -48,8 +48,8 @@ class Levels:
     edges: list[int]
     """Part k holds edges[k] <= t < edges[k + 1]."""
     taps: list[str]
-    timesteps: Tensor
-    """(N, K), integers."""
+    levels: Tensor
+    """(N, K), noise levels of the schedule."""
     lpl: Tensor
     """(N, K), L, without scale."""
     uninformed: Tensor
@@ -69,11 +69,9 @@ class Levels:
 
 
 @torch.no_grad()
-def estimate(
-    step: TrainingStep, denoiser: nn.Module, batch: Batch, timesteps: Tensor, device: torch.device
-) -> StepInputs:
-    """Noises a batch as training would, to given timesteps (B,), and asks the model; its output takes gradients."""
-    inputs = step.denoise(denoiser, batch, step.draw(batch).noise, timesteps, device)
+def estimate(step: TrainingStep, denoiser: nn.Module, batch: Batch, levels: Tensor, device: torch.device) -> StepInputs:
+    """Noises a batch as training would, to given noise levels (B,), and asks the model; its output takes gradients."""
+    inputs = step.denoise(denoiser, batch, step.draw(batch).noise, levels, device)
     inputs.model_output.requires_grad_()
     return inputs
 
@@ -107,26 +105,27 @@ def measure(step: TrainingStep, denoiser: nn.Module, encoded: Encoded, device: t
     """
     assert step.objective is not None
     loss_fn = step.objective.loss_fn.uncropped()  # whatever --lpl_crop and --lpl_random_depth say
-    edges, n = bin_edges(len(step.alpha)), len(encoded)
+    edges, n = bin_edges(step.schedule.num_timesteps), len(encoded)
     taps = [tap.name for tap in loss_fn.taps]
     shape = (n, len(edges) - 1)
 
     def empty(*size: int) -> Tensor:
         return torch.full(size, torch.nan, dtype=torch.float64)
 
+    def levels_of(picture: str) -> Tensor:
+        drawn = [keyed_uniform(step.seed, "check_timestep", picture, k) for k in range(shape[1])]
+        return step.schedule.at([low + u * (high - low) for u, low, high in zip(drawn, edges, edges[1:], strict=False)])
+
     found = Levels(
-        edges, taps, torch.zeros(shape, dtype=torch.long), empty(*shape), empty(n), empty(len(taps), *shape),
-        empty(len(taps), *shape), empty(*shape), empty(*shape), empty(*shape), torch.ones(n, dtype=torch.float64),
+        edges, taps, torch.stack([levels_of(picture.id) for picture in encoded.pictures]), empty(*shape), empty(n),
+        empty(len(taps), *shape), empty(len(taps), *shape), empty(*shape), empty(*shape), empty(*shape),
+        torch.ones(n, dtype=torch.float64),
     )  # fmt: skip
-    for number, picture in enumerate(encoded.pictures):
-        for k in range(shape[1]):
-            drawn = keyed_uniform(step.seed, "check_timestep", picture.id, k)
-            found.timesteps[number, k] = edges[k] + int(drawn * (edges[k + 1] - edges[k]))
     work = [(numbers, k) for numbers in same_size(encoded.pictures) for k in range(shape[1])]
     average = mean_latent(step, encoded).to(device)
     for numbers, k in progress(work, desc="measuring", unit="batch"):
         batch = encoded.batch(numbers, k)
-        seen = estimate(step, denoiser, batch, found.timesteps[numbers, k], device)
+        seen = estimate(step, denoiser, batch, found.levels[numbers, k], device)
         if batch.weights is not None:
             found.weights[numbers] = batch.weights.double()
         if k == 0:
@@ -150,10 +149,10 @@ def _measure_batch(
     objective, device = step.objective, seen.latents.device
     assert objective is not None
     pred = seen.x0(step.prediction_type)
-    _wait(device)
+    wait(device)
     started = time.perf_counter()
     out = loss_fn(pred, seen.latents, seen.mask)
-    _wait(device)
+    wait(device)
     found.lpl_seconds.append((time.perf_counter() - started) / len(numbers))
     snr = signal_to_noise(seen.alpha, seen.sigma)
     scale = snr_scale(snr, objective.snr_gamma) if objective.lpl_scale else torch.ones_like(snr)
@@ -166,7 +165,8 @@ def _measure_batch(
         found.outliers[tap, numbers, k] = out.outlier_fraction[name].double().cpu()
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import json
 import logging
 import math
 import time
@@ -21,12 +19,14 @@ from lpl.analysis.check.maps import draw_estimates, draw_maps, layer_maps
 from lpl.analysis.check.suggest import suggestion
 from lpl.analysis.check.table import faults_of, table, verdict_of, warnings_of
 from lpl.base.errors import UserError
-from lpl.base.files import alone_in, write_atomically
+from lpl.base.files import ELSEWHERE, alone_in, write_atomically, writing
+from lpl.base.json_files import as_json
 from lpl.base.output_folder import Names, OutputFolder, kind_of
-from lpl.config.commands import FEWEST, PAGE, CheckConfig, ReportConfig
-from lpl.config.files import CHECK_REPORT, environment
+from lpl.config.commands import FEWEST, CheckConfig, ReportConfig
+from lpl.config.files import environment
+from lpl.config.run_folder import CHECK_FILE, CHECK_REPORT, ESTIMATES, MAPS, PAGE, RECONSTRUCTION
 from lpl.data.crops import to_float
-from lpl.data.sheets import printable
+from lpl.data.sheets import png_of, printable
 from lpl.diffusion.draws import bin_edges
 from lpl.families import load_family, plan_configs
 from lpl.training.engine import build_accelerator, build_objective
@@ -35,8 +35,6 @@ from lpl.training.step import TrainingStep
 
 logger = logging.getLogger("lpl")
 
-NUMBERS = "check.json"
-LOSSES, ESTIMATES, MAPS = "reconstruction.png", "estimates.png", "maps"
 PRECISION_IMAGES = 4
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -52,30 +50,24 @@ def run_check(options: CheckConfig) -> None:
     folder = Path(options.train.run.output_dir) / CHECK_REPORT
     checked = check_data(options.train, folder, weights=True)
     output = OutputFolder(options.train.run.output_dir, "lpl check", CHECK_REPORT)
-    names = Names(dict.fromkeys((NUMBERS, f"{MAPS}/", LOSSES, ESTIMATES, PAGE)))
-    is_old = lambda _: kind_of(folder / NUMBERS) == "check"  # noqa: E731
+    names = Names(dict.fromkeys((CHECK_FILE, f"{MAPS}/", RECONSTRUCTION, ESTIMATES, PAGE)))
+    is_old = lambda _: kind_of(folder / CHECK_FILE) == "check"  # noqa: E731
     output.check(names, is_old)
     with alone_in(folder):
         output.check(names, is_old)
-        try:
+        with writing(f"--output_dir {output.given}: {folder}", ELSEWHERE):
             output.claim(names, is_old)
-            for old in (folder / NUMBERS, *(folder / MAPS).glob("*-t????.png")):
+            for old in (folder / CHECK_FILE, *(folder / MAPS).glob("*-t????.png")):
                 old.unlink(missing_ok=True)
-            for name in (LOSSES, ESTIMATES, PAGE):
+            for name in (RECONSTRUCTION, ESTIMATES, PAGE):
                 (folder / name).unlink(missing_ok=True)
             found = Check(checked, options.num_images, folder).run()
-            written = json.dumps(_plain(found), ensure_ascii=False, indent=1, allow_nan=False)
-            write_atomically(folder / NUMBERS, written.encode("utf-8", "backslashreplace") + b"\n")
-        except OSError as error:
-            raise UserError(
-                f"--output_dir {options.train.run.output_dir}: {folder} cannot be written ({error.strerror}): make "
-                "room there, or name another folder"
-            ) from error
+            write_atomically(folder / CHECK_FILE, as_json(_plain(found)))
         from lpl.report.page import write_report
 
         page = write_report(ReportConfig((str(folder),)), announce=False)
     print(table(found))
-    print(f"written      {folder / NUMBERS} and its pictures\npage         {page}: open it in a browser")
+    print(f"written      {folder / CHECK_FILE} and its pictures\npage         {page}: open it in a browser")
     if found["faults"]:
         raise UserError(found["faults"][0])
 
@@ -165,16 +157,16 @@ class Check:
 
     def _denoiser_precision(self, encoded: Encoded) -> dict[str, Any]:
         count = min(PRECISION_IMAGES, len(encoded))
-        total = len(self.step.alpha)
+        schedule = self.step.schedule
 
         def run(denoiser: Any, dtype: torch.dtype) -> list[torch.Tensor]:
             autocast = None if dtype == torch.float32 else dtype
             step = TrainingStep(self.family, self.config.diffusion, None, self.config.run.seed, autocast)
             outputs = []
             for n in range(count):
-                timesteps = torch.tensor([total * (2 * n + 1) // (2 * count)])
+                level = schedule.at([schedule.num_timesteps * (2 * n + 1) // (2 * count)])
                 batch = encoded.batch([n], 0)
-                outputs.append(levels.estimate(step, denoiser, batch, timesteps, self.device).model_output)
+                outputs.append(levels.estimate(step, denoiser, batch, level, self.device).model_output)
             return outputs
 
         own, why = self.step.autocast, self.no_float32
@@ -198,7 +190,7 @@ class Check:
     def _measure(self, encoded: Encoded) -> dict[str, Any]:
         config, family, step = self.config, self.family, self.step
         losses = precision.reconstruct(family.vae, encoded, self.device)
-        self._save(LOSSES, precision.draw_losses(encoded, losses))
+        self._save(RECONSTRUCTION, precision.draw_losses(encoded, losses))
         measured = levels.measure(step, self.denoiser, encoded, self.device)
         shown = _most_detailed(encoded, losses.typical)
         needs = cost.count(config, self.configs, self.device)
@@ -206,14 +198,14 @@ class Check:
             "reconstruction": {
                 "psnr_mean": sum(losses.psnr) / len(losses.psnr),
                 "psnr_min": min(losses.psnr),
-                "file": LOSSES,
+                "file": RECONSTRUCTION,
                 "images": [{"name": p.name, "psnr": v} for p, v in zip(encoded.pictures, losses.psnr, strict=True)],
             },
             "gate": str(self.objective.gate),
             "p_gate": self.objective.p_gate,
             "layers": levels.layer_rows(measured, self.objective.loss_fn),
             "gradients": levels.gradient_rows(measured),
-            "suggestion": suggestion(measured, self.objective.gate, family.noise_scheduler, step.probabilities, config),
+            "suggestion": suggestion(measured, self.objective.gate, config),
             "estimates": {"name": encoded.pictures[shown].name, "file": ESTIMATES},
             "maps": self._maps(encoded, shown, losses.decoded[shown]),
         }
@@ -226,7 +218,7 @@ class Check:
     @torch.no_grad()
     def _maps(self, encoded: Encoded, shown: int, reconstructed: torch.Tensor) -> list[dict[str, Any]]:
         """Draws a typical picture's estimates and maps: inside the gate, and outside it if anything is."""
-        gate, total = self.objective.gate.table, len(self.step.alpha)
+        gate, schedule = self.objective.gate.table, self.step.schedule
         picture = encoded.pictures[shown]
         name = printable(picture.id)
         decode, space = self.family.vae.decode, self.step.latent_space
@@ -234,11 +226,11 @@ class Check:
         rows = []
         within, without = (part.nonzero().flatten() for part in (gate, ~gate))
         mapped = [int(part[len(part) // 2]) for part in (within, without) if len(part)]
-        edges = bin_edges(total)
+        edges = bin_edges(schedule.num_timesteps)
         centres = [(low + high) // 2 for low, high in pairwise(edges)]
         loss_fn = self.objective.loss_fn.uncropped()
         for t in sorted({*centres, *mapped}):
-            seen = levels.estimate(self.step, self.denoiser, encoded.batch([shown], 0), torch.tensor([t]), self.device)
+            seen = levels.estimate(self.step, self.denoiser, encoded.batch([shown], 0), schedule.at([t]), self.device)
             if self.step.prediction_type == "epsilon" and float(seen.alpha) == 0:
                 continue
             pred = seen.x0(self.step.prediction_type)
@@ -254,9 +246,7 @@ class Check:
         return rows
 
     def _save(self, name: str, picture: Image.Image) -> None:
-        buffer = io.BytesIO()
-        picture.save(buffer, "PNG")
-        write_atomically(self.folder / name, buffer.getvalue())
+        write_atomically(self.folder / name, png_of(picture))
 
 
 def _most_detailed(encoded: Encoded, typical: list[int]) -> int:

@@ -81,10 +81,9 @@ def cosine_interval(found: Levels, k: int, seed: int) -> tuple[float, float, flo
     return float(own.mean()), low, high
 
 
-def gate_cosine(found: Levels, gate: Tensor, probabilities: Tensor, seed: int) -> tuple[float, list[float] | None]:
-    """The mean cosine over the samples that pass a gate (T,), and its 95 % interval; None: of too few pictures."""
-    widths = torch.tensor(found.edges).diff()
-    chance = torch.where(gate[found.timesteps], probabilities.double()[found.timesteps] * widths, 0)
+def gate_cosine(found: Levels, gate: Gate, seed: int) -> tuple[float, list[float] | None]:
+    """The mean cosine over the samples that pass a gate, and its 95 % interval; None: of too few pictures."""
+    chance = torch.where(gate.opens(found.levels), _chance(found, gate), 0)
     chance = torch.where(found.cosine.isfinite(), chance, 0)
     pulls = torch.where(chance > 0, found.cosine * chance, 0).sum(1)
     value = float(pulls.sum() / chance.sum())
@@ -125,11 +124,20 @@ def reduction_factor(config: TrainConfig, p_gate: float) -> float:
     return total
 
 
-def weight_for(
-    found: Levels, gate: Tensor, probabilities: Tensor, config: TrainConfig, share: float, seed: int
-) -> Weight:
-    """The weight at which LPL has a share of the gradient, with a gate and probabilities of timesteps, (T,) each."""
-    lpl, diffusion = _squares(found, gate, probabilities, config)
+def _chance(found: Levels, gate: Gate) -> Tensor:
+    """How likely a drawn level is in each part, as far as its density at the measured one tells, (N, K)."""
+    return gate.schedule.density(found.levels) * torch.tensor(found.edges).diff()
+
+
+def _probability(gate: Gate) -> float:
+    """How likely a gate passes, summed over timesteps."""
+    levels = gate.schedule.at([t + 0.5 for t in range(gate.num_timesteps)])
+    return float(gate.schedule.density(levels)[gate.opens(levels)].sum())
+
+
+def weight_for(found: Levels, gate: Gate, config: TrainConfig, share: float, seed: int) -> Weight:
+    """The weight at which LPL has a share of the gradient, with a gate on the run's schedule."""
+    lpl, diffusion = _squares(found, gate, config)
     value = float(weight_of_share(share, lpl.sum(), diffusion.sum()))
     if len(lpl) < LEAST_PICTURES:
         return Weight(value, math.nan, math.nan)
@@ -137,40 +145,37 @@ def weight_for(
     return Weight(value, *interval(weight_of_share(share, lpl[chosen].sum(1), diffusion[chosen].sum(1))))
 
 
-def share_at(found: Levels, gate: Tensor, probabilities: Tensor, config: TrainConfig, weight: float) -> float:
+def share_at(found: Levels, gate: Gate, config: TrainConfig, weight: float) -> float:
     """LPL's share of the gradient at the model's output with this weight."""
-    lpl, diffusion = (float(square.sum()) ** 0.5 for square in _squares(found, gate, probabilities, config))
+    lpl, diffusion = (float(square.sum()) ** 0.5 for square in _squares(found, gate, config))
     return weight * lpl / (weight * lpl + diffusion) if weight * lpl > 0 else 0.0
 
 
-def _squares(found: Levels, gate: Tensor, probabilities: Tensor, config: TrainConfig) -> tuple[Tensor, Tensor]:
+def _squares(found: Levels, gate: Gate, config: TrainConfig) -> tuple[Tensor, Tensor]:
     """Of each picture, LPL's mean squared gradient at weight 1 and the diffusion loss's, (N,)."""
-    widths = torch.tensor(found.edges).diff()
-    chance = probabilities.double()[found.timesteps] * widths
-    p_gate = float(probabilities.double()[gate].sum())
-    open_ = gate[found.timesteps]
+    chance, open_ = _chance(found, gate), gate.opens(found.levels)
+    p_gate = _probability(gate)
     own = found.weights[:, None].square()
     lpl = torch.where(open_, found.lpl_square, 0) * own * chance * reduction_factor(config, p_gate)
     diffusion = torch.where(chance > 0, found.diffusion_square, 0) * own * chance
     return lpl.sum(1), diffusion.nansum(1)
 
 
-def suggestion(
-    found: Levels, own_gate: Gate, scheduler: Any, probabilities: Tensor, config: TrainConfig
-) -> dict[str, Any]:
-    """What check.json has under "suggestion"."""
+def suggestion(found: Levels, own_gate: Gate, config: TrainConfig) -> dict[str, Any]:
+    """What check.json has under "suggestion"; own_gate is on the run's schedule."""
     seed, share = config.run.seed, config.lpl.lpl_target_share
-    own = weight_for(found, own_gate.table, probabilities, config, share, seed)
-    passed = found.lpl_square[own_gate.table[found.timesteps]]
+    own = weight_for(found, own_gate, config, share, seed)
+    passed = found.lpl_square[own_gate.opens(found.levels)]
     if not (passed > 0).any() or passed.isnan().any():
         why, gradient = ("LPL has no gradient where", "zero") if len(passed) else (f"{NO_TIMESTEP} passes", "none")
         if passed.isnan().any():
             why, gradient = f"LPL is not finite with --lpl_dtype {config.lpl.lpl_dtype} where", "not finite"
-        return _nothing(own_gate, probabilities, f"nothing is suggested: {why} {own_gate}", gradient)
+        return _nothing(own_gate, f"nothing is suggested: {why} {own_gate}", gradient)
     threshold, why = supported_threshold(found, seed)
-    kept = threshold == 0 or float(probabilities[:threshold].sum()) == 0
+    below = own_gate if threshold == 0 else Gate(own_gate.schedule, t_threshold=threshold)
+    kept = threshold == 0 or _probability(below) == 0
     lines = []
-    gate = own_gate if kept else Gate(scheduler, t_threshold=threshold)
+    gate = own_gate if kept else below
     if kept:
         reason = "no timestep below it is drawn" if threshold else f"no threshold is suggested: {why}"
         lines.append(f"{reason}; the gate stays at {own_gate}")
@@ -181,8 +186,8 @@ def suggestion(
             if int(own_gate.table.nonzero().max()) < threshold
             else f"this run's gate, {own_gate}, goes beyond it"
         )
-    weight = own if kept else weight_for(found, gate.table, probabilities, config, share, seed)
-    p_gate = float(probabilities[gate.table].sum())
+    weight = own if kept else weight_for(found, gate, config, share, seed)
+    p_gate = _probability(gate)
     lines.append(
         f"--lpl_weight {weight}: LPL's share of the gradient is then {share:g} "
         f"(--lpl_target_share) with {gate}, which {p_gate:.3g} of the samples pass; auto measures it by itself"
@@ -190,10 +195,10 @@ def suggestion(
     if not kept:
         lines.append(f"with this run's gate, {own_gate}, it would be {own}")
     asked = config.lpl.lpl_weight
-    own_share = None if asked == "auto" else share_at(found, own_gate.table, probabilities, config, float(asked))
+    own_share = None if asked == "auto" else share_at(found, own_gate, config, float(asked))
     if own_share is not None:
         lines.append(f"this run's --lpl_weight {asked} with {own_gate} gives LPL {own_share:.2g} of the gradient")
-    cosine, cosine_range = gate_cosine(found, own_gate.table, probabilities, seed)
+    cosine, cosine_range = gate_cosine(found, own_gate, seed)
     share, *bounds = uninformed_share(found, 0, seed)
     return {
         "lpl_t_threshold": None if kept else threshold,
@@ -214,12 +219,12 @@ def suggestion(
     }
 
 
-def _nothing(own_gate: Gate, probabilities: Tensor, why: str, gradient: str) -> dict[str, Any]:
+def _nothing(own_gate: Gate, why: str, gradient: str) -> dict[str, Any]:
     empty = {"lpl_weight": None, "lpl_weight_interval": None}
     return {
         "lpl_t_threshold": None,
         **empty,
-        "p_gate": float(probabilities[own_gate.table].sum()),
+        "p_gate": _probability(own_gate),
         "own_share": None,
         "own_gate": {"gate": str(own_gate), "gradient": gradient, **empty, "cosine": None, "cosine_interval": None},
         "uninformed": None,

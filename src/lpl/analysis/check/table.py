@@ -10,7 +10,7 @@ from typing import Any
 from lpl.analysis.check import precision
 from lpl.analysis.check.suggest import INFORMED
 from lpl.analysis.needs import readable
-from lpl.base.terminal import percent
+from lpl.base.terminal import INDENT, columns, labelled, percent
 from lpl.config import TrainConfig
 from lpl.config.commands import WALK_TOLERANCE
 from lpl.perceptual.auto_weight import MEASURED_SAMPLES
@@ -132,7 +132,7 @@ def _harms(why: str) -> tuple[str, str]:
     return "harms", f"LPL will likely harm: {why}"
 
 
-INDENT, WIDTH = 13, 118
+WIDTH = 118
 
 
 def table(found: dict[str, Any]) -> str:
@@ -219,14 +219,10 @@ def _labelled(label: str, texts: Sequence[str]) -> list[str]:
     wrapper = textwrap.TextWrapper(
         WIDTH - INDENT, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
     )
-    lines = [line for text in texts for line in wrapper.wrap(text)]
-    return [f"{'' if number else label:{INDENT}}{line}" for number, line in enumerate(lines)]
+    return labelled(label, [line for text in texts for line in wrapper.wrap(text)])
 
 
 def _table(rows: list[list[str]]) -> list[str]:
     """The first column is the label, the second to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in list(zip(*rows, strict=True))[1:]]
-    return [
-        f"{row[0]:{INDENT}}" + "  ".join([row[1].ljust(widths[0]), *map(str.rjust, row[2:], widths[1:])])
-        for row in rows
-    ]
+    lines = columns([row[1:] for row in rows], right=True)
+    return [f"{row[0]:{INDENT}}{line}" for row, line in zip(rows, lines, strict=True)]

@@ -1,4 +1,4 @@
-"""What a model's files say of it: weights by their header alone, the noise schedule, and schedulers that follow it."""
+"""Schedulers of diffusers that follow what a model's files and the options say, and the schedule to train with."""
 
 from __future__ import annotations
 
@@ -7,27 +7,22 @@ import inspect
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from lpl.base import tensor_file
 from lpl.base.errors import UserError, on_one_line
 from lpl.config import ModelConfig
+from lpl.families.files import FLAG, read_header
+
+if TYPE_CHECKING:
+    from lpl.diffusion.schedule import Schedule
 
 logger = logging.getLogger("lpl")
 
-FLAG = "--pretrained_model_name_or_path"
-VAE_FLAG = "--pretrained_vae_model_name_or_path"
-FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
-WEIGHTS = ("weight", "bias", "embedding", "projection")
-"""Endings of weights; positions and counters beside them are integers in every model."""
-SCALED = (".scale_weight", ".weight_scale", ".scale_input", ".input_scale")
-"""Endings of the factors that weights of scaled fp8 are to be multiplied by."""
-EDM = ("edm_vpred.sigma_max", "edm_vpred.sigma_min", "edm_mean", "edm_std")
-UNET, VAE = "model.diffusion_model.", "first_stage_model."
-FIRST_TEXT, SECOND_TEXT = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
 ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 WORDS = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
 """What modelspec.prediction_type says, and diffusers' word for it."""
+PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
+"""modelspec's words for what a model predicts."""
 PREDICTION, RESCALED = "lpl.prediction_type", "lpl.rescale_betas_zero_snr"
 """Metadata of a LoRA file: the options of these names that the run was given, whatever its model said."""
 
@@ -36,96 +31,6 @@ NOISE = (
     "rescale_betas_zero_snr", "timestep_spacing", "steps_offset",
 )  # fmt: skip
 """What must be the same in every scheduler of a model; what else a config says is its own class's business."""
-
-
-def read_header(path: Path) -> dict[str, Any] | None:
-    """The header of a safetensors file; None where it is none, cannot be read, or is cut short."""
-    try:
-        return tensor_file.read_header(path)
-    except UserError:
-        return None
-
-
-def check_weights(header: Mapping[str, Any], where: str) -> None:
-    """Refuses weights that would be loaded as other numbers than they stand for.
-
-    Args:
-        where: the flag and the file, for errors.
-
-    Raises:
-        UserError: scaled fp8, or weights of integers.
-    """
-    scaled = [key for key in header if key == "scaled_fp8" or key.endswith((*SCALED, ".comfy_quant"))]
-    if scaled:
-        raise UserError(
-            f"{where}: scaled fp8 ({scaled[0]}), whose weights are to be multiplied by factors beside them, which is "
-            "not done here; give the model in float16, bfloat16 or float32"
-        )
-    odd = [
-        key
-        for key, entry in header.items()
-        if key != "__metadata__" and entry["dtype"] not in FLOATS and key.endswith(WEIGHTS)
-    ]
-    if odd:
-        raise UserError(
-            f"{where}: quantised: {len(odd)} weights are no floating-point numbers ({odd[0]} is "
-            f"{header[odd[0]]['dtype']}); give the model in float16, bfloat16 or float32"
-        )
-
-
-def check_single_file(path: Path, config: ModelConfig) -> None:
-    """Refuses a single file that is no whole SDXL checkpoint, or one that is not trained right here.
-
-    Raises:
-        UserError: what it is, in one line.
-    """
-    where = f"{FLAG} {path}"
-    if path.suffix != ".safetensors":
-        raise UserError(f"{where}: {path.suffix} files are pickles and are not read; convert it to .safetensors")
-    if not path.is_file():
-        raise UserError(f"{where}: no such file")
-    header = read_header(path)
-    if header is None:
-        raise UserError(f"{where}: not a safetensors file, or cut short")
-    if not _has_second(header):
-        raise UserError(f"{where}: {_what_else(header)}")
-    if header.get(f"{UNET}input_blocks.0.0.weight", {}).get("shape", [])[1:2] == [9]:
-        raise UserError(f"{where}: an inpainting model (9 input channels); this trainer needs a text-to-image one")
-    if config.single_file_config is not None and not (Path(config.single_file_config) / "model_index.json").is_file():
-        raise UserError(f"--single_file_config {config.single_file_config}: no model_index.json in it")
-    check_weights(header, where)
-    if not all(any(key.startswith(part) for key in header) for part in (UNET, FIRST_TEXT)):
-        raise UserError(f"{where}: {_what_else(header)}")
-    if not any(key.startswith(VAE) for key in header) and config.pretrained_vae_model_name_or_path is None:
-        raise UserError(f"{where}: no VAE in it ({VAE}...); give one with {VAE_FLAG}")
-    edm = [key for key in EDM if key in header]
-    if edm:
-        raise UserError(f"{where}: an EDM model ({', '.join(edm)}), whose schedule is not trained right here yet")
-    file_schedule(path, config)
-
-
-def _what_else(header: Mapping[str, Any]) -> str:
-    """What a file is that is no SDXL checkpoint."""
-    keys = list(header)
-    if "conditioner.embedders.0.model.ln_final.weight" in header:
-        return "an SDXL refiner; train the base model"
-    if any("lora_" in key for key in keys):
-        return "a LoRA, not a model; give the model that it belongs to"
-    text = any(key.startswith(("conditioner.", "cond_stage_model.")) for key in keys)
-    unet = any(key.startswith((UNET, "input_blocks.", "down_blocks.", "double_blocks.")) for key in keys)
-    if unet and not text:
-        return (
-            "not an SDXL checkpoint but a UNet or transformer alone, without text encoders; give a whole one, or a "
-            "diffusers folder that has it as its unet"
-        )
-    if not unet and not text and any(key.startswith((VAE, "decoder.")) for key in keys):
-        return f"a VAE alone; give it with {VAE_FLAG}, beside a model"
-    lacking = "UNet" if not unet else "first text encoder" if _has_second(header) else "second text encoder"
-    return f"not an SDXL checkpoint (no {lacking})"
-
-
-def _has_second(header: Mapping[str, Any]) -> bool:
-    return f"{SECOND_TEXT}ln_final.weight" in header
 
 
 def file_schedule(path: Path, config: ModelConfig | None = None) -> dict[str, Any]:
@@ -187,6 +92,18 @@ def compare_lora(file: Path, scheduler: Mapping[str, Any]) -> None:
     kind = scheduler.get("prediction_type", "epsilon")
     if word not in (None, kind):
         warn(f"{file}: was trained on {word}; the model it is merged into predicts {kind}, and so will the result")
+
+
+def prediction_of(scheduler: Any) -> str:
+    """modelspec's word for what a model with this schedule predicts.
+
+    Raises:
+        UserError: something that programs for single files do not know.
+    """
+    kind = str(scheduler.get("prediction_type", "epsilon"))
+    if kind not in PREDICTIONS:
+        raise UserError(f"the model predicts {kind}, which a single file cannot say: use --to diffusers")
+    return PREDICTIONS[kind]
 
 
 def chosen_schedule(scheduler: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
@@ -274,8 +191,19 @@ def set_schedule(pipeline: Any, config: ModelConfig) -> None:
         pipeline.scheduler = build_scheduler(cls, own, **changes)
 
 
-def training_schedule(scheduler: Mapping[str, Any]) -> Any:
+def training_schedule(scheduler: Mapping[str, Any]) -> Schedule:
     """The training schedule of a pipeline whose scheduler has this config."""
     from diffusers import DDPMScheduler
 
-    return build_scheduler(DDPMScheduler, scheduler)
+    from lpl.diffusion.schedule import UNIFORM, Flow, schedule_of
+
+    if "FlowMatch" not in str(scheduler.get("_class_name")):
+        return schedule_of(build_scheduler(DDPMScheduler, scheduler))
+    # By tokens of 2 x 2 cells, in a line through (base_image_seq_len, base_shift) and (max_image_seq_len, max_shift).
+    low, high = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
+    base, most = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
+    slope = (most - base) / (high - low)
+    dynamic = scheduler.get("use_dynamic_shifting")
+    shift: float | Literal["resolution"] = "resolution" if dynamic else float(scheduler.get("shift", 1.0))
+    count, line = int(scheduler.get("num_train_timesteps", 1000)), (slope / 4, base - slope * low)
+    return Flow(num_timesteps=count, distribution=UNIFORM._replace(shift=shift), dynamic_shift=line)

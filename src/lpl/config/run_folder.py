@@ -1,11 +1,20 @@
-"""The JSON files that commands write and later ones read: what each must look like, and how it is read."""
+"""What commands leave for later ones: the names of files and folders, what each must look like, how it is read.
+
+What a checkpoint's files must be, their sizes and checksums, is in a file of it that is written last. A folder without
+that was never finished; one whose files differ from it was cut short or damaged since.
+"""
 
 from __future__ import annotations
 
+import json
+import logging
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lpl.base.errors import UserError
+from lpl.base.files import checksum, sync_file, write_atomically
 from lpl.base.json_files import (
     NULL,
     NUMBER,
@@ -23,8 +32,36 @@ from lpl.base.json_files import (
     require_shape,
     whole,
 )
+from lpl.base.output_folder import JUNK
 
-FINISHED, VALIDATION = "finished.json", "validation.jsonl"
+logger = logging.getLogger("lpl")
+
+# A run.
+CONFIG_FILE, FINISHED, VALIDATION, BAD_FILES = "config.yaml", "finished.json", "validation.jsonl", "bad_files.jsonl"
+SAMPLES, SAVED = "samples", "saved"
+"""Folders: of validation images, and the beginning of those with weights of a step."""
+WEIGHTS = "weights.json"
+"""In a folder of weights: what they are."""
+RESULT = ".tmp-result"
+"""A result that is being written."""
+DATA_REPORT, CHECK_REPORT, EVAL_FOLDER = "data-report", "check-report", "eval"
+"""Folders of `lpl data`, `lpl check` and an evaluation; the first two show training images: never published."""
+# A checkpoint.
+MANIFEST, STATE = "manifest.json", "state.json"
+CHECKPOINT, NONFINITE = "checkpoint-", "nonfinite-step-"
+"""How names begin that end with a step: of checkpoints, and of files about a step that was not finite."""
+PATTERN = re.compile(rf"{CHECKPOINT}(\d+)")
+UNPUBLISHED = (f"{CHECKPOINT}*", f"{SAVED}-*", ".tmp-*", ".lpl*", f"{DATA_REPORT}/*", f"{CHECK_REPORT}/*", BAD_FILES)
+"""What of a run does not go to the Hub."""
+# Results, and the page about them.
+RESULT_FILES = {"eval": "eval.json", "check": "check.json", "compare": "compare.json"}
+EVAL_FILE, CHECK_FILE, COMPARE_FILE = RESULT_FILES.values()
+PAGE = "report.html"
+DATA_FILE, DRAWS, CROPPED = "data.json", "draws.png", "cropped.png"
+RECONSTRUCTION, ESTIMATES, MAPS = "reconstruction.png", "estimates.png", "maps"
+"""Pictures of a check; the last is a folder."""
+IMAGES, SETTINGS, FIGURES = "images", "samples.json", "figures.json"
+"""Of an evaluation: samples, how they are drawn, and the metrics of one of several points."""
 
 STEP = whole(0, 2**53)
 PLAIN = Kind("a single value", lambda v: v is None or isinstance(v, str | int | float))
@@ -150,6 +187,8 @@ VALIDATED: Shape = {
 """A line of validation.jsonl."""
 ENDED: Shape = {"step": STEP, "weights": TEXT, "data?": TEXT}
 """finished.json."""
+ENTRIES = {REST: {"bytes": whole(0), "xxh3_128": TEXT}}
+"""manifest.json, by the name of each file."""
 
 
 def read_result(file: Path, kind: str) -> dict[str, Any]:
@@ -183,12 +222,7 @@ def read_result(file: Path, kind: str) -> dict[str, Any]:
     return found
 
 
-def read_validated(line: bytes, where: str) -> dict[str, Any]:
-    """A row of validation.jsonl.
-
-    Raises:
-        UserError: a line that is none.
-    """
+def _read_row(line: bytes, where: str) -> dict[str, Any]:
     then = "move the file away"
     try:
         row = parse_json(line, where)
@@ -213,3 +247,122 @@ def read_finished(folder: Path) -> dict[str, Any] | None:
     except UserError:
         return None
     return found if difference(found, ENDED) is None else None
+
+
+def read_rows(path: Path, skipped: list[str] | None = None) -> list[dict[str, Any]]:
+    """The rows of a validation.jsonl, none if there is no file.
+
+    Args:
+        skipped: takes the message of a line that is no row; None: it is raised.
+
+    Raises:
+        UserError: a line that is no row.
+    """
+    rows = []
+    for place, line in enumerate(path.read_bytes().split(b"\n") if path.is_file() else (), 1):
+        try:
+            rows += [_read_row(line, f"{path}, line {place}")] if line.strip() else []
+        except UserError as error:
+            if skipped is None:
+                raise
+            skipped.append(str(error))
+    return rows
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Replaces the rows, ordered by step; the file is whole at any moment."""
+    ordered = sorted(rows, key=lambda row: int(row["step"]))
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in ordered).encode())
+
+
+def write_manifest(folder: Path) -> None:
+    """Reads every file of a folder, notes its size and XXH3 checksum (128 bits), and syncs all of it.
+
+    Raises:
+        OSError: the disk is full, or another fault of the file system.
+    """
+    for path in folder.iterdir():
+        sync_file(path)
+    files = {p.name: {"bytes": p.stat().st_size, "xxh3_128": checksum(p)} for p in sorted(folder.iterdir())}
+    (folder / MANIFEST).write_text(json.dumps(files, indent=1))
+    sync_file(folder / MANIFEST)
+    sync_file(folder)
+
+
+def damage(folder: Path, read: bool = True) -> str | None:
+    """What is wrong with a folder that write_manifest has described; None: nothing.
+
+    Args:
+        read: read every byte; else only sizes are compared.
+    """
+    try:
+        files = parse_json((folder / MANIFEST).read_bytes(), MANIFEST)
+        fault = difference(files, ENTRIES)
+        if fault is not None:
+            return f"{MANIFEST} is not what was written"
+        for name, expected in files.items():
+            size = (folder / name).stat().st_size
+            if size != expected["bytes"]:
+                return f"{name} has {size} of {expected['bytes']} bytes"
+            if read and checksum(folder / name) != expected["xxh3_128"]:
+                return f"{name} does not match its checksum"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except OSError as error:
+        return f"{Path(error.filename or folder).name} cannot be read: {error.strerror}"
+    except (UserError, ValueError):  # ValueError: a name with a NUL
+        return f"{MANIFEST} is not what was written"
+    return None
+
+
+def unlisted(folder: Path) -> str | None:
+    """Something in a folder that write_manifest has described which it did not find there; None: nothing is."""
+    try:
+        files = read_object(folder / MANIFEST)
+        return next((p.name for p in sorted(folder.iterdir()) if p.name not in {MANIFEST, *JUNK, *files}), None)
+    except (OSError, UserError):
+        return None
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints in a run's folder, oldest first; their sizes are compared, their content is not."""
+    return [path for path in _named(folder) if damage(path, read=False) is None]
+
+
+def find_checkpoint(folder: Path, choice: str | None, read: bool = True) -> Path | None:
+    """The checkpoint to go on from: the newest good one of the run, or the one that --resume_from_checkpoint names.
+
+    Every byte is read, or with read=False only sizes are compared. Newer ones that are damaged are named in the log and
+    passed over.
+
+    Raises:
+        UserError: a named checkpoint that is not there or not complete, or a run whose checkpoints are all damaged.
+    """
+    if choice is None or choice == "latest":
+        found = _named(folder)
+        for path in reversed(found):
+            if (fault := damage(path, read)) is None:
+                return path
+            logger.warning("%s is damaged (%s): it is passed over", path, fault)
+        if found:
+            raise UserError(f"{folder}: every checkpoint in it is damaged; delete or move them to start over")
+        return None
+    for path in (Path(choice), folder / choice):
+        if (path / STATE).is_file() or (path / MANIFEST).is_file():
+            if (fault := damage(path, read)) is not None:
+                raise UserError(f"--resume_from_checkpoint {choice}: {path} is damaged ({fault}); name another")
+            return path
+    names = ", ".join(p.name for p in list_checkpoints(folder)) or "none"
+    raise UserError(f"--resume_from_checkpoint {choice}: no complete checkpoint there; {folder} has {names}")
+
+
+def _named(folder: Path) -> list[Path]:
+    """What has the name of a checkpoint, oldest first."""
+    found = [(int(m[1]), p) for p in folder.glob(f"{CHECKPOINT}*") if (m := PATTERN.fullmatch(p.name)) and p.is_dir()]
+    return [path for _, path in sorted(found)]
+
+
+def last_checkpoint(folder: Path) -> str:
+    """A clause that says which checkpoint a stopped run has."""
+    found = list_checkpoints(folder)
+    return f"{found[-1]} is the last checkpoint" if found else "no checkpoint was written yet"

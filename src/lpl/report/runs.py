@@ -7,10 +7,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from lpl.base.errors import UserError
-from lpl.base.written_files import VALIDATION, read_finished, read_validated
 from lpl.config import TrainConfig
-from lpl.config.files import CONFIG_FILE, is_config_of_run, read_record
+from lpl.config.files import is_config_of_run, read_record
+from lpl.config.run_folder import CONFIG_FILE, VALIDATION, read_finished, read_rows
 
 RATE = "samples_per_second"
 Curve = list[tuple[float, float]]
@@ -104,18 +103,9 @@ def interpolate(curve: Curve, place: float) -> float | None:
 
 
 def _validation(path: Path, skipped: list[str]) -> list[dict[str, Any]]:
-    file, rows = path / VALIDATION, []
-    if not file.is_file():
+    if not (path / VALIDATION).is_file():
         skipped.append(f"{path}: no {VALIDATION}, as nothing was held out (--validation_samples)")
-        return []
-    for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(read_validated(line, f"{file}, line {number}"))
-        except UserError as error:
-            skipped.append(str(error))
-    return sorted(rows, key=lambda row: int(row["step"]))
+    return sorted(read_rows(path / VALIDATION, skipped), key=lambda row: int(row["step"]))
 
 
 def _scalars(path: Path, name: str, skipped: list[str]) -> dict[str, list[tuple[int, float]]]:

@@ -9,15 +9,13 @@ from typing import Any
 import pytest
 
 from lpl.base.errors import UserError
-from lpl.base.written_files import read_finished, read_result
 from lpl.config import TrainConfig
 from lpl.config.files import differences, read_record, write_config
+from lpl.config.run_folder import damage, read_finished, read_result, read_rows
 from lpl.report.page import render
 from lpl.report.sources import Inputs, read_inputs
-from lpl.training.output import damage
-from lpl.training.validation import read_rows
 
-ORIGINALS = Path(__file__).parents[2] / "fuzz" / "originals"
+ORIGINALS = Path(__file__).parents[1] / "fuzz" / "originals"
 MISSING = object()
 
 

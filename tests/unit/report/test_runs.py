@@ -13,7 +13,7 @@ from lpl.config import TrainConfig
 from lpl.config.files import write_config
 from lpl.report.curves import loss_charts
 from lpl.report.page import configuration, tiles
-from lpl.report.run_folder import RunFolder, interpolate, is_run, read_run, training_clock
+from lpl.report.runs import RunFolder, interpolate, is_run, read_run, training_clock
 from lpl.report.sources import Group, Inputs
 
 

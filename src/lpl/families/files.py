@@ -1,0 +1,135 @@
+"""A model's files before anything loads: JSON of a folder or the Hub, weights by their header alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lpl.base import tensor_file
+from lpl.base.errors import UserError
+from lpl.base.json_files import read_object
+from lpl.config import ModelConfig
+
+FLAG = "--pretrained_model_name_or_path"
+VAE_FLAG = "--pretrained_vae_model_name_or_path"
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+WEIGHTS = ("weight", "bias", "embedding", "projection")
+"""Endings of weights; positions and counters beside them are integers in every model."""
+SCALED = (".scale_weight", ".weight_scale", ".scale_input", ".input_scale")
+"""Endings of the factors that weights of scaled fp8 are to be multiplied by."""
+INDEX = "model_index.json"
+SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".bin", ".pth")
+
+
+def read_header(path: Path) -> dict[str, Any] | None:
+    """The header of a safetensors file; None where it is none, cannot be read, or is cut short."""
+    try:
+        return tensor_file.read_header(path)
+    except UserError:
+        return None
+
+
+def check_weights(header: Mapping[str, Any], where: str) -> None:
+    """Refuses weights that would be loaded as other numbers than they stand for.
+
+    Args:
+        where: the flag and the file, for errors.
+
+    Raises:
+        UserError: scaled fp8, or weights of integers.
+    """
+    scaled = [key for key in header if key == "scaled_fp8" or key.endswith((*SCALED, ".comfy_quant"))]
+    if scaled:
+        raise UserError(
+            f"{where}: scaled fp8 ({scaled[0]}), whose weights are to be multiplied by factors beside them, which is "
+            "not done here; give the model in float16, bfloat16 or float32"
+        )
+    odd = [
+        key
+        for key, entry in header.items()
+        if key != "__metadata__" and entry["dtype"] not in FLOATS and key.endswith(WEIGHTS)
+    ]
+    if odd:
+        raise UserError(
+            f"{where}: quantised: {len(odd)} weights are no floating-point numbers ({odd[0]} is "
+            f"{header[odd[0]]['dtype']}); give the model in float16, bfloat16 or float32"
+        )
+
+
+def reader(path: Path, name: str, config: ModelConfig) -> Callable[[str], dict[str, Any]]:
+    """What reads a JSON file of the model, by its path in the model's folder."""
+    flag = FLAG if config.single_file_config is None else "--single_file_config"
+    if path.is_dir():
+        return lambda file: read_json(path / file, flag)
+    if path.exists():
+        raise UserError(f"{flag} {name}: a file, but not .safetensors; give that or a diffusers folder")
+    if config.single_file_config is not None or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UserError(f"{flag} {name}: no such folder")
+    return _hub_reader(config)
+
+
+def _hub_reader(config: ModelConfig) -> Callable[[str], dict[str, Any]]:
+    def read(file: str) -> dict[str, Any]:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+        name = config.pretrained_model_name_or_path
+        try:
+            found = hf_hub_download(str(name), file, revision=config.revision, cache_dir=config.cache_dir)
+        except LocalEntryNotFoundError as error:
+            raise UserError(f"{FLAG} {name}: no such folder, and the Hub cannot be reached for {file}") from error
+        except (EntryNotFoundError, HfHubHTTPError) as error:
+            raise UserError(
+                f"{FLAG} {name}: no such folder, and not on the Hub: {str(error).splitlines()[0]}"
+            ) from error
+        return read_json(Path(found), FLAG)
+
+    return read
+
+
+def read_json(file: Path, flag: str) -> dict[str, Any]:
+    """The object in a JSON file; errors begin with the flag."""
+    return read_object(file, f"{flag}:")
+
+
+def check_complete(folder: Path, variant: str | None, networks: Sequence[str], tokenizers: Sequence[str]) -> None:
+    """Refuses a folder that lacks parts of a pipeline, whose subfolders these are.
+
+    Raises:
+        UserError: all that is missing, in one line.
+    """
+    if not (folder / INDEX).is_file():
+        inside = ", ".join(sorted(p.name for p in folder.iterdir())[:6]) or "nothing"
+        raise UserError(f"{FLAG} {folder}: no {INDEX}, so no diffusers model; it holds {inside}")
+    missing = [name for name in (*networks, *tokenizers, "scheduler") if not (folder / name).is_dir()]
+    for name in networks:
+        if name in missing:
+            continue
+        if not (folder / name / "config.json").is_file():
+            missing.append(f"{name}/config.json")
+        found = list((folder / name).glob("*.safetensors"))
+        weights = [f for f in found if (f".{variant}" in f.name if variant else f.name.count(".") == 1)]
+        for file in weights:
+            if (header := read_header(file)) is None:
+                missing.append(f"the end of {name}/{file.name}")
+            else:
+                check_weights(header, f"{FLAG} {folder}: {name}/{file.name}")
+        if not weights:
+            others = list((folder / name).glob("*.bin"))
+            hint = " (only .bin, which is not read: convert it to safetensors)" if others else ""
+            hint = f" (only {found[0].name}: give its --variant)" if found else hint
+            missing.append(f"{name}/*.safetensors{hint}")
+    for name in tokenizers:
+        if name not in missing and not any((folder / name / f).is_file() for f in ("tokenizer.json", "vocab.json")):
+            missing.append(f"{name}/tokenizer.json")
+    if "scheduler" not in missing and not (folder / "scheduler" / "scheduler_config.json").is_file():
+        missing.append("scheduler/scheduler_config.json")
+    if missing:
+        raise UserError(f"{FLAG} {folder}: missing in it: {', '.join(missing)}")
+
+
+def vae_stride(vae: Mapping[str, Any]) -> int | None:
+    """Pixels per latent by a VAE's config: every block but the last halves the size; None: it does not say."""
+    widths = vae.get("block_out_channels") or vae.get("encoder_block_out_channels")
+    return 2 ** (len(widths) - 1) if isinstance(widths, list | tuple) and 1 <= len(widths) <= 16 else None

@@ -1,0 +1,24 @@
+"""Every family that is known here: a further one is an entry in KINDS and a file of its own."""
+
+from __future__ import annotations
+
+from lpl.families.kind import Kind
+from lpl.families.sdxl_check import SDXL_KIND
+
+SD_KIND = Kind(
+    name="Stable Diffusion 1 and 2",
+    pipelines=("StableDiffusionPipeline",),
+    module="sd",
+    base="Stable Diffusion 1.5",
+    base_name="stable-diffusion-v1-5/stable-diffusion-v1-5",
+    networks=("unet", "vae", "text_encoder"),
+    tokenizers=("tokenizer",),
+    denoiser_word="UNet",
+    is_flow=False,
+    patch=1,
+    resolution=512,
+    single_files=True,
+    lora_starts={"unet": ("unet.", "lora_unet_"), "text_encoder": ("text_encoder.", "lora_te_")},
+)
+KINDS: tuple[Kind, ...] = (SDXL_KIND, SD_KIND)
+"""The first is that of a plan without a model, and the one whose checks judge what belongs to none."""

@@ -1,0 +1,139 @@
+"""Loads a diffusers pipeline whole: what its files lack, or what does not go together, is an error of one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers.loaders.single_file_utils import SingleFileComponentError
+from safetensors import SafetensorError
+
+from lpl.base.errors import UserError, on_one_line
+from lpl.config import ModelConfig
+from lpl.families.files import FLAG, INDEX, VAE_FLAG, reader
+from lpl.families.kind import Kind
+from lpl.families.schedulers import set_schedule
+
+LOADING_ERRORS = (
+    OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, ArithmeticError, AssertionError,
+    ImportError, SafetensorError, SingleFileComponentError,
+)  # fmt: skip
+"""What the libraries raise of configs and weights that do not go together."""
+
+
+@contextmanager
+def named(flag: str, name: str) -> Iterator[None]:
+    """Turns what loading raises into one line that names the flag."""
+    try:
+        yield
+    except Exception as error:
+        if type(error) is not Exception and not isinstance(error, LOADING_ERRORS):  # tokenizers raises no other class
+            raise
+        said = on_one_line(error, 400)
+        if isinstance(error, NotImplementedError):  # a network is moved whose weights are not all there
+            said = f"lacks weights of a network that its configs describe ({said.partition('.')[0]})"
+        elif name.endswith(".safetensors") and "outgoing traffic" in said:
+            said = "its configs are not in the Hub's cache, and the Hub is off: give a folder by --single_file_config"
+        raise UserError(f"{flag} {name}: {said}") from error
+
+
+def load_whole(
+    cls: Any,
+    kind: Kind,
+    config: ModelConfig,
+    encoders_only: bool = False,
+    dtypes: Mapping[str, torch.dtype] | None = None,
+    **options: Any,
+) -> Any:
+    """A pipeline of a class, with or without its denoiser, and the schedule that model and options say.
+
+    Args:
+        encoders_only: leave the denoiser out, where its files are apart from the others.
+        dtypes: precision by component, unset: float32; a single file has one, the denoiser's.
+        options: of the pipeline's own.
+
+    Raises:
+        UserError: the model cannot be loaded, or lacks weights.
+    """
+    transformers.utils.logging.disable_progress_bar()  # a bar per text encoder; the pipeline's own bar stays
+    own = dict.fromkeys(kind.networks, torch.float32) | dict(dtypes or {})
+    name, denoiser = str(config.pretrained_model_name_or_path), kind.networks[0]
+    checked = kind.networks
+    if name.endswith(".safetensors"):
+        local, vae = config.single_file_config, load_vae(kind, config, own["vae"])
+        options |= {"config": local, "local_files_only": local is not None, "cache_dir": config.cache_dir}
+        with named(FLAG, name):
+            pipeline = cls.from_single_file(name, dtype=own[denoiser], **options, **vae)
+    else:
+        parts = ({denoiser: None} if encoders_only else {}) | load_vae(kind, config, own["vae"])
+        pipeline = _load_folder(cls, config, parts, own, **options)
+        checked = ("vae",) if encoders_only else (denoiser, "vae")
+    with named(FLAG, name):
+        check_tokenizers(pipeline, kind.tokenizers)
+        require_weights(pipeline, checked)
+        set_schedule(pipeline, config)
+    return pipeline
+
+
+def _load_folder(
+    cls: Any, config: ModelConfig, parts: dict[str, Any], dtypes: Mapping[str, torch.dtype], **options: Any
+) -> Any:
+    """A pipeline of a diffusers folder or a Hub id, of which some parts are there."""
+    name = str(config.pretrained_model_name_or_path)
+    common: dict[str, Any] = {"cache_dir": config.cache_dir, "revision": config.revision, "variant": config.variant}
+    common["use_safetensors"] = True
+    with named(FLAG, name):
+        index = reader(Path(name), name, config)(INDEX)
+        for part, (library, found) in ((k, v) for k, v in index.items() if isinstance(v, list)):
+            if library != "transformers" or not part.startswith("text_encoder") or part in parts:
+                continue
+            # On its own: a pipeline would fill weights that are missing with random numbers, and say nothing.
+            encoder, info = getattr(transformers, found).from_pretrained(
+                name, subfolder=part, output_loading_info=True, dtype=dtypes[part], **common
+            )
+            if info["missing_keys"]:
+                raise ValueError(f"{part} lacks the weights {sorted(info['missing_keys'])[:3]}")
+            parts[part] = encoder
+        others = {part: dtype for part, dtype in dtypes.items() if part not in parts} | {"default": torch.float32}
+        return cls.from_pretrained(name, dtype=others, **parts, **common, **options)
+
+
+def load_vae(kind: Kind, config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """The VAE of --pretrained_vae_model_name_or_path as a component; nothing where it is not given."""
+    name = config.pretrained_vae_model_name_or_path
+    if name is None:
+        return {}
+    with named(VAE_FLAG, name):
+        cls = getattr(diffusers, kind.vae_class)
+        vae = cls.from_pretrained(name, dtype=dtype, use_safetensors=True, cache_dir=config.cache_dir)
+    return {"vae": vae}
+
+
+def require_weights(pipeline: Any, parts: Iterable[str]) -> None:
+    """Refuses networks that the model's files lack weights of."""
+    for part in parts:
+        absent = [key for key, weight in getattr(pipeline, part).named_parameters() if weight.is_meta]
+        if absent:
+            raise ValueError(f"{part} lacks the weights {absent[:3]}")
+
+
+def check_tokenizers(pipeline: Any, names: Iterable[str]) -> None:
+    """Refuses tokenizers that make more or other tokens than their text encoders know."""
+    for name in (name.removeprefix("tokenizer") for name in names):
+        tokenizer, encoder = getattr(pipeline, f"tokenizer{name}"), getattr(pipeline, f"text_encoder{name}")
+        if encoder is None or not hasattr(encoder.config, "max_position_embeddings"):
+            continue  # left out by the model; of any length
+        known = encoder.config
+        if not 3 <= tokenizer.model_max_length <= known.max_position_embeddings:
+            raise ValueError(
+                f"tokenizer{name} makes {tokenizer.model_max_length:.6g} tokens of a text (model_max_length), its text "
+                f"encoder takes {known.max_position_embeddings}"
+            )
+        special = [getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")]
+        if None in special or max([*special, *tokenizer.get_vocab().values()]) >= known.vocab_size:
+            raise ValueError(f"tokenizer{name} has tokens that its text encoder, of {known.vocab_size}, does not know")

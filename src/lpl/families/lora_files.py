@@ -1,0 +1,58 @@
+"""What is in a LoRA's file of diffusers' naming: its tensors, and what it says of its training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peft.utils import get_peft_model_state_dict
+from torch import Tensor
+
+from lpl.config import ModelConfig
+from lpl.families.base import TrainedOn
+from lpl.families.schedulers import PREDICTION, PREDICTIONS, RESCALED
+
+METADATA = "lora_adapter_metadata"
+"""diffusers' key of the adapter's peft configuration."""
+
+
+def adapter_of(name: str, part: Any) -> dict[str, Tensor]:
+    """An adapter's tensors under peft's names; those of text encoders begin with text_model.
+
+    transformers 5 has dropped that prefix for CLIP-L. ComfyUI and earlier versions know the layers by it only, and
+    diffusers takes it away where it must.
+    """
+    tensors = get_peft_model_state_dict(part, save_embedding_layers=False)
+    if not name.startswith("text_encoder"):
+        return tensors
+    return {f"text_model.{key.removeprefix('text_model.')}": value for key, value in tensors.items()}
+
+
+def lora_metadata(config: ModelConfig, scheduler: Mapping[str, Any], trained_on: TrainedOn | None) -> dict[str, str]:
+    """What a run says in its LoRA's files, under the keys of modelspec and of kohya's programs, which others show.
+
+    Beside that the options that decide the schedule, as they were given: what a run only took from its model is the
+    business of the model that the LoRA is merged into.
+
+    Args:
+        trained_on: the rest; None: it is not known.
+    """
+    model = str(config.pretrained_model_name_or_path)
+    found = {
+        "ss_sd_model_name": Path(model).resolve().name if Path(model).exists() else model,
+        "ss_zero_terminal_snr": str(bool(scheduler.get("rescale_betas_zero_snr"))),
+    }
+    if trained_on is not None:
+        side = trained_on.resolution
+        found |= {
+            "modelspec.resolution": f"{side}x{side}",
+            "ss_resolution": f"({side}, {side})",
+            "ss_num_train_images": str(trained_on.images),
+            "ss_steps": str(trained_on.steps),
+        }
+    if (kind := scheduler.get("prediction_type", "epsilon")) in PREDICTIONS:
+        found["modelspec.prediction_type"] = PREDICTIONS[kind]
+    if config.prediction_type is not None:
+        found[PREDICTION] = config.prediction_type
+    return found | ({RESCALED: "True"} if config.rescale_betas_zero_snr else {})

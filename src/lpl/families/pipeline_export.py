@@ -1,0 +1,97 @@
+"""A model for export: loaded whole, with a LoRA merged into it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors import safe_open
+
+from lpl.base.errors import UserError
+from lpl.base.tensor_file import read_header
+from lpl.config import ModelConfig
+from lpl.families.kind import Kind
+from lpl.families.loading import named
+
+STORED = {"F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class PipelineExport(ABC):
+    """A model in memory, ready to be written.
+
+    A LoRA is merged in float32 by peft, W + scale * (alpha / rank) B A, or for DoRA m times that divided by the norm of
+    its rows; only then is the result rounded to the precision it is written in.
+
+    Args:
+        config: which model; its prediction_type and rescale_betas_zero_snr, if given, are what the result says.
+        dtype: precision of the result; None: as each component's files have it, a model on the Hub float32.
+        lora: a LoRA file of diffusers' or kohya's, or None.
+
+    Raises:
+        UserError: a model or LoRA that cannot be loaded whole.
+    """
+
+    kind: ClassVar[Kind]
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype | None, lora: Path | None, scale: float) -> None:
+        self.configs = self.kind.model_configs(config)
+        found = {part: dtype or stored_dtype(config, part) for part in self.kind.networks}
+        merged = [] if lora is None else self.kind.lora_parts(lora)
+        self.pipeline = self.load(config, dtypes=found | dict.fromkeys(merged, torch.float32))
+        if lora is not None:
+            _merge(self.pipeline, lora, scale, merged)
+        for part in self.kind.networks:
+            network = getattr(self.pipeline, part)
+            for parameter in () if network is None else network.parameters():
+                parameter.data = parameter.data.to(found[part])
+
+    @staticmethod
+    @abstractmethod
+    def load(config: ModelConfig, encoders_only: bool = False, dtypes: Mapping[str, torch.dtype] | None = None) -> Any:
+        """See PipelineFamily.load."""
+
+    def single_file(self, title: str) -> tuple[Any, dict[str, str]]:
+        """Names and tensors of a single file, and its metadata."""
+        raise UserError(f"--to safetensors: no single files of {self.kind.name} are written; use --to diffusers")
+
+    def save_folder(self, folder: Path) -> None:
+        """Writes a pipeline in diffusers' format."""
+        self.pipeline.save_pretrained(folder, safe_serialization=True)
+
+
+def stored_dtype(config: ModelConfig, part: str) -> torch.dtype:
+    """The precision that most values of a component have in its files: float16, bfloat16 or else float32."""
+    name, variant = Path(str(config.pretrained_model_name_or_path)), config.variant
+    if part == "vae" and config.pretrained_vae_model_name_or_path is not None:
+        files = list(Path(config.pretrained_vae_model_name_or_path).glob("*.safetensors"))
+    elif name.suffix == ".safetensors":
+        files = [name]
+    else:
+        found = (name / part).glob("*.safetensors")
+        files = [f for f in found if (f".{variant}" in f.name if variant else f.name.count(".") == 1)]
+    sizes: Counter[str] = Counter()
+    for file in files:
+        with named("--base", str(file)), safe_open(file, "pt") as content:
+            for key in content.keys():  # noqa: SIM118 (it is no dict)
+                entry = content.get_slice(key)
+                sizes[entry.get_dtype()] += torch.Size(entry.get_shape()).numel()
+    return STORED.get(max(sizes, key=lambda kind: sizes[kind]) if sizes else "F32", torch.float32)
+
+
+def _merge(pipeline: Any, lora: Path, scale: float, parts: list[str]) -> None:
+    expected = sum(not key.endswith(".alpha") for key in read_header(lora) if key != "__metadata__")
+    with named("--lora", str(lora)):
+        pipeline.load_lora_weights(str(lora.parent.resolve()), weight_name=lora.name, local_files_only=True)
+    arrived = sum("lora_" in name for part in parts for name, _ in getattr(pipeline, part).named_parameters())
+    if arrived != expected:
+        raise UserError(
+            f"--lora {lora}: of its {expected} tensors diffusers loads {arrived} into this model, so the result would "
+            "not be the LoRA's: is it of another kind of model or of a newer format?"
+        )
+    with named("--lora", str(lora)):
+        pipeline.fuse_lora(components=parts, lora_scale=scale, safe_fusing=True)
+    pipeline.unload_lora_weights()

@@ -1,0 +1,226 @@
+"""What all families share: a diffusers pipeline taken apart for training, sampled from and written again."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers.training_utils import _collate_lora_metadata
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lpl.base.errors import UserError
+from lpl.config import ModelConfig
+from lpl.diffusion.latent_space import LatentSpace
+from lpl.families.base import DECODED_PIXELS, TrainedOn, config_settings, weights_hash
+from lpl.families.kind import Kind
+from lpl.families.lora_files import METADATA, adapter_of, lora_metadata
+from lpl.families.schedulers import training_schedule
+
+logger = logging.getLogger("lpl")
+
+
+class PipelineFamily(ABC):
+    """Implements families.base.Family, but for what a family does in its own way.
+
+    A family's own class loads the pipeline, encodes text, says what its call is given of a prompt, and runs its
+    denoiser on what the step hands over.
+
+    Args:
+        weight_dtype: precision of the run's arithmetic; validation images are drawn in it.
+        encoders_only: leave the denoiser out, where its files are apart from the others.
+
+    Raises:
+        UserError: the model cannot be loaded.
+    """
+
+    kind: ClassVar[Kind]
+    steps: ClassVar[int]
+    """Sampling steps of a validation image, and its guidance."""
+    guidance: ClassVar[float]
+    lora_targets: Mapping[str, tuple[str, ...]]
+    text_key: str
+    trains_text = False
+
+    def __init__(
+        self, config: ModelConfig, device: torch.device, weight_dtype: torch.dtype, encoders_only: bool = False
+    ) -> None:
+        self.device, self.weight_dtype, self.config = device, weight_dtype, config
+        self.trained_on: TrainedOn | None = None
+        self.pipeline = self.load(config, encoders_only)
+        self.vae = self.pipeline.vae.float().eval().requires_grad_(False)
+        self.denoiser = getattr(self.pipeline, self.kind.networks[0])
+        self.schedule = training_schedule(self.pipeline.scheduler.config)
+        # All that encodes: whatever of the VAE does not decode.
+        encoder = [part for name, part in self.vae.named_children() if name not in ("decoder", "post_quant_conv")]
+        settings = f"{type(self.vae).__name__} {config_settings(self.vae.config)}"
+        self.latent_key = weights_hash(*encoder, settings=settings)
+        self.latent_stride = self.kind.stride({"vae": self.vae.config})
+        self.latent_space = LatentSpace.from_config(self.vae.config)
+        self._prompts: dict[tuple[str, str], dict[str, Tensor]] = {}
+        self.prepare_text()
+        for module in (self.vae, *(() if self.trains_text else self.text_encoders)):
+            module.to(device)
+
+    @staticmethod
+    @abstractmethod
+    def load(config: ModelConfig, encoders_only: bool = False, dtypes: Mapping[str, torch.dtype] | None = None) -> Any:
+        """The pipeline, with the schedule that model and options say, on the CPU.
+
+        Args:
+            encoders_only: leave the denoiser out, where its files are apart from the others.
+            dtypes: precision by component, unset: float32.
+
+        Raises:
+            UserError: the model cannot be loaded, or lacks weights.
+        """
+
+    @abstractmethod
+    def prepare_text(self) -> None:
+        """Sets lora_targets and text_key, and puts text encoders into the denoiser where they are trained."""
+
+    @property
+    @abstractmethod
+    def text_encoders(self) -> Sequence[Any]:
+        """See families.base.Family."""
+
+    @abstractmethod
+    def encode_prompt(self, prompt: str, negative_prompt: str) -> dict[str, Tensor]:
+        """What the pipeline's call is given of a prompt and a negative one, by its keyword."""
+
+    @abstractmethod
+    def text_bytes(self) -> int:
+        """Bytes of what is cached of a caption, in float32."""
+
+    @torch.no_grad()
+    def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        posterior = self.vae.encode(pixels.to(self.device, torch.float32)).latent_dist
+        return posterior.mean.float().cpu(), posterior.std.float().cpu()
+
+    def entry_bytes(self, height: int, width: int) -> tuple[int, int]:
+        channels, stride = self.vae.config.latent_channels, self.latent_stride
+        return 2 * 4 * channels * (height // stride) * (width // stride), self.text_bytes()
+
+    def prepare_prompt(self, prompt: str, negative_prompt: str = "") -> None:
+        if not self.trains_text:
+            found = self.encode_prompt(prompt, negative_prompt)
+            self._prompts[prompt, negative_prompt] = {name: value.cpu() for name, value in found.items()}
+
+    def prompt_of(self, denoiser: nn.Module, prompt: str, negative_prompt: str) -> dict[str, Tensor]:
+        """What encode_prompt gave of a prepared prompt, on the device."""
+        found = self._prompts[prompt, negative_prompt]
+        return {name: value.to(self.device) for name, value in found.items()}
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The run's arithmetic."""
+        half = self.weight_dtype != torch.float32
+        return torch.autocast(self.device.type, self.weight_dtype) if half else nullcontext()
+
+    def free_encoders(self) -> None:
+        if not self.trains_text:
+            for encoder in self.text_encoders:
+                encoder.to("cpu")
+
+    def pipeline_options(self) -> dict[str, Any]:
+        """Options of the pipeline's class beside its components, as the model has them."""
+        return {}
+
+    def sampling_kwargs(self) -> dict[str, Any]:
+        """What else the pipeline's call is given."""
+        return {"guidance_scale": self.guidance}
+
+    @staticmethod
+    def to_raw(vae: Any, latents: Tensor, height: int, width: int) -> Tensor:
+        """Raw latents of what the pipeline gives as latents of images of this size, in pixels."""
+        return LatentSpace.from_config(vae.config).to_raw(latents)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        denoiser: nn.Module,
+        prompt: str,
+        negative_prompt: str,
+        seed: int,
+        resolution: int,
+        proceed: Callable[[], None] = lambda: None,
+    ) -> Tensor:
+        def between_steps(_pipeline: Any, _step: int, _timestep: Any, state: dict[str, Any]) -> dict[str, Any]:
+            proceed()
+            return state
+
+        encoded = self.prompt_of(denoiser, prompt, negative_prompt)
+        cls, name = type(self.pipeline), self.kind.networks[0]
+        taken = inspect.signature(cls.__init__).parameters
+        # A pipeline runs where the first of its parts is: it gets what it needs alone.
+        parts = {part: None for part in self.pipeline.components if part in taken} | {name: self.parts(denoiser)[name]}
+        pipeline = cls(**parts | {"scheduler": self.pipeline.scheduler} | self.pipeline_options())
+        pipeline.vae_scale_factor = self.latent_stride
+        pipeline.set_progress_bar_config(disable=True)
+        proceed()
+        with self.autocast():
+            latents = pipeline(
+                **encoded,
+                **self.sampling_kwargs(),
+                height=resolution,
+                width=resolution,
+                num_inference_steps=self.steps,
+                generator=torch.Generator("cpu").manual_seed(seed),
+                output_type="latent",
+                callback_on_step_end=between_steps,
+            ).images
+        return self.to_raw(self.vae, latents.float(), resolution, resolution).cpu()
+
+    @torch.no_grad()
+    def decode(self, raw_latents: Tensor) -> Image.Image:
+        vae = self.vae
+        # Not the size that its config states: some state a tenth of what they decode.
+        vae.tile_sample_min_size = DECODED_PIXELS
+        vae.tile_latent_min_size = DECODED_PIXELS // self.latent_stride
+        vae.enable_tiling()
+        try:
+            decoded = vae.decode(raw_latents.to(self.device)).sample
+        finally:
+            vae.disable_tiling()
+        (image,) = self.pipeline.image_processor.postprocess(decoded, output_type="pil")
+        return image
+
+    def parts(self, denoiser: nn.Module) -> dict[str, Any]:
+        """The networks that are trained, by their name in a pipeline."""
+        return {self.kind.networks[0]: denoiser}
+
+    def export(self, denoiser: nn.Module, folder: Path) -> None:
+        for name, part in self.parts(denoiser).items():
+            setattr(self.pipeline, name, part)
+        self.pipeline.save_pretrained(folder, safe_serialization=True)
+
+    def save_denoiser(self, denoiser: nn.Module, folder: Path) -> None:
+        for name, part in self.parts(denoiser).items():
+            part.save_pretrained(folder / name, safe_serialization=True)
+
+    def export_lora(self, denoiser: nn.Module, folder: Path) -> None:
+        parts = self.parts(denoiser)
+        tensors = {f"{name}_lora_layers": adapter_of(name, part) for name, part in parts.items()}
+        adapters = _collate_lora_metadata(parts)
+        packed = {
+            f"{name}.{key}": sorted(value) if isinstance(value, set) else value
+            for name in parts
+            for key, value in adapters[f"{name}_lora_adapter_metadata"].items()
+        }
+        facts = lora_metadata(self.config, self.pipeline.scheduler.config, self.trained_on)
+
+        def write(weights: dict[str, Tensor], file: str) -> None:
+            adapter = json.dumps(packed, indent=2, sort_keys=True)
+            save_file(weights, file, {"format": "pt", METADATA: adapter} | facts)
+
+        type(self.pipeline).save_lora_weights(folder, **tensors, save_function=write)
+
+    def kohya_lora(self, lora: Path, title: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+        raise UserError(f"{lora}: no other names of a {self.kind.name} LoRA's layers are known")

@@ -1,0 +1,143 @@
+"""What every family must do: its arithmetic is its pipeline's own, and what it writes loads and gives the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from safetensors.torch import load_file
+
+from lpl.config import ModelConfig
+from lpl.families import blueprint, kind_of, load_family, plan_configs
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "sdxl": ("tiny_sdxl", {}),
+    "sd": ("tiny_sd", {}),
+    "sd_v": ("tiny_sd", {"prediction_type": "v_prediction"}),
+}
+"""What builds a tiny model of each, and with which settings."""
+CPU, CAPTIONS = torch.device("cpu"), ["a red fox", "a hare in a field, tall grass, evening light"]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def folder(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    build, settings = FAMILIES[request.param]
+    return Path(getattr(tiny_models, build)(tmp_path_factory.mktemp(request.param) / "model", **settings))
+
+
+@pytest.fixture(scope="module")
+def family(folder: Path) -> Any:
+    return load_family(ModelConfig(str(folder)), CPU, torch.float32)
+
+
+def pipeline_of(folder: Path) -> Any:
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, use_safetensors=True)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def denoised(family: Any, denoiser: Any) -> torch.Tensor:
+    """What a denoiser makes of fixed latents and a caption."""
+    noisy = torch.randn((1, 4, 4, 4), generator=torch.Generator().manual_seed(3))
+    text, extra = family.encode_text(CAPTIONS[:1]), {"sizes": torch.full((1, 6), 16.0)}
+    with torch.no_grad():
+        found: torch.Tensor = family.denoise(denoiser, noisy, family.schedule.at([300]), text, extra)
+    return found
+
+
+@pytest.mark.parametrize("caption", CAPTIONS)
+def test_denoise_gives_what_the_pipelines_own_call_gives(folder: Path, family: Any, caption: str) -> None:
+    pipeline, (height, width) = pipeline_of(folder), (24, 40)
+    denoiser, calls = getattr(pipeline, family.kind.networks[0]), []
+    denoiser.register_forward_hook(lambda _, given, options, out: calls.append((*given, out[0])), with_kwargs=True)
+    with torch.no_grad():
+        pipeline(caption, height=height, width=width, num_inference_steps=3, guidance_scale=1.0, output_type="latent")
+    extra = {"sizes": torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)}
+    text = family.encode_text([caption])
+    for latents, t, theirs in calls[-2:]:
+        levels = family.schedule.at([float(t)])
+        with torch.no_grad():
+            ours = family.denoise(family.denoiser.eval(), latents, levels, text, extra)
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_sampled_and_decoded_image_is_the_pipelines(folder: Path, family: Any) -> None:
+    family.prepare_prompt(CAPTIONS[0], "blurred")
+    raw = family.sample(family.denoiser.eval(), CAPTIONS[0], "blurred", seed=7, resolution=16)
+    pipeline = pipeline_of(folder)
+    expected = pipeline(
+        CAPTIONS[0],
+        negative_prompt="blurred",
+        height=16,
+        width=16,
+        num_inference_steps=family.steps,
+        guidance_scale=family.guidance,
+        generator=torch.Generator().manual_seed(7),
+    ).images[0]
+    assert raw.shape == (1, 4, 4, 4)
+    assert np.abs(np.asarray(family.decode(raw), int) - np.asarray(expected, int)).max() <= 1
+
+
+def test_lora_loads_into_the_pipeline_and_gives_the_same(
+    train: Any, folder: Path, family: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outputs, cls = [], type(family)
+    export = cls.export_lora
+
+    def spy(self: Any, denoiser: Any, into: Path) -> None:
+        outputs.append(denoised(family, denoiser.eval()))
+        export(self, denoiser, into)
+
+    monkeypatch.setattr(cls, "export_lora", spy)
+    run = train(pretrained_model_name_or_path=folder, rank=2, learning_rate=1e-2, max_train_steps=3)
+    pipeline = pipeline_of(folder)
+    before = denoised(family, getattr(pipeline, family.kind.networks[0]).eval())
+    pipeline.load_lora_weights(run.folder)
+    denoiser = getattr(pipeline, family.kind.networks[0])
+    arrived = sum("lora_" in name for name, _ in denoiser.named_parameters())
+    assert arrived == len(load_file(run.folder / "pytorch_lora_weights.safetensors")) > 0
+    torch.testing.assert_close(denoised(family, denoiser.eval()), outputs[0], rtol=1e-5, atol=1e-5)
+    assert (outputs[0] - before).abs().max() > 1e-3
+
+
+def test_five_steps_are_those_of_a_run_that_resumed_after_three(train: Any, folder: Path) -> None:
+    options = {"pretrained_model_name_or_path": folder, "lpl_weight": "auto", "max_train_steps": 5}
+    whole = train(**options, output="whole")
+    train(**options, output="parts", checkpointing_steps=3, max_minutes=1e-9, expect_error=True)
+    parts = train(**options, output="parts", checkpointing_steps=3)
+    part = kind_of(ModelConfig(str(folder))).networks[0]
+    file = f"{part}/diffusion_pytorch_model.safetensors"
+    one, other, before = (load_file(root / file) for root in (whole.folder, parts.folder, folder))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert any(not torch.equal(one[name], before[name]) for name in one)
+    again = load_family(ModelConfig(str(whole.folder)), CPU, torch.float32)
+    assert all(torch.equal(again.denoiser.state_dict()[name], value) for name, value in one.items())
+
+
+def test_plan_counts_the_model(folder: Path) -> None:
+    config = ModelConfig(str(folder))
+    plan, pipeline = blueprint(plan_configs(config), config), pipeline_of(folder)
+    networks = [plan.denoiser(), plan.vae(), *plan.text_encoders()]
+    found = [sum(p.numel() for p in network.parameters()) for network in networks]
+    kind = kind_of(config)
+    assert found == [sum(p.numel() for p in getattr(pipeline, name).parameters()) for name in kind.networks]
+    levels = plan.schedule.at([3])
+    extra = {"sizes": torch.zeros(1, 6)}
+    assert plan.denoise(networks[0], torch.zeros(1, 4, 4, 4), levels, plan.text(1), extra).shape == (1, 4, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [(None, 2_567_463_684), ("stable-diffusion-v1-5/stable-diffusion-v1-5", 859_520_964)],
+)
+def test_published_models_have_their_published_size(name: str | None, parameters: int) -> None:
+    config = ModelConfig(name)
+    plan = blueprint(plan_configs(config), config)
+    with torch.device("meta"):
+        denoiser = plan.denoiser()
+    assert sum(p.numel() for p in denoiser.parameters()) == parameters
