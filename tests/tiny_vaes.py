@@ -160,10 +160,12 @@ def decode(vae: Any, raw_latents: torch.Tensor) -> torch.Tensor:
 
 
 def latents_of(name: str, batch: int = 1, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Raw latents, (B, C, 4, 3), or a square where the VAE takes no other, with FRAMES of videos."""
+    """Raw latents, (B, C, 4, 3), or a square where the VAE takes no other or is slow, with FRAMES of videos."""
     from lpl.perceptual.decoders import decoder_taps
 
     space = (4, 4) if name in ("rae", "flux2") else (4, 3)
+    if name == "mochi":
+        space = (2, 2)
     if name in FRAMES:
         space = (FRAMES[name], *space)
     shape = (batch, decoder_taps(vae_of(name)).latent_channels, *space)

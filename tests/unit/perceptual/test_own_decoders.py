@@ -112,8 +112,7 @@ def spaces_of(axes):
     return {1: (7,), 2: (4, 3), 3: (3, 2, 4)}[axes]
 
 
-@pytest.mark.parametrize("strip_bytes", [2**23, 64])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("strip_bytes", "masked"), [(2**23, False), (64, True)])
 @pytest.mark.parametrize("norm_type", NORM_TYPES)
 @pytest.mark.parametrize("axes", [1, 2, 3])
 def test_maps_of_any_space_equal_the_definition(monkeypatch, axes, norm_type, masked, strip_bytes):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -122,11 +122,6 @@ class RAETaps(VaeTaps):
     @property
     def latent_space(self) -> LatentSpace:
         return LatentSpace.identity()
-
-    def copy_to(self, dtype: torch.dtype) -> Self:
-        other = super().copy_to(dtype)
-        other._vae._buffers = {k: b if b is None else b.to(dtype) for k, b in self._vae._buffers.items()}
-        return other
 
     def measure(self, cells: int = 2) -> tuple[Tap, ...]:
         taps = super().measure(int(self.decoder.num_patches**0.5))
