@@ -21,7 +21,7 @@ from torch.amp import autocast, is_autocast_available
 
 from lpl.diffusion.latent_space import LatentSpace
 from lpl.perceptual.chosen_taps import chosen_taps, layer_weights_of, merged
-from lpl.perceptual.decoders import DecoderTaps, HookTaps, any_decoder, is_own
+from lpl.perceptual.decoders import DecoderTaps, HookTaps, VaeTaps, any_decoder, is_own
 from lpl.perceptual.defaults import NORM_TYPE
 from lpl.perceptual.distance import NORM_TYPES, FeatureDistance, batch_scale
 from lpl.perceptual.feature_maps import mean_of_rows
@@ -161,6 +161,7 @@ class LatentPerceptualLoss:
         *,
         depth: int | None = None,
         windows: Tensor | None = None,
+        reach: Sequence[float] | None = None,
     ) -> LPLOutput:
         """Compares two batches of latents.
 
@@ -173,29 +174,41 @@ class LatentPerceptualLoss:
             depth: with random_depth, how many taps are compared. None: all, each with its full weight.
             windows: with crop, (B, 2) numbers in [0, 1), on the CPU: where each sample's window lies, from top left
                 to bottom right.
+            reach: compare as many taps as this has probabilities, dividing each term by its own; instead of depth.
 
         Raises:
             ValueError: shapes or devices that do not fit each other or the VAE, a depth or windows without the option
                 or the option without windows, a decoder in training mode or changed dtype, or, in the first calls, a
                 mask with negative values.
         """
-        return self._evaluate(pred_latents, target_latents, mask, depth, windows)
+        return self._evaluate(pred_latents, target_latents, mask, depth, windows, reach)
 
     @torch.compiler.disable
     def _evaluate(
-        self, pred: Tensor, target: Tensor, mask: Tensor | None, depth: int | None, windows: Tensor | None
+        self,
+        pred: Tensor,
+        target: Tensor,
+        mask: Tensor | None,
+        depth: int | None,
+        windows: Tensor | None,
+        reach: Sequence[float] | None,
     ) -> LPLOutput:
         self._check(pred, target, mask, depth, windows)
         if self.decoder.frames and pred.dim() == 5 and pred.shape[2] == 1:
-            out = self._evaluate(*(x if x is None else x.squeeze(2) for x in (pred, target, mask)), depth, windows)
+            images = (x if x is None else x.squeeze(2) for x in (pred, target, mask))
+            out = self._evaluate(*images, depth, windows, reach)
             return out if out.gradient is None else out._replace(gradient=out.gradient.unsqueeze(2))
+        if reach is not None:
+            depth = len(reach)
+        elif depth is not None and self.reach is not None:
+            reach = self.reach
         with_gradient = torch.is_grad_enabled() and pred.requires_grad
         with torch.no_grad(), _without_autocast(pred.device.type):
             chunks = self._chunks(pred, target, mask, windows)
             if not self.weights:
                 self.weights = self._weights_by_size(chunks[0])
             scales = self._scales(chunks, depth)
-            out = _join([self._compare(chunk, depth, scales, with_gradient) for chunk in chunks])
+            out = _join([self._compare(chunk, depth, reach, scales, with_gradient) for chunk in chunks])
         if not with_gradient:
             return out
         return out._replace(per_sample=WithGradient.apply(pred, out.per_sample, out.gradient))
@@ -204,6 +217,19 @@ class LatentPerceptualLoss:
         """The same loss of whole images, whatever its crop; called without a depth it goes all the way."""
         other = copy.copy(self)
         other.crop = None
+        return other
+
+    def on_meta(self) -> "LatentPerceptualLoss":
+        """The same loss with a decoder that computes shapes alone, on the meta device: for counting."""
+        if not isinstance(self.decoder, VaeTaps):
+            raise ValueError("what one's own decoder costs is not counted: pass a VAE of diffusers")
+        other = copy.copy(self)
+        other.decoder = decoder = self.decoder.copy_to(self.dtype)
+        for module in decoder.modules():
+            module.to("meta")
+        other.segments = merged(decoder.segments(lambda f: f), self.chosen)
+        other.clip_segments = merged(decoder.plain_segments(), self.chosen)
+        other.copied, other._unread_masks = False, 0
         return other
 
     def _chunks(
@@ -255,11 +281,16 @@ class LatentPerceptualLoss:
         return [batch_scale(list(tap)) for tap in zip(*seen, strict=True)]
 
     def _compare(
-        self, chunk: "Chunk", depth: int | None, scales: list[Tensor] | None, with_gradient: bool
+        self,
+        chunk: "Chunk",
+        depth: int | None,
+        reach: Sequence[float] | None,
+        scales: list[Tensor] | None,
+        with_gradient: bool,
     ) -> LPLOutput:
-        reach = self.reach if depth is not None and self.reach is not None else [1.0] * len(self.taps)
         depth = depth or len(self.taps)
-        weights = [w / (len(self.taps) * p) for w, p in zip(self.weights, reach, strict=True)][:depth]
+        probabilities = [1.0] * depth if reach is None else reach[:depth]
+        weights = [w / (len(self.taps) * p) for w, p in zip(self.weights, probabilities, strict=False)]
         # float16 features have gradients below its smallest number: scale them by a power of two, exactly undone.
         factor = 2.0**16 if self.dtype == torch.float16 else 1.0
         found = compare(

@@ -13,6 +13,7 @@ from lpl import LatentPerceptualLoss
 from lpl.perceptual import strips
 from lpl.perceptual.decoders.folding import Duplicate
 from lpl.perceptual.frozen import NormSiLUConvolution, Plain, differentiable
+from lpl.perceptual.precision import walk_difference
 
 
 def latents(seed, dtype=torch.float64):
@@ -44,6 +45,12 @@ def test_frozen_operations_are_exact(monkeypatch, name, checkpointing, strip_byt
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
 def test_other_precisions(dtype, tolerance):
     check_frozen_is_plain(vae_of("wan"), dtype, tolerance, norm_type="shared")
+
+
+def test_frozen_operations_to_the_end_are_decode():
+    for name in ("qwen", "wan22"):
+        for raw in (latents(0, torch.float32), latents(0, torch.float32).unsqueeze(2).repeat(1, 1, 2, 1, 1)):
+            assert walk_difference(vae_of(name), raw) < 1e-4
 
 
 def test_a_third_of_what_autograd_keeps_is_kept():

@@ -107,4 +107,4 @@ def decoder_taps(vae: Any) -> DecoderTaps:
     raise ValueError(f"no walk through the decoder of {type(vae).__name__}: {hint}; known: {', '.join(DECODERS)}")
 
 
-__all__ = ["Decoder", "DecoderTaps", "HookTaps", "StageTaps", "Tap", "any_decoder", "decoder_taps", "is_own"]
+__all__ = ["Decoder", "DecoderTaps", "HookTaps", "StageTaps", "Tap", "VaeTaps", "any_decoder", "decoder_taps", "is_own"]

@@ -41,7 +41,7 @@ class CausalTaps(VaeTaps):
 
     def finish(self, x: Any) -> Tensor:
         decoder = self.decoder
-        y = decoder.nonlinearity(decoder.norm_out(x))
+        y = decoder.nonlinearity(decoder.norm_out(x.unsqueeze(2) if x.dim() == 4 else x))
         y = self._convolve(decoder.conv_out, y, self._ratio(len(decoder.up_blocks)))
         patch = getattr(self._vae.config, "patch_size", None) or 1
         if patch > 1:  # (B, C * p * p, T, H, W): the phase along the width varies slowest

@@ -15,14 +15,14 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lpl.analysis.counter import FusedAttention, StepCounter, checkpoint, make_fake
-from lpl.analysis.states import one_step_size
 from lpl.config import LPLConfig, ModelConfig, OptimConfig, TrainConfig
 from lpl.data.filling import CAPTION_BATCH, batch_of
 from lpl.diffusion.losses import diffusion_loss
 from lpl.families.base import DECODED_PIXELS, Blueprint
 from lpl.perceptual.loss import CHUNK_PIXELS
+from lpl.training.counter import FusedAttention, StepCounter, checkpoint, make_fake
 from lpl.training.engine import add_lora, build_loss
+from lpl.training.states import one_step_size
 
 Device = Literal["cuda", "cpu"]
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
