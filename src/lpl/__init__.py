@@ -5,8 +5,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from lpl.diffusion.latent_space import LatentSpace
     from lpl.diffusion.prediction import edm
     from lpl.diffusion.schedule import Distribution, Schedule
+    from lpl.perceptual.decoders import DecoderTaps, HookTaps
     from lpl.perceptual.gate import Gate, probability_of
     from lpl.perceptual.loop_check import CheckResult, check
     from lpl.perceptual.loss import LatentPerceptualLoss, LPLOutput
@@ -14,6 +16,9 @@ if TYPE_CHECKING:
     from lpl.perceptual.term import PerceptualTerm
 
 _PUBLIC = {
+    "DecoderTaps": "lpl.perceptual.decoders",
+    "HookTaps": "lpl.perceptual.decoders",
+    "LatentSpace": "lpl.diffusion.latent_space",
     "LatentPerceptualLoss": "lpl.perceptual.loss",
     "LPLOutput": "lpl.perceptual.loss",
     "PerceptualObjective": "lpl.perceptual.objective",
@@ -29,10 +34,13 @@ _PUBLIC = {
 
 __all__ = [
     "CheckResult",
+    "DecoderTaps",
     "Distribution",
     "Gate",
+    "HookTaps",
     "LPLOutput",
     "LatentPerceptualLoss",
+    "LatentSpace",
     "PerceptualObjective",
     "PerceptualTerm",
     "Schedule",

@@ -90,8 +90,12 @@ def _distance(outputs: list[Tensor], reference: list[Tensor]) -> float:
 def walk_difference(vae: Any, raw_latents: Tensor) -> float:
     """The largest absolute difference between the walk of LPL's frozen operations to the end and `vae.decode`."""
     walk = decoder_taps(vae)
-    segments = walk.segments(lambda function: function)
+    if walk.frames and raw_latents.dim() == 5:
+        segments = walk.plain_segments()
+    else:
+        segments = walk.segments(lambda function: function)
     x: Any = raw_latents
     for segment, following in pairwise(segments):
         x = following.open(segment.run(x))
-    return float((walk.finish(x) - vae.decode(raw_latents).sample).abs().max())
+    whole = raw_latents.unsqueeze(2) if walk.frames and raw_latents.dim() == 4 else raw_latents
+    return float((walk.finish(x) - vae.decode(whole).sample).abs().max())

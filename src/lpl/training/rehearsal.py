@@ -247,10 +247,10 @@ class Rehearsal:
                 # The loss takes its work in smaller parts on a CPU than elsewhere.
                 with self._tensors(self.device == "cpu"), FusedAttention(), StepCounter() as counter:
                     pred, target = torch.empty(shape).requires_grad_(), torch.empty(shape)
-                    loss(pred, target, windows=windows, **({} if loss.reach is None else {"depth": depth}))
+                    loss(pred, target, windows=windows, depth=None if loss.reach is None else depth)
                 flops += (reached - passed) * counter.flops / shape[0]
                 peak = max(peak, counter.peak)
-        taps = [(tap.name, tap.channels, tap.stride, w) for tap, w in zip(loss.taps, loss.weights, strict=True)]
+        taps = [(tap.name, tap.channels, int(tap.stride), w) for tap, w in zip(loss.taps, loss.weights, strict=True)]
         return LossCost(copy, peak, round(flops), taps)
 
     def _tensors(self, fake: bool) -> AbstractContextManager[Any]:

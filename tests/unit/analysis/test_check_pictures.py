@@ -161,7 +161,7 @@ def test_the_walk_is_the_decoder_and_a_broken_one_is_a_fault(monkeypatch: pytest
 
         def __init__(self, vae: Any) -> None:
             super().__init__(vae)
-            self._post_quant_conv = None
+            self._vae = SimpleNamespace(decoder=vae.decoder, config=vae.config)
 
     monkeypatch.setattr(lpl.perceptual.precision, "decoder_taps", Skips)
     found = precision.walk_difference(vae, latents)
