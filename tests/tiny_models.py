@@ -241,6 +241,42 @@ def tiny_sd3(folder: Any, seed: int = 0, t5: bool = True) -> Any:
     return folder
 
 
+def tiny_flux(folder: Any, seed: int = 0, guidance: bool = True) -> Any:
+    """Writes a FluxPipeline to a folder, latents as tiny_sdxl's: dev, or without guidance schnell."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    from lpl.demo.architecture import build_tokenizers
+
+    tokenizer, _ = build_tokenizers()
+    vae = tiny_vae16(seed)
+    torch.manual_seed(seed)
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        pooled_projection_dim=8,
+        guidance_embeds=guidance,
+        axes_dims_rope=(2, 2, 4),
+    )
+    encoder, tokenizer_2 = tiny_t5(16)
+    pipeline = FluxPipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0 if guidance else 1.0, use_dynamic_shifting=guidance),
+        vae=vae,
+        text_encoder=tiny_clip(tokenizer, 8, projects=False),
+        tokenizer=tokenizer,
+        text_encoder_2=encoder,
+        tokenizer_2=tokenizer_2,
+    )
+    randomize(transformer, seed, 0.1)
+    pipeline.save_pretrained(folder)
+    return folder
+
+
 def tiny_images(folder: Any, count: int = 6, size: int = 24, seed: int = 0) -> Any:
     """Writes small random pictures with metadata.jsonl to a folder."""
     import json

@@ -7,7 +7,7 @@ import logging
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ class FrozenTextFamily(PipelineFamily):
     Fields of a caption have the names that the pipeline's call knows them by.
     """
 
-    max_length: ClassVar[int]
+    max_length: int
     """Tokens of a caption that the text encoder of the longest captions reads."""
 
     @abstractmethod

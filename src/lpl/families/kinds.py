@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lpl.config import ModelConfig
 from lpl.families.kind import Kind
 from lpl.families.sdxl_check import SDXL_KIND
 
@@ -32,5 +33,26 @@ SD3_KIND = Kind(
     guidance=4.5,
     lora_starts={"transformer": ("transformer.",)},
 )
-KINDS: tuple[Kind, ...] = (SDXL_KIND, SD_KIND, SD3_KIND)
+
+
+class FluxKind(Kind):
+    """Flux.1: dev has learned guidance as an input, schnell has none."""
+
+    def usual_guidance(self, config: ModelConfig) -> float | None:
+        return self.guidance if self.plan_configs(config)["transformer"].get("guidance_embeds") else None
+
+
+FLUX_KIND = FluxKind(
+    name="Flux.1",
+    pipelines=("FluxPipeline",),
+    module="flux",
+    base="FLUX.1-dev",
+    base_name="black-forest-labs/FLUX.1-dev",
+    networks=("transformer", "vae", "text_encoder", "text_encoder_2"),
+    tokenizers=("tokenizer", "tokenizer_2"),
+    steps=28,  # both as its pipeline does
+    guidance=3.5,
+    lora_starts={"transformer": ("transformer.",)},
+)
+KINDS: tuple[Kind, ...] = (SDXL_KIND, SD_KIND, SD3_KIND, FLUX_KIND)
 """The first is that of a plan without a model, and the one whose checks judge what belongs to none."""

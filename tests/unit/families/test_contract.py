@@ -21,9 +21,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "sd": ("tiny_sd", {}),
     "sd_v": ("tiny_sd", {"prediction_type": "v_prediction"}),
     "sd3": ("tiny_sd3", {}),
+    "flux": ("tiny_flux", {}),
 }
 """What builds a tiny model of each, and with which settings."""
-PRESETS = {"sd3": "sd35-lora"}
+PRESETS = {"sd3": "sd35-lora", "flux": "flux-lora"}
 """Of a LoRA."""
 CPU, CAPTIONS = torch.device("cpu"), ["a red fox", "a hare in a field, tall grass, evening light"]
 
@@ -191,6 +192,7 @@ CLIP_L, CLIP_G, T5_XXL, VAE_16 = 123_650_304, 694_659_840, 4_762_310_656, 83_819
         (None, [2_567_463_684]),
         ("stable-diffusion-v1-5/stable-diffusion-v1-5", [859_520_964]),
         ("stabilityai/stable-diffusion-3.5-medium", [2_243_171_520, VAE_16, CLIP_L, CLIP_G, T5_XXL]),
+        ("black-forest-labs/FLUX.1-dev", [11_901_408_320, VAE_16, 123_060_480, T5_XXL]),
     ],
 )
 def test_published_models_have_their_published_size(name: str | None, parameters: list[int]) -> None:
