@@ -15,6 +15,9 @@ from torch import Tensor
 from lpl.families.base import config_settings, tokenizer_settings, weights_hash
 from lpl.families.pipeline_family import PipelineFamily, logger
 
+LENGTH_STEP = 32
+"""What lengths of text that count are rounded up to: few shapes in the cache."""
+
 
 class FrozenTextFamily(PipelineFamily):
     """A PipelineFamily whose text encoders stay frozen, in the precision that they are stored in.
@@ -22,6 +25,8 @@ class FrozenTextFamily(PipelineFamily):
     Fields of a caption have the names that the pipeline's call knows them by.
     """
 
+    mask: str | None = None
+    """The field that marks the tokens that count, which are the first; None: all do."""
     max_length: int
     """Tokens of a caption that the text encoder of the longest captions reads."""
 
@@ -50,11 +55,15 @@ class FrozenTextFamily(PipelineFamily):
         self._cut: list[str] = []
 
     @torch.no_grad()
-    def encode_text(self, captions: list[str]) -> dict[str, Tensor]:
+    def encode_text(self, captions: list[str]) -> dict[str, Tensor | list[Tensor]]:
         rows = self._tokenizers[-1](captions).input_ids
         self._cut += [text for text, ids in zip(captions, rows, strict=True) if len(ids) > self.limit]
         with quiet(type(self.pipeline).__module__):
-            return {name: value.cpu() for name, value in self.embed(captions).items()}
+            found = {name: value.cpu() for name, value in self.embed(captions).items()}
+        if self.mask is None:
+            return {**found}
+        lengths = [-(-int(count) // LENGTH_STEP) * LENGTH_STEP for count in found[self.mask].sum(1)]
+        return {name: [row[:n] for row, n in zip(value, lengths, strict=True)] for name, value in found.items()}
 
     @property
     def limit(self) -> int:
@@ -63,12 +72,14 @@ class FrozenTextFamily(PipelineFamily):
 
     def encode_prompt(self, prompt: str, negative_prompt: str) -> dict[str, Tensor]:
         # In float32: pipelines draw in the precision of their text.
-        found = {name: _widened(value) for name, value in self.encode_text([prompt, negative_prompt]).items()}
+        with torch.no_grad(), quiet(type(self.pipeline).__module__):
+            found = {name: widened(value) for name, value in self.embed([prompt, negative_prompt]).items()}
         wanted = {name: value[:1] for name, value in found.items()}
         return wanted | {f"negative_{name}": value[1:] for name, value in found.items()}
 
     def text_bytes(self) -> int:
-        return 4 * sum(value.numel() for value in self.encode_text([""]).values())
+        with torch.no_grad():
+            return 4 * sum(value.numel() for value in self.embed([""]).values())
 
     def free_encoders(self) -> None:
         if self._cut:
@@ -88,5 +99,6 @@ def quiet(name: str) -> Iterator[None]:
         theirs.disabled = before
 
 
-def _widened(value: Tensor) -> Tensor:
+def widened(value: Tensor) -> Tensor:
+    """In float32 what is no integer."""
     return value.float() if value.is_floating_point() else value

@@ -12,7 +12,7 @@ from lpl.base.errors import UserError
 from lpl.base.tensor_file import read_header as read_tensor_header
 from lpl.config import ModelConfig
 from lpl.families.files import FLAG, INDEX, SINGLE_FILES, check_complete, check_weights, read_header, reader, vae_stride
-from lpl.families.schedulers import chosen_schedule, compare_lora
+from lpl.families.schedulers import chosen_schedule, compare_lora, is_flow
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Kind:
             configs = {"index": read(INDEX), "scheduler": read("scheduler/scheduler_config.json")}
             present = self._present(configs["index"], self.networks)
             configs |= {part: read(f"{part}/config.json") for part in present}
-        if self.is_flow != ("FlowMatch" in str(configs["scheduler"].get("_class_name"))):
+        if self.is_flow != is_flow(configs["scheduler"]):
             kind = configs["scheduler"].get("_class_name")
             raise UserError(f"{FLAG} {name}: its scheduler is {kind}, which is none of {self.name}'s")
         return configs if self.is_flow else configs | {"scheduler": chosen_schedule(configs["scheduler"], config)}

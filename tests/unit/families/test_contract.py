@@ -12,10 +12,10 @@ import tiny_models
 import torch
 from safetensors.torch import load_file
 
-from lpl.analysis.counter import FusedAttention
 from lpl.config import ModelConfig
 from lpl.families import blueprint, kind_of, load_family, plan_configs
 from lpl.families.sampling import load_for_sampling
+from lpl.training.counter import FusedAttention
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "sdxl": ("tiny_sdxl", {}),
@@ -23,10 +23,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "sd_v": ("tiny_sd", {"prediction_type": "v_prediction"}),
     "sd3": ("tiny_sd3", {}),
     "flux": ("tiny_flux", {}),
+    "sana": ("tiny_sana", {}),
 }
 """What builds a tiny model of each, and with which settings."""
-PRESETS = {"sd3": "sd35-lora", "flux": "flux-lora"}
+PRESETS = {"sd3": "sd35-lora", "flux": "flux-lora", "sana": "sana-lora"}
 """Of a LoRA."""
+SIDES = {"SanaPipeline": 32}
+"""Pixels that the pipeline draws, where they are not 16."""
 CPU, CAPTIONS = torch.device("cpu"), ["a red fox", "a hare in a field, tall grass, evening light"]
 
 
@@ -41,16 +44,25 @@ def family(folder: Path) -> Any:
     return load_family(ModelConfig(str(folder)), CPU, torch.float32)
 
 
+def side_of(pipeline: Any) -> int:
+    return SIDES.get(type(pipeline).__name__, 16)
+
+
 def pipeline_of(folder: Path) -> Any:
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, use_safetensors=True)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
+def text_of(family: Any, caption: str) -> dict[str, torch.Tensor]:
+    """Of a batch of one."""
+    return {name: torch.stack(list(values)) for name, values in family.encode_text([caption]).items()}
+
+
 def denoised(family: Any, denoiser: Any) -> torch.Tensor:
     """What a denoiser makes of fixed latents and a caption."""
     noisy = torch.randn((1, 4, 4, 4), generator=torch.Generator().manual_seed(3))
-    text, extra = family.encode_text(CAPTIONS[:1]), {"sizes": torch.full((1, 6), 16.0)}
+    text, extra = text_of(family, CAPTIONS[0]), {"sizes": torch.full((1, 6), 16.0)}
     with torch.no_grad():
         found: torch.Tensor = family.denoise(denoiser, noisy, family.schedule.at([300]), text, extra)
     return found
@@ -77,12 +89,13 @@ def watched(pipeline: Any, family: Any, height: int, width: int) -> list[tuple[t
 
 @pytest.mark.parametrize("caption", CAPTIONS)
 def test_denoise_gives_what_the_pipelines_own_call_gives(folder: Path, family: Any, caption: str) -> None:
-    pipeline, (height, width) = pipeline_of(folder), (24, 40)
+    pipeline, side = pipeline_of(folder), side_of(family.pipeline)
+    height, width = 2 * side, 3 * side
     calls = watched(pipeline, family, height, width)
     with torch.no_grad():
         pipeline(caption, height=height, width=width, num_inference_steps=3, guidance_scale=1.0, output_type="latent")
     extra = {"sizes": torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)}
-    text = family.encode_text([caption])
+    text = text_of(family, caption)
     assert len(calls) >= 2
     for latents, t, theirs in calls[-2:]:
         levels = family.schedule.at([float(t)])
@@ -94,37 +107,38 @@ def test_denoise_gives_what_the_pipelines_own_call_gives(folder: Path, family: A
 def test_sampled_and_decoded_image_is_the_pipelines(folder: Path, family: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(family, "steps", 4)
     family.prepare_prompt(CAPTIONS[0], "blurred")
-    raw = family.sample(family.denoiser.eval(), CAPTIONS[0], "blurred", seed=7, resolution=16)
-    pipeline = pipeline_of(folder)
+    pipeline, side = pipeline_of(folder), side_of(family.pipeline)
+    raw = family.sample(family.denoiser.eval(), CAPTIONS[0], "blurred", seed=7, resolution=side)
     expected = pipeline(
         CAPTIONS[0],
         negative_prompt="blurred",
-        height=16,
-        width=16,
+        height=side,
+        width=side,
         num_inference_steps=4,
         guidance_scale=family.guidance,
         generator=torch.Generator().manual_seed(7),
     ).images[0]
-    assert raw.shape == (1, 4, 4, 4)
+    assert raw.shape == (1, 4, side // 4, side // 4)
     assert np.abs(np.asarray(family.decode(raw), int) - np.asarray(expected, int)).max() <= 1
 
 
 def test_images_of_an_evaluation_are_the_pipelines(folder: Path) -> None:
     sampler, pipeline = load_for_sampling(ModelConfig(str(folder)), torch.float32, CPU), pipeline_of(folder)
+    side = side_of(pipeline)
 
     def generators() -> list[torch.Generator]:
         return [torch.Generator().manual_seed(n) for n in (3, 4)]
 
     for guidance in (1.0, 3.0):
         (found, expected) = (
-            sampler(CAPTIONS, generators(), 2, guidance, 16),
+            sampler(CAPTIONS, generators(), 2, guidance, side),
             pipeline(
                 CAPTIONS,
                 generator=generators(),
                 num_inference_steps=2,
                 guidance_scale=guidance,
-                height=16,
-                width=16,
+                height=side,
+                width=side,
                 output_type="np",
             ).images,
         )
@@ -202,6 +216,7 @@ CLIP_L, CLIP_G, T5_XXL, VAE_16 = 123_650_304, 694_659_840, 4_762_310_656, 83_819
         (None, [2_567_463_684]),
         ("stable-diffusion-v1-5/stable-diffusion-v1-5", [859_520_964]),
         ("stabilityai/stable-diffusion-3.5-medium", [2_243_171_520, VAE_16, CLIP_L, CLIP_G, T5_XXL]),
+        ("Efficient-Large-Model/Sana_1600M_1024px_diffusers", [1_604_462_752]),
         ("black-forest-labs/FLUX.1-dev", [11_901_408_320, VAE_16, 123_060_480, T5_XXL]),
     ],
 )
