@@ -101,8 +101,12 @@ def tiny_sdxl(folder: Any, seed: int = 0, prediction_type: str = "epsilon", **sc
     return folder
 
 
-def tiny_sd(folder: Any, seed: int = 0, prediction_type: str = "epsilon") -> Any:
-    """Writes a StableDiffusionPipeline of about 40,000 parameters to a folder; latents as tiny_sdxl's."""
+def tiny_sd(folder: Any, seed: int = 0, prediction_type: str = "epsilon", second: bool = False) -> Any:
+    """Writes a StableDiffusionPipeline of about 40,000 parameters to a folder; latents as tiny_sdxl's.
+
+    Args:
+        second: as Stable Diffusion 2 is built.
+    """
     from diffusers import PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -131,6 +135,7 @@ def tiny_sd(folder: Any, seed: int = 0, prediction_type: str = "epsilon") -> Any
         attention_head_dim=2,
         norm_num_groups=4,
         cross_attention_dim=8,
+        use_linear_projection=second,
     )
     scheduler = PNDMScheduler(
         beta_start=0.00085,

@@ -17,7 +17,13 @@ SD_KIND = Kind(
     is_flow=False,
     patch=1,
     resolution=512,
-    single_files=True,
+    single_file_keys=(
+        "cond_stage_model.transformer.text_model.embeddings.position_embedding.weight",
+        "cond_stage_model.model.token_embedding.weight",
+    ),
+    parameters=859_520_964,
+    options=frozenset({"clip_skip", "train_text_encoder"}),
+    parts={"to_kohya": "sd:to_kohya"},
     lora_starts={"unet": ("unet.", "lora_unet_"), "text_encoder": ("text_encoder.", "lora_te_")},
 )
 KINDS: tuple[Kind, ...] = (SDXL_KIND, SD_KIND)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from lpl.config import ModelConfig
 from lpl.families import blueprint, kind_of, load_family, plan_configs
+from lpl.training.trainer import Trainer
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "sdxl": ("tiny_sdxl", {}),
@@ -22,6 +23,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """What builds a tiny model of each, and with which settings."""
 CPU, CAPTIONS = torch.device("cpu"), ["a red fox", "a hare in a field, tall grass, evening light"]
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing of the trainer catches it."""
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -105,11 +110,25 @@ def test_lora_loads_into_the_pipeline_and_gives_the_same(
     assert (outputs[0] - before).abs().max() > 1e-3
 
 
-def test_five_steps_are_those_of_a_run_that_resumed_after_three(train: Any, folder: Path) -> None:
-    options = {"pretrained_model_name_or_path": folder, "lpl_weight": "auto", "max_train_steps": 5}
+def test_five_steps_are_those_of_a_run_that_resumed_after_three(
+    train: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = {"pretrained_model_name_or_path": folder, "max_train_steps": 5}
     whole = train(**options, output="whole")
-    train(**options, output="parts", checkpointing_steps=3, max_minutes=1e-9, expect_error=True)
+    step = Trainer._optimizer_step
+
+    def dying(self: Trainer) -> Any:
+        if self.step == 3:
+            raise Killed
+        return step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_optimizer_step", dying)
+        with pytest.raises(Killed):
+            train(**options, output="parts", checkpointing_steps=3)
     parts = train(**options, output="parts", checkpointing_steps=3)
+    assert "at step 3 of 5" in caplog.text
+    assert any(value > 0 for value in parts.losses()["lpl/loss"].values())
     part = kind_of(ModelConfig(str(folder))).networks[0]
     file = f"{part}/diffusion_pytorch_model.safetensors"
     one, other, before = (load_file(root / file) for root in (whole.folder, parts.folder, folder))
