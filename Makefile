@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
-.PHONY: demo test soak lint options same house bench quality demo-weights clean
+.PHONY: demo test soak lint options api same house bench quality demo-weights clean
 
 demo: .venv/installed
 	$(OFFLINE) OMP_WAIT_POLICY=PASSIVE $(BIN)/lpl demo --output_dir lpl-demo
@@ -29,6 +29,10 @@ lint: .venv/installed
 options: .venv/installed
 	$(BIN)/python tools/options_page.py
 
+# docs/api.md, made of the docstrings of the public names.
+api: .venv/installed
+	$(BIN)/python tools/api_page.py
+
 # Runs the same commands with an older commit (BASE=..., else where this branch left main), and compares what they leave.
 same: .venv/installed
 	$(BIN)/python tools/same_results.py $(if $(BASE),--base $(BASE)) $(SAME)
@@ -40,7 +44,7 @@ house: .venv/installed
 # The figures of docs/performance.md: over half an hour on two CPU cores.
 bench: .venv/installed
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[bench]'
-	for what in loss_cost "loss_cost cpu" "loss_time time" "loss_time memory" "loss_time sweep" random_depth crop_bias step_time \
+	for what in loss_cost "loss_cost cpu" "loss_time time" "loss_time memory" "loss_time sweep" random_depth budget crop_bias step_time \
 	    step_profile plan_check plan_table data_reading data_start "data_start memory" "data_start million"; do \
 	    set -- $$what; echo "## $$what"; $(OFFLINE) $(BIN)/python benchmarks/$$1.py $$2 || exit 1; done
 

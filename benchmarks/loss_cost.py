@@ -2,22 +2,25 @@
 
     python benchmarks/loss_cost.py [pixels ...]
     python benchmarks/loss_cost.py cpu [pixels]
+    python benchmarks/loss_cost.py causal [pixels]
 
 Runs on the meta device, attention as one kernel: no weights, no arithmetic, the same figures everywhere. With several
-sizes it also draws docs/cost.png. cpu: FLOPs of a real call on a CPU in float32. "textbook" is the definition,
-src/lpl/perceptual/textbook.py: two passes of plain autograd.
+sizes it also draws docs/cost.png. cpu: FLOPs of a real call on a CPU in float32. causal: one frame through the decoders
+of Qwen-Image and Wan 2.2 at full width, frozen operations against plain blocks: processor time and bytes. "textbook" is
+the definition, src/lpl/perceptual/textbook.py: two passes of plain autograd.
 """
 
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from time import process_time
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderKLQwenImage, AutoencoderKLWan
 
 from lpl import LatentPerceptualLoss
-from lpl.analysis.counter import FusedAttention, StepCounter
 from lpl.perceptual.textbook import textbook_lpl
+from lpl.training.counter import FusedAttention, StepCounter
 
 sys.path.insert(0, str(Path(__file__).parent))
 from saved_bytes import count_saved_bytes
@@ -55,13 +58,16 @@ def decode_flops(vae, pixels):
 
 
 def count_lpl(pixels, samples=1, dtype=torch.float32, **options):
-    """FLOPs, bytes kept for the decoder's backward pass, and peak bytes of a call (gradient included).
+    """FLOPs, bytes kept for the decoder's backward pass, and peak bytes of a call (gradient included)."""
+    loss_fn = LatentPerceptualLoss(sdxl_vae("meta", dtype), dtype=dtype, **options)
+    return count_call(loss_fn, meta_latents(pixels, samples))
+
+
+def count_call(loss_fn, pred):
+    """The same of any loss.
 
     Kept: everything alive when that pass begins, but for the gradient that it starts from.
     """
-    vae = sdxl_vae("meta", dtype)
-    loss_fn = LatentPerceptualLoss(vae, dtype=dtype, **options)
-    pred = meta_latents(pixels, samples)
     kept = []
     segment = loss_fn.segments[len(loss_fn.taps) - 1]
     backward = segment.backward
@@ -127,6 +133,53 @@ def on_cpu(pixels):
         print(f"{pixels} px, float32 on a CPU, checkpointing {checkpointing}: {counter.flops / decode:.2f} decodes")
 
 
+def causal_vaes(device):
+    """Qwen-Image's and Wan 2.2's VAEs without their weights; each with its latents' channels and stride."""
+    wan = {
+        "base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "dim_mult": [1, 2, 4, 4], "is_residual": True,
+        "temperal_downsample": [False, True, True], "latents_mean": [0.0] * 48, "latents_std": [1.0] * 48,
+        "in_channels": 12, "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device(device):
+        qwen, wan22 = AutoencoderKLQwenImage(), AutoencoderKLWan(**wan)
+    for name, vae, stride in (("Qwen-Image", qwen, 8), ("Wan 2.2", wan22, 16)):
+        vae.encoder = torch.nn.Identity()
+        yield name, vae.eval().requires_grad_(False), vae.config.z_dim, stride
+
+
+def processor_time(function, *arguments):
+    """Seconds of one call."""
+    start = process_time()
+    function(*arguments)
+    return process_time() - start
+
+
+def causal(pixels):
+    """Processor time of forward and backward on one thread, the least of three calls, and bytes kept: frozen operations
+    against plain blocks.
+    """
+    torch.set_num_threads(1)
+    print(f"\n{pixels} px, one frame, forward and backward on one thread\n")
+    print("| decoder | plain blocks | frozen | ratio | kept by plain blocks | by frozen | ratio |")
+    print("|---|---|---|---|---|---|---|")
+    for (name, vae, channels, stride), (_, empty, *_) in zip(causal_vaes("cpu"), causal_vaes("meta"), strict=True):
+        shape = (1, channels, pixels // stride, pixels // stride)
+        pred, target = torch.randn(shape).requires_grad_(), torch.randn(shape)
+        plain, frozen, counted = LatentPerceptualLoss(vae), LatentPerceptualLoss(vae), LatentPerceptualLoss(empty)
+        plain.segments = plain.clip_segments
+        rounds = [[processor_time(loss_fn, pred, target) for loss_fn in (plain, frozen)] for _ in range(3)]
+        times = [min(own) for own in zip(*rounds, strict=True)]
+        kept = []
+        for segments in (counted.clip_segments, counted.segments):
+            counted.segments = list(segments)
+            kept.append(count_call(counted, torch.empty(shape, device="meta").requires_grad_())[1])
+        print(
+            f"| {name} | {times[0]:.1f} s | {times[1]:.1f} s | {times[1] / times[0]:.2f} | {kept[0] / MIB:.0f} MiB | "
+            f"{kept[1] / MIB:.0f} MiB | {kept[1] / kept[0]:.2f} |"
+        )
+
+
 def draw(sizes):
     """docs/cost.png: cost against pixels, blocks and gated samples."""
     import matplotlib
@@ -160,6 +213,9 @@ def draw(sizes):
 def main(*arguments):
     if arguments[:1] == ("cpu",):
         on_cpu(*map(int, arguments[1:] or (256,)))
+        return
+    if arguments[:1] == ("causal",):
+        causal(*map(int, arguments[1:] or (128,)))
         return
     sizes = [int(a) for a in arguments] or [64, 128, 256, 512, 1024]
     for pixels in sizes:

@@ -110,8 +110,8 @@ def options(case: Case) -> Any:
 def predict(case: Case) -> tuple[int, str]:
     """Peak in bytes, and its phase."""
     from lpl.analysis.needs import estimate
-    from lpl.analysis.rehearsal import Rehearsal
     from lpl.families import blueprint
+    from lpl.training.rehearsal import Rehearsal
 
     needs = estimate(options(case), Rehearsal(blueprint(model_configs(case)), "cpu"))
     steps = {phase: peak for phase, peak in needs.phases.items() if phase != "caching"}

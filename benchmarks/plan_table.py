@@ -9,10 +9,10 @@ Counted (lpl.analysis), not measured on a GPU. Left out: the CUDA context, works
 import sys
 
 from lpl.analysis.alternatives import RANK, cheapest, smallest
-from lpl.analysis.rehearsal import Rehearsal
 from lpl.config import TrainConfig
 from lpl.config.command_line import parse_train
 from lpl.families import blueprint, plan_configs
+from lpl.training.rehearsal import Rehearsal
 
 FIXED = (f"--rank {RANK}", "--no_use_lpl")
 KINDS = {

@@ -5,17 +5,50 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from lpl.diffusion.latent_space import LatentSpace
+    from lpl.diffusion.prediction import edm
+    from lpl.diffusion.schedule import Distribution, Schedule
+    from lpl.perceptual.decoders import DecoderTaps, HookTaps
+    from lpl.perceptual.gate import Gate, probability_of
+    from lpl.perceptual.loop_check import CheckResult, check
     from lpl.perceptual.loss import LatentPerceptualLoss, LPLOutput
-    from lpl.perceptual.objective import PerceptualObjective, PerceptualTerm
+    from lpl.perceptual.objective import PerceptualObjective
+    from lpl.perceptual.term import PerceptualTerm
 
 _PUBLIC = {
+    "DecoderTaps": "lpl.perceptual.decoders",
+    "HookTaps": "lpl.perceptual.decoders",
+    "LatentSpace": "lpl.diffusion.latent_space",
     "LatentPerceptualLoss": "lpl.perceptual.loss",
     "LPLOutput": "lpl.perceptual.loss",
     "PerceptualObjective": "lpl.perceptual.objective",
-    "PerceptualTerm": "lpl.perceptual.objective",
+    "PerceptualTerm": "lpl.perceptual.term",
+    "check": "lpl.perceptual.loop_check",
+    "CheckResult": "lpl.perceptual.loop_check",
+    "Gate": "lpl.perceptual.gate",
+    "probability_of": "lpl.perceptual.gate",
+    "Distribution": "lpl.diffusion.schedule",
+    "Schedule": "lpl.diffusion.schedule",
+    "edm": "lpl.diffusion.prediction",
 }
 
-__all__ = ["LPLOutput", "LatentPerceptualLoss", "PerceptualObjective", "PerceptualTerm", "__version__"]
+__all__ = [
+    "CheckResult",
+    "DecoderTaps",
+    "Distribution",
+    "Gate",
+    "HookTaps",
+    "LPLOutput",
+    "LatentPerceptualLoss",
+    "LatentSpace",
+    "PerceptualObjective",
+    "PerceptualTerm",
+    "Schedule",
+    "__version__",
+    "check",
+    "edm",
+    "probability_of",
+]
 
 
 def __getattr__(name: str) -> Any:

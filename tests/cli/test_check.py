@@ -12,6 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
+import lpl.perceptual.precision
 from lpl import cli
 from lpl.analysis.check import cost, precision
 from lpl.perceptual.decoders.autoencoder_kl import AutoencoderKLTaps
@@ -156,7 +157,7 @@ def test_a_walk_that_is_not_the_decoder_ends_with_an_error_after_the_report(
         def finish(self, x: torch.Tensor) -> torch.Tensor:
             return super().finish(x) + 0.5
 
-    monkeypatch.setattr(precision, "decoder_taps", Skips)
+    monkeypatch.setattr(lpl.perceptual.precision, "decoder_taps", Skips)
     found, out, err = check(code=2)
     assert found["walk_equals_decode"] == pytest.approx(0.5, abs=1e-4)
     assert "faults       LPL's walk" in out

@@ -232,9 +232,9 @@ def of_model(name: str) -> Callable[[Base], tuple[Path, Act]]:
     def prepare(base: Base) -> tuple[Path, Act]:
         import torch
 
-        from lpl.analysis.rehearsal import Rehearsal
         from lpl.config import ModelConfig
         from lpl.families import blueprint, load_family, model_configs
+        from lpl.training.rehearsal import Rehearsal
 
         model = base.copy("model")
         options = ModelConfig(str(model))

@@ -51,6 +51,14 @@ def test_accumulation_equals_a_larger_batch(train: Any, whole: Any, batch: int, 
     assert_same_run(train(**options, output="split"), whole)
 
 
+def test_a_budget_decodes_the_same_in_every_split(train: Any) -> None:
+    options = OPTIONS | {"lpl_budget": 0.3, "lpl_weight": 1.0}
+    whole = train(**options, output="whole")
+    split = train(**options | {"train_batch_size": 2, "gradient_accumulation_steps": 4}, output="split")
+    assert_same_run(split, whole)
+    assert sum(whole.logged()["lpl/cost"].values()) > 0
+
+
 def test_reduction_of_the_diffusers_project_depends_on_the_split(train: Any) -> None:
     """What `expected` exists to avoid; if this fails the test above says nothing about the reduction."""
     options = OPTIONS | {"max_train_steps": 1}

@@ -26,7 +26,7 @@ OPTIONS = {
 }
 VARIANTS = {
     "full": {"use_ema": True, "ema_decay": 0.9, "snr_gamma": 5.0},
-    "lora": {"rank": 2, "lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 7},
+    "lora": {"rank": 2, "lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 7, "lpl_budget": 0.3},
 }
 
 
@@ -73,7 +73,10 @@ def parts_of(options: dict[str, Any]) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_five_steps_and_five_more_equal_ten(train: Any, name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_five_steps_and_five_more_equal_ten(
+    train: Any, name: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lpl.perceptual.budget.MEASURED_SAMPLES", 3)
     variant = OPTIONS | VARIANTS[name]
     whole = train(**variant, output="whole")
     half = train(**variant | {"max_train_steps": EVERY}, output="halves")
@@ -83,6 +86,10 @@ def test_five_steps_and_five_more_equal_ten(train: Any, name: str, caplog: pytes
     assert last[0] == last[2] == caplog.messages[-1]  # of the whole run, not of what was continued
     assert last[0] != last[1]
     assert_same_end(resumed, whole, parts_of(variant))
+    if "lpl_budget" in variant:
+        kept = [json.loads((half.folder / f"checkpoint-{n}" / "state.json").read_text())["budget"] for n in (5, 10)]
+        assert kept[0]["measured"] > 0
+        assert kept[1]["fixed"]
 
 
 def test_the_same_command_continues_a_killed_run(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:

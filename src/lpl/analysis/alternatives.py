@@ -7,10 +7,10 @@ from itertools import combinations, pairwise
 from typing import Any, NamedTuple
 
 from lpl.analysis.needs import Needs, launched_estimate, launched_floor
-from lpl.analysis.rehearsal import Rehearsal
 from lpl.base.errors import UserError
 from lpl.config import TrainConfig
 from lpl.training.checks import suits
+from lpl.training.rehearsal import Rehearsal
 
 HEADROOM = 0.05
 """Share of the device's memory that is left for what is not counted."""

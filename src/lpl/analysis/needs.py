@@ -5,11 +5,11 @@ from __future__ import annotations
 from math import comb
 from typing import NamedTuple
 
-from lpl.analysis.rehearsal import HALF, Rehearsal
-from lpl.analysis.states import state_name, state_size, workspace_size
 from lpl.config import TrainConfig
 from lpl.perceptual.gate import Gate
 from lpl.training.launch import splits
+from lpl.training.rehearsal import HALF, Rehearsal
+from lpl.training.states import state_name, state_size, workspace_size
 from lpl.training.step import run_schedule
 
 
@@ -35,10 +35,18 @@ class Needs(NamedTuple):
     """Of a sample that passes the gate."""
     p_gate: float
     """Probability that it does."""
+    budget: float | None
+    """The most that LPL costs on average, as a share of step_flops; None: no limit."""
     decoded: float
     """Share of the samples that go through LPL's decoder: p_gate, less what --lpl_max_samples leaves out."""
     taps: list[tuple[str, int, int, float]]
     """LPL's taps: name, channels, stride and weight."""
+
+    @property
+    def mean_lpl_flops(self) -> float:
+        """Of LPL, of a sample on average."""
+        whole = self.decoded * self.lpl_flops
+        return whole if self.budget is None else min(whole, self.budget * self.step_flops)
 
     @property
     def peak(self) -> int:
@@ -96,6 +104,7 @@ def estimate(config: TrainConfig, rehearsal: Rehearsal, processes: int = 1) -> N
         denoiser.flops // batch,
         0 if loss is None else loss.flops,
         p_gate,
+        config.lpl.lpl_budget if loss is not None else None,
         decoded_share(p_gate, batch, config.lpl.lpl_max_samples, config.diffusion.timestep_sampling == "stratified"),
         [] if loss is None else loss.taps,
     )

@@ -6,7 +6,6 @@ import os
 
 from lpl.analysis.alternatives import HEADROOM, Change, Choice, cheapest, fits, neighbours, smallest
 from lpl.analysis.needs import Needs, launched_estimate, readable
-from lpl.analysis.rehearsal import Rehearsal
 from lpl.base.errors import UserError
 from lpl.base.terminal import progress
 from lpl.config import TrainConfig
@@ -16,6 +15,7 @@ from lpl.families import blueprint, kind_of, plan_configs
 from lpl.training.checks import check_memory_options
 from lpl.training.launch import check_launch, splits
 from lpl.training.preflight import Checked, check_options
+from lpl.training.rehearsal import Rehearsal
 
 
 def plan(config: TrainConfig, memory: int) -> str:
@@ -116,7 +116,7 @@ def _details(needs: Needs, config: TrainConfig) -> list[str]:
             lines.append(f"  tap {name:6}  {channels} x {cells} x {cells}, weight {weight:g}")
     flops = f"FLOPs        {_tera(needs.step_flops)} TFLOP a sample"
     if lpl.use_lpl:
-        mean = needs.decoded * needs.lpl_flops
+        mean = needs.mean_lpl_flops
         flops += (
             f", LPL {_tera(needs.lpl_flops)} more where the gate passes (probability {needs.p_gate:.2g}), "
             f"{_tera(mean)} on average: {1 + mean / needs.step_flops:.2f} times"
@@ -142,7 +142,7 @@ def _table(rows: list[Choice], memory: int) -> list[str]:
     width = max(len(row.flags) for row in rows)
     lines = [f"{'one change':{width}}  {'peak':>10}  {'at':14}  TFLOP  {_memory(memory)}"]
     for flags, needs in rows:
-        flops = needs.step_flops + needs.decoded * needs.lpl_flops
+        flops = needs.step_flops + needs.mean_lpl_flops
         answer = "fits" if fits(needs.peak, memory) else "no"
         lines.append(f"{flags:{width}}  {readable(needs.peak):>10}  {needs.phase:14}  {_tera(flops):>5}  {answer}")
     return [

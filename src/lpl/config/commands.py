@@ -99,8 +99,6 @@ class DemoConfig(Options):
 
 
 FEWEST = 16
-WALK_TOLERANCE = 2e-2
-"""Largest difference of LPL's walk from vae.decode, of images that span 2: TF32 on a GPU stays below."""
 
 
 @dataclass(frozen=True)

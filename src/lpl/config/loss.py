@@ -162,6 +162,9 @@ class LPLConfig(Options):
     lpl_random_depth: bool = False
     """Stop each step at a random depth of the decoder, terms divided by the chance of reaching them: unbiased, cheaper,
     noisier."""
+    lpl_budget: float | None = option(None, above=0)
+    """What LPL costs on average, as a share of a step without it (0.1: a tenth): which gated samples are decoded, and
+    how deep, is drawn, and terms are divided by the chance: the same gradient on average, noisier. Unset: all."""
     lpl_warmup_steps: int = option(0, least=0)
     """Optimizer steps over which LPL's weight rises linearly, from --lpl_start on; auto measures without this ramp."""
 
@@ -175,6 +178,16 @@ class LPLConfig(Options):
         gates = {f"--{name}": getattr(self, name) for name in GATES}
         given = [f"{name} {value}" for name, value in gates.items() if value is not None]
         require(len(given) <= 1, f"contradictory gates: {', '.join(given)}; give one")
+        if self.lpl_budget is not None:
+            require(not self.lpl_random_depth, "--lpl_budget draws depths of its own: drop --lpl_random_depth")
+            require(
+                self.lpl_reduction == "expected",
+                "--lpl_budget needs --lpl_reduction expected: a mean over the decoded samples would be biased",
+            )
+            require(
+                self.lpl_norm_type != "batch",
+                "--lpl_norm_type batch has a scale that depends on which samples are decoded: drop --lpl_budget",
+            )
 
 
 def acting(options: Mapping[str, Any], default_gate: tuple[str, Any] | None = None) -> dict[str, Any]:

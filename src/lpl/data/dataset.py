@@ -104,7 +104,8 @@ class Batch:
             left, target height, width, in pixels.
         weights: (B,), float32: loss weight of each sample, LPL included; None: all 1. With a mask, times its maximum.
         strata: for stratified timesteps the part of their distribution that each sample draws from, and of how many
-            parts (diffusion/strata.py); None: each draws from all of it.
+            parts (diffusion/draws.py); None: each draws from all of it.
+        lpl_draws: a number in [0, 1) for each sample, which decides what --lpl_budget decodes of it.
         mask: (B, 1, h, w), float32, in [0, 1]: how much each location counts; None: all alike.
     """
 
@@ -115,6 +116,7 @@ class Batch:
     extra: dict[str, Tensor]
     weights: Tensor | None = None
     strata: tuple[Sequence[int], int] | None = None
+    lpl_draws: Sequence[float] | None = None
     mask: Tensor | None = None
 
 

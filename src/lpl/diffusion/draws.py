@@ -191,6 +191,21 @@ def strata(size: int, seed: int, step: int) -> tuple[int, ...]:
     return tuple(of_position)
 
 
+def even_draws(size: int, *key: int | str) -> tuple[float, ...]:
+    """A number in [0, 1) for each position of a step's global batch, uniform by itself: (k / size + v) mod 1.
+
+    k is the position's rank in balanced_order, v one number for a key such as (seed, stream, step). Together they lie
+    evenly in [0, 1), in every share of every split as well.
+
+    Source: Cranley and Patterson, 1976 (a lattice turned at random).
+    """
+    turn = keyed_uniform(*key)
+    found = [0.0] * size
+    for rank, position in enumerate(balanced_order(size)):
+        found[position] = (rank / size + turn) % 1.0
+    return tuple(found)
+
+
 def pyramid_noise(noise: Tensor, iterations: int, discount: float, *key: int | str) -> Tensor:
     """Adds `iterations` levels of coarser noise to one sample's white noise.
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -10,33 +11,73 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LatentSpace:
-    """raw = latents * scale + shift, per channel.
+    """raw = latents * scale + shift, per channel, or per channel and phase of a grid of p x p cells.
 
     Attributes:
-        scale: (C,) or (1,), float64.
-        shift: (C,) or (1,), float64.
+        scale: (C,) or (1,), float64; or (C, p, p), for the cell at row i and column j that of [:, i % p, j % p].
+        shift: likewise.
     """
 
     scale: Tensor
     shift: Tensor
 
     @staticmethod
+    def identity() -> "LatentSpace":
+        """raw = latents."""
+        return LatentSpace(torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64))
+
+    @staticmethod
+    def scaled(scaling_factor: float, shift_factor: float = 0.0) -> "LatentSpace":
+        """raw = latents / scaling_factor + shift_factor."""
+        return LatentSpace.from_config(SimpleNamespace(scaling_factor=scaling_factor, shift_factor=shift_factor))
+
+    @staticmethod
+    def standardised(mean: Any, std: Any) -> "LatentSpace":
+        """raw = latents * std + mean, of numbers per channel, whatever a config's scaling_factor says (GLM-Image)."""
+        return LatentSpace.from_config(SimpleNamespace(latents_mean=list(mean), latents_std=list(std)))
+
+    @staticmethod
+    def from_vae(vae: Any) -> "LatentSpace":
+        """The rule that a VAE states: of its statistics where it holds them as buffers, else of its config.
+
+            batch norm `bn` of 2 x 2 cells as channels (Flux.2):   raw = latents * sqrt(var + eps) + mean, per phase
+            buffers latents_mean and latents_std (LTX):            raw = latents * std / scaling_factor + mean
+            otherwise:                                             from_config
+
+        Raises:
+            ValueError: as from_config does.
+        """
+        norm = dict(vae.named_children()).get("bn")
+        if norm is not None:
+            statistics = (norm.running_var.double() + vae.config.batch_norm_eps).sqrt(), norm.running_mean.double()
+            scale, shift = (value.detach().cpu().unflatten(0, (-1, 2, 2)) for value in statistics)
+            return LatentSpace(scale, shift)
+        buffers = dict(vae.named_buffers(recurse=False))
+        if {"latents_mean", "latents_std"} <= set(buffers):
+            mean, std = (buffers[name].flatten().tolist() for name in ("latents_mean", "latents_std"))
+            factor = getattr(vae.config, "scaling_factor", None)
+            return LatentSpace.from_config(SimpleNamespace(scaling_factor=factor, latents_mean=mean, latents_std=std))
+        return LatentSpace.from_config(vae.config)
+
+    @staticmethod
     def from_config(config: Any) -> "LatentSpace":
         """The rule that a VAE's config states.
 
             latents_mean and latents_std given:   raw = latents * std / scaling_factor + mean
+            these alone (Qwen-Image, Wan):        raw = latents * std + mean
             otherwise:                            raw = latents / scaling_factor + shift_factor (0 where unset)
 
         Args:
             config: a `vae.config` of diffusers.
 
         Raises:
-            ValueError: a config without scaling_factor, or one that states no such rule.
+            ValueError: a config that states no such rule.
         """
         factor = getattr(config, "scaling_factor", None)
-        if factor is None:
-            raise ValueError("vae.config has no scaling_factor: pass latent_space=")
         mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+        if factor is None and (mean is None or std is None):
+            raise ValueError("vae.config has no scaling_factor: pass latent_space=")
+        factor = 1.0 if factor is None else factor
         if mean is None or std is None:
             std, mean = [1.0], [getattr(config, "shift_factor", None) or 0.0]
         # As plain numbers: a plan builds networks that hold none.
@@ -45,7 +86,7 @@ class LatentSpace:
                 f"vae.config: scaling_factor {factor}, means {mean} and deviations {std} map no latents: correct them "
                 "or pass latent_space="
             )
-        channels = getattr(config, "latent_channels", len(std))
+        channels = getattr(config, "latent_channels", getattr(config, "z_dim", len(std)))
         if any(len(values) not in (1, channels) for values in (mean, std)):
             raise ValueError(f"vae.config: {len(mean)} latents_mean and {len(std)} latents_std for {channels} channels")
         scale = torch.tensor([value / factor for value in std], dtype=torch.float64)
@@ -65,4 +106,11 @@ class LatentSpace:
 
     @staticmethod
     def _view(value: Tensor, like: Tensor) -> Tensor:
-        return value.to(like.device, like.dtype, non_blocking=True).view(1, -1, *[1] * (like.dim() - 2))
+        value = value.to(like.device, like.dtype, non_blocking=True)
+        if value.dim() == 1:
+            return value.view(1, -1, *[1] * (like.dim() - 2))
+        phases, size = value.shape[1], like.shape[-2:]
+        if size[0] % phases or size[1] % phases:
+            raise ValueError(f"latents of {size[0]} x {size[1]} cells: this latent space takes multiples of {phases}")
+        tiled = value.repeat(1, size[0] // phases, size[1] // phases)
+        return tiled.view(1, len(value), *[1] * (like.dim() - 4), *size)

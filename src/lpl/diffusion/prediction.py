@@ -7,11 +7,17 @@ A noisy latent is x = alpha * x0 + sigma * eps (flow matching: alpha = 1 - s, si
     sample         o = x0                      x0 = o                           |dx0/do| = 1
     flow           o = eps - x0                x0 = x - sigma * o               |dx0/do| = sigma
     flow_to_data   o = x0 - eps                x0 = x + sigma * o               |dx0/do| = sigma
+    edm()          o = F of edm()              x0 = c_skip * x + c_out * o      |dx0/do| = c_out
 
-Sources: Ho et al. 2020 (epsilon), Salimans & Ho 2022 (v), Lipman et al. 2023 and Liu et al. 2023 (flow). Everything
-is computed in float32 from the float32 noisy latent; never by scheduler.step, which clamps.
+v_prediction is of processes with alpha^2 + sigma^2 = 1, flow and flow_to_data of alpha + sigma = 1, the others of any.
+Whatever else is linear in x and o is a function of alpha and sigma that gives c_skip and c_out (Convention). Time that
+runs the other way, t = 1 being data, is sigma = 1 - t.
+
+Sources: Ho et al. 2020 (epsilon), Salimans & Ho 2022 (v), Lipman et al. 2023 and Liu et al. 2023 (flow), Karras et al.
+2022 (EDM). Everything is computed in float32 from the float32 noisy latent; never by scheduler.step, which clamps.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,10 +27,34 @@ DISCRETE_TYPES = ("epsilon", "v_prediction", "sample")
 FLOW_TYPES = ("flow", "flow_to_data")
 PREDICTION_TYPES = DISCRETE_TYPES + FLOW_TYPES
 
+Convention = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""c_skip and c_out, (B,) each, of alpha and sigma, (B,): x0 = c_skip * x + c_out * o."""
+
 
 def expand(value: Tensor, like: Tensor) -> Tensor:
     """(B,) to (B, 1, ...) with as many dimensions, and on the same device, as `like`."""
     return value.to(like.device, non_blocking=True).view(-1, *[1] * (like.dim() - 1))
+
+
+def edm(sigma_data: float = 0.5) -> Convention:
+    """The preconditioned network F of EDM. With s = sigma / alpha (EDM's own sigma, where alpha is 1):
+
+        x0 = c_skip * x + c_out * F    c_skip = d^2 / (s^2 + d^2) / alpha    c_out = s * d / sqrt(s^2 + d^2)
+
+    Source: Karras et al. 2022 (arXiv 2206.00364), table 1; alpha other than 1 is ours: it is the rule for x / alpha.
+
+    Args:
+        sigma_data: d, the standard deviation of the latents that the network was built for.
+    """
+    if not sigma_data > 0:
+        raise ValueError(f"sigma_data must be positive, not {sigma_data}")
+
+    def coefficients(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        level = sigma / alpha
+        total = level.square() + sigma_data**2
+        return sigma_data**2 / total / alpha, level * sigma_data / total.sqrt()
+
+    return coefficients
 
 
 def alpha_sigma_table(noise_scheduler: Any) -> tuple[Tensor, Tensor]:
@@ -53,7 +83,7 @@ def add_noise(latents: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> T
 
 
 def x0_from_output(
-    model_output: Tensor, noisy_latents: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: str
+    model_output: Tensor, noisy_latents: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: str | Convention
 ) -> Tensor:
     """The clean latent that a model output implies, by the table above.
 
@@ -61,7 +91,7 @@ def x0_from_output(
         model_output: (B, C, ...), any float dtype; computed with as float32.
         noisy_latents: (B, C, ...), float32 or float64, model space.
         alpha, sigma: (B,), the coefficients that made noisy_latents.
-        prediction_type: one of PREDICTION_TYPES.
+        prediction_type: one of PREDICTION_TYPES, or a Convention.
 
     Returns:
         (B, C, ...), model space, in noisy_latents' dtype, differentiable in model_output.
@@ -83,17 +113,24 @@ def x0_from_output(
         return noisy_latents - s * o
     if prediction_type == "flow_to_data":
         return noisy_latents + s * o
+    if callable(prediction_type):
+        skip, out = (expand(c.to(noisy_latents.dtype), noisy_latents) for c in prediction_type(alpha, sigma))
+        return skip * noisy_latents + out * o
     raise ValueError(f"unknown prediction type {prediction_type!r}; known: {', '.join(PREDICTION_TYPES)}")
 
 
-def output_sensitivity(alpha: Tensor, sigma: Tensor, prediction_type: str) -> Tensor:
+def output_sensitivity(alpha: Tensor, sigma: Tensor, prediction_type: str | Convention) -> Tensor:
     """|dx0/do| of the table above, (B,)."""
+    if callable(prediction_type):
+        return prediction_type(alpha, sigma)[1].abs()
     if prediction_type == "epsilon":
         return sigma / alpha
     return torch.ones_like(sigma) if prediction_type == "sample" else sigma
 
 
-def target_of(latents: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: str) -> Tensor:
+def target_of(
+    latents: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: str | Convention
+) -> Tensor:
     """What the model should output for clean latents (B, C, ...) and the noise (B, C, ...) added to them.
 
     Raises:
@@ -109,4 +146,7 @@ def target_of(latents: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor, pred
         return noise - latents
     if prediction_type == "flow_to_data":
         return latents - noise
+    if callable(prediction_type):
+        skip, out = (expand(c.to(latents.dtype), latents) for c in prediction_type(alpha, sigma))
+        return (latents - skip * add_noise(latents, noise, alpha, sigma)) / out
     raise ValueError(f"unknown prediction type {prediction_type!r}; known: {', '.join(PREDICTION_TYPES)}")

@@ -25,20 +25,33 @@ from lpl.perceptual.strips import Make, arithmetic, assemble, layout, spans, win
 
 Rows = Callable[[int, int], Tensor]
 """Rows first to last of a map."""
+MATRIX_CELLS = 256
+"""Cells of a map (all samples) up to which a folded convolution is a product of matrices."""
 WINOGRAD_CHANNELS, WINOGRAD_CELLS = 64, 4096
 """Input channels and cells of a map (all samples) from which on F(2, 3) pays for making its weights."""
 
 
 class Operation(ABC):
-    """A part of the decoder. Runs without autograd; `differentiable` shows one to it."""
+    """A part of the decoder, from map (B, C, H, W) to map; `Plain` alone takes any state.
+
+    Runs without autograd; `differentiable` shows one to it.
+    """
 
     @abstractmethod
-    def forward(self, x: Tensor, keep: bool) -> tuple[Tensor, list[Any]]:
-        """The output for x (B, C, H, W) and, if keep, what backward needs."""
+    def forward(self, x: Any, keep: bool) -> tuple[Any, list[Any]]:
+        """The output for x and, if keep, what backward needs."""
 
     @abstractmethod
-    def backward(self, saved: list[Any], grad: Tensor) -> Tensor:
+    def backward(self, saved: list[Any], grad: Any) -> Any:
         """The gradient with respect to x, from the output's. Empties saved, so that maps are freed on the way."""
+
+
+class Head(Operation):
+    """An operation that makes a tap's map, also row by row."""
+
+    @abstractmethod
+    def rows(self, x: Tensor) -> Rows:
+        """The rows of the output, from an even row to an even row."""
 
 
 def rows_of(x: Tensor) -> Rows:
@@ -91,6 +104,11 @@ def row_convolution(
     return winograd
 
 
+def takes_matrix(x: Tensor) -> bool:
+    """Whether a map is so small that a convolution on a CPU is mostly a matter of its weights."""
+    return x.device.type == "cpu" and x.shape[0] * x.shape[2] * x.shape[3] <= MATRIX_CELLS
+
+
 def takes_winograd(weight: Tensor, x: Tensor) -> bool:
     """Whether row_convolution saves products on the map x."""
     exact = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
@@ -111,43 +129,132 @@ def transposed(weight: Tensor) -> Tensor:
     return weight.flip(2, 3).transpose(0, 1).contiguous(memory_format=torch.channels_last)
 
 
+def matrix_convolution(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """row_convolution as one product of matrices, which does not copy the weights (channels last)."""
+    size, matrix = weight.shape[2], _matrix(weight)
+
+    def convolve(rows: Tensor, _: Tensor | None) -> Tensor:
+        padded = torch.nn.functional.pad(rows, (size // 2, size // 2)).permute(0, 2, 3, 1)
+        windows = padded.unfold(1, size, 1).unfold(2, size, 1).permute(0, 1, 2, 4, 5, 3)
+        flat = windows.reshape(-1, matrix.shape[1])
+        y = flat @ matrix.T if bias is None else torch.addmm(bias, flat, matrix.T)
+        return y.view(*windows.shape[:3], -1).permute(0, 3, 1, 2)
+
+    return convolve
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    """(out, k * k * in)."""
+    return weight.permute(0, 2, 3, 1).reshape(len(weight), -1)
+
+
+def gradient_to_input(weight: Tensor, grad: Tensor) -> Tensor:
+    """The backward pass of a convolution (stride 1, odd size, zero padding) from the weights as they are, for maps so
+    small that transposing them would cost more: of the smallest as a product of matrices, else torch's own.
+    """
+    if takes_matrix(grad):
+        size, (batch, _, height, width) = weight.shape[2], grad.shape
+        parts = (grad.permute(0, 2, 3, 1).reshape(-1, grad.shape[1]) @ _matrix(weight)).view(
+            batch, height, width, size, size, -1
+        )
+        out = parts.new_zeros((batch, height + size - 1, width + size - 1, parts.shape[-1]))
+        for a in range(size):
+            for c in range(size):
+                out[:, a : a + height, c : c + width] += parts[:, :, :, a, c]
+        inner = slice(size // 2, size // 2 + height), slice(size // 2, size // 2 + width)
+        return out[:, inner[0], inner[1]].permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+    like = grad.new_empty(1).expand(len(grad), weight.shape[1], *grad.shape[2:])
+    around = [weight.shape[2] // 2] * 2
+    return torch.ops.aten.convolution_backward(
+        grad, like, weight, None, [1, 1], around, [1, 1], False, [0, 0], 1, [True, False, False]
+    )[0]
+
+
+class LastSlice:
+    """A causal convolution (kernel t x k x k, zeros before the first frame) of one frame: the 2-D one of the kernel's
+    last frame. The weights follow their module. On a CPU, where cutting them out takes as long as a small map's
+    convolution, they are cut out once and kept, a third of the module's.
+    """
+
+    def __init__(self, module: nn.Conv3d) -> None:
+        self._module = module
+        self.in_channels, self.out_channels = module.in_channels, module.out_channels
+        self.kernel_size = module.kernel_size[1:]
+        self._kept: tuple[Any, Tensor] | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """(out, in, k, k)."""
+        whole = self._module.weight
+        stamp = (whole.untyped_storage()._cdata, whole._version, whole.dtype, whole.device)
+        if self._kept is not None and self._kept[0] == stamp:
+            return self._kept[1]
+        weight = whole[:, :, -1].contiguous(memory_format=torch.channels_last)
+        self._kept = (stamp, weight) if whole.device.type == "cpu" else None
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(out,)."""
+        return self._module.bias
+
+
 class Convolution(Operation):
     """y = W * x + b: a convolution of stride 1 and odd size that keeps the map's size. Keeps nothing."""
 
-    def __init__(self, module: nn.Conv2d) -> None:
+    def __init__(self, module: nn.Conv2d | LastSlice) -> None:
         self.module = module
 
     def rows(self, x: Tensor) -> Rows:
         """The rows of the output."""
-        make = self._maker(x, self.module.weight, self.module.bias)
+        make = self._forward_maker(x)
         return lambda first, last: make(first, last, None)
 
     def rows_backward(self, grad: Tensor) -> Rows:
         """The rows of the gradient with respect to the input."""
-        make = self._maker(grad, transposed(self.module.weight), None)
+        if self._is_mostly_weights(grad):
+            return rows_of(gradient_to_input(self.module.weight, grad))
+        make = self._backward_maker(grad)
         return lambda first, last: make(first, last, None)
 
-    def _maker(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Make:
-        convolve, halo = row_convolution(weight, bias, x), self.halo
+    def convolver(self, x: Tensor) -> Callable[[Tensor, Tensor | None], Tensor]:
+        """Of rows with their halo, to rows of the output, for the map x."""
+        if isinstance(self.module, LastSlice) and takes_matrix(x):
+            return matrix_convolution(self.module.weight, self.module.bias)
+        return row_convolution(self.module.weight, self.module.bias, x)
+
+    def _forward_maker(self, x: Tensor) -> Make:
+        convolve, halo = self.convolver(x), self.halo
         return lambda first, last, place: convolve(window(x, first - halo, last + halo), place)
+
+    def _backward_maker(self, grad: Tensor) -> Make:
+        convolve, halo = row_convolution(transposed(self.module.weight), None, grad), self.halo
+        return lambda first, last, place: convolve(window(grad, first - halo, last + halo), place)
 
     @property
     def halo(self) -> int:
         """Rows on either side that an output row needs."""
-        return self.module.weight.shape[2] // 2
+        return self.module.kernel_size[0] // 2
 
     def forward(self, x: Tensor, keep: bool) -> tuple[Tensor, list[Any]]:
-        make = self._maker(x, self.module.weight, self.module.bias)
+        make = self._forward_maker(x)
         shape = (len(x), self.module.out_channels, *x.shape[2:])
         return assemble(spans(x, shape[1]), shape, x, make), []
 
+    def _is_mostly_weights(self, grad: Tensor) -> bool:
+        """Whether transposing a slice's weights would cost more than working on a map of one strip."""
+        small = isinstance(self.module, LastSlice) and len(spans(grad, self.module.in_channels)) == 1
+        return small and grad.shape[0] * grad.shape[2] * grad.shape[3] < WINOGRAD_CELLS
+
     def backward(self, saved: list[Any], grad: Tensor) -> Tensor:
-        make = self._maker(grad, transposed(self.module.weight), None)
+        if self._is_mostly_weights(grad):
+            return gradient_to_input(self.module.weight, grad)
+        make = self._backward_maker(grad)
         shape = (len(grad), self.module.in_channels, *grad.shape[2:])
         return assemble(spans(grad, shape[1]), shape, grad, make)
 
 
-class Upsampling(Operation):
+class Upsampling(Head):
     """y = W * nearest(x) + b, nearest doubling height and width, W of 3 x 3. Keeps nothing.
 
     Output pixel (2i + a, 2j + c) is a 2 x 2 convolution of x around (i, j), with weights of its own for each (a, c):

@@ -1,19 +1,21 @@
 """The distance of two feature maps at a tap, and its gradient: normalised, and without the target's outliers.
 
-Outliers are isolated extreme activations of the decoder's last layers, which would dominate a distance.
+Maps are (B, C, H, W), as written here, or have one or three axes of space, (B, C, L) or (B, C, D, H, W); the first of
+these axes is called rows. Outliers are isolated extreme activations of the decoder's last layers, which would dominate
+a distance.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lpl.perceptual.convolution import Rows, rows_of
 from lpl.perceptual.frozen import Fuse
-from lpl.perceptual.strips import arithmetic, channel_moments, spans
+from lpl.perceptual.strips import arithmetic, cells, channel_moments, space, spans
 
 MAX_STRIDE = 2
 """Layers with more pixels per cell than this have no outliers to remove."""
@@ -37,16 +39,19 @@ def inlier_range(y: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
         y: (B, C, H, W).
         std: (B, C, 1, 1), float32 or float64, dividing by n - 1.
     """
-    step = max(1, math.isqrt(y.shape[2] * y.shape[3] // SAMPLE))
-    grid = y[:, :, ::step, ::step]
-    n = grid.shape[2] * grid.shape[3]
+    axes, step = y.dim() - 2, 1
+    while (step + 1) ** axes <= cells(y) // SAMPLE:
+        step += 1
+    strided: list[Any] = [..., *[slice(None, None, step)] * axes]
+    grid = y[tuple(strided)]
+    n = cells(grid)
     low, high = max(1, n * 2 // 100), max(1, n * 98 // 100)
     parts = []
     for block in grid.split(64, 1):  # a block's values are copied
         values = block.flatten(2).to(arithmetic(y)).contiguous()
         parts.append(torch.stack([_kth(values, low, largest=False), _kth(values, n - high + 1, largest=True)]))
-    q_low, q_high = torch.cat(parts, 2)[..., None, None].unbind()
-    margin = 2 * std if y.shape[2] * y.shape[3] > 1 else torch.ones_like(std)
+    q_low, q_high = (q.view_as(std) for q in torch.cat(parts, 2).unbind())
+    margin = 2 * std if cells(y) > 1 else torch.ones_like(std)
     return q_low - margin, q_high + margin
 
 
@@ -89,8 +94,8 @@ def _odd(width: int, down: bool) -> int:
 
 
 def _dilate(mask: Tensor, width: int) -> Tensor:
-    """True where any value of a window of so many rows and columns is."""
-    for axis in (2, 3):
+    """True where any value of a window of so many cells along every axis is."""
+    for axis in space(mask):
         out, size = mask.clone(), mask.shape[axis]
         for shift in range(1, min(width // 2, size - 1) + 1):
             rest = size - shift
@@ -112,7 +117,7 @@ class TargetStatistics(NamedTuple):
     moments: tuple[Tensor, Tensor] | None
     """For `batch` and `own`: mean and sum of squared deviations of the masked map."""
     size: int
-    """Values of a channel, H * W."""
+    """Values of a channel, H * W; with more or fewer axes of space, all of theirs."""
     outlier_fraction: Tensor
     mean: Tensor
     std: Tensor
@@ -140,28 +145,28 @@ class FeatureDistance:
         Raises:
             ValueError: too few values for a standard deviation that the norm needs.
         """
-        batch, channels, height, width = y.shape
-        n = height * width
+        batch, channels, height = y.shape[:3]
+        n, axes = cells(y), space(y)
         if self.norm_type not in ("default", "shared") and n * (batch if self.norm_type == "batch" else 1) < 2:
             raise ValueError(
                 f"norm {self.norm_type!r} needs at least 2 values per channel; the features are {tuple(y.shape)}"
             )
         mean, squares = channel_moments(y)
         overall = mean.mean(1, keepdim=True)
-        variance = (squares + n * (mean - overall).square()).sum((1, 2, 3)) / max(channels * n - 1, 1)
+        variance = (squares + n * (mean - overall).square()).flatten(1).sum(1) / max(channels * n - 1, 1)
         found = inlier_range(y, (squares / max(n - 1, 1)).sqrt()) if self.masks else None
         inliers = torch.full_like(mean, n)
-        count = inliers if inside is None else inside.to(mean.dtype).sum((2, 3), keepdim=True).expand_as(mean)
+        count = inliers if inside is None else inside.to(mean.dtype).sum(axes, keepdim=True).expand_as(mean)
         if found is not None:
             inliers, count = torch.zeros_like(mean), torch.zeros_like(mean)
             for first, last in spans(y):
                 mask = self._mask(rows_of(y), found, first, last, height)[0]
-                inliers += mask.sum((2, 3), keepdim=True)
-                count += (mask if inside is None else mask * inside[:, :, first:last]).sum((2, 3), keepdim=True)
+                inliers += mask.sum(axes, keepdim=True)
+                count += (mask if inside is None else mask * inside[:, :, first:last]).sum(axes, keepdim=True)
         moments = None
         if self.norm_type in ("batch", "own"):
             moments = channel_moments(y, lambda first, last: self._masked(rows_of(y), found, first, last, height)[1])
-        outliers = 1 - inliers.sum((1, 2, 3)) / (channels * n)
+        outliers = 1 - inliers.flatten(1).sum(1) / (channels * n)
         return TargetStatistics(found, count, moments, n, outliers, overall.flatten(), variance.sqrt())
 
     def __call__(
@@ -191,7 +196,7 @@ class FeatureDistance:
         scale, through = batch_scale, None
         if self.norm_type.startswith("channel"):
             mean, squares = channel_moments(x)
-            n = x.shape[2] * x.shape[3]
+            n = cells(x)
             std = (squares / (n - 1)).sqrt()
             scale = 1 / (std + 1e-6)
             # Of the scale s = 1/(std + 1e-6): ds/dx = -s^2 (x - mean) / ((n - 1) std); and dd/ds = p d / s.
@@ -213,7 +218,7 @@ class FeatureDistance:
             slope = weight * distance * through
             for first, last in spans(x):
                 grad[:, :, first:last].add_(slope * (x[:, :, first:last] - mean))
-        return distance.sum((1, 2, 3)) + _seen(statistics)
+        return distance.flatten(1).sum(1) + _seen(statistics)
 
     def _own(
         self,
@@ -257,8 +262,8 @@ class FeatureDistance:
             )
             distance += d
             if grad is not None and g is not None:
-                total += g.sum((2, 3), keepdim=True)
-                along += (g * v).sum((2, 3), keepdim=True)
+                total += g.sum(space(g), keepdim=True)
+                along += (g * v).sum(space(g), keepdim=True)
                 grad[:, :, first:last].add_(g * scale, alpha=weight)
         if grad is not None:
             slope = torch.where(std > 0, weight * scale * along / ((n - 1) * std), 0)
@@ -267,7 +272,7 @@ class FeatureDistance:
                 source, _, mask = masked(first, last)
                 through = level + slope * (source - mean)
                 grad[:, :, first:last].sub_(through if mask is None else through * mask)
-        return distance.sum((1, 2, 3)) + _seen(statistics)
+        return distance.flatten(1).sum(1) + _seen(statistics)
 
     def _mask(self, y: Rows, found: tuple[Tensor, Tensor], first: int, last: int, height: int) -> tuple[Tensor, Tensor]:
         """The inliers in rows first to last, and these rows of y."""
@@ -315,7 +320,7 @@ def _error(
         assert scale is not None
         u = (x - y).mul_(scale)
     weighted = counts * (u if loss_type == "mse" else u.sign())
-    distance = (weighted * u).sum((2, 3), keepdim=True)
+    distance = (weighted * u).sum(space(u), keepdim=True)
     if not with_gradient:
         return distance, None
     gradient = weighted.mul_(2 * scale if loss_type == "mse" else scale)

@@ -1,9 +1,9 @@
 """Exact, memory-lean operations of a decoder whose weights are frozen.
 
 Each has a forward pass and the backward pass to its input, and keeps for the latter only what the mathematics needs: a
-convolution nothing, a fused GroupNorm + SiLU its input and two statistics per group. (Plain autograd keeps the input of
-every convolution, norm and SiLU.) The result of GroupNorm + SiLU exists only strip by strip, on its way into the
-convolution behind it.
+convolution nothing, a fused GroupNorm + SiLU its input and two statistics per group, an RMS norm + SiLU its input.
+(Plain autograd keeps the input of every convolution, norm and SiLU.) The result of norm + SiLU exists only strip by
+strip, on its way into the convolution behind it.
 """
 
 from collections.abc import Callable
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
-from lpl.perceptual.convolution import Convolution, Operation, Rows, row_convolution, rows_of
-from lpl.perceptual.strips import assemble, channel_moments, spans, strip_bytes, window
+from lpl.perceptual.convolution import Convolution, Head, LastSlice, Operation, Rows, rows_of
+from lpl.perceptual.feature_maps import State
+from lpl.perceptual.strips import arithmetic, assemble, channel_moments, spans, strip_bytes, window
 
 Fuse = Callable[[Callable[..., Any]], Callable[..., Any]]
 """What is done to pointwise functions before use: nothing, or torch.compile."""
@@ -47,6 +48,7 @@ class _Norm:
 
     def __init__(self, module: nn.GroupNorm, fuse: Fuse) -> None:
         self.module, self.combine = module, fuse(_norm_backward)
+        self.norm_silu, self.norm_silu_backward = fuse(_norm_silu), fuse(_norm_silu_backward)
 
     def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and 1/std of each channel's group, (B, C, 1, 1)."""
@@ -89,40 +91,107 @@ class _Norm:
         mean = x.view(len(x), groups, -1).mean(2)
         return mean.repeat_interleave(x.shape[1] // groups, 1)[..., None, None]
 
+    def silu(self, statistics: tuple[Tensor, ...]) -> Callable[[Tensor], Tensor]:
+        """From rows of x to those of SiLU(norm(x))."""
+        scale, shift = self.affine(*statistics)
+        return lambda rows: self.norm_silu(rows, scale, shift)
 
-class NormSiLUConvolution:
-    """y = W * SiLU(GroupNorm(x)) + b, and the sum with another map. Keeps x and each group's mean and 1/std."""
+    def silu_backward(self, x: Tensor, statistics: tuple[Tensor, ...], grad: Rows, plus: Rows | None) -> Tensor:
+        """dL/dx, plus the rows of another gradient, from the rows of dL/dSiLU(norm(x))."""
+        scale, shift = self.affine(*statistics)
 
-    def __init__(self, norm: nn.GroupNorm, convolution: nn.Conv2d, fuse: Fuse) -> None:
-        self.norm, self.convolution = _Norm(norm, fuse), Convolution(convolution)
-        self.norm_silu, self.norm_silu_backward = fuse(_norm_silu), fuse(_norm_silu_backward)
+        def d_norm(first: int, last: int) -> Tensor:
+            return self.norm_silu_backward(grad(first, last), x[:, :, first:last], scale, shift)
+
+        mean, rstd = statistics
+        return self.backward(x, mean, rstd, d_norm, plus)
+
+
+def _rms_silu(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+    wide = x.to(gamma.dtype)
+    length = torch.linalg.vector_norm(wide, dim=1, keepdim=True).clamp_min_(1e-12)
+    return silu(torch.addcmul(beta, wide * (x.shape[1] ** 0.5 / length), gamma)).to(x.dtype)
+
+
+def _rms_silu_backward(grad: Tensor, x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+    """dL/dx; grad may be overwritten."""
+    grad, x = grad.to(gamma.dtype), x.to(gamma.dtype)
+    length = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min_(1e-12)
+    scale = x.shape[1] ** 0.5 / length
+    normal = torch.addcmul(beta, x * scale, gamma)
+    slope = torch.ops.aten.silu_backward.grad_input(grad, normal, grad_input=grad).mul_(gamma)
+    along = (slope * x).sum(1, keepdim=True) / length.square_()
+    return slope.addcmul_(x, along, value=-1).mul_(scale)
+
+
+class _RMSNorm:
+    """RMS norm over channels: x / |x| * sqrt(C) * gamma + beta, |x| at each location. With h = gamma * dL/dy,
+    dL/dx = sqrt(C) / |x| * (h - x * sum(h * x) / |x|^2): each location by itself, so that nothing but x is kept.
+    """
+
+    def __init__(self, module: Any, fuse: Fuse) -> None:
+        self.module = module
+        self.rms_silu, self.rms_silu_backward = fuse(_rms_silu), fuse(_rms_silu_backward)
+
+    def statistics(self, x: Tensor) -> tuple[Tensor, ...]:
+        """None are needed."""
+        return ()
+
+    def silu(self, statistics: tuple[Tensor, ...]) -> Callable[[Tensor], Tensor]:
+        """From rows of x to those of SiLU(norm(x))."""
+        gamma, beta = self._affine()
+        return lambda rows: self.rms_silu(rows, gamma, beta)
+
+    def silu_backward(self, x: Tensor, statistics: tuple[Tensor, ...], grad: Rows, plus: Rows | None) -> Tensor:
+        """dL/dx, plus the rows of another gradient, from the rows of dL/dSiLU(norm(x))."""
+        gamma, beta = self._affine()
+
+        def make(first: int, last: int, _: Tensor | None) -> Tensor:
+            rows = self.rms_silu_backward(grad(first, last), x[:, :, first:last], gamma, beta)
+            return (rows if plus is None else rows.add_(plus(first, last))).to(x.dtype)
+
+        return assemble(spans(x), x.shape, x, make)
+
+    def _affine(self) -> tuple[Tensor, Tensor]:
+        gamma = self.module.gamma.view(1, -1, 1, 1)
+        gamma = gamma.to(arithmetic(gamma))
+        bias = self.module.bias
+        return gamma, bias.to(gamma.dtype).view(gamma.shape) if isinstance(bias, Tensor) else torch.zeros_like(gamma)
+
+
+class NormSiLUConvolution(Operation):
+    """y = W * SiLU(norm(x)) + b, and the sum with another map. Keeps x and the norm's statistics.
+
+    Args:
+        norm: a GroupNorm, or an RMS norm over channels with `gamma` and `bias`.
+        convolution: stride 1, odd size, which keeps the map's size.
+        fuse: applied to pointwise functions.
+    """
+
+    def __init__(self, norm: Any, convolution: nn.Conv2d | LastSlice, fuse: Fuse) -> None:
+        self.norm = _Norm(norm, fuse) if isinstance(norm, nn.GroupNorm) else _RMSNorm(norm, fuse)
+        self.convolution = Convolution(convolution)
 
     def forward(self, x: Tensor, keep: bool, plus: Rows | None = None) -> tuple[Tensor, list[Any]]:
         """plus: rows of the map that is added to the output."""
-        mean, rstd = self.norm.statistics(x)
-        scale, shift = self.norm.affine(mean, rstd)
+        statistics = self.norm.statistics(x)
+        activate = self.norm.silu(statistics)
         module, halo = self.convolution.module, self.convolution.halo
-        convolve = row_convolution(module.weight, module.bias, x)
+        convolve = self.convolution.convolver(x)
 
         def make(first: int, last: int, place: Tensor | None) -> Tensor:
-            y = convolve(window(x, first - halo, last + halo, lambda rows: self.norm_silu(rows, scale, shift)), place)
+            y = convolve(window(x, first - halo, last + halo, activate), place)
             return y if plus is None else y.add_(plus(first, last))
 
         shape = (len(x), module.out_channels, *x.shape[2:])
         y = assemble(spans(x, shape[1]), shape, x, make)
-        return y, [x, mean, rstd] if keep else []
+        return y, [x, *statistics] if keep else []
 
     def backward(self, saved: list[Any], grad: Tensor, plus: Rows | None = None) -> Tensor:
         """plus: rows of the gradient that is added to the input's."""
-        x, mean, rstd = saved
+        x, *statistics = saved
         saved.clear()
-        scale, shift = self.norm.affine(mean, rstd)
-        grad_rows = self.convolution.rows_backward(grad)
-
-        def d_norm(first: int, last: int) -> Tensor:
-            return self.norm_silu_backward(grad_rows(first, last), x[:, :, first:last], scale, shift)
-
-        return self.norm.backward(x, mean, rstd, d_norm, plus)
+        return self.norm.silu_backward(x, tuple(statistics), self.convolution.rows_backward(grad), plus)
 
 
 class Resnet(Operation):
@@ -139,7 +208,8 @@ class Resnet(Operation):
         return y, first + second
 
     def backward(self, saved: list[Any], grad: Tensor) -> Tensor:
-        first, second = saved[:3], saved[3:]
+        half = len(saved) // 2
+        first, second = saved[:half], saved[half:]
         saved.clear()
         hidden = self.second.backward(second, grad)
         return self.first.backward(
@@ -208,7 +278,7 @@ def _heads(tokens: Tensor, heads: int) -> Tensor:
     return tokens.unflatten(2, (heads, -1)).transpose(1, 2)
 
 
-class Identity(Operation):
+class Identity(Head):
     """y = x."""
 
     def rows(self, x: Tensor) -> Rows:
@@ -223,23 +293,54 @@ class Identity(Operation):
 
 
 class Plain(Operation):
-    """Any function of a map, through autograd; keeps what autograd keeps."""
+    """Any function from state to state, through autograd; keeps what autograd keeps.
 
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        self.function = function
+    Raises:
+        ValueError: of a function whose output has no graph.
+    """
 
-    def forward(self, x: Tensor, keep: bool) -> tuple[Tensor, list[Any]]:
+    def __init__(self, function: Callable[..., State], name: str = "a stage") -> None:
+        self.function, self.name = function, name
+
+    def forward(self, x: State, keep: bool) -> tuple[State, list[Any]]:
         if not keep:
             return self.function(x), []
-        x = x.detach().requires_grad_()
+        every = [part.detach() for part in _parts(x)]
+        inputs = [part.requires_grad_() for part in every if part.is_floating_point()]
         with torch.enable_grad():
-            y = self.function(x.view_as(x))  # a leaf given to a module breaks torch's module trackers (FlopCounterMode)
-        return y.detach(), [x, y]
+            # A leaf given to a module breaks torch's module trackers (FlopCounterMode).
+            seen = tuple(part.view_as(part) for part in every)
+            y = self.function(seen[0] if isinstance(x, Tensor) else seen)
+        outputs = _parts(y)
+        if not outputs[0].requires_grad:
+            raise ValueError(
+                f"{self.name} gives features without a graph: LPL would train nothing; run it without detach() and "
+                "torch.no_grad()"
+            )
+        detached = tuple(part.detach() for part in outputs)
+        return (detached[0] if isinstance(y, Tensor) else detached), [x, inputs, outputs]
 
-    def backward(self, saved: list[Any], grad: Tensor) -> Tensor:
-        x, y = saved
+    def backward(self, saved: list[Any], grad: State) -> State:
+        x, inputs, outputs = saved
         saved.clear()
-        return torch.autograd.grad(y, x, grad)[0]
+        pairs = [(y, g) for y, g in zip(outputs, _parts(grad), strict=True) if y.requires_grad]
+        found = torch.autograd.grad(
+            [y for y, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True, materialize_grads=True
+        )
+        if isinstance(x, Tensor):
+            return _own(found[0])
+        gradients = iter(found)
+        every = [next(gradients) if part.is_floating_point() else torch.zeros_like(part) for part in x]
+        return every[0].clone(), *every[1:]
+
+
+def _parts(state: State) -> tuple[Tensor, ...]:
+    return (state,) if isinstance(state, Tensor) else state
+
+
+def _own(gradient: Tensor) -> Tensor:
+    """A gradient that may be added to in place: no expanded one."""
+    return gradient.clone() if 0 in gradient.stride() else gradient
 
 
 class _Differentiable(torch.autograd.Function):

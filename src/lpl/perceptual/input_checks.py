@@ -7,13 +7,14 @@ device is read at the first calls alone (FirstCalls): each reading waits for the
 
 import logging
 import math
+from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lpl.diffusion.prediction import FLOW_TYPES, expand, target_of
+from lpl.diffusion.prediction import FLOW_TYPES, Convention, expand, target_of
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +26,8 @@ NOISE_STD = (0.1, 2.0)
 inside a mask alone, less."""
 MIN_PLACES = 16
 """Places of a channel that a standard deviation needs to mean something."""
+REVERSED = {"sigmas": "pass sigmas=1 - t where t = 1 is data", "timesteps": "timestep 0 is the least noise"}
+"""What sets time right, by the argument that it comes from."""
 ROUNDING = 1e-4
 """Of sigmas beyond [0, 1]."""
 
@@ -58,19 +61,40 @@ def check_options(
             raise ValueError(f"{name} must be an integer of 0 or more, not {steps}")
 
 
-def check_latents(model_output: Tensor, noisy_latents: Tensor, latents: Tensor) -> None:
-    """Three floating-point tensors of one shape (B, C, h, w, ...) on one device, noisy_latents in full precision."""
+def check_budget(lpl_budget: Any, lpl_reduction: str, loss_fn: Any) -> None:
+    """What a budget can be, and what it goes with."""
+    if not isinstance(lpl_budget, Real) or not 0 < float(lpl_budget) < math.inf:
+        raise ValueError(f"lpl_budget must be a positive number, a share of a step's cost, not {lpl_budget!r}")
+    if lpl_reduction == "gated":
+        raise ValueError("lpl_budget needs lpl_reduction 'expected': a mean over the decoded samples is biased")
+    if getattr(loss_fn, "norm_type", None) == "batch":
+        raise ValueError(
+            "lpl_budget does not go with norm_type 'batch', whose scale depends on which samples are decoded"
+        )
+    if getattr(loss_fn, "reach", None) is not None:
+        raise ValueError("lpl_budget draws depths of its own: drop random_depth")
+    if not hasattr(loss_fn, "on_meta"):
+        raise ValueError(f"lpl_budget needs a LatentPerceptualLoss, not {given(loss_fn)}")
+
+
+def check_latents(model_output: Tensor, noisy_latents: Tensor, latents: Tensor, channels: int | None = None) -> None:
+    """Three floating-point tensors of one shape (B, C, *space) on one device, noisy_latents in full precision.
+
+    Args:
+        channels: of the latents that the loss takes, where known.
+    """
     every = {"model_output": model_output, "noisy_latents": noisy_latents, "latents": latents}
     for name, value in every.items():
         if not isinstance(value, Tensor) or not value.is_floating_point():
-            raise ValueError(f"{name}: {given(value)}; pass a floating-point tensor (B, C, h, w)")
+            raise ValueError(f"{name}: {given(value)}; pass a floating-point tensor (B, C, *space)")
     if noisy_latents.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"noisy_latents are {noisy_latents.dtype}: pass the float32 ones, not their cast")
     for name, value in every.items():
-        if value.dim() < 4:
+        packed = value.dim() == 3 and channels is not None and value.shape[1] != channels
+        if value.dim() < max(3, latents.dim()) or packed:
             raise ValueError(
-                f"{name}: {given(value)}; latents are (B, C, h, w): unpack packed ones, (B, N, C), and compute "
-                "diffusion_loss from the unpacked model_output"
+                f"{name}: {given(value)}; latents are (B, C, *space): unpack packed ones with "
+                f"{unpacking(value, latents)}"
             )
     if not model_output.shape == noisy_latents.shape == latents.shape:
         shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in every.items())
@@ -85,6 +109,27 @@ def check_latents(model_output: Tensor, noisy_latents: Tensor, latents: Tensor) 
             "model_output carries no gradient, so LPL would train nothing: pass the model's own output, not a detached "
             "one (to evaluate, call inside torch.no_grad())"
         )
+
+
+def unpacking(tokens: Tensor, latents: Tensor) -> str:
+    """The argument that makes latents (B, C, h, w) of tokens (B, N, D), as text: patches of p x p cells in rows."""
+    example = "unpack=, a function from (B, N, D) to them"
+    if tokens.dim() != 3 or latents.dim() != 4:
+        return example
+    (count, width), (channels, h, w) = tokens.shape[1:], latents.shape[1:]
+    for p in range(1, min(h, w) + 1):
+        if h % p == w % p == 0 and (count, width) == (h * w // p**2, channels * p**2):
+            return (
+                f"unpack=lambda x: x.unflatten(1, ({h // p}, {w // p})).unflatten(3, ({channels}, {p}, {p}))"
+                ".permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3) (where a token is channels x rows x columns)"
+            )
+    return example
+
+
+def unpacked(unpack: Callable[[Tensor], Tensor] | None, packed: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """Latents (B, C, *space) of packed ones, and of others that are packed alike; None: they are latents."""
+    tensors = (packed, *others)
+    return tensors if unpack is None else tuple(unpack(x) if x.dim() == packed.dim() else x for x in tensors)
 
 
 def per_sample(value: Any, batch: int, name: str) -> Tensor:
@@ -123,8 +168,16 @@ def check_sigmas(sigmas: Any, batch: int) -> Tensor:
     return sigmas
 
 
+def check_active(active: Any, batch: int) -> Tensor:
+    """Which samples LPL may apply to, (B,) bool, on the CPU."""
+    active = per_sample(active, batch, "active").detach().cpu()
+    if active.dtype != torch.bool:
+        raise ValueError(f"active: {given(active)}; pass booleans, such as r == t")
+    return active
+
+
 def check_mask(mask: Any, latents: Tensor) -> None:
-    """A mask (B, 1, h, w) for latents (B, C, h, w), on their device; its values are the loss's to check."""
+    """A mask (B, 1, *space) for latents (B, C, *space), on their device; its values are the loss's to check."""
     wanted = (len(latents), 1, *latents.shape[2:])
     if not isinstance(mask, Tensor) or mask.shape != wanted or mask.device != latents.device:
         raise ValueError(f"mask: {given(mask)}; pass {wanted} on {latents.device}, how much each location counts")
@@ -168,6 +221,33 @@ def diffusion_gradient(diffusion_loss: Any, model_output: Tensor) -> Tensor | No
     return gradient
 
 
+AGAINST = -0.5
+"""An alignment below this is another prediction's."""
+
+
+@torch.no_grad()
+def alignment(
+    diffusion_gradient: Tensor,
+    model_output: Tensor,
+    noisy_latents: Tensor,
+    latents: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    prediction_type: str | Convention,
+) -> Tensor:
+    """The cosine of the diffusion loss's gradient and output - target, (B,): above 0 where it draws to that target.
+
+    Args:
+        diffusion_gradient, model_output, noisy_latents, latents: (B, C, ...).
+        alpha, sigma: (B,), sigma above 0.
+        prediction_type: what says the target, see prediction.py.
+    """
+    alpha, sigma, x0 = alpha.to(noisy_latents.dtype), sigma.to(noisy_latents.dtype), latents.to(noisy_latents.dtype)
+    noise = (noisy_latents - expand(alpha, x0) * x0) / expand(sigma, x0)
+    error = model_output.to(x0.dtype) - target_of(x0, noise, alpha, sigma, prediction_type)
+    return torch.cosine_similarity(diffusion_gradient.to(x0.dtype).flatten(1), error.flatten(1))
+
+
 class FirstCalls:
     """Reads values on the device, at the first `calls` calls that have something to check; none after them.
 
@@ -202,7 +282,7 @@ class FirstCalls:
 
         Args:
             noisy_latents, latents: (B, C, ...).
-            alpha, sigma: (B,), on the CPU.
+            alpha, sigma: (B,), on the CPU; NaN: not looked at.
             source: the argument that they come from.
 
         Raises:
@@ -222,7 +302,7 @@ class FirstCalls:
         # A sample apart (padding, a mask) may have little noise; none has too much.
         worst = max(range(len(spreads)), key=lambda i: spreads[i] if math.isfinite(spreads[i]) else math.inf)
         if not least <= spreads[worst] <= most:
-            hint = "pass sigmas=1 - t where t = 1 is data" if source == "sigmas" else "timestep 0 is the least noise"
+            hint = REVERSED.get(source, "sigma rises with the noise, alpha falls or stays 1")
             raise ValueError(
                 f"the noise that {source} imply, (noisy_latents - alpha * latents) / sigma, has a standard deviation "
                 f"of {spreads[worst]:.3g} where sigma is {float(sigma[worst]):.3g}, not about 1: is time reversed "
@@ -237,7 +317,7 @@ class FirstCalls:
         noisy_latents: Tensor,
         latents: Tensor,
         sigma: Tensor,
-        prediction_type: str,
+        prediction_type: str | Convention,
     ) -> None:
         """Warns where the diffusion loss draws a flow's output away from what prediction_type says it should be.
 
@@ -246,18 +326,17 @@ class FirstCalls:
 
         Args:
             diffusion_gradient, model_output, noisy_latents, latents: (B, C, ...).
-            sigma: (B,), on the CPU.
+            sigma: (B,), on the CPU; NaN: not looked at.
             prediction_type: one of prediction.PREDICTION_TYPES.
         """
         rows = (sigma >= CLEAR_SIGMA[0]).nonzero().flatten()
         if prediction_type not in FLOW_TYPES or not len(rows) or not self.due("direction"):
             return
-        index, sigma = rows.to(latents.device), sigma[rows].to(noisy_latents.dtype)
-        x0 = latents[index].to(noisy_latents.dtype)
-        noise = x0 + (noisy_latents[index] - x0) / expand(sigma, x0)
-        error = model_output[index].to(x0.dtype) - target_of(x0, noise, 1 - sigma, sigma, prediction_type)
-        along = torch.cosine_similarity(diffusion_gradient[index].to(x0.dtype).flatten(1), error.flatten(1))
-        if float(along.mean()) < -0.5:
+        g, output, noisy, clean = (
+            x[rows.to(x.device)] for x in (diffusion_gradient, model_output, noisy_latents, latents)
+        )
+        along = alignment(g, output, noisy, clean, 1 - sigma[rows], sigma[rows], prediction_type)
+        if float(along.mean()) < AGAINST:
             self._left["direction"] = 0
             logger.warning(
                 "diffusion_loss draws model_output away from what prediction_type %r says it estimates: 'flow' is for "

@@ -7,9 +7,10 @@ with Perceptual Objectives", ICLR 2025 (arXiv 2411.04873), section 3.
 """
 
 import copy
-import logging
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from itertools import pairwise
 from numbers import Integral
 from typing import Any, NamedTuple
@@ -17,16 +18,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.amp import autocast, is_autocast_available
-from torch.nn.functional import interpolate
 
 from lpl.diffusion.latent_space import LatentSpace
-from lpl.perceptual.decoders import decoder_taps
+from lpl.perceptual.chosen_taps import chosen_taps, layer_weights_of, merged
+from lpl.perceptual.decoders import DecoderTaps, HookTaps, VaeTaps, any_decoder, is_own
 from lpl.perceptual.defaults import NORM_TYPE
 from lpl.perceptual.distance import NORM_TYPES, FeatureDistance, batch_scale
-from lpl.perceptual.input_checks import check_mask, check_mask_values, given
-from lpl.perceptual.sweep import Crop, Segment, WithGradient, compare, see_target
-
-logger = logging.getLogger(__name__)
+from lpl.perceptual.feature_maps import mean_of_rows
+from lpl.perceptual.input_checks import check_mask, check_mask_values
+from lpl.perceptual.loss_checks import check_modules, check_options, check_pair
+from lpl.perceptual.sweep import Crop, Segment, Target, Way, WithGradient, compare, see_target
 
 CHUNK_PIXELS = 256 * 256
 """Pixels that `chunk=None` sends through the decoder at once, where one sample has fewer."""
@@ -58,20 +59,29 @@ class LatentPerceptualLoss:
     """LPL per sample.
 
     It owns no weights: the VAE stays the caller's to place and to save. The decoder's parameters are frozen
-    (requires_grad False) here. The decoder runs outside autocast in `dtype`; distances are float32. The gradient is
-    computed in the forward pass, `chunk` samples at a time, and only it is kept: no feature map outlives the call, and
-    memory does not grow with the batch.
+    (requires_grad False) here, but for HookTaps, whose model may be one that is trained. The decoder runs outside
+    autocast in `dtype`; distances are float32. The gradient is computed in the forward pass, `chunk` samples at a time,
+    and only it is kept: no feature map outlives the call, and memory does not grow with the batch.
 
     Args:
-        vae: a diffusers VAE in eval mode, of a class that decoders.DECODERS names.
-        num_blocks: up blocks compared after the middle block; the decoder is not run past the last one.
+        vae: a diffusers VAE in eval mode, of a class that decoders.DECODERS names; or a DecoderTaps or HookTaps.
+        num_blocks: up blocks compared after the middle block; the decoder is not run past the last one. None: 4 of a
+            VAE, all of one's own stages.
         norm_type: see distance.py.
         loss_type: mse or l1, on normalised features.
         pow_law: weigh layers by w_l above; off: 1.
         remove_outliers: mask the target's outliers, see distance.py.
         checkpointing: keep only what goes in at the stages and recompute the rest for the gradient.
         dtype: precision of the decoder; where the VAE's weights have another, a private copy is made.
-        latent_space: how model space maps to raw latents; None: what vae.config states.
+        latent_space: how model space maps to raw latents; None: what the VAE states, and for one's own decoder that
+            model space is what its first stage takes.
+        stages: instead of a VAE, one's own decoder as callables, each from what the one before returned, the first one
+            from raw latents: a feature map (B, C, *space) of 1, 2 or 3 axes of space, or a tuple that begins with it
+            and carries more to the next stage. It runs as it is, in eval mode and in `dtype`.
+        strides: of the stages, in pixels (cells) of the decoder's output; None: layer weights come of the maps' sizes,
+            and remove_outliers must be off.
+        taps: names of the taps to compare, instead of num_blocks; of one's own stages "stage_0", "stage_1", ...
+        layer_weights: w_l instead of pow_law's, one per compared tap, in order or by name.
         chunk: samples that go through the decoder at once; None: as many as fill CHUNK_PIXELS, at least one. With
             norm batch and more samples than that, the targets are decoded once more, for their statistics.
         channels_last: memory layout of the decoder; None: on a CPU, where it is faster.
@@ -88,8 +98,8 @@ class LatentPerceptualLoss:
 
     def __init__(
         self,
-        vae: Any,
-        num_blocks: int = 4,
+        vae: Any = None,
+        num_blocks: int | None = None,
         norm_type: str = NORM_TYPE,
         loss_type: str = "mse",
         pow_law: bool = True,
@@ -98,6 +108,10 @@ class LatentPerceptualLoss:
         dtype: torch.dtype = torch.float32,
         latent_space: LatentSpace | None = None,
         *,
+        stages: Sequence[Callable[..., Any]] | None = None,
+        strides: Sequence[float] | None = None,
+        taps: Sequence[str] | None = None,
+        layer_weights: Sequence[float] | Mapping[str, float] | None = None,
         chunk: int | None = None,
         channels_last: bool | None = None,
         compile: bool = False,  # noqa: A002
@@ -113,29 +127,32 @@ class LatentPerceptualLoss:
                 raise ValueError(f"{name} must be an integer of {least} or more, not {value!r}")
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ValueError(f"dtype {dtype!r} is no floating-point torch.dtype, such as torch.float32")
-        decoder = decoder_taps(vae)
-        if num_blocks > decoder.num_up_blocks:
-            logger.warning(
-                "num_blocks %d: this decoder has %d up blocks, all tapped", num_blocks, decoder.num_up_blocks
-            )
-        for module in decoder.modules():
-            module.requires_grad_(False)
+        decoder = any_decoder(vae, stages, strides)
+        if not isinstance(decoder, HookTaps):
+            for module in decoder.modules():
+                module.requires_grad_(False)
         self.copied = any(p.dtype != dtype for m in decoder.modules() for p in m.parameters())
         self.decoder = decoder.copy_to(dtype) if self.copied else decoder
-        self.latent_space = latent_space or LatentSpace.from_config(vae.config)
-        self.taps = decoder.taps[: num_blocks + 1]
-        self.weights = [tap.stride / self.taps[0].stride if pow_law else 1.0 for tap in self.taps]
+        self.latent_space = latent_space or decoder.latent_space
+        self.chosen = chosen_taps(decoder.taps, num_blocks, taps, own=is_own(decoder))
+        self.taps = tuple(decoder.taps[i] for i in self.chosen)
+        self.weights = layer_weights_of(decoder.taps, self.taps, pow_law, layer_weights)
         self.norm_type, self.checkpointing, self.dtype, self.chunk = norm_type, checkpointing, dtype, chunk
         self.channels_last = channels_last
         self.arithmetic = torch.promote_types(dtype, torch.float32)
         fuse = (lambda f: torch.compile(f, dynamic=True)) if compile else (lambda f: f)
-        self.segments = self.decoder.segments(fuse)
+        check_options(decoder, self.taps, self.chosen, remove_outliers, checkpointing, crop)
+        self.segments = self.clip_segments = []
+        if isinstance(self.decoder, DecoderTaps):
+            self.segments = merged(self.decoder.segments(fuse), self.chosen)
+            # Frozen operations are of one frame: several run as plain blocks.
+            self.clip_segments = merged(self.decoder.plain_segments(), self.chosen)
         self.distances = [FeatureDistance(norm_type, loss_type, t.stride, remove_outliers, fuse) for t in self.taps]
-        self.crop = None if crop is None else max(1, crop // self.taps[0].stride)
+        self.stride = decoder.taps[0].stride
+        self.crop = None if crop is None else max(1, crop // int(self.stride))
         self.reach = reach_probabilities(len(self.taps), random_depth)
         self._unread_masks = READ_MASKS
 
-    @torch.compiler.disable
     def __call__(
         self,
         pred_latents: Tensor,
@@ -144,32 +161,57 @@ class LatentPerceptualLoss:
         *,
         depth: int | None = None,
         windows: Tensor | None = None,
+        reach: Sequence[float] | None = None,
     ) -> LPLOutput:
         """Compares two batches of latents.
 
         Args:
-            pred_latents: (B, C, h, w), model space, any float dtype.
-            target_latents: (B, C, h, w), model space; no gradient flows into it.
+            pred_latents: (B, C, h, w), model space, any float dtype; (B, C, T, h, w) for decoders of videos, whose
+                frames are compared one by one and averaged; (B, C, *space) for one's own.
+            target_latents: like pred_latents; no gradient flows into it.
             mask: (B, 1, h, w), 0 or more: how much each location counts, in a mean of that weight. None: everywhere
-                alike.
+                alike. It has the latents' axes of space.
             depth: with random_depth, how many taps are compared. None: all, each with its full weight.
             windows: with crop, (B, 2) numbers in [0, 1), on the CPU: where each sample's window lies, from top left
                 to bottom right.
+            reach: compare as many taps as this has probabilities, dividing each term by its own; instead of depth.
 
         Raises:
             ValueError: shapes or devices that do not fit each other or the VAE, a depth or windows without the option
                 or the option without windows, a decoder in training mode or changed dtype, or, in the first calls, a
                 mask with negative values.
         """
-        self._check(pred_latents, target_latents, mask, depth, windows)
-        with_gradient = torch.is_grad_enabled() and pred_latents.requires_grad
-        with torch.no_grad(), _without_autocast(pred_latents.device.type):
-            chunks = self._chunks(pred_latents, target_latents, mask, windows)
+        return self._evaluate(pred_latents, target_latents, mask, depth, windows, reach)
+
+    @torch.compiler.disable
+    def _evaluate(
+        self,
+        pred: Tensor,
+        target: Tensor,
+        mask: Tensor | None,
+        depth: int | None,
+        windows: Tensor | None,
+        reach: Sequence[float] | None,
+    ) -> LPLOutput:
+        self._check(pred, target, mask, depth, windows)
+        if self.decoder.frames and pred.dim() == 5 and pred.shape[2] == 1:
+            images = (x if x is None else x.squeeze(2) for x in (pred, target, mask))
+            out = self._evaluate(*images, depth, windows, reach)
+            return out if out.gradient is None else out._replace(gradient=out.gradient.unsqueeze(2))
+        if reach is not None:
+            depth = len(reach)
+        elif depth is not None and self.reach is not None:
+            reach = self.reach
+        with_gradient = torch.is_grad_enabled() and pred.requires_grad
+        with torch.no_grad(), _without_autocast(pred.device.type):
+            chunks = self._chunks(pred, target, mask, windows)
+            if not self.weights:
+                self.weights = self._weights_by_size(chunks[0])
             scales = self._scales(chunks, depth)
-            out = _join([self._compare(chunk, depth, scales, with_gradient) for chunk in chunks])
+            out = _join([self._compare(chunk, depth, reach, scales, with_gradient) for chunk in chunks])
         if not with_gradient:
             return out
-        return out._replace(per_sample=WithGradient.apply(pred_latents, out.per_sample, out.gradient))
+        return out._replace(per_sample=WithGradient.apply(pred, out.per_sample, out.gradient))
 
     def uncropped(self) -> "LatentPerceptualLoss":
         """The same loss of whole images, whatever its crop; called without a depth it goes all the way."""
@@ -177,69 +219,105 @@ class LatentPerceptualLoss:
         other.crop = None
         return other
 
+    def on_meta(self) -> "LatentPerceptualLoss":
+        """The same loss with a decoder that computes shapes alone, on the meta device: for counting."""
+        if not isinstance(self.decoder, VaeTaps):
+            raise ValueError("what one's own decoder costs is not counted: pass a VAE of diffusers")
+        other = copy.copy(self)
+        other.decoder = decoder = self.decoder.copy_to(self.dtype)
+        for module in decoder.modules():
+            module.to("meta")
+        other.segments = merged(decoder.segments(lambda f: f), self.chosen)
+        other.clip_segments = merged(decoder.plain_segments(), self.chosen)
+        other.copied, other._unread_masks = False, 0
+        return other
+
     def _chunks(
         self, pred_latents: Tensor, target_latents: Tensor, mask: Tensor | None, windows: Tensor | None
     ) -> list["Chunk"]:
-        batch, _, height, width = pred_latents.shape
-        size = self.chunk or max(1, CHUNK_PIXELS // (height * width * self.taps[0].stride ** 2))
+        batch, space = len(pred_latents), pred_latents.shape[2:]
+        pixels = math.prod(space[:-2]) * math.prod(side * self.stride for side in space[-2:])
+        size = self.chunk or max(1, int(CHUNK_PIXELS // pixels) if pixels else 1)
         chunks = []
         for first in range(0, batch, size):
             part = slice(first, first + size)
-            crop = None if windows is None or self.crop is None else Crop(self.crop, windows[part], (height, width))
-            insides: list[Tensor | None] = [None] * len(self.taps)
+            crop = None if windows is None or self.crop is None else Crop(self.crop, windows[part], space)
+            masks: list[Tensor | None] = [None] * len(self.taps)
             if mask is not None:
-                inside = mask[part].to(self.arithmetic)
-                for i, tap in enumerate(self.taps):
-                    if i == 1 and crop is not None:
-                        inside = crop.cut(inside)
-                    insides[i] = interpolate(inside, scale_factor=self.taps[0].stride / tap.stride, mode="nearest")
-            chunks.append(Chunk(pred_latents[part], target_latents[part], insides, self._segments(crop)))
+                whole = mask[part].to(self.arithmetic)
+                masks = [whole, *[whole if crop is None else crop.cut(whole)] * (len(self.taps) - 1)]
+            segments = self._segments(crop, len(space))
+            chunks.append(Chunk(pred_latents[part], target_latents[part], masks, segments))
         return chunks
 
-    def _segments(self, crop: Crop | None) -> list[Segment]:
+    def _segments(self, crop: Crop | None, axes: int) -> list[Segment]:
+        if self.decoder.frames and axes == 3:
+            return self.clip_segments
         if crop is None or len(self.taps) == 1:
             return self.segments
         first, second, *rest = self.segments
         return [first, Segment(second.head, [crop, *second.operations]), *rest]
 
+    def _way(self, chunk: "Chunk", depth: int | None) -> Way:
+        """The decoder up to so many taps, None: to the last."""
+        if not isinstance(self.decoder, HookTaps):
+            return chunk.segments[: None if depth is None else depth + 1]
+        return partial(self.decoder.features, chosen=self.chosen[:depth])
+
+    def _weights_by_size(self, chunk: "Chunk") -> list[float]:
+        """w_l for taps of unknown strides: resolution of the first tap's map / resolution of the tap's."""
+        sizes = [statistics.size for statistics in self._see(chunk, None).statistics]
+        return [(sizes[0] / size) ** (1 / (chunk.pred.dim() - 2)) for size in sizes]
+
+    def _see(self, chunk: "Chunk", depth: int | None) -> Target:
+        way, raw = self._way(chunk, depth), self._raw(chunk.target)
+        return see_target(way, self.distances[:depth], raw, chunk.masks, self.decoder.frames)
+
     def _scales(self, chunks: list["Chunk"], depth: int | None) -> list[Tensor] | None:
         """For norm `batch` in several chunks: the scale of each tap over all samples."""
         if self.norm_type != "batch" or len(chunks) == 1:
             return None
-        taps = self.distances[:depth]
-        seen = [see_target(c.segments, taps, self._raw(c.target), c.insides)[1] for c in chunks]
+        seen = [self._see(chunk, depth).statistics for chunk in chunks]
         return [batch_scale(list(tap)) for tap in zip(*seen, strict=True)]
 
     def _compare(
-        self, chunk: "Chunk", depth: int | None, scales: list[Tensor] | None, with_gradient: bool
+        self,
+        chunk: "Chunk",
+        depth: int | None,
+        reach: Sequence[float] | None,
+        scales: list[Tensor] | None,
+        with_gradient: bool,
     ) -> LPLOutput:
-        reach = self.reach if depth is not None and self.reach is not None else [1.0] * len(self.taps)
         depth = depth or len(self.taps)
-        weights = [w / (len(self.taps) * p) for w, p in zip(self.weights, reach, strict=True)][:depth]
+        probabilities = [1.0] * depth if reach is None else reach[:depth]
+        weights = [w / (len(self.taps) * p) for w, p in zip(self.weights, probabilities, strict=False)]
         # float16 features have gradients below its smallest number: scale them by a power of two, exactly undone.
         factor = 2.0**16 if self.dtype == torch.float16 else 1.0
         found = compare(
-            chunk.segments[: depth + 1],
+            self._way(chunk, depth),
             self.distances[:depth],
             self._raw(chunk.pred),
             self._raw(chunk.target),
-            chunk.insides,
+            chunk.masks,
             scales,
             [factor * w for w in weights] if with_gradient else None,
             self.checkpointing,
+            self.decoder.frames,
         )
-        per_sample = torch.stack([w * d for w, d in zip(weights, found.distances, strict=True)]).sum(0)
+        batch = len(chunk.pred)
+        distances = [mean_of_rows(d, batch) for d in found.distances]
+        total = torch.stack([w * d for w, d in zip(weights, distances, strict=True)]).sum(0)
         gradient = found.gradient
         if gradient is not None:
             gradient = self.latent_space.gradient_from_raw(gradient.to(self.arithmetic)) / factor
         names = [tap.name for tap in self.taps[:depth]]
 
         def by_name(values: Iterable[Tensor]) -> dict[str, Tensor]:
-            return dict(zip(names, values, strict=True))
+            return dict(zip(names, (mean_of_rows(v, batch) for v in values), strict=True))
 
         return LPLOutput(
-            per_sample,
-            by_name(found.distances),
+            total,
+            by_name(distances),
             by_name(s.outlier_fraction for s in found.statistics),
             by_name(s.mean for s in found.statistics),
             by_name(s.std for s in found.statistics),
@@ -249,24 +327,13 @@ class LatentPerceptualLoss:
     def _raw(self, latents: Tensor) -> Tensor:
         raw = self.latent_space.to_raw(latents.to(self.arithmetic)).to(self.dtype)
         last = latents.device.type == "cpu" if self.channels_last is None else self.channels_last
+        last = last and raw.dim() == 4
         return raw.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
     def _check(
         self, pred: Tensor, target: Tensor, mask: Tensor | None, depth: int | None, windows: Tensor | None
     ) -> None:
-        tensors = isinstance(pred, Tensor) and isinstance(target, Tensor)
-        if (
-            not tensors
-            or pred.shape != target.shape
-            or pred.device != target.device
-            or pred.dim() != 4
-            or not pred.numel()
-        ):
-            raise ValueError(
-                f"latents: {given(pred)} and {given(target)}; pass two (B, C, h, w) of one shape, on one device"
-            )
-        if pred.shape[1] != self.decoder.latent_channels:
-            raise ValueError(f"latents have {pred.shape[1]} channels, the VAE's have {self.decoder.latent_channels}")
+        check_pair(pred, target, self.decoder)
         if mask is not None:
             check_mask(mask, pred)
             if self._unread_masks:
@@ -276,16 +343,7 @@ class LatentPerceptualLoss:
             raise ValueError(f"depth {depth} needs random_depth and must lie in 1..{len(self.taps)}")
         if (windows is None) != (self.crop is None) or (windows is not None and windows.shape != (len(pred), 2)):
             raise ValueError("windows, (B, 2) numbers in [0, 1), go with crop")
-        for module in self.decoder.modules():
-            if module.training:
-                raise ValueError("the VAE went to training mode: call vae.eval()")
-            weight = next(module.parameters())
-            if self.copied and weight.device != pred.device:
-                module.to(pred.device)
-            elif weight.device != pred.device:
-                raise ValueError(f"the VAE is on {weight.device}, the latents on {pred.device}: move one of them")
-            if weight.dtype != self.dtype:
-                raise ValueError(f"the VAE was cast to {weight.dtype} after the loss was built for {self.dtype}")
+        check_modules(self.decoder, self.dtype, pred.device, self.copied)
 
 
 class Chunk(NamedTuple):
@@ -293,8 +351,8 @@ class Chunk(NamedTuple):
 
     pred: Tensor
     target: Tensor
-    insides: list[Tensor | None]
-    """Per tap, the caller's mask at the size of its map."""
+    masks: list[Tensor | None]
+    """Per tap, the caller's mask."""
     segments: list[Segment]
 
 

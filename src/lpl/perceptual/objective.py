@@ -10,82 +10,52 @@ is lpl_weight / p_gate. Differs from the diffusers project: that divides by the 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from lpl.diffusion.draws import keyed_uniform
+from lpl.diffusion.draws import keyed_generator, keyed_uniform
+from lpl.diffusion.own_process import AlphaSigma, OwnProcess
 from lpl.diffusion.prediction import (
-    DISCRETE_TYPES,
     FLOW_TYPES,
+    Convention,
     expand,
     output_sensitivity,
     signal_to_noise,
     x0_from_output,
 )
-from lpl.perceptual.auto_weight import AutoWeight, count_zero_gradients, gradient_of, zero_gradient
+from lpl.diffusion.schedule import Distribution
+from lpl.perceptual.auto_weight import AutoWeight, count_zero_gradients, gradient_of
+from lpl.perceptual.budget import Budget, Spread, compare_spread, tap_flops
 from lpl.perceptual.defaults import TARGET_SHARE
-from lpl.perceptual.gate import Gate, snr_scale
+from lpl.perceptual.gate import Gate, Sampler, snr_scale
 from lpl.perceptual.input_checks import (
     FirstCalls,
+    check_active,
+    check_budget,
     check_latents,
     check_mask,
     check_options,
-    check_sigmas,
-    check_timesteps,
     check_windows,
     diffusion_gradient,
     per_sample,
+    unpacked,
 )
-from lpl.perceptual.loss import LatentPerceptualLoss, LPLOutput, depth_of
+from lpl.perceptual.loss import LatentPerceptualLoss, depth_of
+from lpl.perceptual.noise_levels import check_prediction_type, noise_levels, source_of
+from lpl.perceptual.term import PerceptualTerm, describe
 
 logger = logging.getLogger(__name__)
 
 
-class PerceptualTerm(NamedTuple):
-    """LPL of one micro-batch."""
-
-    loss: Tensor
-    """Scalar, weighted: add it to the diffusion loss. An exact 0 without graph where no sample passed the gate."""
-    metrics: dict[str, Tensor | float]
-    """Scalars on the device, detached: reading one synchronises, keeping it does not. See read()."""
-    num_samples: int
-    """Samples that went through the decoder."""
-
-    def read(self) -> dict[str, float]:
-        """The metrics as numbers, for where they are logged. Synchronises.
-
-        Raises:
-            RuntimeError: LPL's gradient is exactly 0 for every gated sample that has a weight, a mask and a value
-                that are not: it trains nothing.
-        """
-        numbers = {name: float(value) for name, value in self.metrics.items()}
-        if fault := zero_gradient(numbers):
-            raise RuntimeError(fault)
-        return numbers
-
-
-def describe(out: LPLOutput, snr: Tensor) -> dict[str, Tensor | float]:
-    """Metrics of the samples that went through the decoder, under the diffusers project's names; snr: (B,)."""
-    metrics: dict[str, Tensor | float] = {
-        "lpl/loss": out.per_sample.detach().mean(),
-        "lpl/snr_mean": snr.mean(),
-        "lpl/snr_min": snr.min(),
-        "lpl/snr_max": snr.max(),
-    }
-    for i, tap in enumerate(out.per_layer):
-        prefix = f"lpl/features/layer_{i}"
-        metrics[f"{prefix}/distance"] = out.per_layer[tap].mean()
-        metrics[f"{prefix}/outlier_ratio"] = out.outlier_fraction[tap].mean()
-        metrics[f"{prefix}/mean"] = out.feature_mean[tap].mean()
-        metrics[f"{prefix}/std"] = out.feature_std[tap].mean()
-    return metrics
-
-
 IDLE_SAMPLES = 100
 """Samples that should have passed the gate by its probability, before none having passed is a warning."""
+COUNTED_SAMPLES = 1000
+"""Samples after which the share that passed is held against p_gate, once."""
+DEVIATIONS = 6
+"""Standard deviations of that share which chance does not explain."""
 
 
 class PerceptualObjective:
@@ -99,27 +69,37 @@ class PerceptualObjective:
 
     Args:
         loss_fn: the loss, or another callable of its signature that returns an LPLOutput.
-        noise_scheduler: a diffusers scheduler: one with alphas_cumprod, or a flow-matching one (then pass sigmas); None
-            for flow matching, with prediction_type; or a Schedule of diffusion/schedule.py.
+        noise_scheduler: a diffusers scheduler: one with alphas_cumprod, or a flow-matching one (then pass sigmas); or a
+            Schedule of diffusion/schedule.py. None: without alpha_sigma flow matching where prediction_type is flow,
+            flow_to_data or sample, and else a process whose alphas and sigmas every call hands over.
         lpl_weight: against the diffusion loss; "auto" sets it from measured gradients (AutoWeight): pass
             diffusion_loss with every call and call end_step() after every optimizer step.
         lpl_t_threshold, lpl_snr_threshold, lpl_sigma_threshold: the gate, one; none: sigma / alpha of at most 3.
         lpl_scale: multiply by min(1, g / SNR), g = snr_gamma or 5.
         lpl_reduction: "expected" divides by B * p_gate, "gated" by the gated samples of the micro-batch.
-        p_gate: probability of passing the gate: None for levels as a Schedule draws them, with a diffusers scheduler
-            for uniform timesteps (for flow matching: uniform sigma, which a shift is not: see Gate); a number; or
-            weights per timestep (T,).
+        p_gate: probability of passing the gate (and of being active): None for levels as a Schedule draws them, with a
+            diffusers scheduler for uniform timesteps (for flow matching: uniform sigma, which a shift is not: see
+            Gate); a Distribution, such as Distribution("logit_normal", shift=3); a function that draws n levels; a
+            number; or weights per timestep (T,). Where the weight is a number and the reduction "expected", a share of
+            passed samples that does not fit it warns once.
         snr_gamma: g of lpl_scale.
         lpl_max_samples: decode at most this many gated samples a call (the first ones; rescaled, so unbiased where
             batches are shuffled).
         lpl_target_share: for "auto", LPL's share of the gradient at the model's output.
-        prediction_type: one of diffusion.prediction.PREDICTION_TYPES; None: the scheduler's ("flow" without
-            alphas_cumprod).
+        prediction_type: one of diffusion.prediction.PREDICTION_TYPES, or a function such as edm(), see there; None: the
+            scheduler's ("flow" without alphas_cumprod).
+        alpha_sigma: instead of noise_scheduler: alpha and sigma, (B,) each, of the times (B,) that calls pass as
+            timesteps, whatever these are.
         seed: of the depths that a loss with random_depth stops at.
         lpl_start, lpl_warmup_steps: where one of them is above 0 the weight of optimizer step s (pass step with every
             call) is multiplied by min(1, (s - lpl_start + 1) / (n + 1)), n = lpl_warmup_steps, and is 0 before
             lpl_start: n steps of a linear ramp. "auto" measures without the ramp, so its weight is that of the whole
             run, and what acts is the product of both.
+        lpl_budget: LPL's mean cost as a share of step_flops. Which gated samples are decoded, and how deep, is then
+            drawn, and terms are divided by the probability, so that value and gradient are the full ones on average
+            (see Budget). Pass step_flops, and call end_step() after every optimizer step.
+        step_flops: FLOPs of a sample's training step without LPL; may be set later, as `objective.step_flops`, but
+            before the first call.
         checked_calls: calls whose values on the device are checked, a synchronisation or a few each; 0: none.
 
     Raises:
@@ -129,55 +109,54 @@ class PerceptualObjective:
     def __init__(
         self,
         loss_fn: LatentPerceptualLoss,
-        noise_scheduler: Any,
+        noise_scheduler: Any = None,
         lpl_weight: float | Literal["auto"] = 1.0,
         lpl_t_threshold: int | None = None,
         lpl_scale: bool = True,
         lpl_reduction: Literal["expected", "gated"] = "expected",
-        p_gate: float | Tensor | None = None,
+        p_gate: float | Tensor | Distribution | Sampler | None = None,
         *,
         lpl_snr_threshold: float | None = None,
         lpl_sigma_threshold: float | None = None,
         snr_gamma: float | None = None,
         lpl_max_samples: int | None = None,
         lpl_target_share: float = TARGET_SHARE,
-        prediction_type: str | None = None,
+        prediction_type: str | Convention | None = None,
+        alpha_sigma: AlphaSigma | None = None,
         seed: int = 0,
         lpl_start: int = 0,
         lpl_warmup_steps: int = 0,
+        lpl_budget: float | None = None,
+        step_flops: float | None = None,
         checked_calls: int = 3,
     ) -> None:
         check_options(loss_fn, lpl_weight, lpl_reduction, lpl_max_samples, snr_gamma, lpl_start, lpl_warmup_steps)
-        if noise_scheduler is None and prediction_type not in FLOW_TYPES:
+        own = noise_scheduler is None and (alpha_sigma is not None or prediction_type not in (*FLOW_TYPES, "sample"))
+        if noise_scheduler is None and prediction_type is None:
             raise ValueError(
-                f"noise_scheduler is None and prediction_type {prediction_type!r}: without a scheduler say what the "
-                "flow-matching model predicts: 'flow' (noise - latents) or 'flow_to_data' (latents - noise)"
+                "noise_scheduler is None and prediction_type too: say what the model predicts, such as 'flow' (noise - "
+                "latents), 'flow_to_data' (latents - noise) or 'epsilon' (noise)"
             )
         self.loss_fn = loss_fn
-        self.gate = Gate(noise_scheduler, lpl_t_threshold, lpl_snr_threshold, lpl_sigma_threshold)
-        self.p_gate = self.gate.probability(p_gate)
+        thresholds = (lpl_t_threshold, lpl_snr_threshold, lpl_sigma_threshold)
+        process = OwnProcess(alpha_sigma, prediction_type) if own else alpha_sigma
+        self.gate = Gate(noise_scheduler, *thresholds, alpha_sigma=process)
         self.lpl_scale, self.snr_gamma, self.lpl_reduction = lpl_scale, snr_gamma, lpl_reduction
         self.lpl_max_samples, self.seed = lpl_max_samples, seed
         self.lpl_start, self.lpl_warmup_steps = lpl_start, lpl_warmup_steps
         self.auto = AutoWeight(lpl_target_share) if lpl_weight == "auto" else None
         self._weight = 0.0 if lpl_weight == "auto" else float(lpl_weight)
-        self.schedule = self.gate.schedule
-        self.prediction_type = prediction_type or self.schedule.prediction_type
-        if self.prediction_type not in (FLOW_TYPES if self.gate.is_flow else DISCRETE_TYPES):
-            kind = "a flow-matching" if self.gate.is_flow else "a discrete"
-            fits = ", ".join(FLOW_TYPES if self.gate.is_flow else DISCRETE_TYPES)
-            raise ValueError(
-                f"prediction type {self.prediction_type!r} does not go with {kind} schedule, which has {fits}"
-                + "; for flow matching pass noise_scheduler=None" * (not self.gate.is_flow)
-            )
-        if self.prediction_type == "epsilon":
-            levels = self.schedule.at(range(self.schedule.num_timesteps))
-            if (self.schedule.alpha_sigma(levels)[0][self.gate.table] == 0).any():
-                raise ValueError(
-                    "epsilon prediction says nothing where alpha is 0 (zero-terminal SNR): close the gate there"
-                )
+        self.prediction_type = prediction_type or self.gate.schedule.prediction_type
+        check_prediction_type(self.gate, self.prediction_type)
+        self.p_gate = self.gate.probability(p_gate)
+        if lpl_budget is not None:
+            check_budget(lpl_budget, lpl_reduction, loss_fn)
+        self.lpl_budget, self.step_flops = lpl_budget, step_flops
+        self.budget: Budget | None = None
+        """Of lpl_budget, from the first call on."""
         self._first = FirstCalls(checked_calls)
-        self._seen = self._passed = 0
+        self._seen = self._passed = self._calls = 0
+        self._p_gate_acts = checked_calls > 0 and self.auto is None and lpl_reduction == "expected"
 
     @property
     def weight(self) -> Tensor | float:
@@ -196,22 +175,37 @@ class PerceptualObjective:
         diffusion_loss: Tensor | None = None,
         step: int | None = None,
         windows: Tensor | None = None,
+        *,
+        active: Tensor | None = None,
+        alphas: Tensor | None = None,
+        unpack: Callable[[Tensor], Tensor] | None = None,
+        draws: Tensor | None = None,
     ) -> PerceptualTerm:
         """LPL of one micro-batch.
 
         Args:
-            model_output: (B, C, h, w), any float dtype; gradients flow into it alone. B = 0 gives an exact 0.
-            noisy_latents: (B, C, h, w), float32, model space, exactly as they were made.
-            latents: (B, C, h, w), the clean ones, model space.
-            timesteps: (B,), integer timesteps of the schedule; not used for flow matching.
-            sigmas: (B,), float32, flow matching alone: the noise fractions in [0, 1] that made noisy_latents.
+            model_output: (B, C, *space) with 1, 2 or 3 axes of space as the loss takes them, any float dtype; gradients
+                flow into it alone. B = 0 gives an exact 0.
+            noisy_latents: (B, C, *space), float32, model space, exactly as they were made.
+            latents: (B, C, *space), the clean ones, model space.
+            timesteps: (B,), integer timesteps of the schedule; what alpha_sigma takes; not used for flow matching.
+            sigmas: (B,), float32, flow matching alone: the noise fractions in [0, 1] that made noisy_latents. With
+                alphas: the noise's factor.
             sample_weight: (B,), multiplies each sample's LPL.
-            mask: (B, 1, h, w), 0 or more: how much each location counts, in a mean of that weight.
+            mask: (B, 1, *space), 0 or more: how much each location counts, in a mean of that weight.
             diffusion_loss: the scalar that LPL is added to, for the gradient meter; its graph is kept. Not used in
                 torch.no_grad().
             step: the optimizer step, the same on every process: with the seed it decides how deep a loss with
                 random_depth goes. While "auto" measures, that is all the way. Needed for lpl_warmup_steps, too.
             windows: (B, 2) in [0, 1), for a loss with crop: where each sample's window lies.
+            active: (B,) booleans: samples that LPL may apply to, such as those of MeanFlow with r == t. Others are as
+                those that do not pass the gate; B counts them.
+            alphas: (B,), the signal's factor, with sigmas: for a process of which nothing else is known.
+            unpack: makes (B, C, *space) of a packed model_output (B, N, D), and of noisy_latents and latents where they
+                are packed, too; diffusion_loss may be of either.
+            draws: (B,) in [0, 1), uniform and independent of the noise levels, for lpl_budget: what decides whether a
+                sample is decoded, and how deep. None: by seed and the number of calls before; with several processes
+                pass some, or give each another seed.
 
         Per-sample values may be (B, 1) or (B, 1, 1, 1), too.
 
@@ -221,12 +215,14 @@ class PerceptualObjective:
                 without windows; in the first calls, values on the device that cannot be right.
             RuntimeError: LPL's gradient is exactly 0 in the first calls, or "auto" without end_step().
         """
-        check_latents(model_output, noisy_latents, latents)
+        packed = model_output
+        model_output, noisy_latents, latents = unpacked(unpack, model_output, noisy_latents, latents)
+        check_latents(model_output, noisy_latents, latents, channels_of(self.loss_fn))
         if self.auto is not None and diffusion_loss is None and torch.is_grad_enabled():
             raise ValueError("lpl_weight 'auto' measures gradients: pass diffusion_loss=")
         size = len(model_output)
         depth, weight = self._depth(step), self.weight_at(step)
-        timesteps, alpha, sigma = self._coefficients(timesteps, sigmas, size)
+        timesteps, alpha, sigma = noise_levels(self.gate, size, timesteps, sigmas, alphas)
         if sample_weight is not None:
             sample_weight = per_sample(sample_weight, size, "sample_weight")
             self._first.weights(sample_weight)
@@ -234,8 +230,12 @@ class PerceptualObjective:
             check_mask(mask, latents)
         if windows is not None:
             check_windows(windows, size)
-        self._first.noise(noisy_latents, latents, alpha, sigma, "sigmas" if self.gate.is_flow else "timesteps")
-        passed = self.gate.passes(timesteps, alpha, sigma).nonzero().flatten()
+        passes, looked_at = self.gate.passes(timesteps, alpha, sigma), sigma
+        if active is not None:
+            active = check_active(active, size)
+            passes, looked_at = passes & active, sigma.where(active, torch.nan)
+        self._first.noise(noisy_latents, latents, alpha, looked_at, source_of(self.gate))
+        passed = passes.nonzero().flatten()
         gated = len(passed)
         self._expect_gated(size, gated)
         metrics: dict[str, Tensor | float] = {
@@ -246,50 +246,71 @@ class PerceptualObjective:
         diffusion_square = None
         if diffusion_loss is not None and not size:  # a mean over nothing; "auto" takes part in its sum all the same
             diffusion_square = torch.zeros((), device=model_output.device)
-        elif diffusion_loss is not None and (g := diffusion_gradient(diffusion_loss, model_output)) is not None:
+        elif diffusion_loss is not None and (g := diffusion_gradient(diffusion_loss, packed)) is not None:
             # Of each sample's own loss, whatever the size of the micro-batch that its mean is taken over.
             diffusion_square = g.float().square().sum() * size**2
-            self._first.direction(g, model_output, noisy_latents, latents, sigma, self.prediction_type)
+            (g,) = unpacked(unpack, g)
+            self._first.direction(g, model_output, noisy_latents, latents, looked_at, self.prediction_type)
         if diffusion_square is not None:
             # LPL's is 0 unless samples pass: the share is one of means over all samples.
             metrics |= {"diffusion/gradient_square": diffusion_square / max(size, 1), "lpl/gradient_square": 0.0}
-        if not gated:
+        spread, decoded = None, passed
+        if self.lpl_budget is not None:
+            spread = self._spread(passed, alpha, sigma, latents, draws)
+            assert self.budget is not None
+            decoded = passed[spread.decoded]
+            metrics |= {"lpl/cost": self.budget.cost_of(spread) / max(size, 1), "lpl/loss": 0.0}
+        if not len(decoded):
             metrics["lpl/weighted_loss"] = 0.0
             if self.auto is not None and diffusion_square is not None:
                 self.auto.measure(torch.zeros_like(diffusion_square), diffusion_square, 0, step)
+            if spread is not None and self.budget is not None and torch.is_grad_enabled():
+                self.budget.measure(spread, model_output.new_zeros(0))
             return PerceptualTerm(torch.zeros((), device=model_output.device), metrics, 0)
 
-        chosen = passed[: self.lpl_max_samples]
+        chosen = decoded[: self.lpl_max_samples]
         alpha, sigma = alpha[chosen].float(), sigma[chosen].float()
         snr = signal_to_noise(alpha, sigma)
-        coefficient = snr_scale(snr, self.snr_gamma) if self.lpl_scale else torch.ones_like(snr)
-        coefficient = coefficient * (gated / len(chosen))
+        coefficient = self.scale(snr) * (len(decoded) / len(chosen))
         coefficient = coefficient / (size * self.p_gate if self.lpl_reduction == "expected" else gated)
         index = chosen.to(model_output.device, non_blocking=True)
         coefficient = coefficient.to(index.device, non_blocking=True)
         if sample_weight is not None:
             coefficient = coefficient * sample_weight.to(index.device, non_blocking=True)[index]
         mask = None if mask is None else mask[index]
+        noisy_latents = noisy_latents.detach()  # some loops have it require gradients
         pred = x0_from_output(model_output[index], noisy_latents[index], alpha, sigma, self.prediction_type)
-        out = self.loss_fn(
-            pred, latents[index], mask, depth=depth, windows=None if windows is None else windows[chosen]
-        )
+        windows = None if windows is None else windows[chosen]
+        if spread is None or self.budget is None:
+            out = self.loss_fn(pred, latents[index], mask, depth=depth, windows=windows)
+        else:
+            spread = spread.first(len(chosen))
+            out = compare_spread(self.loss_fn, pred, latents[index], mask, windows, spread)
         acts = self.auto is not None or bool(weight)
         gradient = gradient_of(out, pred, acts and (self._measuring or self._first.is_open("gradient")))
         loss = weight * (coefficient * out.per_sample).sum()
         metrics |= describe(out, snr) | {"lpl/weighted_loss": loss.detach()}
+        if spread is not None:  # the mean over gated samples, on average: values are divided by probabilities
+            metrics["lpl/loss"] = out.per_sample.detach().sum() * (len(decoded) / len(chosen) / gated)
         if gradient is not None and acts:
             counts = count_zero_gradients(out.per_sample, gradient, coefficient, mask)
             metrics |= counts
             if self._first.due("gradient"):
                 PerceptualTerm(loss, counts, len(chosen)).read()
-        if gradient is not None and diffusion_square is not None:
+        measures = self.budget is not None and not self.budget.fixed
+        if gradient is not None and (diffusion_square is not None or measures):
             sensitivity = output_sensitivity(alpha, sigma, self.prediction_type)
             factor = coefficient * sensitivity.to(index.device, non_blocking=True)
-            unit_square = (expand(factor, gradient) * gradient).float().square().sum() * size**2
-            metrics["lpl/gradient_square"] = unit_square * weight**2 / size
-            if self.auto is not None:
-                self.auto.measure(unit_square, diffusion_square, gated, step)
+            squares = (expand(factor, gradient) * gradient).float().square()
+            if spread is not None and self.budget is not None:
+                decoded_with = spread.reach[:, 0].to(squares)
+                squares = squares.flatten(1).sum(1) * decoded_with  # what is divided by p counts with p
+                self.budget.measure(spread, squares)
+            unit_square = squares.sum() * size**2
+            if diffusion_square is not None:
+                metrics["lpl/gradient_square"] = unit_square * weight**2 / size
+                if self.auto is not None:
+                    self.auto.measure(unit_square, diffusion_square, len(decoded), step)
         return PerceptualTerm(loss, metrics, len(chosen))
 
     def weight_at(self, step: int | None) -> Tensor | float:
@@ -297,9 +318,37 @@ class PerceptualObjective:
         return self.weight * self._ramp(step)
 
     def end_step(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
-        """Says that an optimizer step is done; "auto" then updates its weight. `reduce` sums over processes."""
-        if self.auto is not None:
-            self.auto.end_step(reduce)
+        """Says that an optimizer step is done, for "auto" and lpl_budget. `reduce` sums over processes."""
+        for measured in (self.auto, self.budget):
+            if measured is not None:
+                measured.end_step(reduce)
+
+    def discard_step(self) -> None:
+        """Forgets what the optimizer step under way has measured; instead of end_step() where the step is left out."""
+        for measured in (self.auto, self.budget):
+            if measured is not None:
+                measured.discard_step()
+
+    def count(self, shape: Sequence[int]) -> None:
+        """Counts what lpl_budget spends for a sample's latents of this shape, (C, *space); else the first call does.
+
+        Raises:
+            ValueError: step_flops is not set, or not a positive number.
+        """
+        if self.lpl_budget is not None and self.budget is None:
+            if self.step_flops is None:
+                raise ValueError(f"lpl_budget {self.lpl_budget} is a share of a training step: pass step_flops=")
+            self.budget = Budget(self.lpl_budget, self.step_flops, tap_flops(self.loss_fn, shape), self.p_gate)
+
+    def _spread(self, passed: Tensor, alpha: Tensor, sigma: Tensor, latents: Tensor, draws: Tensor | None) -> Spread:
+        """Which gated samples are decoded, and how deep."""
+        self.count(latents.shape[1:])
+        assert self.budget is not None
+        if draws is None:
+            draws = torch.rand(len(alpha), generator=keyed_generator(self.seed, "lpl_budget", self._calls))
+            self._calls += 1
+        draws = per_sample(draws, len(alpha), "draws").cpu()
+        return self.budget.spread(alpha[passed], sigma[passed], draws[passed], self._measuring)
 
     def _depth(self, step: int | None) -> int | None:
         reach = getattr(self.loss_fn, "reach", None)
@@ -318,33 +367,34 @@ class PerceptualObjective:
             )
         return min(1.0, max(0, step - self.lpl_start + 1) / (self.lpl_warmup_steps + 1))
 
-    def _coefficients(
-        self, timesteps: Tensor | None, sigmas: Tensor | None, size: int
-    ) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Timesteps (not for flow matching), alpha and sigma, (B,), on the CPU."""
-        if self.schedule.is_flow:
-            return None, *self.schedule.alpha_sigma(check_sigmas(sigmas, size))
-        if sigmas is not None:
-            raise ValueError("sigmas are for flow matching: this schedule has its own, so pass timesteps alone")
-        timesteps = check_timesteps(timesteps, size, self.schedule.num_timesteps)
-        return timesteps, *self.schedule.alpha_sigma(timesteps)
+    def scale(self, snr: Tensor) -> Tensor:
+        """What a sample's LPL is multiplied by for its noise level; snr: (B,)."""
+        return snr_scale(snr, self.snr_gamma) if self.lpl_scale else torch.ones_like(snr)
 
     def _expect_gated(self, size: int, gated: int) -> None:
-        """Warns once where the gate stays shut that should have passed IDLE_SAMPLES samples by now."""
+        """Warns once where what has passed the gate by now does not fit its probability."""
         before, self._seen, self._passed = self._seen, self._seen + size, self._passed + gated
-        if not self._passed and before * self.p_gate < IDLE_SAMPLES <= self._seen * self.p_gate:
+        p = self.p_gate
+        if not self._passed and before * p < IDLE_SAMPLES <= self._seen * p:
             logger.warning(
                 "LPL has applied to none of %d samples, though its gate %s should pass %.3g %% of them: are these the "
                 "%s that made noisy_latents, and is p_gate that of your draws?",
-                self._seen, self.gate, 100 * self.p_gate, "sigmas" if self.gate.is_flow else "timesteps",
+                self._seen, self.gate, 100 * p, source_of(self.gate),
             )  # fmt: skip
+        elif self._p_gate_acts and self._passed and before < COUNTED_SAMPLES <= self._seen:
+            found = self._passed / self._seen
+            if abs(found - p) > DEVIATIONS * (p * (1 - p) / self._seen) ** 0.5:
+                logger.warning(
+                    "%.3g %% of %d samples passed the gate %s, where p_gate says %.3g %%: LPL acts with %.2g of its "
+                    "weight; pass p_gate=, a Distribution or a function that draws as your loop does, or %.3g",
+                    100 * found, self._seen, self.gate, 100 * p, found / p, found,
+                )  # fmt: skip
 
     @property
     def _measuring(self) -> bool:
         return self.auto is not None and not self.auto.fixed
 
 
-def gradient_share(lpl_square: float, diffusion_square: float) -> float:
-    """r_lpl / (r_lpl + r_diffusion) from mean squared gradients; 0 where both are 0."""
-    lpl, diffusion = lpl_square**0.5, diffusion_square**0.5
-    return lpl / (lpl + diffusion) if lpl > 0 else 0.0
+def channels_of(loss_fn: Any) -> int | None:
+    """Of the latents that a loss takes, where it says."""
+    return getattr(getattr(loss_fn, "decoder", None), "latent_channels", None)

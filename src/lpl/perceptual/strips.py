@@ -1,8 +1,10 @@
 """Feature maps worked through in strips of rows: temporaries stay small, in cache, and out of the allocator's way.
 
-A strip's arithmetic is float32 for half-precision maps. Every function here is for a map (B, C, H, W).
+A strip's arithmetic is float32 for half-precision maps. Every function here is for a map (B, C, H, W); all but `window`
+are for other numbers of axes of space too, the first of which is called rows.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -12,6 +14,16 @@ STRIP_BYTES = {"cpu": 2**23}
 """Bytes of a strip: what stays in cache while it is worked on."""
 STRIP_BYTES_ELSEWHERE = 2**24
 """On other devices: enough to keep them busy, little beside a map of a 1024-pixel image."""
+
+
+def space(x: Tensor) -> tuple[int, ...]:
+    """The axes of space."""
+    return tuple(range(2, x.dim()))
+
+
+def cells(x: Tensor) -> int:
+    """Values of a channel, H * W."""
+    return math.prod(x.shape[2:])
 
 
 def strip_bytes(x: Tensor) -> int:
@@ -24,8 +36,8 @@ def spans(x: Tensor, channels: int | None = None) -> list[tuple[int, int]]:
 
     All but the last are of an even number of rows.
     """
-    batch, own, height, width = x.shape
-    rows = max(2, strip_bytes(x) // (x.element_size() * batch * max(own, channels or 0) * width) // 2 * 2)
+    batch, own, height, *width = x.shape
+    rows = max(2, strip_bytes(x) // (x.element_size() * batch * max(own, channels or 0) * math.prod(width)) // 2 * 2)
     return [(first, min(first + rows, height)) for first in range(0, height, rows)]
 
 
@@ -48,6 +60,8 @@ def assemble(strips: list[tuple[int, int]], shape: tuple[int, ...], like: Tensor
 
 def layout(x: Tensor) -> torch.memory_format:
     """channels_last or contiguous, whichever x has."""
+    if x.dim() != 4:
+        return torch.contiguous_format
     return torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
 
 
@@ -78,13 +92,13 @@ def channel_moments(x: Tensor, rows: Callable[[int, int], Tensor] | None = None)
     for first, last in spans(x):
         part = take(first, last)
         sizes.append((last - first) / x.shape[2])
-        means.append(part.mean((2, 3), keepdim=True))
-        squares.append((part - means[-1]).square_().sum((2, 3), keepdim=True))
+        means.append(part.mean(space(part), keepdim=True))
+        squares.append((part - means[-1]).square_().sum(space(part), keepdim=True))
     if len(sizes) == 1:
         return means[0], squares[0]
     # Strips are put together by their own means: nothing cancels.
-    share = torch.tensor(sizes, dtype=dtype).to(x.device, non_blocking=True).view(-1, 1, 1, 1, 1)
+    share = torch.tensor(sizes, dtype=dtype).to(x.device, non_blocking=True).view(-1, *[1] * x.dim())
     each = torch.stack(means)
     mean = (share * each).sum(0)
-    between = (share * (each - mean).square()).sum(0) * (x.shape[2] * x.shape[3])
+    between = (share * (each - mean).square()).sum(0) * cells(x)
     return mean, torch.stack(squares).sum(0) + between

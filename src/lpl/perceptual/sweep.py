@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lpl.perceptual.convolution import Operation, Upsampling
+from lpl.perceptual.convolution import Head, Operation, rows_of
 from lpl.perceptual.distance import FeatureDistance, TargetStatistics, batch_scale
-from lpl.perceptual.frozen import Identity
+from lpl.perceptual.feature_maps import State, map_of, mask_at, with_map, zeros_like
 
 
 class WithGradient(torch.autograd.Function):
@@ -37,26 +37,27 @@ class Segment:
 
     A tap's map may be the output of an upsampling, four times the size of its input. What is handed from segment to
     segment (a "boundary") is that input: it is what is worth keeping, and the map is made again where it is needed.
+    A state (feature_maps.py) is a map, or one with what a stage carries beside it.
 
     Args:
-        head: from the boundary to the tap's map.
+        head: from the boundary to the tap's state.
         operations: from there to the next boundary.
     """
 
-    def __init__(self, head: Identity | Upsampling, operations: Sequence[Operation]) -> None:
+    def __init__(self, head: Head, operations: Sequence[Operation]) -> None:
         self.head, self.operations = head, operations
 
-    def open(self, boundary: Tensor) -> Tensor:
-        """The earlier tap's map."""
+    def open(self, boundary: State) -> State:
+        """The earlier tap's state."""
         return self.head.forward(boundary, keep=False)[0]
 
-    def run(self, x: Tensor) -> Tensor:
-        """The next boundary, from the earlier tap's map; keeps nothing."""
+    def run(self, x: State) -> State:
+        """The next boundary, from the earlier tap's state; keeps nothing."""
         for operation in self.operations:
             x, _ = operation.forward(x, keep=False)
         return x
 
-    def run_and_keep(self, boundary: Tensor, checkpoint: str) -> tuple[Tensor, list[Any]]:
+    def run_and_keep(self, boundary: State, checkpoint: str) -> tuple[State, list[Any]]:
         """The next boundary, and what `backward` needs.
 
         Args:
@@ -76,8 +77,8 @@ class Segment:
                 saved.append(kept)
         return x, saved
 
-    def backward(self, saved: list[Any], grads: list[Tensor], checkpoint: str) -> tuple[Tensor, Tensor]:
-        """The map of the earlier tap, and the gradient with respect to it.
+    def backward(self, saved: list[Any], grads: list[State], checkpoint: str) -> tuple[State, State]:
+        """The state of the earlier tap, and the gradient with respect to it.
 
         Args:
             saved: from run_and_keep; emptied.
@@ -115,7 +116,7 @@ class Crop(Operation):
         size: height and width of the maps.
     """
 
-    def __init__(self, side: int, windows: Tensor, size: tuple[int, int]) -> None:
+    def __init__(self, side: int, windows: Tensor, size: Sequence[int]) -> None:
         self.size = size
         self.shape = [min(side, length) for length in size]
         self.corners = [
@@ -144,48 +145,78 @@ class Comparison(NamedTuple):
     """What a sweep finds."""
 
     distances: list[Tensor]
-    """Per tap, (B,)."""
+    """Per tap, (B,), or with frames (B * T,)."""
     statistics: list[TargetStatistics]
     gradient: Tensor | None
     """Of sum over taps of weight * distance with respect to the prediction, (B, C, h, w); None where not asked for."""
 
 
+Way = Sequence[Segment] | Callable[[Tensor], Sequence[State]]
+"""Through the decoder: its segments, one more than there are taps (the last one's head makes the last tap's map), or a
+function from raw latents to the maps of all taps, for autograd."""
+
+
+class Target(NamedTuple):
+    """What is known of the target, per tap."""
+
+    boundaries: list[State | None]
+    """What the map is made of again; for a function, the map."""
+    statistics: list[TargetStatistics]
+    insides: list[Tensor | None]
+    """The caller's mask at the map's size."""
+
+
 def see_target(
-    segments: Sequence[Segment], distances: Sequence[FeatureDistance], target: Tensor, insides: Sequence[Tensor | None]
-) -> tuple[list[Tensor | None], list[TargetStatistics]]:
-    """The boundaries and statistics of the target's taps.
+    way: Way,
+    distances: Sequence[FeatureDistance],
+    target: Tensor,
+    masks: Sequence[Tensor | None],
+    frames: bool = False,
+) -> Target:
+    """Sends the target through the decoder.
 
     Args:
-        segments: one more than there are taps; the last one's head makes the last tap's map.
+        way: through the decoder.
         distances: one per tap.
         target: raw latents (B, C, h, w) in the decoder's precision.
-        insides: per tap the caller's mask, (B, 1, H, W), or None.
+        masks: per tap the caller's mask, (B, 1, h, w), or None.
+        frames: maps (B, C, T, H, W) are compared frame by frame.
     """
-    boundaries: list[Tensor | None] = []
-    statistics = []
-    y = target
-    for segment, following, distance, inside in zip(segments, segments[1:], distances, insides, strict=False):
-        boundary = segment.run(y)
-        y = following.open(boundary)
-        boundaries.append(boundary)
-        statistics.append(distance.statistics(y, inside))
-    return boundaries, statistics
+    seen = Target([], [], [])
+
+    def note(boundary: State, y: State, tap: int) -> None:
+        features, mask = map_of(y, frames), masks[tap]
+        seen.boundaries.append(boundary)
+        seen.insides.append(None if mask is None else mask_at(mask, features, frames))
+        seen.statistics.append(distances[tap].statistics(features, seen.insides[-1]))
+
+    if callable(way):
+        for tap, features in enumerate(way(target)):
+            note(features, features, tap)
+        return seen
+    y: State = target
+    for tap in range(len(distances)):
+        boundary = way[tap].run(y)
+        y = way[tap + 1].open(boundary)
+        note(boundary, y, tap)
+    return seen
 
 
 def compare(
-    segments: Sequence[Segment],
+    way: Way,
     distances: Sequence[FeatureDistance],
     pred: Tensor,
     target: Tensor,
-    insides: Sequence[Tensor | None],
+    masks: Sequence[Tensor | None],
     scales: Sequence[Tensor] | None,
     weights: Sequence[float] | None,
     checkpointing: bool,
+    frames: bool = False,
 ) -> Comparison:
     """Compares prediction and target at every tap.
 
     Args:
-        segments, distances, target, insides: as in see_target.
+        way, distances, target, masks, frames: as in see_target.
         pred: raw latents like target.
         scales: for norm `batch`, per tap the scale over the whole batch; None: these samples are the batch.
         weights: of the taps' distances in the gradient; None: no gradient.
@@ -193,45 +224,66 @@ def compare(
             run backward) an operation at a time.
     """
     count = len(distances)
-    boundaries, statistics = see_target(segments, distances, target, insides)
+    boundaries, statistics, insides = see_target(way, distances, target, masks, frames)
     if scales is None and distances[0].norm_type == "batch":
         scales = [batch_scale([s]) for s in statistics]
     found: list[Tensor] = [torch.empty(0)] * count
 
-    def measure(i: int, x: Tensor, grad: Tensor | None) -> None:
+    def measure(i: int, x: State, grad: Tensor | None) -> None:
         boundary, boundaries[i] = boundaries[i], None
         assert boundary is not None
+        features = map_of(x, frames)
+        if callable(way) or not isinstance(boundary, Tensor) or (frames and boundary.dim() == 5):
+            rows = rows_of(map_of(boundary, frames))
+        else:
+            rows = way[i + 1].head.rows(boundary)
         found[i] = distances[i](
-            x,
-            segments[i + 1].head.rows(boundary),
+            features,
+            rows,
             statistics[i],
             insides[i],
             None if scales is None else scales[i],
-            0.0 if weights is None else weights[i],
+            0.0 if weights is None else weights[i] / (len(features) // len(pred)),
             grad,
         )
 
-    x = pred
+    if callable(way):
+        with torch.set_grad_enabled(weights is not None):
+            leaf = pred.detach().requires_grad_(weights is not None)
+            maps = [map_of(x, frames) for x in way(leaf)]
+        if weights is None:
+            for i, features in enumerate(maps):
+                measure(i, features, None)
+            return Comparison(found, statistics, None)
+        slopes = [torch.zeros_like(features) for features in maps]
+        for i, features in enumerate(maps):
+            measure(i, features.detach(), slopes[i])
+        return Comparison(found, statistics, torch.autograd.grad(maps, leaf, slopes)[0])
+
+    x: State = pred
     if weights is None:
         for i in range(count):
-            x = segments[i + 1].open(segments[i].run(x))
+            x = way[i + 1].open(way[i].run(x))
             measure(i, x, None)
         return Comparison(found, statistics, None)
 
-    ways = ["segment" if checkpointing else "none"] * count
+    checkpoints = ["segment" if checkpointing else "none"] * count
     if checkpointing:
-        ways[-1] = "operation"
+        checkpoints[-1] = "operation"
     kept = []
-    for segment, way in zip(segments, ways, strict=False):
-        x, saved = segment.run_and_keep(x, way)
+    for segment, checkpoint in zip(way, checkpoints, strict=False):
+        x, saved = segment.run_and_keep(x, checkpoint)
         kept.append(saved)
-    maps = [segments[count].open(x)]
+    states = [way[count].open(x)]
     del x
-    grads = [torch.zeros_like(maps[0])]
+    grads = [zeros_like(states[0])]
     for i in reversed(range(count)):
-        measure(i, maps.pop(), grads[0])
-        grads = [segments[i + 1].head.backward([], grads.pop())]
-        earlier, grad = segments[i].backward(kept.pop(), grads, ways[i])
-        maps, grads = [earlier], [grad]
-        del earlier, grad
-    return Comparison(found, statistics, grads[0])
+        grad = map_of(grads[0], frames)
+        measure(i, states.pop(), grad)
+        grads[0] = with_map(grads[0], grad)
+        del grad
+        grads = [way[i + 1].head.backward([], grads.pop())]
+        earlier, before = way[i].backward(kept.pop(), grads, checkpoints[i])
+        states, grads = [earlier], [before]
+        del earlier, before
+    return Comparison(found, statistics, map_of(grads[0]))

@@ -9,11 +9,12 @@ Two full passes through the decoder with plain autograd, every feature map kept,
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import max_pool2d
+from torch.nn.functional import max_pool1d, max_pool2d, max_pool3d
 from torch.utils.checkpoint import checkpoint
 
 from lpl.diffusion.latent_space import LatentSpace
@@ -31,31 +32,55 @@ def decoder_features(vae: Any, latents: Tensor, num_blocks: int, checkpointing: 
 
 
 def inlier_mask(y: Tensor, stride: float) -> Tensor:
-    """1 where the target's feature is no outlier, (B, C, H, W); stride: pixels of the image per cell of y."""
+    """1 where the target's feature is no outlier, (B, C, *space); stride: pixels of the image per cell of y."""
     values = y.flatten(2)
     ranks = (max(1, int(share * values.shape[-1])) for share in (0.02, 0.98))
-    low, high = (values.kthvalue(rank, dim=-1).values[..., None, None] for rank in ranks)
-    margin = 2 * values.std(-1)[..., None, None]
+    shape = (*y.shape[:2], *[1] * (y.dim() - 2))
+    low, high = (values.kthvalue(rank, dim=-1).values.view(shape) for rank in ranks)
+    margin = 2 * values.std(-1).view(shape)
     mask = ((y > low - margin) & (y < high + margin)).to(y.dtype)
     close, open_ = math.ceil(3 / stride), math.ceil(5 / stride)
     close, open_ = (1 if close == 2 else close), (3 if open_ == 2 else open_)
-    mask = max_pool2d(mask, close, 1, (close - 1) // 2)
-    return -max_pool2d(-mask, open_, 1, (open_ - 1) // 2)
+    pool = {3: max_pool1d, 4: max_pool2d, 5: max_pool3d}[y.dim()]
+    mask = pool(mask, close, 1, (close - 1) // 2)
+    return -pool(-mask, open_, 1, (open_ - 1) // 2)
 
 
 def normalise(x: Tensor, y: Tensor, norm_type: str) -> tuple[Tensor, Tensor]:
-    """Features of the prediction, x, and of the target, y, both (B, C, H, W)."""
+    """Features of the prediction, x, and of the target, y, both (B, C, *space)."""
+    space = tuple(range(2, x.dim()))
     if norm_type == "default":  # each by its own length
         return x / (x.norm(dim=1, keepdim=True) + 1e-10), y / (y.norm(dim=1, keepdim=True) + 1e-10)
     if norm_type == "shared":
         length = y.norm(dim=1, keepdim=True) + 1e-6
         return x / length, y / length
     if norm_type == "own":
-        own = [(f - f.mean((2, 3), keepdim=True)) / (f.std((2, 3), keepdim=True) + 1e-6) for f in (x, y)]
+        own = [(f - f.mean(space, keepdim=True)) / (f.std(space, keepdim=True) + 1e-6) for f in (x, y)]
         return own[0], own[1]
-    by, dims = {"channel": (x, (2, 3)), "channel_detached": (x.detach(), (2, 3)), "batch": (y, (0, 2, 3))}[norm_type]
+    by, dims = {"channel": (x, space), "channel_detached": (x.detach(), space), "batch": (y, (0, *space))}[norm_type]
     mean, std = by.mean(dims, keepdim=True), by.std(dims, keepdim=True) + 1e-6
     return (x - mean) / std, (y - mean) / std
+
+
+def lpl_of_features(
+    predictions: Sequence[Tensor], targets: Sequence[Tensor], strides: Sequence[float], norm_type: str, loss_type: str,
+    pow_law: bool, remove_outliers: bool, insides: Sequence[Tensor] | None,
+) -> Tensor:  # fmt: skip
+    """L per sample, (B,), of feature maps (B, C, *space); insides: per map the caller's mask, part of m_l."""
+    total = torch.zeros(len(predictions[0]), dtype=predictions[0].dtype, device=predictions[0].device)
+    for i, (x, y, stride) in enumerate(zip(predictions, targets, strides, strict=True)):
+        mask = torch.ones_like(y)
+        if remove_outliers and stride <= 2:
+            mask = inlier_mask(y, stride)
+            y = y * mask
+            x = x * mask if norm_type == "own" else x
+        x, y = normalise(x, y, norm_type)
+        distance = (x - y).square() if loss_type == "mse" else (x - y).abs()
+        mask = mask if insides is None else mask * insides[i]
+        counted = mask.flatten(2).sum(2)
+        layer = torch.where(counted > 0, (distance * mask).flatten(2).sum(2) / counted.clamp_min(1e-30), 0).mean(1)
+        total = total + layer * (stride / strides[0] if pow_law else 1.0)
+    return total / len(predictions)
 
 
 def textbook_lpl(
@@ -68,19 +93,7 @@ def textbook_lpl(
         targets = decoder_features(vae, target_latents, num_blocks, False)
     predictions = decoder_features(vae, pred_latents, num_blocks, checkpointing)
     output_width = target_latents.shape[-1] * 2 ** (len(vae.config.block_out_channels) - 1)
-    total = torch.zeros(len(pred_latents), dtype=pred_latents.dtype, device=pred_latents.device)
-    for x, y in zip(predictions, targets, strict=True):
-        mask, stride = torch.ones_like(y), output_width / y.shape[-1]
-        if remove_outliers and stride <= 2:
-            mask = inlier_mask(y, stride)
-            y = y * mask
-            x = x * mask if norm_type == "own" else x
-        x, y = normalise(x, y, norm_type)
-        distance = (x - y).square() if loss_type == "mse" else (x - y).abs()
-        if inside is not None:  # each latent covers a square of cells
-            cells = y.shape[-1] // inside.shape[-1]
-            mask = mask * inside.repeat_interleave(cells, 2).repeat_interleave(cells, 3)
-        counted = mask.sum((2, 3))
-        layer = torch.where(counted > 0, (distance * mask).sum((2, 3)) / counted.clamp_min(1e-30), 0).mean(1)
-        total = total + layer * (predictions[0].shape[-1] / x.shape[-1] if pow_law else 1.0)
-    return total / len(predictions)
+    cells = [y.shape[-1] // target_latents.shape[-1] for y in targets]  # each latent covers a square of cells
+    insides = None if inside is None else [inside.repeat_interleave(n, 2).repeat_interleave(n, 3) for n in cells]
+    strides = [output_width / y.shape[-1] for y in targets]
+    return lpl_of_features(predictions, targets, strides, norm_type, loss_type, pow_law, remove_outliers, insides)

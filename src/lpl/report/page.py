@@ -15,7 +15,8 @@ from lpl.base.errors import UserError
 from lpl.base.files import write_atomically, writing
 from lpl.base.terminal import printable
 from lpl.config import TrainConfig
-from lpl.config.commands import WALK_TOLERANCE, ReportConfig
+from lpl.config.commands import ReportConfig
+from lpl.perceptual.defaults import WALK_TOLERANCE
 from lpl.report.curves import LOSSES, final_kind, loss_charts, share_charts, validation_rows
 from lpl.report.evaluations import (
     evaluation_table,

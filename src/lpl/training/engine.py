@@ -22,7 +22,7 @@ from lpl.base.errors import UserError
 from lpl.config import LPLConfig, ModelConfig, TrainConfig
 from lpl.data.dataset import Batch, TrainingData
 from lpl.data.sampler import BatchOrder, share
-from lpl.diffusion.draws import keyed_seed, strata
+from lpl.diffusion.draws import even_draws, keyed_seed, strata
 from lpl.diffusion.latent_space import LatentSpace
 from lpl.perceptual.loss import LatentPerceptualLoss
 from lpl.perceptual.objective import PerceptualObjective
@@ -80,6 +80,9 @@ class Batches:
     def batch(self, step: int, micro_batch: int) -> Batch:
         """The samples of a micro-batch of an optimizer step, in this process."""
         batch = self._data.batch(list(self._share(self._order.batch(step), micro_batch)))
+        if self._config.lpl.use_lpl and self._config.lpl.lpl_budget is not None:
+            draws = even_draws(self.samples_per_step, self._config.run.seed, "lpl_budget", step)
+            batch = replace(batch, lpl_draws=self._share(draws, micro_batch))
         if self._config.diffusion.timestep_sampling == "independent":
             return batch
         numbers = strata(self.samples_per_step, self._config.run.seed, step)

@@ -40,6 +40,7 @@ KEPT: Shape = {
     },
     "schedule": {"last_epoch": COUNT},
     "auto_weight": ({"fixed": SWITCH, "measured": COUNT, "weight": MEASURED, "squares": (TWO, NULL)}, NULL),
+    "budget?": ({"fixed": SWITCH, "measured": COUNT, "sums": ([[MEASURED]], NULL), "reach": [[MEASURED]]}, NULL),
     "scaler": ({}, NULL),
 }
 """What a run keeps in state.json."""
@@ -73,6 +74,7 @@ class RunState:
     def save(self, step: int, prune: bool = True) -> None:
         """Writes a checkpoint of a step; prune: --checkpoints_total_limit applies. Every process must call it."""
         auto = self.objective.auto if self.objective is not None else None
+        budget = self.objective.budget if self.objective is not None else None
         scaler = self.accelerator.scaler
         numbers: dict[str, Any] = {
             "data": self.data,
@@ -82,6 +84,7 @@ class RunState:
             "tracker": self.tracker.state_dict(),
             "schedule": self.trained.schedule.state_dict(),
             "auto_weight": auto.state_dict() if auto is not None else None,
+            "budget": budget.state_dict() if budget is not None else None,
             "scaler": scaler.state_dict() if scaler is not None else None,
         }
         save_checkpoint(
@@ -145,6 +148,8 @@ class RunState:
             group |= kept | {"lr": rate}
         if self.objective is not None and self.objective.auto is not None and state["auto_weight"] is not None:
             self.objective.auto.load_state_dict(state["auto_weight"])
+        if self.objective is not None and self.objective.budget is not None and state.get("budget") is not None:
+            self.objective.budget.load_state_dict(state["budget"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         if self._is_own(path):

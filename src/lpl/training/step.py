@@ -172,12 +172,14 @@ class TrainingStep:
             inputs.model_output,
             inputs.noisy_latents,
             inputs.latents,
-            **({"sigmas": inputs.sigma} if self.schedule.is_flow else {"timesteps": inputs.levels}),
+            timesteps=None if self.schedule.is_flow else inputs.levels,
+            sigmas=inputs.sigma if self.schedule.is_flow else None,
             diffusion_loss=loss,
             sample_weight=weights,
             mask=inputs.mask,
             step=step,
             windows=self._windows(batch) if self.objective.loss_fn.crop is not None else None,
+            draws=None if batch.lpl_draws is None else torch.tensor(batch.lpl_draws, dtype=torch.float64),
         )
         return StepLoss(
             loss + term.loss, per_sample.detach(), term.loss.detach(), metrics | term.metrics, term.num_samples

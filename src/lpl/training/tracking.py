@@ -17,7 +17,8 @@ from lpl.base.errors import TrainingStoppedError
 from lpl.base.terminal import percent
 from lpl.perceptual.auto_weight import zero_gradient
 from lpl.perceptual.defaults import HIGH_SHARE, LOW_SHARE
-from lpl.perceptual.objective import PerceptualObjective, gradient_share
+from lpl.perceptual.objective import PerceptualObjective
+from lpl.perceptual.term import gradient_share
 
 logger = logging.getLogger("lpl")
 
@@ -107,6 +108,8 @@ class MetricWindow:
         for name, value in metrics.items():
             of_samples = name.startswith(("lpl/features", "lpl/snr_mean")) or name == "lpl/loss"
             weight = float(num_lpl_samples) if of_samples else 1.0
+            if name == "lpl/loss" and "lpl/cost" in metrics:  # under --lpl_budget an estimate of all gated samples'
+                weight = float(metrics["lpl/num_samples"])
             value = value.detach() if isinstance(value, Tensor) else float(value)
             total, count = self._sums.get(name, (None, 0.0))
             value = value if name.endswith(("_min", "_max")) else value * weight

@@ -19,7 +19,7 @@ from lpl.config.files import write_config
 from lpl.config.run_folder import BAD_FILES, last_checkpoint
 from lpl.data.prepare import Processes, prepare_data
 from lpl.diffusion.draws import keyed_seed
-from lpl.families import load_family
+from lpl.families import blueprint, load_family, plan_configs
 from lpl.families.base import TrainedOn
 from lpl.families.export import LORA_FILE
 from lpl.training import saving
@@ -31,6 +31,7 @@ from lpl.training.optimizers import adapted_rate, component_rates, scaled_learni
 from lpl.training.output import claim_output, lora_name, output_of
 from lpl.training.per_parameter import FusedBackward
 from lpl.training.preflight import Checked, validation_prompts
+from lpl.training.rehearsal import Rehearsal
 from lpl.training.run_state import RunState
 from lpl.training.saving import ALL_WEIGHTS, save_result, save_weights, write_beside
 from lpl.training.sharded import autocast_dtype, whole
@@ -97,6 +98,10 @@ class Trainer:
             warn_of_steps(config, self.num_steps)
         self.trained = build_trained(config, family, accelerator, weight_dtype, self.num_steps)
         self.objective = build_objective(config, family) if config.lpl.use_lpl else None
+        if self.objective is not None and config.lpl.lpl_budget is not None:
+            rehearsal = Rehearsal(blueprint(checked.model_configs or plan_configs(config.model), config.model))
+            self.objective.step_flops = rehearsal.denoiser(config).flops / run.train_batch_size
+            self.objective.count(rehearsal.latents(config, 1)[1:])
         self.step_loss = TrainingStep(family, config.diffusion, self.objective, run.seed, autocast_dtype(accelerator))
         self.guard = FiniteGuard(config, self.step_loss.draw)
         self.tracker = Tracker(
@@ -221,8 +226,8 @@ class Trainer:
         """Stops where an entry of the cache cannot be used, and saves the steps before; not if others wait for it."""
         if self.step == self.state.saved_at:
             raise error
-        if self.objective is not None and self.objective.auto is not None:
-            self.objective.auto.discard_step()
+        if self.objective is not None:
+            self.objective.discard_step()
         if self.accelerator.num_processes == 1:
             self.state.save(self.step)
         self.accelerator.end_training()
@@ -280,8 +285,8 @@ class Trainer:
 
     def _leave_out(self, fault: str, norm: float) -> None:
         """Leaves the step out, or stops with a checkpoint of the weights before it."""
-        if self.objective is not None and self.objective.auto is not None:
-            self.objective.auto.discard_step()
+        if self.objective is not None:
+            self.objective.discard_step()
         why = self.guard.skip(fault, self.step + 1, norm, self.accelerator.process_index)
         if why is not None:
             if self.step != self.state.saved_at:

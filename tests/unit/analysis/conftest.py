@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from lpl.analysis.rehearsal import Rehearsal
 from lpl.config import ModelConfig
 from lpl.families import blueprint, model_configs
+from lpl.training.rehearsal import Rehearsal
 
 
 @pytest.fixture(scope="session")

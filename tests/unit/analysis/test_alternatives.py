@@ -9,10 +9,10 @@ import pytest
 
 from lpl.analysis.alternatives import HEADROOM, cheapest, fits, neighbours, savings, smallest
 from lpl.analysis.needs import estimate
-from lpl.analysis.rehearsal import Rehearsal
 from lpl.config import TrainConfig
 from lpl.config.command_line import parse_train
 from lpl.data import filling
+from lpl.training.rehearsal import Rehearsal
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from tiny_models import tiny_images, tiny_vae
 
+import lpl.perceptual.precision
 from lpl.analysis.check import maps, precision
 from lpl.analysis.check.images import Encoded, Picture, read_pictures, same_size, spread
 from lpl.analysis.check.table import faults_of, warnings_of
@@ -160,9 +161,9 @@ def test_the_walk_is_the_decoder_and_a_broken_one_is_a_fault(monkeypatch: pytest
 
         def __init__(self, vae: Any) -> None:
             super().__init__(vae)
-            self._post_quant_conv = None
+            self._vae = SimpleNamespace(decoder=vae.decoder, config=vae.config)
 
-    monkeypatch.setattr(precision, "decoder_taps", Skips)
+    monkeypatch.setattr(lpl.perceptual.precision, "decoder_taps", Skips)
     found = precision.walk_difference(vae, latents)
     assert found > 0.02
     (fault,) = faults_of({"components": COMPONENTS, "walk_equals_decode": found})

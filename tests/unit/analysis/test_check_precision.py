@@ -10,6 +10,7 @@ from tiny_models import tiny_vae
 from torch import Tensor, nn
 
 from lpl.analysis.check import precision
+from lpl.perceptual.precision import DTYPES
 
 LATENTS = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
 
@@ -88,7 +89,7 @@ def test_other_errors_are_not_hidden() -> None:
 )
 def test_advice(component: str, dtype: str, mixed: str, said: str) -> None:
     good = {"finite": True, "max_abs": 1.0, "relative_error": 0.0}
-    found = dict.fromkeys(precision.DTYPES, good) | {dtype: good | {"finite": False}}
+    found = dict.fromkeys(DTYPES, good) | {dtype: good | {"finite": False}}
     (line,) = precision.warnings_of({component: found}, mixed, "float32")
     assert line.startswith(f"{component} is not finite in {dtype}: ")
     assert said in line

@@ -10,8 +10,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from lpl.analysis.counter import FusedAttention, StepCounter
-from lpl.analysis.counter import checkpoint as fused_checkpoint
+from lpl.training.counter import FusedAttention, StepCounter
+from lpl.training.counter import checkpoint as fused_checkpoint
 
 KIB = 1024
 

@@ -8,17 +8,17 @@ from typing import Any
 import pytest
 import torch
 
-from lpl.analysis.counter import StepCounter
-from lpl.analysis.rehearsal import Rehearsal
 from lpl.config import TrainConfig
 from lpl.config.command_line import parse_train
 from lpl.data.filling import batch_of
 from lpl.diffusion.losses import diffusion_loss
 from lpl.families import blueprint, model_configs
 from lpl.families.sdxl_configs import PUBLISHED
+from lpl.training.counter import StepCounter
 from lpl.training.engine import add_lora, build_loss
 from lpl.training.optimizers import build_optimizer
 from lpl.training.per_parameter import FusedBackward
+from lpl.training.rehearsal import Rehearsal
 
 
 def options(*flags: str) -> TrainConfig:

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from lpl.analysis.needs import estimate, gathered_sizes, launched_estimate, launched_floor, split_estimate
-from lpl.analysis.rehearsal import Rehearsal
 from lpl.config import TrainConfig
 from lpl.config.command_line import parse_train
 from lpl.training.launch import as_launched
+from lpl.training.rehearsal import Rehearsal
 
 
 @pytest.fixture(scope="module")

@@ -95,3 +95,66 @@ def test_config_without_scaling_factor_is_refused(config):
 def test_config_that_states_no_rule_is_refused(config, message):
     with pytest.raises(ValueError, match=message):
         LatentSpace.from_config(SimpleNamespace(latent_channels=4, **config))
+
+
+# What VAEs state in other ways; the formulas are those of diffusers' pipelines, written out.
+
+
+def numbers(count, seed):
+    return torch.randn(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_statistics_of_a_batch_norm_hold_per_channel_and_phase():
+    """Flux.2: cells of 2 x 2 as 4 C channels, in the order of Flux2Pipeline._patchify_latents."""
+    norm = torch.nn.BatchNorm2d(12, eps=1e-4, affine=False)
+    norm.running_mean, norm.running_var = numbers(12, 0).float(), numbers(12, 1).square().float() + 0.1
+    vae = torch.nn.Module()
+    vae.bn, vae.config = norm, SimpleNamespace(batch_norm_eps=1e-4)
+    space, latents = LatentSpace.from_vae(vae), numbers(2 * 3 * 4 * 6, 2).view(2, 3, 4, 6)
+    packed = latents.view(2, 3, 2, 2, 3, 2).permute(0, 1, 3, 5, 2, 4).reshape(2, 12, 2, 3)
+    std = (norm.running_var.double() + 1e-4).sqrt().view(1, -1, 1, 1)
+    packed = packed * std + norm.running_mean.double().view(1, -1, 1, 1)
+    raw = packed.reshape(2, 3, 2, 2, 2, 3).permute(0, 1, 4, 2, 5, 3).reshape(2, 3, 4, 6)
+    torch.testing.assert_close(space.to_raw(latents), raw)
+    torch.testing.assert_close(space.from_raw(raw), latents)
+    latents.requires_grad_()
+    slope = numbers(latents.numel(), 3).view_as(latents)
+    (expected,) = torch.autograd.grad(space.to_raw(latents), latents, slope)
+    torch.testing.assert_close(space.gradient_from_raw(slope), expected)
+    with pytest.raises(ValueError, match="3 x 2 cells: this latent space takes multiples of 2"):
+        space.to_raw(torch.zeros(1, 3, 3, 2))
+
+
+@pytest.mark.parametrize("factor", [None, 0.5])
+def test_statistics_in_buffers(factor):
+    """LTX: latents * std / scaling_factor + mean, of buffers that its config does not hold."""
+    vae = torch.nn.Module()
+    vae.register_buffer("latents_mean", numbers(4, 0).float())
+    vae.register_buffer("latents_std", numbers(4, 1).abs().float() + 0.1)
+    vae.config = SimpleNamespace(scaling_factor=factor)
+    latents, shape = numbers(24, 2).view(1, 4, 2, 3), (1, 4, 1, 1)
+    expected = latents * vae.latents_std.double().view(shape) / (factor or 1) + vae.latents_mean.double().view(shape)
+    torch.testing.assert_close(LatentSpace.from_vae(vae).to_raw(latents), expected)
+
+
+@pytest.mark.parametrize("name", ["z_dim", "latent_channels"])
+def test_mean_and_std_alone(name):
+    """Qwen-Image, Wan: no scaling_factor; GLM-Image: one that its pipeline does not use."""
+    mean, std = [0.1, -0.2, 0.3], [1.5, 0.5, 2.0]
+    latents = numbers(9, 0).view(1, 3, 3)
+    expected = latents * torch.tensor(std).double().view(1, 3, 1) + torch.tensor(mean, dtype=torch.float64).view(
+        1, 3, 1
+    )
+    config = SimpleNamespace(latents_mean=mean, latents_std=std, **{name: 3})
+    torch.testing.assert_close(LatentSpace.from_config(config).to_raw(latents), expected)
+    torch.testing.assert_close(LatentSpace.standardised(mean, std).to_raw(latents), expected)
+    with pytest.raises(ValueError, match="3 latents_std for 5 channels"):
+        LatentSpace.from_config(SimpleNamespace(latents_mean=mean, latents_std=std, **{name: 5}))
+
+
+def test_rules_by_hand():
+    latents = numbers(8, 0).view(2, 4)
+    assert torch.equal(LatentSpace.identity().to_raw(latents), latents)
+    torch.testing.assert_close(LatentSpace.scaled(0.5, 0.1).to_raw(latents), latents / 0.5 + 0.1)
+    with pytest.raises(ValueError, match="map no latents"):
+        LatentSpace.scaled(0)

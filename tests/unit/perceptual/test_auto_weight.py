@@ -7,7 +7,7 @@ import torch
 from lpl import LatentPerceptualLoss, PerceptualObjective
 from lpl.diffusion.prediction import add_noise, alpha_sigma_table
 from lpl.perceptual.auto_weight import MEASURED_SAMPLES, AutoWeight
-from lpl.perceptual.objective import gradient_share
+from lpl.perceptual.term import gradient_share
 
 
 def squares(lpl, diffusion):

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lpl import LatentPerceptualLoss, PerceptualObjective
 from lpl.diffusion.draws import timestep_probabilities
 from lpl.diffusion.prediction import PREDICTION_TYPES, add_noise, alpha_sigma_table, target_of, x0_from_output
-from lpl.perceptual.objective import gradient_share
+from lpl.perceptual.term import gradient_share
 
 TIMESTEPS = torch.tensor([800, 600, 20, 673, 950, 760, 3, 751])
 """Four of the eight have noise/signal of at most 3, spread unevenly: t < 674 on SDXL's schedule, t <= 750 of a flow."""

@@ -12,11 +12,11 @@ from lpl.analysis.alternatives import fits
 from lpl.analysis.check.images import Encoded, same_size
 from lpl.analysis.check.levels import wait
 from lpl.analysis.needs import Needs, estimate
-from lpl.analysis.rehearsal import Device, Rehearsal
 from lpl.base.errors import UserError
 from lpl.config import TrainConfig
 from lpl.families import blueprint
 from lpl.training.engine import add_lora
+from lpl.training.rehearsal import Device, Rehearsal
 from lpl.training.step import TrainingStep
 
 REPEATS = 2
@@ -37,17 +37,18 @@ def step_row(needs: Needs, config: TrainConfig, seconds: float | None, lpl_secon
     """
     run = config.run
     samples = config.samples_per_step(1)
+    decoded = needs.mean_lpl_flops / needs.lpl_flops if needs.lpl_flops else 0.0
     plain = None if seconds is None else seconds * run.gradient_accumulation_steps
-    with_lpl = None if plain is None else plain + samples * needs.decoded * lpl_seconds
+    with_lpl = None if plain is None else plain + samples * decoded * lpl_seconds
     return {
         "peak_bytes": needs.peak,
         "phase": needs.phase,
-        "flops": round(samples * (needs.step_flops + needs.decoded * needs.lpl_flops)),
+        "flops": round(samples * (needs.step_flops + needs.mean_lpl_flops)),
         "seconds": with_lpl,
         "seconds_without_lpl": plain,
         "samples": samples,
         "lpl_seconds_per_sample": lpl_seconds,
-        "lpl_samples": samples * needs.decoded,
+        "lpl_samples": samples * decoded,
     }
 
 

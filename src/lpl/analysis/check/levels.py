@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,19 +26,10 @@ from lpl.base.terminal import progress
 from lpl.data.dataset import Batch
 from lpl.diffusion.draws import bin_edges, keyed_uniform
 from lpl.diffusion.prediction import signal_to_noise
+from lpl.perceptual.effect import Gradients, compared
 from lpl.perceptual.gate import snr_scale
 from lpl.perceptual.loss import LatentPerceptualLoss
 from lpl.training.step import StepInputs, TrainingStep
-
-
-class Gradients(NamedTuple):
-    """Of some samples, at the model's output; (B,), float64, on the CPU."""
-
-    lpl_square: Tensor
-    """|g|^2 of scale * L, at weight 1."""
-    diffusion_square: Tensor
-    cosine: Tensor
-    """0 where one of the two is 0."""
 
 
 @dataclass
@@ -81,11 +72,7 @@ def gradients_of(model_output: Tensor, lpl_terms: Tensor, diffusion_terms: Tenso
     pair = [
         torch.autograd.grad(terms.sum(), model_output, retain_graph=True)[0] for terms in (lpl_terms, diffusion_terms)
     ]
-    lpl, diffusion = (gradient.flatten(1).double().cpu() for gradient in pair)
-    lpl_square, diffusion_square = lpl.square().sum(1), diffusion.square().sum(1)
-    lengths = (lpl_square * diffusion_square).sqrt()
-    cosine = torch.where(lengths > 0, (lpl * diffusion).sum(1) / lengths, 0)
-    return Gradients(lpl_square, diffusion_square, cosine)
+    return compared(*pair)
 
 
 def mean_latent(step: TrainingStep, encoded: Encoded) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from lpl.analysis.check.precision import to_image
 from lpl.data.contact_sheet import GREY, INK, Cell, compose, fit
 from lpl.perceptual.distance import FeatureDistance, batch_scale, inlier_mask
+from lpl.perceptual.feature_maps import map_of
 from lpl.perceptual.loss import LatentPerceptualLoss
 from lpl.perceptual.strips import channel_moments, spans
 
@@ -26,7 +27,7 @@ class LayerMaps(NamedTuple):
     """Of one picture at one tap; (H, W), float32, on the CPU."""
 
     tap: str
-    stride: int
+    stride: float
     target: Tensor
     """Length over channels of the target's features; of the prediction's likewise."""
     prediction: Tensor
@@ -44,9 +45,9 @@ def layer_maps(loss_fn: LatentPerceptualLoss, pred: Tensor, target: Tensor) -> l
     """
     space, wide, dtype = loss_fn.latent_space, loss_fn.arithmetic, loss_fn.dtype
     x, y = (space.to_raw(latents.to(wide)).to(dtype) for latents in (pred, target))
-    segments, found = loss_fn.segments, []
+    segments, found = loss_fn.segments, list[LayerMaps]()
     for segment, following, tap, rule in zip(segments, segments[1:], loss_fn.taps, loss_fn.distances, strict=False):
-        x, y = (following.open(segment.run(latents)) for latents in (x, y))
+        x, y = (map_of(following.open(segment.run(latents))) for latents in (x, y))
         outliers, distance = _compare(rule, x, y)
         lengths = (torch.linalg.vector_norm(features, dim=1, dtype=wide)[0] for features in (y, x))
         target_map, pred_map, distance, outliers = (m.float().cpu() for m in (*lengths, distance, outliers))

@@ -1,13 +1,11 @@
-"""Each component in each precision: finite or not, how large, how far from float32; what the VAE loses; the walk."""
+"""Each component in each precision: what is replayed, what a figure advises; what the VAE loses."""
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,31 +14,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lpl.analysis.check.images import Encoded
-from lpl.base.errors import on_one_line
 from lpl.data.contact_sheet import CELL, GREY, INK, LETTERS, Cell, compose, fit
 from lpl.data.crops import to_float
 from lpl.data.sheets import shorten
-from lpl.perceptual.decoders import decoder_taps
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-FLOAT16_MAX = torch.finfo(torch.float16).max
+from lpl.perceptual.precision import FLOAT16_MAX
+from lpl.perceptual.precision import compare as compare
+from lpl.perceptual.precision import walk_difference as walk_difference
 
 Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
 """Arguments of calls of a module."""
-
-
-@contextmanager
-def watching(module: nn.Module, found: list[tuple[str, Tensor]]) -> Iterator[None]:
-    """Notes the largest absolute value of every output of a module's parts, by the part's name."""
-
-    def look(name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.is_floating_point():
-            found.append((name, output.detach().abs().amax().float()))
-
-    with ExitStack() as stack:
-        for name, part in module.named_modules():
-            stack.callback(part.register_forward_hook(partial(look, name)).remove)
-        yield
 
 
 @contextmanager
@@ -56,58 +38,6 @@ def recording(modules: Iterable[nn.Module], calls: dict[int, Calls], most: int) 
         for number, module in enumerate(modules):
             stack.callback(module.register_forward_pre_hook(partial(keep, number), with_kwargs=True).remove)
         yield
-
-
-@torch.no_grad()
-def compare(
-    module: nn.Module,
-    run: Callable[[nn.Module, torch.dtype], list[Tensor]],
-    cast: bool = True,
-    only: tuple[torch.dtype, str] | None = None,
-) -> dict[str, Any]:
-    """A module in every precision.
-
-    Args:
-        module: in eval mode; left as it is.
-        run: runs it in a precision; returns what it puts out.
-        cast: whether it is given a copy with weights in that precision.
-        only: the one precision that it can be run in, and why; then no error is known.
-    """
-    found: dict[str, Any] = {}
-    reference: list[Tensor] | None = None
-    for name, dtype in DTYPES.items():
-        if only is not None and dtype != only[0]:
-            found[name] = _entry(None, None, None, note=only[1])
-            continue
-        own = nn.Module.to(copy.deepcopy(module), dtype) if cast and dtype != torch.float32 else module
-        largest: list[tuple[str, Tensor]] = []
-        try:
-            with watching(own, largest):
-                outputs = [output.float().cpu() for output in run(own, dtype)]
-        except RuntimeError as fault:
-            if dtype == torch.float32 or "not implemented" not in str(fault):
-                raise
-            found[name] = _entry(None, None, None, note=f"not on this device: {on_one_line(fault, 100)}")
-            continue
-        values = torch.stack([value for _, value in largest]).cpu() if largest else torch.zeros(1)
-        first = next((part for (part, _), value in zip(largest, values, strict=False) if not value.isfinite()), None)
-        finite = first is None and all(bool(output.isfinite().all()) for output in outputs)
-        if dtype == torch.float32:
-            reference = outputs
-        error = None if reference is None else _distance(outputs, reference)
-        found[name] = _entry(finite, float(values.max()), error, first_nonfinite=first)
-    return found
-
-
-def _entry(finite: bool | None, max_abs: float | None, error: float | None, **more: str | None) -> dict[str, Any]:
-    entry = {"finite": finite, "max_abs": max_abs, "relative_error": error}
-    return entry | {key: value for key, value in more.items() if value is not None}
-
-
-def _distance(outputs: list[Tensor], reference: list[Tensor]) -> float:
-    square = sum(float((y.double() - y32.double()).square().sum()) for y, y32 in zip(outputs, reference, strict=True))
-    of = sum(float(y32.double().square().sum()) for y32 in reference)
-    return math.sqrt(square / of) if of > 0 else math.sqrt(square)
 
 
 def replay(calls: Calls) -> Callable[[nn.Module, torch.dtype], list[Tensor]]:
@@ -180,17 +110,6 @@ class Reconstructions(NamedTuple):
         order = sorted(range(len(self.psnr)), key=self.psnr.__getitem__)
         middle = (len(order) - 1) // 2
         return sorted(order, key=lambda n: abs(order.index(n) - middle))
-
-
-@torch.no_grad()
-def walk_difference(vae: Any, raw_latents: Tensor) -> float:
-    """The largest absolute difference between the walk of LPL's frozen operations to the end and `vae.decode`."""
-    walk = decoder_taps(vae)
-    segments = walk.segments(lambda function: function)
-    x = raw_latents
-    for segment, following in pairwise(segments):
-        x = following.open(segment.run(x))
-    return float((walk.finish(x) - vae.decode(raw_latents).sample).abs().max())
 
 
 @torch.no_grad()

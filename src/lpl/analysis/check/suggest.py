@@ -17,68 +17,28 @@ samples in a micro-batch, taken as binomial.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lpl.analysis.check.levels import Levels
 from lpl.config import TrainConfig
-from lpl.diffusion.draws import keyed_generator
 from lpl.perceptual.auto_weight import weight_of_share
+from lpl.perceptual.effect import INFORMED, LEAST, Weight, interval, mean_interval, ratio_interval, resampled
 from lpl.perceptual.gate import Gate
 
-INFORMED = 0.5
-RESAMPLES = 1000
-LEAST_PICTURES = 5
-"""Of fewer a bootstrap says nothing: of one it is always that one."""
 NO_TIMESTEP = "none of the measured timesteps"
-LOW, HIGH = 0.025, 0.975
-
-
-class Weight(NamedTuple):
-    """A weight with its 95 % interval; NaN where LPL has no gradient, the interval also of too few pictures."""
-
-    value: float
-    low: float
-    high: float
-
-    @property
-    def interval(self) -> list[float] | None:
-        """As JSON has it."""
-        return None if math.isnan(self.low) else [self.low, self.high]
-
-    def __str__(self) -> str:
-        if math.isnan(self.low):
-            return f"{self.value:.3g} (from fewer than {LEAST_PICTURES} pictures: no interval)"
-        return f"{self.value:.3g} ({self.low:.3g} to {self.high:.3g}, 95 % interval over pictures)"
-
-
-def resampled(count: int, seed: int) -> Tensor:
-    """Numbers of the pictures of each bootstrap sample, (RESAMPLES, count)."""
-    generator = keyed_generator(seed, "check_bootstrap")
-    return torch.randint(count, (RESAMPLES, count), generator=generator)
-
-
-def interval(samples: Tensor) -> tuple[float, float]:
-    """The 95 % interval of bootstrap values; NaN if one is."""
-    bounds = torch.quantile(samples, torch.tensor([LOW, HIGH], dtype=samples.dtype))
-    return float(bounds[0]), float(bounds[1])
 
 
 def uninformed_share(found: Levels, k: int, seed: int) -> tuple[float, float, float]:
     """LPL's distance in part k relative to that of an estimate that knows nothing, with its 95 % interval."""
-    own, blank = found.lpl[:, k], found.uninformed
-    chosen = resampled(len(own), seed)
-    low, high = interval(own[chosen].mean(1) / blank[chosen].mean(1))
-    return float(own.mean() / blank.mean()), low, high
+    return ratio_interval(found.lpl[:, k], found.uninformed, seed)
 
 
 def cosine_interval(found: Levels, k: int, seed: int) -> tuple[float, float, float]:
     """The mean cosine in part k with its 95 % interval."""
-    own = found.cosine[:, k]
-    low, high = interval(own[resampled(len(own), seed)].mean(1))
-    return float(own.mean()), low, high
+    return mean_interval(found.cosine[:, k], seed)
 
 
 def gate_cosine(found: Levels, gate: Gate, seed: int) -> tuple[float, list[float] | None]:
@@ -87,7 +47,7 @@ def gate_cosine(found: Levels, gate: Gate, seed: int) -> tuple[float, list[float
     chance = torch.where(found.cosine.isfinite(), chance, 0)
     pulls = torch.where(chance > 0, found.cosine * chance, 0).sum(1)
     value = float(pulls.sum() / chance.sum())
-    if len(pulls) < LEAST_PICTURES:
+    if len(pulls) < LEAST:
         return value, None
     chosen = resampled(len(pulls), seed)
     return value, list(interval(pulls[chosen].sum(1) / chance.sum(1)[chosen].sum(1)))
@@ -95,8 +55,8 @@ def gate_cosine(found: Levels, gate: Gate, seed: int) -> tuple[float, list[float
 
 def supported_threshold(found: Levels, seed: int) -> tuple[int, str]:
     """The timestep up to which LPL is supported, 0 if nowhere, and what ends it there."""
-    if len(found.lpl) < LEAST_PICTURES:
-        return 0, f"{len(found.lpl)} pictures are too few, at least {LEAST_PICTURES} are needed"
+    if len(found.lpl) < LEAST:
+        return 0, f"{len(found.lpl)} pictures are too few, at least {LEAST} are needed"
     for k, (low, high) in enumerate(zip(found.edges, found.edges[1:], strict=False)):
         share, _, most = uninformed_share(found, k, seed)
         cosine, least, _ = cosine_interval(found, k, seed)
@@ -139,7 +99,7 @@ def weight_for(found: Levels, gate: Gate, config: TrainConfig, share: float, see
     """The weight at which LPL has a share of the gradient, with a gate on the run's schedule."""
     lpl, diffusion = _squares(found, gate, config)
     value = float(weight_of_share(share, lpl.sum(), diffusion.sum()))
-    if len(lpl) < LEAST_PICTURES:
+    if len(lpl) < LEAST:
         return Weight(value, math.nan, math.nan)
     chosen = resampled(len(lpl), seed)
     return Weight(value, *interval(weight_of_share(share, lpl[chosen].sum(1), diffusion[chosen].sum(1))))
@@ -214,7 +174,7 @@ def suggestion(found: Levels, own_gate: Gate, config: TrainConfig) -> dict[str, 
             "cosine": cosine,
             "cosine_interval": cosine_range,
         },
-        "uninformed": None if len(found.lpl) < LEAST_PICTURES else {"share": share, "interval": bounds},
+        "uninformed": None if len(found.lpl) < LEAST else {"share": share, "interval": bounds},
         "why": lines,
     }
 

@@ -12,9 +12,8 @@ from lpl.analysis.check.suggest import INFORMED
 from lpl.analysis.needs import readable
 from lpl.base.terminal import INDENT, columns, labelled, percent
 from lpl.config import TrainConfig
-from lpl.config.commands import WALK_TOLERANCE
 from lpl.perceptual.auto_weight import MEASURED_SAMPLES
-from lpl.perceptual.defaults import HIGH_SHARE, LOW_SHARE
+from lpl.perceptual.defaults import HIGH_SHARE, LOW_SHARE, WALK_TOLERANCE
 
 LEAST_PSNR = 25.0
 """In dB; below, what the VAE loses is plainly seen."""

@@ -1,11 +1,15 @@
 """What the loss needs to know of a decoder: its stages in order, and how to run them."""
 
+import copy
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lpl.diffusion.latent_space import LatentSpace
+from lpl.perceptual.feature_maps import State, map_of
 from lpl.perceptual.frozen import Fuse, Identity, Plain
 from lpl.perceptual.sweep import Segment
 
@@ -15,22 +19,55 @@ class Tap(NamedTuple):
 
     name: str
     channels: int
-    stride: int
-    """Pixels of the image per cell of this feature map."""
+    """0: not known before features are made."""
+    stride: float
+    """Pixels of the image per cell of this feature map; 0: not known."""
 
 
-class DecoderTaps(ABC):
-    """A decoder as a walk: raw latents -> begin -> stage 0 -> stage 1 -> ... ; each stage's output is a tap.
-
-    Running every stage and then `finish` equals `vae.decode(raw_latents)`.
+class Decoder(ABC):
+    """What is known of any decoder.
 
     Attributes:
-        taps: one per stage, first to last.
-        latent_channels: of the latents.
+        taps: first to last.
+        latent_channels: of the latents; None: whatever the first stage takes.
+        axes: numbers of axes of space that latents may have.
+        frames: the maps (B, C, T, H, W) of latents (B, C, T, h, w) are compared frame by frame; latents (B, C, h, w)
+            are one frame.
+        max_frames: of latents; None: any number.
+        croppable: the first tap's map is of the latents' size, and a window of it may be decoded alone.
     """
 
     taps: tuple[Tap, ...]
-    latent_channels: int
+    latent_channels: int | None
+    axes: tuple[int, ...] = (2,)
+    frames: bool = False
+    max_frames: int | None = None
+    croppable: bool = False
+
+    @property
+    def latent_space(self) -> LatentSpace:
+        """How model space maps to raw latents, where nothing else is said.
+
+        Raises:
+            ValueError: it is not stated.
+        """
+        raise ValueError("pass latent_space=, how model space maps to what the decoder takes")
+
+    @abstractmethod
+    def modules(self) -> list[nn.Module]:
+        """The modules that the walk runs: what is frozen, checked and, for another precision, copied."""
+
+    @abstractmethod
+    def copy_to(self, dtype: torch.dtype) -> Self:
+        """The same decoder with a private copy of its weights in dtype."""
+
+
+class DecoderTaps(Decoder):
+    """A decoder as a walk: raw latents -> begin -> stage 0 -> stage 1 -> ... ; each stage's output is a tap.
+
+    Running every stage and then `finish` equals `vae.decode(raw_latents)`. What goes from stage to stage is a feature
+    map (B, C, H, W), (B, C, L) or (B, C, D, H, W), or a tuple that begins with it (feature_maps.py).
+    """
 
     @property
     def num_up_blocks(self) -> int:
@@ -38,23 +75,15 @@ class DecoderTaps(ABC):
         return len(self.taps) - 1
 
     @abstractmethod
-    def modules(self) -> list[torch.nn.Module]:
-        """The modules that the walk runs: what is frozen, checked and, for another precision, copied."""
-
-    @abstractmethod
-    def copy_to(self, dtype: torch.dtype) -> "DecoderTaps":
-        """The same decoder with a private copy of its weights in dtype."""
-
-    @abstractmethod
-    def begin(self, raw_latents: Tensor) -> Tensor:
+    def begin(self, raw_latents: Tensor) -> State:
         """Raw latents (B, C, h, w) to the input of stage 0."""
 
     @abstractmethod
-    def run(self, stage: int, x: Tensor) -> Tensor:
+    def run(self, stage: int, x: State) -> State:
         """The output of a stage for the output of the one before."""
 
     @abstractmethod
-    def finish(self, x: Tensor) -> Tensor:
+    def finish(self, x: State) -> Tensor:
         """The last stage's output to the image, (B, 3, H, W), about [-1, 1]."""
 
     def segments(self, fuse: Fuse) -> list[Segment]:
@@ -66,13 +95,102 @@ class DecoderTaps(ABC):
         Args:
             fuse: applied to pointwise functions.
         """
+        return self.plain_segments()
+
+    def plain_segments(self) -> list[Segment]:
+        """The stages as plain blocks."""
         plain = [Segment(Identity(), [self.plain(stage)]) for stage in range(len(self.taps))]
         return [*plain, Segment(Identity(), [])]
 
     def plain(self, stage: int) -> Plain:
         """A stage (the first one with `begin`) as plain blocks."""
+        return Plain(lambda x: self.run(stage, x if stage else self.begin(x)), self.taps[stage].name)
 
-        def function(x: Tensor) -> Tensor:
-            return self.run(stage, x if stage else self.begin(x))
 
-        return Plain(function)
+class VaeTaps(DecoderTaps):
+    """The walk through a VAE of diffusers: what all classes share.
+
+    Widths and strides are read off the maps of latents of zeros of 2 x 2 cells.
+
+    Args:
+        vae: the VAE, in eval mode.
+
+    Raises:
+        ValueError: not built like diffusers' class of that name, or built in a way that is not walked.
+    """
+
+    parts: ClassVar[tuple[str, ...]] = ("conv_in", "mid_block", "up_blocks")
+    """What the decoder of diffusers' class has, and others of that name have not."""
+    channels_key: ClassVar[str] = "latent_channels"
+    first_name: ClassVar[str] = "mid"
+
+    def __init__(self, vae: Any) -> None:
+        decoder = getattr(vae, "decoder", None)
+        missing = [part for part in self.parts if not hasattr(decoder, part)]
+        if missing or not hasattr(vae, "config"):
+            raise ValueError(
+                f"{type(vae).__module__}.{type(vae).__name__} is not diffusers' {type(vae).__name__}, which is walked "
+                f"(no {'decoder.' + missing[0] if missing else 'config'}): pass stages= or a HookTaps, see "
+                "docs/decoders.md"
+            )
+        self._vae = vae
+        self.check()
+        self.latent_channels = int(vae.config[self.channels_key])
+        self.taps = self.measure()
+
+    def check(self) -> None:
+        """Raises a ValueError where the VAE is built in a way that is not walked."""
+
+    def refuse(self, why: str) -> None:
+        """Raises it."""
+        raise ValueError(f"{type(self._vae).__name__}: {why}")
+
+    @property
+    def decoder(self) -> Any:
+        return self._vae.decoder
+
+    @property
+    def latent_space(self) -> LatentSpace:
+        return LatentSpace.from_vae(self._vae)
+
+    def modules(self) -> list[nn.Module]:
+        return [m for m in (getattr(self._vae, "post_quant_conv", None), self.decoder) if m is not None]
+
+    def copy_to(self, dtype: torch.dtype) -> Self:
+        other = copy.copy(self)
+        other._vae = copy.copy(self._vae)
+        other._vae._modules = {k: m for k, m in self._vae._modules.items() if k in ("post_quant_conv", "decoder")}
+        other._vae = nn.Module.to(copy.deepcopy(other._vae), dtype)  # not vae.to(), which warns of float16
+        return other
+
+    def stages(self) -> Sequence[Callable[..., State]]:
+        """The stages in order: the middle block and the up blocks."""
+        return [self.decoder.mid_block, *self.decoder.up_blocks]
+
+    def run(self, stage: int, x: State) -> State:
+        return self.stages()[stage](x)
+
+    def begin(self, raw_latents: Tensor) -> State:
+        return self.decoder.conv_in(self.quantised(raw_latents))
+
+    def quantised(self, raw_latents: Tensor) -> Tensor:
+        """What post_quant_conv makes of them, where the VAE has one; for video decoders with an axis of frames."""
+        if self.frames and raw_latents.dim() == 4:
+            raw_latents = raw_latents.unsqueeze(2)
+        convolution = getattr(self._vae, "post_quant_conv", None)
+        return raw_latents if convolution is None else convolution(raw_latents)
+
+    @torch.no_grad()
+    def measure(self, cells: int = 2) -> tuple[Tap, ...]:
+        """The taps, by decoding."""
+        weight = next(self.decoder.parameters())
+        x = self.begin(
+            torch.zeros(1, self.latent_channels or 0, cells, cells, dtype=weight.dtype, device=weight.device)
+        )
+        maps = []
+        for stage in range(len(self.stages())):
+            x = self.run(stage, x)
+            maps.append(map_of(x))
+        pixels = self.finish(x).shape[-1]
+        names = [self.first_name, *(f"up_{i}" for i in range(len(maps) - 1))]
+        return tuple(Tap(name, m.shape[1], pixels // m.shape[-1]) for name, m in zip(names, maps, strict=True))

@@ -15,14 +15,14 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lpl.analysis.counter import FusedAttention, StepCounter, checkpoint, make_fake
-from lpl.analysis.states import one_step_size
 from lpl.config import LPLConfig, ModelConfig, OptimConfig, TrainConfig
 from lpl.data.filling import CAPTION_BATCH, batch_of
 from lpl.diffusion.losses import diffusion_loss
 from lpl.families.base import DECODED_PIXELS, Blueprint
 from lpl.perceptual.loss import CHUNK_PIXELS
+from lpl.training.counter import FusedAttention, StepCounter, checkpoint, make_fake
 from lpl.training.engine import add_lora, build_loss
+from lpl.training.states import one_step_size
 
 Device = Literal["cuda", "cpu"]
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -247,10 +247,10 @@ class Rehearsal:
                 # The loss takes its work in smaller parts on a CPU than elsewhere.
                 with self._tensors(self.device == "cpu"), FusedAttention(), StepCounter() as counter:
                     pred, target = torch.empty(shape).requires_grad_(), torch.empty(shape)
-                    loss(pred, target, windows=windows, **({} if loss.reach is None else {"depth": depth}))
+                    loss(pred, target, windows=windows, depth=None if loss.reach is None else depth)
                 flops += (reached - passed) * counter.flops / shape[0]
                 peak = max(peak, counter.peak)
-        taps = [(tap.name, tap.channels, tap.stride, w) for tap, w in zip(loss.taps, loss.weights, strict=True)]
+        taps = [(tap.name, tap.channels, int(tap.stride), w) for tap, w in zip(loss.taps, loss.weights, strict=True)]
         return LossCost(copy, peak, round(flops), taps)
 
     def _tensors(self, fake: bool) -> AbstractContextManager[Any]:

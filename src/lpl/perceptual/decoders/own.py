@@ -1,0 +1,232 @@
+"""Anyone's decoder: as a list of stages, or as names of modules that hooks listen to."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from numbers import Real
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from lpl.diffusion.latent_space import LatentSpace
+from lpl.perceptual.decoders.base import Decoder, DecoderTaps, Tap
+from lpl.perceptual.decoders.blocks import frozen_stage
+from lpl.perceptual.feature_maps import State, map_of
+from lpl.perceptual.frozen import Fuse, Identity
+from lpl.perceptual.sweep import Segment
+
+logger = logging.getLogger("lpl")
+
+
+class StageTaps(DecoderTaps):
+    """A decoder as a list of callables, each from what the one before returned, the first one from raw latents.
+
+    A stage returns a feature map (B, C, *space) of 1, 2 or 3 axes of space, or a tuple that begins with it and carries
+    more. It runs as it is: in eval mode, in the precision and on the device of the latents that the loss sends.
+
+    Args:
+        stages: first to last; the decoder is not run past the last one, so the convolution to the output is left out.
+        strides: of their maps, in cells of the decoder's output; None: not known.
+
+    Raises:
+        ValueError: no callables, modules in training mode, or not one positive stride a stage.
+    """
+
+    axes = (1, 2, 3)
+
+    def __init__(self, stages: Sequence[Callable[..., Any]], strides: Sequence[float] | None = None) -> None:
+        if isinstance(stages, nn.ModuleList | nn.Sequential):
+            stages = list(stages)
+        if not isinstance(stages, list | tuple) or not stages or not all(map(callable, stages)):
+            raise ValueError(f"stages is {_words(stages)}: pass a list of callables, from raw latents to the last map")
+        known = [0.0] * len(stages) if strides is None else list(strides)
+        if len(known) != len(stages) or not all(isinstance(s, Real) for s in known) or (strides and min(known) <= 0):
+            raise ValueError(
+                f"strides {known}: pass {len(stages)} positive numbers, the output's cells per cell of a map"
+            )
+        self._stages = list(stages)
+        self.latent_channels = None
+        self.taps = tuple(Tap(f"stage_{i}", 0, stride) for i, stride in enumerate(known))
+        for module in self.modules():
+            if module.training:
+                raise ValueError(f"a stage, {type(module).__name__}, is in training mode: call .eval() on the decoder")
+
+    @property
+    def latent_space(self) -> LatentSpace:
+        return LatentSpace.identity()
+
+    def modules(self) -> list[nn.Module]:
+        return [stage for stage in self._stages if isinstance(stage, nn.Module)]
+
+    def copy_to(self, dtype: torch.dtype) -> Self:
+        raise ValueError(_cast(self.modules(), dtype))
+
+    def begin(self, raw_latents: Tensor) -> State:
+        return raw_latents
+
+    def run(self, stage: int, x: State) -> State:
+        return self._stages[stage](x)
+
+    def finish(self, x: State) -> Tensor:
+        return map_of(x)
+
+    def segments(self, fuse: Fuse) -> list[Segment]:
+        """Frozen operations where a stage's modules have them, which the log says."""
+        heads: list[Any] = [Identity()]
+        bodies: list[Any] = []
+        for tap, stage in zip(self.taps, self._stages, strict=True):
+            operations, head, frozen = frozen_stage(stage, fuse)
+            if frozen:
+                logger.info(
+                    "LPL: %s: %d of %d operations are frozen ones", tap.name, frozen, len(operations) + bool(head)
+                )
+            bodies.append(operations if frozen else [self.plain(len(bodies))])
+            heads.append((head if frozen else None) or Identity())
+        return [Segment(head, body) for head, body in zip(heads, [*bodies, []], strict=True)]
+
+
+class HookTaps(Decoder):
+    """A decoder whose taps are outputs of modules, by dotted names: hooks catch them while `decode` runs.
+
+    Stages are better where they can be had: a hook's features are kept whole for the gradient. Slicing, tiling and
+    gradient checkpointing of the model are switched off for the call; nothing of it is frozen.
+
+    Args:
+        model: holds the modules, and may hold more than the decoder, which is in eval mode.
+        names: of modules in `model`, in the order in which they run, such as "decoder.up.3.block.2".
+        decode: from raw latents to the output; it must run in autograd.
+        example: raw latents, a small batch, that are decoded once to see that all is well.
+        to_map: from a module's output to its feature map (B, C, *space); None: the output, or the first of a tuple.
+
+    Raises:
+        ValueError: unknown names, modules that do not run, run twice or in another order, change their output in
+            place afterwards, are in training mode, or whose output has no graph.
+    """
+
+    axes = (1, 2, 3)
+
+    def __init__(
+        self,
+        model: nn.Module,
+        names: Sequence[str],
+        decode: Callable[[Tensor], Any],
+        example: Tensor,
+        to_map: Callable[[Any], Tensor] | None = None,
+    ) -> None:
+        modules = dict(model.named_modules())
+        unknown = [name for name in names if name not in modules]
+        if isinstance(names, str) or not names or unknown or len(set(names)) < len(names):
+            raise ValueError(f"names {unknown or names!r}: pass names of model.named_modules(), each once")
+        trained = [name for name in names if modules[name].training]
+        if trained:
+            raise ValueError(f"{', '.join(trained)}: in training mode; call .eval() on the decoder")
+        self.model, self.names, self.decode, self.to_map = model, list(names), decode, to_map or _first
+        self.latent_channels = example.shape[1]
+        self.taps = self._try(example)
+
+    @property
+    def latent_space(self) -> LatentSpace:
+        return LatentSpace.identity()
+
+    def modules(self) -> list[nn.Module]:
+        modules = dict(self.model.named_modules())
+        return [modules[name] for name in self.names]
+
+    def copy_to(self, dtype: torch.dtype) -> Self:
+        raise ValueError(_cast(self.modules(), dtype))
+
+    def features(self, raw_latents: Tensor, chosen: Sequence[int]) -> list[Tensor]:
+        """The maps of the chosen taps; the decoder stops behind the last of them."""
+        found, _ = self._run(raw_latents, [self.names[i] for i in chosen], stop=True)
+        return list(found.values())
+
+    def _run(self, raw_latents: Tensor, names: Sequence[str], stop: bool) -> tuple[dict[str, Tensor], Any]:
+        """Maps by name in the order they came, and what decode returned."""
+        found: dict[str, Tensor] = {}
+        versions: dict[str, tuple[Tensor, int]] = {}
+
+        def hook(name: str) -> Callable[..., None]:
+            def listen(module: nn.Module, inputs: Any, output: Any) -> None:
+                if name in found:
+                    raise ValueError(f"{name} runs twice in a decode: name a module that runs once")
+                found[name] = self.to_map(output)
+                versions[name] = found[name], found[name]._version
+                if stop and len(found) == len(names):
+                    raise _StopDecoding
+
+            return listen
+
+        modules, result = dict(self.model.named_modules()), None
+        handles = [modules[name].register_forward_hook(hook(name)) for name in names]
+        try:
+            with _whole(self.model):
+                result = self.decode(raw_latents)
+        except _StopDecoding:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        missing = [name for name in names if name not in found]
+        if missing:
+            raise ValueError(f"{', '.join(missing)}: not run by decode; name modules that are (without torch.compile)")
+        changed = [name for name, (x, version) in versions.items() if x._version != version]
+        if changed:
+            raise ValueError(f"{', '.join(changed)}: its output is changed in place behind it: name the module behind")
+        return found, result
+
+    def _try(self, example: Tensor) -> tuple[Tap, ...]:
+        with torch.enable_grad():
+            found, result = self._run(example.detach().requires_grad_(), self.names, stop=False)
+        if list(found) != self.names:
+            raise ValueError(f"names in the order they run are {', '.join(found)}: pass them so")
+        detached = [name for name, x in found.items() if not x.requires_grad]
+        if detached:
+            raise ValueError(
+                f"{', '.join(detached)}: features without a graph, so LPL would train nothing: pass a decode that runs "
+                "without torch.no_grad() and detach()"
+            )
+        output = _first(result)
+        return tuple(Tap(name, x.shape[1], output.shape[-1] / x.shape[-1]) for name, x in found.items())
+
+
+class _StopDecoding(Exception):  # noqa: N818
+    """Raised by the last hook: the rest of the decoder is not needed."""
+
+
+@contextmanager
+def _whole(model: nn.Module) -> Iterator[None]:
+    """Decoding in one piece, and without recomputing."""
+    switched = [
+        (module, name)
+        for module in model.modules()
+        for name in ("use_slicing", "use_tiling", "gradient_checkpointing")
+        if getattr(module, name, None) is True
+    ]
+    for module, name in switched:
+        setattr(module, name, False)
+    try:
+        yield
+    finally:
+        for module, name in switched:
+            setattr(module, name, True)
+
+
+def _first(output: Any) -> Tensor:
+    output = getattr(output, "sample", output)
+    output = output[0] if isinstance(output, tuple | list) else output
+    if not isinstance(output, Tensor):
+        raise ValueError(f"an output is {_words(output)}: pass to_map=, which makes a feature map of it")
+    return output
+
+
+def _words(value: Any) -> str:
+    return f"{len(value)} of {type(value).__name__}" if isinstance(value, list | tuple) else f"a {type(value).__name__}"
+
+
+def _cast(modules: Sequence[nn.Module], dtype: torch.dtype) -> str:
+    found = {str(p.dtype).removeprefix("torch.") for module in modules for p in module.parameters()}
+    return (
+        f"the decoder's weights are {', '.join(sorted(found))}, the loss's dtype is {dtype}: one's own decoder runs as "
+        "it is, so pass its dtype= or cast it"
+    )

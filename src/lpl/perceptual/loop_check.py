@@ -1,0 +1,231 @@
+"""lpl.check: whether LPL acts in a training loop, measured on batches as the loop makes them, before it trains.
+
+With g the gradients at the model's output of one sample's losses, the objective's scale by SNR included, its gate and
+weight left out,
+
+    ratio = sqrt(mean |g_lpl|^2) / sqrt(mean |g_diffusion|^2)
+    cosine = mean of <g_lpl, g_diffusion> / (|g_lpl| |g_diffusion|)
+
+by noise level, sigma / alpha, and by layer: of a layer's term alone. The uninformed distance is LPL of a sample against
+the mean latent of its batch: of an estimate that knows nothing of the sample.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lpl.diffusion.prediction import signal_to_noise, x0_from_output
+from lpl.perceptual.auto_weight import gradient_of, zero_gradient
+from lpl.perceptual.defaults import WALK_TOLERANCE
+from lpl.perceptual.effect import compared
+from lpl.perceptual.input_checks import (
+    AGAINST,
+    CLEAR_SIGMA,
+    FirstCalls,
+    alignment,
+    check_active,
+    check_latents,
+    diffusion_gradient,
+    given,
+    per_sample,
+    unpacked,
+)
+from lpl.perceptual.loop_findings import Measured, numbers_of, table_of
+from lpl.perceptual.loss import LatentPerceptualLoss
+from lpl.perceptual.noise_levels import noise_levels, prediction_types, source_of
+from lpl.perceptual.objective import PerceptualObjective, channels_of
+from lpl.perceptual.precision import compare, walk_difference
+
+PRECISION_SAMPLES = 2
+FOLLOWS, CLEARLY = 0.9, 0.1
+"""Cosine to a target that a loss has which trains it; what it is above another one's."""
+
+
+class CheckResult(NamedTuple):
+    """What lpl.check found."""
+
+    numbers: dict[str, Any]
+    """Plain numbers, texts, lists and dicts."""
+    table: str
+    """The same for the terminal."""
+
+    def __str__(self) -> str:
+        return self.table
+
+
+def check(
+    loss: Any, objective: PerceptualObjective, batches: Iterable[Mapping[str, Any]], *, vae: Any = None, seed: int = 0
+) -> CheckResult:
+    """Measures LPL on a loop's own batches; neither the model, the objective nor the loss is changed.
+
+    Args:
+        loss: what the objective was built with.
+        objective: as the loop has it.
+        batches: the arguments of the objective's calls by name, diffusion_loss among them, with the model's graph. One
+            is held at a time. 32 samples or more, of all noise levels, tell most.
+        vae: whose decoder the loss compares features of; then its decode is run in every precision, and the loss's walk
+            through it is held against it.
+        seed: of the bootstrap.
+
+    Returns:
+        By noise level and by layer LPL's distance, the length and the direction of its gradient against the diffusion
+        loss's; the share of samples that passed the gate and p_gate; a gate and a weight that these suggest; warnings.
+
+    Raises:
+        ValueError: what the objective's calls refuse, time that runs the other way, a diffusion loss that draws away
+            from what prediction_type says, a decoder in training mode, batches without samples or diffusion_loss.
+        RuntimeError: features that are detached, a gradient of exactly 0, values that are not finite in float32, or a
+            walk that is not the decoder's.
+    """
+    found, first = Measured(objective), None
+    checks = FirstCalls(1 << 30)
+    measured = loss.uncropped() if isinstance(loss, LatentPerceptualLoss) else loss
+    for batch in batches:
+        if not isinstance(batch, Mapping):
+            raise ValueError(f"batches: {given(batch)}; yield the arguments of the objective's calls by name, as dicts")
+        latents = _measure_batch(found, measured, objective, dict(batch), checks)
+        first = latents[:PRECISION_SAMPLES].detach() if first is None and len(latents) else first
+    if first is None:
+        raise ValueError("batches: there is no sample in them; yield batches as the loop makes them")
+    lpl, square = found.joined("lpl"), found.joined("lpl_square")
+    if not bool((lpl.isfinite() & square.isfinite()).all()):
+        raise RuntimeError("LPL or its gradient is not finite: look at the decoder's precision and weights")
+    counted = float((lpl > 0).sum())
+    without = float(((lpl > 0) & (square == 0)).sum())
+    if fault := zero_gradient({"lpl/samples_with_loss": counted, "lpl/samples_without_gradient": without}):
+        raise RuntimeError(fault)
+    decoder = _decoder(loss, vae, first) if vae is not None else {}
+    numbers = numbers_of(found, decoder, seed)
+    return CheckResult(numbers, table_of(numbers))
+
+
+def _measure_batch(
+    found: Measured, loss: Any, objective: PerceptualObjective, call: dict[str, Any], checks: FirstCalls
+) -> Tensor:
+    """Adds a batch's samples; returns its latents."""
+    packed, unpack, kind = call["model_output"], call.get("unpack"), objective.prediction_type
+    output, noisy, latents = unpacked(unpack, packed, call["noisy_latents"], call["latents"])
+    check_latents(output, noisy, latents, channels_of(loss))
+    size = len(output)
+    if not size:
+        return latents
+    if call.get("diffusion_loss") is None:
+        raise ValueError("batches: pass diffusion_loss, the scalar that LPL is added to")
+    levels = (call.get("timesteps"), call.get("sigmas"), call.get("alphas"))
+    timesteps, alpha, sigma = noise_levels(objective.gate, size, *levels)
+    active = torch.ones(size, dtype=torch.bool) if call.get("active") is None else check_active(call["active"], size)
+    passes = objective.gate.passes(timesteps, alpha, sigma) & active
+    looked_at = sigma.where(active, torch.nan)
+    checks.noise(noisy, latents, alpha, looked_at, source_of(objective.gate))
+    wanted = diffusion_gradient(call["diffusion_loss"], packed)
+    if wanted is None:
+        raise ValueError("diffusion_loss has no graph: make the batches outside of torch.no_grad()")
+    _check_direction(objective, (unpacked(unpack, wanted)[0], output, noisy, latents), alpha, looked_at)
+    # pure noise says nothing of x0
+    rows = (active & ((alpha > 0) | (kind != "epsilon"))).nonzero().flatten()
+    if not len(rows):
+        return latents
+    index = rows.to(output.device)
+    alpha, sigma, passes = alpha[rows].float(), sigma[rows].float(), passes[rows]
+    mask = None if call.get("mask") is None else call["mask"][index]
+    x0, target = x0_from_output(output[index], noisy[index], alpha, sigma, kind), latents[index]
+    with torch.no_grad():
+        space = tuple(range(2, latents.dim()))
+        blank = loss(target.float().mean((0, *space), keepdim=True).expand_as(target), target, mask).per_sample
+    scale = objective.scale(signal_to_noise(alpha, sigma)).to(index.device)
+    weight = (
+        torch.ones(size)
+        if call.get("sample_weight") is None
+        else per_sample(call["sample_weight"], size, "sample_weight")
+    )
+    own = weight.to(index.device)[index]
+    diffusion = size * wanted[index]
+    layers, outliers, total, values = [], [], torch.zeros_like(diffusion), torch.zeros(())
+    for part in _parts(loss):
+        out = part(x0, target, mask)
+        gradient_of(out, x0, needed=False)  # an error where it has no graph
+        (gradient,) = torch.autograd.grad((scale * out.per_sample).sum(), packed, retain_graph=True)
+        gradient = gradient[index]
+        layers.append(compared(gradient, diffusion))
+        total, values = total + gradient, values.to(index.device) + out.per_sample.detach()
+        outliers = list(out.outlier_fraction.values())
+        found.taps = list(out.per_layer)
+    found.add(
+        alpha=alpha, sigma=sigma, passes=passes, lpl=values, uninformed=blank, own=own,
+        factor=torch.full_like(alpha, 1 / objective.p_gate if objective.lpl_reduction == "expected" else
+                               size / max(1, int(passes.sum()))),
+    )  # fmt: skip
+    found.add_gradients(compared(total, diffusion), layers if len(layers) > 1 else [])
+    if outliers:
+        found.add(outliers=torch.stack(outliers))
+    return latents
+
+
+def _check_direction(objective: PerceptualObjective, tensors: Sequence[Tensor], alpha: Tensor, sigma: Tensor) -> None:
+    """Raises a ValueError where the diffusion loss trains another prediction than the objective was told.
+
+    A squared error's gradient has the direction of output - target, whatever weighs it; tensors are alignment's.
+    """
+    clear = (sigma >= CLEAR_SIGMA[0]).nonzero().flatten()
+    if not len(clear):
+        return
+    gradient, output, noisy, latents = (x[clear.to(x.device)] for x in tensors)
+
+    def along(kind: Any) -> float:
+        return float(alignment(gradient, output, noisy, latents, alpha[clear], sigma[clear], kind).mean())
+
+    declared, kind = along(objective.prediction_type), objective.prediction_type
+    others = {name: along(name) for name in prediction_types(objective.gate)}
+    best = max(others, key=lambda name: others[name])
+    if others[best] > max(FOLLOWS, declared + CLEARLY):
+        raise ValueError(
+            f"diffusion_loss draws model_output to what prediction_type {best!r} says (cosine {others[best]:.2f}), not "
+            f"{kind!r} (cosine {declared:.2f}): pass prediction_type={best!r}"
+        )
+    if declared < AGAINST:
+        raise ValueError(
+            f"diffusion_loss draws model_output away from what prediction_type {kind!r} says (cosine {declared:.2f}): "
+            "look at its sign, and at the arguments"
+        )
+
+
+def _parts(loss: Any) -> list[Any]:
+    """The loss as losses of one layer each, which add up to it; one of an unknown kind as it is."""
+    if not isinstance(loss, LatentPerceptualLoss):
+        return [loss]
+    parts = []
+    for number in range(len(loss.taps)):
+        part = copy.copy(loss)
+        part.weights = [weight if i == number else 0.0 for i, weight in enumerate(loss.weights)]
+        parts.append(part)
+    return parts
+
+
+@torch.no_grad()
+def _decoder(loss: Any, vae: Any, latents: Tensor) -> dict[str, Any]:
+    """What is found of a VAE's decoder, of some latents."""
+    raw = latents.float() if getattr(loss, "latent_space", None) is None else loss.latent_space.to_raw(latents.float())
+
+    def decode(module: Any, dtype: torch.dtype) -> list[Tensor]:
+        decoded = module.decode(raw.to(dtype))
+        return [getattr(decoded, "sample", decoded)]
+
+    numbers: dict[str, Any] = {"precision": compare(vae, decode), "walk_equals_decode": None, "walk_note": None}
+    if not numbers["precision"]["float32"]["finite"]:
+        raise RuntimeError("the decoder is not finite in float32: its weights are damaged, take another one")
+    try:
+        numbers["walk_equals_decode"] = walk_difference(vae, raw.to(next(vae.parameters()).dtype))
+    except ValueError as error:
+        numbers["walk_note"] = f"the walk was not held against decode: {error}"
+    else:
+        if not numbers["walk_equals_decode"] <= WALK_TOLERANCE:
+            raise RuntimeError(
+                f"LPL's walk through the decoder differs from decode by {numbers['walk_equals_decode']:.3g}: LPL would "
+                "compare features of another image; take another decoder, and report this one"
+            )
+    return numbers
