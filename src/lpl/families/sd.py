@@ -20,6 +20,7 @@ from lpl.families.loading import load_whole
 from lpl.families.pipeline_blueprint import PipelineBlueprint
 from lpl.families.pipeline_export import PipelineExport
 from lpl.families.pipeline_family import PipelineFamily
+from lpl.families.sdxl_configs import PUBLISHED as SDXL_PUBLISHED
 from lpl.families.sdxl_names import LORA_TARGETS, WITH_TEXT, modelspec, renamed_lora
 
 CLIP_L, CLIP_H = "cond_stage_model.transformer.text_model.", "cond_stage_model.model."
@@ -36,23 +37,8 @@ PUBLISHED: dict[str, Any] = {
         "block_out_channels": [320, 640, 1280, 1280],
         "cross_attention_dim": 768,
     },
-    "vae": {
-        "_class_name": "AutoencoderKL",
-        "block_out_channels": [128, 256, 512, 512],
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-        "layers_per_block": 2,
-        "latent_channels": 4,
-        "scaling_factor": 0.18215,
-    },
-    "text_encoder": {
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "projection_dim": 768,
-        "hidden_act": "quick_gelu",
-    },
+    "vae": SDXL_PUBLISHED["vae"] | {"sample_size": 512, "scaling_factor": 0.18215},
+    "text_encoder": SDXL_PUBLISHED["text_encoder"],
     "scheduler": {
         "_class_name": "PNDMScheduler",
         "beta_start": 0.00085,
