@@ -159,6 +159,93 @@ def tiny_sd(folder: Any, seed: int = 0, prediction_type: str = "epsilon", second
     return folder
 
 
+def tiny_clip(tokenizer: Any, width: int, projects: bool = True) -> Any:
+    """A CLIP text encoder of two layers."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=width,
+        projection_dim=width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=tokenizer.model_max_length,
+        **ids,
+    )
+    return (CLIPTextModelWithProjection if projects else CLIPTextModel)(config)
+
+
+def tiny_t5(width: int) -> tuple[Any, Any]:
+    """A T5 encoder of one layer, and a tokenizer of single characters."""
+    import string
+
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+    characters = [(c, -3.0) for c in string.ascii_letters + string.digits + string.punctuation]
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
+    tokenizer = T5Tokenizer(vocab=special + characters, extra_ids=0, model_max_length=512)
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=width,
+        d_kv=4,
+        d_ff=width,
+        num_layers=1,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+        is_encoder_decoder=False,
+    )
+    return T5EncoderModel(config), tokenizer
+
+
+def tiny_vae16(seed: int) -> Any:
+    """A VAE with a shift and without quant convs; 4 channels, stride 4."""
+    plain = {"use_quant_conv": False, "use_post_quant_conv": False, "shift_factor": 0.06, "scaling_factor": 1.5}
+    return tiny_vae(seed, widths=(8, 8, 16), **plain)
+
+
+def tiny_sd3(folder: Any, seed: int = 0, t5: bool = True) -> Any:
+    """Writes a StableDiffusion3Pipeline to a folder, latents as tiny_sdxl's; without a T5 if so asked."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+
+    from lpl.demo.architecture import build_tokenizers
+
+    tokenizer, tokenizer_2 = build_tokenizers()
+    vae = tiny_vae16(seed)
+    torch.manual_seed(seed)
+    transformer = SD3Transformer2DModel(
+        sample_size=4,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=16,
+        pooled_projection_dim=24,
+        pos_embed_max_size=8,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+    encoder, tokenizer_3 = tiny_t5(32) if t5 else (None, None)
+    pipeline = StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        text_encoder=tiny_clip(tokenizer, 8),
+        tokenizer=tokenizer,
+        text_encoder_2=tiny_clip(tokenizer_2, 16),
+        tokenizer_2=tokenizer_2,
+        text_encoder_3=encoder,
+        tokenizer_3=tokenizer_3,
+    )
+    randomize(transformer, seed, 0.1)
+    pipeline.save_pretrained(folder)
+    return folder
+
+
 def tiny_images(folder: Any, count: int = 6, size: int = 24, seed: int = 0) -> Any:
     """Writes small random pictures with metadata.jsonl to a folder."""
     import json

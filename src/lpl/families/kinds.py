@@ -26,5 +26,17 @@ SD_KIND = Kind(
     parts={"to_kohya": "sd:to_kohya"},
     lora_starts={"unet": ("unet.", "lora_unet_"), "text_encoder": ("text_encoder.", "lora_te_")},
 )
-KINDS: tuple[Kind, ...] = (SDXL_KIND, SD_KIND)
+SD3_KIND = Kind(
+    name="Stable Diffusion 3.5",
+    pipelines=("StableDiffusion3Pipeline",),
+    module="sd3",
+    base="Stable Diffusion 3.5 medium",
+    base_name="stabilityai/stable-diffusion-3.5-medium",
+    networks=("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"),
+    tokenizers=("tokenizer", "tokenizer_2", "tokenizer_3"),
+    steps=40,  # both by the model's card
+    guidance=4.5,
+    lora_starts={"transformer": ("transformer.",)},
+)
+KINDS: tuple[Kind, ...] = (SDXL_KIND, SD_KIND, SD3_KIND)
 """The first is that of a plan without a model, and the one whose checks judge what belongs to none."""

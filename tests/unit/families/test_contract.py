@@ -14,14 +14,18 @@ from safetensors.torch import load_file
 
 from lpl.config import ModelConfig
 from lpl.families import blueprint, kind_of, load_family, plan_configs
+from lpl.families.sampling import load_for_sampling
 from lpl.training.trainer import Trainer
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "sdxl": ("tiny_sdxl", {}),
     "sd": ("tiny_sd", {}),
     "sd_v": ("tiny_sd", {"prediction_type": "v_prediction"}),
+    "sd3": ("tiny_sd3", {}),
 }
 """What builds a tiny model of each, and with which settings."""
+PRESETS = {"sd3": "sd35-lora"}
+"""Of a LoRA."""
 CPU, CAPTIONS = torch.device("cpu"), ["a red fox", "a hare in a field, tall grass, evening light"]
 
 
@@ -55,15 +59,34 @@ def denoised(family: Any, denoiser: Any) -> torch.Tensor:
     return found
 
 
+def watched(pipeline: Any, family: Any, height: int, width: int) -> list[tuple[torch.Tensor, Any, torch.Tensor]]:
+    """Latents, time and output of each call of the denoiser, on the VAE's grid and in the schedule's terms."""
+    calls: list[tuple[torch.Tensor, Any, torch.Tensor]] = []
+    denoiser, step = getattr(pipeline, family.kind.networks[0]), pipeline.scheduler.step
+
+    def grid(latents: torch.Tensor) -> torch.Tensor:
+        return family.latent_space.from_raw(family.to_raw(family.vae, latents, height, width))
+
+    def spy(output: torch.Tensor, t: Any, latents: torch.Tensor, **options: Any) -> Any:
+        calls.append((grid(latents), t, grid(output)))
+        return step(output, t, latents, **options)
+
+    if family.kind.is_flow:
+        pipeline.scheduler.step = spy
+    else:  # whose samplers may scale what the denoiser is given
+        denoiser.register_forward_hook(lambda _, given, options, out: calls.append((*given, out[0])), with_kwargs=True)
+    return calls
+
+
 @pytest.mark.parametrize("caption", CAPTIONS)
 def test_denoise_gives_what_the_pipelines_own_call_gives(folder: Path, family: Any, caption: str) -> None:
     pipeline, (height, width) = pipeline_of(folder), (24, 40)
-    denoiser, calls = getattr(pipeline, family.kind.networks[0]), []
-    denoiser.register_forward_hook(lambda _, given, options, out: calls.append((*given, out[0])), with_kwargs=True)
+    calls = watched(pipeline, family, height, width)
     with torch.no_grad():
         pipeline(caption, height=height, width=width, num_inference_steps=3, guidance_scale=1.0, output_type="latent")
     extra = {"sizes": torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)}
     text = family.encode_text([caption])
+    assert len(calls) >= 2
     for latents, t, theirs in calls[-2:]:
         levels = family.schedule.at([float(t)])
         with torch.no_grad():
@@ -71,7 +94,8 @@ def test_denoise_gives_what_the_pipelines_own_call_gives(folder: Path, family: A
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-def test_sampled_and_decoded_image_is_the_pipelines(folder: Path, family: Any) -> None:
+def test_sampled_and_decoded_image_is_the_pipelines(folder: Path, family: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(family, "steps", 4)
     family.prepare_prompt(CAPTIONS[0], "blurred")
     raw = family.sample(family.denoiser.eval(), CAPTIONS[0], "blurred", seed=7, resolution=16)
     pipeline = pipeline_of(folder)
@@ -80,7 +104,7 @@ def test_sampled_and_decoded_image_is_the_pipelines(folder: Path, family: Any) -
         negative_prompt="blurred",
         height=16,
         width=16,
-        num_inference_steps=family.steps,
+        num_inference_steps=4,
         guidance_scale=family.guidance,
         generator=torch.Generator().manual_seed(7),
     ).images[0]
@@ -88,8 +112,31 @@ def test_sampled_and_decoded_image_is_the_pipelines(folder: Path, family: Any) -
     assert np.abs(np.asarray(family.decode(raw), int) - np.asarray(expected, int)).max() <= 1
 
 
+def test_images_of_an_evaluation_are_the_pipelines(folder: Path) -> None:
+    sampler, pipeline = load_for_sampling(ModelConfig(str(folder)), torch.float32, CPU), pipeline_of(folder)
+
+    def generators() -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(n) for n in (3, 4)]
+
+    for guidance in (1.0, 3.0):
+        (found, expected) = (
+            sampler(CAPTIONS, generators(), 2, guidance, 16),
+            pipeline(
+                CAPTIONS,
+                generator=generators(),
+                num_inference_steps=2,
+                guidance_scale=guidance,
+                height=16,
+                width=16,
+                output_type="np",
+            ).images,
+        )
+        theirs = torch.from_numpy(expected).permute(0, 3, 1, 2) * 255
+        assert (found - theirs).abs().max() <= 1
+
+
 def test_lora_loads_into_the_pipeline_and_gives_the_same(
-    train: Any, folder: Path, family: Any, monkeypatch: pytest.MonkeyPatch
+    train: Any, folder: Path, family: Any, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     outputs, cls = [], type(family)
     export = cls.export_lora
@@ -99,7 +146,11 @@ def test_lora_loads_into_the_pipeline_and_gives_the_same(
         export(self, denoiser, into)
 
     monkeypatch.setattr(cls, "export_lora", spy)
-    run = train(pretrained_model_name_or_path=folder, rank=2, learning_rate=1e-2, max_train_steps=3)
+    preset = PRESETS.get(request.node.callspec.params["folder"])
+    options: dict[str, Any] = {"pretrained_model_name_or_path": folder, "rank": 2, "max_train_steps": 3}
+    if preset is not None:  # all of it that a tiny model can take
+        options |= {"mixed_precision": "no", "buckets": False, "lpl_t_threshold": None, "lpl_weight": "auto"}
+    run = train(*(() if preset is None else ("--config", preset)), **options, learning_rate=1e-2)
     pipeline = pipeline_of(folder)
     before = denoised(family, getattr(pipeline, family.kind.networks[0]).eval())
     pipeline.load_lora_weights(run.folder)
@@ -150,13 +201,22 @@ def test_plan_counts_the_model(folder: Path) -> None:
     assert plan.denoise(networks[0], torch.zeros(1, 4, 4, 4), levels, plan.text(1), extra).shape == (1, 4, 4, 4)
 
 
+CLIP_L, CLIP_G, T5_XXL, VAE_16 = 123_650_304, 694_659_840, 4_762_310_656, 83_819_683
+
+
 @pytest.mark.parametrize(
     ("name", "parameters"),
-    [(None, 2_567_463_684), ("stable-diffusion-v1-5/stable-diffusion-v1-5", 859_520_964)],
+    [
+        (None, [2_567_463_684]),
+        ("stable-diffusion-v1-5/stable-diffusion-v1-5", [859_520_964]),
+        ("stabilityai/stable-diffusion-3.5-medium", [2_243_171_520, VAE_16, CLIP_L, CLIP_G, T5_XXL]),
+    ],
 )
-def test_published_models_have_their_published_size(name: str | None, parameters: int) -> None:
+def test_published_models_have_their_published_size(name: str | None, parameters: list[int]) -> None:
     config = ModelConfig(name)
     plan = blueprint(plan_configs(config), config)
     with torch.device("meta"):
-        denoiser = plan.denoiser()
-    assert sum(p.numel() for p in denoiser.parameters()) == parameters
+        networks = [plan.denoiser()]
+        if len(parameters) > 1:
+            networks += [plan.vae(), *plan.text_encoders()]
+    assert [sum(p.numel() for p in network.parameters()) for network in networks] == parameters

@@ -1,0 +1,92 @@
+"""What families share whose text encoders are large: they stay frozen, in the precision of their files."""
+
+from __future__ import annotations
+
+import json
+import logging
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lpl.families.base import config_settings, tokenizer_settings, weights_hash
+from lpl.families.joint import JointModel
+from lpl.families.pipeline_family import PipelineFamily
+
+
+class FrozenTextFamily(PipelineFamily):
+    """A PipelineFamily whose text encoders stay frozen, in the precision that they are stored in.
+
+    Fields of a caption have the names that the pipeline's call knows them by.
+    """
+
+    max_length: ClassVar[int]
+    """Tokens of a caption that the text encoder of the longest captions reads."""
+
+    @abstractmethod
+    def embed(self, captions: list[str]) -> dict[str, Tensor]:
+        """What the pipeline makes of captions, (B, ...) each, on the device."""
+
+    @property
+    def text_encoders(self) -> list[Any]:
+        found = [getattr(self.pipeline, part) for part in self.kind.networks if part.startswith("text_encoder")]
+        return [encoder for encoder in found if encoder is not None]
+
+    @property
+    def _tokenizers(self) -> list[Any]:
+        return [found for part in self.kind.tokenizers if (found := getattr(self.pipeline, part)) is not None]
+
+    def prepare_text(self) -> None:
+        for encoder in self.text_encoders:
+            encoder.eval().requires_grad_(False)
+        for tokenizer in self._tokenizers:
+            # It would say of every long caption that it cannot be encoded: it is cut, which is said once.
+            tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
+        configs = [config_settings(encoder.config.to_dict()) for encoder in self.text_encoders]
+        settings = [configs, [tokenizer_settings(tokenizer) for tokenizer in self._tokenizers], self.max_length]
+        self.text_key = weights_hash(*self.text_encoders, settings=json.dumps(settings))
+        self._cut: list[str] = []
+
+    @torch.no_grad()
+    def encode_text(self, captions: list[str]) -> dict[str, Tensor]:
+        rows = self._tokenizers[-1](captions).input_ids
+        self._cut += [text for text, ids in zip(captions, rows, strict=True) if len(ids) > self.limit]
+        with quiet(type(self.pipeline).__module__):
+            return {name: value.cpu() for name, value in self.embed(captions).items()}
+
+    @property
+    def limit(self) -> int:
+        """Tokens of the last tokenizer's that count."""
+        return self.max_length
+
+    def encode_prompt(self, prompt: str, negative_prompt: str, joint: JointModel | None = None) -> dict[str, Tensor]:
+        # In float32: pipelines draw in the precision of their text.
+        found = {name: _widened(value) for name, value in self.encode_text([prompt, negative_prompt]).items()}
+        wanted = {name: value[:1] for name, value in found.items()}
+        return wanted | {f"negative_{name}": value[1:] for name, value in found.items()}
+
+    def text_bytes(self) -> int:
+        return 4 * sum(value.numel() for value in self.encode_text([""]).values())
+
+    def free_encoders(self) -> None:
+        self.say_cut(self._cut, self.limit)
+        self._cut = []
+        super().free_encoders()
+
+
+@contextmanager
+def quiet(name: str) -> Iterator[None]:
+    """Without the warnings of a logger: diffusers has one for every caption that is cut."""
+    theirs = logging.getLogger(name)
+    before, theirs.disabled = theirs.disabled, True
+    try:
+        yield
+    finally:
+        theirs.disabled = before
+
+
+def _widened(value: Tensor) -> Tensor:
+    return value.float() if value.is_floating_point() else value
