@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lpl.families.base import config_settings, tokenizer_settings, weights_hash
 from lpl.families.joint import JointModel
-from lpl.families.pipeline_family import PipelineFamily
+from lpl.families.pipeline_family import CPU, PipelineFamily, moved
 
 
 class FrozenTextFamily(PipelineFamily):
@@ -27,8 +27,8 @@ class FrozenTextFamily(PipelineFamily):
     """Tokens of a caption that the text encoder of the longest captions reads."""
 
     @abstractmethod
-    def embed(self, captions: list[str]) -> dict[str, Tensor]:
-        """What the pipeline makes of captions, (B, ...) each, on the device."""
+    def embed(self, captions: list[str]) -> Mapping[str, Tensor | list[Tensor]]:
+        """What the pipeline makes of captions, (B, ...) each or B tensors, on the device."""
 
     @property
     def text_encoders(self) -> list[Any]:
@@ -51,25 +51,31 @@ class FrozenTextFamily(PipelineFamily):
         self._cut: list[str] = []
 
     @torch.no_grad()
-    def encode_text(self, captions: list[str]) -> dict[str, Tensor]:
-        rows = self._tokenizers[-1](captions).input_ids
-        self._cut += [text for text, ids in zip(captions, rows, strict=True) if len(ids) > self.limit]
+    def encode_text(self, captions: list[str]) -> dict[str, Tensor | list[Tensor]]:
+        lengths = self.lengths(captions)
+        self._cut += [text for text, length in zip(captions, lengths, strict=True) if length > self.limit]
         with quiet(type(self.pipeline).__module__):
-            return {name: value.cpu() for name, value in self.embed(captions).items()}
+            return {name: moved(value, CPU) for name, value in self.embed(captions).items()}
+
+    def lengths(self, captions: list[str]) -> list[int]:
+        """Tokens of captions by the last tokenizer, before any are cut."""
+        return [len(ids) for ids in self._tokenizers[-1](captions).input_ids]
 
     @property
     def limit(self) -> int:
         """Tokens of the last tokenizer's that count."""
         return self.max_length
 
-    def encode_prompt(self, prompt: str, negative_prompt: str, joint: JointModel | None = None) -> dict[str, Tensor]:
+    def encode_prompt(
+        self, prompt: str, negative_prompt: str, joint: JointModel | None = None
+    ) -> dict[str, Tensor | list[Tensor]]:
         # In float32: pipelines draw in the precision of their text.
         found = {name: _widened(value) for name, value in self.encode_text([prompt, negative_prompt]).items()}
         wanted = {name: value[:1] for name, value in found.items()}
         return wanted | {f"negative_{name}": value[1:] for name, value in found.items()}
 
     def text_bytes(self) -> int:
-        return 4 * sum(value.numel() for value in self.encode_text([""]).values())
+        return 4 * sum(value[0].numel() for value in self.encode_text([""]).values())
 
     def free_encoders(self) -> None:
         self.say_cut(self._cut, self.limit)
@@ -88,5 +94,5 @@ def quiet(name: str) -> Iterator[None]:
         theirs.disabled = before
 
 
-def _widened(value: Tensor) -> Tensor:
-    return value.float() if value.is_floating_point() else value
+def _widened(value: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+    return moved(value, torch.float32) if value[0].is_floating_point() else value

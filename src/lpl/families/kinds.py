@@ -38,5 +38,17 @@ SD3_KIND = Kind(
     guidance=4.5,
     lora_starts={"transformer": ("transformer.",)},
 )
-KINDS: tuple[Kind, ...] = (SDXL_KIND, SD_KIND, SD3_KIND)
+ZIMAGE_KIND = Kind(
+    name="Z-Image",
+    pipelines=("ZImagePipeline",),
+    module="zimage",
+    base="Z-Image",
+    base_name="Tongyi-MAI/Z-Image",
+    networks=("transformer", "vae", "text_encoder"),
+    tokenizers=("tokenizer",),
+    steps=40,  # both within what the model's card recommends: 28 to 50, and 3 to 5
+    guidance=4.0,
+    lora_starts={"transformer": ("transformer.",)},
+)
+KINDS: tuple[Kind, ...] = (SDXL_KIND, SD_KIND, SD3_KIND, ZIMAGE_KIND)
 """The first is that of a plan without a model, and the one whose checks judge what belongs to none."""

@@ -28,6 +28,8 @@ from lpl.families.schedulers import training_schedule
 
 logger = logging.getLogger("lpl")
 
+CPU = torch.device("cpu")
+
 
 class PipelineFamily(ABC):
     """Implements families.base.Family, but for what a family does in its own way.
@@ -66,7 +68,7 @@ class PipelineFamily(ABC):
         self.latent_key = weights_hash(*encoder, settings=settings)
         self.latent_stride = self.kind.stride({"vae": self.vae.config})
         self.latent_space = LatentSpace.from_config(self.vae.config)
-        self._prompts: dict[tuple[str, str], dict[str, Tensor]] = {}
+        self._prompts: dict[tuple[str, str], Mapping[str, Tensor | list[Tensor]]] = {}
         self.prepare_text()
         for module in (self.vae, *(() if self.trains_text else self.text_encoders)):
             module.to(device)
@@ -94,7 +96,9 @@ class PipelineFamily(ABC):
         """See families.base.Family."""
 
     @abstractmethod
-    def encode_prompt(self, prompt: str, negative_prompt: str, joint: JointModel | None = None) -> dict[str, Tensor]:
+    def encode_prompt(
+        self, prompt: str, negative_prompt: str, joint: JointModel | None = None
+    ) -> Mapping[str, Tensor | list[Tensor]]:
         """What the pipeline's call is given of a prompt and a negative one, by its keyword.
 
         Args:
@@ -117,16 +121,16 @@ class PipelineFamily(ABC):
     def prepare_prompt(self, prompt: str, negative_prompt: str = "") -> None:
         if not self.trains_text:
             found = self.encode_prompt(prompt, negative_prompt)
-            self._prompts[prompt, negative_prompt] = {name: value.cpu() for name, value in found.items()}
+            self._prompts[prompt, negative_prompt] = {name: moved(value, CPU) for name, value in found.items()}
 
-    def prompt_of(self, denoiser: nn.Module, prompt: str, negative_prompt: str) -> dict[str, Tensor]:
+    def prompt_of(self, denoiser: nn.Module, prompt: str, negative_prompt: str) -> dict[str, Tensor | list[Tensor]]:
         """What encode_prompt gives of a prepared prompt, on the device; where encoders are trained, as they are now."""
         if isinstance(denoiser, JointModel):
             with self.autocast():
                 found = self.encode_prompt(prompt, negative_prompt, denoiser)
-            return {name: value.float() for name, value in found.items()}
+            return {name: moved(value, torch.float32) for name, value in found.items()}
         found = self._prompts[prompt, negative_prompt]
-        return {name: value.to(self.device) for name, value in found.items()}
+        return {name: moved(value, self.device) for name, value in found.items()}
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The run's arithmetic."""
@@ -246,3 +250,8 @@ class PipelineFamily(ABC):
         found: tuple[dict[str, Tensor], dict[str, str]]
         found = self.kind.find("to_kohya")(lora, {part: getattr(self.pipeline, part).config}, title)
         return found
+
+
+def moved(value: Tensor | list[Tensor], to: torch.device | torch.dtype) -> Tensor | list[Tensor]:
+    """A tensor, or each of a list of them, on a device or in a precision."""
+    return [own.to(to) for own in value] if isinstance(value, list) else value.to(to)
