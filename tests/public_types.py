@@ -12,6 +12,7 @@ from lpl.diffusion.schedule import Discrete, Flow
 def results(objective: lpl.PerceptualObjective, x: Tensor, gate: lpl.Gate, batches: list[dict[str, Any]]) -> None:
     term = assert_type(objective(x, x, x, diffusion_loss=x), lpl.PerceptualTerm)
     assert_type(term.loss, Tensor)
+    assert_type(objective.loss_fn(x, x), lpl.LPLOutput)
     assert_type(term.read(), dict[str, float])
     assert_type(lpl.check(objective.loss_fn, objective, batches), lpl.CheckResult)
     assert_type(lpl.probability_of(gate, lambda n: x[:n]), float)

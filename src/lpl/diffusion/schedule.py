@@ -158,7 +158,7 @@ class Discrete:
         return float(self.weights[passed].sum() / self.weights.sum())
 
     def density(self, levels: Tensor) -> Tensor:
-        return self.weights[levels]
+        return self.weights[levels] / self.weights.sum()
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ class PipelineFamily(ABC):
         settings = f"{type(self.vae).__name__} {config_settings(self.vae.config)}"
         self.latent_key = weights_hash(*encoder, settings=settings)
         self.latent_stride = self.kind.stride({"vae": self.vae.config})
-        self.latent_space = LatentSpace.from_config(self.vae.config)
+        self.latent_space = LatentSpace.from_vae(self.vae)
         self._prompts: dict[tuple[str, str], Mapping[str, Tensor | list[Tensor]]] = {}
         self.prepare_text()
         for module in (self.vae, *(() if self.trains_text else self.text_encoders)):
@@ -159,7 +159,7 @@ class PipelineFamily(ABC):
     @staticmethod
     def to_raw(vae: Any, latents: Tensor, height: int, width: int) -> Tensor:
         """Raw latents of what the pipeline gives as latents of images of this size, in pixels."""
-        return LatentSpace.from_config(vae.config).to_raw(latents)
+        return LatentSpace.from_vae(vae).to_raw(latents)
 
     @torch.no_grad()
     def sample(

@@ -39,14 +39,14 @@ def test_every_option_of_arms_is_one_of_lpl_train_or_a_variant() -> None:
                 parse_train(as_flags(texts))
                 assert not own or parse(own)[1] == []
                 number += 1
-    assert number == 2 * 31
+    assert number == 2 * 13
 
 
 def test_both_searches_have_as_many_runs(tmp_path: Path) -> None:
     text = arms.ARMS.read_text(encoding="utf-8")
     file = tmp_path / "arms.yaml"
-    file.write_text(text.replace('over the run: [{variant_weight: "2,0"}, ', "over the run: ["), encoding="utf-8")
-    with pytest.raises(UserError, match="the baseline's search has 32 runs, LPL's 31: they must be equal"):
+    file.write_text(text.replace("[{variant_diffusion: 0.1}, ", "["), encoding="utf-8")
+    with pytest.raises(UserError, match="the baseline's search has 14 runs, LPL's 13: they must be equal"):
         read_arms(file)
     file.write_text(text.replace("search_seed: 101", "search_seed: 3"), encoding="utf-8")
     with pytest.raises(UserError, match="search_seed 3 is among the reported seeds"):
@@ -389,11 +389,11 @@ def test_a_run_that_diverged_is_noted_and_not_tried_again(tmp_path: Path, monkey
 
 def test_arms_begin_with_the_kept_weights_only(tmp_path: Path) -> None:
     stages = Stages(read_arms(), tmp_path, Results(tmp_path / "results.json"), Workers())
-    with pytest.raises(UserError, match="has no denoiser, not one of 30000: run --stage denoiser first"):
+    with pytest.raises(UserError, match="has no denoiser, not one of 12000: run --stage denoiser first"):
         stages._base()
     stages.weights.mkdir()
-    (stages.weights / kept.PIPELINE).write_text(json.dumps({"steps": 12000}))
-    with pytest.raises(UserError, match="has a denoiser of 12000 steps, not one of 30000"):
+    (stages.weights / kept.PIPELINE).write_text(json.dumps({"steps": 6000}))
+    with pytest.raises(UserError, match="has a denoiser of 6000 steps, not one of 12000"):
         stages._base()
 
 
