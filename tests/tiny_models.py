@@ -246,6 +246,42 @@ def tiny_sd3(folder: Any, seed: int = 0, t5: bool = True) -> Any:
     return folder
 
 
+def tiny_flux(folder: Any, seed: int = 0, guidance: bool = True) -> Any:
+    """Writes a FluxPipeline to a folder, latents as tiny_sdxl's: dev, or without guidance schnell."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    from lpl.demo.architecture import build_tokenizers
+
+    tokenizer, _ = build_tokenizers()
+    vae = tiny_vae16(seed)
+    torch.manual_seed(seed)
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        pooled_projection_dim=8,
+        guidance_embeds=guidance,
+        axes_dims_rope=(2, 2, 4),
+    )
+    encoder, tokenizer_2 = tiny_t5(16)
+    pipeline = FluxPipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0 if guidance else 1.0, use_dynamic_shifting=guidance),
+        vae=vae,
+        text_encoder=tiny_clip(tokenizer, 8, projects=False),
+        tokenizer=tokenizer,
+        text_encoder_2=encoder,
+        tokenizer_2=tokenizer_2,
+    )
+    randomize(transformer, seed, 0.1)
+    pipeline.save_pretrained(folder)
+    return folder
+
+
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -266,7 +302,7 @@ def tiny_qwen_tokenizer() -> Any:
     return tokenizer
 
 
-def tiny_zimage(folder: Any, seed: int = 0) -> Any:
+def tiny_zimage(folder: Any, seed: int = 0, turbo: bool = False) -> Any:
     """Writes a ZImagePipeline to a folder, latents as tiny_sdxl's."""
     from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
     from transformers import Qwen3Config, Qwen3Model
@@ -296,7 +332,7 @@ def tiny_zimage(folder: Any, seed: int = 0) -> Any:
     )
     pipeline = ZImagePipeline(
         transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0 if turbo else 6.0),
         vae=vae,
         text_encoder=Qwen3Model(config),
         tokenizer=tokenizer,

@@ -7,7 +7,7 @@ import logging
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ class FrozenTextFamily(PipelineFamily):
     Fields of a caption have the names that the pipeline's call knows them by.
     """
 
-    max_length: ClassVar[int]
+    max_length: int
     """Tokens of a caption that the text encoder of the longest captions reads."""
 
     @abstractmethod
@@ -68,7 +68,7 @@ class FrozenTextFamily(PipelineFamily):
 
     def encode_prompt(
         self, prompt: str, negative_prompt: str, joint: JointModel | None = None
-    ) -> dict[str, Tensor | list[Tensor]]:
+    ) -> Mapping[str, Tensor | list[Tensor]]:
         # In float32: pipelines draw in the precision of their text.
         found = {name: _widened(value) for name, value in self.encode_text([prompt, negative_prompt]).items()}
         wanted = {name: value[:1] for name, value in found.items()}

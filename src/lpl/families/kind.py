@@ -184,6 +184,10 @@ class Kind:
             raise UserError(f"--lora {file}: holds {found}, which is no part of {whose}")
         return parts
 
+    def usual_guidance(self, config: ModelConfig) -> float | None:
+        """The guidance that a model is drawn with where nothing else is said; None: it takes none."""
+        return self.guidance
+
     def stride(self, configs: Mapping[str, Any]) -> int:
         """Pixels per latent."""
         return vae_stride(configs["vae"]) or 1

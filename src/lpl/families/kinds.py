@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from lpl.config import ModelConfig
 from lpl.families.kind import Kind
 from lpl.families.sdxl_check import SDXL_KIND
 
@@ -38,7 +42,41 @@ SD3_KIND = Kind(
     guidance=4.5,
     lora_starts={"transformer": ("transformer.",)},
 )
-ZIMAGE_KIND = Kind(
+
+
+class FluxKind(Kind):
+    """Flux.1: dev has learned guidance as an input, schnell has none."""
+
+    def usual_guidance(self, config: ModelConfig) -> float | None:
+        return self.guidance if self.plan_configs(config)["transformer"].get("guidance_embeds") else None
+
+
+FLUX_KIND = FluxKind(
+    name="Flux.1",
+    pipelines=("FluxPipeline",),
+    module="flux",
+    base="FLUX.1-dev",
+    base_name="black-forest-labs/FLUX.1-dev",
+    networks=("transformer", "vae", "text_encoder", "text_encoder_2"),
+    tokenizers=("tokenizer", "tokenizer_2"),
+    steps=28,  # both as its pipeline does
+    guidance=3.5,
+    lora_starts={"transformer": ("transformer.",)},
+)
+
+
+class ZImageKind(Kind):
+    """Z-Image; Turbo, known by the smaller shift of its scheduler, is distilled to few steps without guidance."""
+
+    def is_turbo(self, scheduler: Mapping[str, Any]) -> bool:
+        """Whether a scheduler with this config is that of Turbo, 3, and not 6."""
+        return float(scheduler.get("shift", 6.0)) < 5
+
+    def usual_guidance(self, config: ModelConfig) -> float | None:
+        return 0.0 if self.is_turbo(self.plan_configs(config)["scheduler"]) else self.guidance
+
+
+ZIMAGE_KIND = ZImageKind(
     name="Z-Image",
     pipelines=("ZImagePipeline",),
     module="zimage",
@@ -50,5 +88,5 @@ ZIMAGE_KIND = Kind(
     guidance=4.0,
     lora_starts={"transformer": ("transformer.",)},
 )
-KINDS: tuple[Kind, ...] = (SDXL_KIND, SD_KIND, SD3_KIND, ZIMAGE_KIND)
+KINDS: tuple[Kind, ...] = (SDXL_KIND, SD_KIND, SD3_KIND, FLUX_KIND, ZIMAGE_KIND)
 """The first is that of a plan without a model, and the one whose checks judge what belongs to none."""

@@ -46,9 +46,9 @@ class PipelineFamily(ABC):
     """
 
     kind: ClassVar[Kind]
-    steps: ClassVar[int]
+    steps: int
     """Sampling steps of a validation image, and its guidance."""
-    guidance: ClassVar[float]
+    guidance: float
     lora_targets: Mapping[str, tuple[str, ...]]
     text_key: str
     trains_text = False
@@ -58,7 +58,8 @@ class PipelineFamily(ABC):
     ) -> None:
         self.device, self.weight_dtype, self.config = device, weight_dtype, config
         self.trained_on: TrainedOn | None = None
-        self.pipeline = self.load(config, encoders_only)
+        own = {self.kind.networks[0]: weight_dtype} if self.kind.is_flow and config.rank is not None else None
+        self.pipeline = self.load(config, encoders_only, own)  # of large models never all in float32 for a LoRA
         self.vae = self.pipeline.vae.float().eval().requires_grad_(False)
         self.denoiser = getattr(self.pipeline, self.kind.networks[0])
         self.schedule = training_schedule(self.pipeline.scheduler.config)
@@ -155,6 +156,11 @@ class PipelineFamily(ABC):
     def sampling_kwargs(self) -> dict[str, Any]:
         """What else the pipeline's call is given."""
         return {"guidance_scale": self.guidance}
+
+    @staticmethod
+    def call_options(pipeline: Any) -> dict[str, Any]:
+        """What else the pipeline's call is given with a prompt in words, so that it encodes it as is done here."""
+        return {}
 
     @staticmethod
     def to_raw(vae: Any, latents: Tensor, height: int, width: int) -> Tensor:

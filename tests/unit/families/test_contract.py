@@ -23,10 +23,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "sd": ("tiny_sd", {}),
     "sd_v": ("tiny_sd", {"prediction_type": "v_prediction"}),
     "sd3": ("tiny_sd3", {}),
+    "flux": ("tiny_flux", {}),
     "zimage": ("tiny_zimage", {}),
 }
 """What builds a tiny model of each, and with which settings."""
-PRESETS = {"sd3": "sd35-lora", "zimage": "zimage-lora"}
+PRESETS = {"sd3": "sd35-lora", "flux": "flux-lora", "zimage": "zimage-lora"}
 """Of a LoRA."""
 UNGUIDED = {"zimage": 0.0}
 """The scale that is no guidance, where that is not 1."""
@@ -237,6 +238,7 @@ CLIP_L, CLIP_G, T5_XXL, VAE_16 = 123_650_304, 694_659_840, 4_762_310_656, 83_819
         ("stable-diffusion-v1-5/stable-diffusion-v1-5", [859_520_964]),
         ("Tongyi-MAI/Z-Image", [6_154_908_736, VAE_16, 4_022_468_096]),
         ("stabilityai/stable-diffusion-3.5-medium", [2_243_171_520, VAE_16, CLIP_L, CLIP_G, T5_XXL]),
+        ("black-forest-labs/FLUX.1-dev", [11_901_408_320, VAE_16, 123_060_480, T5_XXL]),
     ],
 )
 def test_published_models_have_their_published_size(name: str | None, parameters: list[int]) -> None:
