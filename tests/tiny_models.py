@@ -101,8 +101,12 @@ def tiny_sdxl(folder: Any, seed: int = 0, prediction_type: str = "epsilon", **sc
     return folder
 
 
-def tiny_sd(folder: Any, seed: int = 0, prediction_type: str = "epsilon") -> Any:
-    """Writes a StableDiffusionPipeline of about 40,000 parameters to a folder; latents as tiny_sdxl's."""
+def tiny_sd(folder: Any, seed: int = 0, prediction_type: str = "epsilon", second: bool = False) -> Any:
+    """Writes a StableDiffusionPipeline of about 40,000 parameters to a folder; latents as tiny_sdxl's.
+
+    Args:
+        second: as Stable Diffusion 2 is built.
+    """
     from diffusers import PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -131,6 +135,7 @@ def tiny_sd(folder: Any, seed: int = 0, prediction_type: str = "epsilon") -> Any
         attention_head_dim=2,
         norm_num_groups=4,
         cross_attention_dim=8,
+        use_linear_projection=second,
     )
     scheduler = PNDMScheduler(
         beta_start=0.00085,
@@ -287,10 +292,11 @@ def tiny_sana(folder: Any, seed: int = 0) -> Any:
     vocabulary = {name: n for n, name in enumerate(("<pad>", "<eos>", "<bos>", "<unk>", "\u2581"))}
     for character in string.ascii_letters + string.digits + string.punctuation + "\n":
         vocabulary.setdefault(character, len(vocabulary))
+    tokenizer = GemmaTokenizer(vocab=vocabulary, merges=[])
     torch.manual_seed(seed)
     encoder = Gemma2Model(
         Gemma2Config(
-            vocab_size=len(vocabulary),
+            vocab_size=len(tokenizer),
             hidden_size=16,
             intermediate_size=16,
             num_hidden_layers=1,
@@ -331,9 +337,69 @@ def tiny_sana(folder: Any, seed: int = 0) -> Any:
         ),
         vae=randomize(vae, seed, 0.05),
         text_encoder=encoder,
-        tokenizer=GemmaTokenizer(vocab=vocabulary, merges=[]),
+        tokenizer=tokenizer,
         transformer=randomize(transformer, seed, 0.1),
     )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def tiny_qwen_tokenizer() -> Any:
+    """A tokenizer of single bytes, with a chat template and a length beyond what its encoders take."""
+    from transformers import Qwen2Tokenizer
+
+    from lpl.demo.architecture import byte_characters
+
+    special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    vocab = {token: number for number, token in enumerate((*byte_characters(), *special))}
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], model_max_length=131072)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(special[1:])})
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+def tiny_zimage(folder: Any, seed: int = 0, turbo: bool = False) -> Any:
+    """Writes a ZImagePipeline to a folder, latents as tiny_sdxl's."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+    from transformers import Qwen3Config, Qwen3Model
+
+    tokenizer, vae = tiny_qwen_tokenizer(), tiny_vae16(seed)
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=1024,
+    )
+    transformer = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=1,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=[4, 6, 6],
+        axes_lens=[1024, 32, 32],
+    )
+    pipeline = ZImagePipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0 if turbo else 6.0),
+        vae=vae,
+        text_encoder=Qwen3Model(config),
+        tokenizer=tokenizer,
+    )
+    randomize(transformer, seed, 0.1)
     pipeline.save_pretrained(folder)
     return folder
 

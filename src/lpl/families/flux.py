@@ -12,6 +12,7 @@ from torch import Tensor
 from lpl.config import ModelConfig
 from lpl.families.files import vae_stride
 from lpl.families.frozen_text import FrozenTextFamily
+from lpl.families.joint import JointModel
 from lpl.families.kinds import FLUX_KIND
 from lpl.families.loading import load_whole
 from lpl.families.pipeline_blueprint import PipelineBlueprint
@@ -120,7 +121,9 @@ class Model(FrozenTextFamily):
         embeds, pooled, _ = encode(captions, device=self.device, max_sequence_length=self.max_length)
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
-    def encode_prompt(self, prompt: str, negative_prompt: str) -> dict[str, Tensor]:
+    def encode_prompt(
+        self, prompt: str, negative_prompt: str, joint: JointModel | None = None
+    ) -> Mapping[str, Tensor | list[Tensor]]:
         if negative_prompt:
             logger.warning("%s draws without negative prompts: %.80s", self.kind.name, negative_prompt)
         found = super().encode_prompt(prompt, "")

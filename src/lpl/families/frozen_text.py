@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from lpl.families.base import config_settings, tokenizer_settings, weights_hash
-from lpl.families.pipeline_family import PipelineFamily, logger
+from lpl.families.joint import JointModel
+from lpl.families.pipeline_family import CPU, PipelineFamily, moved
 
 LENGTH_STEP = 32
 """What lengths of text that count are rounded up to: few shapes in the cache."""
@@ -31,8 +32,8 @@ class FrozenTextFamily(PipelineFamily):
     """Tokens of a caption that the text encoder of the longest captions reads."""
 
     @abstractmethod
-    def embed(self, captions: list[str]) -> dict[str, Tensor]:
-        """What the pipeline makes of captions, (B, ...) each, on the device."""
+    def embed(self, captions: list[str]) -> Mapping[str, Tensor | list[Tensor]]:
+        """What the pipeline makes of captions, (B, ...) each or B tensors, on the device."""
 
     @property
     def text_encoders(self) -> list[Any]:
@@ -56,21 +57,27 @@ class FrozenTextFamily(PipelineFamily):
 
     @torch.no_grad()
     def encode_text(self, captions: list[str]) -> dict[str, Tensor | list[Tensor]]:
-        rows = self._tokenizers[-1](captions).input_ids
-        self._cut += [text for text, ids in zip(captions, rows, strict=True) if len(ids) > self.limit]
+        lengths = self.lengths(captions)
+        self._cut += [text for text, length in zip(captions, lengths, strict=True) if length > self.limit]
         with quiet(type(self.pipeline).__module__):
-            found = {name: value.cpu() for name, value in self.embed(captions).items()}
+            found = {name: moved(value, CPU) for name, value in self.embed(captions).items()}
         if self.mask is None:
-            return {**found}
-        lengths = [-(-int(count) // LENGTH_STEP) * LENGTH_STEP for count in found[self.mask].sum(1)]
-        return {name: [row[:n] for row, n in zip(value, lengths, strict=True)] for name, value in found.items()}
+            return found
+        counted = [-(-int(count) // LENGTH_STEP) * LENGTH_STEP for count in torch.stack(list(found[self.mask])).sum(1)]
+        return {name: [row[:n] for row, n in zip(value, counted, strict=True)] for name, value in found.items()}
+
+    def lengths(self, captions: list[str]) -> list[int]:
+        """Tokens of captions by the last tokenizer, before any are cut."""
+        return [len(ids) for ids in self._tokenizers[-1](captions).input_ids]
 
     @property
     def limit(self) -> int:
         """Tokens of the last tokenizer's that count."""
         return self.max_length
 
-    def encode_prompt(self, prompt: str, negative_prompt: str) -> dict[str, Tensor]:
+    def encode_prompt(
+        self, prompt: str, negative_prompt: str, joint: JointModel | None = None
+    ) -> Mapping[str, Tensor | list[Tensor]]:
         # In float32: pipelines draw in the precision of their text.
         with torch.no_grad(), quiet(type(self.pipeline).__module__):
             found = {name: widened(value) for name, value in self.embed([prompt, negative_prompt]).items()}
@@ -79,12 +86,11 @@ class FrozenTextFamily(PipelineFamily):
 
     def text_bytes(self) -> int:
         with torch.no_grad():
-            return 4 * sum(value.numel() for value in self.embed([""]).values())
+            return 4 * sum(value[0].numel() for value in self.embed([""]).values())
 
     def free_encoders(self) -> None:
-        if self._cut:
-            logger.warning("%d captions were cut to %d tokens, first: %.80s", len(self._cut), self.limit, self._cut[0])
-            self._cut = []
+        self.say_cut(self._cut, self.limit)
+        self._cut = []
         super().free_encoders()
 
 
@@ -99,6 +105,6 @@ def quiet(name: str) -> Iterator[None]:
         theirs.disabled = before
 
 
-def widened(value: Tensor) -> Tensor:
+def widened(value: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
     """In float32 what is no integer."""
-    return value.float() if value.is_floating_point() else value
+    return moved(value, torch.float32) if value[0].is_floating_point() else value

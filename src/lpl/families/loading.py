@@ -133,14 +133,16 @@ def check_tokenizers(pipeline: Any, names: Iterable[str]) -> None:
     """Refuses tokenizers that make more or other tokens than their text encoders know."""
     for name in (name.removeprefix("tokenizer") for name in names):
         tokenizer, encoder = getattr(pipeline, f"tokenizer{name}"), getattr(pipeline, f"text_encoder{name}")
-        if encoder is None or not hasattr(encoder.config, "max_position_embeddings"):
-            continue  # left out by the model; of any length
-        known = encoder.config
-        if not 3 <= tokenizer.model_max_length <= known.max_position_embeddings:
+        if encoder is None:
+            continue  # left out by the model
+        known = encoder.config.get_text_config()
+        is_clip = known.model_type.startswith("clip")  # others take texts of any length
+        if is_clip and not 3 <= tokenizer.model_max_length <= known.max_position_embeddings:
             raise ValueError(
                 f"tokenizer{name} makes {tokenizer.model_max_length:.6g} tokens of a text (model_max_length), its text "
                 f"encoder takes {known.max_position_embeddings}"
             )
         special = [getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")]
-        if None in special or max([*special, *tokenizer.get_vocab().values()]) >= known.vocab_size:
+        given = [token for token in special if token is not None]
+        if (is_clip and len(given) < 3) or max([*given, *tokenizer.get_vocab().values()]) >= known.vocab_size:
             raise ValueError(f"tokenizer{name} has tokens that its text encoder, of {known.vocab_size}, does not know")

@@ -14,6 +14,7 @@ from torch import Tensor
 from lpl.config import ModelConfig
 from lpl.families.base import DECODED_PIXELS, weights_hash
 from lpl.families.frozen_text import FrozenTextFamily, quiet, widened
+from lpl.families.joint import JointModel
 from lpl.families.kinds import SANA_KIND
 from lpl.families.loading import load_whole
 from lpl.families.pipeline_blueprint import PipelineBlueprint
@@ -146,7 +147,9 @@ class Model(FrozenTextFamily):
         return {name: torch.stack([found[n][name] for n in range(len(captions))]) for name in found[0]}
 
     @torch.no_grad()
-    def encode_prompt(self, prompt: str, negative_prompt: str) -> dict[str, Tensor]:
+    def encode_prompt(
+        self, prompt: str, negative_prompt: str, joint: JointModel | None = None
+    ) -> Mapping[str, Tensor | list[Tensor]]:
         wanted, other = self._encoded([prompt], True), self._encoded([negative_prompt], False)
         found = wanted | {f"negative_{name}": value for name, value in other.items()}
         return {name: widened(value) for name, value in found.items()}
@@ -164,7 +167,7 @@ class Model(FrozenTextFamily):
         self.vae.enable_tiling(DECODED_PIXELS, DECODED_PIXELS, overlapping, overlapping)
 
     def sampling_kwargs(self) -> dict[str, Any]:
-        return super().sampling_kwargs() | self.call_options(self.pipeline)
+        return super().sampling_kwargs() | self.call_options(self.pipeline) | {"negative_prompt": None}
 
     @staticmethod
     def call_options(pipeline: Any) -> dict[str, Any]:
