@@ -79,7 +79,7 @@ PUBLISHED: dict[str, Any] = {
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 MLP = ("ff.conv_inverted", "ff.conv_point")
 LORA_TARGETS = {"attention": ATTENTION, "attention_mlp": (*ATTENTION, *MLP), "all": (*ATTENTION, *MLP)}
-"""Of each depthwise convolution (ff.conv_depth) diffusers would load another shape: it stays as it is."""
+"""peft puts no LoRA on the depthwise convolutions, ff.conv_depth."""
 
 
 def load(config: ModelConfig, encoders_only: bool = False, dtypes: Mapping[str, torch.dtype] | None = None) -> Any:

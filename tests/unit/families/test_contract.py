@@ -11,12 +11,14 @@ import pytest
 import tiny_models
 import torch
 from safetensors.torch import load_file
+from tiny_models import randomize
 
 from lpl.config import ModelConfig
 from lpl.data.store import padded
 from lpl.families import blueprint, kind_of, load_family, plan_configs
 from lpl.families.sampling import load_for_sampling
 from lpl.training.counter import FusedAttention
+from lpl.training.engine import add_lora
 from lpl.training.trainer import Trainer
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -213,6 +215,24 @@ def test_lora_loads_into_the_pipeline_and_gives_the_same(
     if family.kind.is_flow:
         (adapter,) = denoiser.peft_config.values()
         assert adapter.lora_alpha == adapter.r
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_every_tensor_of_a_lora_of_all_layers_arrives(folder: Path, tmp_path: Path, use_dora: bool) -> None:
+    config = ModelConfig(str(folder), rank=2, lora_targets="all", use_dora=use_dora)
+    if not kind_of(config).is_flow:
+        pytest.skip("its layers have other names in files: see test_sdxl_names.py")
+    own: Any = load_family(config, CPU, torch.float32)
+    add_lora(own.denoiser, config, own.lora_targets, 0)
+    randomize(own.denoiser)
+    own.export_lora(own.denoiser, tmp_path)
+    pipeline = pipeline_of(folder)
+    pipeline.load_lora_weights(tmp_path)
+    trained = {name: value for name, value in own.denoiser.named_parameters() if "lora_" in name}
+    found = dict(getattr(pipeline, own.kind.networks[0]).named_parameters())
+    for name, value in trained.items():
+        assert torch.equal(found[name.replace(".default", ".default_0")], value), name
+    assert len(load_file(tmp_path / "pytorch_lora_weights.safetensors")) == len(trained)
 
 
 def test_five_steps_are_those_of_a_run_that_resumed_after_three(
