@@ -23,7 +23,7 @@ from lpl.diffusion.latent_space import LatentSpace
 from lpl.families.base import DECODED_PIXELS, TrainedOn, config_settings, weights_hash
 from lpl.families.joint import JointModel
 from lpl.families.kind import Kind
-from lpl.families.lora_files import METADATA, adapter_of, lora_metadata
+from lpl.families.lora_files import METADATA, adapter_of, fold_alpha, lora_metadata
 from lpl.families.schedulers import training_schedule
 
 logger = logging.getLogger("lpl")
@@ -241,6 +241,9 @@ class PipelineFamily(ABC):
             for name in parts
             for key, value in adapters[f"{name}_lora_adapter_metadata"].items()
         }
+        if self.kind.is_flow:  # most readers of such files take alpha for the rank
+            for name in parts:
+                fold_alpha(tensors[f"{name}_lora_layers"], packed, name)
         facts = lora_metadata(self.config, self.pipeline.scheduler.config, self.trained_on)
 
         def write(weights: dict[str, Tensor], file: str) -> None:

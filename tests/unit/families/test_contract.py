@@ -12,6 +12,7 @@ import tiny_models
 import torch
 from safetensors.torch import load_file
 
+from lpl.analysis.counter import FusedAttention
 from lpl.config import ModelConfig
 from lpl.data.store import padded
 from lpl.families import blueprint, kind_of, load_family, plan_configs
@@ -174,7 +175,12 @@ def test_lora_loads_into_the_pipeline_and_gives_the_same(
 
     monkeypatch.setattr(cls, "export_lora", spy)
     preset = PRESETS.get(request.node.callspec.params["folder"])
-    options: dict[str, Any] = {"pretrained_model_name_or_path": folder, "rank": 2, "max_train_steps": 3}
+    options: dict[str, Any] = {
+        "pretrained_model_name_or_path": folder,
+        "rank": 2,
+        "lora_alpha": 6,
+        "max_train_steps": 3,
+    }
     if preset is not None:  # all of it that a tiny model can take
         options |= {"mixed_precision": "no", "buckets": False, "lpl_t_threshold": None, "lpl_weight": "auto"}
     run = train(*(() if preset is None else ("--config", preset)), **options, learning_rate=1e-2)
@@ -186,6 +192,9 @@ def test_lora_loads_into_the_pipeline_and_gives_the_same(
     assert arrived == len(load_file(run.folder / "pytorch_lora_weights.safetensors")) > 0
     torch.testing.assert_close(denoised(family, denoiser.eval()), outputs[0], rtol=1e-5, atol=1e-5)
     assert (outputs[0] - before).abs().max() > 1e-3
+    if family.kind.is_flow:
+        (adapter,) = denoiser.peft_config.values()
+        assert adapter.lora_alpha == adapter.r
 
 
 def test_five_steps_are_those_of_a_run_that_resumed_after_three(
@@ -225,7 +234,8 @@ def test_plan_counts_the_model(folder: Path) -> None:
     assert found == [sum(p.numel() for p in getattr(pipeline, name).parameters()) for name in kind.networks]
     levels = plan.schedule.at([3])
     extra = {"sizes": torch.zeros(1, 6)}
-    assert plan.denoise(networks[0], torch.zeros(1, 4, 4, 4), levels, plan.text(1), extra).shape == (1, 4, 4, 4)
+    with FusedAttention():
+        assert plan.denoise(networks[0], torch.zeros(1, 4, 4, 4), levels, plan.text(1), extra).shape == (1, 4, 4, 4)
 
 
 CLIP_L, CLIP_G, T5_XXL, VAE_16 = 123_650_304, 694_659_840, 4_762_310_656, 83_819_683
