@@ -38,6 +38,7 @@ class Kind:
         parameters: of the denoiser that PUBLISHED describes, by which a single file without configs is planned.
         vae_class: of its VAE, in diffusers.
         lora_starts: how the names of a LoRA's tensors begin, for each network it may change.
+        lora_readers: the programs that read its LoRAs of diffusers' naming.
         parts: where another module has one, or by another name: its name -> "module:name".
         base, base_name: the published model that a plan is of where no model is given, and its Hub id.
         networks, tokenizers: subfolders of a pipeline, the denoiser first, then the VAE.
@@ -66,6 +67,7 @@ class Kind:
     guidance: float = 5.0
     single_file_keys: tuple[str, ...] = ()
     parameters: int = 0
+    lora_readers: str = "diffusers"
     vae_class: str = "AutoencoderKL"
     parts: Mapping[str, str] = field(default_factory=dict)
     lora_starts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

@@ -61,6 +61,7 @@ FLUX_KIND = FluxKind(
     tokenizers=("tokenizer", "tokenizer_2"),
     steps=28,  # both as its pipeline does
     guidance=3.5,
+    lora_readers="diffusers and ComfyUI",
     lora_starts={"transformer": ("transformer.",)},
 )
 SANA_KIND = Kind(
@@ -101,6 +102,7 @@ ZIMAGE_KIND = ZImageKind(
     tokenizers=("tokenizer",),
     steps=40,  # both within what the model's card recommends: 28 to 50, and 3 to 5
     guidance=4.0,
+    lora_readers="diffusers and ComfyUI",
     lora_starts={"transformer": ("transformer.",)},
 )
 KINDS: tuple[Kind, ...] = (SDXL_KIND, SD_KIND, SD3_KIND, FLUX_KIND, SANA_KIND, ZIMAGE_KIND)
