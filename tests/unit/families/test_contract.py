@@ -12,11 +12,11 @@ import tiny_models
 import torch
 from safetensors.torch import load_file
 
-from lpl.analysis.counter import FusedAttention
 from lpl.config import ModelConfig
 from lpl.data.store import padded
 from lpl.families import blueprint, kind_of, load_family, plan_configs
 from lpl.families.sampling import load_for_sampling
+from lpl.training.counter import FusedAttention
 from lpl.training.trainer import Trainer
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
