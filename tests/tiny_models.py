@@ -282,6 +282,68 @@ def tiny_flux(folder: Any, seed: int = 0, guidance: bool = True) -> Any:
     return folder
 
 
+def tiny_sana(folder: Any, seed: int = 0) -> Any:
+    """Writes a SanaPipeline to a folder; latents as tiny_sdxl's, but its pipeline draws multiples of 32 pixels."""
+    import string
+
+    from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
+    from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
+
+    vocabulary = {name: n for n, name in enumerate(("<pad>", "<eos>", "<bos>", "<unk>", "\u2581"))}
+    for character in string.ascii_letters + string.digits + string.punctuation + "\n":
+        vocabulary.setdefault(character, len(vocabulary))
+    tokenizer = GemmaTokenizer(vocab=vocabulary, merges=[])
+    torch.manual_seed(seed)
+    encoder = Gemma2Model(
+        Gemma2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+        )
+    )
+    blocks = {"block_types": ("ResBlock", "ResBlock", "EfficientViTBlock"), "block_out_channels": (8, 8, 16)}
+    blocks |= {"qkv_multiscales": ((), (), (5,)), "layers_per_block": (1, 1, 1)}
+    vae = AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=4,
+        downsample_block_type="conv",
+        upsample_block_type="interpolate",
+        decoder_norm_types="rms_norm",
+        decoder_act_fns="silu",
+        scaling_factor=0.41407,
+        **{f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in blocks.items()},
+    )
+    transformer = SanaTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=16,
+        sample_size=4,
+        timestep_scale=0.5,
+    )
+    pipeline = SanaPipeline(
+        scheduler=DPMSolverMultistepScheduler(
+            use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction", final_sigmas_type="zero"
+        ),
+        vae=randomize(vae, seed, 0.05),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        transformer=randomize(transformer, seed, 0.1),
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

@@ -16,6 +16,9 @@ from lpl.families.base import config_settings, tokenizer_settings, weights_hash
 from lpl.families.joint import JointModel
 from lpl.families.pipeline_family import CPU, PipelineFamily, moved
 
+LENGTH_STEP = 32
+"""What lengths of text that count are rounded up to: few shapes in the cache."""
+
 
 class FrozenTextFamily(PipelineFamily):
     """A PipelineFamily whose text encoders stay frozen, in the precision that they are stored in.
@@ -23,6 +26,8 @@ class FrozenTextFamily(PipelineFamily):
     Fields of a caption have the names that the pipeline's call knows them by.
     """
 
+    mask: str | None = None
+    """The field that marks the tokens that count, which are the first; None: all do."""
     max_length: int
     """Tokens of a caption that the text encoder of the longest captions reads."""
 
@@ -55,7 +60,11 @@ class FrozenTextFamily(PipelineFamily):
         lengths = self.lengths(captions)
         self._cut += [text for text, length in zip(captions, lengths, strict=True) if length > self.limit]
         with quiet(type(self.pipeline).__module__):
-            return {name: moved(value, CPU) for name, value in self.embed(captions).items()}
+            found = {name: moved(value, CPU) for name, value in self.embed(captions).items()}
+        if self.mask is None:
+            return found
+        counted = [-(-int(count) // LENGTH_STEP) * LENGTH_STEP for count in torch.stack(list(found[self.mask])).sum(1)]
+        return {name: [row[:n] for row, n in zip(value, counted, strict=True)] for name, value in found.items()}
 
     def lengths(self, captions: list[str]) -> list[int]:
         """Tokens of captions by the last tokenizer, before any are cut."""
@@ -70,12 +79,14 @@ class FrozenTextFamily(PipelineFamily):
         self, prompt: str, negative_prompt: str, joint: JointModel | None = None
     ) -> Mapping[str, Tensor | list[Tensor]]:
         # In float32: pipelines draw in the precision of their text.
-        found = {name: _widened(value) for name, value in self.encode_text([prompt, negative_prompt]).items()}
+        with torch.no_grad(), quiet(type(self.pipeline).__module__):
+            found = {name: widened(value) for name, value in self.embed([prompt, negative_prompt]).items()}
         wanted = {name: value[:1] for name, value in found.items()}
         return wanted | {f"negative_{name}": value[1:] for name, value in found.items()}
 
     def text_bytes(self) -> int:
-        return 4 * sum(value[0].numel() for value in self.encode_text([""]).values())
+        with torch.no_grad():
+            return 4 * sum(value[0].numel() for value in self.embed([""]).values())
 
     def free_encoders(self) -> None:
         self.say_cut(self._cut, self.limit)
@@ -94,5 +105,6 @@ def quiet(name: str) -> Iterator[None]:
         theirs.disabled = before
 
 
-def _widened(value: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+def widened(value: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+    """In float32 what is no integer."""
     return moved(value, torch.float32) if value[0].is_floating_point() else value

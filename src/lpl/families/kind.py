@@ -22,7 +22,7 @@ from lpl.families.files import (
     unet_parameters,
     vae_stride,
 )
-from lpl.families.schedulers import chosen_schedule, compare_lora
+from lpl.families.schedulers import chosen_schedule, compare_lora, is_flow
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class Kind:
             configs |= {part: read(f"{part}/config.json") for part in present}
         if "clip_skip" in self.options:
             check_clip_skip(configs, config)
-        if self.is_flow != ("FlowMatch" in str(configs["scheduler"].get("_class_name"))):
+        if self.is_flow != is_flow(configs["scheduler"]):
             kind = configs["scheduler"].get("_class_name")
             raise UserError(f"{FLAG} {name}: its scheduler is {kind}, which is none of {self.name}'s")
         return configs if self.is_flow else configs | {"scheduler": chosen_schedule(configs["scheduler"], config)}

@@ -64,6 +64,21 @@ FLUX_KIND = FluxKind(
     lora_readers="diffusers and ComfyUI",
     lora_starts={"transformer": ("transformer.",)},
 )
+SANA_KIND = Kind(
+    name="Sana",
+    pipelines=("SanaPipeline",),
+    module="sana",
+    base="Sana of 1.6 billion parameters",
+    base_name="Efficient-Large-Model/Sana_1600M_1024px_diffusers",
+    networks=("transformer", "vae", "text_encoder"),
+    tokenizers=("tokenizer",),
+    patch=1,
+    usual_stride=32,
+    steps=20,  # both as its pipeline does
+    guidance=4.5,
+    vae_class="AutoencoderDC",
+    lora_starts={"transformer": ("transformer.",)},
+)
 
 
 class ZImageKind(Kind):
@@ -90,5 +105,5 @@ ZIMAGE_KIND = ZImageKind(
     lora_readers="diffusers and ComfyUI",
     lora_starts={"transformer": ("transformer.",)},
 )
-KINDS: tuple[Kind, ...] = (SDXL_KIND, SD_KIND, SD3_KIND, FLUX_KIND, ZIMAGE_KIND)
+KINDS: tuple[Kind, ...] = (SDXL_KIND, SD_KIND, SD3_KIND, FLUX_KIND, SANA_KIND, ZIMAGE_KIND)
 """The first is that of a plan without a model, and the one whose checks judge what belongs to none."""

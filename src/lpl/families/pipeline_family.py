@@ -206,16 +206,20 @@ class PipelineFamily(ABC):
     @torch.no_grad()
     def decode(self, raw_latents: Tensor) -> Image.Image:
         vae = self.vae
-        # Not the size that its config states: some state a tenth of what they decode.
-        vae.tile_sample_min_size = DECODED_PIXELS
-        vae.tile_latent_min_size = DECODED_PIXELS // self.latent_stride
-        vae.enable_tiling()
+        self.tile()
         try:
             decoded = vae.decode(raw_latents.to(self.device)).sample
         finally:
             vae.disable_tiling()
         (image,) = self.pipeline.image_processor.postprocess(decoded, output_type="pil")
         return image
+
+    def tile(self) -> None:
+        """Has the VAE decode what is larger than DECODED_PIXELS in tiles of that."""
+        # Not the size that its config states: some state a tenth of what they decode.
+        self.vae.tile_sample_min_size = DECODED_PIXELS
+        self.vae.tile_latent_min_size = DECODED_PIXELS // self.latent_stride
+        self.vae.enable_tiling()
 
     def parts(self, denoiser: nn.Module) -> dict[str, Any]:
         """The networks that are trained, by their name in a pipeline."""

@@ -28,7 +28,7 @@ SchedulerName = Literal["model", "dpmsolver++"]
 GUIDANCE = 5.0
 CLASSIFIER_FREE = (
     "AuraFlowPipeline", "ChromaPipeline", "CogView4Pipeline", "HunyuanDiTPipeline", "KolorsPipeline",
-    "Lumina2Pipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline", "SanaPipeline",
+    "Lumina2Pipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline",
 )  # fmt: skip
 """Pipelines of no family here that take guidance_scale g as none + g (text - none), g up to 1 being no guidance,
 without a negative prompt too (read in diffusers 0.42.1)."""

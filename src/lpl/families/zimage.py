@@ -35,10 +35,12 @@ PUBLISHED: dict[str, Any] = {
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 MLP = ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
+# By number: of the final layer it is no matrix.
+BLOCKS = (*(f"layers.{n}" for n in range(64)), *(f"noise_refiner.{n}" for n in range(8)))
 LORA_TARGETS = {
     "attention": ATTENTION,
     "attention_mlp": (*ATTENTION, *MLP),
-    "all": (*ATTENTION, *MLP, "adaLN_modulation.0"),
+    "all": (*ATTENTION, *MLP, *(f"{block}.adaLN_modulation.0" for block in BLOCKS)),
 }
 
 

@@ -11,12 +11,14 @@ import pytest
 import tiny_models
 import torch
 from safetensors.torch import load_file
+from tiny_models import randomize
 
 from lpl.config import ModelConfig
 from lpl.data.store import padded
 from lpl.families import blueprint, kind_of, load_family, plan_configs
 from lpl.families.sampling import load_for_sampling
 from lpl.training.counter import FusedAttention
+from lpl.training.engine import add_lora
 from lpl.training.trainer import Trainer
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -26,12 +28,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "sd3": ("tiny_sd3", {}),
     "flux": ("tiny_flux", {}),
     "zimage": ("tiny_zimage", {}),
+    "sana": ("tiny_sana", {}),
 }
 """What builds a tiny model of each, and with which settings."""
-PRESETS = {"sd3": "sd35-lora", "flux": "flux-lora", "zimage": "zimage-lora"}
+PRESETS = {"sd3": "sd35-lora", "flux": "flux-lora", "zimage": "zimage-lora", "sana": "sana-lora"}
 """Of a LoRA."""
 UNGUIDED = {"zimage": 0.0}
 """The scale that is no guidance, where that is not 1."""
+SIDES = {"SanaPipeline": 32}
+"""Pixels that the pipeline draws, where they are not 16."""
+ASKED: dict[str, dict[str, Any]] = {"SanaPipeline": {"use_resolution_binning": False}}
+"""What a call must ask for to get an image of its size."""
 CPU, CAPTIONS = torch.device("cpu"), ["a red fox", "a hare in a field, tall grass, evening light"]
 
 
@@ -48,6 +55,14 @@ def folder(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def family(folder: Path) -> Any:
     return load_family(ModelConfig(str(folder)), CPU, torch.float32)
+
+
+def side_of(pipeline: Any) -> int:
+    return SIDES.get(type(pipeline).__name__, 16)
+
+
+def asked_of(pipeline: Any) -> dict[str, Any]:
+    return ASKED.get(type(pipeline).__name__, {})
 
 
 def pipeline_of(folder: Path) -> Any:
@@ -94,10 +109,12 @@ def test_denoise_gives_what_the_pipelines_own_call_gives(
     folder: Path, family: Any, caption: str, request: pytest.FixtureRequest
 ) -> None:
     none = UNGUIDED.get(request.node.callspec.params["folder"], 1.0)
-    pipeline, (height, width) = pipeline_of(folder), (24, 40)
+    pipeline, side = pipeline_of(folder), side_of(family.pipeline)
+    height, width = (24, 40) if side == 16 else (2 * side, 3 * side)
     calls = watched(pipeline, family, height, width)
     with torch.no_grad():
-        pipeline(caption, height=height, width=width, num_inference_steps=3, guidance_scale=none, output_type="latent")
+        options = {"height": height, "width": width, "num_inference_steps": 3, "guidance_scale": none}
+        pipeline(caption, **options, output_type="latent", **asked_of(pipeline))
     extra = {"sizes": torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)}
     text = text_of(family, [caption])
     assert len(calls) >= 2
@@ -125,38 +142,41 @@ def test_a_batch_is_what_its_samples_are(family: Any) -> None:
 def test_sampled_and_decoded_image_is_the_pipelines(folder: Path, family: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(family, "steps", 4)
     family.prepare_prompt(CAPTIONS[0], "blurred")
-    raw = family.sample(family.denoiser.eval(), CAPTIONS[0], "blurred", seed=7, resolution=16)
-    pipeline = pipeline_of(folder)
+    pipeline, side = pipeline_of(folder), side_of(family.pipeline)
+    raw = family.sample(family.denoiser.eval(), CAPTIONS[0], "blurred", seed=7, resolution=side)
     expected = pipeline(
         CAPTIONS[0],
         negative_prompt="blurred",
-        height=16,
-        width=16,
+        height=side,
+        width=side,
         num_inference_steps=4,
         guidance_scale=family.guidance,
         generator=torch.Generator().manual_seed(7),
+        **asked_of(pipeline),
     ).images[0]
-    assert raw.shape == (1, 4, 4, 4)
+    assert raw.shape == (1, 4, side // 4, side // 4)
     assert np.abs(np.asarray(family.decode(raw), int) - np.asarray(expected, int)).max() <= 1
 
 
 def test_images_of_an_evaluation_are_the_pipelines(folder: Path) -> None:
     sampler, pipeline = load_for_sampling(ModelConfig(str(folder)), torch.float32, CPU), pipeline_of(folder)
+    side = side_of(pipeline)
 
     def generators() -> list[torch.Generator]:
         return [torch.Generator().manual_seed(n) for n in (3, 4)]
 
     for guidance in (1.0, 3.0):
         (found, expected) = (
-            sampler(CAPTIONS, generators(), 2, guidance, 16),
+            sampler(CAPTIONS, generators(), 2, guidance, side),
             pipeline(
                 CAPTIONS,
                 generator=generators(),
                 num_inference_steps=2,
                 guidance_scale=guidance,
-                height=16,
-                width=16,
+                height=side,
+                width=side,
                 output_type="np",
+                **asked_of(pipeline),
             ).images,
         )
         theirs = torch.from_numpy(expected).permute(0, 3, 1, 2) * 255
@@ -195,6 +215,24 @@ def test_lora_loads_into_the_pipeline_and_gives_the_same(
     if family.kind.is_flow:
         (adapter,) = denoiser.peft_config.values()
         assert adapter.lora_alpha == adapter.r
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_every_tensor_of_a_lora_of_all_layers_arrives(folder: Path, tmp_path: Path, use_dora: bool) -> None:
+    config = ModelConfig(str(folder), rank=2, lora_targets="all", use_dora=use_dora)
+    if not kind_of(config).is_flow:
+        pytest.skip("its layers have other names in files: see test_sdxl_names.py")
+    own: Any = load_family(config, CPU, torch.float32)
+    add_lora(own.denoiser, config, own.lora_targets, 0)
+    randomize(own.denoiser)
+    own.export_lora(own.denoiser, tmp_path)
+    pipeline = pipeline_of(folder)
+    pipeline.load_lora_weights(tmp_path)
+    trained = {name: value for name, value in own.denoiser.named_parameters() if "lora_" in name}
+    found = dict(getattr(pipeline, own.kind.networks[0]).named_parameters())
+    for name, value in trained.items():
+        assert torch.equal(found[name.replace(".default", ".default_0")], value), name
+    assert len(load_file(tmp_path / "pytorch_lora_weights.safetensors")) == len(trained)
 
 
 def test_five_steps_are_those_of_a_run_that_resumed_after_three(
@@ -248,6 +286,7 @@ CLIP_L, CLIP_G, T5_XXL, VAE_16 = 123_650_304, 694_659_840, 4_762_310_656, 83_819
         ("stable-diffusion-v1-5/stable-diffusion-v1-5", [859_520_964]),
         ("Tongyi-MAI/Z-Image", [6_154_908_736, VAE_16, 4_022_468_096]),
         ("stabilityai/stable-diffusion-3.5-medium", [2_243_171_520, VAE_16, CLIP_L, CLIP_G, T5_XXL]),
+        ("Efficient-Large-Model/Sana_1600M_1024px_diffusers", [1_604_462_752]),
         ("black-forest-labs/FLUX.1-dev", [11_901_408_320, VAE_16, 123_060_480, T5_XXL]),
     ],
 )
