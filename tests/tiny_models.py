@@ -101,8 +101,12 @@ def tiny_sdxl(folder: Any, seed: int = 0, prediction_type: str = "epsilon", **sc
     return folder
 
 
-def tiny_sd(folder: Any, seed: int = 0, prediction_type: str = "epsilon") -> Any:
-    """Writes a StableDiffusionPipeline of about 40,000 parameters to a folder; latents as tiny_sdxl's."""
+def tiny_sd(folder: Any, seed: int = 0, prediction_type: str = "epsilon", second: bool = False) -> Any:
+    """Writes a StableDiffusionPipeline of about 40,000 parameters to a folder; latents as tiny_sdxl's.
+
+    Args:
+        second: as Stable Diffusion 2 is built.
+    """
     from diffusers import PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -131,6 +135,7 @@ def tiny_sd(folder: Any, seed: int = 0, prediction_type: str = "epsilon") -> Any
         attention_head_dim=2,
         norm_num_groups=4,
         cross_attention_dim=8,
+        use_linear_projection=second,
     )
     scheduler = PNDMScheduler(
         beta_start=0.00085,
@@ -150,6 +155,251 @@ def tiny_sd(folder: Any, seed: int = 0, prediction_type: str = "epsilon") -> Any
         feature_extractor=None,
         requires_safety_checker=False,
     )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def tiny_clip(tokenizer: Any, width: int, projects: bool = True) -> Any:
+    """A CLIP text encoder of two layers."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=width,
+        projection_dim=width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=tokenizer.model_max_length,
+        **ids,
+    )
+    return (CLIPTextModelWithProjection if projects else CLIPTextModel)(config)
+
+
+def tiny_t5(width: int) -> tuple[Any, Any]:
+    """A T5 encoder of one layer, and a tokenizer of single characters."""
+    import string
+
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+    characters = [(c, -3.0) for c in string.ascii_letters + string.digits + string.punctuation]
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
+    tokenizer = T5Tokenizer(vocab=special + characters, extra_ids=0, model_max_length=512)
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=width,
+        d_kv=4,
+        d_ff=width,
+        num_layers=1,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+        is_encoder_decoder=False,
+    )
+    return T5EncoderModel(config), tokenizer
+
+
+def tiny_vae16(seed: int) -> Any:
+    """A VAE with a shift and without quant convs; 4 channels, stride 4."""
+    plain = {"use_quant_conv": False, "use_post_quant_conv": False, "shift_factor": 0.06, "scaling_factor": 1.5}
+    return tiny_vae(seed, widths=(8, 8, 16), **plain)
+
+
+def tiny_sd3(folder: Any, seed: int = 0, t5: bool = True) -> Any:
+    """Writes a StableDiffusion3Pipeline to a folder, latents as tiny_sdxl's; without a T5 if so asked."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+
+    from lpl.demo.architecture import build_tokenizers
+
+    tokenizer, tokenizer_2 = build_tokenizers()
+    vae = tiny_vae16(seed)
+    torch.manual_seed(seed)
+    transformer = SD3Transformer2DModel(
+        sample_size=4,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=16,
+        pooled_projection_dim=24,
+        pos_embed_max_size=8,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+    encoder, tokenizer_3 = tiny_t5(32) if t5 else (None, None)
+    pipeline = StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        text_encoder=tiny_clip(tokenizer, 8),
+        tokenizer=tokenizer,
+        text_encoder_2=tiny_clip(tokenizer_2, 16),
+        tokenizer_2=tokenizer_2,
+        text_encoder_3=encoder,
+        tokenizer_3=tokenizer_3,
+    )
+    randomize(transformer, seed, 0.1)
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def tiny_flux(folder: Any, seed: int = 0, guidance: bool = True) -> Any:
+    """Writes a FluxPipeline to a folder, latents as tiny_sdxl's: dev, or without guidance schnell."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    from lpl.demo.architecture import build_tokenizers
+
+    tokenizer, _ = build_tokenizers()
+    vae = tiny_vae16(seed)
+    torch.manual_seed(seed)
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        pooled_projection_dim=8,
+        guidance_embeds=guidance,
+        axes_dims_rope=(2, 2, 4),
+    )
+    encoder, tokenizer_2 = tiny_t5(16)
+    pipeline = FluxPipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0 if guidance else 1.0, use_dynamic_shifting=guidance),
+        vae=vae,
+        text_encoder=tiny_clip(tokenizer, 8, projects=False),
+        tokenizer=tokenizer,
+        text_encoder_2=encoder,
+        tokenizer_2=tokenizer_2,
+    )
+    randomize(transformer, seed, 0.1)
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def tiny_sana(folder: Any, seed: int = 0) -> Any:
+    """Writes a SanaPipeline to a folder; latents as tiny_sdxl's, but its pipeline draws multiples of 32 pixels."""
+    import string
+
+    from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
+    from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
+
+    vocabulary = {name: n for n, name in enumerate(("<pad>", "<eos>", "<bos>", "<unk>", "\u2581"))}
+    for character in string.ascii_letters + string.digits + string.punctuation + "\n":
+        vocabulary.setdefault(character, len(vocabulary))
+    tokenizer = GemmaTokenizer(vocab=vocabulary, merges=[])
+    torch.manual_seed(seed)
+    encoder = Gemma2Model(
+        Gemma2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+        )
+    )
+    blocks = {"block_types": ("ResBlock", "ResBlock", "EfficientViTBlock"), "block_out_channels": (8, 8, 16)}
+    blocks |= {"qkv_multiscales": ((), (), (5,)), "layers_per_block": (1, 1, 1)}
+    vae = AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=4,
+        downsample_block_type="conv",
+        upsample_block_type="interpolate",
+        decoder_norm_types="rms_norm",
+        decoder_act_fns="silu",
+        scaling_factor=0.41407,
+        **{f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in blocks.items()},
+    )
+    transformer = SanaTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=16,
+        sample_size=4,
+        timestep_scale=0.5,
+    )
+    pipeline = SanaPipeline(
+        scheduler=DPMSolverMultistepScheduler(
+            use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction", final_sigmas_type="zero"
+        ),
+        vae=randomize(vae, seed, 0.05),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        transformer=randomize(transformer, seed, 0.1),
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def tiny_qwen_tokenizer() -> Any:
+    """A tokenizer of single bytes, with a chat template and a length beyond what its encoders take."""
+    from transformers import Qwen2Tokenizer
+
+    from lpl.demo.architecture import byte_characters
+
+    special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    vocab = {token: number for number, token in enumerate((*byte_characters(), *special))}
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], model_max_length=131072)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(special[1:])})
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+def tiny_zimage(folder: Any, seed: int = 0, turbo: bool = False) -> Any:
+    """Writes a ZImagePipeline to a folder, latents as tiny_sdxl's."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+    from transformers import Qwen3Config, Qwen3Model
+
+    tokenizer, vae = tiny_qwen_tokenizer(), tiny_vae16(seed)
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=1024,
+    )
+    transformer = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=1,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=[4, 6, 6],
+        axes_lens=[1024, 32, 32],
+    )
+    pipeline = ZImagePipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0 if turbo else 6.0),
+        vae=vae,
+        text_encoder=Qwen3Model(config),
+        tokenizer=tokenizer,
+    )
+    randomize(transformer, seed, 0.1)
     pipeline.save_pretrained(folder)
     return folder
 

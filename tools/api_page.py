@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,8 @@ def text_of(thing: Any) -> str:
 
 
 def fields_of(thing: Any) -> str:
-    """The fields of a named tuple, each with the text under it."""
-    body = ast.parse(inspect.getsource(thing)).body[0].body  # type: ignore[attr-defined]
+    """The fields of a named tuple or a dataclass, each with the text under it."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(thing))).body[0].body  # type: ignore[attr-defined]
     lines = []
     for number, node in enumerate(body):
         if isinstance(node, ast.AnnAssign):
@@ -66,10 +67,11 @@ def entry(name: str) -> str:
     thing, lines = getattr(lpl, name), [f"\n## {name}\n"]
     if not inspect.isclass(thing):
         return "\n".join([*lines, signature(name, thing), text_of(thing)])
-    if "__init__" in vars(thing) and not getattr(thing, "_is_protocol", False):
+    generated = hasattr(thing, "_fields") or is_dataclass(thing)
+    if "__init__" in vars(thing) and not generated and not getattr(thing, "_is_protocol", False):
         lines.append(signature(name, thing.__init__))
     lines.append(text_of(thing))
-    if hasattr(thing, "_fields"):
+    if generated:
         lines.append(fields_of(thing))
     for method, function in vars(thing).items():
         call = CALLS.get(name, "") if method == "__call__" else method

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from lpl.base.errors import UserError
 from lpl.cli import OTHERS_WAIT_S
+from lpl.presets import presets
 
 Refused = Callable[..., str]
 
@@ -179,7 +180,7 @@ def test_config_file_with_a_fault(refused: Refused, tmp_path: Path, text: str, e
 
 def test_config_that_is_not_there(refused: Refused, tmp_path: Path) -> None:
     text = refused("--config", "sdxl-lorra")
-    assert "--config sdxl-lorra: neither a file nor a preset; presets: demo, diffusers-lpl, sdxl, sdxl-lora" in text
+    assert f"--config sdxl-lorra: neither a file nor a preset; presets: {', '.join(presets())}" in text
     assert "--config" in refused("--config")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x81")
     assert "binary.yaml" in refused("--config", str(tmp_path / "binary.yaml"))

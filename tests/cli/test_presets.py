@@ -16,7 +16,18 @@ from lpl.config.command_line import parse_train
 from lpl.config.files import RECORD
 from lpl.presets import presets
 
-PRESETS = ["demo", "diffusers-lpl", "sdxl", "sdxl-lora"]
+PRESETS = [
+    "demo",
+    "diffusers-lpl",
+    "flux-lora",
+    "sana-lora",
+    "sd15",
+    "sd15-lora",
+    "sd35-lora",
+    "sdxl",
+    "sdxl-lora",
+    "zimage-lora",
+]
 
 
 def same(a: dict[str, Any], b: dict[str, Any]) -> bool:

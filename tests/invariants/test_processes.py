@@ -33,7 +33,7 @@ OPTIONS = {
     "checkpointing_steps": 2,
     "save_steps": 4,
 }
-LORA = {"rank": 2, "lora_alpha": 1.0, "max_train_steps": 2, "save_steps": 2}
+LORA = {"rank": 2, "lora_alpha": 1.0, "max_train_steps": 2, "save_steps": 2, "lpl_budget": 0.5}
 
 
 @pytest.fixture(scope="module")

@@ -100,7 +100,7 @@ class OptimConfig(Options):
     bfloat16."""
     text_encoder_lr: float | None = option(None, above=0, needs="train_text_encoder")
     """Peak learning rate of the text encoders, with --train_text_encoder; unset: --learning_rate's."""
-    text_encoder_2_lr: float | None = option(None, above=0, needs="train_text_encoder")
+    text_encoder_2_lr: float | None = option(None, above=0, needs="train_text_encoder", by_model=True)
     """Another one for the second text encoder (CLIP-G); unset: --text_encoder_lr's."""
 
     def __post_init__(self) -> None:

@@ -59,7 +59,7 @@ class ModelConfig(Options):
     use_dora: bool = option(False, needs="rank")
     """Train a DoRA: also a magnitude for each output of these layers (slower, more memory)."""
     train_text_encoder: bool = option(False, by_model=True)
-    """Train both text encoders too, or with --rank a LoRA on their attentions (--lora_targets attention_mlp or all: and
+    """Train the text encoders too, or with --rank a LoRA on their attentions (--lora_targets attention_mlp or all: and
     MLPs); see --text_encoder_lr."""
 
     def __post_init__(self) -> None:

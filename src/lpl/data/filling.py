@@ -321,7 +321,7 @@ class Filler:
     def _encode_captions(self, batch: list[Item]) -> dict[str, Tensor | list[Tensor]]:
         self.proceed()
         encoded = self.encoder.encode_text([caption for _, caption, _ in batch])
-        rows = [cast_floats({name: v[n] for name, v in encoded.items()}, self.caches.dtype) for n in range(len(batch))]
+        rows = [narrowed({name: v[n] for name, v in encoded.items()}, self.caches.dtype) for n in range(len(batch))]
         fields: dict[str, Tensor | list[Tensor]] = {name: [row[name] for row in rows] for name in encoded}
         for position, (_, _, name) in enumerate(batch):
             values = [values[position] for values in fields.values()]
@@ -333,6 +333,12 @@ class Filler:
 def cast_floats(fields: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Tensors in another precision; tokens stay the integers that they are."""
     return {name: values.to(dtype) if values.is_floating_point() else values for name, values in fields.items()}
+
+
+def narrowed(fields: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Tensors in another precision, but for those that are no larger: encoders may have half precision themselves."""
+    large = {name: value for name, value in fields.items() if value.itemsize > dtype.itemsize}
+    return {**fields, **cast_floats(large, dtype)}
 
 
 def batch_of(shape: Sequence[int]) -> int:

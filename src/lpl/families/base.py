@@ -69,7 +69,8 @@ class Family(Protocol):
         """What the denoiser needs of each caption, by field, on the CPU: (B, ...), or B tensors of several lengths.
 
         Embeddings, or token ids (integers) where the text encoders are trained. In a batch, shorter ones have zeros at
-        their end: a denoiser that must know them gets a field of ones, which is then a mask.
+        their end: a denoiser that must know them gets a field of ones, which is then a mask, or "lengths", (B,)
+        integers, which stay on the CPU, where they can be read without waiting for a device.
         """
 
     def entry_bytes(self, height: int, width: int) -> tuple[int, int]:
@@ -202,7 +203,8 @@ def tokenizer_settings(tokenizer: Any) -> list[Any]:
     rules |= {"truncation": None, "padding": None}  # of its latest call
     sides = (tokenizer.model_max_length, tokenizer.padding_side, tokenizer.pad_token_type_id)
     ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    return [type(tokenizer).__name__, rules, sides, ids, tokenizer.split_special_tokens]
+    template = [tokenizer.chat_template] if getattr(tokenizer, "chat_template", None) else []
+    return [type(tokenizer).__name__, rules, sides, ids, tokenizer.split_special_tokens, *template]
 
 
 def weights_hash(*modules: nn.Module, settings: str = "") -> str:

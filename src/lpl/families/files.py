@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ WEIGHTS = ("weight", "bias", "embedding", "projection")
 SCALED = (".scale_weight", ".weight_scale", ".scale_input", ".input_scale")
 """Endings of the factors that weights of scaled fp8 are to be multiplied by."""
 INDEX = "model_index.json"
+UNET, FIRST_STAGE = "model.diffusion_model.", "first_stage_model."
+"""How the names of the UNet's weights and of the VAE's begin in the original layout."""
 SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".bin", ".pth")
 
 
@@ -55,6 +58,34 @@ def check_weights(header: Mapping[str, Any], where: str) -> None:
             f"{where}: quantised: {len(odd)} weights are no floating-point numbers ({odd[0]} is "
             f"{header[odd[0]]['dtype']}); give the model in float16, bfloat16 or float32"
         )
+
+
+def check_original(path: Path, config: ModelConfig) -> None:
+    """Refuses a single file in the original layout that lacks parts, or whose weights cannot be trained.
+
+    Raises:
+        UserError: what it is or lacks, in one line.
+    """
+    where = f"{FLAG} {path}"
+    if not path.is_file():
+        raise UserError(f"{where}: no such file")
+    header = read_header(path)
+    if header is None:
+        raise UserError(f"{where}: not a safetensors file, or cut short")
+    if config.single_file_config is not None and not (Path(config.single_file_config) / INDEX).is_file():
+        raise UserError(f"--single_file_config {config.single_file_config}: no {INDEX} in it")
+    check_weights(header, where)
+    if header.get(f"{UNET}input_blocks.0.0.weight", {}).get("shape", [])[1:2] == [9]:
+        raise UserError(f"{where}: an inpainting model (9 input channels); this trainer needs a text-to-image one")
+    if not any(key.startswith(UNET) for key in header):
+        raise UserError(f"{where}: no UNet in it ({UNET}...)")
+    if not any(key.startswith(FIRST_STAGE) for key in header) and config.pretrained_vae_model_name_or_path is None:
+        raise UserError(f"{where}: no VAE in it ({FIRST_STAGE}...); give one with {VAE_FLAG}")
+
+
+def unet_parameters(header: Mapping[str, Any]) -> int:
+    """How many parameters the UNet has of a single file in the original layout."""
+    return sum(math.prod(entry["shape"]) for key, entry in header.items() if key.startswith(UNET))
 
 
 def reader(path: Path, name: str, config: ModelConfig) -> Callable[[str], dict[str, Any]]:

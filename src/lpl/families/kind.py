@@ -11,8 +11,18 @@ from typing import Any
 from lpl.base.errors import UserError
 from lpl.base.tensor_file import read_header as read_tensor_header
 from lpl.config import ModelConfig
-from lpl.families.files import FLAG, INDEX, SINGLE_FILES, check_complete, check_weights, read_header, reader, vae_stride
-from lpl.families.schedulers import chosen_schedule, compare_lora
+from lpl.families.files import (
+    FLAG,
+    INDEX,
+    SINGLE_FILES,
+    check_complete,
+    check_original,
+    read_header,
+    reader,
+    unet_parameters,
+    vae_stride,
+)
+from lpl.families.schedulers import chosen_schedule, compare_lora, is_flow
 
 
 @dataclass(frozen=True)
@@ -24,9 +34,11 @@ class Kind:
         pipelines: how the names of its pipelines' classes begin, as model_index.json has them.
         module: of families/, which has its parts: the classes Model (a Family), Plan (a Blueprint) and Export (an
             Exported), the function to_kohya, and PUBLISHED, configs by component and "index".
-        single_files: whether diffusers loads its single files, with the configs of --single_file_config.
+        single_file_keys: one of them is in every single file of it, in the original layout that diffusers loads.
+        parameters: of the denoiser that PUBLISHED describes, by which a single file without configs is planned.
         vae_class: of its VAE, in diffusers.
         lora_starts: how the names of a LoRA's tensors begin, for each network it may change.
+        lora_readers: the programs that read its LoRAs of diffusers' naming.
         parts: where another module has one, or by another name: its name -> "module:name".
         base, base_name: the published model that a plan is of where no model is given, and its Hub id.
         networks, tokenizers: subfolders of a pipeline, the denoiser first, then the VAE.
@@ -53,7 +65,9 @@ class Kind:
     usual_stride: int = 8
     steps: int = 25
     guidance: float = 5.0
-    single_files: bool = False
+    single_file_keys: tuple[str, ...] = ()
+    parameters: int = 0
+    lora_readers: str = "diffusers"
     vae_class: str = "AutoencoderKL"
     parts: Mapping[str, str] = field(default_factory=dict)
     lora_starts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -65,7 +79,7 @@ class Kind:
 
     def owns(self, header: Mapping[str, Any]) -> bool:
         """Whether a single file with this header holds a model of this family."""
-        return False
+        return any(key in header for key in self.single_file_keys)
 
     def model_configs(self, config: ModelConfig) -> dict[str, Any]:
         """Refuses a model that this trainer would not train right.
@@ -80,7 +94,12 @@ class Kind:
         name = str(config.pretrained_model_name_or_path)
         path = Path(name)
         if path.suffix in SINGLE_FILES:
-            self._check_single_file(path)
+            if not self.single_file_keys or path.suffix != ".safetensors":
+                raise UserError(f"{FLAG} {name}: no such single file of {self.name} is read; give a diffusers folder")
+            check_original(path, config)
+            if config.single_file_config is None:
+                check_clip_skip(self.find("PUBLISHED"), config)
+                return {}
         elif path.is_dir():
             index = reader(path, name, config)(INDEX) if (path / INDEX).is_file() else {}
             networks, tokenizers = (self._present(index, parts) for parts in (self.networks, self.tokenizers))
@@ -92,14 +111,6 @@ class Kind:
         """Those that model_index.json does not say to be left out, as [null, null]."""
         return tuple(part for part in parts if index.get(part) != [None, None])
 
-    def _check_single_file(self, path: Path) -> None:
-        if not self.single_files or path.suffix != ".safetensors":
-            raise UserError(f"{FLAG} {path}: no such single file of {self.name} is read; give a diffusers folder")
-        header = read_header(path)
-        if header is None:
-            raise UserError(f"{FLAG} {path}: not a safetensors file, or cut short")
-        check_weights(header, f"{FLAG} {path}")
-
     def plan_configs(self, config: ModelConfig) -> dict[str, Any]:
         """The configs of a model for a plan: no weights are needed, and nothing is read where they are known.
 
@@ -107,25 +118,41 @@ class Kind:
             UserError: a model of another kind, or one whose configs cannot be read.
         """
         name = config.pretrained_model_name_or_path
-        if name is None or (name == self.base_name and not Path(name).exists()):
+        path = Path(str(name))
+        if name is None or (name == self.base_name and not path.exists()):
             configs = dict(self.find("PUBLISHED"))
+        elif self.single_file_keys and path.suffix == ".safetensors" and config.single_file_config is None:
+            check_original(path, config)
+            configs = self.published_of(path)
         else:
             folder = config.single_file_config or name
             read = reader(Path(folder), folder, config)
             configs = {"index": read(INDEX), "scheduler": read("scheduler/scheduler_config.json")}
             present = self._present(configs["index"], self.networks)
             configs |= {part: read(f"{part}/config.json") for part in present}
-        if self.is_flow != ("FlowMatch" in str(configs["scheduler"].get("_class_name"))):
+        if "clip_skip" in self.options:
+            check_clip_skip(configs, config)
+        if self.is_flow != is_flow(configs["scheduler"]):
             kind = configs["scheduler"].get("_class_name")
             raise UserError(f"{FLAG} {name}: its scheduler is {kind}, which is none of {self.name}'s")
         return configs if self.is_flow else configs | {"scheduler": chosen_schedule(configs["scheduler"], config)}
+
+    def published_of(self, path: Path) -> dict[str, Any]:
+        """The published configs, if a single file's denoiser has as many parameters."""
+        found = unet_parameters(read_header(path) or {})
+        if found != self.parameters:
+            raise UserError(
+                f"{FLAG} {path}: its {self.denoiser_word} has {found:,} parameters, not the {self.parameters:,} of "
+                f"{self.base}: a plan needs --single_file_config, a folder with its configs"
+            )
+        return dict(self.find("PUBLISHED"))
 
     def check_export(self, config: ModelConfig, single_file: bool, lora: Path | None) -> None:
         """Refuses a model or a LoRA that cannot be written as asked, before anything heavy loads."""
         self.model_configs(config)
         if lora is not None:
             self.check_lora(config, lora)
-        if single_file:
+        if single_file and not self.single_file_keys:
             raise UserError(f"--to safetensors: no single files of {self.name} are written; use --to diffusers")
 
     def native_resolution(self, configs: Mapping[str, Any]) -> int:
@@ -159,6 +186,10 @@ class Kind:
             raise UserError(f"--lora {file}: holds {found}, which is no part of {whose}")
         return parts
 
+    def usual_guidance(self, config: ModelConfig) -> float | None:
+        """The guidance that a model is drawn with where nothing else is said; None: it takes none."""
+        return self.guidance
+
     def stride(self, configs: Mapping[str, Any]) -> int:
         """Pixels per latent."""
         return vae_stride(configs["vae"]) or 1
@@ -166,3 +197,13 @@ class Kind:
     def pixel_multiple(self, configs: Mapping[str, Any]) -> int:
         """What the sides of images are multiples of."""
         return self.patch * self.stride(configs)
+
+
+def check_clip_skip(configs: Mapping[str, Any], config: ModelConfig) -> None:
+    """Refuses to skip as many layers as a text encoder has."""
+    depths = {part: int(own.get("num_hidden_layers", 12)) for part, own in configs.items() if "text_encoder" in part}
+    part = min(depths, key=lambda part: depths[part])
+    if config.clip_skip is not None and config.clip_skip >= depths[part]:
+        raise UserError(
+            f"--clip_skip {config.clip_skip}: the model's {part} has {depths[part]} layers; give less than that"
+        )

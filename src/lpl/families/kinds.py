@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from lpl.config import ModelConfig
 from lpl.families.kind import Kind
 from lpl.families.sdxl_check import SDXL_KIND
 
@@ -17,8 +21,89 @@ SD_KIND = Kind(
     is_flow=False,
     patch=1,
     resolution=512,
-    single_files=True,
+    single_file_keys=(
+        "cond_stage_model.transformer.text_model.embeddings.position_embedding.weight",
+        "cond_stage_model.model.token_embedding.weight",
+    ),
+    parameters=859_520_964,
+    options=frozenset({"clip_skip", "train_text_encoder"}),
+    parts={"to_kohya": "sd:to_kohya"},
     lora_starts={"unet": ("unet.", "lora_unet_"), "text_encoder": ("text_encoder.", "lora_te_")},
 )
-KINDS: tuple[Kind, ...] = (SDXL_KIND, SD_KIND)
+SD3_KIND = Kind(
+    name="Stable Diffusion 3.5",
+    pipelines=("StableDiffusion3Pipeline",),
+    module="sd3",
+    base="Stable Diffusion 3.5 medium",
+    base_name="stabilityai/stable-diffusion-3.5-medium",
+    networks=("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"),
+    tokenizers=("tokenizer", "tokenizer_2", "tokenizer_3"),
+    steps=40,  # both by the model's card
+    guidance=4.5,
+    lora_starts={"transformer": ("transformer.",)},
+)
+
+
+class FluxKind(Kind):
+    """Flux.1: dev has learned guidance as an input, schnell has none."""
+
+    def usual_guidance(self, config: ModelConfig) -> float | None:
+        return self.guidance if self.plan_configs(config)["transformer"].get("guidance_embeds") else None
+
+
+FLUX_KIND = FluxKind(
+    name="Flux.1",
+    pipelines=("FluxPipeline",),
+    module="flux",
+    base="FLUX.1-dev",
+    base_name="black-forest-labs/FLUX.1-dev",
+    networks=("transformer", "vae", "text_encoder", "text_encoder_2"),
+    tokenizers=("tokenizer", "tokenizer_2"),
+    steps=28,  # both as its pipeline does
+    guidance=3.5,
+    lora_readers="diffusers and ComfyUI",
+    lora_starts={"transformer": ("transformer.",)},
+)
+SANA_KIND = Kind(
+    name="Sana",
+    pipelines=("SanaPipeline",),
+    module="sana",
+    base="Sana of 1.6 billion parameters",
+    base_name="Efficient-Large-Model/Sana_1600M_1024px_diffusers",
+    networks=("transformer", "vae", "text_encoder"),
+    tokenizers=("tokenizer",),
+    patch=1,
+    usual_stride=32,
+    steps=20,  # both as its pipeline does
+    guidance=4.5,
+    vae_class="AutoencoderDC",
+    lora_starts={"transformer": ("transformer.",)},
+)
+
+
+class ZImageKind(Kind):
+    """Z-Image; Turbo, known by the smaller shift of its scheduler, is distilled to few steps without guidance."""
+
+    def is_turbo(self, scheduler: Mapping[str, Any]) -> bool:
+        """Whether a scheduler with this config is that of Turbo, 3, and not 6."""
+        return float(scheduler.get("shift", 6.0)) < 5
+
+    def usual_guidance(self, config: ModelConfig) -> float | None:
+        return 0.0 if self.is_turbo(self.plan_configs(config)["scheduler"]) else self.guidance
+
+
+ZIMAGE_KIND = ZImageKind(
+    name="Z-Image",
+    pipelines=("ZImagePipeline",),
+    module="zimage",
+    base="Z-Image",
+    base_name="Tongyi-MAI/Z-Image",
+    networks=("transformer", "vae", "text_encoder"),
+    tokenizers=("tokenizer",),
+    steps=40,  # both within what the model's card recommends: 28 to 50, and 3 to 5
+    guidance=4.0,
+    lora_readers="diffusers and ComfyUI",
+    lora_starts={"transformer": ("transformer.",)},
+)
+KINDS: tuple[Kind, ...] = (SDXL_KIND, SD_KIND, SD3_KIND, FLUX_KIND, SANA_KIND, ZIMAGE_KIND)
 """The first is that of a plan without a model, and the one whose checks judge what belongs to none."""

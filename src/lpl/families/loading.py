@@ -54,14 +54,18 @@ def load_whole(
 
     Args:
         encoders_only: leave the denoiser out, where its files are apart from the others.
-        dtypes: precision by component, unset: float32; a single file has one, the denoiser's.
+        dtypes: precision by component, unset: float32, and of the text encoders of a family trained by flow matching,
+            which are large, that of their files; a single file has one, the denoiser's.
         options: of the pipeline's own.
 
     Raises:
         UserError: the model cannot be loaded, or lacks weights.
     """
     transformers.utils.logging.disable_progress_bar()  # a bar per text encoder; the pipeline's own bar stays
-    own = dict.fromkeys(kind.networks, torch.float32) | dict(dtypes or {})
+    own: dict[str, Any] = dict.fromkeys(kind.networks, torch.float32)
+    if kind.is_flow:
+        own |= {part: "auto" for part in kind.networks if part.startswith("text_encoder")}
+    own |= dtypes or {}
     name, denoiser = str(config.pretrained_model_name_or_path), kind.networks[0]
     checked = kind.networks
     if name.endswith(".safetensors"):
@@ -81,7 +85,7 @@ def load_whole(
 
 
 def _load_folder(
-    cls: Any, config: ModelConfig, parts: dict[str, Any], dtypes: Mapping[str, torch.dtype], **options: Any
+    cls: Any, config: ModelConfig, parts: dict[str, Any], dtypes: Mapping[str, Any], **options: Any
 ) -> Any:
     """A pipeline of a diffusers folder or a Hub id, of which some parts are there."""
     name = str(config.pretrained_model_name_or_path)
@@ -89,6 +93,9 @@ def _load_folder(
     common["use_safetensors"] = True
     with named(FLAG, name):
         index = reader(Path(name), name, config)(INDEX)
+        # diffusers takes a model without a text encoder only where that is said of it.
+        text = ("text_encoder", "tokenizer")
+        parts |= {part: None for part, found in index.items() if found == [None, None] and part.startswith(text)}
         for part, (library, found) in ((k, v) for k, v in index.items() if isinstance(v, list)):
             if library != "transformers" or not part.startswith("text_encoder") or part in parts:
                 continue
@@ -126,14 +133,16 @@ def check_tokenizers(pipeline: Any, names: Iterable[str]) -> None:
     """Refuses tokenizers that make more or other tokens than their text encoders know."""
     for name in (name.removeprefix("tokenizer") for name in names):
         tokenizer, encoder = getattr(pipeline, f"tokenizer{name}"), getattr(pipeline, f"text_encoder{name}")
-        if encoder is None or not hasattr(encoder.config, "max_position_embeddings"):
-            continue  # left out by the model; of any length
-        known = encoder.config
-        if not 3 <= tokenizer.model_max_length <= known.max_position_embeddings:
+        if encoder is None:
+            continue  # left out by the model
+        known = encoder.config.get_text_config()
+        is_clip = known.model_type.startswith("clip")  # others take texts of any length
+        if is_clip and not 3 <= tokenizer.model_max_length <= known.max_position_embeddings:
             raise ValueError(
                 f"tokenizer{name} makes {tokenizer.model_max_length:.6g} tokens of a text (model_max_length), its text "
                 f"encoder takes {known.max_position_embeddings}"
             )
         special = [getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")]
-        if None in special or max([*special, *tokenizer.get_vocab().values()]) >= known.vocab_size:
+        given = [token for token in special if token is not None]
+        if (is_clip and len(given) < 3) or max([*given, *tokenizer.get_vocab().values()]) >= known.vocab_size:
             raise ValueError(f"tokenizer{name} has tokens that its text encoder, of {known.vocab_size}, does not know")

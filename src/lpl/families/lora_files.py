@@ -29,6 +29,19 @@ def adapter_of(name: str, part: Any) -> dict[str, Tensor]:
     return {f"text_model.{key.removeprefix('text_model.')}": value for key, value in tensors.items()}
 
 
+def fold_alpha(tensors: dict[str, Tensor], adapter: dict[str, Any], name: str) -> None:
+    """Multiplies B by alpha / rank, and says that alpha is the rank: W + (alpha / rank) B A stays what it is.
+
+    Args:
+        adapter: peft's configuration, its keys behind the component's name and a dot.
+    """
+    rank, alpha = adapter[f"{name}.r"], adapter[f"{name}.lora_alpha"]
+    for key in tensors:
+        if ".lora_B." in key:
+            tensors[key] = tensors[key] * (alpha / rank)
+    adapter[f"{name}.lora_alpha"] = rank
+
+
 def lora_metadata(config: ModelConfig, scheduler: Mapping[str, Any], trained_on: TrainedOn | None) -> dict[str, str]:
     """What a run says in its LoRA's files, under the keys of modelspec and of kohya's programs, which others show.
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import diffusers
+import torch
 import transformers
 from torch import Tensor, nn
 
@@ -61,7 +62,11 @@ class PipelineBlueprint(ABC):
 
     def text_encoders(self) -> list[nn.Module]:
         with named(FLAG, "the text encoders of its configs"):
-            return [cls(config).eval() for cls, config in zip(self._text_classes, self.text_configs, strict=True)]
+            pairs = zip(self._text_classes, self.text_configs, strict=True)
+            # Of flow matching in the precision of their files, see load_whole.
+            dtypes = [config.dtype if self.kind.is_flow else None for config in self.text_configs]
+            built = [cls(config).eval() for cls, config in pairs]
+            return [network.to(dtype or torch.float32) for network, dtype in zip(built, dtypes, strict=True)]
 
     @abstractmethod
     def tokens(self, batch: int) -> Sequence[Tensor]:

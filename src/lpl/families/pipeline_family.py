@@ -21,11 +21,14 @@ from lpl.base.errors import UserError
 from lpl.config import ModelConfig
 from lpl.diffusion.latent_space import LatentSpace
 from lpl.families.base import DECODED_PIXELS, TrainedOn, config_settings, weights_hash
+from lpl.families.joint import JointModel
 from lpl.families.kind import Kind
-from lpl.families.lora_files import METADATA, adapter_of, lora_metadata
+from lpl.families.lora_files import METADATA, adapter_of, fold_alpha, lora_metadata
 from lpl.families.schedulers import training_schedule
 
 logger = logging.getLogger("lpl")
+
+CPU = torch.device("cpu")
 
 
 class PipelineFamily(ABC):
@@ -43,9 +46,9 @@ class PipelineFamily(ABC):
     """
 
     kind: ClassVar[Kind]
-    steps: ClassVar[int]
+    steps: int
     """Sampling steps of a validation image, and its guidance."""
-    guidance: ClassVar[float]
+    guidance: float
     lora_targets: Mapping[str, tuple[str, ...]]
     text_key: str
     trains_text = False
@@ -55,7 +58,8 @@ class PipelineFamily(ABC):
     ) -> None:
         self.device, self.weight_dtype, self.config = device, weight_dtype, config
         self.trained_on: TrainedOn | None = None
-        self.pipeline = self.load(config, encoders_only)
+        own = {self.kind.networks[0]: weight_dtype} if self.kind.is_flow and config.rank is not None else None
+        self.pipeline = self.load(config, encoders_only, own)  # of large models never all in float32 for a LoRA
         self.vae = self.pipeline.vae.float().eval().requires_grad_(False)
         self.denoiser = getattr(self.pipeline, self.kind.networks[0])
         self.schedule = training_schedule(self.pipeline.scheduler.config)
@@ -65,7 +69,7 @@ class PipelineFamily(ABC):
         self.latent_key = weights_hash(*encoder, settings=settings)
         self.latent_stride = self.kind.stride({"vae": self.vae.config})
         self.latent_space = LatentSpace.from_vae(self.vae)
-        self._prompts: dict[tuple[str, str], dict[str, Tensor]] = {}
+        self._prompts: dict[tuple[str, str], Mapping[str, Tensor | list[Tensor]]] = {}
         self.prepare_text()
         for module in (self.vae, *(() if self.trains_text else self.text_encoders)):
             module.to(device)
@@ -93,8 +97,14 @@ class PipelineFamily(ABC):
         """See families.base.Family."""
 
     @abstractmethod
-    def encode_prompt(self, prompt: str, negative_prompt: str) -> dict[str, Tensor]:
-        """What the pipeline's call is given of a prompt and a negative one, by its keyword."""
+    def encode_prompt(
+        self, prompt: str, negative_prompt: str, joint: JointModel | None = None
+    ) -> Mapping[str, Tensor | list[Tensor]]:
+        """What the pipeline's call is given of a prompt and a negative one, by its keyword.
+
+        Args:
+            joint: whose text encoders do it, where they are trained.
+        """
 
     @abstractmethod
     def text_bytes(self) -> int:
@@ -112,17 +122,27 @@ class PipelineFamily(ABC):
     def prepare_prompt(self, prompt: str, negative_prompt: str = "") -> None:
         if not self.trains_text:
             found = self.encode_prompt(prompt, negative_prompt)
-            self._prompts[prompt, negative_prompt] = {name: value.cpu() for name, value in found.items()}
+            self._prompts[prompt, negative_prompt] = {name: moved(value, CPU) for name, value in found.items()}
 
-    def prompt_of(self, denoiser: nn.Module, prompt: str, negative_prompt: str) -> dict[str, Tensor]:
-        """What encode_prompt gave of a prepared prompt, on the device."""
+    def prompt_of(self, denoiser: nn.Module, prompt: str, negative_prompt: str) -> dict[str, Tensor | list[Tensor]]:
+        """What encode_prompt gives of a prepared prompt, on the device; where encoders are trained, as they are now."""
+        if isinstance(denoiser, JointModel):
+            with self.autocast():
+                found = self.encode_prompt(prompt, negative_prompt, denoiser)
+            return {name: moved(value, torch.float32) for name, value in found.items()}
         found = self._prompts[prompt, negative_prompt]
-        return {name: value.to(self.device) for name, value in found.items()}
+        return {name: moved(value, self.device) for name, value in found.items()}
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The run's arithmetic."""
         half = self.weight_dtype != torch.float32
         return torch.autocast(self.device.type, self.weight_dtype) if half else nullcontext()
+
+    @staticmethod
+    def say_cut(captions: Sequence[str], length: int) -> None:
+        """Warns of captions that had more tokens than count."""
+        if captions:
+            logger.warning("%d captions were cut to %d tokens, first: %.80s", len(captions), length, captions[0])
 
     def free_encoders(self) -> None:
         if not self.trains_text:
@@ -136,6 +156,11 @@ class PipelineFamily(ABC):
     def sampling_kwargs(self) -> dict[str, Any]:
         """What else the pipeline's call is given."""
         return {"guidance_scale": self.guidance}
+
+    @staticmethod
+    def call_options(pipeline: Any) -> dict[str, Any]:
+        """What else the pipeline's call is given with a prompt in words, so that it encodes it as is done here."""
+        return {}
 
     @staticmethod
     def to_raw(vae: Any, latents: Tensor, height: int, width: int) -> Tensor:
@@ -181,10 +206,7 @@ class PipelineFamily(ABC):
     @torch.no_grad()
     def decode(self, raw_latents: Tensor) -> Image.Image:
         vae = self.vae
-        # Not the size that its config states: some state a tenth of what they decode.
-        vae.tile_sample_min_size = DECODED_PIXELS
-        vae.tile_latent_min_size = DECODED_PIXELS // self.latent_stride
-        vae.enable_tiling()
+        self.tile()
         try:
             decoded = vae.decode(raw_latents.to(self.device)).sample
         finally:
@@ -192,9 +214,18 @@ class PipelineFamily(ABC):
         (image,) = self.pipeline.image_processor.postprocess(decoded, output_type="pil")
         return image
 
+    def tile(self) -> None:
+        """Has the VAE decode what is larger than DECODED_PIXELS in tiles of that."""
+        # Not the size that its config states: some state a tenth of what they decode.
+        self.vae.tile_sample_min_size = DECODED_PIXELS
+        self.vae.tile_latent_min_size = DECODED_PIXELS // self.latent_stride
+        self.vae.enable_tiling()
+
     def parts(self, denoiser: nn.Module) -> dict[str, Any]:
         """The networks that are trained, by their name in a pipeline."""
-        return {self.kind.networks[0]: denoiser}
+        return (
+            dict(denoiser.named_children()) if isinstance(denoiser, JointModel) else {self.kind.networks[0]: denoiser}
+        )
 
     def export(self, denoiser: nn.Module, folder: Path) -> None:
         for name, part in self.parts(denoiser).items():
@@ -214,6 +245,9 @@ class PipelineFamily(ABC):
             for name in parts
             for key, value in adapters[f"{name}_lora_adapter_metadata"].items()
         }
+        if self.kind.is_flow:  # most readers of such files take alpha for the rank
+            for name in parts:
+                fold_alpha(tensors[f"{name}_lora_layers"], packed, name)
         facts = lora_metadata(self.config, self.pipeline.scheduler.config, self.trained_on)
 
         def write(weights: dict[str, Tensor], file: str) -> None:
@@ -223,4 +257,14 @@ class PipelineFamily(ABC):
         type(self.pipeline).save_lora_weights(folder, **tensors, save_function=write)
 
     def kohya_lora(self, lora: Path, title: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-        raise UserError(f"{lora}: no other names of a {self.kind.name} LoRA's layers are known")
+        part = self.kind.networks[0]
+        if "to_kohya" not in self.kind.parts:
+            raise UserError(f"{lora}: no other names of a {self.kind.name} LoRA's layers are known")
+        found: tuple[dict[str, Tensor], dict[str, str]]
+        found = self.kind.find("to_kohya")(lora, {part: getattr(self.pipeline, part).config}, title)
+        return found
+
+
+def moved(value: Tensor | list[Tensor], to: torch.device | torch.dtype) -> Tensor | list[Tensor]:
+    """A tensor, or each of a list of them, on a device or in a precision."""
+    return [own.to(to) for own in value] if isinstance(value, list) else value.to(to)

@@ -28,7 +28,7 @@ SchedulerName = Literal["model", "dpmsolver++"]
 GUIDANCE = 5.0
 CLASSIFIER_FREE = (
     "AuraFlowPipeline", "ChromaPipeline", "CogView4Pipeline", "HunyuanDiTPipeline", "KolorsPipeline",
-    "Lumina2Pipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline", "SanaPipeline", "StableDiffusion3Pipeline",
+    "Lumina2Pipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline",
 )  # fmt: skip
 """Pipelines of no family here that take guidance_scale g as none + g (text - none), g up to 1 being no guidance,
 without a negative prompt too (read in diffusers 0.42.1)."""
@@ -141,12 +141,18 @@ class FamilySampler(PipelineSampler):
         super().__init__(pipeline, scheduler)
         known = kind or kind_of_class(type(pipeline).__name__)
         assert known is not None
-        self._to_raw = known.find("Model").to_raw
+        model = known.find("Model")
+        self._to_raw, self._options = model.to_raw, model.call_options(pipeline)
+        self._multiple = known.pixel_multiple({"vae": pipeline.vae.config})
         pipeline.vae.float()
 
     def _draw(self, **options: Any) -> Tensor:
         height, width = options["height"], options["width"]
-        latents = self.pipeline(output_type="latent", **options).images
+        require(
+            height % self._multiple == width % self._multiple == 0,
+            f"--resolution {height}: the model takes multiples of {self._multiple} pixels",
+        )
+        latents = self.pipeline(output_type="latent", **options, **self._options).images
         raw = self._to_raw(self.vae, latents.float(), height, width)
         together = max(1, DECODED_PIXELS // (height * width))
         return torch.cat([self.vae.decode(part).sample / 2 + 0.5 for part in raw.split(together)])
@@ -193,17 +199,23 @@ def check_sampling(config: ModelConfig, lora: Path | None) -> int | None:
 
 
 def check_guidance(config: ModelConfig, guidance_scale: float | None) -> float | None:
-    """The guidance to sample a model with; of a pipeline of which it is not known what a scale means, its own default.
+    """The guidance to sample a model with; None: none is passed, so that the pipeline's own default acts, if any.
+
+    That is so of models that take no guidance, and of pipelines of which it is not known what a scale means.
 
     Args:
         guidance_scale: as given; None: not given.
 
     Raises:
-        UserError: a scale for such a pipeline.
+        UserError: a scale for such a model.
     """
     kind = _foreign(config)
     if kind is None or kind in CLASSIFIER_FREE:
-        usual = GUIDANCE if kind is not None else kind_of(config).guidance
+        usual = GUIDANCE if kind is not None else kind_of(config).usual_guidance(config)
+        require(
+            usual is not None or guidance_scale is None,
+            f"--guidance_scale {guidance_scale}: the model takes no guidance: drop it",
+        )
         return usual if guidance_scale is None else guidance_scale
     require(
         guidance_scale is None,

@@ -191,19 +191,26 @@ def set_schedule(pipeline: Any, config: ModelConfig) -> None:
         pipeline.scheduler = build_scheduler(cls, own, **changes)
 
 
+def is_flow(scheduler: Mapping[str, Any]) -> bool:
+    """Whether a scheduler's config is of flow matching."""
+    return "FlowMatch" in str(scheduler.get("_class_name")) or bool(scheduler.get("use_flow_sigmas"))
+
+
 def training_schedule(scheduler: Mapping[str, Any]) -> Schedule:
     """The training schedule of a pipeline whose scheduler has this config."""
     from diffusers import DDPMScheduler
 
     from lpl.diffusion.schedule import UNIFORM, Flow, schedule_of
 
-    if "FlowMatch" not in str(scheduler.get("_class_name")):
+    if not is_flow(scheduler):
         return schedule_of(build_scheduler(DDPMScheduler, scheduler))
     # By tokens of 2 x 2 cells, in a line through (base_image_seq_len, base_shift) and (max_image_seq_len, max_shift).
     low, high = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
     base, most = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
     slope = (most - base) / (high - low)
     dynamic = scheduler.get("use_dynamic_shifting")
-    shift: float | Literal["resolution"] = "resolution" if dynamic else float(scheduler.get("shift", 1.0))
+    shift: float | Literal["resolution"] = (
+        "resolution" if dynamic else float(scheduler.get("shift", scheduler.get("flow_shift", 1.0)))
+    )
     count, line = int(scheduler.get("num_train_timesteps", 1000)), (slope / 4, base - slope * low)
     return Flow(num_timesteps=count, distribution=UNIFORM._replace(shift=shift), dynamic_shift=line)

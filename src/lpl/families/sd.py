@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,13 +12,21 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
 from lpl.config import ModelConfig
+from lpl.families import sdxl_export
 from lpl.families.base import config_settings, tokenizer_settings, weights_hash
+from lpl.families.joint import JointModel, body_of
 from lpl.families.kinds import SD_KIND
 from lpl.families.loading import load_whole
 from lpl.families.pipeline_blueprint import PipelineBlueprint
 from lpl.families.pipeline_export import PipelineExport
-from lpl.families.pipeline_family import PipelineFamily, logger
-from lpl.families.sdxl_names import LORA_TARGETS
+from lpl.families.pipeline_family import PipelineFamily
+from lpl.families.sdxl_configs import PUBLISHED as SDXL_PUBLISHED
+from lpl.families.sdxl_names import LORA_TARGETS, WITH_TEXT, modelspec, renamed_lora
+
+CLIP_L, CLIP_H = "cond_stage_model.transformer.text_model.", "cond_stage_model.model."
+"""How the names of text encoders' weights begin in the original layout, of Stable Diffusion 1 and 2."""
+ARCHITECTURES = ("stable-diffusion-v1", "stable-diffusion-v2")
+"""modelspec's words for them."""
 
 PUBLISHED: dict[str, Any] = {
     "index": {"_class_name": "StableDiffusionPipeline", "text_encoder": ["transformers", "CLIPTextModel"]},
@@ -28,23 +37,8 @@ PUBLISHED: dict[str, Any] = {
         "block_out_channels": [320, 640, 1280, 1280],
         "cross_attention_dim": 768,
     },
-    "vae": {
-        "_class_name": "AutoencoderKL",
-        "block_out_channels": [128, 256, 512, 512],
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-        "layers_per_block": 2,
-        "latent_channels": 4,
-        "scaling_factor": 0.18215,
-    },
-    "text_encoder": {
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "projection_dim": 768,
-        "hidden_act": "quick_gelu",
-    },
+    "vae": SDXL_PUBLISHED["vae"] | {"sample_size": 512, "scaling_factor": 0.18215},
+    "text_encoder": SDXL_PUBLISHED["text_encoder"],
     "scheduler": {
         "_class_name": "PNDMScheduler",
         "beta_start": 0.00085,
@@ -63,6 +57,35 @@ def load(config: ModelConfig, encoders_only: bool = False, dtypes: Mapping[str, 
     return load_whole(StableDiffusionPipeline, SD_KIND, config, encoders_only, dtypes, **parts)
 
 
+class SDJointModel(JointModel):
+    """The UNet with the text encoder before it; with --clip_skip, its last layers do not act."""
+
+    unet: Any
+    text_encoder: Any
+
+    def __init__(self, unet: Any, text_encoder: Any, skip: int) -> None:
+        used = {"text_encoder": len(body_of(text_encoder).encoder.layers) - skip} if skip else {}
+        super().__init__({"unet": unet, "text_encoder": text_encoder}, used)
+        self.skip = skip
+
+    def forward(self, noisy_latents: Tensor, timesteps: Tensor, text: Mapping[str, Tensor]) -> Tensor:
+        """The UNet's output, (B, C, h, w), for captions as tokens."""
+        embeds = self.encode(text).to(noisy_latents.dtype)
+        output: Tensor = self.unet(noisy_latents, timesteps, embeds, return_dict=False)[0]
+        return output
+
+    def encode(self, text: Mapping[str, Tensor]) -> Tensor:
+        """Hidden states (B, length, C), with gradient."""
+        return embed(self.text_encoder, text, self.skip)
+
+
+def embed(encoder: Any, text: Mapping[str, Tensor], skip: int) -> Tensor:
+    """Hidden states (B, length, C) of tokens, after the last norm, of so many layers before the last one."""
+    output = encoder(text["input_ids"].long(), attention_mask=text.get("mask"), output_hidden_states=skip > 0)
+    found: Tensor = body_of(encoder).final_layer_norm(output.hidden_states[-1 - skip]) if skip else output[0]
+    return found
+
+
 def denoise(
     denoiser: nn.Module,
     noisy_latents: Tensor,
@@ -71,9 +94,11 @@ def denoise(
     extra: Mapping[str, Tensor],
 ) -> Tensor:
     """See families.base.Family.denoise."""
-    output: Tensor = denoiser(noisy_latents, levels, text["prompt_embeds"].to(noisy_latents.dtype), return_dict=False)[
-        0
-    ]
+    if "input_ids" in text:
+        trained: Tensor = denoiser(noisy_latents, levels, text)
+        return trained
+    embeds = text["prompt_embeds"].to(noisy_latents.dtype)
+    output: Tensor = denoiser(noisy_latents, levels, embeds, return_dict=False)[0]
     return output
 
 
@@ -82,50 +107,63 @@ class Model(PipelineFamily):
 
     kind = SD_KIND
     steps, guidance = SD_KIND.steps, SD_KIND.guidance
-    lora_targets = LORA_TARGETS
     load = staticmethod(load)
     denoise = staticmethod(denoise)
 
     def prepare_text(self) -> None:
-        (encoder,) = self.text_encoders
+        (encoder,), config, tokenizer = self.text_encoders, self.config, self.pipeline.tokenizer
         encoder.float().eval().requires_grad_(False)
-        tokenizer = self.pipeline.tokenizer
+        self.skip, self.trains_text = config.clip_skip or 0, config.train_text_encoder
         # It would say of every long caption that it cannot be encoded: it is cut, which is said once.
         tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
-        settings = json.dumps([config_settings(encoder.config.to_dict()), tokenizer_settings(tokenizer)])
-        self.text_key = weights_hash(encoder, settings=settings)
         self._cut: list[str] = []
+        self.lora_targets: Mapping[str, tuple[str, ...]] = WITH_TEXT if self.trains_text else LORA_TARGETS
+        if self.trains_text:
+            self.text_key = weights_hash(settings=json.dumps(["tokens", tokenizer_settings(tokenizer)]))
+            if self.denoiser is not None:  # lpl cache leaves it out
+                self.denoiser = SDJointModel(self.denoiser, encoder, self.skip)
+        else:
+            settings = [config_settings(encoder.config.to_dict()), tokenizer_settings(tokenizer), self.skip]
+            self.text_key = weights_hash(encoder, settings=json.dumps(settings))
 
     @property
     def text_encoders(self) -> tuple[Any]:
         return (self.pipeline.text_encoder,)
 
-    def _tokens(self, captions: list[str]) -> Any:
+    def _tokens(self, captions: list[str]) -> dict[str, Tensor]:
+        """Token ids (B, length), and a mask where the encoder takes one."""
         tokenizer = self.pipeline.tokenizer
         texts = self.pipeline.maybe_convert_prompt(captions, tokenizer)  # embeddings of several tokens, as diffusers
         length = tokenizer.model_max_length
         self._cut += [text for text, ids in zip(captions, tokenizer(texts).input_ids, strict=True) if len(ids) > length]
-        return tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        found = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        masked = getattr(self.text_encoders[0].config, "use_attention_mask", False)
+        return {"input_ids": found.input_ids.int()} | ({"mask": found.attention_mask.int()} if masked else {})
 
     @torch.no_grad()
     def encode_text(self, captions: list[str]) -> dict[str, Tensor]:
-        tokens, (encoder,) = self._tokens(captions).to(self.device), self.text_encoders
-        masked = getattr(encoder.config, "use_attention_mask", False)
-        hidden = encoder(tokens.input_ids, attention_mask=tokens.attention_mask if masked else None)[0]
-        return {"prompt_embeds": hidden.cpu()}
+        tokens = self._tokens(captions)
+        if self.trains_text:
+            return tokens
+        sent = {name: value.to(self.device) for name, value in tokens.items()}
+        return {"prompt_embeds": embed(self.text_encoders[0], sent, self.skip).cpu()}
 
-    def encode_prompt(self, prompt: str, negative_prompt: str) -> dict[str, Tensor]:
-        wanted, other = self.encode_text([prompt, negative_prompt])["prompt_embeds"].split(1)
+    def encode_prompt(self, prompt: str, negative_prompt: str, joint: JointModel | None = None) -> dict[str, Tensor]:
+        found = self.encode_text([prompt, negative_prompt])
+        if joint is None:
+            embeds = found["prompt_embeds"]
+        else:
+            embeds = joint.encode({name: value.to(self.device) for name, value in found.items()})
+        wanted, other = embeds.split(1)
         return {"prompt_embeds": wanted, "negative_prompt_embeds": other}
 
     def text_bytes(self) -> int:
-        return 4 * int(self.pipeline.tokenizer.model_max_length) * int(self.text_encoders[0].config.hidden_size)
+        width = 1 if self.trains_text else int(self.text_encoders[0].config.hidden_size)
+        return 4 * int(self.pipeline.tokenizer.model_max_length) * width
 
     def free_encoders(self) -> None:
-        if self._cut:
-            length = self.pipeline.tokenizer.model_max_length
-            logger.warning("%d captions were cut to %d tokens, first: %.80s", len(self._cut), length, self._cut[0])
-            self._cut = []
+        self.say_cut(self._cut, self.pipeline.tokenizer.model_max_length)
+        self._cut = []
         super().free_encoders()
 
     def pipeline_options(self) -> dict[str, Any]:
@@ -136,19 +174,75 @@ class Plan(PipelineBlueprint):
     """Networks of Stable Diffusion 1 and 2 with random weights."""
 
     kind = SD_KIND
-    lora_targets = LORA_TARGETS
     denoise = staticmethod(denoise)
+
+    def __init__(self, configs: Mapping[str, Any], config: ModelConfig) -> None:
+        super().__init__(configs, config)
+        self.trains_text = config.train_text_encoder
+        self.lora_targets = WITH_TEXT if self.trains_text else LORA_TARGETS
+
+    def denoiser(self) -> Any:
+        unet = super().denoiser()
+        return SDJointModel(unet, self.text_encoders()[0], self.config.clip_skip or 0) if self.trains_text else unet
 
     def tokens(self, batch: int) -> list[Tensor]:
         return [torch.zeros(batch, self.text_configs[0].max_position_embeddings, dtype=torch.long)]
 
     def text(self, batch: int) -> dict[str, Tensor]:
-        length, width = self.text_configs[0].max_position_embeddings, self.configs["unet"]["cross_attention_dim"]
-        return {"prompt_embeds": torch.zeros(batch, length, width)}
+        (ids,) = self.tokens(batch)
+        if self.trains_text:
+            return {"input_ids": ids.int()}
+        return {"prompt_embeds": torch.zeros(*ids.shape, self.configs["unet"]["cross_attention_dim"])}
+
+
+def is_second(unet: Mapping[str, Any]) -> bool:
+    """Whether a UNet with this config is of Stable Diffusion 2."""
+    return bool(unet.get("use_linear_projection"))
+
+
+def to_kohya(lora: Path, configs: Mapping[str, Any], title: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A LoRA file in kohya's naming, see renamed_lora; its UNet's layers have diffusers' names here."""
+    second = is_second(configs["unet"])
+
+    def layer(part: str, module: str) -> str:
+        name = module.removeprefix("text_model.")
+        return f"lora_unet_{module}" if part == "unet" else f"lora_te_text_model_{name}"
+
+    version = {"ss_base_model_version": "sd_v2" if second else "sd_v1", "ss_v2": str(second)}
+    return renamed_lora(lora, layer, version | modelspec(title, f"{ARCHITECTURES[second]}/lora"))
 
 
 class Export(PipelineExport):
-    """A model of Stable Diffusion 1 or 2 in memory, ready to be written."""
+    """A model of Stable Diffusion 1 or 2 in memory, ready to be written, also in the original layout."""
 
     kind = SD_KIND
     load = staticmethod(load)
+
+    def single_file(self, title: str) -> tuple[Any, dict[str, str]]:
+        """Names and tensors of the original layout, and modelspec's metadata."""
+        pipeline, second = self.pipeline, is_second(self.pipeline.unet.config)
+        sdxl_export.warn_of_scale(pipeline.vae.config.scaling_factor, PUBLISHED["vae"]["scaling_factor"])
+        resolution = SD_KIND.native_resolution(self.configs)
+        metadata = sdxl_export.modelspec(pipeline, title, resolution, ARCHITECTURES[second])
+        return original_tensors(pipeline, second), metadata
+
+
+def original_tensors(pipeline: Any, second: bool) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor under its original name.
+
+    The original text encoder of Stable Diffusion 2 has one layer more, of which no program uses the output: a copy of
+    the last one is there in its place.
+
+    Raises:
+        UserError: a weight that the layout has no place for.
+    """
+    yield from sdxl_export.unet_tensors(pipeline.unet)
+    yield from sdxl_export.vae_tensors(pipeline.vae)
+    if not second:
+        yield from sdxl_export.clip_l_tensors(pipeline.text_encoder, CLIP_L)
+        return
+    last = len(body_of(pipeline.text_encoder).encoder.layers) - 1
+    for name, value in sdxl_export.clip_g_tensors(pipeline.text_encoder, CLIP_H):
+        yield name, value
+        if f".resblocks.{last}." in name:
+            yield name.replace(f".resblocks.{last}.", f".resblocks.{last + 1}."), value.clone()

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from diffusers import StableDiffusionXLPipeline
-from torch import Tensor, nn
+from torch import Tensor
 
 from lpl.config import ModelConfig
 from lpl.families.base import weights_hash
+from lpl.families.joint import JointModel
 from lpl.families.loading import load_whole
 from lpl.families.pipeline_family import PipelineFamily, logger
 from lpl.families.sdxl_check import SDXL_KIND
-from lpl.families.sdxl_names import LORA_TARGETS, WITH_TEXT, to_kohya
-from lpl.families.sdxl_networks import SDXLJointModel, denoise, parts_of, token_fields
+from lpl.families.sdxl_names import LORA_TARGETS, WITH_TEXT
+from lpl.families.sdxl_networks import SDXLJointModel, denoise, token_fields
 from lpl.families.sdxl_text import PromptEncoder, guided
 
 
@@ -75,24 +75,14 @@ class SDXL(PipelineFamily):
     def text_bytes(self) -> int:
         return self._encode_prompts.entry_bytes(of_tokens=self.trains_text)
 
-    def encode_prompt(self, prompt: str, negative_prompt: str) -> dict[str, Tensor]:
-        return self._guided(prompt, negative_prompt, lambda text: self._encode_prompts([text], self.device))
-
-    def prompt_of(self, denoiser: nn.Module, prompt: str, negative_prompt: str) -> dict[str, Tensor]:
-        if not isinstance(denoiser, SDXLJointModel):
-            return super().prompt_of(denoiser, prompt, negative_prompt)
-
+    def encode_prompt(self, prompt: str, negative_prompt: str, joint: JointModel | None = None) -> dict[str, Tensor]:
         def encode(text: str) -> tuple[Tensor, Tensor]:
+            if joint is None:
+                return self._encode_prompts([text], self.device)
             fields = token_fields(*self._encode_prompts.tokens([text]), [text])
-            return denoiser.encode({name: value.to(self.device) for name, value in fields.items()})
+            found: tuple[Tensor, Tensor] = joint.encode({name: value.to(self.device) for name, value in fields.items()})
+            return found
 
-        with self.autocast():
-            found = self._guided(prompt, negative_prompt, encode)
-            return {name: value.float() for name, value in found.items()}
-
-    def _guided(
-        self, prompt: str, negative_prompt: str, encode: Callable[[str], tuple[Tensor, Tensor]]
-    ) -> dict[str, Tensor]:
         names = "prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"
         return dict(zip(names, guided(prompt, negative_prompt, encode, self.force_zeros), strict=True))
 
@@ -107,12 +97,6 @@ class SDXL(PipelineFamily):
 
     def pipeline_options(self) -> dict[str, Any]:
         return {"force_zeros_for_empty_prompt": self.force_zeros, "add_watermarker": False}
-
-    def parts(self, denoiser: nn.Module) -> dict[str, Any]:
-        return parts_of(denoiser)
-
-    def kohya_lora(self, lora: Path, title: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-        return to_kohya(lora, {"unet": self.pipeline.unet.config}, title)
 
 
 def load_pipeline(

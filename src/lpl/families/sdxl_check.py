@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,16 +10,19 @@ from lpl.base.errors import UserError
 from lpl.config import ModelConfig
 from lpl.families import sdxl_configs
 from lpl.families.files import (
+    FIRST_STAGE,
     FLAG,
     SINGLE_FILES,
+    UNET,
     VAE_FLAG,
     check_complete,
+    check_original,
     check_weights,
     read_header,
     read_json,
     reader,
 )
-from lpl.families.kind import Kind
+from lpl.families.kind import Kind, check_clip_skip
 from lpl.families.schedulers import chosen_schedule, compare_lora, file_schedule, prediction_of
 from lpl.families.sdxl_configs import check_shape
 
@@ -29,7 +31,6 @@ VAE = "AutoencoderKL"
 WITH_WEIGHTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 EDM = ("edm_vpred.sigma_max", "edm_vpred.sigma_min", "edm_mean", "edm_std")
-UNET, FIRST_STAGE = "model.diffusion_model.", "first_stage_model."
 FIRST_TEXT, SECOND_TEXT = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
 
 
@@ -80,7 +81,7 @@ def plan_configs(config: ModelConfig) -> dict[str, Any]:
         check_single_file(path, config)
         if config.single_file_config is None:
             _check_clip_skip(sdxl_configs.PUBLISHED, config)
-            return _with_options(_configs_of_file(path), config)
+            return _with_options(SDXL_KIND.published_of(path), config)
         path, name = Path(config.single_file_config), config.single_file_config
     configs = _with_options(_read(reader(path, name, config), name), config)
     _check_configs(configs, config)
@@ -90,18 +91,6 @@ def plan_configs(config: ModelConfig) -> dict[str, Any]:
 def _with_options(configs: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
     """The configs with the schedule that a single file and the options ask for."""
     return configs | {"scheduler": chosen_schedule(configs["scheduler"], config)}
-
-
-def _configs_of_file(path: Path) -> dict[str, Any]:
-    header = read_header(path) or {}
-    shapes = [entry["shape"] for key, entry in header.items() if key.startswith("model.diffusion_model.")]
-    found = sum(math.prod(shape) for shape in shapes)
-    if found != sdxl_configs.UNET_PARAMETERS:
-        raise UserError(
-            f"{FLAG} {path}: its UNet has {found:,} parameters, not the {sdxl_configs.UNET_PARAMETERS:,} of SDXL base: "
-            "a plan needs --single_file_config, a folder with its configs"
-        )
-    return sdxl_configs.PUBLISHED
 
 
 def _read(read: Any, name: str) -> dict[str, Any]:
@@ -153,13 +142,9 @@ def _check_configs(configs: dict[str, Any], config: ModelConfig) -> None:
 
 
 def _check_clip_skip(configs: dict[str, Any], config: ModelConfig) -> None:
-    depths = {part: int(configs[part].get("num_hidden_layers", 12)) for part in ("text_encoder", "text_encoder_2")}
-    part = min(depths, key=lambda part: depths[part])
-    if config.clip_skip is not None and config.clip_skip >= depths[part]:
-        raise UserError(
-            f"--clip_skip {config.clip_skip}: the model's {part} has {depths[part]} layers; give less than that"
-        )
-    if config.train_text_encoder and config.rank is not None and (config.clip_skip or 0) >= depths["text_encoder"] - 1:
+    check_clip_skip(configs, config)
+    depth = int(configs["text_encoder"].get("num_hidden_layers", 12))
+    if config.train_text_encoder and config.rank is not None and (config.clip_skip or 0) >= depth - 1:
         raise UserError(
             f"--clip_skip {config.clip_skip or 0} with --train_text_encoder: no layer of the model's text_encoder "
             "acts, so there is none for a LoRA; give less"
@@ -203,22 +188,11 @@ def check_single_file(path: Path, config: ModelConfig) -> None:
     where = f"{FLAG} {path}"
     if path.suffix != ".safetensors":
         raise UserError(f"{where}: {path.suffix} files are pickles and are not read; convert it to .safetensors")
-    if not path.is_file():
-        raise UserError(f"{where}: no such file")
-    header = read_header(path)
-    if header is None:
-        raise UserError(f"{where}: not a safetensors file, or cut short")
-    if not _has_second(header):
+    header = (read_header(path) if path.is_file() else None) or {}
+    whole = _has_second(header) and all(any(key.startswith(part) for key in header) for part in (UNET, FIRST_TEXT))
+    if header and not whole:
         raise UserError(f"{where}: {_what_else(header)}")
-    if header.get(f"{UNET}input_blocks.0.0.weight", {}).get("shape", [])[1:2] == [9]:
-        raise UserError(f"{where}: an inpainting model (9 input channels); this trainer needs a text-to-image one")
-    if config.single_file_config is not None and not (Path(config.single_file_config) / "model_index.json").is_file():
-        raise UserError(f"--single_file_config {config.single_file_config}: no model_index.json in it")
-    check_weights(header, where)
-    if not all(any(key.startswith(part) for key in header) for part in (UNET, FIRST_TEXT)):
-        raise UserError(f"{where}: {_what_else(header)}")
-    if not any(key.startswith(FIRST_STAGE) for key in header) and config.pretrained_vae_model_name_or_path is None:
-        raise UserError(f"{where}: no VAE in it ({FIRST_STAGE}...); give one with {VAE_FLAG}")
+    check_original(path, config)
     edm = [key for key in EDM if key in header]
     if edm:
         raise UserError(f"{where}: an EDM model ({', '.join(edm)}), whose schedule is not trained right here yet")
@@ -295,7 +269,8 @@ SDXL_KIND = SDXLKind(
     denoiser_word="UNet",
     is_flow=False,
     patch=1,
-    options=frozenset({"clip_skip", "max_token_length", "train_text_encoder"}),
+    options=frozenset({"clip_skip", "max_token_length", "train_text_encoder", "text_encoder_2_lr"}),
+    parameters=sdxl_configs.UNET_PARAMETERS,
     lora_starts={
         "unet": ("unet.", "lora_unet_"),
         "text_encoder": ("text_encoder.", "lora_te_", "lora_te1_"),
@@ -303,6 +278,7 @@ SDXL_KIND = SDXLKind(
     },
     parts={
         "Model": "sdxl:SDXL",
+        "PUBLISHED": "sdxl_configs:PUBLISHED",
         "Plan": "sdxl_networks:SDXLBlueprint",
         "Export": "sdxl_export:SDXLExport",
         "to_kohya": "sdxl_names:to_kohya",

@@ -30,10 +30,10 @@ def original_tensors(pipeline: Any) -> Iterator[tuple[str, Tensor]]:
     Raises:
         UserError: a weight or a prediction type that the layout has no place for.
     """
-    yield from _unet(pipeline.unet)
-    yield from _vae(pipeline.vae)
-    yield from _clip_l(pipeline.text_encoder)
-    yield from _clip_g(pipeline.text_encoder_2)
+    yield from unet_tensors(pipeline.unet)
+    yield from vae_tensors(pipeline.vae)
+    yield from clip_l_tensors(pipeline.text_encoder)
+    yield from clip_g_tensors(pipeline.text_encoder_2)
     scheduler = pipeline.scheduler.config
     if prediction_of(scheduler) == "v":
         yield "v_pred", torch.zeros(0)
@@ -41,50 +41,60 @@ def original_tensors(pipeline: Any) -> Iterator[tuple[str, Tensor]]:
             yield "ztsnr", torch.zeros(0)
 
 
-def modelspec(pipeline: Any, title: str, resolution: int) -> dict[str, str]:
+def modelspec(pipeline: Any, title: str, resolution: int, architecture: str = names.ARCHITECTURE) -> dict[str, str]:
     """Metadata after Stability AI's model specification 1.0.0, but for the hash.
 
     Raises:
         UserError: see prediction_of.
     """
-    return names.modelspec(title, names.ARCHITECTURE) | {
+    return names.modelspec(title, architecture) | {
         "modelspec.resolution": f"{resolution}x{resolution}",
         "modelspec.prediction_type": prediction_of(pipeline.scheduler.config),
     }
 
 
-def _unet(unet: Any) -> Iterator[tuple[str, Tensor]]:
+def unet_tensors(unet: Any) -> Iterator[tuple[str, Tensor]]:
+    """A UNet's tensors under their original names."""
     for name, value in unet.state_dict().items():
         yield names.UNET + names.unet_module(name, unet.config), value
 
 
-def _vae(vae: Any) -> Iterator[tuple[str, Tensor]]:
+def vae_tensors(vae: Any) -> Iterator[tuple[str, Tensor]]:
+    """A VAE's tensors under their original names."""
     for name, value in vae.state_dict().items():
         new = names.vae_weight(name, len(vae.config.up_block_types))
         yield names.VAE + new, value[:, :, None, None] if names.is_vae_projection(new) else value
 
 
-def _clip_l(encoder: Any) -> Iterator[tuple[str, Tensor]]:
+def clip_l_tensors(encoder: Any, prefix: str = names.CLIP_L) -> Iterator[tuple[str, Tensor]]:
+    """CLIP-L's tensors under transformers' names of old."""
     for name, value in encoder.state_dict().items():
         plain = name.removeprefix("text_model.")
         if plain != "embeddings.position_ids":
-            yield names.CLIP_L + plain, value
+            yield prefix + plain, value
     length = int(encoder.config.max_position_embeddings)
-    yield f"{names.CLIP_L}embeddings.position_ids", torch.arange(length)[None]
+    yield f"{prefix}embeddings.position_ids", torch.arange(length)[None]
 
 
-def _clip_g(encoder: Any) -> Iterator[tuple[str, Tensor]]:
+def clip_g_tensors(encoder: Any, prefix: str = names.CLIP_G) -> Iterator[tuple[str, Tensor]]:
+    """OpenCLIP's names of CLIP-G's tensors; so they are those of CLIP-H."""
     weights = encoder.state_dict()
     for name, value in weights.items():
         new = names.clip_g_weight(name)
         if new == "text_projection.weight":
-            yield f"{names.CLIP_G}text_projection", value.T  # x @ W there, W x in diffusers
+            yield f"{prefix}text_projection", value.T  # x @ W there, W x in diffusers
         elif ".q_proj." in new:
             parts = [weights[name.replace("q_proj", f"{part}_proj")] for part in "qkv"]
-            yield names.CLIP_G + new.replace(".q_proj.", ".in_proj_"), torch.cat(parts)
+            yield prefix + new.replace(".q_proj.", ".in_proj_"), torch.cat(parts)
         elif ".k_proj." not in new and ".v_proj." not in new and new != "embeddings.position_ids":
-            yield names.CLIP_G + new, value
-    yield f"{names.CLIP_G}logit_scale", torch.tensor(math.log(100), dtype=encoder.dtype)
+            yield prefix + new, value
+    yield f"{prefix}logit_scale", torch.tensor(math.log(100), dtype=encoder.dtype)
+
+
+def warn_of_scale(own: float, usual: float) -> None:
+    """Says that a single file cannot say the scale of its latents, where it is not the usual one."""
+    if own != usual:
+        logger.warning("programs for single files take a VAE's scaling_factor to be %g; this one's is %g", usual, own)
 
 
 class SDXLExport(PipelineExport):
@@ -95,10 +105,6 @@ class SDXLExport(PipelineExport):
 
     def single_file(self, title: str) -> tuple[Any, dict[str, str]]:
         """Names and tensors of the original layout, and modelspec's metadata."""
-        usual, own = PUBLISHED["vae"]["scaling_factor"], self.pipeline.vae.config.scaling_factor
-        if own != usual:
-            logger.warning(
-                "programs for single files take a VAE's scaling_factor to be %g; this one's is %g", usual, own
-            )
+        warn_of_scale(self.pipeline.vae.config.scaling_factor, PUBLISHED["vae"]["scaling_factor"])
         resolution = SDXL_KIND.native_resolution(self.configs)
         return original_tensors(self.pipeline), modelspec(self.pipeline, title, resolution)

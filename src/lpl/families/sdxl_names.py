@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ def unet_module(name: str, config: Mapping[str, Any]) -> str:
         config: that model's, of which layers_per_block and up_block_types count.
 
     Raises:
-        UserError: a name that SDXL's original UNet has no place for.
+        UserError: a name that the original UNet has no place for.
     """
     for outside, original in _UNET_OUTSIDE.items():
         if name == outside or name.startswith(f"{outside}."):
@@ -83,7 +83,7 @@ def unet_module(name: str, config: Mapping[str, Any]) -> str:
     layers = config["layers_per_block"]
     match = _UNET_BLOCK.match(name)
     if match is None or not isinstance(layers, int):
-        raise UserError(f"{name}: SDXL's original layout has no place for this weight of the UNet")
+        raise UserError(f"{name}: the original layout has no place for this weight of the UNet")
     if match[6]:
         kind, layer, rest = match[7], int(match[8]), match[9]
         place = f"middle_block.{2 * layer if kind == 'resnets' else 2 * layer + 1}"
@@ -100,7 +100,7 @@ def unet_module(name: str, config: Mapping[str, Any]) -> str:
     if kind == "resnets":
         head, dot, tail = rest.partition(".")
         if head not in _UNET_RESNET:
-            raise UserError(f"{name}: SDXL's original layout has no place for this weight of the UNet")
+            raise UserError(f"{name}: the original layout has no place for this weight of the UNet")
         rest = _UNET_RESNET[head] + dot + tail
     return f"{place}.{rest}"
 
@@ -166,14 +166,39 @@ KEPT = ("modelspec.", "ss_", "lpl.")
 
 
 def to_kohya(lora: Path, configs: Mapping[str, Any], title: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a LoRA file in diffusers' (peft's) naming, renamed; values and precision stay.
+    """A LoRA file of SDXL in kohya's naming: see renamed_lora.
 
     A layer has the original UNet's name with underscores for dots (lora_unet_input_blocks_4_1_proj_in), or one of
-    transformers' names in a text encoder (lora_te1_text_model_encoder_layers_0_mlp_fc1; lora_te2_ for CLIP-G), then
-    .lora_down.weight, .lora_up.weight or .alpha. Those programs add (alpha / rank) up down to its weight.
+    transformers' names in a text encoder (lora_te1_text_model_encoder_layers_0_mlp_fc1; lora_te2_ for CLIP-G).
 
     Args:
         configs: of the model it belongs to, of which the UNet's blocks count.
+
+    Raises:
+        UserError: see renamed_lora.
+    """
+
+    def layer(part: str, module: str) -> str:
+        if part == "unet":
+            return f"lora_unet_{unet_module(module, configs['unet'])}"
+        prefix = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}[part]
+        return f"{prefix}_text_model_{module.removeprefix('text_model.')}"
+
+    version = {"ss_base_model_version": "sdxl_base_v1-0"}  # by this A1111 knows whose LoRA it is
+    return renamed_lora(lora, layer, version | modelspec(title, f"{ARCHITECTURE}/lora"))
+
+
+def renamed_lora(
+    lora: Path, layer_of: Callable[[str, str], str], metadata: Mapping[str, str]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a LoRA file in diffusers' (peft's) naming, renamed; values and precision stay.
+
+    A layer's tensors end in .lora_down.weight, .lora_up.weight or .alpha. Programs that read this naming add
+    (alpha / rank) up down to its weight.
+
+    Args:
+        layer_of: the name of a component's module, where underscores are put for dots.
+        metadata: of the file, beside what is said of the training and of the adapter.
 
     Raises:
         UserError: a file that holds something else; DoRA, whose magnitudes m (.dora_scale) mean m (W + BA) / |W + BA|
@@ -206,7 +231,7 @@ def to_kohya(lora: Path, configs: Mapping[str, Any], title: str) -> tuple[dict[s
             raise UserError(
                 f"{lora}: holds {name}; only peft's naming (unet. or text_encoder. ... lora_A.weight) is renamed"
             )
-        layer = _layer(part, module, configs)
+        layer = layer_of(part, module).replace(".", "_")
         found[layer + ENDS[end]] = tensor
         if end == ".lora_A.weight":
             ranks[layer] = tensor.shape[0]
@@ -215,27 +240,10 @@ def to_kohya(lora: Path, configs: Mapping[str, Any], title: str) -> tuple[dict[s
     missing = [layer for layer in ranks if f"{layer}.lora_up.weight" not in found]
     if missing or 3 * len(ranks) != len(found) or not ranks:
         raise UserError(f"{lora}: not a whole LoRA (a down or an up part is missing, or all of it)")
-    rank = max(ranks.values())
+    rank, alpha = max(ranks.values()), float(found[f"{next(iter(ranks))}.alpha"])
     kept = {key: text for key, text in said.items() if key.startswith(KEPT)}
-    return found, kept | _metadata(rank, float(found[f"{next(iter(ranks))}.alpha"]), title)
-
-
-def _layer(part: str, module: str, configs: Mapping[str, Any]) -> str:
-    """kohya's name of a layer of a component."""
-    if part == "unet":
-        return f"lora_unet_{unet_module(module, configs['unet']).replace('.', '_')}"
-    prefix = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}[part]
-    return f"{prefix}_text_model_{module.removeprefix('text_model.').replace('.', '_')}"
-
-
-def _metadata(rank: int, alpha: float, title: str) -> dict[str, str]:
-    return {
-        "ss_output_name": title,
-        "ss_base_model_version": "sdxl_base_v1-0",  # by this A1111 knows whose LoRA it is
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(rank),
-        "ss_network_alpha": f"{alpha:g}",
-    } | modelspec(title, f"{ARCHITECTURE}/lora")
+    own = {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": f"{alpha:g}"}
+    return found, kept | {"ss_output_name": metadata["modelspec.title"]} | own | dict(metadata)
 
 
 def modelspec(title: str, architecture: str) -> dict[str, str]:

@@ -2,37 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
-from functools import partial
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from lpl.config import ModelConfig
+from lpl.families.joint import JointModel, body_of
 from lpl.families.pipeline_blueprint import PipelineBlueprint
 from lpl.families.sdxl_check import SDXL_KIND
-from lpl.families.sdxl_names import LORA_TARGETS, TEXT_ATTENTION, TEXT_MLP, WITH_TEXT
+from lpl.families.sdxl_names import LORA_TARGETS, WITH_TEXT
 from lpl.families.sdxl_text import TOKENS_PER_CHUNK, embed, usual_layer
 
 
-class SDXLJointModel(nn.Module):
-    """The UNet with both text encoders before it: one module, so that engines wrap, shard and synchronise it once.
+class SDXLJointModel(JointModel):
+    """The UNet with both text encoders before it.
 
-    Weights on which no output depends never take gradients: CLIP-L's last layers and its last norm, since the UNet
-    sees the hidden states before them. All of CLIP-G acts, on the pooled embedding.
+    CLIP-L's last layers and its last norm do not act, since the UNet sees the hidden states before them. All of CLIP-G
+    acts, on the pooled embedding.
 
     Args:
         layer: of the hidden states that are used, see PromptEncoder.
         force_zeros: whether an empty caption is zeros instead of its encoding.
     """
 
+    unet: Any
+    text_encoder: Any
+    text_encoder_2: Any
+
     def __init__(self, unet: Any, text_encoder: Any, text_encoder_2: Any, layer: int, force_zeros: bool) -> None:
-        super().__init__()
-        self.unet, self.text_encoder, self.text_encoder_2 = unet, text_encoder, text_encoder_2
+        used = len(body_of(text_encoder).encoder.layers) + 1 + layer
+        parts = {"unet": unet, "text_encoder": text_encoder, "text_encoder_2": text_encoder_2}
+        super().__init__(parts, {"text_encoder": used})
         self.layer, self.force_zeros = layer, force_zeros
 
     def forward(self, noisy_latents: Tensor, timesteps: Tensor, text: Mapping[str, Tensor], sizes: Tensor) -> Tensor:
@@ -49,61 +51,9 @@ class SDXLJointModel(nn.Module):
             embeds, pooled = embeds * keep[:, None, None], pooled * keep[:, None]
         return embeds, pooled
 
-    @property
-    def _no_split_modules(self) -> list[str]:
-        """Classes of blocks that FSDP keeps whole, as models name them: those that are in here."""
-        parts: list[Any] = [self.unet, self.text_encoder, self.text_encoder_2]
-        known = {name for part in parts for name in part._no_split_modules or ()}
-        return sorted(known & {type(module).__name__ for module in self.modules()})
-
-    @property
-    def num_used(self) -> int:
-        """Layers of CLIP-L that the hidden states come from."""
-        return len(_body(self.text_encoder).encoder.layers) + 1 + self.layer
-
-    def _idle(self) -> Iterator[nn.Parameter]:
-        body = _body(self.text_encoder)
-        yield from body.final_layer_norm.parameters()
-        yield from body.encoder.layers[self.num_used :].parameters()
-
-    def requires_grad_(self, requires_grad: bool = True) -> SDXLJointModel:
-        """As torch's, but for weights on which no output depends, which stay without."""
-        super().requires_grad_(requires_grad)
-        for parameter in self._idle():
-            parameter.requires_grad_(False)
-        return self
-
-    def add_adapter(self, config: LoraConfig) -> None:
-        """Puts an adapter on the layers that the config names, those of the UNet and those of the encoders' layers."""
-        names = set(config.target_modules or ())
-        of_text = sorted(names & {*TEXT_ATTENTION, *TEXT_MLP})
-        self.unet.add_adapter(replace(config, target_modules=sorted(names - set(of_text))))
-        used = list(range(self.num_used))
-        self.text_encoder.add_adapter(replace(config, target_modules=of_text, layers_to_transform=used))
-        self.text_encoder_2.add_adapter(replace(config, target_modules=of_text))
-        for encoder in (self.text_encoder, self.text_encoder_2):
-            for own in encoder.peft_config.values():
-                own.base_model_name_or_path = None  # a path of this machine would be published with the adapter
-
-    def enable_gradient_checkpointing(self, function: Callable[..., Any] | None = None) -> None:
-        """Recomputes each block, of all three, in the backward pass, through a function like torch's checkpoint."""
-        function = function or partial(checkpoint, use_reentrant=False)
-        for part in (self.unet, self.text_encoder, self.text_encoder_2):
-            part._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=function)
-
-    def disable_gradient_checkpointing(self) -> None:
-        """Keeps all activations."""
-        for part in (self.unet, self.text_encoder, self.text_encoder_2):
-            part._set_gradient_checkpointing(enable=False)
-
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compiles the UNet, in place: it does nearly all of the arithmetic."""
-        self.unet.compile(*args, **kwargs)
-
-
-def parts_of(denoiser: nn.Module) -> dict[str, Any]:
-    """The networks that are trained, by their name in a pipeline."""
-    return dict(denoiser.named_children()) if isinstance(denoiser, SDXLJointModel) else {"unet": denoiser}
+    def idle(self) -> Iterator[nn.Parameter]:
+        yield from body_of(self.text_encoder).final_layer_norm.parameters()
+        yield from super().idle()
 
 
 def token_fields(ids: Tensor, ids_2: Tensor, captions: list[str]) -> dict[str, Tensor]:
@@ -131,11 +81,6 @@ def denoise(
     if "input_ids" in text:
         return denoiser(noisy_latents, levels, text, extra["sizes"])
     return _run_unet(denoiser, noisy_latents, levels, text["prompt_embeds"], text["pooled"], extra["sizes"])
-
-
-def _body(encoder: Any) -> Any:
-    """What holds a text encoder's layers: transformers 5 has it in CLIPTextModel itself."""
-    return getattr(encoder, "text_model", encoder)
 
 
 class SDXLBlueprint(PipelineBlueprint):

@@ -79,12 +79,16 @@ def save_result(
 
 
 def write_beside(
-    lora: Path, name: str, renamed: Callable[[Path, str], tuple[dict[str, Tensor], dict[str, str]]]
+    lora: Path,
+    name: str,
+    renamed: Callable[[Path, str], tuple[dict[str, Tensor], dict[str, str]]],
+    readers: str = "diffusers",
 ) -> str:
-    """Writes a LoRA a second time beside diffusers' file: that one does nothing in ComfyUI, A1111 or kohya's programs.
+    """Writes a LoRA a second time beside diffusers' file: that one does nothing in A1111 or kohya's programs.
 
     Args:
         renamed: makes its tensors and metadata of the first and of a title.
+        readers: the programs that read the first.
 
     Returns:
         Which file is for which programs, or why there is one only.
@@ -93,7 +97,8 @@ def write_beside(
         tensors, metadata = renamed(lora, Path(name).stem)
     except UserError as error:
         fault = str(error).removeprefix(f"{lora}: ")
-        return f"{lora.name} for diffusers; none for ComfyUI, A1111, Forge and kohya's programs: {fault}"
+        others = "A1111" if "ComfyUI" in readers else "ComfyUI, A1111"
+        return f"{lora.name} for {readers}; none for {others}, Forge and kohya's programs: {fault}"
     write_tensors(tensors.items(), lora.with_name(name), metadata)
     return f"{lora.name} for diffusers; {name} for ComfyUI, A1111, Forge and kohya's programs"
 

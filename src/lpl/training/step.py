@@ -140,7 +140,7 @@ class TrainingStep:
         alpha, sigma = (values.float() for values in self.schedule.alpha_sigma(levels))
         latents, noise = self.latent_space.from_raw(_send(batch.raw_latents, device)), _send(noise, device)
         noisy_latents = add_noise(latents, noise, alpha, sigma)
-        text = {name: _send(value, device) for name, value in batch.text.items()}
+        text = {name: value if name == "lengths" else _send(value, device) for name, value in batch.text.items()}
         extra = {name: _send(value, device) for name, value in batch.extra.items()}
         sent = _send(sigma if self.schedule.is_flow else levels, device)
         with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):

@@ -19,7 +19,7 @@ from lpl.config.files import write_config
 from lpl.config.run_folder import BAD_FILES, last_checkpoint
 from lpl.data.prepare import Processes, prepare_data
 from lpl.diffusion.draws import keyed_seed
-from lpl.families import blueprint, load_family, plan_configs
+from lpl.families import blueprint, kind_of, load_family, plan_configs
 from lpl.families.base import TrainedOn
 from lpl.families.export import LORA_FILE
 from lpl.training import saving
@@ -312,7 +312,8 @@ class Trainer:
             family.trained_on = TrainedOn(self.config.data.crop_size, len(self.data), self.step)
             family.export_lora(denoiser, folder)
             name = lora_name(self.folder, None if whole_pipeline else f"{self.step}-{folder.name}")
-            self.for_whom = write_beside(folder / LORA_FILE, name, family.kohya_lora)
+            readers = kind_of(self.config.model).lora_readers
+            self.for_whom = write_beside(folder / LORA_FILE, name, family.kohya_lora, readers)
 
         return call
 

@@ -146,7 +146,7 @@ def test_share_of_the_loss_is_reached(tmp_path: Path) -> None:
 def test_less_diffusion_where_the_gate_is_open(tmp_path: Path) -> None:
     setup = Setup(Variant(weight=(1.0, 1.0)), tmp_path)
     step = SimpleNamespace(
-        schedule=setup.inner.schedule,
+        schedule=setup.inner.gate.schedule,
         diffusion_per_sample=lambda inputs: (inputs.model_output - inputs.target).square().mean((1, 2, 3)),
     )  # fmt: skip
     variants.less_diffusion(step, setup.inner.gate, 0.1)
@@ -161,7 +161,7 @@ def test_layer_weights_and_distance_replace_the_losss_own(tmp_path: Path) -> Non
         setup = Setup(Variant(weight=(1.0, 1.0)), tmp_path)
         setup.inner.loss_fn = SimpleNamespace(weights=[1.0, 0.5, 0.25])
         config = SimpleNamespace(run=SimpleNamespace(seed=0), data=SimpleNamespace(proportion_empty_prompts=0.1))
-        step = SimpleNamespace(family=setup.family, schedule=setup.inner.schedule, objective=setup.inner)
+        step = SimpleNamespace(family=setup.family, schedule=setup.inner.gate.schedule, objective=setup.inner)
         return SimpleNamespace(
             config=config, step_loss=step, objective=setup.inner, step=0, folder=tmp_path, num_steps=5
         )

@@ -11,7 +11,7 @@ from diffusers.loaders import single_file_utils as diffusers_converter
 from lpl.base.errors import UserError
 from lpl.families import blueprint, sdxl_names
 from lpl.families.sdxl_configs import PUBLISHED
-from lpl.families.sdxl_export import _clip_g, _clip_l, _unet, _vae
+from lpl.families.sdxl_export import clip_g_tensors, clip_l_tensors, unet_tensors, vae_tensors
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def shapes(tensors: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 def test_unet(full: dict[str, Any]) -> None:
     unet = full["unet"]
-    found = dict(_unet(unet))
+    found = dict(unet_tensors(unet))
     assert len(found) == 1680
     assert {name.split(".")[2] for name in found} == {
         "input_blocks", "middle_block", "output_blocks", "time_embed", "label_emb", "out",
@@ -45,7 +45,7 @@ def test_unet(full: dict[str, Any]) -> None:
 
 
 def test_vae(full: dict[str, Any]) -> None:
-    found = dict(_vae(full["vae"]))
+    found = dict(vae_tensors(full["vae"]))
     assert len(found) == 248
     assert tuple(found["first_stage_model.encoder.mid.attn_1.q.weight"].shape) == (512, 512, 1, 1)
     assert tuple(found["first_stage_model.decoder.up.0.block.0.nin_shortcut.weight"].shape) == (128, 256, 1, 1)
@@ -54,7 +54,7 @@ def test_vae(full: dict[str, Any]) -> None:
 
 
 def test_text_encoders(full: dict[str, Any]) -> None:
-    first, second = dict(_clip_l(full["first"])), dict(_clip_g(full["second"]))
+    first, second = dict(clip_l_tensors(full["first"])), dict(clip_g_tensors(full["second"]))
     prefix = "conditioner.embedders.0.transformer.text_model."
     assert first.pop(f"{prefix}embeddings.position_ids").tolist() == [list(range(77))]
     assert len(first) == 196
@@ -96,4 +96,4 @@ def test_modules_as_published_files_name_them(module: str, expected: str) -> Non
 def test_weight_without_a_place_is_named(name: str) -> None:
     with pytest.raises(UserError) as caught:
         sdxl_names.unet_module(name, PUBLISHED["unet"])
-    assert str(caught.value).startswith(f"{name}: SDXL's original layout has no place")
+    assert str(caught.value).startswith(f"{name}: the original layout has no place")

@@ -1,0 +1,165 @@
+"""Flux.1 dev and schnell: flow matching on packed latents, with a T5 and the pooled embedding of a CLIP."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import FluxPipeline
+from torch import Tensor
+
+from lpl.config import ModelConfig
+from lpl.families.files import vae_stride
+from lpl.families.frozen_text import FrozenTextFamily
+from lpl.families.joint import JointModel
+from lpl.families.kinds import FLUX_KIND
+from lpl.families.loading import load_whole
+from lpl.families.pipeline_blueprint import PipelineBlueprint
+from lpl.families.pipeline_export import PipelineExport
+from lpl.families.pipeline_family import logger
+from lpl.families.published import CLIP_L, FLOW_SCHEDULER, T5_XXL, VAE_16
+
+DISTILLED_STEPS = 4
+TRAINED_GUIDANCE = 1.0
+"""What the guidance embedding is given in training: as the diffusers scripts do, no strengthening."""
+
+PUBLISHED: dict[str, Any] = {
+    "index": {
+        "_class_name": "FluxPipeline",
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "text_encoder_2": ["transformers", "T5EncoderModel"],
+    },
+    "transformer": {
+        "_class_name": "FluxTransformer2DModel",
+        "patch_size": 1,
+        "in_channels": 64,
+        "num_layers": 19,
+        "num_single_layers": 38,
+        "attention_head_dim": 128,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 4096,
+        "pooled_projection_dim": 768,
+        "guidance_embeds": True,
+    },
+    "vae": VAE_16 | {"scaling_factor": 0.3611, "shift_factor": 0.1159},
+    "text_encoder": CLIP_L | {"dtype": "bfloat16"},
+    "text_encoder_2": T5_XXL | {"dtype": "bfloat16"},
+    "scheduler": FLOW_SCHEDULER | {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15},
+}
+"""Configs of FLUX.1-dev, as published; what is left out is the class's default."""
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+# By number: the transformer's last layer is called proj_out too.
+SINGLE = ("proj_mlp", *(f"single_transformer_blocks.{n}.proj_out" for n in range(64)))
+MLP = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", *SINGLE)
+LORA_TARGETS = {
+    "attention": ATTENTION,
+    "attention_mlp": (*ATTENTION, *MLP),
+    "all": (*ATTENTION, *MLP, "norm1.linear", "norm1_context.linear", "norm.linear"),
+}
+
+
+def load(config: ModelConfig, encoders_only: bool = False, dtypes: Mapping[str, torch.dtype] | None = None) -> Any:
+    """See PipelineFamily.load."""
+    return load_whole(FluxPipeline, FLUX_KIND, config, encoders_only, dtypes)
+
+
+def text_length(transformer: Mapping[str, Any]) -> int:
+    """Tokens that the T5 reads, padding included, which the transformer reads too: 512, of schnell 256."""
+    return 512 if transformer.get("guidance_embeds") else 256
+
+
+def denoise(
+    denoiser: Any,
+    noisy_latents: Tensor,
+    levels: Tensor,
+    text: Mapping[str, Tensor],
+    extra: Mapping[str, Tensor],
+) -> Tensor:
+    """See families.base.Family.denoise: cells of 2 x 2 are tokens of 4 C values, (B, h w / 4, 4 C).
+
+    The transformer itself rounds the time to its precision, in training as in sampling.
+    """
+    (batch, channels, height, width), dtype = noisy_latents.shape, noisy_latents.dtype
+    embeds, device = text["prompt_embeds"].to(dtype), noisy_latents.device
+    is_guided = getattr(denoiser, "module", denoiser).config.guidance_embeds  # an engine may have wrapped it
+    guidance = torch.full((batch,), TRAINED_GUIDANCE, device=device) if is_guided else None
+    packed = FluxPipeline._pack_latents(noisy_latents.contiguous(), batch, channels, height, width)
+    output = denoiser(
+        hidden_states=packed,
+        timestep=levels,
+        guidance=guidance,
+        pooled_projections=text["pooled_prompt_embeds"].to(dtype),
+        encoder_hidden_states=embeds,
+        txt_ids=torch.zeros(embeds.shape[1], 3, device=device),
+        img_ids=FluxPipeline._prepare_latent_image_ids(batch, height // 2, width // 2, device, torch.float32),
+        return_dict=False,
+    )[0]
+    unpacked: Tensor = FluxPipeline._unpack_latents(output, height, width, 1)
+    return unpacked
+
+
+class Model(FrozenTextFamily):
+    """A FluxPipeline taken apart for training; a caption of "" is encoded as any other."""
+
+    kind = FLUX_KIND
+    steps, guidance = FLUX_KIND.steps, FLUX_KIND.guidance
+    lora_targets = LORA_TARGETS
+    load = staticmethod(load)
+    denoise = staticmethod(denoise)
+
+    def prepare_text(self) -> None:
+        transformer = self.kind.plan_configs(self.config)["transformer"]
+        self.max_length = text_length(transformer)
+        if not transformer.get("guidance_embeds"):
+            self.steps = DISTILLED_STEPS
+        super().prepare_text()
+
+    def embed(self, captions: list[str]) -> dict[str, Tensor]:
+        encode = self.pipeline.encode_prompt
+        embeds, pooled, _ = encode(captions, device=self.device, max_sequence_length=self.max_length)
+        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+
+    def encode_prompt(
+        self, prompt: str, negative_prompt: str, joint: JointModel | None = None
+    ) -> Mapping[str, Tensor | list[Tensor]]:
+        if negative_prompt:
+            logger.warning("%s draws without negative prompts: %.80s", self.kind.name, negative_prompt)
+        found = super().encode_prompt(prompt, "")
+        return {name: value for name, value in found.items() if not name.startswith("negative_")}
+
+    @staticmethod
+    def call_options(pipeline: Any) -> dict[str, Any]:
+        return {"max_sequence_length": text_length(pipeline.transformer.config)}
+
+    @staticmethod
+    def to_raw(vae: Any, latents: Tensor, height: int, width: int) -> Tensor:
+        unpacked = FluxPipeline._unpack_latents(latents, height, width, vae_stride(vae.config))
+        return FrozenTextFamily.to_raw(vae, unpacked, height, width)
+
+
+class Plan(PipelineBlueprint):
+    """Flux.1's networks with random weights."""
+
+    kind = FLUX_KIND
+    lora_targets = LORA_TARGETS
+    denoise = staticmethod(denoise)
+
+    def tokens(self, batch: int) -> list[Tensor]:
+        lengths = self.text_configs[0].max_position_embeddings, text_length(self.configs["transformer"])
+        return [torch.zeros(batch, length, dtype=torch.long) for length in lengths]
+
+    def text(self, batch: int) -> dict[str, Tensor]:
+        own = self.configs["transformer"]
+        return {
+            "prompt_embeds": torch.zeros(batch, text_length(own), own["joint_attention_dim"]),
+            "pooled_prompt_embeds": torch.zeros(batch, own["pooled_projection_dim"]),
+        }
+
+
+class Export(PipelineExport):
+    """A Flux.1 in memory, ready to be written."""
+
+    kind = FLUX_KIND
+    load = staticmethod(load)

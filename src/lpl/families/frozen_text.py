@@ -1,0 +1,110 @@
+"""What families share whose text encoders are large: they stay frozen, in the precision of their files."""
+
+from __future__ import annotations
+
+import json
+import logging
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lpl.families.base import config_settings, tokenizer_settings, weights_hash
+from lpl.families.joint import JointModel
+from lpl.families.pipeline_family import CPU, PipelineFamily, moved
+
+LENGTH_STEP = 32
+"""What lengths of text that count are rounded up to: few shapes in the cache."""
+
+
+class FrozenTextFamily(PipelineFamily):
+    """A PipelineFamily whose text encoders stay frozen, in the precision that they are stored in.
+
+    Fields of a caption have the names that the pipeline's call knows them by.
+    """
+
+    mask: str | None = None
+    """The field that marks the tokens that count, which are the first; None: all do."""
+    max_length: int
+    """Tokens of a caption that the text encoder of the longest captions reads."""
+
+    @abstractmethod
+    def embed(self, captions: list[str]) -> Mapping[str, Tensor | list[Tensor]]:
+        """What the pipeline makes of captions, (B, ...) each or B tensors, on the device."""
+
+    @property
+    def text_encoders(self) -> list[Any]:
+        found = [getattr(self.pipeline, part) for part in self.kind.networks if part.startswith("text_encoder")]
+        return [encoder for encoder in found if encoder is not None]
+
+    @property
+    def _tokenizers(self) -> list[Any]:
+        return [found for part in self.kind.tokenizers if (found := getattr(self.pipeline, part)) is not None]
+
+    def prepare_text(self) -> None:
+        for encoder in self.text_encoders:
+            encoder.eval().requires_grad_(False)
+        for tokenizer in self._tokenizers:
+            # It would say of every long caption that it cannot be encoded: it is cut, which is said once.
+            tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
+        configs = [config_settings(encoder.config.to_dict()) for encoder in self.text_encoders]
+        settings = [configs, [tokenizer_settings(tokenizer) for tokenizer in self._tokenizers], self.max_length]
+        self.text_key = weights_hash(*self.text_encoders, settings=json.dumps(settings))
+        self._cut: list[str] = []
+
+    @torch.no_grad()
+    def encode_text(self, captions: list[str]) -> dict[str, Tensor | list[Tensor]]:
+        lengths = self.lengths(captions)
+        self._cut += [text for text, length in zip(captions, lengths, strict=True) if length > self.limit]
+        with quiet(type(self.pipeline).__module__):
+            found = {name: moved(value, CPU) for name, value in self.embed(captions).items()}
+        if self.mask is None:
+            return found
+        counted = [-(-int(count) // LENGTH_STEP) * LENGTH_STEP for count in torch.stack(list(found[self.mask])).sum(1)]
+        return {name: [row[:n] for row, n in zip(value, counted, strict=True)] for name, value in found.items()}
+
+    def lengths(self, captions: list[str]) -> list[int]:
+        """Tokens of captions by the last tokenizer, before any are cut."""
+        return [len(ids) for ids in self._tokenizers[-1](captions).input_ids]
+
+    @property
+    def limit(self) -> int:
+        """Tokens of the last tokenizer's that count."""
+        return self.max_length
+
+    def encode_prompt(
+        self, prompt: str, negative_prompt: str, joint: JointModel | None = None
+    ) -> Mapping[str, Tensor | list[Tensor]]:
+        # In float32: pipelines draw in the precision of their text.
+        with torch.no_grad(), quiet(type(self.pipeline).__module__):
+            found = {name: widened(value) for name, value in self.embed([prompt, negative_prompt]).items()}
+        wanted = {name: value[:1] for name, value in found.items()}
+        return wanted | {f"negative_{name}": value[1:] for name, value in found.items()}
+
+    def text_bytes(self) -> int:
+        with torch.no_grad():
+            return 4 * sum(value[0].numel() for value in self.embed([""]).values())
+
+    def free_encoders(self) -> None:
+        self.say_cut(self._cut, self.limit)
+        self._cut = []
+        super().free_encoders()
+
+
+@contextmanager
+def quiet(name: str) -> Iterator[None]:
+    """Without the warnings of a logger: diffusers has one for every caption that is cut."""
+    theirs = logging.getLogger(name)
+    before, theirs.disabled = theirs.disabled, True
+    try:
+        yield
+    finally:
+        theirs.disabled = before
+
+
+def widened(value: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+    """In float32 what is no integer."""
+    return moved(value, torch.float32) if value[0].is_floating_point() else value

@@ -1,0 +1,90 @@
+"""A denoiser and the text encoders before it as one module, for training them together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from peft import LoraConfig
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lpl.families.sdxl_names import TEXT_ATTENTION, TEXT_MLP
+
+
+class JointModel(nn.Module):
+    """A denoiser with CLIP text encoders before it: one module, so that engines wrap, shard and synchronise it once.
+
+    Weights on which no output depends never take gradients.
+
+    Args:
+        parts: by their names in a pipeline, the denoiser first.
+        used: of text encoders whose last layers do not act, how many layers do.
+    """
+
+    def __init__(self, parts: Mapping[str, nn.Module], used: Mapping[str, int]) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            self.add_module(name, part)
+        self.used = dict(used)
+
+    def encode(self, text: Mapping[str, Tensor]) -> Any:
+        """What the denoiser is given of captions as tokens, with gradient."""
+        raise NotImplementedError
+
+    @property
+    def parts(self) -> list[Any]:
+        """The denoiser, then the text encoders."""
+        return list(self.children())
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """Classes of blocks that FSDP keeps whole, as models name them: those that are in here."""
+        known = {name for part in self.parts for name in part._no_split_modules or ()}
+        return sorted(known & {type(module).__name__ for module in self.modules()})
+
+    def idle(self) -> Iterator[nn.Parameter]:
+        """Weights on which no output depends."""
+        for name, count in self.used.items():
+            yield from body_of(getattr(self, name)).encoder.layers[count:].parameters()
+
+    def requires_grad_(self, requires_grad: bool = True) -> JointModel:
+        """As torch's, but for weights on which no output depends, which stay without."""
+        super().requires_grad_(requires_grad)
+        for parameter in self.idle():
+            parameter.requires_grad_(False)
+        return self
+
+    def add_adapter(self, config: LoraConfig) -> None:
+        """Puts an adapter on the layers that the config names, those of the denoiser and those of encoders' layers."""
+        names = set(config.target_modules or ())
+        of_text = sorted(names & {*TEXT_ATTENTION, *TEXT_MLP})
+        denoiser, *encoders = self.parts
+        denoiser.add_adapter(replace(config, target_modules=sorted(names - set(of_text))))
+        for name, encoder in zip(list(self._modules)[1:], encoders, strict=True):
+            acting = list(range(self.used[name])) if name in self.used else None
+            encoder.add_adapter(replace(config, target_modules=of_text, layers_to_transform=acting))
+            for own in encoder.peft_config.values():
+                own.base_model_name_or_path = None  # a path of this machine would be published with the adapter
+
+    def enable_gradient_checkpointing(self, function: Callable[..., Any] | None = None) -> None:
+        """Recomputes each block, of all parts, in the backward pass, through a function like torch's checkpoint."""
+        function = function or partial(checkpoint, use_reentrant=False)
+        for part in self.parts:
+            part._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=function)
+
+    def disable_gradient_checkpointing(self) -> None:
+        """Keeps all activations."""
+        for part in self.parts:
+            part._set_gradient_checkpointing(enable=False)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compiles the denoiser, in place: it does nearly all of the arithmetic."""
+        self.parts[0].compile(*args, **kwargs)
+
+
+def body_of(encoder: Any) -> Any:
+    """What holds a text encoder's layers: transformers 5 has it in CLIPTextModel itself."""
+    return getattr(encoder, "text_model", encoder)

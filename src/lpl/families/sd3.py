@@ -1,0 +1,142 @@
+"""Stable Diffusion 3 and 3.5: flow matching on a transformer that reads two CLIPs and a T5."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import StableDiffusion3Pipeline
+from torch import Tensor, nn
+
+from lpl.config import ModelConfig
+from lpl.families.frozen_text import FrozenTextFamily
+from lpl.families.kinds import SD3_KIND
+from lpl.families.loading import load_whole
+from lpl.families.pipeline_blueprint import PipelineBlueprint
+from lpl.families.pipeline_export import PipelineExport
+from lpl.families.published import CLIP_G, CLIP_L, FLOW_SCHEDULER, T5_XXL, VAE_16
+
+MAX_LENGTH = 256
+"""Tokens that the T5 reads, as the pipeline does by default."""
+
+PUBLISHED: dict[str, Any] = {
+    "index": {
+        "_class_name": "StableDiffusion3Pipeline",
+        "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "text_encoder_3": ["transformers", "T5EncoderModel"],
+    },
+    "transformer": {
+        "_class_name": "SD3Transformer2DModel",
+        "sample_size": 128,
+        "patch_size": 2,
+        "in_channels": 16,
+        "out_channels": 16,
+        "num_layers": 24,
+        "attention_head_dim": 64,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 4096,
+        "caption_projection_dim": 1536,
+        "pooled_projection_dim": 2048,
+        "pos_embed_max_size": 384,
+        "dual_attention_layers": list(range(13)),
+        "qk_norm": "rms_norm",
+    },
+    "vae": VAE_16 | {"scaling_factor": 1.5305, "shift_factor": 0.0609},
+    "text_encoder": CLIP_L,
+    "text_encoder_2": CLIP_G,
+    "text_encoder_3": T5_XXL,
+    "scheduler": FLOW_SCHEDULER,
+}
+"""Configs of stable-diffusion-3.5-medium, as published; what is left out is the class's default."""
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+MLP = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
+LORA_TARGETS = {
+    "attention": ATTENTION,
+    "attention_mlp": (*ATTENTION, *MLP),
+    "all": (*ATTENTION, *MLP, "norm1.linear", "norm1_context.linear"),
+}
+
+
+def load(config: ModelConfig, encoders_only: bool = False, dtypes: Mapping[str, torch.dtype] | None = None) -> Any:
+    """See PipelineFamily.load."""
+    return load_whole(StableDiffusion3Pipeline, SD3_KIND, config, encoders_only, dtypes)
+
+
+def denoise(
+    denoiser: nn.Module,
+    noisy_latents: Tensor,
+    levels: Tensor,
+    text: Mapping[str, Tensor],
+    extra: Mapping[str, Tensor],
+) -> Tensor:
+    """See families.base.Family.denoise; the time that the transformer is given is 1000 sigma."""
+    dtype = noisy_latents.dtype
+    output: Tensor = denoiser(
+        hidden_states=noisy_latents,
+        timestep=1000 * levels,
+        encoder_hidden_states=text["prompt_embeds"].to(dtype),
+        pooled_projections=text["pooled_prompt_embeds"].to(dtype),
+        return_dict=False,
+    )[0]
+    return output
+
+
+class Model(FrozenTextFamily):
+    """A StableDiffusion3Pipeline taken apart for training; a caption of "" is what the pipeline uses for none.
+
+    A caption's text is CLIP-L's and CLIP-G's last hidden states but one, side by side, with zeros up to T5's width, and
+    T5's after them: (B, 77 + 256, 4096); without a T5, as the model may leave it out, zeros are in its place.
+    """
+
+    kind = SD3_KIND
+    steps, guidance = SD3_KIND.steps, SD3_KIND.guidance
+    lora_targets = LORA_TARGETS
+    max_length = MAX_LENGTH
+    load = staticmethod(load)
+    denoise = staticmethod(denoise)
+
+    def embed(self, captions: list[str]) -> dict[str, Tensor]:
+        pipeline, t5 = self.pipeline, self.pipeline.text_encoder_3
+        clips = [pipeline._get_clip_prompt_embeds(captions, 1, self.device, clip_model_index=n) for n in (0, 1)]
+        (first, pooled), (second, pooled_2) = clips
+        hidden = torch.cat([first, second], -1)
+        if t5 is None:
+            width = int(self.kind.plan_configs(self.config)["transformer"]["joint_attention_dim"])
+            long = hidden.new_zeros(len(captions), MAX_LENGTH, width)
+        else:
+            long = pipeline._get_t5_prompt_embeds(captions, 1, MAX_LENGTH, self.device)
+        hidden = nn.functional.pad(hidden, (0, long.shape[-1] - hidden.shape[-1])).to(long.dtype)
+        return {"prompt_embeds": torch.cat([hidden, long], 1), "pooled_prompt_embeds": torch.cat([pooled, pooled_2], 1)}
+
+    @property
+    def limit(self) -> int:
+        return MAX_LENGTH if self.pipeline.text_encoder_3 is not None else int(self.pipeline.tokenizer.model_max_length)
+
+
+class Plan(PipelineBlueprint):
+    """Networks of Stable Diffusion 3 and 3.5 with random weights."""
+
+    kind = SD3_KIND
+    lora_targets = LORA_TARGETS
+    denoise = staticmethod(denoise)
+
+    def tokens(self, batch: int) -> list[Tensor]:
+        lengths = [getattr(config, "max_position_embeddings", MAX_LENGTH) for config in self.text_configs]
+        return [torch.zeros(batch, length, dtype=torch.long) for length in lengths]
+
+    def text(self, batch: int) -> dict[str, Tensor]:
+        own, length = self.configs["transformer"], self.text_configs[0].max_position_embeddings + MAX_LENGTH
+        return {
+            "prompt_embeds": torch.zeros(batch, length, own["joint_attention_dim"]),
+            "pooled_prompt_embeds": torch.zeros(batch, own["pooled_projection_dim"]),
+        }
+
+
+class Export(PipelineExport):
+    """A model of Stable Diffusion 3 or 3.5 in memory, ready to be written."""
+
+    kind = SD3_KIND
+    load = staticmethod(load)
