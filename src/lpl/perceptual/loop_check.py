@@ -68,7 +68,8 @@ def check(
         loss: what the objective was built with.
         objective: as the loop has it.
         batches: the arguments of the objective's calls by name, diffusion_loss among them, with the model's graph. One
-            is held at a time. 32 samples or more, of all noise levels, tell most.
+            is held at a time. 32 samples or more, of all noise levels, tell most; a gate is suggested from levels of 5
+            samples or more, so from about 200 of them.
         vae: whose decoder the loss compares features of; then its decode is run in every precision, and the loss's walk
             through it is held against it.
         seed: of the bootstrap.
