@@ -13,22 +13,21 @@ EXAMPLES = re.findall(r"```python (\w+)\n(.*?)```", PAGE.read_text(), re.DOTALL)
 
 
 class Block(nn.Module):
-    """A residual block as ldm and MONAI write it; ldm's takes the timestep's embedding too."""
+    """A residual block as ldm writes it, which takes the timestep's embedding too."""
 
-    def __init__(self, inputs, outputs, axes=2):
+    def __init__(self, inputs, outputs):
         super().__init__()
-        convolution = nn.Conv2d if axes == 2 else nn.Conv3d
-        self.norm1, self.conv1 = nn.GroupNorm(2, inputs), convolution(inputs, outputs, 3, padding=1)
-        self.nin_shortcut = convolution(inputs, outputs, 1)
+        self.norm1, self.conv1 = nn.GroupNorm(2, inputs), nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.nin_shortcut = nn.Conv2d(inputs, outputs, 1)
 
     def forward(self, x, temb=None):
         return self.nin_shortcut(x) + self.conv1(nn.functional.silu(self.norm1(x)))
 
 
 class Doubling(nn.Module):
-    def __init__(self, width, axes=2):
+    def __init__(self, width):
         super().__init__()
-        self.conv = (nn.Conv2d if axes == 2 else nn.Conv3d)(width, width, 3, padding=1)
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x):
         return self.conv(nn.functional.interpolate(x, scale_factor=2.0))
@@ -50,19 +49,13 @@ def ldm():
     return model
 
 
-class Monai(nn.Module):
-    """MONAI's AutoencoderKL in 3-D: a flat list of blocks."""
+def monai():
+    """MONAI's own AutoencoderKL, in 3-D."""
+    from monai.networks.nets.autoencoderkl import AutoencoderKL
 
-    def __init__(self):
-        super().__init__()
-        self.decoder = nn.Module()
-        self.decoder.blocks = nn.ModuleList(
-            [nn.Conv3d(3, 8, 3, padding=1), Block(8, 8, 3), Block(8, 8, 3), Doubling(8, 3), Block(8, 4, 3),
-             Doubling(4, 3), Block(4, 4, 3), nn.Conv3d(4, 1, 3, padding=1)]
-        )  # fmt: skip
-
-    def decode(self, z):
-        return nn.Sequential(*self.decoder.blocks)(z)
+    return AutoencoderKL(
+        3, 1, 1, (1, 1, 1), (4, 8, 8), (False,) * 3, 3, 4, 1e-6, False, False
+    )  # axes, channels in and out, blocks, widths, attention, latent channels, groups, eps, attention in the middle
 
 
 def decoder():
@@ -84,7 +77,7 @@ class ViT(nn.Module):
         return torch.cat([self.token.expand(len(z), -1, -1), z.flatten(2).transpose(1, 2)], 1)
 
 
-MODELS = {"vae": lambda: tiny_vae(), "ldm": ldm, "monai": Monai, "decoder": decoder, "vit": ViT}
+MODELS = {"vae": lambda: tiny_vae(), "ldm": ldm, "monai": monai, "decoder": decoder, "vit": ViT}
 SHAPES = {
     "vae": (2, 4, 4, 4),
     "ldm": (2, 3, 4, 4),
