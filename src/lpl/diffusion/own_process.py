@@ -59,6 +59,12 @@ class OwnProcess:
                     "noisy_latents = alpha * latents + sigma * noise are finite and 0 or more"
                 )
         alpha, sigma = alpha.clamp(min=0), sigma.clamp(min=0)
+        nothing = ((alpha == 0) & (sigma == 0)).nonzero().flatten()
+        if len(nothing):
+            raise ValueError(
+                f"{source}: alpha and sigma of sample {int(nothing[0])} are both 0, so its noisy latents are too; for "
+                "samples that are left out (active) pass those of any level"
+            )
         if self.prediction_type in RULES:
             name, rule = RULES[self.prediction_type]
             total = rule(alpha, sigma)

@@ -82,6 +82,24 @@ def add_noise(latents: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> T
     return expand(alpha, latents) * latents + expand(sigma, latents) * noise
 
 
+def coefficients_of(convention: Convention, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """c_skip and c_out of a convention of the caller's, (B,) each.
+
+    Raises:
+        ValueError: it is not a function of alpha and sigma that gives two tensors (B,).
+    """
+    wanted = "a prediction_type of your own takes alpha and sigma, (B,) each, and returns c_skip and c_out, (B,) each"
+    if convention is edm:
+        raise ValueError(f"{wanted}: pass edm(sigma_data), with the parentheses, not edm itself")
+    found: Any = convention(alpha, sigma)
+    pair = isinstance(found, tuple) and len(found) == 2 and all(isinstance(c, Tensor) for c in found)
+    if not pair or any(c.numel() != len(alpha) for c in found):
+        parts = found if isinstance(found, tuple) else [found]
+        shapes = [f"{tuple(c.shape)}" if isinstance(c, Tensor) else f"a {type(c).__name__}" for c in parts]
+        raise ValueError(f"{wanted}; for {len(alpha)} samples it returned {' and '.join(shapes)}")
+    return found[0].reshape(len(alpha)), found[1].reshape(len(alpha))
+
+
 def x0_from_output(
     model_output: Tensor, noisy_latents: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: str | Convention
 ) -> Tensor:
@@ -114,7 +132,9 @@ def x0_from_output(
     if prediction_type == "flow_to_data":
         return noisy_latents + s * o
     if callable(prediction_type):
-        skip, out = (expand(c.to(noisy_latents.dtype), noisy_latents) for c in prediction_type(alpha, sigma))
+        skip, out = (
+            expand(c.to(noisy_latents.dtype), noisy_latents) for c in coefficients_of(prediction_type, alpha, sigma)
+        )
         return skip * noisy_latents + out * o
     raise ValueError(f"unknown prediction type {prediction_type!r}; known: {', '.join(PREDICTION_TYPES)}")
 
@@ -122,7 +142,7 @@ def x0_from_output(
 def output_sensitivity(alpha: Tensor, sigma: Tensor, prediction_type: str | Convention) -> Tensor:
     """|dx0/do| of the table above, (B,)."""
     if callable(prediction_type):
-        return prediction_type(alpha, sigma)[1].abs()
+        return coefficients_of(prediction_type, alpha, sigma)[1].abs()
     if prediction_type == "epsilon":
         return sigma / alpha
     return torch.ones_like(sigma) if prediction_type == "sample" else sigma
@@ -147,6 +167,6 @@ def target_of(
     if prediction_type == "flow_to_data":
         return latents - noise
     if callable(prediction_type):
-        skip, out = (expand(c.to(latents.dtype), latents) for c in prediction_type(alpha, sigma))
+        skip, out = (expand(c.to(latents.dtype), latents) for c in coefficients_of(prediction_type, alpha, sigma))
         return (latents - skip * add_noise(latents, noise, alpha, sigma)) / out
     raise ValueError(f"unknown prediction type {prediction_type!r}; known: {', '.join(PREDICTION_TYPES)}")

@@ -24,6 +24,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -103,8 +104,8 @@ class Budget:
     """
 
     def __init__(self, share: float, step_cost: float, costs: Sequence[float], p_gate: float) -> None:
-        for name, value in (("the budget", share), ("step_cost", step_cost), *(("a tap's cost", k) for k in costs)):
-            if not 0 < value < math.inf:
+        for name, value in (("lpl_budget", share), ("step_flops", step_cost), *(("a tap's cost", k) for k in costs)):
+            if not isinstance(value, Real) or not 0 < value < math.inf:
                 raise ValueError(f"{name} must be a positive number, not {value!r}")
         self.share, self.step_cost, self.p_gate = float(share), float(step_cost), float(p_gate)
         self.costs = torch.tensor(costs, dtype=torch.float64)
@@ -117,6 +118,9 @@ class Budget:
         self.measured = 0
         self._sums: Tensor | None = None
         self._step_sums: Tensor | None = None
+        self._step_samples = 0
+        """Decoded ones of the step under way, as the host knows them."""
+        self._warned = False
 
     @property
     def _allowed(self) -> float:
@@ -157,6 +161,13 @@ class Budget:
         """
         if self.fixed:
             return
+        if self._step_samples >= MEASURED_SAMPLES and not self._warned:
+            self._warned = True
+            logger.warning(
+                "lpl_budget has measured %d decoded samples since objective.end_step(), which belongs after each "
+                "optimizer step: until it is called LPL costs more than the budget", self._step_samples,
+            )  # fmt: skip
+        self._step_samples += len(spread.decoded)
         bins = spread.bins[spread.decoded]
         counts = torch.stack([torch.bincount(found, minlength=BINS) for found in (spread.bins, bins)])
         found = torch.zeros(BINS, device=squares.device)
@@ -166,6 +177,7 @@ class Budget:
 
     def end_step(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
         """Takes over what the finished optimizer step measured; `reduce` sums a tensor over processes."""
+        self._step_samples = 0
         if self.fixed or (self._step_sums is None and reduce is None):
             return
         sums = torch.zeros(3, BINS) if self._step_sums is None else self._step_sums
@@ -179,7 +191,7 @@ class Budget:
 
     def discard_step(self) -> None:
         """Forgets what the optimizer step under way has measured, where it is left out."""
-        self._step_sums = None
+        self._step_sums, self._step_samples = None, 0
 
     def _fix(self) -> None:
         assert self._sums is not None
@@ -213,7 +225,13 @@ class Budget:
         """Restores what state_dict gave."""
         self.fixed, self.measured = bool(state["fixed"]), int(state["measured"])
         self._sums = None if state["sums"] is None else torch.tensor(state["sums"], dtype=torch.float32)
-        self._table = torch.tensor(state["reach"], dtype=torch.float64)
+        table = torch.tensor(state["reach"], dtype=torch.float64)
+        if table.shape != self._table.shape:
+            raise ValueError(
+                f"the state of lpl_budget is of {len(table[0])} taps, the loss compares {len(self.costs)}: build "
+                "it alike"
+            )
+        self._table = table
 
 
 def compare_spread(

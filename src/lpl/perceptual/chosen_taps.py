@@ -2,7 +2,10 @@
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
+
+from torch import Tensor
 
 from lpl.perceptual.convolution import Operation
 from lpl.perceptual.decoders import Tap
@@ -36,9 +39,10 @@ def chosen_taps(every: Sequence[Tap], num_blocks: int | None, names: Sequence[st
         return list(range(len(every)))[: num_blocks + 1]
     if num_blocks is not None:
         raise ValueError(f"num_blocks {num_blocks} and taps {list(names)}: pass one of them")
-    if isinstance(names, str) or not names or not set(names) <= set(known) or len(set(names)) < len(names):
+    listed = list(names) if isinstance(names, Iterable) and not isinstance(names, str) else []
+    if not listed or any(name not in known for name in listed) or len(set(listed)) < len(listed):
         raise ValueError(f"taps {names!r}: name one or more of {', '.join(known)}, each once")
-    return sorted(map(known.index, names))
+    return sorted(map(known.index, listed))
 
 
 def layer_weights_of(
@@ -63,9 +67,10 @@ def layer_weights_of(
             if set(given) != set(names):
                 raise ValueError(f"layer_weights of {', '.join(given)}: pass one for each of {', '.join(names)}")
             given = [given[name] for name in names]
-        weights = [float(weight) for weight in given]
+        listed = list(given) if isinstance(given, Iterable) else []
+        weights = [float(w) if isinstance(w, Real | Tensor) else math.nan for w in listed]
         if len(weights) != len(names) or not all(0 <= w < math.inf for w in weights) or not any(weights):
-            raise ValueError(f"layer_weights {weights}: pass {len(names)} numbers of 0 or more, for {', '.join(names)}")
+            raise ValueError(f"layer_weights {given!r}: pass {len(names)} numbers of 0 or more, for {', '.join(names)}")
         return weights
     if not pow_law:
         return [1.0] * len(compared)

@@ -63,6 +63,9 @@ class Gate:
             raise ValueError("contradictory gates: give one of lpl_t_threshold, lpl_snr_threshold, lpl_sigma_threshold")
         if not given:
             sigma_threshold = SIGMA_THRESHOLD
+        for name, bound in (("lpl_snr_threshold", snr_threshold), ("lpl_sigma_threshold", sigma_threshold)):
+            if bound is not None and not (isinstance(bound, Real) and bound >= 0):
+                raise ValueError(f"{name} must be a number of 0 or more, not {bound!r}")
         self.t_threshold, self.snr_threshold, self.sigma_threshold = t_threshold, snr_threshold, sigma_threshold
         self.process: OwnProcess | None = None
         if alpha_sigma is not None:

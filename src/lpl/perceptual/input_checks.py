@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lpl.diffusion.prediction import FLOW_TYPES, Convention, expand, target_of
+from lpl.perceptual.decoders import is_own
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,8 @@ def check_budget(lpl_budget: Any, lpl_reduction: str, loss_fn: Any) -> None:
         raise ValueError("lpl_budget draws depths of its own: drop random_depth")
     if not hasattr(loss_fn, "on_meta"):
         raise ValueError(f"lpl_budget needs a LatentPerceptualLoss, not {given(loss_fn)}")
+    if is_own(loss_fn.decoder):
+        raise ValueError("lpl_budget counts what a decoder costs, and one's own is not counted: use lpl_max_samples=")
 
 
 def check_latents(model_output: Tensor, noisy_latents: Tensor, latents: Tensor, channels: int | None = None) -> None:
@@ -174,6 +177,14 @@ def check_active(active: Any, batch: int) -> Tensor:
     if active.dtype != torch.bool:
         raise ValueError(f"active: {given(active)}; pass booleans, such as r == t")
     return active
+
+
+def check_draws(draws: Any, batch: int) -> Tensor:
+    """Numbers in [0, 1) that decide what is decoded, (B,), on the CPU."""
+    draws = per_sample(draws, batch, "draws").detach().cpu()
+    if not draws.is_floating_point() or not bool(((draws >= 0) & (draws < 1)).all()):
+        raise ValueError(f"draws: {given(draws)}; pass uniform numbers in [0, 1), as torch.rand draws them")
+    return draws
 
 
 def check_mask(mask: Any, latents: Tensor) -> None:

@@ -13,6 +13,7 @@ the mean latent of its batch: of an estimate that knows nothing of the sample.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -67,7 +68,8 @@ def check(
         loss: what the objective was built with.
         objective: as the loop has it.
         batches: the arguments of the objective's calls by name, diffusion_loss among them, with the model's graph. One
-            is held at a time. 32 samples or more, of all noise levels, tell most.
+            is held at a time. 32 samples or more, of all noise levels, tell most; a gate is suggested from levels of 5
+            samples or more, so from about 200 of them.
         vae: whose decoder the loss compares features of; then its decode is run in every precision, and the loss's walk
             through it is held against it.
         seed: of the bootstrap.
@@ -82,16 +84,21 @@ def check(
         RuntimeError: features that are detached, a gradient of exactly 0, values that are not finite in float32, or a
             walk that is not the decoder's.
     """
+    if loss is not objective.loss_fn:
+        raise ValueError("loss is not what the objective was built with: pass objective.loss_fn")
     found, first = Measured(objective), None
     checks = FirstCalls(1 << 30)
     measured = loss.uncropped() if isinstance(loss, LatentPerceptualLoss) else loss
     for batch in batches:
         if not isinstance(batch, Mapping):
             raise ValueError(f"batches: {given(batch)}; yield the arguments of the objective's calls by name, as dicts")
+        _check_names(batch)
         latents = _measure_batch(found, measured, objective, dict(batch), checks)
         first = latents[:PRECISION_SAMPLES].detach() if first is None and len(latents) else first
     if first is None:
         raise ValueError("batches: there is no sample in them; yield batches as the loop makes them")
+    if not found.has("lpl") or not bool((found.joined("alpha") > 0).any()):
+        raise ValueError("batches: no sample is active and has a signal (alpha above 0): yield all noise levels")
     lpl, square = found.joined("lpl"), found.joined("lpl_square")
     if not bool((lpl.isfinite() & square.isfinite()).all()):
         raise RuntimeError("LPL or its gradient is not finite: look at the decoder's precision and weights")
@@ -102,6 +109,15 @@ def check(
     decoder = _decoder(loss, vae, first) if vae is not None else {}
     numbers = numbers_of(found, decoder, seed)
     return CheckResult(numbers, table_of(numbers))
+
+
+def _check_names(call: Mapping[str, Any]) -> None:
+    known = inspect.signature(PerceptualObjective.__call__).parameters
+    missing = [name for name in ("model_output", "noisy_latents", "latents") if name not in call]
+    unknown = [repr(name) for name in call if name not in known or name == "self"]
+    if missing or unknown:
+        what = f"{', '.join(missing)} missing" if missing else f"there is no argument {', '.join(unknown)}"
+        raise ValueError(f"batches: {what}; yield the arguments of the objective's calls by name")
 
 
 def _measure_batch(

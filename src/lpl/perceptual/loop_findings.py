@@ -232,7 +232,8 @@ def table_of(numbers: dict[str, Any]) -> str:
         between = "" if spread is None else f" ({spread[0]:.2f} to {spread[1]:.2f})"
         rows.append(
             [_range(row), f"{row['num']}", percent(row["passed"]), f"{row['lpl']:.3g}",
-             f"{row['uninformed']:.2f}", f"{row['ratio']:.3g}", f"{row['cosine']:.2f}{between}"]
+             f"{row['uninformed']:.2f}", "" if row["ratio"] is None else f"{row['ratio']:.3g}",
+             f"{row['cosine']:.2f}{between}"]
         )  # fmt: skip
     lines += columns(rows, right=True)
     if numbers["layers"]:

@@ -25,7 +25,7 @@ from lpl.perceptual.decoders import DecoderTaps, HookTaps, VaeTaps, any_decoder,
 from lpl.perceptual.defaults import NORM_TYPE
 from lpl.perceptual.distance import NORM_TYPES, FeatureDistance, batch_scale
 from lpl.perceptual.feature_maps import mean_of_rows
-from lpl.perceptual.input_checks import check_mask, check_mask_values
+from lpl.perceptual.input_checks import check_mask, check_mask_values, check_windows, given
 from lpl.perceptual.loss_checks import check_modules, check_options, check_pair
 from lpl.perceptual.sweep import Crop, Segment, Target, Way, WithGradient, compare, see_target
 
@@ -127,6 +127,10 @@ class LatentPerceptualLoss:
                 raise ValueError(f"{name} must be an integer of {least} or more, not {value!r}")
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ValueError(f"dtype {dtype!r} is no floating-point torch.dtype, such as torch.float32")
+        if latent_space is not None and not hasattr(latent_space, "to_raw"):
+            raise ValueError(
+                f"latent_space is {given(latent_space)}: pass a LatentSpace, such as LatentSpace.scaled(0.18215)"
+            )
         decoder = any_decoder(vae, stages, strides)
         if not isinstance(decoder, HookTaps):
             for module in decoder.modules():
@@ -341,8 +345,10 @@ class LatentPerceptualLoss:
                 check_mask_values(mask)
         if depth is not None and (self.reach is None or not 1 <= depth <= len(self.taps)):
             raise ValueError(f"depth {depth} needs random_depth and must lie in 1..{len(self.taps)}")
-        if (windows is None) != (self.crop is None) or (windows is not None and windows.shape != (len(pred), 2)):
+        if (windows is None) != (self.crop is None):
             raise ValueError("windows, (B, 2) numbers in [0, 1), go with crop")
+        if windows is not None:
+            check_windows(windows, len(pred))
         check_modules(self.decoder, self.dtype, pred.device, self.copied)
 
 

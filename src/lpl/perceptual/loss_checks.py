@@ -62,8 +62,8 @@ def check_pair(pred: Tensor, target: Tensor, decoder: Decoder) -> None:
 def check_modules(decoder: Decoder, dtype: torch.dtype, device: torch.device, copied: bool) -> None:
     """The decoder's modules in eval mode, on the latents' device and in the loss's dtype; moves a private copy."""
     for module in decoder.modules():
-        if module.training:
-            raise ValueError("the VAE went to training mode: call vae.eval()")
+        if any(part.training for part in module.modules()):
+            raise ValueError("the VAE, or a part of its decoder, is in training mode: call vae.eval()")
         weight = next(module.parameters(), None)
         if weight is None:
             continue

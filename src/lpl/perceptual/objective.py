@@ -35,11 +35,13 @@ from lpl.perceptual.input_checks import (
     FirstCalls,
     check_active,
     check_budget,
+    check_draws,
     check_latents,
     check_mask,
     check_options,
     check_windows,
     diffusion_gradient,
+    given,
     per_sample,
     unpacked,
 )
@@ -139,6 +141,8 @@ class PerceptualObjective:
             )
         self.loss_fn = loss_fn
         thresholds = (lpl_t_threshold, lpl_snr_threshold, lpl_sigma_threshold)
+        if alpha_sigma is not None and not callable(alpha_sigma):
+            raise ValueError(f"alpha_sigma is {given(alpha_sigma)}: pass a function of time")
         process = OwnProcess(alpha_sigma, prediction_type) if own else alpha_sigma
         self.gate = Gate(noise_scheduler, *thresholds, alpha_sigma=process)
         self.lpl_scale, self.snr_gamma, self.lpl_reduction = lpl_scale, snr_gamma, lpl_reduction
@@ -154,6 +158,7 @@ class PerceptualObjective:
         self.lpl_budget, self.step_flops = lpl_budget, step_flops
         self.budget: Budget | None = None
         """Of lpl_budget, from the first call on."""
+        self._loaded_budget: dict[str, Any] | None = None
         self._first = FirstCalls(checked_calls)
         self._seen = self._passed = self._calls = 0
         self._p_gate_acts = checked_calls > 0 and self.auto is None and lpl_reduction == "expected"
@@ -238,6 +243,8 @@ class PerceptualObjective:
         passed = passes.nonzero().flatten()
         gated = len(passed)
         self._expect_gated(size, gated)
+        if self.auto is None and torch.is_grad_enabled() and not self._ramp(step):  # not begun: nothing is decoded
+            passed, gated = passed[:0], 0
         metrics: dict[str, Tensor | float] = {
             "lpl/num_samples": float(gated),
             "lpl/application_ratio": gated / max(size, 1),
@@ -259,7 +266,8 @@ class PerceptualObjective:
             spread = self._spread(passed, alpha, sigma, latents, draws)
             assert self.budget is not None
             decoded = passed[spread.decoded]
-            metrics |= {"lpl/cost": self.budget.cost_of(spread) / max(size, 1), "lpl/loss": 0.0}
+            run = spread.first(len(decoded) if self.lpl_max_samples is None else self.lpl_max_samples)
+            metrics |= {"lpl/cost": self.budget.cost_of(run) / max(size, 1), "lpl/loss": 0.0}
         if not len(decoded):
             metrics["lpl/weighted_loss"] = 0.0
             if self.auto is not None and diffusion_square is not None:
@@ -329,6 +337,27 @@ class PerceptualObjective:
             if measured is not None:
                 measured.discard_step()
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs after end_step(): of "auto" and lpl_budget, and how many draws were made."""
+        budget = self._loaded_budget if self.budget is None else self.budget.state_dict()
+        return {"auto": self.auto and self.auto.state_dict(), "budget": budget, "calls": self._calls}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what state_dict gave, of an objective with the same options.
+
+        Raises:
+            ValueError: it is of an objective with other options.
+        """
+        for name, has in (("auto", self.auto is not None), ("budget", self.lpl_budget is not None)):
+            if state[name] is not None and not has:
+                option = "lpl_weight 'auto'" if name == "auto" else "lpl_budget"
+                raise ValueError(f"the state is of an objective with {option}, which this one has not: build it alike")
+        if self.auto is not None and state["auto"] is not None:
+            self.auto.load_state_dict(state["auto"])
+        self._calls, self._loaded_budget = int(state["calls"]), state["budget"]
+        if self.budget is not None and self._loaded_budget is not None:
+            self.budget.load_state_dict(self._loaded_budget)
+
     def count(self, shape: Sequence[int]) -> None:
         """Counts what lpl_budget spends for a sample's latents of this shape, (C, *space); else the first call does.
 
@@ -339,6 +368,8 @@ class PerceptualObjective:
             if self.step_flops is None:
                 raise ValueError(f"lpl_budget {self.lpl_budget} is a share of a training step: pass step_flops=")
             self.budget = Budget(self.lpl_budget, self.step_flops, tap_flops(self.loss_fn, shape), self.p_gate)
+            if self._loaded_budget is not None:
+                self.budget.load_state_dict(self._loaded_budget)
 
     def _spread(self, passed: Tensor, alpha: Tensor, sigma: Tensor, latents: Tensor, draws: Tensor | None) -> Spread:
         """Which gated samples are decoded, and how deep."""
@@ -347,7 +378,7 @@ class PerceptualObjective:
         if draws is None:
             draws = torch.rand(len(alpha), generator=keyed_generator(self.seed, "lpl_budget", self._calls))
             self._calls += 1
-        draws = per_sample(draws, len(alpha), "draws").cpu()
+        draws = check_draws(draws, len(alpha))
         return self.budget.spread(alpha[passed], sigma[passed], draws[passed], self._measuring)
 
     def _depth(self, step: int | None) -> int | None:

@@ -190,7 +190,7 @@ def test_costs_are_counted_and_depths_follow_them(vae):
         ({"lpl_budget": 0}, "positive"),
         ({"lpl_budget": 0.1, "lpl_reduction": "gated"}, "lpl_reduction 'expected'"),
         ({"lpl_budget": 0.1, "step_flops": None}, "pass step_flops="),
-        ({"lpl_budget": 0.1, "step_flops": -1.0}, "step_cost must be a positive number"),
+        ({"lpl_budget": 0.1, "step_flops": -1.0}, "step_flops must be a positive number"),
     ],
 )
 def test_refusals(vae, options, said):
@@ -204,3 +204,78 @@ def test_losses_that_it_does_not_go_with(vae):
             PerceptualObjective(
                 LatentPerceptualLoss(vae, **options), DDPMScheduler(), lpl_budget=0.1, step_flops=STEP_FLOPS
             )
+
+
+@pytest.mark.parametrize("draws", [torch.full((8,), float("nan")), torch.full((8,), 1.0), torch.full((8,), -0.1)])
+def test_draws_outside_of_0_to_1_are_an_error(vae, draws):
+    """Those of NaN decoded nothing, and those below 0 everything, without a word."""
+    with pytest.raises(ValueError, match=r"draws: .*\[0, 1\)"):
+        Inputs()(objective_of(vae, lpl_budget=0.1, step_flops=STEP_FLOPS), draws=draws)
+
+
+@pytest.mark.parametrize("flops", [0, float("nan"), "1e9"])
+def test_step_flops_is_named(vae, flops):
+    with pytest.raises(ValueError, match="step_flops must be a positive number"):
+        Inputs()(objective_of(vae, lpl_budget=0.1, step_flops=flops))
+
+
+def test_ones_own_decoder_is_refused_where_the_objective_is_built():
+    loss_fn = LatentPerceptualLoss(stages=[torch.nn.Tanh().eval()], strides=(1,))
+    with pytest.raises(ValueError, match="one's own is not counted"):
+        PerceptualObjective(loss_fn, DDPMScheduler(), lpl_budget=0.1, step_flops=STEP_FLOPS)
+
+
+def test_cost_is_of_the_samples_that_are_decoded(vae):
+    inputs, draws = Inputs(), torch.zeros(8)
+    whole, first = (
+        inputs(objective_of(vae, lpl_budget=0.1, step_flops=STEP_FLOPS, lpl_max_samples=n), draws=draws) for n in (8, 2)
+    )
+    assert first.metrics["lpl/cost"] == pytest.approx(whole.metrics["lpl/cost"] / 4)
+
+
+def test_a_loop_goes_on_from_the_state_as_if_it_had_not_stopped(vae):
+    """Also where the budget is not built yet, which waits for the first call."""
+
+    def run(objective, steps):
+        losses = []
+        for step in steps:
+            inputs = Inputs(seed=step)
+            diffusion_loss = inputs.output.square().mean()
+            losses.append(float(inputs(objective, diffusion_loss=diffusion_loss, step=step).loss.detach()))
+            objective.end_step()
+        return losses
+
+    def build():
+        loss_fn = LatentPerceptualLoss(vae)
+        return PerceptualObjective(loss_fn, DDPMScheduler(), "auto", lpl_budget=0.1, step_flops=STEP_FLOPS)
+
+    straight, first, second = build(), build(), build()
+    losses = run(straight, range(6))
+    run(first, range(3))
+    second.load_state_dict(first.state_dict())
+    assert second.state_dict() == first.state_dict()
+    assert run(second, range(3, 6)) == losses[3:]
+    assert second.state_dict() == straight.state_dict()
+    with pytest.raises(ValueError, match="lpl_budget, which this one has not"):
+        objective_of(vae).load_state_dict(first.state_dict() | {"auto": None})
+    fewer = PerceptualObjective(
+        LatentPerceptualLoss(vae, num_blocks=1), DDPMScheduler(), "auto", lpl_budget=0.1, step_flops=STEP_FLOPS
+    )
+    fewer.load_state_dict(first.state_dict())
+    with pytest.raises(ValueError, match="5 taps, the loss compares 2"):
+        run(fewer, [0])
+
+
+def test_a_loop_that_forgets_end_step_is_warned(vae, caplog):
+    """Nothing is taken over then, and LPL goes on at the rate at which it measures."""
+    inputs, objective = Inputs(), objective_of(vae, lpl_budget=0.1, step_flops=STEP_FLOPS)
+    inputs(objective)
+    budget = objective.budget
+    spread = budget.spread(inputs.alpha, inputs.sigma, torch.zeros(8), measuring=False)
+    for end in (True, False):
+        for _ in range(100):
+            budget.measure(spread, torch.zeros(8))
+            if end:
+                budget.end_step()
+                budget._sums = None  # or it would be set
+        assert caplog.text.count("end_step()") == (not end)

@@ -253,3 +253,41 @@ def test_the_suggested_gate_ends_where_the_estimate_says_nothing(latent_distance
     perfect = check(latent_distance, flow(latent_distance), flow_batches(16, error=0.1)).numbers
     assert perfect["suggestion"]["lpl_sigma_threshold"] is None
     assert math.isfinite(perfect["suggestion"]["lpl_weight"]["value"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"maks": lambda call: None}, "no argument 'maks'"),
+        ({"active": lambda call: torch.zeros(BATCH, dtype=torch.bool)}, "no sample is active"),
+        (
+            {"sigmas": lambda call: torch.ones(BATCH), "noisy_latents": lambda call: torch.randn(BATCH, 4, 8, 8)},
+            "signal",
+        ),
+    ],
+)
+def test_batches_that_say_nothing_are_errors(latent_distance, changes, said):
+    with pytest.raises(ValueError, match=said):
+        check(latent_distance, flow(latent_distance), flow_batches(1, **changes))
+
+
+def test_a_batch_without_an_argument_and_another_loss_are_errors(latent_distance, small):
+    (call,) = flow_batches(1)
+    del call["latents"]
+    with pytest.raises(ValueError, match="latents missing"):
+        check(latent_distance, flow(latent_distance), [call])
+    with pytest.raises(ValueError, match="not what the objective was built with"):
+        check(small, flow(latent_distance), flow_batches(1))
+
+
+def test_levels_that_the_diffusion_loss_leaves_out_have_no_ratio(latent_distance):
+    """Such as a loss that is weighed with 0 where noise is least."""
+
+    def clipped(call):
+        target = (call["noisy_latents"] - call["latents"]) / call["sigmas"].view(-1, 1, 1, 1)
+        errors = (call["model_output"] - target).square().mean((1, 2, 3))
+        return (errors * (call["sigmas"] > 0.5)).mean()
+
+    found = check(latent_distance, flow(latent_distance), flow_batches(diffusion_loss=clipped))
+    assert [row["ratio"] is None for row in found.numbers["levels"]][::5] == [True, False]
+    assert "0 to 0.1" in found.table

@@ -356,3 +356,56 @@ def test_random_depth_of_hooks(vae):
     loss_fn = LatentPerceptualLoss(hooks(vae), random_depth=True)
     latents = torch.randn(1, 4, 4, 4)
     assert list(loss_fn(latents, latents, depth=2).per_layer) == HOOKS[:2]
+
+
+@pytest.mark.parametrize(
+    ("stage", "said"),
+    [
+        (lambda z: None, "stage_0 gives a NoneType"),
+        (lambda z: {"a": z}, "stage_0 gives a dict"),
+        (lambda z: z.flatten(1), r"stage_0 gives \(2, 64\)"),
+        (lambda z: z.mean(0, keepdim=True), "stage_0 makes 1 samples of 2"),
+    ],
+)
+def test_a_stage_that_gives_no_map_is_named(stage, said):
+    latents = torch.randn(2, 4, 4, 4)
+    with pytest.raises(ValueError, match=said):
+        LatentPerceptualLoss(stages=[stage], strides=(1,))(latents, latents + 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"strides": 2}, "strides 2"),
+        ({"strides": (float("nan"),)}, "strides"),
+        ({"strides": (1,), "taps": 1}, "taps 1"),
+        ({"strides": (1,), "taps": (["stage_0"],)}, "taps"),
+        ({"strides": (1,), "layer_weights": 1.0}, "layer_weights"),
+        ({"strides": (1,), "layer_weights": ("a",)}, "layer_weights"),
+        ({"strides": (1,), "latent_space": 0.18}, "latent_space is a float"),
+    ],
+)
+def test_options_of_another_type_say_what_to_pass(options, said):
+    with pytest.raises(ValueError, match=f"{said}.*pass|{said}.*name one"):
+        LatentPerceptualLoss(stages=[nn.Tanh().eval()], **options)
+
+
+def test_a_part_in_training_mode_is_an_error(vae):
+    stage = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Dropout(0.5)).eval()
+    stage[1].train()
+    with pytest.raises(ValueError, match="training mode"):
+        LatentPerceptualLoss(stages=[stage], strides=(1,))
+    other = copy.deepcopy(vae).eval()
+    loss_fn = LatentPerceptualLoss(other)
+    other.decoder.mid_block.train()
+    with pytest.raises(ValueError, match="training mode"):
+        loss_fn(torch.zeros(1, 4, 4, 4), torch.zeros(1, 4, 4, 4))
+
+
+def test_hooks_take_a_module_a_function_and_latents(vae):
+    with pytest.raises(ValueError, match="example is a NoneType"):
+        HookTaps(vae, HOOKS, vae.decode, None)
+    with pytest.raises(ValueError, match="decode a NoneType"):
+        HookTaps(vae, HOOKS, None, torch.zeros(1, 4, 2, 2))
+    with pytest.raises(ValueError, match="mid_block gives a NoneType"):
+        hooks(vae, to_map=lambda output: None)

@@ -335,3 +335,46 @@ def test_wrong_option_is_refused(latent_distance, options, message):
 def test_sigma_data_is_positive():
     with pytest.raises(ValueError, match="sigma_data must be positive, not 0"):
         edm(0)
+
+
+def own(prediction_type, **options):
+    distance = lambda pred, target, mask=None, **_: None  # noqa: E731
+    return PerceptualObjective(distance, prediction_type=prediction_type, **{"p_gate": 0.5} | options)
+
+
+def call_own(objective, alphas, sigmas):
+    latents = torch.randn(2, 4, 4, 4)
+    return objective(latents.clone().requires_grad_(), latents + 1, latents, alphas=alphas, sigmas=sigmas)
+
+
+@pytest.mark.parametrize(
+    ("convention", "said"),
+    [
+        (edm, r"pass edm\(sigma_data\), with the parentheses"),
+        (lambda alpha, sigma: alpha, r"for 2 samples it returned \(2,\)"),
+        (lambda alpha, sigma: None, "returned a NoneType"),
+        (lambda alpha, sigma: (1.0, -sigma), r"a float and \(2,\)"),
+        (lambda alpha, sigma: (alpha[:1], sigma), r"\(1,\)"),
+    ],
+)
+def test_a_convention_that_gives_no_pair_is_named(convention, said):
+    with pytest.raises(ValueError, match=said):
+        call_own(own(convention, checked_calls=0), torch.ones(2), torch.ones(2))
+
+
+def test_levels_without_signal_and_noise_are_an_error():
+    """Their SNR is 0 / 0, and the loss was no number."""
+    with pytest.raises(ValueError, match="sample 1 are both 0"):
+        call_own(own("epsilon", checked_calls=0), torch.tensor([1.0, 0.0]), torch.tensor([0.5, 0.0]))
+
+
+@pytest.mark.parametrize("bound", [-1, float("nan"), "3"])
+def test_gates_of_ones_own_process_have_bounds_too(bound):
+    for name in ("lpl_sigma_threshold", "lpl_snr_threshold"):
+        with pytest.raises(ValueError, match=f"{name} must be a number of 0 or more"):
+            own("epsilon", **{name: bound})
+
+
+def test_alpha_sigma_is_a_function():
+    with pytest.raises(ValueError, match="alpha_sigma is a int: pass a function"):
+        own("flow", alpha_sigma=3)

@@ -52,6 +52,7 @@ def test_start_alone_acts_as_well(vae):
     plain = term_at(build(vae, lpl_weight=2.0), 0)
     late = build(vae, lpl_weight=2.0, lpl_start=5)
     assert [term_at(late, step).loss.item() for step in (4, 5)] == [0, plain.loss.item()]
+    assert [term_at(late, step).num_samples for step in (4, 5)] == [0, plain.num_samples]  # nothing is decoded for 0
     with pytest.raises(ValueError, match="lpl_start needs step"):
         term_at(late, None)
 

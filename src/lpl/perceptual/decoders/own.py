@@ -1,6 +1,7 @@
 """Anyone's decoder: as a list of stages, or as names of modules that hooks listen to."""
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Real
@@ -40,16 +41,17 @@ class StageTaps(DecoderTaps):
             stages = list(stages)
         if not isinstance(stages, list | tuple) or not stages or not all(map(callable, stages)):
             raise ValueError(f"stages is {_words(stages)}: pass a list of callables, from raw latents to the last map")
-        known = [0.0] * len(stages) if strides is None else list(strides)
-        if len(known) != len(stages) or not all(isinstance(s, Real) for s in known) or (strides and min(known) <= 0):
+        known = [0.0] * len(stages) if strides is None else list(strides) if isinstance(strides, list | tuple) else []
+        positive = strides is None or all(isinstance(s, Real) and 0 < float(s) < math.inf for s in known)
+        if len(known) != len(stages) or not positive:
             raise ValueError(
-                f"strides {known}: pass {len(stages)} positive numbers, the output's cells per cell of a map"
+                f"strides {strides}: pass {len(stages)} positive numbers, the output's cells per cell of a map"
             )
         self._stages = list(stages)
         self.latent_channels = None
         self.taps = tuple(Tap(f"stage_{i}", 0, stride) for i, stride in enumerate(known))
         for module in self.modules():
-            if module.training:
+            if any(part.training for part in module.modules()):
                 raise ValueError(f"a stage, {type(module).__name__}, is in training mode: call .eval() on the decoder")
 
     @property
@@ -66,7 +68,12 @@ class StageTaps(DecoderTaps):
         return raw_latents
 
     def run(self, stage: int, x: State) -> State:
-        return self._stages[stage](x)
+        out = self._stages[stage](x)
+        shown = out[0] if isinstance(out, tuple | list) and len(out) else out
+        _check_map(shown, self.taps[stage].name)
+        if len(shown) != len(map_of(x)):
+            raise ValueError(f"{self.taps[stage].name} makes {len(shown)} samples of {len(map_of(x))}: keep each apart")
+        return out
 
     def finish(self, x: State) -> Tensor:
         return map_of(x)
@@ -114,6 +121,12 @@ class HookTaps(Decoder):
         example: Tensor,
         to_map: Callable[[Any], Tensor] | None = None,
     ) -> None:
+        if not isinstance(model, nn.Module) or not callable(decode):
+            raise ValueError(f"model is {_words(model)} and decode {_words(decode)}: pass a module and its function")
+        if not isinstance(example, Tensor) or not example.is_floating_point():
+            raise ValueError(
+                f"example is {_words(example)}: pass raw latents of floating point, a small batch of zeros"
+            )
         modules = dict(model.named_modules())
         unknown = [name for name in names if name not in modules]
         if isinstance(names, str) or not names or unknown or len(set(names)) < len(names):
@@ -151,6 +164,7 @@ class HookTaps(Decoder):
                 if name in found:
                     raise ValueError(f"{name} runs twice in a decode: name a module that runs once")
                 found[name] = self.to_map(output)
+                _check_map(found[name], name)
                 versions[name] = found[name], found[name]._version
                 if stop and len(found) == len(names):
                     raise _StopDecoding
@@ -218,6 +232,13 @@ def _first(output: Any) -> Tensor:
     if not isinstance(output, Tensor):
         raise ValueError(f"an output is {_words(output)}: pass to_map=, which makes a feature map of it")
     return output
+
+
+def _check_map(value: Any, name: str) -> None:
+    """A feature map of 1, 2 or 3 axes of space."""
+    if not isinstance(value, Tensor) or not 3 <= value.dim() <= 5 or value.is_complex():
+        found = f"{tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else _words(value)
+        raise ValueError(f"{name} gives {found}: a feature map is (B, C, *space), or begins a tuple of stages=")
 
 
 def _words(value: Any) -> str:
