@@ -16,7 +16,7 @@ import torch
 
 from lpl import LatentPerceptualLoss
 from lpl.demo.weights import load_pipeline
-from lpl.perceptual.loss import REACH
+from lpl.perceptual.random_depth import REACH
 
 sys.path.insert(0, str(Path(__file__).parent))
 from loss_cost import DOCS, count_lpl, decode_flops, sdxl_vae

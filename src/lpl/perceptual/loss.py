@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from itertools import pairwise
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -27,13 +26,11 @@ from lpl.perceptual.distance import NORM_TYPES, FeatureDistance, batch_scale
 from lpl.perceptual.feature_maps import mean_of_rows
 from lpl.perceptual.input_checks import check_mask, check_mask_values, check_windows, given
 from lpl.perceptual.loss_checks import check_modules, check_options, check_pair
+from lpl.perceptual.random_depth import reach_probabilities
 from lpl.perceptual.sweep import Crop, Segment, Target, Way, WithGradient, compare, see_target
 
 CHUNK_PIXELS = 256 * 256
 """Pixels that `chunk=None` sends through the decoder at once, where one sample has fewer."""
-
-REACH = (1.0, 1.0, 0.4, 0.3, 0.25)
-"""For the taps of SDXL's decoder (middle block and four up blocks), from benchmarks/random_depth.py."""
 
 READ_MASKS = 3
 """Calls with a mask whose values are checked; reading them waits for the device."""
@@ -377,29 +374,3 @@ def _join(parts: list[LPLOutput]) -> LPLOutput:
 
 def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
     return autocast(device_type, enabled=False) if is_autocast_available(device_type) else nullcontext()
-
-
-def reach_probabilities(taps: int, given: bool | Sequence[float]) -> tuple[float, ...] | None:
-    """The probability of reaching each tap, or None without random depth.
-
-    Args:
-        taps: how many there are.
-        given: False; True for REACH (a decoder with more taps keeps its last value); or the probabilities.
-
-    Raises:
-        ValueError: probabilities that are not one per tap, do not start at 1, rise, or reach 0.
-    """
-    if given is False:
-        return None
-    if given is True:
-        return tuple(REACH[min(i, len(REACH) - 1)] for i in range(taps))
-    reach = tuple(float(p) for p in given)
-    falls = all(a >= b > 0 for a, b in pairwise(reach))
-    if len(reach) != taps or reach[0] != 1 or not falls:
-        raise ValueError(f"random_depth needs {taps} probabilities, one per tap, falling from 1 and above 0: {reach}")
-    return reach
-
-
-def depth_of(draw: float, reach: Sequence[float]) -> int:
-    """How many taps are compared, for a draw that is uniform in [0, 1)."""
-    return sum(draw < p for p in reach)

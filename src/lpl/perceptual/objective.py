@@ -9,7 +9,6 @@ is lpl_weight / p_gate. Differs from the diffusers project: that divides by the 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -31,6 +30,7 @@ from lpl.perceptual.auto_weight import AutoWeight, count_zero_gradients, gradien
 from lpl.perceptual.budget import Budget, Spread, compare_spread, tap_flops
 from lpl.perceptual.defaults import TARGET_SHARE
 from lpl.perceptual.gate import Gate, Sampler, snr_scale
+from lpl.perceptual.gate_watch import GateWatch
 from lpl.perceptual.input_checks import (
     FirstCalls,
     check_active,
@@ -45,19 +45,10 @@ from lpl.perceptual.input_checks import (
     per_sample,
     unpacked,
 )
-from lpl.perceptual.loss import LatentPerceptualLoss, depth_of
+from lpl.perceptual.loss import LatentPerceptualLoss
 from lpl.perceptual.noise_levels import check_prediction_type, noise_levels, source_of
+from lpl.perceptual.random_depth import depth_of
 from lpl.perceptual.term import PerceptualTerm, describe
-
-logger = logging.getLogger(__name__)
-
-
-IDLE_SAMPLES = 100
-"""Samples that should have passed the gate by its probability, before none having passed is a warning."""
-COUNTED_SAMPLES = 1000
-"""Samples after which the share that passed is held against p_gate, once."""
-DEVIATIONS = 6
-"""Standard deviations of that share which chance does not explain."""
 
 
 class PerceptualObjective:
@@ -100,8 +91,7 @@ class PerceptualObjective:
         lpl_budget: LPL's mean cost as a share of step_flops. Which gated samples are decoded, and how deep, is then
             drawn, and terms are divided by the probability, so that value and gradient are the full ones on average
             (see Budget). Pass step_flops, and call end_step() after every optimizer step.
-        step_flops: FLOPs of a sample's training step without LPL; may be set later, as `objective.step_flops`, but
-            before the first call.
+        step_flops: FLOPs of a sample's training step without LPL; an attribute, too, to be set before the first call.
         checked_calls: calls whose values on the device are checked, a synchronisation or a few each; 0: none.
 
     Raises:
@@ -156,12 +146,11 @@ class PerceptualObjective:
         if lpl_budget is not None:
             check_budget(lpl_budget, lpl_reduction, loss_fn)
         self.lpl_budget, self.step_flops = lpl_budget, step_flops
-        self.budget: Budget | None = None
-        """Of lpl_budget, from the first call on."""
+        self.budget: Budget | None = None  # from the first call on
         self._loaded_budget: dict[str, Any] | None = None
         self._first = FirstCalls(checked_calls)
-        self._seen = self._passed = self._calls = 0
-        self._p_gate_acts = checked_calls > 0 and self.auto is None and lpl_reduction == "expected"
+        self._calls, held = 0, checked_calls > 0 and self.auto is None and lpl_reduction == "expected"
+        self._watch = GateWatch(self.gate, self.p_gate, held)
 
     @property
     def weight(self) -> Tensor | float:
@@ -242,7 +231,7 @@ class PerceptualObjective:
         self._first.noise(noisy_latents, latents, alpha, looked_at, source_of(self.gate))
         passed = passes.nonzero().flatten()
         gated = len(passed)
-        self._expect_gated(size, gated)
+        self._watch(size, gated)
         if self.auto is None and torch.is_grad_enabled() and not self._ramp(step):  # not begun: nothing is decoded
             passed, gated = passed[:0], 0
         metrics: dict[str, Tensor | float] = {
@@ -393,33 +382,13 @@ class PerceptualObjective:
         if self.lpl_start == self.lpl_warmup_steps == 0:
             return 1.0
         if step is None:
-            raise ValueError(
-                f"{'lpl_warmup_steps' if self.lpl_warmup_steps else 'lpl_start'} needs step=, the optimizer step"
-            )
+            name = "lpl_warmup_steps" if self.lpl_warmup_steps else "lpl_start"
+            raise ValueError(f"{name} needs step=, the optimizer step")
         return min(1.0, max(0, step - self.lpl_start + 1) / (self.lpl_warmup_steps + 1))
 
     def scale(self, snr: Tensor) -> Tensor:
         """What a sample's LPL is multiplied by for its noise level; snr: (B,)."""
         return snr_scale(snr, self.snr_gamma) if self.lpl_scale else torch.ones_like(snr)
-
-    def _expect_gated(self, size: int, gated: int) -> None:
-        """Warns once where what has passed the gate by now does not fit its probability."""
-        before, self._seen, self._passed = self._seen, self._seen + size, self._passed + gated
-        p = self.p_gate
-        if not self._passed and before * p < IDLE_SAMPLES <= self._seen * p:
-            logger.warning(
-                "LPL has applied to none of %d samples, though its gate %s should pass %.3g %% of them: are these the "
-                "%s that made noisy_latents, and is p_gate that of your draws?",
-                self._seen, self.gate, 100 * p, source_of(self.gate),
-            )  # fmt: skip
-        elif self._p_gate_acts and self._passed and before < COUNTED_SAMPLES <= self._seen:
-            found = self._passed / self._seen
-            if abs(found - p) > DEVIATIONS * (p * (1 - p) / self._seen) ** 0.5:
-                logger.warning(
-                    "%.3g %% of %d samples passed the gate %s, where p_gate says %.3g %%: LPL acts with %.2g of its "
-                    "weight; pass p_gate=, a Distribution or a function that draws as your loop does, or %.3g",
-                    100 * found, self._seen, self.gate, 100 * p, found / p, found,
-                )  # fmt: skip
 
     @property
     def _measuring(self) -> bool:

@@ -64,7 +64,7 @@ def test_layers_add_up_to_the_loss_and_the_weight_is_what_auto_measures(small):
     objective, batches = flow(small, lpl_target_share=0.3), list(flow_batches(8))
     weights = list(small.weights)
     found = check(small, objective, batches)
-    assert (objective.auto.measured, objective._seen, objective._first._left["noise"]) == (0, 0, 3)
+    assert (objective.auto.measured, objective._watch._seen, objective._first._left["noise"]) == (0, 0, 3)
     assert small.weights == weights
     measured = flow(small, lpl_target_share=0.3)
     for call in batches:

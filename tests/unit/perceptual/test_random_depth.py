@@ -5,7 +5,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from lpl import LatentPerceptualLoss, PerceptualObjective
-from lpl.perceptual.loss import REACH, depth_of, reach_probabilities
+from lpl.perceptual.random_depth import REACH, depth_of, reach_probabilities
 
 
 @pytest.mark.parametrize("random_depth", [True, (1.0, 0.7, 0.7, 0.2, 0.05)])
