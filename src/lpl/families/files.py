@@ -75,12 +75,17 @@ def check_original(path: Path, config: ModelConfig) -> None:
     if config.single_file_config is not None and not (Path(config.single_file_config) / INDEX).is_file():
         raise UserError(f"--single_file_config {config.single_file_config}: no {INDEX} in it")
     check_weights(header, where)
-    if header.get(f"{UNET}input_blocks.0.0.weight", {}).get("shape", [])[1:2] == [9]:
-        raise UserError(f"{where}: an inpainting model (9 input channels); this trainer needs a text-to-image one")
+    check_inputs(header, where)
     if not any(key.startswith(UNET) for key in header):
         raise UserError(f"{where}: no UNet in it ({UNET}...)")
     if not any(key.startswith(FIRST_STAGE) for key in header) and config.pretrained_vae_model_name_or_path is None:
         raise UserError(f"{where}: no VAE in it ({FIRST_STAGE}...); give one with {VAE_FLAG}")
+
+
+def check_inputs(header: Mapping[str, Any], where: str) -> None:
+    """Refuses an inpainting model in the original layout."""
+    if header.get(f"{UNET}input_blocks.0.0.weight", {}).get("shape", [])[1:2] == [9]:
+        raise UserError(f"{where}: an inpainting model (9 input channels); this trainer needs a text-to-image one")
 
 
 def unet_parameters(header: Mapping[str, Any]) -> int:

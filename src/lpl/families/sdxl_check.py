@@ -16,6 +16,7 @@ from lpl.families.files import (
     UNET,
     VAE_FLAG,
     check_complete,
+    check_inputs,
     check_original,
     check_weights,
     read_header,
@@ -190,6 +191,7 @@ def check_single_file(path: Path, config: ModelConfig) -> None:
         raise UserError(f"{where}: {path.suffix} files are pickles and are not read; convert it to .safetensors")
     header = (read_header(path) if path.is_file() else None) or {}
     whole = _has_second(header) and all(any(key.startswith(part) for key in header) for part in (UNET, FIRST_TEXT))
+    check_inputs(header, where)
     if header and not whole:
         raise UserError(f"{where}: {_what_else(header)}")
     check_original(path, config)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -204,9 +205,9 @@ def check_mask_values(mask: Tensor) -> None:
 
 
 def check_windows(windows: Any, batch: int) -> None:
-    """Places (B, 2) in [0, 1) on the CPU."""
-    on_cpu = isinstance(windows, Tensor) and windows.device.type == "cpu"
-    if not on_cpu or windows.shape != (batch, 2) or not bool(((windows >= 0) & (windows < 1)).all()):
+    """Places (B, 2) in [0, 1), a tensor on the CPU or an array."""
+    on_cpu = isinstance(windows, np.ndarray) or (isinstance(windows, Tensor) and windows.device.type == "cpu")
+    if not on_cpu or windows.shape != (batch, 2) or not all(0 <= u < 1 for pair in windows.tolist() for u in pair):
         raise ValueError(f"windows: {given(windows)}; pass ({batch}, 2) numbers in [0, 1) on the CPU")
 
 

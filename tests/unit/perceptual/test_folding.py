@@ -75,6 +75,7 @@ def test_blocks_of_another_build_run_as_plain_ones_and_the_log_says_so(caplog):
     vae.decoder.up_blocks[1].resnets[0].nonlinearity = nn.ReLU()
     vae.decoder.up_blocks[0].upsamplers[0].resample[0].mode = "bilinear"
     vae.decoder.mid_block.resnets[1].nonlinearity = nn.GELU()
+    vae.eval()  # modules are made in training mode
     with caplog.at_level(logging.INFO, logger="lpl"):
         check_frozen_is_plain(vae)
     for name in ("mid", "up_0", "up_1"):
