@@ -16,6 +16,7 @@ import torch
 
 from lpl import LatentPerceptualLoss
 from lpl.demo.weights import load_pipeline
+from lpl.perceptual.budget import depth_profile
 from lpl.perceptual.random_depth import REACH
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -37,15 +38,7 @@ def best_reach(squares: Sequence[float], costs: Sequence[float], budget: float |
         budget: the mean cost, between the first cost and their sum, which decides t; None: the t at which the product
             of mean squared gradient and mean cost is least, p_0 being just 1.
     """
-    pools: list[tuple[float, float, int]] = []
-    for square, cost in zip(squares, costs, strict=True):
-        pool = (max(square, 0.0), cost, 1)
-        while pools and pools[-1][0] * pool[1] <= pool[0] * pools[-1][1]:
-            square_before, cost_before, size = pools.pop()
-            pool = (square_before + pool[0], cost_before + pool[1], size + pool[2])
-        pools.append(pool)
-    top = pools[0][0] / pools[0][1]
-    shape = [(square / cost / top) ** 0.5 for square, cost, size in pools for _ in range(size)]
+    shape = depth_profile(costs, [max(square, 0.0) for square in squares])
     if budget is None:
         return shape
     low, high = 1.0, 1 / min(shape)

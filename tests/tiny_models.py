@@ -108,24 +108,12 @@ def tiny_sd(folder: Any, seed: int = 0, prediction_type: str = "epsilon", second
         second: as Stable Diffusion 2 is built.
     """
     from diffusers import PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
 
     from lpl.demo.architecture import build_tokenizers
 
     tokenizer, _ = build_tokenizers()
     vae = tiny_vae(seed, widths=(8, 8, 16))
     torch.manual_seed(seed)
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=8,
-        intermediate_size=8,
-        projection_dim=8,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=tokenizer.model_max_length,
-        **ids,
-    )
     unet = UNet2DConditionModel(
         sample_size=4,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -147,7 +135,7 @@ def tiny_sd(folder: Any, seed: int = 0, prediction_type: str = "epsilon", second
     )
     pipeline = StableDiffusionPipeline(
         vae=vae,
-        text_encoder=CLIPTextModel(config),
+        text_encoder=tiny_clip(tokenizer, 8, projects=False),
         tokenizer=tokenizer,
         unet=unet,
         scheduler=scheduler,

@@ -17,7 +17,7 @@ import launching
 import pytest
 import torch
 from PIL import Image
-from tiny_models import tiny_images
+from tiny_models import tiny_images, tiny_sd
 from tiny_networks import tiny_clip, tiny_dinov2
 
 THERE: dict[str, Any] = dict.fromkeys(("num_inference_steps", "guidance_scale", "sample_batch_size"))
@@ -379,33 +379,10 @@ def test_a_pipeline_of_another_family(
 
     if not is_known:
         monkeypatch.setattr("lpl.families.KINDS", families.KINDS[:1])
-    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from diffusers import StableDiffusionPipeline
 
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        attention_head_dim=2,
-        norm_num_groups=4,
-        cross_attention_dim=8,
-    )
-    from diffusers import AutoencoderKL
-
-    pipeline = StableDiffusionPipeline(
-        vae=AutoencoderKL.from_pretrained(model, subfolder="vae"),
-        text_encoder=CLIPTextModel.from_pretrained(model, subfolder="text_encoder"),
-        tokenizer=CLIPTokenizer.from_pretrained(model, subfolder="tokenizer"),
-        unet=unet,
-        scheduler=DDIMScheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.save_pretrained(tmp_path / "sd")
+    tiny_sd(tmp_path / "sd")
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "sd", safety_checker=None)
     found, _ = evaluate(
         tmp_path / "out",
         pretrained_model_name_or_path=tmp_path / "sd",

@@ -9,12 +9,10 @@ import torch
 from diffusers import FluxPipeline
 from torch import Tensor
 
-from lpl.config import ModelConfig
 from lpl.families.files import vae_stride
 from lpl.families.frozen_text import FrozenTextFamily
 from lpl.families.joint import JointModel
 from lpl.families.kinds import FLUX_KIND
-from lpl.families.loading import load_whole
 from lpl.families.pipeline_blueprint import PipelineBlueprint
 from lpl.families.pipeline_export import PipelineExport
 from lpl.families.pipeline_family import logger
@@ -60,11 +58,6 @@ LORA_TARGETS = {
 }
 
 
-def load(config: ModelConfig, encoders_only: bool = False, dtypes: Mapping[str, torch.dtype] | None = None) -> Any:
-    """See PipelineFamily.load."""
-    return load_whole(FluxPipeline, FLUX_KIND, config, encoders_only, dtypes)
-
-
 def text_length(transformer: Mapping[str, Any]) -> int:
     """Tokens that the T5 reads, padding included, which the transformer reads too: 512, of schnell 256."""
     return 512 if transformer.get("guidance_embeds") else 256
@@ -106,7 +99,6 @@ class Model(FrozenTextFamily):
     kind = FLUX_KIND
     steps, guidance = FLUX_KIND.steps, FLUX_KIND.guidance
     lora_targets = LORA_TARGETS
-    load = staticmethod(load)
     denoise = staticmethod(denoise)
 
     def prepare_text(self) -> None:
@@ -162,4 +154,3 @@ class Export(PipelineExport):
     """A Flux.1 in memory, ready to be written."""
 
     kind = FLUX_KIND
-    load = staticmethod(load)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -14,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from lpl.families.sdxl_names import TEXT_ATTENTION, TEXT_MLP
 
 
-class JointModel(nn.Module):
+class JointModel(nn.Module, ABC):
     """A denoiser with CLIP text encoders before it: one module, so that engines wrap, shard and synchronise it once.
 
     Weights on which no output depends never take gradients.
@@ -30,9 +31,9 @@ class JointModel(nn.Module):
             self.add_module(name, part)
         self.used = dict(used)
 
+    @abstractmethod
     def encode(self, text: Mapping[str, Tensor]) -> Any:
         """What the denoiser is given of captions as tokens, with gradient."""
-        raise NotImplementedError
 
     @property
     def parts(self) -> list[Any]:

@@ -31,7 +31,9 @@ class Kind:
 
     Attributes:
         name: in messages.
-        pipelines: how the names of its pipelines' classes begin, as model_index.json has them.
+        pipelines: how the names of its pipelines' classes begin, as model_index.json has them; the first is whole, and
+            the class that is loaded.
+        loaded_with: what that class is given beside components.
         module: of families/, which has its parts: the classes Model (a Family), Plan (a Blueprint) and Export (an
             Exported), the function to_kohya, and PUBLISHED, configs by component and "index".
         single_file_keys: one of them is in every single file of it, in the original layout that diffusers loads.
@@ -70,6 +72,7 @@ class Kind:
     lora_readers: str = "diffusers"
     vae_class: str = "AutoencoderKL"
     parts: Mapping[str, str] = field(default_factory=dict)
+    loaded_with: Mapping[str, Any] = field(default_factory=dict)
     lora_starts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def find(self, name: str) -> Any:

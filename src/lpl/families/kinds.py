@@ -28,6 +28,7 @@ SD_KIND = Kind(
     parameters=859_520_964,
     options=frozenset({"clip_skip", "train_text_encoder"}),
     parts={"to_kohya": "sd:to_kohya"},
+    loaded_with={"safety_checker": None, "requires_safety_checker": False},  # it paints images black
     lora_starts={"unet": ("unet.", "lora_unet_"), "text_encoder": ("text_encoder.", "lora_te_")},
 )
 SD3_KIND = Kind(

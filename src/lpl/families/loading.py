@@ -43,20 +43,14 @@ def named(flag: str, name: str) -> Iterator[None]:
 
 
 def load_whole(
-    cls: Any,
-    kind: Kind,
-    config: ModelConfig,
-    encoders_only: bool = False,
-    dtypes: Mapping[str, torch.dtype] | None = None,
-    **options: Any,
+    kind: Kind, config: ModelConfig, encoders_only: bool = False, dtypes: Mapping[str, torch.dtype] | None = None
 ) -> Any:
-    """A pipeline of a class, with or without its denoiser, and the schedule that model and options say.
+    """A family's pipeline, with or without its denoiser, and the schedule that model and options say, on the CPU.
 
     Args:
         encoders_only: leave the denoiser out, where its files are apart from the others.
         dtypes: precision by component, unset: float32, and of the text encoders of a family trained by flow matching,
             which are large, that of their files; a single file has one, the denoiser's.
-        options: of the pipeline's own.
 
     Raises:
         UserError: the model cannot be loaded, or lacks weights.
@@ -67,7 +61,8 @@ def load_whole(
         own |= {part: "auto" for part in kind.networks if part.startswith("text_encoder")}
     own |= dtypes or {}
     name, denoiser = str(config.pretrained_model_name_or_path), kind.networks[0]
-    checked = kind.networks
+    checked, options = kind.networks, dict(kind.loaded_with)
+    cls = getattr(diffusers, kind.pipelines[0])
     if name.endswith(".safetensors"):
         local, vae = config.single_file_config, load_vae(kind, config, own["vae"])
         options |= {"config": local, "local_files_only": local is not None, "cache_dir": config.cache_dir}

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,7 +14,7 @@ from lpl.base.errors import UserError
 from lpl.base.tensor_file import read_header
 from lpl.config import ModelConfig
 from lpl.families.kind import Kind
-from lpl.families.loading import named
+from lpl.families.loading import load_whole, named
 
 STORED = {"F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -41,18 +40,13 @@ class PipelineExport(ABC):
         self.configs = self.kind.model_configs(config)
         found = {part: dtype or stored_dtype(config, part) for part in self.kind.networks}
         merged = [] if lora is None else self.kind.lora_parts(lora)
-        self.pipeline = self.load(config, dtypes=found | dict.fromkeys(merged, torch.float32))
+        self.pipeline = load_whole(self.kind, config, dtypes=found | dict.fromkeys(merged, torch.float32))
         if lora is not None:
             _merge(self.pipeline, lora, scale, merged)
         for part in self.kind.networks:
             network = getattr(self.pipeline, part)
             for parameter in () if network is None else network.parameters():
                 parameter.data = parameter.data.to(found[part])
-
-    @staticmethod
-    @abstractmethod
-    def load(config: ModelConfig, encoders_only: bool = False, dtypes: Mapping[str, torch.dtype] | None = None) -> Any:
-        """See PipelineFamily.load."""
 
     def single_file(self, title: str) -> tuple[Any, dict[str, str]]:
         """Names and tensors of a single file, and its metadata."""

@@ -23,6 +23,7 @@ from lpl.diffusion.latent_space import LatentSpace
 from lpl.families.base import DECODED_PIXELS, TrainedOn, config_settings, weights_hash
 from lpl.families.joint import JointModel
 from lpl.families.kind import Kind
+from lpl.families.loading import load_whole
 from lpl.families.lora_files import METADATA, adapter_of, fold_alpha, lora_metadata
 from lpl.families.schedulers import training_schedule
 
@@ -58,8 +59,9 @@ class PipelineFamily(ABC):
     ) -> None:
         self.device, self.weight_dtype, self.config = device, weight_dtype, config
         self.trained_on: TrainedOn | None = None
+        # Of large models never all in float32 for a LoRA.
         own = {self.kind.networks[0]: weight_dtype} if self.kind.is_flow and config.rank is not None else None
-        self.pipeline = self.load(config, encoders_only, own)  # of large models never all in float32 for a LoRA
+        self.pipeline = load_whole(self.kind, config, encoders_only, own)
         self.vae = self.pipeline.vae.float().eval().requires_grad_(False)
         self.denoiser = getattr(self.pipeline, self.kind.networks[0])
         self.schedule = training_schedule(self.pipeline.scheduler.config)
@@ -73,19 +75,6 @@ class PipelineFamily(ABC):
         self.prepare_text()
         for module in (self.vae, *(() if self.trains_text else self.text_encoders)):
             module.to(device)
-
-    @staticmethod
-    @abstractmethod
-    def load(config: ModelConfig, encoders_only: bool = False, dtypes: Mapping[str, torch.dtype] | None = None) -> Any:
-        """The pipeline, with the schedule that model and options say, on the CPU.
-
-        Args:
-            encoders_only: leave the denoiser out, where its files are apart from the others.
-            dtypes: precision by component, unset: float32.
-
-        Raises:
-            UserError: the model cannot be loaded, or lacks weights.
-        """
 
     @abstractmethod
     def prepare_text(self) -> None:

@@ -11,7 +11,6 @@ CLIP_L: dict[str, Any] = {
     "num_attention_heads": 12,
     "projection_dim": 768,
     "hidden_act": "quick_gelu",
-    "dtype": "float16",
 }
 CLIP_G: dict[str, Any] = {
     "hidden_size": 1280,
@@ -20,7 +19,6 @@ CLIP_G: dict[str, Any] = {
     "num_attention_heads": 20,
     "projection_dim": 1280,
     "hidden_act": "gelu",
-    "dtype": "float16",
 }
 T5_XXL: dict[str, Any] = {
     "d_model": 4096,

@@ -11,12 +11,10 @@ import torch
 from diffusers import SanaPipeline
 from torch import Tensor
 
-from lpl.config import ModelConfig
 from lpl.families.base import DECODED_PIXELS, weights_hash
 from lpl.families.frozen_text import FrozenTextFamily, quiet, widened
 from lpl.families.joint import JointModel
 from lpl.families.kinds import SANA_KIND
-from lpl.families.loading import load_whole
 from lpl.families.pipeline_blueprint import PipelineBlueprint
 from lpl.families.pipeline_export import PipelineExport
 
@@ -82,11 +80,6 @@ LORA_TARGETS = {"attention": ATTENTION, "attention_mlp": (*ATTENTION, *MLP), "al
 """peft puts no LoRA on the depthwise convolutions, ff.conv_depth."""
 
 
-def load(config: ModelConfig, encoders_only: bool = False, dtypes: Mapping[str, torch.dtype] | None = None) -> Any:
-    """See PipelineFamily.load."""
-    return load_whole(SanaPipeline, SANA_KIND, config, encoders_only, dtypes)
-
-
 def denoise(
     denoiser: Any,
     noisy_latents: Tensor,
@@ -118,7 +111,6 @@ class Model(FrozenTextFamily):
     lora_targets = LORA_TARGETS
     max_length = MAX_LENGTH - 1  # one is the instruction's last
     mask = "prompt_attention_mask"
-    load = staticmethod(load)
     denoise = staticmethod(denoise)
 
     def prepare_text(self) -> None:
@@ -194,4 +186,3 @@ class Export(PipelineExport):
     """A Sana in memory, ready to be written."""
 
     kind = SANA_KIND
-    load = staticmethod(load)

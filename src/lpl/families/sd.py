@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
 from lpl.config import ModelConfig
@@ -16,7 +15,6 @@ from lpl.families import sdxl_export
 from lpl.families.base import config_settings, tokenizer_settings, weights_hash
 from lpl.families.joint import JointModel, body_of
 from lpl.families.kinds import SD_KIND
-from lpl.families.loading import load_whole
 from lpl.families.pipeline_blueprint import PipelineBlueprint
 from lpl.families.pipeline_export import PipelineExport
 from lpl.families.pipeline_family import PipelineFamily
@@ -49,12 +47,6 @@ PUBLISHED: dict[str, Any] = {
     },
 }
 """Configs of stable-diffusion-v1-5, as published; what is left out is the class's default."""
-
-
-def load(config: ModelConfig, encoders_only: bool = False, dtypes: Mapping[str, torch.dtype] | None = None) -> Any:
-    """See PipelineFamily.load; without the safety checker, which paints images black."""
-    parts = {"safety_checker": None, "requires_safety_checker": False}
-    return load_whole(StableDiffusionPipeline, SD_KIND, config, encoders_only, dtypes, **parts)
 
 
 class SDJointModel(JointModel):
@@ -107,7 +99,6 @@ class Model(PipelineFamily):
 
     kind = SD_KIND
     steps, guidance = SD_KIND.steps, SD_KIND.guidance
-    load = staticmethod(load)
     denoise = staticmethod(denoise)
 
     def prepare_text(self) -> None:
@@ -216,7 +207,6 @@ class Export(PipelineExport):
     """A model of Stable Diffusion 1 or 2 in memory, ready to be written, also in the original layout."""
 
     kind = SD_KIND
-    load = staticmethod(load)
 
     def single_file(self, title: str) -> tuple[Any, dict[str, str]]:
         """Names and tensors of the original layout, and modelspec's metadata."""

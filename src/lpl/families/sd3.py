@@ -6,13 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers import StableDiffusion3Pipeline
 from torch import Tensor, nn
 
-from lpl.config import ModelConfig
 from lpl.families.frozen_text import FrozenTextFamily
 from lpl.families.kinds import SD3_KIND
-from lpl.families.loading import load_whole
 from lpl.families.pipeline_blueprint import PipelineBlueprint
 from lpl.families.pipeline_export import PipelineExport
 from lpl.families.published import CLIP_G, CLIP_L, FLOW_SCHEDULER, T5_XXL, VAE_16
@@ -44,8 +41,8 @@ PUBLISHED: dict[str, Any] = {
         "qk_norm": "rms_norm",
     },
     "vae": VAE_16 | {"scaling_factor": 1.5305, "shift_factor": 0.0609},
-    "text_encoder": CLIP_L,
-    "text_encoder_2": CLIP_G,
+    "text_encoder": CLIP_L | {"dtype": "float16"},
+    "text_encoder_2": CLIP_G | {"dtype": "float16"},
     "text_encoder_3": T5_XXL,
     "scheduler": FLOW_SCHEDULER,
 }
@@ -58,11 +55,6 @@ LORA_TARGETS = {
     "attention_mlp": (*ATTENTION, *MLP),
     "all": (*ATTENTION, *MLP, "norm1.linear", "norm1_context.linear"),
 }
-
-
-def load(config: ModelConfig, encoders_only: bool = False, dtypes: Mapping[str, torch.dtype] | None = None) -> Any:
-    """See PipelineFamily.load."""
-    return load_whole(StableDiffusion3Pipeline, SD3_KIND, config, encoders_only, dtypes)
 
 
 def denoise(
@@ -95,7 +87,6 @@ class Model(FrozenTextFamily):
     steps, guidance = SD3_KIND.steps, SD3_KIND.guidance
     lora_targets = LORA_TARGETS
     max_length = MAX_LENGTH
-    load = staticmethod(load)
     denoise = staticmethod(denoise)
 
     def embed(self, captions: list[str]) -> dict[str, Tensor]:
@@ -139,4 +130,3 @@ class Export(PipelineExport):
     """A model of Stable Diffusion 3 or 3.5 in memory, ready to be written."""
 
     kind = SD3_KIND
-    load = staticmethod(load)

@@ -6,13 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
-from lpl.config import ModelConfig
 from lpl.families.base import weights_hash
 from lpl.families.joint import JointModel
-from lpl.families.loading import load_whole
 from lpl.families.pipeline_family import PipelineFamily, logger
 from lpl.families.sdxl_check import SDXL_KIND
 from lpl.families.sdxl_names import LORA_TARGETS, WITH_TEXT
@@ -33,10 +30,6 @@ class SDXL(PipelineFamily):
     kind = SDXL_KIND
     steps, guidance = SDXL_KIND.steps, SDXL_KIND.guidance
     denoise = staticmethod(denoise)
-
-    @staticmethod
-    def load(config: ModelConfig, encoders_only: bool = False, dtypes: Mapping[str, torch.dtype] | None = None) -> Any:
-        return load_pipeline(config, encoders_only, dtypes)
 
     def prepare_text(self) -> None:
         for encoder in self.text_encoders:
@@ -97,11 +90,3 @@ class SDXL(PipelineFamily):
 
     def pipeline_options(self) -> dict[str, Any]:
         return {"force_zeros_for_empty_prompt": self.force_zeros, "add_watermarker": False}
-
-
-def load_pipeline(
-    config: ModelConfig, encoders_only: bool = False, dtypes: Mapping[str, torch.dtype] | None = None
-) -> Any:
-    """See PipelineFamily.load."""
-    cls = StableDiffusionXLPipeline
-    return load_whole(cls, SDXL_KIND, config, encoders_only, dtypes, add_watermarker=False)

@@ -262,7 +262,8 @@ class SDXLKind(Kind):
 
 SDXL_KIND = SDXLKind(
     name="SDXL",
-    pipelines=("StableDiffusionXL",),
+    pipelines=(PIPELINE, "StableDiffusionXL"),
+    loaded_with={"add_watermarker": False},
     module="sdxl",
     base="SDXL base 1.0",
     base_name=sdxl_configs.NAME,

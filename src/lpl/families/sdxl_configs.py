@@ -6,6 +6,7 @@ from typing import Any
 
 from lpl.base.errors import UserError
 from lpl.base.json_files import ANY, NULL, SWITCH, TEXT, Kind, Shape, number, require_shape, whole
+from lpl.families.published import CLIP_G, CLIP_L
 
 NAME = "stabilityai/stable-diffusion-xl-base-1.0"
 
@@ -51,22 +52,8 @@ PUBLISHED: dict[str, Any] = {
         "timestep_spacing": "leading",
         "steps_offset": 1,
     },
-    "text_encoder": {
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "projection_dim": 768,
-        "hidden_act": "quick_gelu",
-    },
-    "text_encoder_2": {
-        "hidden_size": 1280,
-        "intermediate_size": 5120,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 20,
-        "projection_dim": 1280,
-        "hidden_act": "gelu",
-    },
+    "text_encoder": CLIP_L,
+    "text_encoder_2": CLIP_G,
 }
 """By component; what is left out is the class's default."""
 

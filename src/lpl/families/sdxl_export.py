@@ -13,7 +13,6 @@ from torch import Tensor
 from lpl.families import sdxl_names as names
 from lpl.families.pipeline_export import PipelineExport
 from lpl.families.schedulers import prediction_of
-from lpl.families.sdxl import load_pipeline
 from lpl.families.sdxl_check import SDXL_KIND
 from lpl.families.sdxl_configs import PUBLISHED
 
@@ -101,7 +100,6 @@ class SDXLExport(PipelineExport):
     """An SDXL model in memory, ready to be written, also in the original layout."""
 
     kind = SDXL_KIND
-    load = staticmethod(load_pipeline)
 
     def single_file(self, title: str) -> tuple[Any, dict[str, str]]:
         """Names and tensors of the original layout, and modelspec's metadata."""

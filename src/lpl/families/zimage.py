@@ -7,14 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import ZImagePipeline
 from torch import Tensor, nn
 
-from lpl.config import ModelConfig
 from lpl.families.frozen_text import FrozenTextFamily
 from lpl.families.joint import JointModel
 from lpl.families.kinds import ZIMAGE_KIND
-from lpl.families.loading import load_whole
 from lpl.families.pipeline_blueprint import PipelineBlueprint
 from lpl.families.pipeline_export import PipelineExport
 from lpl.families.published import FLOW_SCHEDULER, QWEN3_4B, VAE_16
@@ -42,11 +39,6 @@ LORA_TARGETS = {
     "attention_mlp": (*ATTENTION, *MLP),
     "all": (*ATTENTION, *MLP, *(f"{block}.adaLN_modulation.0" for block in BLOCKS)),
 }
-
-
-def load(config: ModelConfig, encoders_only: bool = False, dtypes: Mapping[str, torch.dtype] | None = None) -> Any:
-    """See PipelineFamily.load."""
-    return load_whole(ZImagePipeline, ZIMAGE_KIND, config, encoders_only, dtypes)
 
 
 def denoise(
@@ -78,7 +70,6 @@ class Model(FrozenTextFamily):
     steps, guidance = ZIMAGE_KIND.steps, ZIMAGE_KIND.guidance
     lora_targets = LORA_TARGETS
     max_length = MAX_LENGTH
-    load = staticmethod(load)
     denoise = staticmethod(denoise)
 
     def prepare_text(self) -> None:
@@ -133,4 +124,3 @@ class Export(PipelineExport):
     """A Z-Image model in memory, ready to be written."""
 
     kind = ZIMAGE_KIND
-    load = staticmethod(load)

@@ -52,14 +52,18 @@ def bins_of(alpha: Tensor, sigma: Tensor) -> Tensor:
     return (2 * (torch.log2(sigma / alpha) - LOWEST)).nan_to_num(0.0, 1e3, -1e3).floor().clamp(0, BINS - 1).long()
 
 
-def depth_profile(costs: Sequence[float]) -> list[float]:
-    """s_l for costs k_l, falling from 1: sqrt(c_l / k_l); neighbours that would rise share sqrt(sum c / sum k)."""
+def depth_profile(costs: Sequence[float], squares: Sequence[float] | None = None) -> list[float]:
+    """s_l for costs k_l, falling from 1: sqrt(c_l / k_l); neighbours that would rise share sqrt(sum c / sum k).
+
+    Args:
+        squares: c_l, 0 or more, the first above 0; None: FALL^l.
+    """
     pools: list[tuple[float, float, int]] = []
-    for tap, cost in enumerate(costs):
-        pool = (FALL**tap, cost, 1)
+    for square, cost in zip(squares or [FALL**tap for tap in range(len(costs))], costs, strict=True):
+        pool = (square, cost, 1)
         while pools and pools[-1][0] * pool[1] <= pool[0] * pools[-1][1]:
-            square, before, size = pools.pop()
-            pool = (square + pool[0], before + pool[1], size + pool[2])
+            pooled, before, size = pools.pop()
+            pool = (pooled + pool[0], before + pool[1], size + pool[2])
         pools.append(pool)
     top = pools[0][0] / pools[0][1]
     return [(square / cost / top) ** 0.5 for square, cost, size in pools for _ in range(size)]
@@ -177,15 +181,15 @@ class Budget:
 
     def end_step(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
         """Takes over what the finished optimizer step measured; `reduce` sums a tensor over processes."""
-        self._step_samples = 0
-        if self.fixed or (self._step_sums is None and reduce is None):
+        sums, samples = self._step_sums, self._step_samples
+        self.discard_step()
+        if self.fixed or sums is None:
             return
-        sums = torch.zeros(3, BINS) if self._step_sums is None else self._step_sums
         if reduce is not None:
             sums = reduce(sums)
+            samples = int(sums[2].sum())
         self._sums = sums if self._sums is None else self._sums.to(sums) + sums
-        self._step_sums = None
-        self.measured = int(self._sums[2].sum())
+        self.measured += samples
         if self.measured >= MEASURED_SAMPLES:
             self._fix()
 
@@ -210,6 +214,10 @@ class Budget:
             cost = float(shares @ (self._reach_of(middle * roots) @ self.costs))
             low, high = (middle, high) if cost <= self._allowed else (low, middle)
         self._table, self.fixed = self._reach_of(low * roots), True
+        logger.info(
+            "LPL's budget is set: %.3g of a step on average, of samples that pass the gate %.3g are decoded",
+            self.mean_cost(), float(shares @ self._table[:, 0]),
+        )  # fmt: skip
 
     def _reach_of(self, levels: Tensor) -> Tensor:
         """r_bl for t_b, (BINS, taps)."""
@@ -253,7 +261,8 @@ def compare_spread(
         on = at.to(pred.device, non_blocking=True)
         parts = (pred[on], target[on], None if mask is None else mask[on])
         outs.append(loss_fn(*parts, reach=reach, windows=None if windows is None else windows[at]))
-    order = torch.tensor([sample for samples in groups.values() for sample in samples]).argsort().to(pred.device)
+    places = torch.tensor([sample for samples in groups.values() for sample in samples])
+    order = places.argsort().to(pred.device, non_blocking=True)
 
     def by_tap(name: str) -> dict[str, Tensor]:
         found: dict[str, list[Tensor]] = {}

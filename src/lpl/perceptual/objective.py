@@ -300,7 +300,7 @@ class PerceptualObjective:
             factor = coefficient * sensitivity.to(index.device, non_blocking=True)
             squares = (expand(factor, gradient) * gradient).float().square()
             if spread is not None and self.budget is not None:
-                decoded_with = spread.reach[:, 0].to(squares)
+                decoded_with = spread.reach[:, 0].to(squares, non_blocking=True)
                 squares = squares.flatten(1).sum(1) * decoded_with  # what is divided by p counts with p
                 self.budget.measure(spread, squares)
             unit_square = squares.sum() * size**2

@@ -99,6 +99,7 @@ class Trainer:
         self.trained = build_trained(config, family, accelerator, weight_dtype, self.num_steps)
         self.objective = build_objective(config, family) if config.lpl.use_lpl else None
         if self.objective is not None and config.lpl.lpl_budget is not None:
+            logger.info("counting what a step costs, for --lpl_budget %g", config.lpl.lpl_budget)
             rehearsal = Rehearsal(blueprint(checked.model_configs or plan_configs(config.model), config.model))
             self.objective.step_flops = rehearsal.denoiser(config).flops / run.train_batch_size
             self.objective.count(rehearsal.latents(config, 1)[1:])

@@ -7,7 +7,8 @@ from safetensors.torch import load_file, save_file
 
 from lpl.base.errors import UserError
 from lpl.config import ModelConfig
-from lpl.families.sdxl import load_pipeline
+from lpl.families.loading import load_whole
+from lpl.families.sdxl_check import SDXL_KIND
 from lpl.families.sdxl_export import SDXLExport
 
 
@@ -46,11 +47,11 @@ def test_single_file_that_lacks_a_weight(model, tmp_path, key, told):
     save_file(kept, tmp_path / "part.safetensors")
     config = ModelConfig(str(tmp_path / "part.safetensors"), single_file_config=str(model))
     with pytest.raises(UserError, match=told):
-        load_pipeline(config)
+        load_whole(SDXL_KIND, config)
 
 
 def test_single_file_without_configs_says_what_to_give(model, tmp_path):
     tensors, _ = SDXLExport(ModelConfig(str(model)), None, None, 1.0).single_file("x")
     save_file({name: value.contiguous().clone() for name, value in tensors}, tmp_path / "a.safetensors")
     with pytest.raises(UserError, match="give a folder by --single_file_config"):
-        load_pipeline(ModelConfig(str(tmp_path / "a.safetensors"), cache_dir=str(tmp_path)))
+        load_whole(SDXL_KIND, ModelConfig(str(tmp_path / "a.safetensors"), cache_dir=str(tmp_path)))

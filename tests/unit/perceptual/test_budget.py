@@ -172,6 +172,18 @@ def test_state_round_trip(vae):
     assert again.state_dict() == before
 
 
+def test_steps_without_lpl_ask_no_other_process(vae):
+    """Before lpl_start, and once the reach is set: a reduction would be of nothing, on whatever device."""
+    objective = objective_of(vae, lpl_budget=0.1, step_flops=STEP_FLOPS, lpl_start=5)
+    objective.count((4, 8, 8))
+    objective.end_step(lambda sums: pytest.fail("reduced"))
+    inputs = Inputs()
+    inputs(objective, diffusion_loss=inputs.output.square().mean(), step=5)
+    reduced = []
+    objective.end_step(lambda sums: reduced.append(sums) or 2 * sums)
+    assert objective.budget.measured == 2 * int(reduced[0][2].sum()) > 0
+
+
 def test_costs_are_counted_and_depths_follow_them(vae):
     costs = tap_flops(LatentPerceptualLoss(vae), (4, 16, 16))
     assert len(costs) == 5

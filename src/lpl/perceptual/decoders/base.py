@@ -69,11 +69,6 @@ class DecoderTaps(Decoder):
     map (B, C, H, W), (B, C, L) or (B, C, D, H, W), or a tuple that begins with it (feature_maps.py).
     """
 
-    @property
-    def num_up_blocks(self) -> int:
-        """How many stages follow the first one."""
-        return len(self.taps) - 1
-
     @abstractmethod
     def begin(self, raw_latents: Tensor) -> State:
         """Raw latents (B, C, h, w) to the input of stage 0."""
