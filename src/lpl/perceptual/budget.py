@@ -37,7 +37,7 @@ from lpl.perceptual.loss import LPLOutput
 logger = logging.getLogger(__name__)
 
 FALL = 0.4
-"""c_(l+1) / c_l of SDXL's decoder, and of the demo's."""
+"""About c_(l+1) / c_l with norm channel, of SDXL's shape and of the demo's decoder."""
 BINS = 20
 """Half octaves of noise/signal, from 2^-6 to 2^4; what lies outside belongs to the first or to the last."""
 LOWEST = -6
