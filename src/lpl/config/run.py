@@ -58,6 +58,11 @@ class ModelConfig(Options):
     the blocks."""
     use_dora: bool = option(False, needs="rank")
     """Train a DoRA: also a magnitude for each output of these layers (slower, more memory)."""
+    lora_weights: str | None = option(None, path=True, elsewhere=("network_weights",))
+    """A LoRA file, of diffusers' or kohya's naming, to go on training: rank, alpha and layers are the file's, and where
+    it is on text encoders, those are trained too."""
+    merge_lora_weights: bool = option(False, needs="lora_weights", elsewhere=("base_weights",))
+    """Merge --lora_weights into the model before training instead; with --rank a new LoRA is trained on top."""
     train_text_encoder: bool = option(False, by_model=True)
     """Train the text encoders too, or with --rank a LoRA on their attentions (--lora_targets attention_mlp or all: and
     MLPs); see --text_encoder_lr."""
@@ -68,6 +73,16 @@ class ModelConfig(Options):
             not (self.use_dora and self.train_text_encoder),
             "--use_dora with --train_text_encoder: diffusers loads no magnitudes into text encoders; drop one of them",
         )
+
+    @property
+    def continued_lora(self) -> str | None:
+        """The file of the LoRA that is trained on."""
+        return None if self.merge_lora_weights else self.lora_weights
+
+    @property
+    def merged_lora(self) -> str | None:
+        """The file of the LoRA that is part of the model."""
+        return self.lora_weights if self.merge_lora_weights else None
 
     @property
     def alpha(self) -> float:
