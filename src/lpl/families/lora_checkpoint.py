@@ -33,9 +33,7 @@ def write_lora(checkpoint: Path, config: TrainConfig, kind: Kind, result: Path, 
     Raises:
         UserError: a damaged checkpoint, one without an adapter, or of an optimizer whose result is not in it.
     """
-    require(
-        config.model.rank is not None, f"{checkpoint}: is of a full fine-tune; only LoRAs are taken from checkpoints"
-    )
+    require(config.model.rank is not None, f"{checkpoint}: of a full fine-tune; only LoRAs are taken from those")
     require(
         "schedulefree" not in config.optim.optimizer_name.lower().replace("_", ""),
         f"{checkpoint}: {config.optim.optimizer_name} keeps what it trains, not the average that is used: train with "

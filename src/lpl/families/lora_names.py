@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -66,7 +66,7 @@ def read_layers(file: Path, flag: str = "--lora") -> tuple[dict[str, Layer], dic
     tensors, said = _read(file)
     adapter = parse_json(said.get(METADATA, "{}"), f"{file}: {METADATA}")
     positive = number(0, 1e6)
-    known = {f"{part}.lora_alpha?": positive for part in PARTS}
+    known: dict[str, Any] = {f"{part}.lora_alpha?": positive for part in PARTS}
     known |= {f"{part}.alpha_pattern?": {REST: positive} for part in PARTS}
     require_shape(adapter, known, f"{file}: {METADATA}", "train it anew, or merge it (--to safetensors)")
     if any(adapter.get(f"{part}.use_rslora") for part in PARTS):
