@@ -17,6 +17,7 @@ from lpl.base.terminal import printable
 from lpl.config import TrainConfig
 from lpl.config.commands import ReportConfig
 from lpl.perceptual.defaults import WALK_TOLERANCE
+from lpl.report.charts import Table
 from lpl.report.curves import LOSSES, final_kind, loss_charts, share_charts, validation_rows
 from lpl.report.evaluations import (
     evaluation_table,
@@ -37,8 +38,8 @@ from lpl.report.findings import (
     shown_entries,
     verdicts,
 )
+from lpl.report.numbers import short, signed
 from lpl.report.pictures import build_gallery
-from lpl.report.plots import Table, short, signed
 from lpl.report.runs import training_clock
 from lpl.report.sources import Group, Inputs, Result, read_inputs
 
