@@ -319,7 +319,7 @@ class Trainer:
             family.export_lora(denoiser, folder)
             end, others = DORA_READERS if self.config.model.use_dora else LORA_READERS
             name = lora_name(self.folder, end, None if whole_pipeline else f"{self.step}-{folder.name}")
-            readers = kind_of(self.config.model).lora_readers
+            readers = "diffusers" if self.config.model.use_dora else kind_of(self.config.model).lora_readers
             renamed = partial(family.kohya_lora, denoiser)
             self.for_whom = write_beside(folder / LORA_FILE, name, renamed, readers, others)
 
