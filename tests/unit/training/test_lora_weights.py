@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from lpl.base.errors import UserError
 from lpl.config import ModelConfig
 from lpl.families import with_lora_weights
+from lpl.families.lora_files import fold_alpha
 
 LORA = "pytorch_lora_weights.safetensors"
 STILL = {"learning_rate": 1e-30, "adam_weight_decay": 0, "max_train_steps": 1, "use_lpl": False}
@@ -72,6 +73,14 @@ def test_each_layer_keeps_its_own_rank_and_alpha(train: Any, runs: Any, model: P
     pipeline.load_lora_weights(run.folder)
     ranks = {m.r["default_0"] for m in pipeline.unet.modules() if hasattr(m, "lora_A")}
     assert ranks == {2, 4}
+
+
+def test_folded_alpha_is_each_layers_rank() -> None:
+    tensors = {"x.lora_B.weight": torch.ones(3, 4), "y.lora_B.weight": torch.ones(3, 2)}
+    adapter = {"t.r": 2, "t.lora_alpha": 8, "t.rank_pattern": {"x": 4}}
+    fold_alpha(tensors, adapter, "t")
+    assert [float(value.mean()) for value in tensors.values()] == [2, 4]
+    assert (adapter["t.lora_alpha"], adapter["t.alpha_pattern"]) == (2, {"x": 4})
 
 
 def test_it_is_trained_on(train: Any, runs: Any) -> None:
