@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lpl.families.joint import JointModel
+
 Kind = Literal["int8", "fp8", "nf4"]
 BLOCK = 64
 """Neighbouring values of nf4 that share a scale."""
@@ -133,17 +135,16 @@ class _FrozenProduct(torch.autograd.Function):
 def quantize(
     denoiser: nn.Module, kind: Kind, device: torch.device, progress: Callable[[list[Any]], Any] = iter
 ) -> None:
-    """Puts codes in the place of the weights of every linear layer of the repeated blocks; embeddings, output and
-    convolutions stay.
+    """Puts codes in the place of the weights of every linear layer of the repeated blocks; embeddings, output,
+    convolutions and text encoders stay.
 
     Args:
         denoiser: frozen; changed in place.
         device: where codes are made, a layer at a time, and stay.
         progress: goes over the layers, as a bar does.
     """
-    blocks = {
-        id(m): m for several in denoiser.modules() if isinstance(several, nn.ModuleList) for m in several.modules()
-    }
+    body = denoiser.parts[0] if isinstance(denoiser, JointModel) else denoiser
+    blocks = {id(m): m for several in body.modules() if isinstance(several, nn.ModuleList) for m in several.modules()}
     found = [(m, name) for m in blocks.values() for name, child in m.named_children() if isinstance(child, nn.Linear)]
     for parent, name in progress(found):
         setattr(parent, name, QuantizedLinear(getattr(parent, name), kind, device))

@@ -106,6 +106,16 @@ def test_a_lora_trains_on_it_and_goes_on_as_the_whole_run(
     assert loss == pytest.approx(wanted, rel=0.2)
 
 
+def test_text_encoders_stay_as_they_are(model: Path) -> None:
+    options = ModelConfig(str(model), rank=4, quantize_base="int8", train_text_encoder=True)
+    joint: Any = load_family(options, CPU, torch.float32).denoiser
+    quantize(joint, "int8", CPU)
+    unet, *encoders = joint.parts
+    assert len(encoders) == 2
+    assert any(isinstance(module, QuantizedLinear) for module in unet.modules())
+    assert not any(isinstance(module, QuantizedLinear) for encoder in encoders for module in encoder.modules())
+
+
 def test_what_it_does_not_go_with_is_refused() -> None:
     with pytest.raises(UserError, match="--use_dora with --quantize_base int8: its norms are of whole weights"):
         ModelConfig("m", rank=4, use_dora=True, quantize_base="int8")
