@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lpl.base.errors import UserError, require
 from lpl.config import ModelConfig
 from lpl.families.joint import JointModel
 from lpl.families.kind import Kind
-from lpl.families.lora_files import DORA_OF
 from lpl.families.lora_names import Layer, read_layers
 
 logger = logging.getLogger("lpl")
@@ -33,7 +33,7 @@ def with_file(config: ModelConfig, kind: Kind) -> ModelConfig:
     """
     file = Path(str(config.lora_weights))
     require(file.is_file() and file.suffix == ".safetensors", f"{FLAG} {file}: no .safetensors file")
-    parts, (layers, said) = kind.lora_parts(file, FLAG), read_layers(file)
+    parts, (layers, _) = kind.lora_parts(file, FLAG), read_layers(file)
     of_text = [part for part in parts if part.startswith("text_encoder")]
     require(
         not of_text or "train_text_encoder" in kind.options,
@@ -43,7 +43,7 @@ def with_file(config: ModelConfig, kind: Kind) -> ModelConfig:
     has_scale = any(layer.magnitude is not None for layer in layers.values())
     in_kohya = any("." not in name for name in layers)
     require(
-        DORA_OF not in said and not (has_scale and in_kohya),
+        not (has_scale and in_kohya),
         f"{FLAG} {file}: a DoRA in kohya's naming, whose magnitudes programs take for different things: give "
         "diffusers' file of it (pytorch_lora_weights.safetensors)",
     )
@@ -76,21 +76,22 @@ def layers_of(config: ModelConfig, kind: Kind, denoiser: Any) -> dict[str, Layer
     found: dict[str, Layer] = {}
     idle = {id(parameter) for parameter in denoiser.idle()} if isinstance(denoiser, JointModel) else set()
     unused = 0
-    for name, names, weight in _modules(denoiser, kind):
+    for name, names, module in _modules(denoiser, kind):
         layer = next((layers.pop(own) for own in names if own in layers), None)
         if layer is None:
             continue
-        outputs, inputs = weight.shape[0], weight[0].numel()
+        shape = _shape(module)
+        outputs, inputs = shape[0], math.prod(shape[1:])
         if layer.up.shape[0] != outputs or layer.down[0].numel() != inputs or layer.up[0].numel() != layer.rank:
             raise UserError(
                 f"{FLAG} {file}: {name} is {outputs} x {inputs} in the model, and {layer.up.shape[0]} x "
                 f"{layer.down[0].numel()} in the file: is it a LoRA of another kind of model?"
             )
-        if id(weight) in idle:
+        if id(module.weight) in idle:
             unused += 1
             continue
-        ones = [1] * (weight.dim() - 2)
-        down = layer.down.reshape(layer.rank, *weight.shape[1:])
+        ones = [1] * (len(shape) - 2)
+        down = layer.down.reshape(layer.rank, *shape[1:])
         found[name] = layer._replace(down=down, up=layer.up.reshape(outputs, layer.rank, *ones))
     if layers:
         raise UserError(
@@ -102,8 +103,15 @@ def layers_of(config: ModelConfig, kind: Kind, denoiser: Any) -> dict[str, Layer
     return found
 
 
-def _modules(denoiser: Any, kind: Kind) -> Iterator[tuple[str, list[str], Tensor]]:
-    """Modules with a matrix: their name in the denoiser, the names that files have for them, and the matrix."""
+def _shape(module: Any) -> tuple[int, ...]:
+    """Of a layer's matrix, also where its weights are kept in codes."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    return tuple(module.weight.shape)
+
+
+def _modules(denoiser: Any, kind: Kind) -> Iterator[tuple[str, list[str], Any]]:
+    """Modules with a matrix: their name in the denoiser, the names that files have for them, and the module."""
     is_joint = isinstance(denoiser, JointModel)
     parts: Mapping[str, Any] = dict(denoiser.named_children()) if is_joint else {kind.networks[0]: denoiser}
     kohya_layer = kind.find("kohya_layer") if "to_kohya" in kind.parts else None
@@ -119,4 +127,4 @@ def _modules(denoiser: Any, kind: Kind) -> Iterator[tuple[str, list[str], Tensor
                 names.append(kohya_layer(part, name, config))
             if not is_text:
                 names.append(f"lora_unet_{name}".replace(".", "_"))
-            yield f"{part}.{name}" if is_joint else name, names, module.weight
+            yield f"{part}.{name}" if is_joint else name, names, module
