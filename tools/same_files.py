@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import yaml
 
 IGNORED = re.compile(
-    r"environment|.*seconds.*|samples_per_second|header (modelspec\.date|ss_training_.*)|.*_(kohya|lora_weights)\.safetensors"
+    r"environment|.*seconds.*|samples_per_second|header (modelspec\.date|ss_training_.*)|"
+    r".*_(comfyui|kohya|lora_weights)\.safetensors"
 )
 """Keys of JSON and YAML, of files' headers and of logs, that say when, where and how fast (the last: digests of files
 whose headers have a date or no order); that they are there is compared."""
