@@ -58,10 +58,10 @@ class ModelConfig(Options):
     the blocks."""
     use_dora: bool = option(False, needs="rank")
     """Train a DoRA: also a magnitude for each output of these layers (slower, more memory)."""
-    lora_weights: str | None = option(None, path=True, elsewhere=("network_weights",))
+    lora_weights: str | None = option(None, path=True, arms=ONE_MODEL, elsewhere=("network_weights",))
     """A LoRA file, of diffusers' or kohya's naming, to go on training: rank, alpha and layers are the file's, and where
     it is on text encoders, those are trained too."""
-    merge_lora_weights: bool = option(False, needs="lora_weights", elsewhere=("base_weights",))
+    merge_lora_weights: bool = option(False, needs="lora_weights", arms=ONE_MODEL, elsewhere=("base_weights",))
     """Merge --lora_weights into the model before training instead; with --rank a new LoRA is trained on top."""
     quantize_base: Literal["int8", "fp8", "nf4"] | None = option(None, needs="rank", elsewhere=("fp8_base",))
     """Keep the frozen linear layers of the denoiser's blocks in 8 or 4 bits, for small cards: a half or a quarter of
