@@ -58,8 +58,9 @@ def lora_metadata(config: ModelConfig, scheduler: Mapping[str, Any]) -> dict[str
     business of the model that the LoRA is merged into.
     """
     model = str(config.pretrained_model_name_or_path)
+    name = Path(model).resolve().name if Path(model).exists() else model
     found = {
-        "ss_sd_model_name": Path(model).resolve().name if Path(model).exists() else model,
+        "ss_sd_model_name": name if config.merged_lora is None else f"{name} + {Path(config.merged_lora).stem}",
         "ss_zero_terminal_snr": str(bool(scheduler.get("rescale_betas_zero_snr"))),
     }
     if (kind := scheduler.get("prediction_type", "epsilon")) in PREDICTIONS:

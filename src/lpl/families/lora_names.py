@@ -149,7 +149,8 @@ def renamed_lora(
     }
     if some.magnitude is not None:
         own |= {"ss_network_args": '{"dora_wd": "True"}', DORA_OF: "ComfyUI"}
-    return found, {key: text for key, text in said.items() if key.startswith(KEPT)} | own | dict(metadata)
+    # What the run was given, its title among it, goes before what is the same for every file.
+    return found, dict(metadata) | {key: text for key, text in said.items() if key.startswith(KEPT)} | own
 
 
 def _scale(layer: Layer, weight: Tensor) -> Tensor:

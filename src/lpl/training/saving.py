@@ -140,7 +140,8 @@ def write_model_card(config: TrainConfig, folder: Path) -> Path:
     from huggingface_hub import ModelCard, ModelCardData
 
     lora = config.model.rank is not None
-    base = str(config.model.pretrained_model_name_or_path)
+    base, merged = str(config.model.pretrained_model_name_or_path), config.model.merged_lora
+    whole = f"`{base}`" if merged is None else f"`{base}` with `{Path(merged).name}` merged into it"
     data = ModelCardData(
         base_model=base if not Path(base).exists() else None,
         library_name="diffusers",
@@ -167,7 +168,7 @@ def write_model_card(config: TrainConfig, folder: Path) -> Path:
 ---
 # {folder.resolve().name}
 
-{"A LoRA" if lora else "A full fine-tune"} of `{base}`, trained with {method}. Load it with `{load}`.
+{"A LoRA" if lora else "A full fine-tune"} of {whole}, trained with {method}. Load it with `{load}`.
 The weights are {weights}.
 
 {picture}```yaml

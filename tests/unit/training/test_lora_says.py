@@ -36,7 +36,8 @@ def test_both_files_say_what_programs_show(train: Any, pictures: Path, model: Pa
     before = time.time()
     run = train(
         output="says", train_data_dir=pictures, repeats="cats=2", rank=1, buckets=True, bucket_step=8, bucket_area=256,
-        max_train_steps=2, snr_gamma=5, metadata_author="me", metadata_license="CC0-1.0", metadata_tags="animals, red",
+        max_train_steps=2, snr_gamma=5, metadata_author="me", metadata_license="CC0-1.0", metadata_title="Mine",
+        metadata_tags="animals, red",
         metadata_description="animals", caption_prefix="zwx",
     )  # fmt: skip
     for name in NAMES:
@@ -58,4 +59,5 @@ def test_both_files_say_what_programs_show(train: Any, pictures: Path, model: Pa
         ]  # fmt: skip
         assert (said["ss_sd_model_name"], said["ss_zero_terminal_snr"]) == (model.name, "False")
         assert str(pictures) not in "".join(said.values())
-    assert said["ss_output_name"] == said["modelspec.title"] == "says_kohya"
+        assert said["modelspec.title"] == "Mine"
+    assert said["ss_output_name"] == "says_kohya"
