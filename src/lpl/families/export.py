@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -16,15 +15,12 @@ from lpl.base.files import alone_at
 from lpl.config import ModelConfig
 from lpl.config.command_line import load_config
 from lpl.config.model_commands import ExportConfig
-from lpl.config.run_folder import CONFIG_FILE, SAVED
+from lpl.config.run_folder import CONFIG_FILE, PATTERN, SAVED
 from lpl.families import as_trained, check_export, kind_of
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 INDEX_FILE = "model_index.json"
 MODEL_FLAG = "--pretrained_model_name_or_path"
-
-
-CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 
 class Request(NamedTuple):
@@ -48,7 +44,7 @@ def resolve(options: ExportConfig, scratch: Path | None = None) -> Request:
         UserError: an unfinished run, a folder that is none, or options that cannot act.
     """
     folder = Path(options.source)
-    if CHECKPOINT.fullmatch(folder.name) and (folder.parent / CONFIG_FILE).is_file():
+    if PATTERN.fullmatch(folder.name) and (folder.parent / CONFIG_FILE).is_file():
         require(scratch is not None, f"{folder}: a checkpoint; make a file or folder of it first (lpl export)")
         return _of_checkpoint(folder, options, scratch or folder)
     lora = None if options.lora is None else _lora_file(Path(options.lora))

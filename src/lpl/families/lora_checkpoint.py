@@ -19,8 +19,8 @@ from lpl.families.files import read_header
 from lpl.families.kind import Kind
 from lpl.families.lora_files import METADATA, fold_alpha, lora_metadata
 
+FINISHED_AT = "ss_training_finished_at"
 TRAINED = re.compile(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)\.default\.weight")
-TIMES = ("ss_training_finished_at",)
 
 
 def write_lora(checkpoint: Path, config: TrainConfig, kind: Kind, result: Path, to: Path) -> None:
@@ -67,7 +67,7 @@ def write_lora(checkpoint: Path, config: TrainConfig, kind: Kind, result: Path, 
     step = int(checkpoint.name.rpartition("-")[2])
     facts = lora_metadata(config.model, kind.plan_configs(config.model)["scheduler"]) | config.metadata.said()
     said = (read_header(result) or {}).get("__metadata__", {}) if result.is_file() else {}
-    facts = {key: text for key, text in said.items() if key not in TIMES} | facts | {"ss_steps": str(step)}
+    facts = {key: text for key, text in said.items() if key != FINISHED_AT} | facts | {"ss_steps": str(step)}
     content = {f"{part}.{name}": tensor.contiguous() for part, own in found.items() for name, tensor in own.items()}
     save_file(content, to, facts | {"format": "pt", METADATA: json.dumps(adapter, indent=2, sort_keys=True)})
 
