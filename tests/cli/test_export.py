@@ -54,7 +54,7 @@ def runs(train_in: Any, shared: Path) -> dict[str, Any]:
     return {
         "full": train_in(shared / "export-full", learning_rate=1e-2, **said),
         "lora": train_in(shared / "export-lora", **lora, lora_alpha=3),
-        "dora": train_in(shared / "export-dora", **lora, use_dora=True),
+        "dora": train_in(shared / "export-dora", **lora, use_dora=True, use_ema=True, ema_decay=0.5),
     }
 
 
@@ -216,9 +216,9 @@ def test_dora_file_is_the_merged_model_in_comfyui(
 
 
 def test_checkpoints_are_taken_as_the_run_is(export: Any, runs: dict[str, Any], model: Path, tmp_path: Path) -> None:
-    for kind, end in (("lora", "kohya"), ("dora", "comfyui")):
+    for kind, weights, end in (("lora", "raw", "kohya"), ("dora", "ema", "comfyui")):
         folder = runs[kind].folder
-        files = {1: folder / "saved-1" / "raw" / f"{folder.name}-1-raw_{end}.safetensors"}
+        files = {1: folder / "saved-1" / weights / f"{folder.name}-1-{weights}_{end}.safetensors"}
         files[2] = folder / f"{folder.name}_{end}.safetensors"
         for step, file in files.items():
             export(folder / f"checkpoint-{step}", "--to", "kohya", "--output", tmp_path / f"{kind}-{step}.safetensors")

@@ -6,14 +6,15 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lpl.base.errors import UserError, require
 from lpl.base.files import alone_at
-from lpl.config import ModelConfig
+from lpl.config import MetadataConfig, ModelConfig
 from lpl.config.command_line import load_config
+from lpl.config.files import is_config_of_run, read_record
 from lpl.config.model_commands import ExportConfig
 from lpl.config.run_folder import CONFIG_FILE, PATTERN, SAVED
 from lpl.families import as_trained, check_export, kind_of
@@ -59,8 +60,7 @@ def resolve(options: ExportConfig, scratch: Path | None = None) -> Request:
             "a run that trained one",
         )
         model = _with(ModelConfig(options.source), options)
-        known = (folder / CONFIG_FILE).is_file() and lora is None
-        said = load_config(folder / CONFIG_FILE).metadata.said() if known else {}
+        said = _said(folder / CONFIG_FILE) if lora is None else {}
         return Request(model if lora is None else as_trained(model, lora), lora, "", said)
     require(lora is None, f"--lora {options.lora}: {folder} is a LoRA already; merge one after the other")
     file = _config_of(folder)
@@ -69,6 +69,14 @@ def resolve(options: ExportConfig, scratch: Path | None = None) -> Request:
         return _of_lora(options, as_trained(ModelConfig(), own), own, folder / CONFIG_FILE, {})
     run = load_config(file)
     return _of_lora(options, run.model, own, file, run.metadata.said())
+
+
+def _said(file: Path) -> dict[str, str]:
+    """The metadata that a run of all weights was given, by its config.yaml."""
+    if not is_config_of_run(file):
+        return {}
+    given, _ = read_record(file)
+    return MetadataConfig(**{f.name: given.get(f.name) for f in fields(MetadataConfig)}).said()
 
 
 def _config_of(folder: Path) -> Path | None:
