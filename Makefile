@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
-.PHONY: demo test soak lint options api same house bench quality demo-weights clean
+.PHONY: demo test soak lint options api docs dist same house bench quality demo-weights clean
 
 demo: .venv/installed
 	$(OFFLINE) OMP_WAIT_POLICY=PASSIVE $(BIN)/lpl demo --output_dir lpl-demo
@@ -32,6 +32,14 @@ options: .venv/installed
 # docs/api.md, made of the docstrings of the public names.
 api: .venv/installed
 	$(BIN)/python tools/api_page.py
+
+# The site of README and docs, in build/docs/html; a link that leads nowhere fails.
+docs: .venv/installed
+	$(BIN)/python tools/docs_site.py
+
+# Archive and wheel for a package index, in dist: `make dist REPOSITORY=https://github.com/OWNER/NAME`.
+dist: .venv/installed
+	$(BIN)/python tools/distribution.py $(REPOSITORY)
 
 # Runs the same commands with an older commit (BASE=..., else where this branch left main), and compares what they leave.
 same: .venv/installed
@@ -62,7 +70,7 @@ demo-weights: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -c constraints.txt torch
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[demo,dev]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[demo,dev,docs]'
 	touch $@
 
 clean:

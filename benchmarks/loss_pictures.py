@@ -47,7 +47,9 @@ def draw_errors(vae, loss_fn, latents, noise):
         wrong = latents.clone()
         wrong[:, channel] += ERROR * noise[:, 0]
         pixels = vae.decode(decoded(wrong)).sample
-        found.append((float(loss_fn(wrong, latents).per_sample), float((pixels - clean).square().mean()), channel, pixels))
+        found.append(
+            (float(loss_fn(wrong, latents).per_sample), float((pixels - clean).square().mean()), channel, pixels)
+        )
     found.sort(key=lambda each: each[0])
     cells = [Cell(picture(clean), [("no error", INK), ("the decoded latent", GREY)])]
     for lpl, squared, channel, pixels in (found[0], found[len(found) // 2], found[-1]):
@@ -63,9 +65,8 @@ def draw_estimates(pipeline, loss_fn, image, latents, noise, conditions):
     schedule = schedule_of(DDPMScheduler.from_config(pipeline.scheduler.config))
     gate, to_raw, mapped = Gate(schedule), loss_fn.latent_space.to_raw, latents
     clean = pipeline.vae.decode(to_raw(latents)).sample
-    cells = [
-        Cell(picture(image), [("photograph", INK)]), Cell(picture(clean), [("target", INK), ("its latent, decoded", GREY)])
-    ]  # fmt: skip
+    cells = [Cell(picture(image), [("photograph", INK)])]
+    cells.append(Cell(picture(clean), [("target", INK), ("its latent, decoded", GREY)]))
     for t in TIMESTEPS:
         timestep = torch.tensor([t])
         alpha, sigma = (x.float() for x in schedule.alpha_sigma(timestep))
@@ -94,7 +95,9 @@ def draw_features(loss_fn, estimate, latents):
             Cell(fit(heat(maps.distance, most)), [("distance", INK), (f"{float(maps.distance.sum()):.3f}", GREY)]),
             Cell(fit(heat(maps.outliers, densest or 1.0)), [("masked as outliers", INK), (masked, GREY)]),
         ]
-    about = f"t = {MAPPED}. A row a tap: lengths of the feature vectors, what each place adds to the distance, the mask."
+    about = (
+        f"t = {MAPPED}. A row a tap: lengths of the feature vectors, what each place adds to the distance, the mask."
+    )
     return compose("What LPL compares", about, cells, 4)
 
 

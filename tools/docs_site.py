@@ -21,6 +21,10 @@ PARTS = ("docs", "examples", "benchmarks/quality")
 SHOWN = {".md", ".py", ".ipynb", ".png", ".css", ".yaml", ".sh"}
 
 
+class BuildError(Exception):
+    """The pages do not make a site."""
+
+
 def lay_out(source: Path) -> None:
     """Writes pages, and what they show or link to, in the places that they have in the repository."""
     for part in PARTS:
@@ -64,13 +68,14 @@ def build(folder: Path) -> Path:
     """Builds the site in a folder that is emptied first; returns that of the pages.
 
     Raises:
-        subprocess.CalledProcessError: a link or an anchor that leads nowhere, or a page that is missing.
+        BuildError: a link or an anchor leads nowhere; the builder has said which.
     """
     shutil.rmtree(folder, ignore_errors=True)
     lay_out(folder / "source")
     shutil.copy(CONFIG, folder)
     command = [sys.executable, "-m", "zensical", "build", "--strict", "--config-file", str(folder / CONFIG.name)]
-    subprocess.run(command, check=True)
+    if subprocess.run(command).returncode:
+        raise BuildError(f"{CONFIG.name}: the site was not built")
     return folder / "html"
 
 

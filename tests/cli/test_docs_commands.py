@@ -23,7 +23,9 @@ ELSEWHERE = {
     "lpl train --config sdxl --dataset_name my/dataset": "test_readme.py: it parses; the Hub is not asked",
 }
 """What is not run here, and what runs it."""
-MODEL = "--pretrained_model_name_or_path tiny --pretrained_vae_model_name_or_path tiny/vae --resolution 16 --bucket_step 4"
+MODEL = (
+    "--pretrained_model_name_or_path tiny --pretrained_vae_model_name_or_path tiny/vae --resolution 16 --bucket_step 4"
+)
 CACHE = "--latent_cache_dir cache"
 STEPS = "--max_train_steps 1 --lr_warmup_steps 0 --gradient_accumulation_steps 1"
 SMALL = {
