@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("zensical", reason="the extra `docs` is not installed")
 
 SCREENSHOTS = Path(__file__).parent / "screenshots"
-PAGES = ["", "docs/how_it_works/", "docs/options/", "docs/coming_from_other_trainers/", "examples/train_compare_judge/"]
+PAGES = ["", "docs/how_it_works/", "docs/options/", "examples/train_compare_judge/"]
 
 
 class Quiet(SimpleHTTPRequestHandler):

@@ -20,7 +20,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LAUNCHER = re.compile(r"^(?:OMP_NUM_THREADS=\d+ |accelerate launch .*?-m )")
 ELSEWHERE = {
     "lpl demo --output_dir lpl-demo": "test_demo.py",
-    "lpl train --config sdxl --dataset_name my/dataset": "test_readme.py: it parses; the Hub is not asked",
+    "lpl train --config sdxl --dataset_name my/dataset": "the Hub is not asked: here it parses",
 }
 """What is not run here, and what runs it."""
 MODEL = (
