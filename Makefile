@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
-.PHONY: demo test soak lint options api docs dist same house bench quality demo-weights clean
+.PHONY: demo test soak lint options api docs notebooks dist same house bench quality demo-weights clean
 
 demo: .venv/installed
 	$(OFFLINE) OMP_WAIT_POLICY=PASSIVE $(BIN)/lpl demo --output_dir lpl-demo
@@ -36,6 +36,10 @@ api: .venv/installed
 # The site of README and docs, in build/docs/html; a link that leads nowhere fails.
 docs: .venv/installed
 	$(BIN)/python tools/docs_site.py
+
+# Runs the notebooks of examples/ and stores their outputs: minutes.
+notebooks: .venv/installed
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(OFFLINE) $(BIN)/python tools/notebooks.py
 
 # Archive and wheel for a package index, in dist: `make dist REPOSITORY=https://github.com/OWNER/NAME`.
 dist: .venv/installed
