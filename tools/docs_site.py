@@ -81,4 +81,4 @@ def build(folder: Path) -> Path:
 
 if __name__ == "__main__":
     pages = build(FOLDER)
-    print(f"built: python -m http.server --bind 127.0.0.1 --directory {pages.relative_to(Path.cwd())}")
+    print(f"built: python -m http.server --bind 127.0.0.1 --directory {pages}")

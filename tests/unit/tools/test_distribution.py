@@ -16,7 +16,6 @@ import pytest
 
 ADDRESS = "https://github.com/someone/something"
 FILES = f"{ADDRESS}/{{}}/v1.0"
-LINKS = re.compile(r"(!?)\]\(([^)\s]+)\)")
 
 
 def test_links_of_readme_work_on_an_index() -> None:
