@@ -26,6 +26,8 @@ def run(file: Path, folder: Path) -> Any:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
             cell.outputs = _joined([output for output in cell.outputs if output.get("name") != "stderr"])
+            for output in cell.outputs:
+                output.get("data", {}).pop("image/jpeg", None)  # pictures are there as PNG, too
     return notebook
 
 
