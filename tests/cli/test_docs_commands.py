@@ -106,6 +106,19 @@ def test_every_command_parses() -> None:
     assert parsed >= 34
 
 
+def test_every_launch_parses() -> None:
+    """What stands before `-m lpl` is what accelerate takes; test_processes.py launches."""
+    from accelerate.commands.launch import launch_command_parser
+
+    pages = (re.sub(r" *\\\n *", " ", page.read_text()) for page in PAGES)
+    launched = [line for page in pages for line in re.findall(r"^    accelerate launch (.*)$", page, re.M)]
+    assert len(launched) >= 4
+    for line in launched:
+        given = launch_command_parser().parse_args(shlex.split(line, comments=True))
+        assert given.module
+        assert given.training_script == "lpl"
+
+
 @pytest.mark.slow  # what each command does, other tests show; that it parses, the one above
 @pytest.mark.parametrize("command", [command for command in ALL if command not in ELSEWHERE])
 def test_it_runs(command: str, folder: Path, run_cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
