@@ -53,11 +53,11 @@ same: .venv/installed
 house: .venv/installed
 	$(BIN)/python tools/house.py --frames
 
-# The figures of docs/performance.md: over half an hour on two CPU cores.
+# The figures of docs/performance.md, the pictures of docs/how_it_works.md: over half an hour on two CPU cores.
 bench: .venv/installed
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[bench]'
 	for what in loss_cost "loss_cost cpu" "loss_time time" "loss_time memory" "loss_time sweep" random_depth budget crop_bias step_time \
-	    step_profile plan_check plan_table data_reading data_start "data_start memory" "data_start million"; do \
+	    step_profile plan_check plan_table data_reading data_start "data_start memory" "data_start million" loss_pictures; do \
 	    set -- $$what; echo "## $$what"; $(OFFLINE) $(BIN)/python benchmarks/$$1.py $$2 || exit 1; done
 
 # LPL against the plain objective at their best guidance, searched alike, five seeds: days of two CPU cores; the same command
