@@ -314,8 +314,8 @@ class Plain(Operation):
         outputs = _parts(y)
         if not outputs[0].requires_grad:
             raise ValueError(
-                f"{self.name} gives features without a graph: LPL would train nothing; run it without detach() and "
-                "torch.no_grad()"
+                f"{self.name} gives features without a graph: LPL would train nothing; run it without detach(), "
+                "torch.no_grad() and torch.inference_mode()"
             )
         detached = tuple(part.detach() for part in outputs)
         return (detached[0] if isinstance(y, Tensor) else detached), [x, inputs, outputs]
