@@ -18,6 +18,9 @@ class LatentSpace:
     Attributes:
         scale: (C,) or (1,), float64; or (C, p, p), for the cell at row i and column j that of [:, i % p, j % p].
         shift: likewise.
+
+    Raises:
+        ValueError: no such tensors.
     """
 
     scale: Tensor

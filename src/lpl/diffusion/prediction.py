@@ -47,6 +47,9 @@ def edm(sigma_data: float = 0.5) -> Convention:
 
     Args:
         sigma_data: d, the standard deviation of the latents that the network was built for.
+
+    Raises:
+        ValueError: no positive number.
     """
     positive("sigma_data", sigma_data)
 
