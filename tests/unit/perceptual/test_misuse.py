@@ -141,13 +141,20 @@ def without_graph(context):
     return run
 
 
+class InPlace(nn.Module):
+    """A block that does not say so."""
+
+    def forward(self, x):
+        return x.relu_()
+
+
 STAGES = [
     ([convolution(5)], r"stage_0 does not take float32 \(1, 4, 4, 4\) on cpu: .*to have 5 channels"),
     ([convolution(), hidden(convolution(5))], "stage_1 does not take float32 .*to have 5 channels"),
     ([hidden(convolution().bfloat16())], "stage_0 does not take float32 .*BFloat16"),
     ([lambda x, y: x], r"stage_0 must be a function of \(x\)"),
     ([convolution(), lambda x: x.mul_(2)], "stage_1 changes in place what it is given"),
-    ([convolution(), nn.Sequential(nn.ReLU(inplace=True), convolution()).eval()], "stage_1 changes in place"),
+    ([convolution(), nn.Sequential(InPlace(), convolution()).eval()], "a stage's InPlace changes in place"),
     ([hidden(nn.Dropout())], "the stages run a Dropout in training mode: call .eval"),
     ([without_graph(torch.no_grad())], "stage_0 gives features without a graph"),
     ([without_graph(torch.inference_mode())], "stage_0 gives features without a graph"),
@@ -159,6 +166,19 @@ def test_wrong_stages_are_named(stages, message):
     with pytest.raises(ValueError, match=message) as error:
         LatentPerceptualLoss(stages=stages, strides=(1,) * len(stages))(LATENTS.clone().requires_grad_(), LATENTS)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_may_work_in_place(checkpointing):
+    """As decoders are often built: first in a stage, in between and last, they equal those that do not."""
+    first, second, found = convolution(), convolution(), []
+    for inplace in (False, True):
+        relu, pred = nn.ReLU(inplace=inplace), LATENTS.clone().requires_grad_()
+        stages = [nn.Sequential(first, relu, second).eval(), nn.Sequential(relu, second, relu).eval()]
+        out = LatentPerceptualLoss(stages=stages, strides=(1, 1), checkpointing=checkpointing)(pred, LATENTS + 1)
+        found.append((out.per_sample.detach(), *torch.autograd.grad(out.per_sample.sum(), pred)))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+    assert float(found[0][1].norm()) > 0
 
 
 class Model(nn.Module):

@@ -16,7 +16,7 @@ from lpl.base.errors import on_one_line
 from lpl.diffusion.latent_space import LatentSpace
 from lpl.perceptual.decoders.base import Decoder, DecoderTaps, Tap
 from lpl.perceptual.decoders.blocks import frozen_stage
-from lpl.perceptual.feature_maps import State, map_of
+from lpl.perceptual.feature_maps import State, map_of, version_of
 from lpl.perceptual.frozen import Fuse, Identity
 from lpl.perceptual.sweep import Segment
 
@@ -78,7 +78,7 @@ class StageTaps(DecoderTaps):
         return raw_latents
 
     def run(self, stage: int, x: State) -> State:
-        name, given, version = self.taps[stage].name, map_of(x), _version(map_of(x))
+        name, given = self.taps[stage].name, map_of(x)
         try:
             out = self._stages[stage](x)
         except torch.OutOfMemoryError:
@@ -87,8 +87,6 @@ class StageTaps(DecoderTaps):
             raise ValueError(f"{name} does not take {_words(given)}: {on_one_line(error)}") from error
         shown = out[0] if isinstance(out, tuple | list) and len(out) else out
         _check_map(shown, name)
-        if _version(given) != version:
-            raise ValueError(f"{name} changes in place what it is given, a map that is compared: let it work on a copy")
         if len(shown) != len(given):
             raise ValueError(f"{name} makes {len(shown)} samples of {len(given)}: keep each apart")
         return out
@@ -198,7 +196,7 @@ class HookTaps(Decoder):
                     raise ValueError(f"{name} runs twice in a decode: name a module that runs once")
                 found[name] = self.to_map(output)
                 _check_map(found[name], name)
-                versions[name] = found[name], _version(found[name])
+                versions[name] = found[name], version_of(found[name])
                 if stop and len(found) == len(names):
                     raise _StopDecoding
 
@@ -217,7 +215,7 @@ class HookTaps(Decoder):
         missing = [name for name in names if name not in found]
         if missing:
             raise ValueError(f"{', '.join(missing)}: not run by decode; name modules that are (without torch.compile)")
-        changed = [name for name, (x, version) in versions.items() if _version(x) != version]
+        changed = [name for name, (x, version) in versions.items() if version_of(x) != version]
         if changed:
             raise ValueError(f"{', '.join(changed)}: its output is changed in place behind it: name the module behind")
         return found, result
@@ -261,11 +259,6 @@ def _modules_that_run(found: list[nn.Module]) -> Iterator[None]:
 
 def _in_training(modules: Sequence[nn.Module]) -> str:
     return next((type(module).__name__ for module in modules if module.training), "")
-
-
-def _version(x: Tensor) -> int:
-    """How often it was changed in place; of tensors of torch.inference_mode() that is not known."""
-    return 0 if x.is_inference() else x._version
 
 
 class _StopDecoding(Exception):  # noqa: N818
