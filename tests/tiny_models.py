@@ -392,6 +392,62 @@ def tiny_zimage(folder: Any, seed: int = 0, turbo: bool = False) -> Any:
     return folder
 
 
+def tiny_flux2(folder: Any, seed: int = 0, distilled: bool = False) -> Any:
+    """Writes a Flux2KleinPipeline to a folder, latents as tiny_sdxl's; its Qwen3 is as deep as it must be."""
+    from diffusers import (
+        AutoencoderKLFlux2,
+        FlowMatchEulerDiscreteScheduler,
+        Flux2KleinPipeline,
+        Flux2Transformer2DModel,
+    )
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    tokenizer = tiny_qwen_tokenizer()
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=28,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=8,
+        tie_word_embeddings=True,
+    )
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=4,
+        norm_num_groups=4,
+        layers_per_block=1,
+    )
+    randomize(vae, seed)
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2)
+    transformer = Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(2, 2, 2, 2),
+        guidance_embeds=False,
+    )
+    pipeline = Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=vae,
+        text_encoder=Qwen3ForCausalLM(config),
+        tokenizer=tokenizer,
+        transformer=randomize(transformer, seed, 0.1),
+        is_distilled=distilled,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
 def tiny_images(folder: Any, count: int = 6, size: int = 24, seed: int = 0) -> Any:
     """Writes small random pictures with metadata.jsonl to a folder."""
     import json

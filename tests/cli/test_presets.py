@@ -20,6 +20,7 @@ PRESETS = [
     "demo",
     "diffusers-lpl",
     "flux-lora",
+    "klein-lora",
     "sana-lora",
     "sd15",
     "sd15-lora",

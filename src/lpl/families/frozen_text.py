@@ -7,7 +7,7 @@ import logging
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ class FrozenTextFamily(PipelineFamily):
 
     mask: str | None = None
     """The field that marks the tokens that count, which are the first; None: all do."""
+    chat: ClassVar[Mapping[str, Any] | None] = None
+    """What the tokenizer's chat template is given beside a caption; None: captions are read as they are."""
     max_length: int
     """Tokens of a caption that the text encoder of the longest captions reads."""
 
@@ -68,7 +70,11 @@ class FrozenTextFamily(PipelineFamily):
 
     def lengths(self, captions: list[str]) -> list[int]:
         """Tokens of captions by the last tokenizer, before any are cut."""
-        return [len(ids) for ids in self._tokenizers[-1](captions).input_ids]
+        tokenizer, texts = self._tokenizers[-1], captions
+        if self.chat is not None:
+            chats = [[{"role": "user", "content": caption}] for caption in captions]
+            texts = [tokenizer.apply_chat_template(chat, tokenize=False, **self.chat) for chat in chats]
+        return [len(ids) for ids in tokenizer(texts).input_ids]
 
     @property
     def limit(self) -> int:

@@ -142,6 +142,11 @@ class PipelineFamily(ABC):
         """Options of the pipeline's class beside its components, as the model has them."""
         return {}
 
+    def sampling_parts(self, denoiser: nn.Module) -> dict[str, Any]:
+        """Networks that the pipeline needs to draw latents; it runs where the first of them is, so no others."""
+        name = self.kind.networks[0]
+        return {name: self.parts(denoiser)[name]}
+
     def sampling_kwargs(self) -> dict[str, Any]:
         """What else the pipeline's call is given."""
         return {"guidance_scale": self.guidance}
@@ -171,10 +176,9 @@ class PipelineFamily(ABC):
             return state
 
         encoded = self.prompt_of(denoiser, prompt, negative_prompt)
-        cls, name = type(self.pipeline), self.kind.networks[0]
+        cls = type(self.pipeline)
         taken = inspect.signature(cls.__init__).parameters
-        # A pipeline runs where the first of its parts is: it gets what it needs alone.
-        parts = {part: None for part in self.pipeline.components if part in taken} | {name: self.parts(denoiser)[name]}
+        parts = {part: None for part in self.pipeline.components if part in taken} | self.sampling_parts(denoiser)
         pipeline = cls(**parts | {"scheduler": self.pipeline.scheduler} | self.pipeline_options())
         pipeline.vae_scale_factor = self.latent_stride
         pipeline.set_progress_bar_config(disable=True)

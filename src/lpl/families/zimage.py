@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -70,18 +70,13 @@ class Model(FrozenTextFamily):
     steps, guidance = ZIMAGE_KIND.steps, ZIMAGE_KIND.guidance
     lora_targets = LORA_TARGETS
     max_length = MAX_LENGTH
+    chat: ClassVar = {"add_generation_prompt": True, "enable_thinking": True}
     denoise = staticmethod(denoise)
 
     def prepare_text(self) -> None:
         super().prepare_text()
         if ZIMAGE_KIND.is_turbo(self.pipeline.scheduler.config):
             self.steps, self.guidance = 9, 0.0  # by its model's card
-
-    def lengths(self, captions: list[str]) -> list[int]:
-        tokenizer, options = self.pipeline.tokenizer, {"add_generation_prompt": True, "enable_thinking": True}
-        chats = [[{"role": "user", "content": caption}] for caption in captions]
-        texts = [tokenizer.apply_chat_template(chat, tokenize=False, **options) for chat in chats]
-        return [len(ids) for ids in tokenizer(texts).input_ids]
 
     def embed(self, captions: list[str]) -> dict[str, Tensor | list[Tensor]]:
         counts = [min(length, MAX_LENGTH) for length in self.lengths(captions)]

@@ -11,6 +11,7 @@ import torch
 from lpl.config import TrainConfig
 from lpl.config.command_line import parse_train
 from lpl.data.filling import batch_of
+from lpl.diffusion.latent_space import LatentSpace
 from lpl.diffusion.losses import diffusion_loss
 from lpl.families import blueprint, model_configs
 from lpl.families.sdxl_configs import PUBLISHED
@@ -103,7 +104,7 @@ def test_loss_counts_as_a_real_one(plan_of: Any, flags: str) -> None:
     with StepCounter() as counter:
         vae = plan_of.vae()
         before = counter.live
-        loss = build_loss(config, vae)
+        loss = build_loss(config, vae, LatentSpace.identity())
         assert found.copy == counter.live - before
     with StepCounter() as counter:
         loss(torch.randn(2, 4, 16, 16).requires_grad_(), torch.randn(2, 4, 16, 16))
