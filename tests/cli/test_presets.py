@@ -21,6 +21,7 @@ PRESETS = [
     "diffusers-lpl",
     "flux-lora",
     "klein-lora",
+    "qwen-lora",
     "sana-lora",
     "sd15",
     "sd15-lora",

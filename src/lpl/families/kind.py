@@ -39,6 +39,7 @@ class Kind:
         single_file_keys: one of them is in every single file of it, in the original layout that diffusers loads.
         parameters: of the denoiser that PUBLISHED describes, by which a single file without configs is planned.
         vae_class: of its VAE, in diffusers.
+        vae_has_frames: diffusers' class of it takes videos alone: one of the same name in the module takes images too.
         lora_starts: how the names of a LoRA's tensors begin, for each network it may change.
         lora_readers: the programs that read its LoRAs of diffusers' naming.
         parts: where another module has one, or by another name: its name -> "module:name".
@@ -71,6 +72,7 @@ class Kind:
     parameters: int = 0
     lora_readers: str = "diffusers"
     vae_class: str = "AutoencoderKL"
+    vae_has_frames: bool = False
     parts: Mapping[str, str] = field(default_factory=dict)
     loaded_with: Mapping[str, Any] = field(default_factory=dict)
     lora_starts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -79,6 +81,10 @@ class Kind:
         """A part of it by its name; loads its module, and with it what is heavy."""
         module, _, attribute = self.parts.get(name, f"{self.module}:{name}").partition(":")
         return getattr(import_module(f"lpl.families.{module}"), attribute)
+
+    def vae_of_images(self) -> Any:
+        """The class of its VAE that takes images, where that is not diffusers' own; else None."""
+        return self.find(self.vae_class) if self.vae_has_frames else None
 
     def owns(self, header: Mapping[str, Any]) -> bool:
         """Whether a single file with this header holds a model of this family."""

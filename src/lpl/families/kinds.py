@@ -128,5 +128,21 @@ KLEIN_KIND = KleinKind(
     vae_class="AutoencoderKLFlux2",
     lora_starts={"transformer": ("transformer.",)},
 )
-KINDS: tuple[Kind, ...] = (SDXL_KIND, SD_KIND, SD3_KIND, FLUX_KIND, SANA_KIND, ZIMAGE_KIND, KLEIN_KIND)
+QWEN_KIND = Kind(
+    name="Qwen-Image",
+    pipelines=("QwenImagePipeline",),
+    module="qwenimage",
+    base="Qwen-Image",
+    base_name="Qwen/Qwen-Image",
+    networks=("transformer", "vae", "text_encoder"),
+    tokenizers=("tokenizer",),
+    steps=50,  # both as its pipeline does
+    guidance=4.0,
+    vae_class="AutoencoderKLQwenImage",
+    vae_has_frames=True,
+    lora_starts={"transformer": ("transformer.",)},
+)
+KINDS: tuple[Kind, ...] = (
+    SDXL_KIND, SD_KIND, SD3_KIND, FLUX_KIND, SANA_KIND, ZIMAGE_KIND, KLEIN_KIND, QWEN_KIND,
+)  # fmt: skip
 """The first is that of a plan without a model, and the one whose checks judge what belongs to none."""

@@ -76,7 +76,16 @@ def load_whole(
         check_tokenizers(pipeline, kind.tokenizers)
         require_weights(pipeline, checked)
         set_schedule(pipeline, config)
+    of_images(pipeline.vae, kind)
     return pipeline
+
+
+def of_images(vae: Any, kind: Kind) -> Any:
+    """A VAE, which takes and gives images from now on, where diffusers' class of it takes and gives videos alone."""
+    own = kind.vae_of_images()
+    if own is not None and type(vae).__name__ == own.__name__:
+        vae.__class__ = own
+    return vae
 
 
 def _load_folder(

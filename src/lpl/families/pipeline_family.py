@@ -21,6 +21,7 @@ from lpl.base.errors import UserError
 from lpl.config import ModelConfig
 from lpl.diffusion.latent_space import LatentSpace
 from lpl.families.base import DECODED_PIXELS, TrainedOn, config_settings, weights_hash
+from lpl.families.files import vae_channels
 from lpl.families.joint import JointModel
 from lpl.families.kind import Kind
 from lpl.families.loading import load_whole
@@ -105,7 +106,7 @@ class PipelineFamily(ABC):
         return posterior.mean.float().cpu(), posterior.std.float().cpu()
 
     def entry_bytes(self, height: int, width: int) -> tuple[int, int]:
-        channels, stride = self.vae.config.latent_channels, self.latent_stride
+        channels, stride = vae_channels(self.vae.config), self.latent_stride
         return 2 * 4 * channels * (height // stride) * (width // stride), self.text_bytes()
 
     def prepare_prompt(self, prompt: str, negative_prompt: str = "") -> None:
@@ -149,7 +150,16 @@ class PipelineFamily(ABC):
 
     def sampling_kwargs(self) -> dict[str, Any]:
         """What else the pipeline's call is given."""
-        return {"guidance_scale": self.guidance}
+        return self.guided(self.guidance, None)
+
+    @staticmethod
+    def guided(scale: float, count: int | None) -> dict[str, Any]:
+        """What the pipeline's call is given for guidance of a scale.
+
+        Args:
+            count: of prompts in words; None: it is given embeddings, of negative prompts too.
+        """
+        return {"guidance_scale": scale}
 
     @staticmethod
     def call_options(pipeline: Any) -> dict[str, Any]:
@@ -209,6 +219,10 @@ class PipelineFamily(ABC):
 
     def tile(self) -> None:
         """Has the VAE decode what is larger than DECODED_PIXELS in tiles of that."""
+        if hasattr(self.vae, "tile_sample_min_height"):
+            overlapping = DECODED_PIXELS * 7 // 8
+            self.vae.enable_tiling(DECODED_PIXELS, DECODED_PIXELS, overlapping, overlapping)
+            return
         # Not the size that its config states: some state a tenth of what they decode.
         self.vae.tile_sample_min_size = DECODED_PIXELS
         self.vae.tile_latent_min_size = DECODED_PIXELS // self.latent_stride

@@ -142,12 +142,14 @@ class FamilySampler(PipelineSampler):
         known = kind or kind_of_class(type(pipeline).__name__)
         assert known is not None
         model = known.find("Model")
-        self._to_raw, self._options = model.to_raw, model.call_options(pipeline)
+        self._to_raw, self._guided, self._options = model.to_raw, model.guided, model.call_options(pipeline)
         self._multiple = known.pixel_multiple({"vae": pipeline.vae.config})
         pipeline.vae.float()
 
     def _draw(self, **options: Any) -> Tensor:
         height, width = options["height"], options["width"]
+        if "guidance_scale" in options:
+            options |= self._guided(options.pop("guidance_scale"), len(options["prompt"]))
         require(
             height % self._multiple == width % self._multiple == 0,
             f"--resolution {height}: the model takes multiples of {self._multiple} pixels",

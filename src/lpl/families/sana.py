@@ -11,7 +11,7 @@ import torch
 from diffusers import SanaPipeline
 from torch import Tensor
 
-from lpl.families.base import DECODED_PIXELS, weights_hash
+from lpl.families.base import weights_hash
 from lpl.families.frozen_text import FrozenTextFamily, quiet, widened
 from lpl.families.joint import JointModel
 from lpl.families.kinds import SANA_KIND
@@ -153,10 +153,6 @@ class Model(FrozenTextFamily):
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         latents = self.vae.encode(pixels.to(self.device, torch.float32)).latent.cpu()
         return latents, torch.zeros_like(latents)
-
-    def tile(self) -> None:
-        overlapping = DECODED_PIXELS * 7 // 8
-        self.vae.enable_tiling(DECODED_PIXELS, DECODED_PIXELS, overlapping, overlapping)
 
     def sampling_kwargs(self) -> dict[str, Any]:
         return super().sampling_kwargs() | self.call_options(self.pipeline) | {"negative_prompt": None}

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 
 def make_fake(module: nn.Module, mode: FakeTensorMode) -> None:
-    """Puts fake tensors in the place of a module's parameters and buffers, of their shapes and dtypes.
+    """Puts fake tensors in the place of a module's parameters, buffers and plain tensors, of their shapes and dtypes.
 
     Fake tensors refuse module.to(): what they are to be is settled before, on the meta device.
     """
@@ -28,6 +28,10 @@ def make_fake(module: nn.Module, mode: FakeTensorMode) -> None:
                 with mode:
                     fake = torch.empty(t.shape, dtype=t.dtype)
                     setattr(part, name, nn.Parameter(fake, t.requires_grad) if name in part._parameters else fake)
+        for name, value in vars(part).items():
+            if isinstance(value, Tensor):
+                with mode:
+                    setattr(part, name, torch.empty(value.shape, dtype=value.dtype))
 
 
 class FusedAttention(TorchFunctionMode):

@@ -31,9 +31,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "zimage": ("tiny_zimage", {}),
     "sana": ("tiny_sana", {}),
     "klein": ("tiny_flux2", {}),
+    "qwen": ("tiny_qwenimage", {}),
 }
 """What builds a tiny model of each, and with which settings."""
-PRESETS = {"sd3": "sd35-lora", **{name: f"{name}-lora" for name in ("flux", "zimage", "sana", "klein")}}
+PRESETS = {"sd3": "sd35-lora", **{name: f"{name}-lora" for name in ("flux", "zimage", "sana", "klein", "qwen")}}
 """Of a LoRA."""
 UNGUIDED = {"zimage": 0.0}
 """The scale that is no guidance, where that is not 1."""
@@ -73,6 +74,13 @@ def pipeline_of(folder: Path) -> Any:
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, use_safetensors=True)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def guided(pipeline: Any, scale: float, count: int = 1) -> dict[str, Any]:
+    """What a call is given for guidance."""
+    if "true_cfg_scale" in inspect.signature(type(pipeline).__call__).parameters:
+        return {"true_cfg_scale": scale, "negative_prompt": [" "] * count}
+    return {"guidance_scale": scale}
 
 
 def against(pipeline: Any, prompt: str) -> dict[str, Any]:
@@ -126,7 +134,7 @@ def test_denoise_gives_what_the_pipelines_own_call_gives(
     height, width = (24, 40) if side == 16 else (2 * side, 3 * side)
     calls = watched(pipeline, family, height, width)
     with torch.no_grad():
-        options = {"height": height, "width": width, "num_inference_steps": 3, "guidance_scale": none}
+        options = {"height": height, "width": width, "num_inference_steps": 3} | guided(pipeline, none)
         pipeline(prompt=caption, **options, output_type="latent", **asked_of(pipeline))
     extra = {"sizes": torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)}
     text = text_of(family, [caption])
@@ -159,11 +167,10 @@ def test_sampled_and_decoded_image_is_the_pipelines(folder: Path, family: Any, m
     raw = family.sample(family.denoiser.eval(), CAPTIONS[0], "blurred", seed=7, resolution=side)
     expected = pipeline(
         prompt=CAPTIONS[0],
-        **against(pipeline, "blurred"),
+        **guided(pipeline, family.guidance) | against(pipeline, "blurred"),
         height=side,
         width=side,
         num_inference_steps=4,
-        guidance_scale=family.guidance,
         generator=torch.Generator().manual_seed(7),
         **asked_of(pipeline),
     ).images[0]
@@ -185,7 +192,7 @@ def test_images_of_an_evaluation_are_the_pipelines(folder: Path) -> None:
                 prompt=CAPTIONS,
                 generator=generators(),
                 num_inference_steps=2,
-                guidance_scale=guidance,
+                **guided(pipeline, guidance, 2),
                 height=side,
                 width=side,
                 output_type="np",
@@ -297,6 +304,7 @@ CLIP_L, CLIP_G, T5_XXL, VAE_16 = 123_650_304, 694_659_840, 4_762_310_656, 83_819
         ("Tongyi-MAI/Z-Image", [6_154_908_736, VAE_16, 4_022_468_096]),
         ("stabilityai/stable-diffusion-3.5-medium", [2_243_171_520, VAE_16, CLIP_L, CLIP_G, T5_XXL]),
         ("Efficient-Large-Model/Sana_1600M_1024px_diffusers", [1_604_462_752]),
+        ("Qwen/Qwen-Image", [20_430_401_088, 126_892_531, 8_292_166_656]),
         ("black-forest-labs/FLUX.2-klein-base-4B", [3_875_544_576, 84_046_115, 4_022_468_096]),
         ("black-forest-labs/FLUX.1-dev", [11_901_408_320, VAE_16, 123_060_480, T5_XXL]),
     ],
