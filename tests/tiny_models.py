@@ -270,29 +270,34 @@ def tiny_flux(folder: Any, seed: int = 0, guidance: bool = True) -> Any:
     return folder
 
 
-def tiny_sana(folder: Any, seed: int = 0) -> Any:
-    """Writes a SanaPipeline to a folder; latents as tiny_sdxl's, but its pipeline draws multiples of 32 pixels."""
+def tiny_gemma(seed: int, layers: int = 1) -> tuple[Any, Any]:
+    """A Gemma 2, and a tokenizer of single characters."""
     import string
 
-    from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
     from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
 
     vocabulary = {name: n for n, name in enumerate(("<pad>", "<eos>", "<bos>", "<unk>", "\u2581"))}
     for character in string.ascii_letters + string.digits + string.punctuation + "\n":
         vocabulary.setdefault(character, len(vocabulary))
-    tokenizer = GemmaTokenizer(vocab=vocabulary, merges=[])
+    tokenizer = GemmaTokenizer(vocab=vocabulary, merges=[], add_bos_token=True)
     torch.manual_seed(seed)
-    encoder = Gemma2Model(
-        Gemma2Config(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=8,
-        )
+    config = Gemma2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
     )
+    return Gemma2Model(config), tokenizer
+
+
+def tiny_sana(folder: Any, seed: int = 0) -> Any:
+    """Writes a SanaPipeline to a folder; latents as tiny_sdxl's, but its pipeline draws multiples of 32 pixels."""
+    from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
+
+    encoder, tokenizer = tiny_gemma(seed)
     blocks = {"block_types": ("ResBlock", "ResBlock", "EfficientViTBlock"), "block_out_channels": (8, 8, 16)}
     blocks |= {"qkv_multiscales": ((), (), (5,)), "layers_per_block": (1, 1, 1)}
     vae = AutoencoderDC(
@@ -496,6 +501,36 @@ def tiny_qwenimage(folder: Any, seed: int = 0) -> Any:
         text_encoder=Qwen2_5_VLForConditionalGeneration(config),
         tokenizer=tokenizer,
         transformer=randomize(transformer, seed, 0.1),
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def tiny_lumina2(folder: Any, seed: int = 0) -> Any:
+    """Writes a Lumina2Pipeline to a folder, latents as tiny_sdxl's."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline, Lumina2Transformer2DModel
+
+    vae = tiny_vae16(seed)
+    encoder, tokenizer = tiny_gemma(seed, layers=2)
+    transformer = Lumina2Transformer2DModel(
+        sample_size=4,
+        in_channels=4,
+        hidden_size=24,
+        num_layers=2,
+        num_refiner_layers=1,
+        num_attention_heads=1,
+        num_kv_heads=1,
+        multiple_of=16,
+        axes_dim_rope=(8, 8, 8),
+        axes_lens=(300, 32, 32),
+        cap_feat_dim=16,
+    )
+    pipeline = Lumina2Pipeline(
+        transformer=randomize(transformer, seed, 0.1),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        vae=vae,
+        text_encoder=encoder,
+        tokenizer=tokenizer,
     )
     pipeline.save_pretrained(folder)
     return folder

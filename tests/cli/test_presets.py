@@ -21,6 +21,7 @@ PRESETS = [
     "diffusers-lpl",
     "flux-lora",
     "klein-lora",
+    "lumina2-lora",
     "qwen-lora",
     "sana-lora",
     "sd15",

@@ -82,10 +82,6 @@ class Kind:
         module, _, attribute = self.parts.get(name, f"{self.module}:{name}").partition(":")
         return getattr(import_module(f"lpl.families.{module}"), attribute)
 
-    def vae_of_images(self) -> Any:
-        """The class of its VAE that takes images, where that is not diffusers' own; else None."""
-        return self.find(self.vae_class) if self.vae_has_frames else None
-
     def owns(self, header: Mapping[str, Any]) -> bool:
         """Whether a single file with this header holds a model of this family."""
         return any(key in header for key in self.single_file_keys)

@@ -142,7 +142,19 @@ QWEN_KIND = Kind(
     vae_has_frames=True,
     lora_starts={"transformer": ("transformer.",)},
 )
+LUMINA2_KIND = Kind(
+    name="Lumina2",
+    pipelines=("Lumina2Pipeline",),
+    module="lumina2",
+    base="Lumina-Image 2.0",
+    base_name="Alpha-VLLM/Lumina-Image-2.0",
+    networks=("transformer", "vae", "text_encoder"),
+    tokenizers=("tokenizer",),
+    steps=30,  # both as its pipeline does
+    guidance=4.0,
+    lora_starts={"transformer": ("transformer.",)},
+)
 KINDS: tuple[Kind, ...] = (
-    SDXL_KIND, SD_KIND, SD3_KIND, FLUX_KIND, SANA_KIND, ZIMAGE_KIND, KLEIN_KIND, QWEN_KIND,
+    SDXL_KIND, SD_KIND, SD3_KIND, FLUX_KIND, SANA_KIND, ZIMAGE_KIND, KLEIN_KIND, QWEN_KIND, LUMINA2_KIND,
 )  # fmt: skip
 """The first is that of a plan without a model, and the one whose checks judge what belongs to none."""

@@ -82,9 +82,8 @@ def load_whole(
 
 def of_images(vae: Any, kind: Kind) -> Any:
     """A VAE, which takes and gives images from now on, where diffusers' class of it takes and gives videos alone."""
-    own = kind.vae_of_images()
-    if own is not None and type(vae).__name__ == own.__name__:
-        vae.__class__ = own
+    if kind.vae_has_frames and type(vae).__name__ == kind.vae_class:
+        vae.__class__ = kind.find(kind.vae_class)
     return vae
 
 

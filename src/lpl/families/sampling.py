@@ -28,7 +28,7 @@ SchedulerName = Literal["model", "dpmsolver++"]
 GUIDANCE = 5.0
 CLASSIFIER_FREE = (
     "AuraFlowPipeline", "ChromaPipeline", "CogView4Pipeline", "HunyuanDiTPipeline", "KolorsPipeline",
-    "Lumina2Pipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline",
+    "PixArtAlphaPipeline", "PixArtSigmaPipeline",
 )  # fmt: skip
 """Pipelines of no family here that take guidance_scale g as none + g (text - none), g up to 1 being no guidance,
 without a negative prompt too (read in diffusers 0.42.1)."""
@@ -144,6 +144,7 @@ class FamilySampler(PipelineSampler):
         model = known.find("Model")
         self._to_raw, self._guided, self._options = model.to_raw, model.guided, model.call_options(pipeline)
         self._multiple = known.pixel_multiple({"vae": pipeline.vae.config})
+        pipeline.vae_scale_factor = known.stride({"vae": pipeline.vae.config})
         pipeline.vae.float()
 
     def _draw(self, **options: Any) -> Tensor:

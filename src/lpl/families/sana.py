@@ -17,6 +17,7 @@ from lpl.families.joint import JointModel
 from lpl.families.kinds import SANA_KIND
 from lpl.families.pipeline_blueprint import PipelineBlueprint
 from lpl.families.pipeline_export import PipelineExport
+from lpl.families.published import GEMMA2_2B
 
 MAX_LENGTH = 300
 """Tokens of a text, its start included, as the pipeline has them by default."""
@@ -60,16 +61,7 @@ PUBLISHED: dict[str, Any] = {
         "decoder_act_fns": "silu",
         "scaling_factor": 0.41407,
     },
-    "text_encoder": {
-        "vocab_size": 256000,
-        "hidden_size": 2304,
-        "intermediate_size": 9216,
-        "num_hidden_layers": 26,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "dtype": "bfloat16",
-    },
+    "text_encoder": GEMMA2_2B,
     "scheduler": {"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True, "flow_shift": 3.0},
 }
 """Configs of Sana of 1.6 billion parameters at 1024 pixels, as published; what is left out is the class's default."""

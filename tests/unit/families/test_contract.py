@@ -32,9 +32,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "sana": ("tiny_sana", {}),
     "klein": ("tiny_flux2", {}),
     "qwen": ("tiny_qwenimage", {}),
+    "lumina2": ("tiny_lumina2", {}),
 }
 """What builds a tiny model of each, and with which settings."""
-PRESETS = {"sd3": "sd35-lora", **{name: f"{name}-lora" for name in ("flux", "zimage", "sana", "klein", "qwen")}}
+PRESETS = {name: f"{name}-lora" for name in ("flux", "zimage", "sana", "klein", "qwen", "lumina2")} | {
+    "sd3": "sd35-lora"
+}
 """Of a LoRA."""
 UNGUIDED = {"zimage": 0.0}
 """The scale that is no guidance, where that is not 1."""
@@ -73,6 +76,7 @@ def asked_of(pipeline: Any) -> dict[str, Any]:
 def pipeline_of(folder: Path) -> Any:
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, use_safetensors=True)
     pipeline.set_progress_bar_config(disable=True)
+    pipeline.vae_scale_factor = 4  # one of them takes it for 8, whatever its VAE
     return pipeline
 
 
@@ -304,6 +308,7 @@ CLIP_L, CLIP_G, T5_XXL, VAE_16 = 123_650_304, 694_659_840, 4_762_310_656, 83_819
         ("Tongyi-MAI/Z-Image", [6_154_908_736, VAE_16, 4_022_468_096]),
         ("stabilityai/stable-diffusion-3.5-medium", [2_243_171_520, VAE_16, CLIP_L, CLIP_G, T5_XXL]),
         ("Efficient-Large-Model/Sana_1600M_1024px_diffusers", [1_604_462_752]),
+        ("Alpha-VLLM/Lumina-Image-2.0", [2_609_769_152, VAE_16, 2_614_341_888]),
         ("Qwen/Qwen-Image", [20_430_401_088, 126_892_531, 8_292_166_656]),
         ("black-forest-labs/FLUX.2-klein-base-4B", [3_875_544_576, 84_046_115, 4_022_468_096]),
         ("black-forest-labs/FLUX.1-dev", [11_901_408_320, VAE_16, 123_060_480, T5_XXL]),
