@@ -23,6 +23,7 @@ from lpl.families.base import DECODED_PIXELS, Blueprint
 from lpl.perceptual.loss import CHUNK_PIXELS
 from lpl.training.counter import FusedAttention, StepCounter, checkpoint, make_fake
 from lpl.training.engine import add_lora, build_loss
+from lpl.training.quantized import quantize
 from lpl.training.states import one_step_size
 
 Device = Literal["cuda", "cpu"]
@@ -197,6 +198,8 @@ class Rehearsal:
                 _cast(denoiser, getattr(torch, dtype))
             if lora is not None:
                 _cast(denoiser, HALF.get(precision, torch.float32))
+                if lora.quantize_base is not None:
+                    quantize(denoiser, lora.quantize_base, torch.device("meta"))
                 add_lora(denoiser, lora, self.blueprint.lora_targets, 0)
         if precision in HALF:
             make_fake(denoiser, self._fake)
@@ -266,10 +269,10 @@ class Rehearsal:
 
     def caching(self, config: TrainConfig) -> int:
         """Peak of filling the caches, weights of VAE and text encoders included: the denoiser is not there yet."""
-        return self._caching(config.data.crop_size)
+        return self._caching(config.data.crop_size, config.model.offload_text_encoders and self.device != "cpu")
 
     @_once
-    def _caching(self, size: int) -> int:
+    def _caching(self, size: int, offloaded: bool) -> int:
         # Of captions whose encoders are trained, tokens are cached.
         encoders = [] if self.blueprint.trains_text else self._on_meta(self.blueprint.text_encoders)
         vae = self._on_meta(self.blueprint.vae)
@@ -279,7 +282,9 @@ class Rehearsal:
             for number, encoder in enumerate(encoders):
                 with counter:
                     encoder(self.blueprint.tokens(CAPTION_BATCH)[number], output_hidden_states=True)
-        return counter.peak + _bytes(vae) + sum(map(_bytes, encoders))
+        # Offloaded, a layer at a time is there.
+        layers = [sum(p.nbytes for p in m.parameters(recurse=False)) for e in encoders for m in e.modules()]
+        return counter.peak + _bytes(vae) + (max(layers, default=0) if offloaded else sum(map(_bytes, encoders)))
 
     def validation(self, config: TrainConfig) -> tuple[int, int]:
         """Peaks of sampling the latents of a validation image and of decoding them, on top of what was there before."""
@@ -318,7 +323,7 @@ def _quiet(active: bool) -> Iterator[None]:
 
 def _weights(config: TrainConfig) -> Weights:
     """The options of a LoRA, if there is one, are alike for all models."""
-    names = ("rank", "lora_alpha", "lora_dropout", "lora_targets", "use_dora")
+    names = ("rank", "lora_alpha", "lora_dropout", "lora_targets", "use_dora", "quantize_base")
     lora = {name: getattr(config.model, name) for name in names}
     own = None if config.model.rank is None else ModelConfig(**lora)
     return Weights(own, config.run.mixed_precision or "no", config.optim.weights_dtype)
