@@ -125,19 +125,21 @@ _made: dict[Any, list[Any]] = {}
 
 def _run(func: Any, args: Any, kwargs: Any) -> Any:
     """What an operation returns; one that makes new meta or fake tensors is asked once for inputs of one form."""
-    key, returns = (func, _form(args), _form([*kwargs.items()])), func._schema.returns
     first = args[0] if args and isinstance(args[0], FakeTensor) and args[0].constant is None else None
     mode = None if first is None else first.fake_mode
     if first is not None and _is_view(func):
         with in_kernel_invocation_manager(mode):
             views = func(*args, **kwargs)
-        wrapped = [FakeTensor(mode, view, first.fake_device) for view in _listed(views)]
+        listed = views if isinstance(views, (list, tuple)) else [views]
+        wrapped = [FakeTensor(mode, view, first.fake_device) for view in listed]
         return wrapped if isinstance(views, (list, tuple)) else wrapped[0]
+    key, returns = (func, _form(args), _form([*kwargs.items()])), func._schema.returns
     if key not in _made:
         out = func(*args, **kwargs)
         tensors = out if isinstance(out, tuple) else (out,)
         is_new = not func._schema.is_mutable and all(each.alias_info is None for each in returns)
-        if is_new and all(map(_is_empty, tensors)) and (mode is not None or not isinstance(out, FakeTensor)):
+        is_known = mode is not None or not any(isinstance(t, FakeTensor) for t in tensors)  # which mode they are of
+        if is_new and is_known and all(map(_is_empty, tensors)):
             _made[key] = [_form(t) for t in tensors]
         return out
     with no_dispatch():
@@ -145,12 +147,9 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     return tuple(made) if len(returns) > 1 else made[0]
 
 
-def _listed(value: Any) -> Any:
-    return value if isinstance(value, (list, tuple)) else [value]
-
-
 @functools.cache
 def _is_view(func: Any) -> bool:
+    """Whether it gives nothing but views of its first argument."""
     returns = func._schema.returns
     return not func._schema.is_mutable and all(each.alias_info is not None for each in returns) and bool(returns)
 
@@ -168,7 +167,7 @@ def _empty(size: Any, stride: Any, dtype: torch.dtype, device: torch.device, mod
 def _form(value: Any) -> Any:
     if isinstance(value, FakeTensor):  # a constant is one that still has its numbers
         mode = value.fake_mode if value.constant is None else value
-        return value.shape, value.stride(), value.dtype, value.device, mode
+        return value.shape, value.stride(), value.dtype, value.fake_device, mode
     if isinstance(value, Tensor):
         return value.shape, value.stride(), value.dtype, value.device, None
     return tuple(map(_form, value)) if isinstance(value, (list, tuple)) else (type(value), value)
