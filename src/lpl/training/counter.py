@@ -126,19 +126,18 @@ _made: dict[Any, list[Any]] = {}
 def _run(func: Any, args: Any, kwargs: Any) -> Any:
     """What an operation returns; one that makes new meta or fake tensors is asked once for inputs of one form."""
     first = args[0] if args and isinstance(args[0], FakeTensor) and args[0].constant is None else None
-    mode = None if first is None else first.fake_mode
     if first is not None and _is_view(func):
-        with in_kernel_invocation_manager(mode):
+        with in_kernel_invocation_manager(first.fake_mode):
             views = func(*args, **kwargs)
         listed = views if isinstance(views, (list, tuple)) else [views]
-        wrapped = [FakeTensor(mode, view, first.fake_device) for view in listed]
+        wrapped = [FakeTensor(first.fake_mode, view, first.fake_device) for view in listed]
         return wrapped if isinstance(views, (list, tuple)) else wrapped[0]
     key, returns = (func, _form(args), _form([*kwargs.items()])), func._schema.returns
     if key not in _made:
         out = func(*args, **kwargs)
         tensors = out if isinstance(out, tuple) else (out,)
         is_new = not func._schema.is_mutable and all(each.alias_info is None for each in returns)
-        is_known = mode is not None or not any(isinstance(t, FakeTensor) for t in tensors)  # which mode they are of
+        is_known = first is not None or not any(isinstance(t, FakeTensor) for t in tensors)  # which mode they are of
         if is_new and is_known and all(map(_is_empty, tensors)):
             _made[key] = [_form(t) for t in tensors]
         return out
