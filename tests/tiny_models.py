@@ -270,29 +270,34 @@ def tiny_flux(folder: Any, seed: int = 0, guidance: bool = True) -> Any:
     return folder
 
 
-def tiny_sana(folder: Any, seed: int = 0) -> Any:
-    """Writes a SanaPipeline to a folder; latents as tiny_sdxl's, but its pipeline draws multiples of 32 pixels."""
+def tiny_gemma(seed: int, layers: int = 1) -> tuple[Any, Any]:
+    """A Gemma 2, and a tokenizer of single characters."""
     import string
 
-    from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
     from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
 
     vocabulary = {name: n for n, name in enumerate(("<pad>", "<eos>", "<bos>", "<unk>", "\u2581"))}
     for character in string.ascii_letters + string.digits + string.punctuation + "\n":
         vocabulary.setdefault(character, len(vocabulary))
-    tokenizer = GemmaTokenizer(vocab=vocabulary, merges=[])
+    tokenizer = GemmaTokenizer(vocab=vocabulary, merges=[], add_bos_token=True)
     torch.manual_seed(seed)
-    encoder = Gemma2Model(
-        Gemma2Config(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=8,
-        )
+    config = Gemma2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
     )
+    return Gemma2Model(config), tokenizer
+
+
+def tiny_sana(folder: Any, seed: int = 0) -> Any:
+    """Writes a SanaPipeline to a folder; latents as tiny_sdxl's, but its pipeline draws multiples of 32 pixels."""
+    from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
+
+    encoder, tokenizer = tiny_gemma(seed)
     blocks = {"block_types": ("ResBlock", "ResBlock", "EfficientViTBlock"), "block_out_channels": (8, 8, 16)}
     blocks |= {"qkv_multiscales": ((), (), (5,)), "layers_per_block": (1, 1, 1)}
     vae = AutoencoderDC(
@@ -388,6 +393,145 @@ def tiny_zimage(folder: Any, seed: int = 0, turbo: bool = False) -> Any:
         tokenizer=tokenizer,
     )
     randomize(transformer, seed, 0.1)
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def tiny_flux2(folder: Any, seed: int = 0, distilled: bool = False) -> Any:
+    """Writes a Flux2KleinPipeline to a folder, latents as tiny_sdxl's; its Qwen3 is as deep as it must be."""
+    from diffusers import (
+        AutoencoderKLFlux2,
+        FlowMatchEulerDiscreteScheduler,
+        Flux2KleinPipeline,
+        Flux2Transformer2DModel,
+    )
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    tokenizer = tiny_qwen_tokenizer()
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=28,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=8,
+        tie_word_embeddings=True,
+    )
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=4,
+        norm_num_groups=4,
+        layers_per_block=1,
+    )
+    randomize(vae, seed)
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2)
+    transformer = Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(2, 2, 2, 2),
+        guidance_embeds=False,
+    )
+    pipeline = Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=vae,
+        text_encoder=Qwen3ForCausalLM(config),
+        tokenizer=tokenizer,
+        transformer=randomize(transformer, seed, 0.1),
+        is_distilled=distilled,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def tiny_qwenimage(folder: Any, seed: int = 0) -> Any:
+    """Writes a QwenImagePipeline to a folder, latents as tiny_sdxl's."""
+    from diffusers import (
+        AutoencoderKLQwenImage,
+        FlowMatchEulerDiscreteScheduler,
+        QwenImagePipeline,
+        QwenImageTransformer2DModel,
+    )
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    tokenizer = tiny_qwen_tokenizer()
+    torch.manual_seed(seed)
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "rope_scaling": {"mrope_section": [2, 3, 3], "rope_type": "default", "type": "default"},
+    }
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    vae = AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.5, 2.0, 0.7, 1.0],
+    )
+    transformer = QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(2, 2, 4),
+    )
+    pipeline = QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_shift=0.9, shift_terminal=0.02),
+        vae=randomize(vae, seed, 0.05),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(config),
+        tokenizer=tokenizer,
+        transformer=randomize(transformer, seed, 0.1),
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def tiny_lumina2(folder: Any, seed: int = 0) -> Any:
+    """Writes a Lumina2Pipeline to a folder, latents as tiny_sdxl's."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline, Lumina2Transformer2DModel
+
+    vae = tiny_vae16(seed)
+    encoder, tokenizer = tiny_gemma(seed, layers=2)
+    transformer = Lumina2Transformer2DModel(
+        sample_size=4,
+        in_channels=4,
+        hidden_size=24,
+        num_layers=2,
+        num_refiner_layers=1,
+        num_attention_heads=1,
+        num_kv_heads=1,
+        multiple_of=16,
+        axes_dim_rope=(8, 8, 8),
+        axes_lens=(300, 32, 32),
+        cap_feat_dim=16,
+    )
+    pipeline = Lumina2Pipeline(
+        transformer=randomize(transformer, seed, 0.1),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        vae=vae,
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+    )
     pipeline.save_pretrained(folder)
     return folder
 

@@ -179,4 +179,11 @@ def check_complete(folder: Path, variant: str | None, networks: Sequence[str], t
 def vae_stride(vae: Mapping[str, Any]) -> int | None:
     """Pixels per latent by a VAE's config: every block but the last halves the size; None: it does not say."""
     widths = vae.get("block_out_channels") or vae.get("encoder_block_out_channels")
-    return 2 ** (len(widths) - 1) if isinstance(widths, list | tuple) and 1 <= len(widths) <= 16 else None
+    halving = vae.get("temperal_downsample")  # of a VAE of videos: which of the blocks that halve do so in time too
+    blocks = widths or (halving and [*halving, None])
+    return 2 ** (len(blocks) - 1) if isinstance(blocks, list | tuple) and 1 <= len(blocks) <= 16 else None
+
+
+def vae_channels(vae: Mapping[str, Any]) -> int:
+    """Channels of its latents by a VAE's config."""
+    return int(vae.get("latent_channels", vae.get("z_dim", 4)))

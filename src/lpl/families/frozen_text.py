@@ -7,10 +7,10 @@ import logging
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lpl.families.base import config_settings, tokenizer_settings, weights_hash
 from lpl.families.joint import JointModel
@@ -28,6 +28,8 @@ class FrozenTextFamily(PipelineFamily):
 
     mask: str | None = None
     """The field that marks the tokens that count, which are the first; None: all do."""
+    chat: ClassVar[Mapping[str, Any] | None] = None
+    """What the tokenizer's chat template is given beside a caption; None: captions are read as they are."""
     max_length: int
     """Tokens of a caption that the text encoder of the longest captions reads."""
 
@@ -63,12 +65,16 @@ class FrozenTextFamily(PipelineFamily):
             found = {name: moved(value, CPU) for name, value in self.embed(captions).items()}
         if self.mask is None:
             return found
-        counted = [-(-int(count) // LENGTH_STEP) * LENGTH_STEP for count in torch.stack(list(found[self.mask])).sum(1)]
+        counted = [-(-int(row.sum()) // LENGTH_STEP) * LENGTH_STEP for row in found[self.mask]]
         return {name: [row[:n] for row, n in zip(value, counted, strict=True)] for name, value in found.items()}
 
     def lengths(self, captions: list[str]) -> list[int]:
         """Tokens of captions by the last tokenizer, before any are cut."""
-        return [len(ids) for ids in self._tokenizers[-1](captions).input_ids]
+        tokenizer, texts = self._tokenizers[-1], captions
+        if self.chat is not None:
+            chats = [[{"role": "user", "content": caption}] for caption in captions]
+            texts = [tokenizer.apply_chat_template(chat, tokenize=False, **self.chat) for chat in chats]
+        return [len(ids) for ids in tokenizer(texts).input_ids]
 
     @property
     def limit(self) -> int:
@@ -92,6 +98,38 @@ class FrozenTextFamily(PipelineFamily):
         self.say_cut(self._cut, self.limit)
         self._cut = []
         super().free_encoders()
+
+
+class OwnLengthFamily(FrozenTextFamily):
+    """One whose denoiser reads of each caption the tokens that it has.
+
+    Fields: prompt_embeds, filled up with zeros to a multiple of LENGTH_STEP, and lengths. Captions are encoded one by
+    one: in a batch the shorter ones cost as much as the longest.
+    """
+
+    @abstractmethod
+    def embed_one(self, caption: str) -> Tensor:
+        """What the pipeline makes of a caption, (tokens, W), on the device."""
+
+    def embed(self, captions: list[str]) -> dict[str, Tensor | list[Tensor]]:
+        rows = [self.embed_one(caption) for caption in captions]
+        filled = [nn.functional.pad(row, (0, 0, 0, -len(row) % LENGTH_STEP)) for row in rows]
+        return {"prompt_embeds": filled, "lengths": torch.tensor([len(row) for row in rows])}
+
+    def prompt_row(self, prompt: str) -> Tensor:
+        """The tokens (n, W) of a prompt, in float32, on the CPU."""
+        found = self.encode_text([prompt])
+        return found["prompt_embeds"][0][: int(found["lengths"][0])].float()
+
+    def text_bytes(self) -> int:
+        return 2 * 128 * int(self.text_encoders[0].config.get_text_config().hidden_size)  # of usual captions, two bytes
+
+
+def trimmed(embeds: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor | None]:
+    """Embeddings (B, n, W) up to the longest of these lengths, and which of them count, (B, n); None: all do."""
+    longest = max(lengths)
+    mask = None if min(lengths) == longest else torch.arange(longest) < torch.tensor(lengths)[:, None]
+    return embeds[:, :longest], None if mask is None else mask.to(embeds.device, non_blocking=True)
 
 
 @contextmanager

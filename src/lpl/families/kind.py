@@ -40,6 +40,7 @@ class Kind:
         single_file_keys: one of them is in every single file of it, in the original layout that diffusers loads.
         parameters: of the denoiser that PUBLISHED describes, by which a single file without configs is planned.
         vae_class: of its VAE, in diffusers.
+        vae_has_frames: diffusers' class of it takes videos alone: one of the same name in the module takes images too.
         lora_starts: how the names of a LoRA's tensors begin, for each network it may change.
         lora_readers: the programs that read its LoRAs of diffusers' naming.
         parts: where another module has one, or by another name: its name -> "module:name".
@@ -72,6 +73,7 @@ class Kind:
     parameters: int = 0
     lora_readers: str = "diffusers"
     vae_class: str = "AutoencoderKL"
+    vae_has_frames: bool = False
     parts: Mapping[str, str] = field(default_factory=dict)
     loaded_with: Mapping[str, Any] = field(default_factory=dict)
     lora_starts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

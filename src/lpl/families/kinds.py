@@ -107,5 +107,55 @@ ZIMAGE_KIND = ZImageKind(
     lora_readers="diffusers and ComfyUI",
     lora_starts={"transformer": ("transformer.",)},
 )
-KINDS: tuple[Kind, ...] = (SDXL_KIND, SD_KIND, SD3_KIND, FLUX_KIND, SANA_KIND, ZIMAGE_KIND)
+
+
+class KleinKind(Kind):
+    """Flux.2 klein: the base models, and those distilled to four steps without guidance, as model_index.json says."""
+
+    def usual_guidance(self, config: ModelConfig) -> float | None:
+        return None if self.plan_configs(config)["index"].get("is_distilled") else self.guidance
+
+
+KLEIN_KIND = KleinKind(
+    name="Flux.2 klein",
+    pipelines=("Flux2KleinPipeline",),
+    module="flux2",
+    base="FLUX.2 klein base of 4 billion parameters",
+    base_name="black-forest-labs/FLUX.2-klein-base-4B",
+    networks=("transformer", "vae", "text_encoder"),
+    tokenizers=("tokenizer",),
+    steps=50,  # both as its pipeline does
+    guidance=4.0,
+    vae_class="AutoencoderKLFlux2",
+    lora_starts={"transformer": ("transformer.",)},
+)
+QWEN_KIND = Kind(
+    name="Qwen-Image",
+    pipelines=("QwenImagePipeline",),
+    module="qwenimage",
+    base="Qwen-Image",
+    base_name="Qwen/Qwen-Image",
+    networks=("transformer", "vae", "text_encoder"),
+    tokenizers=("tokenizer",),
+    steps=50,  # both as its pipeline does
+    guidance=4.0,
+    vae_class="AutoencoderKLQwenImage",
+    vae_has_frames=True,
+    lora_starts={"transformer": ("transformer.",)},
+)
+LUMINA2_KIND = Kind(
+    name="Lumina2",
+    pipelines=("Lumina2Pipeline",),
+    module="lumina2",
+    base="Lumina-Image 2.0",
+    base_name="Alpha-VLLM/Lumina-Image-2.0",
+    networks=("transformer", "vae", "text_encoder"),
+    tokenizers=("tokenizer",),
+    steps=30,  # both as its pipeline does
+    guidance=4.0,
+    lora_starts={"transformer": ("transformer.",)},
+)
+KINDS: tuple[Kind, ...] = (
+    SDXL_KIND, SD_KIND, SD3_KIND, FLUX_KIND, SANA_KIND, ZIMAGE_KIND, KLEIN_KIND, QWEN_KIND, LUMINA2_KIND,
+)  # fmt: skip
 """The first is that of a plan without a model, and the one whose checks judge what belongs to none."""

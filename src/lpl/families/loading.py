@@ -78,9 +78,17 @@ def load_whole(
         check_tokenizers(pipeline, kind.tokenizers)
         require_weights(pipeline, checked)
         set_schedule(pipeline, config)
+    of_images(pipeline.vae, kind)
     if config.merged_lora is not None:
         _merge_own(kind, config, pipeline)
     return pipeline
+
+
+def of_images(vae: Any, kind: Kind) -> Any:
+    """A VAE, which takes and gives images from now on, where diffusers' class of it takes and gives videos alone."""
+    if kind.vae_has_frames and type(vae).__name__ == kind.vae_class:
+        vae.__class__ = kind.find(kind.vae_class)
+    return vae
 
 
 def _merge_own(kind: Kind, config: ModelConfig, pipeline: Any) -> None:

@@ -12,9 +12,9 @@ import transformers
 from torch import Tensor, nn
 
 from lpl.config import ModelConfig
-from lpl.families.files import FLAG
+from lpl.families.files import FLAG, vae_channels
 from lpl.families.kind import Kind
-from lpl.families.loading import named
+from lpl.families.loading import named, of_images
 from lpl.families.schedulers import training_schedule
 
 
@@ -36,7 +36,7 @@ class PipelineBlueprint(ABC):
         self.configs, self.config = configs, config
         with named(FLAG, "its scheduler"):
             self.schedule = training_schedule(configs["scheduler"])
-        self.latent_channels = int(configs["vae"].get("latent_channels", 4))
+        self.latent_channels = vae_channels(configs["vae"])
         self.stride = self.kind.stride(configs)
         self.denoiser_word = self.kind.denoiser_word
         names = [part for part in self.kind.networks if part.startswith("text_encoder") and part in configs]
@@ -53,7 +53,7 @@ class PipelineBlueprint(ABC):
 
     def vae(self) -> Any:
         with named(FLAG, "the VAE of its configs"):
-            return self._network("vae").eval().requires_grad_(False)
+            return of_images(self._network("vae"), self.kind).eval().requires_grad_(False)
 
     def _network(self, part: str) -> Any:
         own = self.configs[part]

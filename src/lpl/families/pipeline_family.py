@@ -22,6 +22,7 @@ from lpl.base.errors import UserError
 from lpl.config import ModelConfig
 from lpl.diffusion.latent_space import LatentSpace
 from lpl.families.base import DECODED_PIXELS, config_settings, weights_hash
+from lpl.families.files import vae_channels
 from lpl.families.joint import JointModel
 from lpl.families.kind import Kind
 from lpl.families.loading import load_whole
@@ -110,7 +111,7 @@ class PipelineFamily(ABC):
         return posterior.mean.float().cpu(), posterior.std.float().cpu()
 
     def entry_bytes(self, height: int, width: int) -> tuple[int, int]:
-        channels, stride = self.vae.config.latent_channels, self.latent_stride
+        channels, stride = vae_channels(self.vae.config), self.latent_stride
         return 2 * 4 * channels * (height // stride) * (width // stride), self.text_bytes()
 
     def prepare_prompt(self, prompt: str, negative_prompt: str = "") -> None:
@@ -147,9 +148,23 @@ class PipelineFamily(ABC):
         """Options of the pipeline's class beside its components, as the model has them."""
         return {}
 
+    def sampling_parts(self, denoiser: nn.Module) -> dict[str, Any]:
+        """Networks that the pipeline needs to draw latents; it runs where the first of them is, so no others."""
+        name = self.kind.networks[0]
+        return {name: self.parts(denoiser)[name]}
+
     def sampling_kwargs(self) -> dict[str, Any]:
         """What else the pipeline's call is given."""
-        return {"guidance_scale": self.guidance}
+        return self.guided(self.guidance, None)
+
+    @staticmethod
+    def guided(scale: float, count: int | None) -> dict[str, Any]:
+        """What the pipeline's call is given for guidance of a scale.
+
+        Args:
+            count: of prompts in words; None: it is given embeddings, of negative prompts too.
+        """
+        return {"guidance_scale": scale}
 
     @staticmethod
     def call_options(pipeline: Any) -> dict[str, Any]:
@@ -176,10 +191,9 @@ class PipelineFamily(ABC):
             return state
 
         encoded = self.prompt_of(denoiser, prompt, negative_prompt)
-        cls, name = type(self.pipeline), self.kind.networks[0]
+        cls = type(self.pipeline)
         taken = inspect.signature(cls.__init__).parameters
-        # A pipeline runs where the first of its parts is: it gets what it needs alone.
-        parts = {part: None for part in self.pipeline.components if part in taken} | {name: self.parts(denoiser)[name]}
+        parts = {part: None for part in self.pipeline.components if part in taken} | self.sampling_parts(denoiser)
         pipeline = cls(**parts | {"scheduler": self.pipeline.scheduler} | self.pipeline_options())
         pipeline.vae_scale_factor = self.latent_stride
         pipeline.set_progress_bar_config(disable=True)
@@ -210,6 +224,10 @@ class PipelineFamily(ABC):
 
     def tile(self) -> None:
         """Has the VAE decode what is larger than DECODED_PIXELS in tiles of that."""
+        if hasattr(self.vae, "tile_sample_min_height"):
+            overlapping = DECODED_PIXELS * 7 // 8
+            self.vae.enable_tiling(DECODED_PIXELS, DECODED_PIXELS, overlapping, overlapping)
+            return
         # Not the size that its config states: some state a tenth of what they decode.
         self.vae.tile_sample_min_size = DECODED_PIXELS
         self.vae.tile_latent_min_size = DECODED_PIXELS // self.latent_stride

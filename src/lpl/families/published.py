@@ -41,6 +41,16 @@ QWEN3_4B: dict[str, Any] = {
     "vocab_size": 151936,
     "dtype": "bfloat16",
 }
+GEMMA2_2B: dict[str, Any] = {
+    "vocab_size": 256000,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "dtype": "bfloat16",
+}
 VAE_16: dict[str, Any] = {
     "_class_name": "AutoencoderKL",
     "block_out_channels": [128, 256, 512, 512],

@@ -29,7 +29,7 @@ SpacingName = Literal["model", "leading", "linspace", "trailing"]
 GUIDANCE = 5.0
 CLASSIFIER_FREE = (
     "AuraFlowPipeline", "ChromaPipeline", "CogView4Pipeline", "HunyuanDiTPipeline", "KolorsPipeline",
-    "Lumina2Pipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline",
+    "PixArtAlphaPipeline", "PixArtSigmaPipeline",
 )  # fmt: skip
 """Pipelines of no family here that take guidance_scale g as none + g (text - none), g up to 1 being no guidance,
 without a negative prompt too (read in diffusers 0.42.1)."""
@@ -157,12 +157,15 @@ class FamilySampler(PipelineSampler):
         known = kind or kind_of_class(type(pipeline).__name__)
         assert known is not None
         model = known.find("Model")
-        self._to_raw, self._options = model.to_raw, model.call_options(pipeline)
+        self._to_raw, self._guided, self._options = model.to_raw, model.guided, model.call_options(pipeline)
         self._multiple = known.pixel_multiple({"vae": pipeline.vae.config})
+        pipeline.vae_scale_factor = known.stride({"vae": pipeline.vae.config})
         pipeline.vae.float()
 
     def _draw(self, **options: Any) -> Tensor:
         height, width = options["height"], options["width"]
+        if "guidance_scale" in options:
+            options |= self._guided(options.pop("guidance_scale"), len(options["prompt"]))
         require(
             height % self._multiple == width % self._multiple == 0,
             f"--resolution {height}: the model takes multiples of {self._multiple} pixels",

@@ -11,12 +11,13 @@ import torch
 from diffusers import SanaPipeline
 from torch import Tensor
 
-from lpl.families.base import DECODED_PIXELS, weights_hash
+from lpl.families.base import weights_hash
 from lpl.families.frozen_text import FrozenTextFamily, quiet, widened
 from lpl.families.joint import JointModel
 from lpl.families.kinds import SANA_KIND
 from lpl.families.pipeline_blueprint import PipelineBlueprint
 from lpl.families.pipeline_export import PipelineExport
+from lpl.families.published import GEMMA2_2B
 
 MAX_LENGTH = 300
 """Tokens of a text, its start included, as the pipeline has them by default."""
@@ -60,16 +61,7 @@ PUBLISHED: dict[str, Any] = {
         "decoder_act_fns": "silu",
         "scaling_factor": 0.41407,
     },
-    "text_encoder": {
-        "vocab_size": 256000,
-        "hidden_size": 2304,
-        "intermediate_size": 9216,
-        "num_hidden_layers": 26,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "dtype": "bfloat16",
-    },
+    "text_encoder": GEMMA2_2B,
     "scheduler": {"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True, "flow_shift": 3.0},
 }
 """Configs of Sana of 1.6 billion parameters at 1024 pixels, as published; what is left out is the class's default."""
@@ -153,10 +145,6 @@ class Model(FrozenTextFamily):
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         latents = self.vae.encode(pixels.to(self.device, torch.float32)).latent.cpu()
         return latents, torch.zeros_like(latents)
-
-    def tile(self) -> None:
-        overlapping = DECODED_PIXELS * 7 // 8
-        self.vae.enable_tiling(DECODED_PIXELS, DECODED_PIXELS, overlapping, overlapping)
 
     def sampling_kwargs(self) -> dict[str, Any]:
         return super().sampling_kwargs() | self.call_options(self.pipeline) | {"negative_prompt": None}

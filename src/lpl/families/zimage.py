@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lpl.families.frozen_text import FrozenTextFamily
+from lpl.families.frozen_text import OwnLengthFamily
 from lpl.families.joint import JointModel
 from lpl.families.kinds import ZIMAGE_KIND
 from lpl.families.pipeline_blueprint import PipelineBlueprint
@@ -18,8 +18,6 @@ from lpl.families.published import FLOW_SCHEDULER, QWEN3_4B, VAE_16
 
 MAX_LENGTH = 512
 """Tokens that the Qwen3 reads, template included, as the pipeline does by default."""
-MULTIPLE = 32
-"""The transformer fills captions up to a multiple of this, with a token of its own."""
 
 PUBLISHED: dict[str, Any] = {
     "index": {"_class_name": "ZImagePipeline", "text_encoder": ["transformers", "Qwen3Model"]},
@@ -56,12 +54,10 @@ def denoise(
     return -torch.stack(output).squeeze(2)
 
 
-class Model(FrozenTextFamily):
+class Model(OwnLengthFamily):
     """A ZImagePipeline taken apart for training; a caption of "" is what the pipeline uses for none.
 
-    A caption's text is the Qwen3's last hidden states but one, of as many tokens as it has, in a chat template; what is
-    cached is filled up with zeros to a multiple of 32, which the transformer does not read. Captions are encoded one by
-    one: in a batch the shorter ones cost as much as the longest.
+    A caption's text is the Qwen3's last hidden states but one, of as many tokens as it has, in a chat template.
 
     Guidance is the pipeline's: text + scale (text - none), of which 0 is none.
     """
@@ -70,6 +66,7 @@ class Model(FrozenTextFamily):
     steps, guidance = ZIMAGE_KIND.steps, ZIMAGE_KIND.guidance
     lora_targets = LORA_TARGETS
     max_length = MAX_LENGTH
+    chat: ClassVar = {"add_generation_prompt": True, "enable_thinking": True}
     denoise = staticmethod(denoise)
 
     def prepare_text(self) -> None:
@@ -77,32 +74,17 @@ class Model(FrozenTextFamily):
         if ZIMAGE_KIND.is_turbo(self.pipeline.scheduler.config):
             self.steps, self.guidance = 9, 0.0  # by its model's card
 
-    def lengths(self, captions: list[str]) -> list[int]:
-        tokenizer, options = self.pipeline.tokenizer, {"add_generation_prompt": True, "enable_thinking": True}
-        chats = [[{"role": "user", "content": caption}] for caption in captions]
-        texts = [tokenizer.apply_chat_template(chat, tokenize=False, **options) for chat in chats]
-        return [len(ids) for ids in tokenizer(texts).input_ids]
-
-    def embed(self, captions: list[str]) -> dict[str, Tensor | list[Tensor]]:
-        counts = [min(length, MAX_LENGTH) for length in self.lengths(captions)]
-        rows = [
-            # In a list of its own: the pipeline writes the template into it.
-            self.pipeline.encode_prompt([caption], self.device, False, max_sequence_length=count)[0][0]
-            for caption, count in zip(captions, counts, strict=True)
-        ]
-        filled = [nn.functional.pad(row, (0, 0, 0, -len(row) % MULTIPLE)) for row in rows]
-        return {"prompt_embeds": filled, "lengths": torch.tensor([len(row) for row in rows])}
+    def embed_one(self, caption: str) -> Tensor:
+        count = min(self.lengths([caption])[0], MAX_LENGTH)
+        # In a list of its own: the pipeline writes the template into it.
+        row: Tensor = self.pipeline.encode_prompt([caption], self.device, False, max_sequence_length=count)[0][0]
+        return row
 
     def encode_prompt(
         self, prompt: str, negative_prompt: str, joint: JointModel | None = None
     ) -> Mapping[str, Tensor | list[Tensor]]:
-        found = self.encode_text([prompt, negative_prompt])
-        pairs = zip(found["prompt_embeds"], found["lengths"].tolist(), strict=True)  # type: ignore[union-attr]
-        wanted, other = (row[:length].float() for row, length in pairs)
+        wanted, other = self.prompt_row(prompt), self.prompt_row(negative_prompt)
         return {"prompt_embeds": [wanted], "negative_prompt_embeds": [other]}
-
-    def text_bytes(self) -> int:
-        return 2 * 128 * int(self.text_encoders[0].config.hidden_size)  # of usual captions, in two bytes
 
 
 class Plan(PipelineBlueprint):

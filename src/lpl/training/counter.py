@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -9,16 +10,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
+from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 
 def make_fake(module: nn.Module, mode: FakeTensorMode) -> None:
-    """Puts fake tensors in the place of a module's parameters and buffers, of their shapes and dtypes.
+    """Puts fake tensors in the place of a module's parameters, buffers and plain tensors, of their shapes and dtypes.
 
     Fake tensors refuse module.to(): what they are to be is settled before, on the meta device.
     """
@@ -28,6 +30,12 @@ def make_fake(module: nn.Module, mode: FakeTensorMode) -> None:
                 with mode:
                     fake = torch.empty(t.shape, dtype=t.dtype)
                     setattr(part, name, nn.Parameter(fake, t.requires_grad) if name in part._parameters else fake)
+        for name, value in vars(part).items():
+            listed = value if isinstance(value, list) else [value]
+            if listed and all(isinstance(t, Tensor) for t in listed):
+                with mode:
+                    fakes = [torch.empty(t.shape, dtype=t.dtype) for t in listed]
+                setattr(part, name, fakes if value is listed else fakes[0])
 
 
 class FusedAttention(TorchFunctionMode):
@@ -112,26 +120,55 @@ class StepCounter(TorchDispatchMode):
 
 
 _made: dict[Any, list[Any]] = {}
-"""Shape, stride and dtype of what operations return on the meta device, where torch takes long to derive them."""
+"""Forms of what operations return of meta and of fake tensors, where torch takes long to derive them."""
 
 
 def _run(func: Any, args: Any, kwargs: Any) -> Any:
-    """What an operation returns; one that makes new tensors on the meta device is asked once for inputs of one form."""
+    """What an operation returns; one that makes new meta or fake tensors is asked once for inputs of one form."""
+    first = args[0] if args and isinstance(args[0], FakeTensor) and args[0].constant is None else None
+    if first is not None and _is_view(func):
+        with in_kernel_invocation_manager(first.fake_mode):
+            views = func(*args, **kwargs)
+        listed = views if isinstance(views, (list, tuple)) else [views]
+        wrapped = [FakeTensor(first.fake_mode, view, first.fake_device) for view in listed]
+        return wrapped if isinstance(views, (list, tuple)) else wrapped[0]
     key, returns = (func, _form(args), _form([*kwargs.items()])), func._schema.returns
     if key not in _made:
         out = func(*args, **kwargs)
         tensors = out if isinstance(out, tuple) else (out,)
         is_new = not func._schema.is_mutable and all(each.alias_info is None for each in returns)
-        if is_new and all(type(t) is Tensor and t.is_meta for t in tensors):
-            _made[key] = [(t.shape, t.stride(), t.dtype) for t in tensors]
+        is_known = first is not None or not any(isinstance(t, FakeTensor) for t in tensors)  # which mode they are of
+        if is_new and is_known and all(map(_is_empty, tensors)):
+            _made[key] = [_form(t) for t in tensors]
         return out
-    made = [aten.empty_strided(size, stride, dtype=dtype, device="meta") for size, stride, dtype in _made[key]]
+    with no_dispatch():
+        made = [_empty(*form) for form in _made[key]]
     return tuple(made) if len(returns) > 1 else made[0]
 
 
+@functools.cache
+def _is_view(func: Any) -> bool:
+    """Whether it gives nothing but views of its first argument."""
+    returns = func._schema.returns
+    return not func._schema.is_mutable and all(each.alias_info is not None for each in returns) and bool(returns)
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether it is a tensor that holds no numbers."""
+    return (type(value) is Tensor and value.is_meta) or (isinstance(value, FakeTensor) and value.constant is None)
+
+
+def _empty(size: Any, stride: Any, dtype: torch.dtype, device: torch.device, mode: FakeTensorMode | None) -> Tensor:
+    made = torch.empty_strided(size, stride, dtype=dtype, device="meta")
+    return made if mode is None else FakeTensor(mode, made, device)
+
+
 def _form(value: Any) -> Any:
+    if isinstance(value, FakeTensor):  # a constant is one that still has its numbers
+        mode = value.fake_mode if value.constant is None else value
+        return value.shape, value.stride(), value.dtype, value.fake_device, mode
     if isinstance(value, Tensor):
-        return value.shape, value.stride(), value.dtype, value.device
+        return value.shape, value.stride(), value.dtype, value.device, None
     return tuple(map(_form, value)) if isinstance(value, (list, tuple)) else (type(value), value)
 
 

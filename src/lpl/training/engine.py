@@ -182,8 +182,8 @@ def _given(options: LPLConfig, cls: type, prefix: str = "") -> dict[str, Any]:
     return {name: value for name, value in named.items() if name in taken}
 
 
-def build_loss(config: TrainConfig, vae: Any, latent_space: LatentSpace | None = None) -> LatentPerceptualLoss:
-    """The loss as the config describes it, on a VAE (which may be on the meta device); None: as its config says."""
+def build_loss(config: TrainConfig, vae: Any, latent_space: LatentSpace) -> LatentPerceptualLoss:
+    """The loss as the config describes it, on a VAE, which may be on the meta device."""
     options = config.lpl
     given = _given(options, LatentPerceptualLoss, "lpl_") | {
         "checkpointing": config.lpl_checkpointing,

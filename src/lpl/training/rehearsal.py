@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lpl.config import LPLConfig, ModelConfig, OptimConfig, TrainConfig
 from lpl.data.filling import CAPTION_BATCH, batch_of
+from lpl.diffusion.latent_space import LatentSpace
 from lpl.diffusion.losses import diffusion_loss
 from lpl.families.base import DECODED_PIXELS, Blueprint
 from lpl.perceptual.loss import CHUNK_PIXELS
@@ -228,11 +229,12 @@ class Rehearsal:
     @_once
     def _loss(self, options: LPLConfig, shape: tuple[int, ...]) -> LossCost:
         config = TrainConfig(lpl=options)
+        space = LatentSpace.identity()  # some VAEs keep its numbers among their weights, which hold none here
         with torch.device("meta"), StepCounter() as counter:
             vae = self.blueprint.vae()
             before = counter.live
             with _quiet(self._told):  # what the loss has to say, it says once
-                loss = build_loss(config, vae)
+                loss = build_loss(config, vae, space)
             copy = counter.live - before
             # Built again on weights of its own precision, which can be made fake: it then copies nothing.
             _cast(vae, getattr(torch, config.lpl.lpl_dtype))
@@ -240,7 +242,7 @@ class Rehearsal:
             make_fake(vae, self._fake)
         self._told = True
         with _quiet(True):
-            loss = build_loss(config, vae)
+            loss = build_loss(config, vae, space)
         # Where windows lie is read, which no fake tensor can be, and real tensors are not taken beside fake ones.
         windows: Any = None if config.lpl.lpl_crop is None else np.zeros((shape[0], 2))
         reach = [*(loss.reach or [1.0] * len(loss.taps)), 0.0]

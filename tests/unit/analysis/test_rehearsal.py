@@ -11,6 +11,7 @@ import torch
 from lpl.config import TrainConfig
 from lpl.config.command_line import parse_train
 from lpl.data.filling import batch_of
+from lpl.diffusion.latent_space import LatentSpace
 from lpl.diffusion.losses import diffusion_loss
 from lpl.families import blueprint, model_configs
 from lpl.families.sdxl_configs import PUBLISHED
@@ -98,12 +99,12 @@ def test_a_window_of_the_decoder_can_be_counted_on_a_cpu(plan_of: Any) -> None:
 
 @pytest.mark.parametrize("flags", ["", "--lpl_checkpointing=true", "--lpl_num_blocks=1", "--lpl_dtype=bfloat16"])
 def test_loss_counts_as_a_real_one(plan_of: Any, flags: str) -> None:
-    config = options(*flags.split())
+    config, space = options(*flags.split()), LatentSpace.identity()
     found = Rehearsal(plan_of, "cpu").loss(config)
     with StepCounter() as counter:
         vae = plan_of.vae()
         before = counter.live
-        loss = build_loss(config, vae)
+        loss = build_loss(config, vae, space)
         assert found.copy == counter.live - before
     with StepCounter() as counter:
         loss(torch.randn(2, 4, 16, 16).requires_grad_(), torch.randn(2, 4, 16, 16))

@@ -107,7 +107,7 @@ def pipeline_of(kind: str, folder: Path) -> Path:
 def test_guidance_is_refused_where_its_meaning_is_not_known(model: Path, reference: Path, tmp_path: Path) -> None:
     """By the class alone, before anything loads: 1 may be no guidance, or 0."""
     options: dict[str, Any] = {"resolution": 16, "num_samples": 10, "floor": False}
-    for kind in ("QwenImagePipeline", "Flux2KleinPipeline", "NewPipeline"):
+    for kind in ("OvisImagePipeline", "Flux2Pipeline", "NewPipeline"):
         options["pretrained_model_name_or_path"] = folder = pipeline_of(kind, tmp_path / kind)
         with pytest.raises(UserError, match=rf"^--guidance_scale 1: what that is to a {kind} is not known") as caught:
             plan(reference, tmp_path / "out", **options, guidance_scale=1)
@@ -117,7 +117,7 @@ def test_guidance_is_refused_where_its_meaning_is_not_known(model: Path, referen
         assert plan(reference, tmp_path / "out", **options).sampling.guidance_scale is None
         several = plan(reference, tmp_path / "out", **options, num_inference_steps=(4, 20)).each()
         assert [one.folder.name for one in several] == ["steps-4", "steps-20"]
-    for folder in (model, pipeline_of("Lumina2Pipeline", tmp_path / "known")):
+    for folder in (model, pipeline_of("AuraFlowPipeline", tmp_path / "known")):
         options["pretrained_model_name_or_path"] = folder
         assert plan(reference, tmp_path / "out", **options).sampling.guidance_scale == 5
         assert plan(reference, tmp_path / "out", **options, guidance_scale=1).sampling.guidance_scale == 1

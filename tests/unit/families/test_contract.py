@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import randomize
 
-from lpl.config import ModelConfig
+from lpl.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from lpl.data.store import padded
-from lpl.families import blueprint, kind_of, load_family, plan_configs, with_lora_weights
+from lpl.families import blueprint, flux2, kind_of, load_family, plan_configs, with_lora_weights
 from lpl.families.sampling import load_for_sampling
-from lpl.training.counter import FusedAttention
 from lpl.training.engine import add_lora
+from lpl.training.rehearsal import Rehearsal
 from lpl.training.trainer import Trainer
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -29,9 +30,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "flux": ("tiny_flux", {}),
     "zimage": ("tiny_zimage", {}),
     "sana": ("tiny_sana", {}),
+    "klein": ("tiny_flux2", {}),
+    "qwen": ("tiny_qwenimage", {}),
+    "lumina2": ("tiny_lumina2", {}),
 }
 """What builds a tiny model of each, and with which settings."""
-PRESETS = {"sd3": "sd35-lora", "flux": "flux-lora", "zimage": "zimage-lora", "sana": "sana-lora"}
+PRESETS = {name: f"{name}-lora" for name in ("flux", "zimage", "sana", "klein", "qwen", "lumina2")} | {
+    "sd3": "sd35-lora"
+}
 """Of a LoRA."""
 UNGUIDED = {"zimage": 0.0}
 """The scale that is no guidance, where that is not 1."""
@@ -39,6 +45,8 @@ SIDES = {"SanaPipeline": 32}
 """Pixels that the pipeline draws, where they are not 16."""
 ASKED: dict[str, dict[str, Any]] = {"SanaPipeline": {"use_resolution_binning": False}}
 """What a call must ask for to get an image of its size."""
+GRIDS: dict[str, Any] = {"Flux2KleinPipeline": flux2.unpacked}
+"""How tokens that a pipeline steps go on the VAE's grid, where they are none of what it gives as latents."""
 CPU, CAPTIONS = torch.device("cpu"), ["a red fox", "a hare in a field, tall grass, evening light"]
 
 
@@ -68,7 +76,22 @@ def asked_of(pipeline: Any) -> dict[str, Any]:
 def pipeline_of(folder: Path) -> Any:
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, use_safetensors=True)
     pipeline.set_progress_bar_config(disable=True)
+    pipeline.vae_scale_factor = 4  # one of them takes it for 8, whatever its VAE
     return pipeline
+
+
+def guided(pipeline: Any, scale: float, count: int = 1) -> dict[str, Any]:
+    """What a call is given for guidance."""
+    if type(pipeline).__name__ == "QwenImagePipeline":
+        return {"true_cfg_scale": scale, "negative_prompt": [" "] * count}
+    return {"guidance_scale": scale}
+
+
+def against(pipeline: Any, prompt: str) -> dict[str, Any]:
+    """What a call is given of a negative prompt."""
+    if "negative_prompt" in inspect.signature(type(pipeline).__call__).parameters:
+        return {"negative_prompt": prompt}
+    return {"negative_prompt_embeds": pipeline.encode_prompt(prompt)[0]}
 
 
 def text_of(family: Any, captions: list[str]) -> dict[str, torch.Tensor]:
@@ -91,6 +114,8 @@ def watched(pipeline: Any, family: Any, height: int, width: int) -> list[tuple[t
     denoiser, step = getattr(pipeline, family.kind.networks[0]), pipeline.scheduler.step
 
     def grid(latents: torch.Tensor) -> torch.Tensor:
+        if type(pipeline).__name__ in GRIDS:
+            return GRIDS[type(pipeline).__name__](latents, height // 4, width // 4)
         return family.latent_space.from_raw(family.to_raw(family.vae, latents, height, width))
 
     def spy(output: torch.Tensor, t: Any, latents: torch.Tensor, **options: Any) -> Any:
@@ -113,8 +138,8 @@ def test_denoise_gives_what_the_pipelines_own_call_gives(
     height, width = (24, 40) if side == 16 else (2 * side, 3 * side)
     calls = watched(pipeline, family, height, width)
     with torch.no_grad():
-        options = {"height": height, "width": width, "num_inference_steps": 3, "guidance_scale": none}
-        pipeline(caption, **options, output_type="latent", **asked_of(pipeline))
+        options = {"height": height, "width": width, "num_inference_steps": 3} | guided(pipeline, none)
+        pipeline(prompt=caption, **options, output_type="latent", **asked_of(pipeline))
     extra = {"sizes": torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)}
     text = text_of(family, [caption])
     assert len(calls) >= 2
@@ -145,12 +170,11 @@ def test_sampled_and_decoded_image_is_the_pipelines(folder: Path, family: Any, m
     pipeline, side = pipeline_of(folder), side_of(family.pipeline)
     raw = family.sample(family.denoiser.eval(), CAPTIONS[0], "blurred", seed=7, resolution=side)
     expected = pipeline(
-        CAPTIONS[0],
-        negative_prompt="blurred",
+        prompt=CAPTIONS[0],
+        **guided(pipeline, family.guidance) | against(pipeline, "blurred"),
         height=side,
         width=side,
         num_inference_steps=4,
-        guidance_scale=family.guidance,
         generator=torch.Generator().manual_seed(7),
         **asked_of(pipeline),
     ).images[0]
@@ -169,10 +193,10 @@ def test_images_of_an_evaluation_are_the_pipelines(folder: Path) -> None:
         (found, expected) = (
             sampler(CAPTIONS, generators(), 2, guidance, side),
             pipeline(
-                CAPTIONS,
+                prompt=CAPTIONS,
                 generator=generators(),
                 num_inference_steps=2,
-                guidance_scale=guidance,
+                **guided(pipeline, guidance, 2),
                 height=side,
                 width=side,
                 output_type="np",
@@ -276,10 +300,10 @@ def test_plan_counts_the_model(folder: Path) -> None:
     found = [sum(p.numel() for p in network.parameters()) for network in networks]
     kind = kind_of(config)
     assert found == [sum(p.numel() for p in getattr(pipeline, name).parameters()) for name in kind.networks]
-    levels = plan.schedule.at([3])
-    extra = {"sizes": torch.zeros(1, 6)}
-    with FusedAttention():
-        assert plan.denoise(networks[0], torch.zeros(1, 4, 4, 4), levels, plan.text(1), extra).shape == (1, 4, 4, 4)
+    rehearsal = Rehearsal(plan)
+    run = TrainConfig(data=DataConfig(resolution=32), run=RunConfig(mixed_precision="bf16", train_batch_size=2))
+    assert rehearsal.latents(run, 2) == (2, 4, 8, 8)
+    assert min(rehearsal.denoiser(run).flops, rehearsal.loss(run).flops, rehearsal.caching(run)) > 0
 
 
 CLIP_L, CLIP_G, T5_XXL, VAE_16 = 123_650_304, 694_659_840, 4_762_310_656, 83_819_683
@@ -293,6 +317,9 @@ CLIP_L, CLIP_G, T5_XXL, VAE_16 = 123_650_304, 694_659_840, 4_762_310_656, 83_819
         ("Tongyi-MAI/Z-Image", [6_154_908_736, VAE_16, 4_022_468_096]),
         ("stabilityai/stable-diffusion-3.5-medium", [2_243_171_520, VAE_16, CLIP_L, CLIP_G, T5_XXL]),
         ("Efficient-Large-Model/Sana_1600M_1024px_diffusers", [1_604_462_752]),
+        ("Alpha-VLLM/Lumina-Image-2.0", [2_609_769_152, VAE_16, 2_614_341_888]),
+        ("Qwen/Qwen-Image", [20_430_401_088, 126_892_531, 8_292_166_656]),
+        ("black-forest-labs/FLUX.2-klein-base-4B", [3_875_544_576, 84_046_115, 4_022_468_096]),
         ("black-forest-labs/FLUX.1-dev", [11_901_408_320, VAE_16, 123_060_480, T5_XXL]),
     ],
 )

@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import tiny_flux, tiny_sana, tiny_sd3, tiny_sdxl, tiny_zimage
+from tiny_models import (
+    tiny_flux,
+    tiny_flux2,
+    tiny_lumina2,
+    tiny_qwenimage,
+    tiny_sana,
+    tiny_sd3,
+    tiny_sdxl,
+    tiny_zimage,
+)
 from torch import nn
 
 from lpl.base.errors import UserError
@@ -21,7 +30,10 @@ DEVICE = torch.device("cpu", 0)
 """To torch another device than CPU, whose memory is the same."""
 
 
-@pytest.mark.parametrize("build", [tiny_sdxl, tiny_sd3, tiny_flux, tiny_sana, tiny_zimage])
+BUILDS = [tiny_sdxl, tiny_sd3, tiny_flux, tiny_sana, tiny_zimage, tiny_flux2, tiny_qwenimage, tiny_lumina2]
+
+
+@pytest.mark.parametrize("build", BUILDS)
 def test_captions_are_encoded_as_ever(build: Callable[[Path], Any], tmp_path: Path) -> None:
     build(tmp_path / "model")
     options = {"pretrained_model_name_or_path": str(tmp_path / "model")}

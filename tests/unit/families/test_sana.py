@@ -52,7 +52,7 @@ def test_a_scheduler_of_flow_sigmas_is_of_flow_matching() -> None:
 def test_a_large_image_is_decoded_in_tiles(family: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     decoder = family.vae.decoder
-    monkeypatch.setattr("lpl.families.sana.DECODED_PIXELS", 64)
+    monkeypatch.setattr("lpl.families.pipeline_family.DECODED_PIXELS", 64)
     handle = decoder.register_forward_hook(lambda _, given, out: seen.append(given[0].shape[2:]))
     image = family.decode(torch.zeros(1, 4, 24, 16))
     handle.remove()
