@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 
 from lpl.analysis.alternatives import HEADROOM, Change, Choice, cheapest, fits, neighbours, smallest
 from lpl.analysis.needs import Needs, launched_estimate, readable
 from lpl.base.errors import UserError
-from lpl.base.terminal import progress
+from lpl.base.terminal import labelled, progress
 from lpl.config import TrainConfig
+from lpl.config.length import count, length_of, on_the_way
 from lpl.config.run import processes
 from lpl.data.buckets import image_sizes
 from lpl.families import blueprint, kind_of, plan_configs
@@ -64,15 +66,9 @@ def describe(config: TrainConfig, checked: Checked) -> str:
     configs = checked.model_configs or plan_configs(config.model)
     rehearsal, run = Rehearsal(blueprint(configs, config.model)), config.run
     needs = launched_estimate(config, rehearsal, processes())
-    held, size = config.data.validation_samples, checked.source.size
-    samples, per_step = None if size is None else size - held, config.samples_per_step(1)
-    steps = None if checked.num_steps is None else config.num_steps(samples or 1, 1)
-    if steps is None:
-        length = f"{run.num_train_epochs} epochs, of a length known once the data are read"
-    elif samples is None:
-        length = f"{steps} of {per_step} samples per process"
-    else:
-        length = f"{steps} of {per_step} samples per process, {steps * per_step / samples:.2f} epochs per process"
+    size = checked.source.size
+    samples = None if size is None else size - config.data.validation_samples
+    length, notes = _length(config, checked, samples)
     sizes = image_sizes(config.data).sizes
     shapes = f" in {len(sizes)} shapes" if len(sizes) > 1 else ""
     _, channels, side, _ = rehearsal.latents(config, 1)
@@ -83,11 +79,26 @@ def describe(config: TrainConfig, checked: Checked) -> str:
         f"data         {samples or 'a stream of'} samples at {config.data.crop_size} px{shapes}, latents {channels} x "
         f"{side} x {side}",
         f"steps        {length}",
+        *(f"{label:13}{what}" for label, what in on_the_way(config, checked.num_steps or sys.maxsize)),
         f"rate         {config.learning_rate:g}{rates}, {config.optim.lr_scheduler}; mixed precision "
         f"{run.mixed_precision}",
         *_details(needs, config),
     ]
-    return "\n".join(lines)
+    return "\n".join([*labelled("verdict", notes), *lines])
+
+
+def _length(config: TrainConfig, checked: Checked, samples: int | None) -> tuple[str, list[str]]:
+    """The run's length in words, and what a user should know of it before starting."""
+    run, ready = config.run, "ready to train"
+    if checked.num_steps is None:
+        each = run.draws_per_image
+        wanted = f"{run.num_train_epochs} epochs" if each is None else f"{each:g} draws an image"
+        return f"{wanted}, known in steps once the data are read", [f"{ready}; `lpl data` says how long it takes"]
+    if samples is None:
+        return f"{checked.num_steps:,} of {count(config.samples_per_step(processes()), 'sample')}", [ready]
+    length = length_of(config, processes(), samples)
+    warning = length.warning()
+    return str(length), [ready if warning is None else f"think again: {warning}"]
 
 
 def _with_launched_precision(config: TrainConfig) -> TrainConfig:

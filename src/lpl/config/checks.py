@@ -52,6 +52,9 @@ class Facts:
         elsewhere: what other trainers call it.
         schedule: "discrete" or "flow", the only kind of noise schedule that it acts with; or by value.
         by_model: only models of some families have it.
+        main: `lpl train --help` shows it; `--help all` shows every one.
+        replaced_by: options that say the same in another way: a flag of these leaves out what --config says here.
+        preset_unless: options beside which what a preset says here is left out.
     """
 
     default: Any = None
@@ -72,6 +75,9 @@ class Facts:
     elsewhere: tuple[str, ...] = ()
     schedule: str | Mapping[str, str] | None = None
     by_model: bool = False
+    main: bool = False
+    replaced_by: tuple[str, ...] = ()
+    preset_unless: tuple[str, ...] = ()
 
     def fits(self, value: Any, schedule: str) -> bool:
         """Whether a value other than the default acts with a kind of schedule, "discrete" or "flow"."""

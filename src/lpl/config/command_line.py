@@ -51,7 +51,7 @@ def parse_options(command: Callable[..., T], argv: list[str], name: str) -> T:
     if known.keys() >= TrainConfig().flat().keys():
         argv, config_name = _take_config(argv)
         if config_name is not None:
-            argv = as_flags(without_replaced(read_options(config_name), argv)) + argv
+            argv = as_flags(without_replaced(read_options(config_name), argv, config_name in presets())) + argv
         intro = (command.__doc__ or "").splitlines()[0]
         description = f"{intro} --config FILE-or-preset is read first, flags win. Presets: {', '.join(presets())}."
     _check_flags(argv, known)

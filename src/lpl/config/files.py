@@ -44,10 +44,23 @@ REFUSED = {
     "output_name": "--output_dir names the run's folder, and its files are named after that",
     "save_model_as": "every result is .safetensors",
     "save_precision": "results are float32; lpl export writes other precisions",
-    "dataset_config": "--train_data_dir, --repeats and --resolution say the same",
+    **dict.fromkeys(
+        ("dataset_config", "data_backend_config"),
+        "--train_data_dir, --dataset_name, --repeats and --resolution say the same",
+    ),
+    "config_file": "--config FILE reads options from a YAML file of ours; `lpl presets` lists what ships",
+    "caption_extension": "captions are read from .txt files beside the images, or from metadata.jsonl",
+    "random_crop": "crops are random unless --center_crop",
+    "disable_tf32": "TF32 is off unless --allow_tf32",
+    "no_half_vae": "the VAE of LPL and of the cache runs in float32 anyway",
+    "model_type": "--rank trains a LoRA; without it the whole denoiser is trained",
+    **dict.fromkeys(("model_family", "model_flavour"), "the model's own files say what it is"),
+    **dict.fromkeys(("lora_type", "lycoris_config"), "--rank trains a LoRA, --use_dora a DoRA; there is no LyCORIS"),
+    "resolution_type": "--resolution is in pixels; with --buckets its square is the area of every shape",
+    "set_grads_to_none": "that always happens",
     **dict.fromkeys(("cache_latents", "cache_latents_to_disk", "cache_text_encoder_outputs"), CACHED),
     **dict.fromkeys(("xformers", "enable_xformers_memory_efficient_attention"), MEMORY_EFFICIENT),
-    **dict.fromkeys(("sdpa", "mem_eff_attn", "enable_npu_flash_attention"), MEMORY_EFFICIENT),
+    **dict.fromkeys(("sdpa", "mem_eff_attn", "enable_npu_flash_attention", "attention_mechanism"), MEMORY_EFFICIENT),
 }
 """Flags of the diffusers scripts, kohya's and SimpleTuner that have no counterpart, and what to do instead."""
 
@@ -101,7 +114,7 @@ def _as_run(options: dict[str, str]) -> dict[str, str]:
     return {key: value for key, value in options.items() if key in acted} | gates
 
 
-def without_replaced(options: dict[str, str], argv: list[str]) -> dict[str, str]:
+def without_replaced(options: dict[str, str], argv: list[str], is_preset: bool = False) -> dict[str, str]:
     """Options without those that flags replace though they are others: the gate, and the share of --lpl_weight auto."""
     flags: dict[str, str] = {}
     for token, following in zip(argv, [*argv[1:], ""], strict=False):
@@ -109,7 +122,11 @@ def without_replaced(options: dict[str, str], argv: list[str]) -> dict[str, str]
         if token.startswith("--"):
             flags[name.replace("-", "_")] = value if joined else following
     given = {name for name, value in flags.items() if value.lower() not in (*EMPTY, "none")}
-    replaced = set(GATES) if given & set(GATES) else set()
+    replaced = {
+        name
+        for name, facts in declared().items()
+        if given & set(facts.replaced_by) or (is_preset and given & set(facts.preset_unless))
+    }
     if flags.get("lpl_weight", "auto") != "auto":
         replaced.add("lpl_target_share")
     return {name: value for name, value in options.items() if name not in replaced}

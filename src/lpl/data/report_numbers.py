@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from lpl.config import DataConfig
+from lpl.config.length import on_the_way
 from lpl.data.buckets import Buckets, image_sizes
 from lpl.data.crops import Crop, plan_crop
 from lpl.data.survey import Draw, Part, Survey
@@ -39,7 +40,14 @@ def numbers(survey: Survey) -> dict[str, Any]:
     }
     if order is not None:
         found["epoch"] = {"draws": order.epoch_size, "steps": order.epoch_size / survey.batch_size}
-        found["run"] = {"steps": survey.num_steps, "epochs": survey.num_steps * survey.batch_size / order.epoch_size}
+        length = survey.length
+        found["run"] = {
+            "steps": length.steps,
+            "epochs": length.steps * survey.batch_size / order.epoch_size,
+            "draws_per_image": length.draws,
+            "length": str(length),
+            **dict(on_the_way(config, length.steps)),
+        }
     if survey.left_out:
         found["left_out"] = survey.left_out
     crops = _crops(survey.samples.sizes, survey.views.buckets)
@@ -190,6 +198,8 @@ def _warnings(survey: Survey, found: dict[str, Any]) -> Any:
         if 0 < bucket["draws"] < batch:
             draws, size = _count(bucket["draws"], "draw", "draws"), f"{bucket['width']} x {bucket['height']}"
             yield f"a batch of {batch} takes more than the {draws} that an epoch has at {size}: images repeat in it"
+    if (too_long := survey.length.warning()) is not None:
+        yield too_long
     if found["run"]["epochs"] < 1:
         yield (
             f"the run of {found['run']['steps']:,} steps makes {found['run']['epochs']:.2f} epochs: some images are "

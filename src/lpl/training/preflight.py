@@ -96,7 +96,7 @@ def preflight(config: TrainConfig) -> Checked:
     validation_prompts(config.logging)
     _warn_idle(config)
     even = source.size is not None and config.data.repeats is regularisation is validation is None
-    known = config.run.max_train_steps is not None or even
+    known = even or not config.length_needs_data
     num_steps = config.num_steps((source.size or 1) - config.data.validation_samples, processes()) if known else None
     if num_steps is not None:
         warn_of_steps(config, num_steps)
