@@ -77,8 +77,6 @@ def on_the_way(config: TrainConfig, steps: int) -> Iterator[tuple[str, str]]:
     yield "saves", ", ".join([*saved, "the result at the end"])
     shown = ["both losses on held-out images"] * config.data.holds_out + ["images of the prompts"] * log.draws_images
     often = f"{log.validation_epochs:,} epochs" if log.validation_steps is None else f"{log.validation_steps:,} steps"
-    yield (
-        "validates",
-        f"{' and '.join(shown)} every {often}" if shown else "nothing: give --validation_prompt for images",
-    )
+    nothing = "nothing (--validation_prompt draws images)"
+    yield "validates", f"{' and '.join(shown)} every {often}" if shown else nothing
     yield "mirrors", "images at random (--random_flip)" if config.data.random_flip else "no image"

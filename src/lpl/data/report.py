@@ -58,7 +58,7 @@ def _verdict(found: dict[str, Any]) -> str:
         return f"no run would start: {found['fault']}"
     warnings = len(found["warnings"])
     if warnings:
-        return f"a run would start; look first at the {count(warnings, 'warning')} below"
+        return f"ready to train, after a look at {count(warnings, 'warning')} below"
     return "ready to train"
 
 

@@ -110,7 +110,8 @@ def next_commands(folder: Path, is_lora: bool) -> str:
     shown, where = shlex.quote(str(folder)), ""
     beside = [path for path in sorted(folder.glob("*.safetensors")) if path.name != LORA_FILE]
     if not is_lora:
-        where = f"`lpl export {shown} --output {shlex.quote(folder.resolve().name)}.safetensors` into ComfyUI's models/checkpoints; "
+        file = shlex.quote(f"{folder.resolve().name}.safetensors")
+        where = f"`lpl export {shown} --output {file}` for ComfyUI's models/checkpoints; "
     elif beside:
         where = f"copy {shlex.quote(str(beside[0]))} into ComfyUI's models/loras; "
     return f"{where}`lpl report {shown}` for a page of losses and images"
