@@ -93,7 +93,8 @@ def _fail(error: Exception, code: int, kind: str = "error: ") -> NoReturn:
     # where it has not, it is still there.
     if os.environ.get("RANK", "0") != "0":
         time.sleep(OTHERS_WAIT_S)
-    print(f"{kind}{one_line(str(error))}", file=sys.stderr)
+    for told in error.args if isinstance(error, UserError) else (str(error),):
+        print(f"{kind}{one_line(told)}", file=sys.stderr)
     sys.exit(code)
 
 

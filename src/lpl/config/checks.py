@@ -164,12 +164,12 @@ class Options:
 def _check_number(flag: str, value: float, facts: Facts, auto: str) -> None:
     within = (facts.least is None or value >= facts.least) and (facts.most is None or value <= facts.most)
     fits = within and (facts.above is None or value > facts.above) and (facts.below is None or value < facts.below)
-    require(fits, f"{flag} must {auto}{facts.range()}, not {str(value)[:40]}")
-    require(isinstance(value, int) or isfinite(value), f"{flag} must {auto}be a finite number, not {value}")
-    require(
-        not isinstance(value, int) or facts.most is not None or value <= MOST,
-        f"{flag} must be at most {MOST}, not {str(value)[:40]}",
-    )
+    is_large = isinstance(value, int) and facts.most is None and value > MOST
+    if not fits:
+        require(False, f"{flag} must {auto}{facts.range()}, not {str(value)[:40]}")
+    elif isinstance(value, float):
+        require(isfinite(value), f"{flag} must {auto}be a finite number, not {value}")
+    require(not is_large, f"{flag} must be at most {MOST}, not {str(value)[:40]}")
 
 
 def check_text(flag: str, text: str, path: bool = False) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from lpl.base.errors import UserError, on_one_line
+from lpl.base.errors import UserError, all_faults, on_one_line, require
 from lpl.base.files import write_output
 from lpl.base.json_files import REST, Shape, require_shape, whole
 from lpl.base.text import read_text
@@ -94,14 +94,12 @@ def read_options(name: str) -> dict[str, str]:
         raise UserError(f"--config {name}: expected lines of `option: value`")
     is_record = options.pop(RECORD, None) is not None
     known = list(declared())
-    for key, value in options.items():
-        why = REFUSED.get(key)
-        if why is not None:
-            raise UserError(f"--config {name}: {key} is not taken: {why}")
-        if key not in known:
-            raise UserError(f"--config {name}: unknown key {key}{nearest(key, known)}")
-        if not isinstance(value, str):
-            raise UserError(f"--config {name}: {key} takes a single value")
+    with all_faults():
+        for key, value in options.items():
+            require(key not in REFUSED, f"--config {name}: {key} is not taken: {REFUSED.get(key)}")
+            is_known = key in known or key in REFUSED
+            require(is_known, f"--config {name}: unknown key {key}" + ("" if is_known else nearest(key, known)))
+            require(isinstance(value, str), f"--config {name}: {key} takes a single value")
     return _as_run(options) if is_record else options
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lpl.base.errors import UserError
+from lpl.base.errors import Faults, UserError, all_faults
 from lpl.base.files import alone_in
 from lpl.base.text import Prompt, read_prompts
 from lpl.config import LoggingConfig, ModelConfig, TrainConfig, check_model_options, idle_options
@@ -68,32 +68,28 @@ def preflight(config: TrainConfig) -> Checked:
     """Checks model, data, output folder and options against each other.
 
     Raises:
-        UserError: the first fault found, in one line.
+        UserError: every fault that was found, a line each.
     """
-    for package in TRACKERS[config.logging.report_to]:
-        if importlib.util.find_spec(package) is None:
-            raise UserError(
-                f"--report_to {config.logging.report_to}: {package} is not installed: pip install {package}"
-            )
-    if config.optim.optimizer_name not in ("adamw", "adamw8bit") or config.optim.optimizer_args:
-        from lpl.training.optimizers import check_class
-
-        check_class(config.optim)
-    check_memory_options(config)
-    check_launch(config)
-    config, configs = check_model(config)
-    finished_step = check_output(config)
-    if configs:
-        check_options(config, configs)
-    source = open_source(config.data, config.model.cache_dir)
-    regularisation, validation = open_regularisation(config.data), open_validation(config.data)
-    held = config.data.validation_samples
-    if held and source.size is not None and held >= source.size:
-        raise UserError(
-            f"--validation_samples {held}: {source.name} has {source.size} images, which leaves none to train on: hold "
-            "out fewer"
-        )
-    validation_prompts(config.logging)
+    faults = Faults()
+    with faults.one():
+        _check_packages(config)
+    with faults.one(), all_faults():
+        check_memory_options(config)
+    with faults.one():
+        check_launch(config)
+    with faults.one():
+        config, configs = check_model(config)
+    with faults.one():
+        source, regularisation, validation = _open_sources(config)
+    with faults.one():
+        validation_prompts(config.logging)
+    faults.raise_any()
+    with faults.one():
+        finished_step = check_output(config)
+    with faults.one():
+        if configs:
+            check_options(config, configs)
+    faults.raise_any()
     _warn_idle(config)
     even = source.size is not None and config.data.repeats is regularisation is validation is None
     known = even or not config.length_needs_data
@@ -104,6 +100,30 @@ def preflight(config: TrainConfig) -> Checked:
     if not checked.has_ended:
         check_writable(config)
     return checked
+
+
+def _check_packages(config: TrainConfig) -> None:
+    for package in TRACKERS[config.logging.report_to]:
+        if importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"--report_to {config.logging.report_to}: {package} is not installed: pip install {package}"
+            )
+    if config.optim.optimizer_name not in ("adamw", "adamw8bit") or config.optim.optimizer_args:
+        from lpl.training.optimizers import check_class
+
+        check_class(config.optim)
+
+
+def _open_sources(config: TrainConfig) -> tuple[Source, Source | None, Source | None]:
+    """Training images, those of --reg_data_dir and those of --validation_data_dir."""
+    source = open_source(config.data, config.model.cache_dir)
+    held = config.data.validation_samples
+    if held and source.size is not None and held >= source.size:
+        raise UserError(
+            f"--validation_samples {held}: {source.name} has {source.size} images, which leaves none to train on: hold "
+            "out fewer"
+        )
+    return source, open_regularisation(config.data), open_validation(config.data)
 
 
 @contextmanager
