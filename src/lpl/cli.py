@@ -14,7 +14,7 @@ from lpl.base.errors import StopRequestedError, TrainingStoppedError, UserError
 from lpl.base.terminal import one_line, printable_streams
 from lpl.config import TrainConfig, commands
 from lpl.config.command_line import parse_compare, parse_options, parse_train
-from lpl.config.files import environment, nearest
+from lpl.config.files import nearest
 from lpl.config.model_commands import EvalConfig, ExportConfig
 from lpl.config.run_folder import DATA_REPORT
 from lpl.presets import list_presets, preset_text
@@ -31,7 +31,7 @@ COMMANDS = {
     "eval": "samples of a model, or images, against real ones: distances, precision and recall, spectrum",
     "demo": "train a small SDXL on photographs without and with LPL: runs anywhere, needs no download",
     "presets": "list what --config and `accelerate launch --config_file` can begin with; `presets NAME` prints one",
-    "env": "print the versions that matter in a bug report",
+    "env": "print what a bug report needs: versions, system, GPU, and what is not installed for which feature",
 }
 AFTER_INTERRUPTION = {
     **dict.fromkeys(("train", "compare", "demo"), "; the same command continues from the last checkpoint"),
@@ -175,7 +175,7 @@ def _dispatch(argv: list[str]) -> None:
     elif command == "presets":
         print(preset_text(rest[0]) if len(rest) == 1 else list_presets())
     elif command == "env":
-        print("\n".join(f"{key}: {value}" for key, value in environment().items()))
+        print(describe())
     else:
         raise UserError(f"unknown command {command!r}{nearest(command, list(COMMANDS))}; known: {', '.join(COMMANDS)}")
 

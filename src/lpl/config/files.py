@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import platform
-import subprocess
-from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +14,7 @@ from lpl.base.json_files import REST, Shape, require_shape, whole
 from lpl.base.text import read_text
 from lpl.config import Facts, TrainConfig, declared
 from lpl.config.checks import check_path, check_text
+from lpl.config.environment import environment
 from lpl.config.loss import GATES, acting
 from lpl.config.run_folder import CONFIG_FILE, PLAIN
 from lpl.presets import preset_text, presets
@@ -271,27 +267,3 @@ def _same_path(facts: Facts, old: Any, new: Any) -> bool:
     """Whether two spellings of a path name one folder that is there."""
     are_paths = facts.path and isinstance(old, str) and isinstance(new, str)
     return are_paths and Path(new).exists() and Path(old).expanduser().resolve() == Path(new).resolve()
-
-
-@cache
-def environment() -> dict[str, Any]:
-    """Versions of what a run stands on, and the git state of this package where it runs from a checkout."""
-    found = {"python": platform.python_version()}
-    for name in ("latent-perceptual-loss", "torch", "diffusers", "transformers", "accelerate", "peft", "datasets"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return {**found, "git": _git_state()}
-
-
-def _git_state() -> str | None:
-    folder = str(Path(__file__).parent)
-
-    def git(*argv: str) -> str:
-        command = ["git", "-C", folder, *argv]
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", __file__)
-        return git("rev-parse", "HEAD") + (" (modified)" if git("status", "--porcelain", folder) else "")
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from lpl.config import DataConfig
+from lpl.config.environment import environment
 from lpl.config.length import on_the_way
 from lpl.data.buckets import Buckets, image_sizes
 from lpl.data.crops import Crop, plan_crop
@@ -32,6 +33,7 @@ def numbers(survey: Survey) -> dict[str, Any]:
     """
     config, order = survey.config, survey.order
     found: dict[str, Any] = {
+        "environment": environment(),
         "resolution": config.data.crop_size,
         "seed": config.run.seed,
         "batch_size": survey.batch_size,
