@@ -6,10 +6,10 @@ import contextlib
 import io
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, replace
+from dataclasses import MISSING, field, make_dataclass, replace
 from itertools import dropwhile, takewhile
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Literal, TypeVar
 
 import tyro
 
@@ -23,6 +23,8 @@ from lpl.presets import presets
 
 T = TypeVar("T")
 
+CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.PositionalRequiredArgs)
+SHELLS = ("bash", "zsh", "fish")
 MALFORMED = re.compile(r"(?:Error parsing |for argument ')(--\w+)")
 """How tyro names the flag whose value it cannot read."""
 
@@ -76,6 +78,29 @@ def parse_options(command: Callable[..., T], argv: list[str], name: str) -> T:
     return _without_idle(_parse(command, flags, name, faults), preset, given)
 
 
+def completion(commands: Mapping[str, Callable[..., Any] | None], shell: str) -> str:
+    """The script that teaches a shell to complete the commands, their options and choices, with tyro's help.
+
+    Args:
+        commands: the options of each command; None: it has none.
+        shell: one of SHELLS.
+    """
+    if shell not in SHELLS:
+        raise UserError(f"lpl completion {shell}: expected one of {', '.join(SHELLS)}")
+    with_config: dict[str, Any] = {}
+    for name, command in commands.items():
+        own: list[Any] = [] if command is None else [("options", command)]
+        if command is not None and declared(command).keys() >= declared().keys():
+            own.append(("config", Literal[tuple(presets())], field(default=None)))
+        with_config[name] = make_dataclass(name, own)
+    script = io.StringIO()
+    with contextlib.redirect_stdout(script), contextlib.suppress(SystemExit):
+        tyro.extras.subcommand_cli_from_dict(
+            with_config, prog="lpl", args=["--tyro-print-completion", shell], use_underscores=True, config=CONFIG
+        )
+    return script.getvalue()
+
+
 def _parse(command: Callable[..., T], flags: list[str], name: str, faults: Faults) -> T:
     """What flags say; raises all faults, those that were found before, too.
 
@@ -101,16 +126,9 @@ def _parse(command: Callable[..., T], flags: list[str], name: str, faults: Fault
 
 def _run_tyro(command: Callable[..., T], flags: list[str], name: str) -> T:
     errors = io.StringIO()
-    conf = tyro.conf
     try:
         with contextlib.redirect_stderr(errors), as_it_is():
-            return tyro.cli(
-                command,
-                args=flags,
-                prog=name,
-                use_underscores=True,
-                config=(conf.OmitArgPrefixes, conf.OmitSubcommandPrefixes, conf.PositionalRequiredArgs),
-            )
+            return tyro.cli(command, args=flags, prog=name, use_underscores=True, config=CONFIG)
     except SystemExit:
         raise UserError(_one_line(errors.getvalue())) from None
 

@@ -76,7 +76,7 @@ def missing() -> Iterator[str]:
             yield f"{feature.name} needs {', '.join(absent)}: pip install {what}"
 
 
-def describe() -> str:
+def environment_text() -> str:
     """What `lpl env` prints."""
     lines = [f"{key}: {'none' if value is None else value}" for key, value in environment().items()]
     return "\n".join([*lines, *(f"missing: {line}" for line in missing())])
