@@ -91,7 +91,7 @@ def completion(commands: Mapping[str, Callable[..., Any] | None], shell: str) ->
     for name, command in commands.items():
         own: list[Any] = [] if command is None else [("options", command)]
         if command is not None and declared(command).keys() >= declared().keys():
-            own.append(("config", Literal[tuple(presets())], field(default=None)))
+            own.append(("config", Literal[tuple(presets())] | None, field(default=None)))
         with_config[name] = make_dataclass(name, own)
     script = io.StringIO()
     with contextlib.redirect_stdout(script), contextlib.suppress(SystemExit):
@@ -106,8 +106,10 @@ def _parse(command: Callable[..., T], flags: list[str], name: str, faults: Fault
 
     tyro stops at the first malformed value: its flag is left out, and the others are tried again.
     """
-    if any(facts.default is MISSING for facts in declared(command).values()):
-        faults.raise_any()  # which of the values were a flag's, and which the command's own, is not known
+    # Beside values without a flag, it is not known which of the values after a flag are the flag's.
+    is_open = any(facts.default is MISSING for facts in declared(command).values())
+    if is_open:
+        faults.raise_any()
     left_out: list[str] = []
     while True:
         own = Faults()
@@ -117,7 +119,7 @@ def _parse(command: Callable[..., T], flags: list[str], name: str, faults: Fault
         # What is missing or contradicts because a flag was left out is no fault of the user's.
         faults.found += [told for told in own.found if not any(f"{flag} " in f"{told} " for flag in left_out)]
         kept = [part for part in _parts(flags) if malformed is None or _option(part) != malformed[1]]
-        if malformed is None or len(kept) == len(list(_parts(flags))):
+        if is_open or malformed is None or len(kept) == len(list(_parts(flags))):
             faults.raise_any()
             return parsed
         left_out.append(malformed[1])
