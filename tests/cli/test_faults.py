@@ -31,7 +31,8 @@ def test_unknown_refused_malformed_and_out_of_range_together(tmp_path: Path) -> 
     beginnings = (
         "unknown option --lr: here it is --learning_rate", "--network_args is not taken", "--config ", "--config ",
         "Error parsing --rank", "--resolution must lie in 8..4096, not 3",
-        "--snr_gamma 5.0 and --loss_weighting p2 are two", "Error parsing --seed", "--max_minutes must be positive, not -1",
+        "--snr_gamma 5.0 and --loss_weighting p2 are two", "Error parsing --seed",
+        "--max_minutes must be positive, not -1",
     )  # fmt: skip
     assert len(told) == len(beginnings)
     assert all(any(line.startswith(beginning) for line in told) for beginning in beginnings)
@@ -69,18 +70,21 @@ def test_model_and_data_that_are_missing_are_told_together(run_cli: Any, tmp_pat
 
 
 def test_require_gathers_within_and_raises_without() -> None:
-    with pytest.raises(UserError) as caught, all_faults():
+    def check() -> None:
         require(False, "one")
         require(True, "none")
         require(False, "two")
         raise UserError("three")
+
+    with pytest.raises(UserError) as caught, all_faults():
+        check()
     assert caught.value.args == ("one", "two", "three")
     assert str(caught.value) == "one; two; three"
-    with pytest.raises(UserError, match="^alone$"):
+    with pytest.raises(UserError, match=r"^alone$"):
         require(False, "alone")
     gathered = Faults()
     gathered.raise_any()
     with gathered.one():
         raise UserError("a", "b")
-    with pytest.raises(UserError, match="^a; b$"):
+    with pytest.raises(UserError, match=r"^a; b$"):
         gathered.raise_any()

@@ -67,16 +67,8 @@ def test_a_shell_completes_commands_options_choices_and_presets(run_cli: Any, tm
     code, script, _ = run_cli(["completion", "bash"])
     assert code == 0
     (tmp_path / "completion.bash").write_text(script)
-    asked = [
-        ["lpl", "tr"],
-        ["lpl", "train", "--lpl_w"],
-        ["lpl", "data", "--mixed_precision", "f"],
-        ["lpl", "plan", "--config", "sd3"],
-    ]
-    calls = [
-        f"COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}; _tyro_lpl; echo ${{COMPREPLY[@]}}"
-        for words in asked
-    ]
+    asked = ("lpl tr", "lpl train --lpl_w", "lpl data --mixed_precision f", "lpl plan --config sd3")
+    calls = (f"COMP_WORDS=({line}); COMP_CWORD={line.count(' ')}; _tyro_lpl; echo ${{COMPREPLY[@]}}" for line in asked)
     command = "\n".join([f"source {tmp_path}/completion.bash", *calls])
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True, env=os.environ)
     assert [line.split() for line in done.stdout.splitlines()] == [
