@@ -36,7 +36,7 @@ def text(found: dict[str, Any], files: Sequence[Path], bad_files: Path) -> str:
         epoch, run = found["epoch"], found["run"]
         length = f"{epoch['draws']:,} draws, {_short(epoch['steps'])} steps of {found['batch_size']}"
         lines += labelled("epoch", [length])
-        lines += labelled("run", [f"{run['length']}, {_short(run['epochs'])} epochs"])
+        lines += labelled("run", [run["length"]])
         for label in ("saves", "validates", "mirrors"):
             lines += labelled(label, [run[label]])
         lines += _buckets(found["buckets"])

@@ -139,7 +139,9 @@ def test_auto_weight_meets_its_share_without_a_warning(train: Any, caplog: pytes
     assert all(0.2 < share[step] < 0.4 for step in (2, 3, 4, 5))
     assert "of the gradient" not in run.stderr
     last = r"LPL had 2\d % of the gradient on 100 % of the samples, weight [.\d]+"
-    assert re.fullmatch(last, caplog.messages[-1])
+    assert re.fullmatch(last, caplog.messages[-3])
+    assert caplog.messages[-2].startswith(f"done: the result is in {run.folder} (raw weights)")
+    assert f"`lpl report {run.folder}`" in caplog.messages[-1]
 
 
 def test_samples_that_the_gate_stops_cost_no_decoding(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
