@@ -233,7 +233,7 @@ def _part_warnings(survey: Survey, part: dict[str, Any]) -> Any:
         yield f"--masked_loss {data.masked_loss}: no image has a mask, so all of each is trained"
     if captions["different"] == 1 and part["images"] > 1 and not captions.get("instance_prompt"):
         yield "every image has the same caption"
-    if captions["empty"] and captions["different"] > 1:
+    elif captions["empty"]:
         empty = _count(captions["empty"], "image has", "images have")
         yield f"{empty} an empty caption, and train the model without a prompt"
     if captions["too_long"]:

@@ -223,7 +223,8 @@ def test_nothing_is_said_of_what_is_not_there(tmp_path: Path, report: Any, pictu
         "captions     4, 4 different",
         f"             longest 9 characters: {tmp_path / 'images' / '0.png'}",
         "epoch        4 draws, 4 steps of 1",
-        "run          400 steps of 1 sample, which draw each of 4 images 100 times on average (by --num_train_epochs 100)",
+        "run          400 steps of 1 sample, which draw each of 4 images 100 times on average "
+        "(by --num_train_epochs 100)",
         "saves        the result at the end",
         "validates    nothing (--validation_prompt draws images)",
         "mirrors      no image",
