@@ -28,7 +28,7 @@ COMMANDS = {
     "check": "measure on a few images whether LPL can work: precisions, VAE, gate, weight, cost of a step",
     "export": "write a result for other programs: one file for ComfyUI and A1111, a merged folder, a kohya LoRA",
     "compare": "run sets of options on the same draws, and say whether any makes a measurable difference",
-    "report": "write one HTML page about runs, comparisons, evaluations and checks",
+    "report": "write one HTML page about runs, comparisons, evaluations and checks, or its figures; or watch a run",
     "eval": "samples of a model, or images, against real ones: distances, precision and recall, spectrum",
     "demo": "train a small SDXL on photographs without and with LPL: runs anywhere, needs no download",
     "presets": "list what --config and `accelerate launch --config_file` can begin with; `presets NAME` prints one",
@@ -174,9 +174,15 @@ def _dispatch(argv: list[str]) -> None:
 
         run_compare(parse_compare(rest))
     elif command == "report":
-        from lpl.report.page import write_report
+        reported = parse_options(commands.ReportConfig, rest, "lpl report")
+        if reported.serve:
+            from lpl.report.serve import serve
 
-        write_report(parse_options(commands.ReportConfig, rest, "lpl report"))
+            serve(reported)
+        else:
+            from lpl.report.page import write_report
+
+            write_report(reported)
     elif command == "eval":
         evaluation = parse_options(EvalConfig, rest, "lpl eval")
         from lpl.evaluation.command import run_eval

@@ -7,6 +7,7 @@ tests/conftest.py prints one line.
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from browser.pages import four_arms
 
 from lpl.config.commands import ReportConfig
 from lpl.report.page import write_report
+from lpl.report.serve import make_server
 
 SCREENSHOTS = Path(__file__).parent / "screenshots"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
@@ -206,7 +208,7 @@ def test_colours_follow_the_scheme_and_can_be_read(browser: Any, report: Path) -
     assert found["dark"]["page"] < 0.05
 
 
-@pytest.mark.parametrize("width", [400, 1400])
+@pytest.mark.parametrize("width", [375, 1400])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_it_fits_the_window_and_leaves_a_screenshot(browser: Any, report: Path, scheme: str, width: int) -> None:
     window = Opened(browser, report, scheme, width)
@@ -231,3 +233,28 @@ def test_every_plot_says_what_it_shows(opened: Opened) -> None:
     assert all(named and rows for named, rows in found)
     ids = opened.page.evaluate("[...document.querySelectorAll('[id]')].map((e) => e.id)")
     assert len(ids) == len(set(ids))
+
+
+def test_a_served_page_reloads_itself_when_the_run_has_written_more(browser: Any, tmp_path: Path) -> None:
+    """It asks its own address alone, keeps what was opened, and says when there is no more to come."""
+    home = four_arms(tmp_path / "comparison", side=64, images=1)
+    run = home / "lpl" / "seed-0"
+    server = make_server(ReportConfig((str(run),), serve=True, port=0))
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    context = browser.new_context(viewport={"width": 375, "height": 800})
+    page, asked, errors = context.new_page(), [], []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("console", lambda message: errors.append(message.text))
+    address = f"http://127.0.0.1:{server.server_address[1]}/"
+    page.goto(address)
+    page.locator("#losses details summary").first.click()
+    (run / "finished.json").unlink()
+    page.get_by_text("not finished").first.wait_for(timeout=30_000, state="attached")
+    assert page.evaluate("document.querySelector('#losses details').open")
+    assert errors == []
+    assert {url for url in asked if not url.startswith("data:")} == {address, f"{address}state"}
+    server.shutdown()
+    server.server_close()
+    page.locator("#live", has_text="has ended").wait_for(timeout=30_000)
+    page.screenshot(path=SCREENSHOTS / "report-served.png")
+    context.close()

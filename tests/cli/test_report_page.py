@@ -100,7 +100,7 @@ def test_losses_shares_and_configuration_are_there(page: Page, run: Path) -> Non
         assert title in titles
     rows = [json.loads(line) for line in (run / "validation.jsonl").read_text().splitlines()]
     last = [row for row in rows if row["weights"] == "ema"][-1]["diffusion_loss"]
-    from lpl.report.plots import short
+    from lpl.report.numbers import short
 
     assert short(last, 4) in page.said
     assert "lpl_norm_type" in page.said

@@ -12,7 +12,7 @@ from lpl.base.errors import UserError
 from lpl.config import TrainConfig
 from lpl.config.files import differences, read_record, write_config
 from lpl.config.run_folder import damage, read_finished, read_result, read_rows
-from lpl.report.page import render
+from lpl.report.page import as_html, gather
 from lpl.report.sources import Inputs, read_inputs
 
 ORIGINALS = Path(__file__).parents[1] / "fuzz" / "originals"
@@ -111,9 +111,9 @@ def test_the_page_keeps_directions_apart(tmp_path: Path) -> None:
     content["verdicts"][0]["sentence"] = f"{name} helps."
     content["refused"] = [f"{name}: left out"]
     (tmp_path / "compare.json").write_text(json.dumps(content))
-    page = render(read_inputs([str(tmp_path)]))
+    page = as_html(gather(read_inputs([str(tmp_path)])))
     assert "\u202e" not in page
     assert "\x1b" not in page
     assert "<bdi>\u05d0\u05d1\\u202e\\x1b[2J</bdi>" in page
     assert "unicode-bidi: plaintext" in page
-    assert "unicode-bidi" in render(Inputs())
+    assert "unicode-bidi" in as_html(gather(Inputs()))

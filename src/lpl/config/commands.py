@@ -127,10 +127,23 @@ class ReportConfig(Options):
     """The HTML file; unset: report.html in the first folder."""
     max_megabytes: float = option(7.5, least=1, most=10_000.0)
     """Largest size of the page; pictures are made smaller to keep below it."""
+    export: str | None = option(None, path=True)
+    """Folder for every chart as SVG and PDF, every table as CSV and LaTeX, and pictures as PNG, beside the page."""
+    serve: bool = False
+    """Show the page at 127.0.0.1 until Ctrl-C, made anew while the runs go on, in the place of writing it."""
+    port: int = option(8155, least=0, most=65535)
+    """Of --serve; 0: any that is free."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(bool(self.runs), "name a folder to report on: lpl report RUN ...")
+        given = [name for name in ("output", "export") if getattr(self, name) is not None]
+        require(not self.serve or not given, f"--serve writes nothing: drop {' and '.join(f'--{n}' for n in given)}")
+
+    @property
+    def most_bytes(self) -> int:
+        """Of the page."""
+        return int(self.max_megabytes * 10**6)
 
     @property
     def page(self) -> Path:

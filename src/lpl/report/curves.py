@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
-from lpl.report.plots import Chart, Line, line_chart
+from lpl.report.charts import Chart, Line
+from lpl.report.plots import line_chart
 from lpl.report.runs import RunFolder, interpolate, training_clock
 from lpl.report.sources import Group
 

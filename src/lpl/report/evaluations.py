@@ -11,8 +11,10 @@ from lpl.base.terminal import with_names
 from lpl.config.points import frechet_of, plain
 from lpl.evaluation.guidance import DIFFERENCES, SAMPLES, Row, rows_of
 from lpl.evaluation.intervals import t_interval
+from lpl.report.charts import Chart, IntervalRow, Line, Table
 from lpl.report.findings import best_scales, metric_name
-from lpl.report.plots import Chart, IntervalRow, Line, Table, bracketed, interval_chart, line_chart, short, signed
+from lpl.report.numbers import bracketed, short, signed
+from lpl.report.plots import interval_chart, line_chart
 from lpl.report.sources import Group, Inputs, Result, shortest_ends
 
 

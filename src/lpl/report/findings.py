@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lpl.config.points import plain
+from lpl.report.charts import Chart, IntervalRow, Line
 from lpl.report.curves import LOSSES
-from lpl.report.plots import Chart, IntervalRow, Line, interval_chart, line_chart, signed
+from lpl.report.numbers import signed
+from lpl.report.plots import interval_chart, line_chart
 from lpl.report.sources import Group, Result
 
 

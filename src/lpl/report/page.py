@@ -17,6 +17,7 @@ from lpl.base.terminal import printable
 from lpl.config import TrainConfig
 from lpl.config.commands import ReportConfig
 from lpl.perceptual.defaults import WALK_TOLERANCE
+from lpl.report.charts import Table
 from lpl.report.curves import LOSSES, final_kind, loss_charts, share_charts, validation_rows
 from lpl.report.evaluations import (
     evaluation_table,
@@ -26,6 +27,7 @@ from lpl.report.evaluations import (
     refused_metrics,
     spectrum_charts,
 )
+from lpl.report.export import check_export, export
 from lpl.report.findings import (
     ABSCISSAE,
     NOISE,
@@ -37,8 +39,8 @@ from lpl.report.findings import (
     shown_entries,
     verdicts,
 )
+from lpl.report.numbers import short, signed
 from lpl.report.pictures import build_gallery
-from lpl.report.plots import Table, short, signed
 from lpl.report.runs import training_clock
 from lpl.report.sources import Group, Inputs, Result, read_inputs
 
@@ -64,12 +66,19 @@ def write_report(options: ReportConfig, announce: bool = True) -> Path:
     path = options.page
     if path.is_symlink() or (path.exists() and not is_page(path)):
         raise UserError(f"--output {path}: what is there was not written by lpl report: move it away, or name another")
+    folder = None if options.export is None else Path(options.export)
+    if folder is not None:
+        check_export(folder)
     inputs = read_inputs(options.runs)
-    page = render(inputs, int(options.max_megabytes * 10**6)).encode("utf-8", "backslashreplace")
+    found = gather(inputs, options.most_bytes)
+    page = encoded(as_html(found))
     with writing(f"--output {path}:", "; name another file"):
         write_atomically(path, page)
     if announce:
         print(f"the report is in {path} ({len(page) / 1e6:.1f} MB): open it in a browser")
+    if folder is not None:
+        number = export(inputs, found, folder)
+        print(f"{number} files of figures (SVG, PDF), tables (CSV, LaTeX) and samples (PNG) are in {folder}")
     return path
 
 
@@ -82,8 +91,24 @@ def is_page(path: Path) -> bool:
         return False
 
 
-def render(inputs: Inputs, most_bytes: int = 7_500_000) -> str:
-    """The page as HTML, of that many bytes at most as long as text and plots stay within their share."""
+def as_html(found: dict[str, Any], live: str | None = None) -> str:
+    """The page.
+
+    Args:
+        found: of `gather`.
+        live: what the page is made of, as `lpl report --serve` names it: the page asks for it and reloads itself when
+            it is another; None: nothing is asked.
+    """
+    return _environment().get_template("page.html.j2").render(found, live=live)
+
+
+def encoded(page: str) -> bytes:
+    """Its bytes; what Unicode has no letter for, as of odd file names, is written as an escape."""
+    return page.encode("utf-8", "backslashreplace")
+
+
+def gather(inputs: Inputs, most_bytes: int = 7_500_000) -> dict[str, Any]:
+    """What the page shows, of that many bytes at most as long as text and plots stay within their share."""
     groups = inputs.groups
     gallery = build_gallery(inputs, int(most_bytes * (1 - TEXT_SHARE)))
     shares = share_charts(groups)
@@ -98,7 +123,7 @@ def render(inputs: Inputs, most_bytes: int = 7_500_000) -> str:
     final = finals.pop() if len(finals) == 1 else None
     evaluations, tables = evaluation_table(groups), point_tables(inputs)
     kept = {"metrics": evaluations.rows, "points": tables}
-    found = {
+    return {
         "title": title(inputs),
         "version": __version__,
         "written": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
@@ -114,7 +139,6 @@ def render(inputs: Inputs, most_bytes: int = 7_500_000) -> str:
         "versions": versions(inputs),
         "skipped": [*inputs.skipped, *refused_metrics(groups), *gallery.notes],
     }
-    return _environment().get_template("page.html.j2").render(found)
 
 
 def _comparison(result: Result, arms: dict[str, Group], final: str | None) -> dict[str, Any]:
@@ -153,6 +177,7 @@ def _environment() -> Environment:
         "walk_tolerance": WALK_TOLERANCE,
         "style": Markup(loader.get_source(environment, "style.css")[0]),
         "script": Markup(loader.get_source(environment, "page.js")[0]),
+        "live_script": Markup(loader.get_source(environment, "live.js")[0]),
         "abscissae": ABSCISSAE,
         "noises": {source: words.in_table for source, words in NOISE.items()},
     }

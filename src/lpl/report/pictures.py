@@ -283,7 +283,7 @@ def build_gallery(inputs: Inputs, budget: int) -> Gallery:
     table = gather_pictures(inputs)
     places = [(key, column) for key, row in table.rows.items() for column in row]
     pictures = [table.rows[key][column] for key, column in places]
-    drawn, missing = _check_pictures(inputs)
+    drawn, missing = check_pictures(inputs)
     embedded, notes = embed_all([*pictures, *(picture for _, picture in drawn)], budget)
     found = dict(zip(places, embedded, strict=False))
     gallery = Gallery(list(table.columns), notes=[*table.notes, *missing, *notes])
@@ -316,7 +316,7 @@ def _title(key: RowKey, keys: list[RowKey]) -> str:
     return f"{name} · image {number}"
 
 
-def _check_pictures(inputs: Inputs) -> tuple[list[tuple[str, ImagePart]], list[str]]:
+def check_pictures(inputs: Inputs) -> tuple[list[tuple[str, ImagePart]], list[str]]:
     """Captions and pictures that the checks name, and lines on those that are gone."""
     here, lost = [], []
     for check in inputs.checks:

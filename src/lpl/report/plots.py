@@ -1,86 +1,16 @@
-"""Plots as SVG: lines over an axis, and values with intervals, a row each. And how numbers are written for readers."""
+"""Plots of the page as SVG: lines over an axis, and values with intervals, a row each."""
 
 from __future__ import annotations
 
 import html
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
-from typing import NamedTuple
 
 from lpl.base.terminal import printable
-
-
-class Line(NamedTuple):
-    """A line of a plot."""
-
-    label: str
-    slot: str
-    """Its colour and dashes: "1".."8", "ink", "floor"."""
-    x: Sequence[float]
-    y: Sequence[float | None]
-    """None: nothing was measured there."""
-    low: Sequence[float | None] | None = None
-    """With high: the edges of a band around the line."""
-    high: Sequence[float | None] | None = None
-    best: float | None = None
-    """Where its best point is, to be marked."""
-
-
-class IntervalRow(NamedTuple):
-    """A value with its interval."""
-
-    label: str
-    slot: str
-    value: float
-    low: float | None = None
-    high: float | None = None
-    text: str = ""
-    """What stands beside the label; empty: the numbers."""
-    points: Sequence[float] = ()
-    """Single values behind it."""
-    noise: float | None = None
-    noise_is: str = "what another seed alone changes"
-    """Half the width of a band around the zero line: what chance alone does; and that in words."""
-    mark: float | None = None
-    mark_is: str = "the VAE's own floor"
-    """A place to set against; and that in words."""
-
-    @property
-    def interval(self) -> str:
-        """In square brackets."""
-        return "–" if self.low is None or self.high is None else f"[{short(self.low)}, {short(self.high)}]"
-
-    @property
-    def numbers(self) -> str:
-        """What stands beside the label."""
-        return self.text or short(self.value) + ("" if self.interval == "–" else f"  {self.interval}")
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A plot with its legend, text alternative and numbers."""
-
-    title: str
-    note: str
-    svg: str
-    legend: list[tuple[str, str]]
-    """(label, slot)."""
-    header: list[str]
-    rows: list[list[str]]
-    thinned: str = ""
-    """What the table leaves out."""
-    key: list[tuple[str, str]] = field(default_factory=list)
-    """(class, text) of marks that are no line."""
-
-
-class Table(NamedTuple):
-    """A table of text."""
-
-    header: list[str]
-    rows: list[list[str]]
-
+from lpl.report.charts import Chart, IntervalPlot, IntervalRow, Line, LinePlot
+from lpl.report.numbers import short
 
 WIDTH, HEIGHT = 440, 270
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 24, 42
@@ -112,6 +42,7 @@ def line_chart(
         log_x, log_y: logarithmic axes.
         zero: the vertical axis begins at 0.
     """
+    drawn = LinePlot([_usable(line, log_x, log_y) for line in lines], x_label, y_label, log_x, log_y, zero)
     lines = [_usable(_thinned(line), log_x, log_y) for line in lines]
     across = [x for line in lines for x in line.x]
     along = [v for line in lines for part in (line.y, line.low or (), line.high or ()) for v in part if v is not None]
@@ -134,6 +65,7 @@ def line_chart(
         [x_label, *(line.label for line in lines)],
         [[short(x, 4), *(short(values.get(x), 4) for values in by_line)] for x in places[::every]],
         f"every {every}. point" if every > 1 else "",
+        drawn,
         [("swatch-best", "the best guidance by Fréchet distance")] if marks_best else [],
     )
 
@@ -180,7 +112,7 @@ def interval_chart(
         header.append("floor")
         key.append(("swatch-mark", f"{marks} (◂ ▸: beyond the axis)"))
         table = [[*cells, short(row.mark)] for cells, row in zip(table, rows, strict=True)]
-    return Chart(title, note, svg, [], header, table, key=key)
+    return Chart(title, note, svg, [], header, table, "", IntervalPlot(rows, x_label, zero), key)
 
 
 def escape(text: str) -> str:
@@ -360,35 +292,3 @@ def scale_for(values: Sequence[float], start: float, end: float, log: bool = Fal
             return Scale(0.0, 1.0, start, end)
     margin = 0.04 * (high - low) or 0.1 * abs(high) or 1.0
     return Scale(low if zero and low == 0 else low - margin, high if zero and high == 0 else high + margin, start, end)
-
-
-def short(value: float | None, digits: int = 3) -> str:
-    """A number for readers: three digits, a true minus sign, thousands as k from 10,000 on."""
-    if value is None or not math.isfinite(value):
-        return "–"
-    # Rounded first: what rounds up to the next power of ten is written as that.
-    value = float(f"{value:.0f}" if 10**digits <= abs(value) < 10_000 else f"{value:.{digits - 1}e}")
-    size = abs(value)
-    if 10_000 <= size < 1e15:
-        unit, power = next(pair for pair in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)) if size >= pair[1])
-        text = f"{value / power:.{digits}g}{unit}"
-    elif 10 ** (digits - 1) <= size < 10_000 or value == 0:
-        text = f"{value:.0f}" if size >= 10**digits or value == int(value) else f"{value:.{digits}g}"
-    elif size < 1e-3 or size >= 10_000:
-        mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
-        mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
-        text = f"{mantissa}e{int(exponent)}"
-    else:
-        text = f"{value:.{digits}g}"
-    return text.replace("-", "−")
-
-
-def signed(value: float, digits: int = 3) -> str:
-    """A number with its sign."""
-    text = short(value, digits)
-    return f"+{text}" if value > 0 else text
-
-
-def bracketed(interval: Sequence[float] | None) -> str:
-    """An interval in square brackets; a dash: there is none."""
-    return "–" if interval is None else f"[{short(interval[0])}, {short(interval[1])}]"

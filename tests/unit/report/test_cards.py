@@ -9,7 +9,7 @@ import pytest
 
 from lpl.comparison.verdict import Noise, Pair, entry
 from lpl.report.findings import headline, tone, verdicts
-from lpl.report.page import render
+from lpl.report.page import as_html, gather
 from lpl.report.sources import Group, Inputs, Result
 
 BETTER, WORSE = [Pair(1.0, 0.9), Pair(1.0, 0.9001)], [Pair(1.0, 1.1), Pair(1.0, 1.1001)]
@@ -108,7 +108,7 @@ def test_the_page_tells_of_chance_and_of_arms_that_are_not_paired(tmp_path: Path
     file = tmp_path / "compare.json"
     result = Result(file, {"kind": "compare", "arms": arms, "paired": paired})
     groups = [Group(str(arm["name"]), "1", arm=str(arm["name"]), comparison=file) for arm in arms]
-    page = render(Inputs(groups, [result]))
+    page = as_html(gather(Inputs(groups, [result])))
     assert "Of 4 verdicts, about 0.2 would find a difference by chance alone." in page
     assert page.count("Paired by seed; whiskers") == 2  # the note, and the text alternative
     assert page.count(f"Not paired ({why}); whiskers") == 2

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lpl.report.evaluations import evaluation_table, metric_charts, point_charts, point_tables, spectrum_charts
-from lpl.report.page import render
+from lpl.report.page import as_html, gather
 from lpl.report.sources import Group, Inputs, Result
 
 
@@ -173,7 +173,7 @@ def test_a_comparison_by_itself_has_the_sentence_on_top_and_its_points(outcome: 
     }  # fmt: skip
     result = Result(Path("compare.json"), content)
     groups = [Group(name, "1", arm=name, comparison=result.file) for name in ("base", "lpl")]
-    page = render(Inputs(groups=groups, comparisons=[result]))
+    page = as_html(gather(Inputs(groups=groups, comparisons=[result])))
     assert f'<p class="sentence {tone}">lpl &lt;b&gt; helps.</p>' in page
     assert page.index("helps.</p>") < page.index("Fréchet distance over guidance, 8 steps")
     assert "<td>1 → 3</td><td>0.8</td>" in page

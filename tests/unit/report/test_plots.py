@@ -7,7 +7,9 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from lpl.report.plots import MOST_POINTS, IntervalRow, Line, Scale, interval_chart, line_chart, scale_for, short
+from lpl.report.charts import IntervalRow, Line
+from lpl.report.numbers import short
+from lpl.report.plots import MOST_POINTS, Scale, interval_chart, line_chart, scale_for
 
 SPACE = "{http://www.w3.org/2000/svg}"
 

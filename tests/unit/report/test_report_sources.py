@@ -10,7 +10,7 @@ import pytest
 from lpl.config import TrainConfig
 from lpl.config.files import write_config
 from lpl.report.evaluations import metric_charts
-from lpl.report.page import render, title
+from lpl.report.page import as_html, gather, title
 from lpl.report.sources import read_inputs
 
 NAME = "Fréchet distance (lite0)"
@@ -83,7 +83,7 @@ def test_two_comparisons_keep_their_arms_apart(tmp_path: Path) -> None:
     inputs = read_inputs([str(folder) for folder in (*homes, lone)])
     assert title(inputs) == "Comparisons: cmp · cmp2"
     assert [inputs.arms(result)["lpl"].name for result in inputs.comparisons] == ["lpl", "cmp2/lpl"]
-    page = render(inputs)
+    page = as_html(gather(inputs))
     assert "<h3>lpl, at equal steps</h3><p>" in page
     assert "<h3>cmp2/lpl, at equal steps</h3><p>" in page
     slots = [group.slot for group in inputs.groups]
@@ -115,6 +115,6 @@ def test_a_folder_named_twice_has_two_names(tmp_path: Path) -> None:
 
 def test_the_page_says_against_what_was_measured(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "my_lora", eval=3.0)
-    page = render(read_inputs([str(folder)]))
+    page = as_html(gather(read_inputs([str(folder)])))
     assert page.count("<caption>Evaluations</caption>") == 1
     assert f"<td>{folder}</td>" in page
