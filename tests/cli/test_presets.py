@@ -68,7 +68,7 @@ def test_preset_of_the_diffusers_project_has_its_numbers() -> None:
 def test_flags_win_over_the_preset_wherever_they_stand() -> None:
     for argv in (["--config", "demo", "--seed", "5", "--no_use_ema"], ["--seed", "5", "--no_use_ema", "--config=demo"]):
         config = parse_train(argv)
-        assert (config.run.seed, config.optim.use_ema, config.optim.ema_decay) == (5, False, 0.99)
+        assert (config.run.seed, config.optim.use_ema, config.data.proportion_empty_prompts) == (5, False, 0.1)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
 
 def test_dry_run_agrees_with_the_run(train: Any) -> None:
     """Parameters and steps that the plan states are those that the run trains."""
-    options = {"rank": 2, "max_train_steps": None, "num_train_epochs": 1, "train_batch_size": 4}
+    options = {"rank": 2, "max_train_steps": None, "draws_per_image": 1, "train_batch_size": 4}
     plan = train("--dry_run", **options).stdout
     run = train(**options)
     trained = sum(t.numel() for t in run.unet().values())
