@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from lpl.base.errors import Faults, UserError, all_faults, require
+from lpl.config import TrainConfig
 from lpl.config.command_line import parse_options, parse_train
 from lpl.config.commands import CompareConfig, PlanConfig, ReportConfig
 
@@ -30,8 +31,8 @@ def test_unknown_refused_malformed_and_out_of_range_together(tmp_path: Path) -> 
     told = caught.value.args
     beginnings = (
         "unknown option --lr: here it is --learning_rate", "--network_args is not taken", "--config ", "--config ",
-        "Error parsing --rank", "--resolution must lie in 8..4096, not 3",
-        "--snr_gamma 5.0 and --loss_weighting p2 are two", "Error parsing --seed",
+        "--rank: expected a whole number, not 'abc'", "--resolution must lie in 8..4096, not 3",
+        "--snr_gamma 5.0 and --loss_weighting p2 are two", "--seed: expected a whole number, not 'x'",
         "--max_minutes must be positive, not -1",
     )  # fmt: skip
     assert len(told) == len(beginnings)
@@ -41,7 +42,15 @@ def test_unknown_refused_malformed_and_out_of_range_together(tmp_path: Path) -> 
 def test_what_follows_from_a_flag_that_was_left_out_is_no_fault() -> None:
     assert len(faults(CompareConfig, "--arms=a", "--validation_samples=x", "--seeds", "0", "0")) == 2
     (told,) = faults(ReportConfig, "--max_megabytes", "a", "run")
-    assert told.startswith("Error parsing --max_megabytes")
+    assert told.startswith("--max_megabytes: expected a number, not 'a'")
+
+
+def test_what_a_malformed_value_should_have_been() -> None:
+    assert set(faults(TrainConfig, "--lpl_weight", "heavy", "--seed")) == {
+        "--lpl_weight: expected a number or auto, not 'heavy'",
+        "--seed: expected a whole number, not nothing",
+    }
+    assert faults(TrainConfig, "--mixed_precision=fp8") == ["--mixed_precision: expected no, fp16 or bf16, not 'fp8'"]
 
 
 def test_options_of_a_command_and_of_the_run_together() -> None:

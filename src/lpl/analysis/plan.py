@@ -8,7 +8,7 @@ import sys
 from lpl.analysis.alternatives import HEADROOM, Change, Choice, cheapest, fits, neighbours, smallest
 from lpl.analysis.needs import Needs, launched_estimate, readable
 from lpl.base.errors import UserError
-from lpl.base.terminal import labelled, progress
+from lpl.base.terminal import progress
 from lpl.config import TrainConfig
 from lpl.config.length import count, length_of, on_the_way
 from lpl.config.run import processes
@@ -68,12 +68,13 @@ def describe(config: TrainConfig, checked: Checked) -> str:
     needs = launched_estimate(config, rehearsal, processes())
     size = checked.source.size
     samples = None if size is None else size - config.data.validation_samples
-    length, notes = _length(config, checked, samples)
+    verdict, length = _length(config, checked, samples)
     sizes = image_sizes(config.data).sizes
     shapes = f" in {len(sizes)} shapes" if len(sizes) > 1 else ""
     _, channels, side, _ = rehearsal.latents(config, 1)
     rates = "".join(f", {part} {rate:g}" for part, rate in config.component_rates.items())
     lines = [
+        f"verdict      {verdict}",
         f"model        {config.model.pretrained_model_name_or_path}",
         _trains(needs, config),
         f"data         {samples or 'a stream of'} samples at {config.data.crop_size} px{shapes}, latents {channels} x "
@@ -84,21 +85,21 @@ def describe(config: TrainConfig, checked: Checked) -> str:
         f"{run.mixed_precision}",
         *_details(needs, config),
     ]
-    return "\n".join([*labelled("verdict", notes), *lines])
+    return "\n".join(lines)
 
 
-def _length(config: TrainConfig, checked: Checked, samples: int | None) -> tuple[str, list[str]]:
-    """The run's length in words, and what a user should know of it before starting."""
+def _length(config: TrainConfig, checked: Checked, samples: int | None) -> tuple[str, str]:
+    """Whether a run may begin, and its length, in words."""
     run, ready = config.run, "ready to train"
     if checked.num_steps is None:
         each = run.draws_per_image
         wanted = f"{run.num_train_epochs} epochs" if each is None else f"{each:g} draws an image"
-        return f"{wanted}, known in steps once the data are read", [f"{ready}; `lpl data` says how long it takes"]
+        return f"{ready}; `lpl data` says how long it takes", f"{wanted}, known in steps once the data are read"
     if samples is None:
-        return f"{checked.num_steps:,} of {count(config.samples_per_step(processes()), 'sample')}", [ready]
+        return ready, f"{count(checked.num_steps, 'step')} of {count(config.samples_per_step(processes()), 'sample')}"
     length = length_of(config, processes(), samples)
     warning = length.warning()
-    return str(length), [ready if warning is None else f"think again: {warning}"]
+    return ready if warning is None else f"think again: {warning}", str(length)
 
 
 def _with_launched_precision(config: TrainConfig) -> TrainConfig:

@@ -18,7 +18,7 @@ from lpl.base.terminal import as_it_is
 from lpl.config import Facts, TrainConfig, declared, idle_options
 from lpl.config.commands import CompareConfig
 from lpl.config.files import REFUSED, as_flags, nearest, read_options, without_replaced
-from lpl.config.help import ALL, help_text
+from lpl.config.help import ALL, expected, help_text
 from lpl.presets import presets
 
 T = TypeVar("T")
@@ -116,14 +116,23 @@ def _parse(command: Callable[..., T], flags: list[str], name: str, faults: Fault
         with own.one(), all_faults():
             parsed = _run_tyro(command, flags, name)
         malformed = MALFORMED.search(own.found[-1]) if own.found else None
+        odd = [part for part in _parts(flags) if malformed is not None and _option(part) == malformed[1]]
+        if odd:
+            own.found[-1] = _malformed(command, odd[-1])
         # What is missing or contradicts because a flag was left out is no fault of the user's.
         faults.found += [told for told in own.found if not any(f"{flag} " in f"{told} " for flag in left_out)]
-        kept = [part for part in _parts(flags) if malformed is None or _option(part) != malformed[1]]
-        if is_open or malformed is None or len(kept) == len(list(_parts(flags))):
+        if is_open or not odd:
             faults.raise_any()
             return parsed
-        left_out.append(malformed[1])
-        flags = [token for part in kept for token in part]
+        left_out.append(_option(odd[0]))
+        flags = [token for part in _parts(flags) if part not in odd for token in part]
+
+
+def _malformed(command: Callable[..., Any], part: list[str]) -> str:
+    """What a flag takes instead of the values that it was given."""
+    flag, values = _option(part), [value for value in (part[0].partition("=")[2], *part[1:]) if value]
+    what = expected(command, flag.removeprefix("--"))
+    return f"{flag}: expected {what}, not {' '.join(map(repr, values)) or 'nothing'}"
 
 
 def _run_tyro(command: Callable[..., T], flags: list[str], name: str) -> T:

@@ -113,8 +113,6 @@ def _git_state() -> str | None:
     folder = str(Path(__file__).parent)
     if _said("git", "-C", folder, "ls-files", "--error-unmatch", __file__) is None:
         return None
-    head, changed = (
-        _said("git", "-C", folder, "rev-parse", "HEAD"),
-        _said("git", "-C", folder, "status", "--porcelain", folder),
-    )
+    head = _said("git", "-C", folder, "rev-parse", "HEAD")
+    changed = _said("git", "-C", folder, "status", "--porcelain", folder)
     return head and head + (" (modified)" if changed else "")

@@ -10,16 +10,17 @@ import shutil
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, Field, fields
-from typing import Any
+from typing import Any, get_type_hints
 
 from lpl.config import TrainConfig, declared
-from lpl.config.checks import Facts, facts_of
+from lpl.config.checks import facts_of
 
 LABEL, WIDEST = 26, 100
 """Columns of an option's name, and of a line at most."""
 ALL = "all"
 """What --help takes to show every option."""
-KINDS = {"str": "TEXT", "int": "N", "float": "X"}
+KINDS = {"str": ("TEXT", "a text"), "int": ("N", "a whole number"), "float": ("X", "a number")}
+"""By type: how a value is shown after its option, and what it is called."""
 
 
 def texts_of(group: Callable[..., Any]) -> dict[str, str]:
@@ -44,9 +45,7 @@ def help_text(command: Callable[..., Any], name: str, everything: bool) -> str:
     shared = declared(command).keys() >= declared().keys()
     trains = command is TrainConfig
     own: Any = command
-    positional = [
-        _written(f, facts_of(command)[f.name]) for f in fields(own) if f.default is f.default_factory is MISSING
-    ]
+    positional = [_written(command, f) for f in fields(own) if f.default is f.default_factory is MISSING]
     config = ["[--config FILE-or-preset]"] if shared else []
     lines = [" ".join(["usage:", name, *positional, *config, "[options]"]), ""]
     for paragraph in inspect.cleandoc(command.__doc__ or "").split("\n\n"):
@@ -82,7 +81,7 @@ def _rows(group: Callable[..., Any], width: int, main: bool = False) -> Iterator
     for field in fields(own):
         if field.name not in texts or (main and not facts[field.name].main):
             continue
-        label = f"  {_written(field, facts[field.name])}"
+        label = f"  {_written(group, field)}"
         told = texts[field.name]
         if field.default not in (None, MISSING, "") and not isinstance(field.default, bool | tuple):
             told = f"{told.rstrip('.')}. [{field.default}]"
@@ -92,15 +91,33 @@ def _rows(group: Callable[..., Any], width: int, main: bool = False) -> Iterator
         yield textwrap.fill(told, width, initial_indent=f"{label:{LABEL}}", subsequent_indent=" " * LABEL)
 
 
-def _written(field: Field[Any], facts: Facts) -> str:
+def _written(group: Callable[..., Any], field: Field[Any]) -> str:
     """An option as one gives it, as in "--rank N" and "--no_use_lpl"."""
-    kind = str(field.type)
-    if kind == "bool":
+    kind = _type(group, field.name)
+    several = " ..." if "tuple" in kind else ""
+    if isinstance(field.default, bool):
         return f"--{'no_' if field.default else ''}{field.name}"
     if field.default is MISSING:
-        return f"{field.name.upper()} ..." if "tuple" in kind else field.name.upper()
-    outside, literal, inside = kind.partition("Literal[")
-    words = ["PATH"] if facts.path else [word for name, word in KINDS.items() if re.search(rf"\b{name}\b", outside)]
-    if literal:
-        words += re.findall(r"[\w+.]+", inside.partition("]")[0])
-    return f"--{field.name} {'|'.join(words) or 'TEXT'}{' ...' if 'tuple' in kind else ''}"
+        return field.name.upper() + several
+    words = ["PATH"] if facts_of(group)[field.name].path else [shown for shown, _ in _kinds(kind)]
+    return f"--{field.name} {'|'.join([*words, *_choices(kind)])}{several}"
+
+
+def expected(command: Callable[..., Any], name: str) -> str:
+    """What an option of a command takes, in words."""
+    groups: tuple[Any, ...] = (command, *map(type, TrainConfig().groups()))
+    kind = next(_type(group, name) for group in groups if name in facts_of(group))
+    *others, last = [*(told for _, told in _kinds(kind)), *_choices(kind)]
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def _type(group: Callable[..., Any], name: str) -> str:
+    return str(get_type_hints(group)[name])
+
+
+def _kinds(kind: str) -> list[tuple[str, str]]:
+    return [told for name, told in KINDS.items() if re.search(rf"\b{name}\b", kind.partition("Literal[")[0])]
+
+
+def _choices(kind: str) -> list[str]:
+    return re.findall(r"[\w+.]+", kind.partition("Literal[")[2].partition("]")[0])
