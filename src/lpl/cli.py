@@ -37,7 +37,7 @@ COMMANDS = {
 }
 OPTIONS = dict.fromkeys(COMMANDS) | {
     "train": TrainConfig,
-    "cache": TrainConfig,
+    "cache": commands.CacheConfig,
     "plan": commands.PlanConfig,
     "data": commands.DataReportConfig,
     "check": commands.CheckConfig,
@@ -218,10 +218,10 @@ def _cache(argv: list[str]) -> None:
     else:
         if argv and not argv[0].startswith("-"):
             raise UserError(f"unknown command cache {argv[0]!r}{nearest(argv[0], ['verify', 'prune'])}")
-        config = parse_options(TrainConfig, argv, "lpl cache")
+        options = parse_options(commands.CacheConfig, argv, "lpl cache")
         from lpl.training.run import fill_cache
 
-        fill_cache(config)
+        fill_cache(options.train)
 
 
 def _data(options: commands.DataReportConfig) -> None:

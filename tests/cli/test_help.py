@@ -50,12 +50,12 @@ def test_all_shows_every_option_by_topic(helped: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "own"), [("data", ["num_shown"]), ("plan", ["memory", "num_processes", "sharding"])]
+    ("command", "own"), [("cache", []), ("data", ["num_shown"]), ("plan", ["memory", "num_processes", "sharding"])]
 )
 def test_other_commands_show_their_own_options(helped: Any, command: str, own: list[str]) -> None:
     text = helped(command, "--help")
     assert options_in(text) == own
-    assert "Every option of `lpl train` is taken, too." in text
+    assert "Takes every option of `lpl train`" in text
     assert len(options_in(helped(command, "--help", "all"))) == len(own) + len(declared())
 
 

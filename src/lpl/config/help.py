@@ -59,12 +59,9 @@ def help_text(command: Callable[..., Any], name: str, everything: bool) -> str:
         for group in TrainConfig().groups():
             lines += _listed((type(group).__doc__ or "").splitlines()[0].rstrip("."), type(group), width)
     if shared:
-        told = "" if trains or everything else "Every option of `lpl train` is taken, too. "
-        told += "--config is read first, flags win: `lpl presets` lists what ships. --no_x turns off what --x turns on."
+        told = "--config is read first, flags win: `lpl presets` lists what ships. --no_x turns off what --x turns on."
         if not everything:
-            told += (
-                f" All {len(declared())} options by topic: `{name} --help {ALL}`; with their bounds: docs/options.md."
-            )
+            told += f" All {len(declared())} options of a run by topic: `{name} --help {ALL}`."
         lines += textwrap.wrap(told, width)
     return "\n".join(lines).rstrip()
 
