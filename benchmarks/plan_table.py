@@ -1,19 +1,23 @@
-"""What fits a GPU, as a table for README: SDXL at 1024 px, batch 1, with the cheapest settings that fit.
+"""What fits a GPU, as tables for docs/training.md.
 
-    python benchmarks/plan_table.py [GiB ...]
+    python benchmarks/plan_table.py [GiB ...]    # SDXL at 1024 px, batch 1, with the cheapest settings that fit
+    python benchmarks/plan_table.py presets      # LoRA presets as they are, and on a base in 8 and in 4 bits
 
 Counted (lpl.analysis), not measured on a GPU. Left out: the CUDA context, workspace inside kernels, fragmentation;
 5 % of the GPU's memory is left for them.
 """
 
 import sys
+from importlib.resources import files
 
 from lpl.analysis.alternatives import RANK, cheapest, smallest
+from lpl.analysis.needs import estimate
 from lpl.config import TrainConfig
 from lpl.config.command_line import parse_train
 from lpl.families import blueprint, plan_configs
 from lpl.training.rehearsal import Rehearsal
 
+BASES = (None, "int8", "nf4")
 FIXED = (f"--rank {RANK}", "--no_use_lpl")
 KINDS = {
     "LoRA": ["--no_use_lpl", f"--rank={RANK}"],
@@ -40,5 +44,24 @@ def main(sizes: list[float]) -> None:
         print(f"| {size:g} GB | " + " | ".join(cells) + " |", flush=True)
 
 
+def presets() -> None:
+    """Peaks of every preset of a LoRA, with and without LPL, by what the base is kept in."""
+    print("| preset | " + " | ".join(f"{kind or 'bfloat16'} | without LPL" for kind in BASES) + " |")
+    print("|---|" + "---|" * 2 * len(BASES))
+    for name in sorted(file.name for file in files("lpl.presets").iterdir() if file.name.endswith("-lora.yaml")):
+        config = parse_train(["--config", name.removesuffix(".yaml")])
+        rehearsal = Rehearsal(blueprint(plan_configs(config.model), config.model))
+        cells = []
+        for kind in BASES:
+            for use_lpl in (True, False):
+                changed = config.changed(quantize_base=kind, use_lpl=use_lpl)
+                needs = estimate(changed, rehearsal)
+                cells.append(f"{needs.peak / 2**30:.1f} GiB ({needs.phase})")
+        print(f"| `{name.removesuffix('.yaml')}` | " + " | ".join(cells) + " |", flush=True)
+
+
 if __name__ == "__main__":
+    if sys.argv[1:] == ["presets"]:
+        presets()
+        sys.exit()
     main([float(size) for size in sys.argv[1:]] or [8, 12, 16, 24, 48, 80])

@@ -58,6 +58,7 @@ def savings(config: TrainConfig) -> list[Change]:
     crop = max(8, config.data.crop_size // 2)
     half = "bf16" if config.run.mixed_precision in (None, "no") else config.run.mixed_precision
     no_lpl, no_average = (lambda c: not c.lpl.use_lpl), (lambda c: not c.optim.use_ema)
+    unquantisable = lambda c: c.model.quantize_base is not None or c.model.rank is None or c.model.use_dora  # noqa: E731
     not_plain_adamw = lambda c: c.optim.optimizer_name != "adamw" or bool(c.optim.optimizer_args)  # noqa: E731
     changes = [
         setting(32, use_lpl=False),
@@ -69,6 +70,7 @@ def savings(config: TrainConfig) -> list[Change]:
         bfloat16_weights(config, 5),
         setting(2, mixed_precision=half),
         setting(2, idle=no_lpl, lpl_dtype="bfloat16" if config.lpl.lpl_dtype == "float32" else config.lpl.lpl_dtype),
+        *(setting(cost, idle=unquantisable, quantize_base=kind) for kind, cost in (("int8", 3), ("nf4", 6))),
         setting(2, train_batch_size=1, gradient_accumulation_steps=batch * steps),  # the same trajectory
         setting(4, idle=lambda c: c.optim.final_weights == "ema", use_ema=False),
         setting(1, idle=no_average, ema_device="cpu"),

@@ -60,6 +60,9 @@ class ModelConfig(Options):
     the blocks."""
     use_dora: bool = option(False, needs="rank")
     """Train a DoRA: also a magnitude for each output of these layers (slower, more memory)."""
+    quantize_base: Literal["int8", "fp8", "nf4"] | None = option(None, needs="rank", elsewhere=("fp8_base",))
+    """Keep the frozen linear layers of the denoiser's blocks in 8 or 4 bits, for small cards: a half or a quarter of
+    bfloat16's memory for a little time. The LoRA is for the whole model, as ever."""
     train_text_encoder: bool = option(False, by_model=True)
     """Train the text encoders too, or with --rank a LoRA on their attentions (--lora_targets attention_mlp or all: and
     MLPs); see --text_encoder_lr."""
@@ -69,6 +72,10 @@ class ModelConfig(Options):
         require(
             not (self.use_dora and self.train_text_encoder),
             "--use_dora with --train_text_encoder: diffusers loads no magnitudes into text encoders; drop one of them",
+        )
+        require(
+            not (self.use_dora and self.quantize_base),
+            f"--use_dora with --quantize_base {self.quantize_base}: its norms are of whole weights; drop one of them",
         )
 
     @property

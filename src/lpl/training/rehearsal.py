@@ -22,6 +22,7 @@ from lpl.families.base import DECODED_PIXELS, Blueprint
 from lpl.perceptual.loss import CHUNK_PIXELS
 from lpl.training.counter import FusedAttention, StepCounter, checkpoint, make_fake
 from lpl.training.engine import add_lora, build_loss
+from lpl.training.quantized import quantize
 from lpl.training.states import one_step_size
 
 Device = Literal["cuda", "cpu"]
@@ -196,6 +197,8 @@ class Rehearsal:
                 _cast(denoiser, getattr(torch, dtype))
             if lora is not None:
                 _cast(denoiser, HALF.get(precision, torch.float32))
+                if lora.quantize_base is not None:
+                    quantize(denoiser, lora.quantize_base, torch.device("meta"))
                 add_lora(denoiser, lora, self.blueprint.lora_targets, 0)
         if precision in HALF:
             make_fake(denoiser, self._fake)
@@ -316,7 +319,7 @@ def _quiet(active: bool) -> Iterator[None]:
 
 def _weights(config: TrainConfig) -> Weights:
     """The options of a LoRA, if there is one, are alike for all models."""
-    names = ("rank", "lora_alpha", "lora_dropout", "lora_targets", "use_dora")
+    names = ("rank", "lora_alpha", "lora_dropout", "lora_targets", "use_dora", "quantize_base")
     lora = {name: getattr(config.model, name) for name in names}
     own = None if config.model.rank is None else ModelConfig(**lora)
     return Weights(own, config.run.mixed_precision or "no", config.optim.weights_dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from accelerate.utils import DistributedType
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
+from lpl.base.terminal import progress
 from lpl.config import OptimConfig, TrainConfig
 from lpl.families.base import Family
 from lpl.training.engine import add_lora
@@ -24,6 +26,7 @@ from lpl.training.optimizers import (
     split_components,
 )
 from lpl.training.per_parameter import FusedBackward, bare
+from lpl.training.quantized import quantize
 from lpl.training.sharded import WholeModel, local
 
 
@@ -163,6 +166,9 @@ def build_trained(
     if config.model.rank is not None:
         if weight_dtype != torch.float32:
             denoiser.to(dtype=weight_dtype)
+        if config.model.quantize_base is not None:
+            show = partial(progress, desc="quantizing", unit="layer", show=accelerator.is_local_main_process)
+            quantize(denoiser, config.model.quantize_base, accelerator.device, show)
         add_lora(denoiser, config.model, family.lora_targets, config.run.seed)
     else:
         if config.optim.weights_dtype == "bfloat16":
