@@ -60,7 +60,9 @@ class ModelConfig(Options):
     the blocks."""
     use_dora: bool = option(False, needs="rank")
     """Train a DoRA: also a magnitude for each output of these layers (slower, more memory)."""
-    quantize_base: Literal["int8", "fp8", "nf4"] | None = option(None, needs="rank", elsewhere=("fp8_base",))
+    quantize_base: Literal["int8", "fp8", "nf4"] | None = option(
+        None, needs="rank", elsewhere=("fp8_base", "base_model_precision")
+    )
     """Keep the frozen linear layers of the denoiser's blocks in 8 or 4 bits, for small cards: a half or a quarter of
     bfloat16's memory for a little time. The LoRA is for the whole model, as ever."""
     train_text_encoder: bool = option(False, by_model=True)
