@@ -168,16 +168,19 @@ def check_data(config: TrainConfig, report: Path, weights: bool = False) -> Chec
         weights: ask for a model with its weights.
 
     Raises:
-        UserError: the first fault found, in one line.
+        UserError: a model or data that cannot be read, or the first fault of what does not go together.
     """
-    config, configs = check_model(config, model_configs if weights else plan_configs)
+    faults = Faults()
+    with faults.one():
+        config, configs = check_model(config, model_configs if weights else plan_configs)
+    with faults.one():
+        source, regularisation = open_source(config.data, config.model.cache_dir), open_regularisation(config.data)
+    faults.raise_any()
     if configs and config.model.pretrained_model_name_or_path is not None:
         check_options(config, configs)
     check_inputs_apart(config)
     if (report.exists() and not report.is_dir()) or (report.parent.exists() and not report.parent.is_dir()):
         raise UserError(f"--output_dir {config.run.output_dir}: a file is in the way of {report}")
-    source = open_source(config.data, config.model.cache_dir)
-    regularisation = open_regularisation(config.data)
     _warn_idle(config)
     if config.run.max_train_steps is not None:
         warn_of_steps(config, config.run.max_train_steps)
