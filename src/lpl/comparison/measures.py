@@ -205,6 +205,8 @@ def eval_options(source: str, output: Path, options: CompareConfig, config: Trai
         resolution=config.data.resolution,
         num_inference_steps=options.num_inference_steps,
         guidance_scale=options.guidance_scale,
+        scheduler=options.scheduler,
+        timestep_spacing=options.timestep_spacing,
     )
 
 

@@ -195,6 +195,11 @@ class CompareConfig(Options):
     """Of classifier-free guidance, as lpl eval takes it. With several scales or steps every run is measured at every
     pair, and arms are compared each at its own best guidance, for each number of steps."""
 
+    scheduler: Literal["model", "dpmsolver++"] = option("model", needs="reference_dir")
+    """Sampler, as lpl eval takes it."""
+    timestep_spacing: Literal["model", "leading", "linspace", "trailing"] = option("model", needs="reference_dir")
+    """The sampler's timesteps, as lpl eval takes them; trailing with few steps."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.arms is not None, "--arms is missing: a YAML file of `name: {option: value}`, the baseline first")

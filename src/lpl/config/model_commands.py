@@ -90,6 +90,9 @@ class EvalConfig(Options):
     acts."""
     scheduler: Literal["model", "dpmsolver++"] = option("model", needs=DRAWN)
     """Sampler: the model's own, or DPM-Solver++(2M), for which 12 steps often do."""
+    timestep_spacing: Literal["model", "leading", "linspace", "trailing"] = option("model", needs=DRAWN)
+    """Which of the schedule's timesteps a sampler takes: as the model's scheduler says, or as diffusers' option of this
+    name. With few steps trailing: leading ones begin with less noise than their first sample has."""
     sample_batch_size: int | None = option(None, least=1, most=2**12, needs=DRAWN)
     """Samples that are drawn together; unset: what makes 4 megapixels, at most 64 (so 4 of 1024 pixels)."""
     dtype: Literal["float32", "bfloat16", "float16"] = option("float32", needs=DRAWN)

@@ -152,7 +152,15 @@ def _load(plan: Plan, device: torch.device) -> Any:
     dtype = getattr(torch, options.dtype)
     return with_flag(
         request,
-        lambda: load_for_sampling(request.model, dtype, device, request.lora, options.lora_scale, options.scheduler),
+        lambda: load_for_sampling(
+            request.model,
+            dtype,
+            device,
+            request.lora,
+            options.lora_scale,
+            options.scheduler,
+            options.timestep_spacing,
+        ),
     )
 
 

@@ -73,6 +73,8 @@ class Plan:
         """What decides the samples of the first point."""
         o = self.options
         told = {"scheduler": o.scheduler, "dtype": o.dtype, "lora_scale": o.lora_scale, "prompts": self.prompts_digest}
+        if o.timestep_spacing != "model":  # samples that were drawn before there was the option are known again
+            told["timestep_spacing"] = o.timestep_spacing
         return settings_of(self.sampling, **told, **further)
 
     @property
@@ -92,7 +94,7 @@ def check_eval(options: EvalConfig, model: ModelConfig | None = None) -> Plan:
     Raises:
         UserError: bad input.
     """
-    from lpl.families.sampling import check_guidance, check_sampling, vae_stride
+    from lpl.families.sampling import check_guidance, check_sampler, check_sampling, vae_stride
 
     if options.metrics:
         check_efficientnet()
@@ -109,6 +111,7 @@ def check_eval(options: EvalConfig, model: ModelConfig | None = None) -> Plan:
         asked = request
         native = with_flag(request, lambda: check_sampling(asked.model, asked.lora))
         if options.images is None:
+            with_flag(request, lambda: check_sampler(asked.model, options.scheduler, options.timestep_spacing))
             scales = with_flag(request, lambda: tuple(check_guidance(asked.model, scale) for scale in scales))
     prompts: list[str] | None
     distinct: tuple[str, ...] = ()

@@ -107,18 +107,29 @@ def reader(path: Path, name: str, config: ModelConfig) -> Callable[[str], dict[s
 
 def _hub_reader(config: ModelConfig) -> Callable[[str], dict[str, Any]]:
     def read(file: str) -> dict[str, Any]:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+        from huggingface_hub import errors, hf_hub_download
 
         name = config.pretrained_model_name_or_path
         try:
             found = hf_hub_download(str(name), file, revision=config.revision, cache_dir=config.cache_dir)
-        except LocalEntryNotFoundError as error:
+        except errors.LocalEntryNotFoundError as error:
             raise UserError(f"{FLAG} {name}: no such folder, and the Hub cannot be reached for {file}") from error
-        except (EntryNotFoundError, HfHubHTTPError) as error:
+        except errors.GatedRepoError as error:
+            what = f"accept them at https://huggingface.co/{name}, then run `hf auth login`"
             raise UserError(
-                f"{FLAG} {name}: no such folder, and not on the Hub: {str(error).splitlines()[0]}"
+                f"{FLAG} {name}: the Hub gives it only to those who have accepted its terms: {what}"
             ) from error
+        except errors.RepositoryNotFoundError as error:
+            what = "check the name; a private one needs `hf auth login`"
+            raise UserError(
+                f"{FLAG} {name}: no such folder, and no model that may be read on the Hub: {what}"
+            ) from error
+        except errors.RevisionNotFoundError as error:
+            raise UserError(f"--revision {config.revision}: the Hub has none of this name of {name}") from error
+        except errors.EntryNotFoundError as error:
+            raise UserError(f"{FLAG} {name}: the Hub's model has no {file}") from error
+        except errors.HfHubHTTPError as error:
+            raise UserError(f"{FLAG} {name}: the Hub answers {str(error).splitlines()[0]}") from error
         return read_json(Path(found), FLAG)
 
     return read

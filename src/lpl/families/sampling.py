@@ -25,6 +25,7 @@ from lpl.families.schedulers import build_scheduler, file_schedule
 logger = logging.getLogger("lpl")
 
 SchedulerName = Literal["model", "dpmsolver++"]
+SpacingName = Literal["model", "leading", "linspace", "trailing"]
 GUIDANCE = 5.0
 CLASSIFIER_FREE = (
     "AuraFlowPipeline", "ChromaPipeline", "CogView4Pipeline", "HunyuanDiTPipeline", "KolorsPipeline",
@@ -40,6 +41,7 @@ class PipelineSampler:
     """Samples of a diffusers pipeline, in whatever way it makes them.
 
     Args:
+        spacing: diffusers' timestep_spacing, or "model": the pipeline's own.
         scheduler: "model": the pipeline's own; "dpmsolver++": DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095) on
             the same noise schedule, which needs fewer steps.
 
@@ -47,7 +49,7 @@ class PipelineSampler:
         UserError: a scheduler that does not fit the model.
     """
 
-    def __init__(self, pipeline: Any, scheduler: SchedulerName = "model") -> None:
+    def __init__(self, pipeline: Any, scheduler: SchedulerName = "model", spacing: SpacingName = "model") -> None:
         self.pipeline = pipeline
         if scheduler != "model":
             from diffusers import DPMSolverMultistepScheduler
@@ -60,6 +62,13 @@ class PipelineSampler:
             pipeline.scheduler = build_scheduler(
                 DPMSolverMultistepScheduler, pipeline.scheduler.config, algorithm_type="dpmsolver++", solver_order=2
             )
+        if spacing != "model":
+            cls = type(pipeline.scheduler)
+            require(
+                "timestep_spacing" in pipeline.scheduler.config,
+                f"--timestep_spacing {spacing}: the scheduler, {cls.__name__}, has no such choice; drop it",
+            )
+            pipeline.scheduler = build_scheduler(cls, pipeline.scheduler.config, timestep_spacing=spacing)
         pipeline.set_progress_bar_config(disable=True)
 
     @property
@@ -137,8 +146,14 @@ def _settings(part: Any, prompts: Sequence[str]) -> list[Any]:
 class FamilySampler(PipelineSampler):
     """Samples of a family that is known; the VAE decodes in float32, whatever the precision of the others."""
 
-    def __init__(self, pipeline: Any, scheduler: SchedulerName = "model", kind: Kind | None = None) -> None:
-        super().__init__(pipeline, scheduler)
+    def __init__(
+        self,
+        pipeline: Any,
+        scheduler: SchedulerName = "model",
+        spacing: SpacingName = "model",
+        kind: Kind | None = None,
+    ) -> None:
+        super().__init__(pipeline, scheduler, spacing)
         known = kind or kind_of_class(type(pipeline).__name__)
         assert known is not None
         model = known.find("Model")
@@ -225,6 +240,17 @@ def check_guidance(config: ModelConfig, guidance_scale: float | None) -> float |
     return None
 
 
+def check_sampler(config: ModelConfig, scheduler: SchedulerName, spacing: SpacingName) -> None:
+    """Refuses, before anything heavy loads, what only a schedule of discrete timesteps has.
+
+    Raises:
+        UserError: for a model of a family trained by flow matching; others are asked once they are loaded.
+    """
+    if _foreign(config) is None and kind_of(config).is_flow:
+        for flag, value in (("--scheduler", scheduler), ("--timestep_spacing", spacing)):
+            require(value == "model", f"{flag} {value}: it was trained by flow matching, which has none; drop it")
+
+
 def vae_stride(config: ModelConfig) -> int | None:
     """Pixels per latent of a model's VAE, or of a VAE alone; None where its config is not here or does not say.
 
@@ -249,6 +275,7 @@ def load_for_sampling(
     lora: Path | None = None,
     scale: float = 1.0,
     scheduler: SchedulerName = "model",
+    spacing: SpacingName = "model",
 ) -> PipelineSampler:
     """Loads a model whole, with a LoRA merged into it; check_sampling has passed.
 
@@ -262,8 +289,8 @@ def load_for_sampling(
     if _foreign(config) is None:
         pipeline = load_for_export(config, dtype, lora, scale).pipeline
         pipeline.vae.float()
-        return FamilySampler(pipeline.to(device), scheduler, kind_of(config))
-    return PipelineSampler(_load_foreign(config, dtype, lora, scale).to(device), scheduler)
+        return FamilySampler(pipeline.to(device), scheduler, spacing, kind_of(config))
+    return PipelineSampler(_load_foreign(config, dtype, lora, scale).to(device), scheduler, spacing)
 
 
 def _folder(config: ModelConfig) -> Path | None:

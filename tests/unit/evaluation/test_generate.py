@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import tiny_flux
 from torch import Tensor
 
 from lpl.base.errors import UserError
@@ -24,7 +25,7 @@ from lpl.evaluation.generate import (
     settings_of,
     write_settings,
 )
-from lpl.families.sampling import FamilySampler, load_for_sampling
+from lpl.families.sampling import FamilySampler, check_sampler, load_for_sampling
 
 SAMPLING = Sampling(16, num_inference_steps=2, guidance_scale=2.0, seed=3, batch_size=4)
 PROMPTS = ("a cat", "a cup", "a rocket")
@@ -164,6 +165,31 @@ def test_batches_change_rounding_at_most(sampler: Any) -> None:
     sets = [generate(sampler, PROMPTS, 6, Sampling(16, 2, 2.0, 0, batch_size=b)).int() for b in (1, 4, 6)]
     for other in sets[1:]:
         assert (other - sets[0]).abs().max() <= 1
+
+
+def test_trailing_timesteps_begin_with_pure_noise_and_leading_ones_do_not(model: Path) -> None:
+    def sampler(spacing: Any) -> Any:
+        return load_for_sampling(ModelConfig(str(model)), torch.float32, CPU, spacing=spacing)
+
+    first = {}
+    for spacing in ("leading", "trailing"):
+        scheduler = sampler(spacing).pipeline.scheduler
+        assert scheduler.config.timestep_spacing == spacing
+        scheduler.set_timesteps(4)
+        first[spacing] = int(scheduler.timesteps[0])
+    assert first["trailing"] == 999
+    assert first["leading"] < 800
+    drawn = [generate(sampler(spacing), PROMPTS, 1, Sampling(16, 2, 1.0)) for spacing in ("leading", "trailing")]
+    assert not torch.equal(*drawn)
+
+
+def test_a_sampler_of_discrete_timesteps_is_refused_for_flow_matching(tmp_path: Path) -> None:
+    config = ModelConfig(str(tiny_flux(tmp_path / "flux")))
+    check_sampler(config, "model", "model")
+    with pytest.raises(UserError, match=r"--scheduler dpmsolver\+\+: it was trained by flow matching"):
+        check_sampler(config, "dpmsolver++", "model")
+    with pytest.raises(UserError, match="--timestep_spacing trailing: it was trained by flow matching"):
+        check_sampler(config, "model", "trailing")
 
 
 def test_another_scheduler_solves_the_same_equation(model: Path) -> None:
