@@ -5,7 +5,6 @@ No heavy imports here: `lpl --help` and every check of a flag run before torch l
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cache
@@ -83,7 +82,7 @@ class TrainConfig:
         if run.draws_per_image is None and most is not None:
             return most
         epochs = run.num_train_epochs if run.draws_per_image is None else run.draws_per_image / repeats
-        steps = max(1, math.ceil(epochs * draws / self.samples_per_step(processes)))
+        steps = max(1, int(-(-epochs * draws // self.samples_per_step(processes))))
         return steps if most is None else min(steps, most)
 
     @property
