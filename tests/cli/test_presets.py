@@ -128,8 +128,9 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
     assert weights["AdamW state"] == f"{68188 * 8 / 2**20:.1f}"
     lora = train_in(tmp_path / "out", "--dry_run", **options, num_train_epochs=10, rank=2)
     assert "(LoRA of rank 2 on 68,188)" in lora.stdout
-    plain = train_in(tmp_path / "out", "--dry_run", **options, num_train_epochs=10, use_lpl=False)
+    plain = train_in(tmp_path / "out", "--dry_run", **options, num_train_epochs=301, use_lpl=False)
     assert "tap" not in plain.stdout
+    assert plain.stdout.startswith("verdict      think again: each image is drawn 301 times")
 
 
 def test_dry_run_agrees_with_the_run(train: Any) -> None:
