@@ -69,8 +69,16 @@ class ModelConfig(Options):
     """Train the text encoders too, or with --rank a LoRA on their attentions (--lora_targets attention_mlp or all: and
     MLPs); see --text_encoder_lr."""
 
+    offload_text_encoders: bool = option(False, free=True)
+    """While captions are encoded, move the text encoders to the device a layer at a time: for cards that do not hold
+    them (T5-XXL takes 9 GiB)."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(
+            not (self.offload_text_encoders and self.train_text_encoder),
+            "--offload_text_encoders with --train_text_encoder: what is trained stays on the device; drop one of them",
+        )
         require(
             not (self.use_dora and self.train_text_encoder),
             "--use_dora with --train_text_encoder: diffusers loads no magnitudes into text encoders; drop one of them",

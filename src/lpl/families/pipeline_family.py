@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from diffusers.hooks import apply_group_offloading
 from diffusers.training_utils import _collate_lora_metadata
 from PIL import Image
 from safetensors.torch import save_file
@@ -73,8 +74,12 @@ class PipelineFamily(ABC):
         self.latent_space = LatentSpace.from_vae(self.vae)
         self._prompts: dict[tuple[str, str], Mapping[str, Tensor | list[Tensor]]] = {}
         self.prepare_text()
-        for module in (self.vae, *(() if self.trains_text else self.text_encoders)):
-            module.to(device)
+        self.vae.to(device)
+        for encoder in () if self.trains_text else self.text_encoders:
+            if config.offload_text_encoders and device != CPU:
+                apply_group_offloading(encoder, device, CPU, "leaf_level")
+            else:
+                encoder.to(device)
 
     @abstractmethod
     def prepare_text(self) -> None:

@@ -267,10 +267,10 @@ class Rehearsal:
 
     def caching(self, config: TrainConfig) -> int:
         """Peak of filling the caches, weights of VAE and text encoders included: the denoiser is not there yet."""
-        return self._caching(config.data.crop_size)
+        return self._caching(config.data.crop_size, config.model.offload_text_encoders and self.device != "cpu")
 
     @_once
-    def _caching(self, size: int) -> int:
+    def _caching(self, size: int, offloaded: bool) -> int:
         # Of captions whose encoders are trained, tokens are cached.
         encoders = [] if self.blueprint.trains_text else self._on_meta(self.blueprint.text_encoders)
         vae = self._on_meta(self.blueprint.vae)
@@ -280,7 +280,9 @@ class Rehearsal:
             for number, encoder in enumerate(encoders):
                 with counter:
                     encoder(self.blueprint.tokens(CAPTION_BATCH)[number], output_hidden_states=True)
-        return counter.peak + _bytes(vae) + sum(map(_bytes, encoders))
+        # Offloaded, a layer at a time is there.
+        layers = [sum(p.nbytes for p in m.parameters(recurse=False)) for e in encoders for m in e.modules()]
+        return counter.peak + _bytes(vae) + (max(layers, default=0) if offloaded else sum(map(_bytes, encoders)))
 
     def validation(self, config: TrainConfig) -> tuple[int, int]:
         """Peaks of sampling the latents of a validation image and of decoding them, on top of what was there before."""
