@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import yaml
 
 IGNORED = re.compile(
-    r"environment|.*seconds.*|samples_per_second|header modelspec\.date|.*_(kohya|lora_weights)\.safetensors"
+    r"environment|.*seconds.*|samples_per_second|header (modelspec\.date|ss_training_.*)|"
+    r".*_(comfyui|kohya|lora_weights)\.safetensors"
 )
 """Keys of JSON and YAML, of files' headers and of logs, that say when, where and how fast (the last: digests of files
 whose headers have a date or no order); that they are there is compared."""
@@ -29,7 +30,10 @@ MOMENT = re.compile(r"(?<=tfevents\.).*|\b\d{10}(\.\d+)?\b")
 """In names of TensorBoard's files and folders."""
 RENAMED: dict[str, str] = {}
 """Keys, and parts of names of files, as the older commit has them -> as they are now."""
-ADDED = frozenset({"mode_scale", "timestep_shift"})
+ADDED = frozenset({
+    *("mode_scale", "timestep_shift", "lora_weights", "merge_lora_weights"),
+    *(f"metadata_{name}" for name in ("author", "description", "license", "tags", "trigger_phrase", "title")),
+})  # fmt: skip
 """Options that the older commit lacks, which are not compared."""
 TEXTS = (".stdout", ".stderr", ".html", ".md")
 """What people read: left out by --no_text."""

@@ -49,11 +49,12 @@ def export(run_cli: Any) -> Any:
 @pytest.fixture(scope="module")
 def runs(train_in: Any, shared: Path) -> dict[str, Any]:
     """A full run, a LoRA with alpha and on all layers, and a DoRA."""
-    lora = {"rank": 2, "learning_rate": 1e-2, "lora_targets": "all"}
+    lora = {"rank": 2, "learning_rate": 1e-2, "lora_targets": "all", "checkpointing_steps": 1, "save_steps": 1}
+    said = {"metadata_author": "A. Nonymous", "metadata_license": "CC-BY-4.0"}
     return {
-        "full": train_in(shared / "export-full", learning_rate=1e-2),
+        "full": train_in(shared / "export-full", learning_rate=1e-2, **said),
         "lora": train_in(shared / "export-lora", **lora, lora_alpha=3),
-        "dora": train_in(shared / "export-dora", **lora, use_dora=True),
+        "dora": train_in(shared / "export-dora", **lora, use_dora=True, use_ema=True, ema_decay=0.5),
     }
 
 
@@ -63,7 +64,12 @@ def test_full_run_becomes_one_file(export: Any, runs: dict[str, Any], model: Pat
     assert differing(single(file, folder), pipeline_of(folder)) == []
     assert len(differing(single(file, folder), pipeline_of(model))) > 100
     with safe_open(file, "pt") as content:
-        assert content.metadata()["modelspec.title"] == "my model"
+        said = content.metadata()
+    assert [said[f"modelspec.{key}"] for key in ("title", "author", "license")] == [
+        "my model",
+        "A. Nonymous",
+        "CC-BY-4.0",
+    ]
     # And back, in another precision, without anything but the file and configs.
     back = tmp_path / "back"
     export(file, "--single_file_config", model, "--to", "diffusers", "--output", back, "--dtype", "float16")
@@ -179,6 +185,75 @@ def test_kohya_file_is_the_same_adapter(export: Any, runs: dict[str, Any], model
     assert all(torch.equal(a[name], b[name]) for name in b)
 
 
+def test_dora_file_is_the_merged_model_in_comfyui(
+    export: Any, runs: dict[str, Any], model: Path, tmp_path: Path
+) -> None:
+    """What ComfyUI and Forge make of it: s (W + alpha / rank up down) / |W|, norms of rows, on the original layout."""
+    folder, prefix = runs["dora"].folder, "model.diffusion_model."
+    theirs = load_file(folder / "export-dora_comfyui.safetensors")
+    for source, name in ((model, "base"), (folder, "merged")):
+        export(source, "--output", tmp_path / f"{name}.safetensors")
+    base, merged = (load_file(tmp_path / f"{name}.safetensors") for name in ("base", "merged"))
+    named = {name.removeprefix(prefix).removesuffix(".weight").replace(".", "_"): name for name in base}
+    layers = {name.partition(".")[0] for name in theirs}
+    assert 4 * len(layers) == len(theirs)
+    for layer in layers:
+        up, down, alpha, scale = (
+            theirs[f"{layer}.{end}"] for end in ("lora_up.weight", "lora_down.weight", "alpha", "dora_scale")
+        )
+        weight = base[named[layer.removeprefix("lora_unet_")]]
+        assert scale.shape == (len(weight), *[1] * (weight.dim() - 1))
+        changed = weight + (alpha / len(down) * up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
+        norm = weight.flatten(1).norm(dim=1).reshape(scale.shape)
+        expected = merged[named[layer.removeprefix("lora_unet_")]]
+        torch.testing.assert_close(scale * changed / norm, expected, rtol=1e-5, atol=1e-6)
+        assert not torch.equal(expected, weight)
+    line = export(folder, "--to", "kohya", "--output", tmp_path / "again.safetensors")
+    assert line.endswith("tensors of kohya's naming, magnitudes as ComfyUI and Forge alone read them")
+    again = load_file(tmp_path / "again.safetensors")
+    for name, value in theirs.items():
+        torch.testing.assert_close(again[name], value, rtol=1e-6, atol=1e-7)
+
+
+def test_checkpoints_are_taken_as_the_run_is(export: Any, runs: dict[str, Any], model: Path, tmp_path: Path) -> None:
+    for kind, weights, end in (("lora", "raw", "kohya"), ("dora", "ema", "comfyui")):
+        folder = runs[kind].folder
+        files = {1: folder / "saved-1" / weights / f"{folder.name}-1-{weights}_{end}.safetensors"}
+        files[2] = folder / f"{folder.name}_{end}.safetensors"
+        for step, file in files.items():
+            export(folder / f"checkpoint-{step}", "--to", "kohya", "--output", tmp_path / f"{kind}-{step}.safetensors")
+            found, expected = load_file(tmp_path / f"{kind}-{step}.safetensors"), load_file(file)
+            assert found.keys() == expected.keys()
+            for name, value in expected.items():
+                torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-7)
+            with safe_open(tmp_path / f"{kind}-{step}.safetensors", "pt") as content:
+                assert content.metadata()["ss_steps"] == str(step)
+    # Merged, too, and onto the base that a step's folder is a run's.
+    folder = runs["lora"].folder
+    export(folder / "checkpoint-1", "--output", tmp_path / "a.safetensors")
+    export(folder / "saved-1" / "raw", "--output", tmp_path / "b.safetensors")
+    a, b = (load_file(tmp_path / f"{name}.safetensors") for name in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert "full fine-tune" in export(
+        _checkpoint_of(runs["full"].folder), "--output", tmp_path / "c.safetensors", fails=True
+    )
+
+
+def _checkpoint_of(folder: Path) -> Path:
+    (path := folder / "checkpoint-2").mkdir(exist_ok=True)
+    return path
+
+
+def test_overwriting_is_asked_for(export: Any, runs: dict[str, Any], model: Path, tmp_path: Path) -> None:
+    file, folder, lora = tmp_path / "x.safetensors", tmp_path / "x", runs["lora"].folder
+    for scale in (0, 1):
+        export(lora, "--output", file, "--lora_scale", scale, "--overwrite")
+        export(lora, "--to", "diffusers", "--output", folder, "--lora_scale", scale, "--overwrite")
+        assert (differing(pipeline_of(folder), pipeline_of(model)) == []) == (scale == 0)
+        assert differing(single(file, model), pipeline_of(folder)) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x", "x.safetensors"]
+
+
 def test_refusals_name_the_option(export: Any, runs: dict[str, Any], model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
     full, lora, dora = (runs[kind].folder for kind in ("full", "lora", "dora"))
@@ -192,6 +267,7 @@ def test_refusals_name_the_option(export: Any, runs: dict[str, Any], model: Path
     alone = tmp_path / "alone"
     alone.mkdir()
     shutil.copy(lora / LORA, alone)
+    (tmp_path / "moved.safetensors").mkdir()
     strange = tmp_path / "strange.safetensors"
     save_file({"x": torch.zeros(1)}, strange)
     for argv, expected in [
@@ -209,7 +285,12 @@ def test_refusals_name_the_option(export: Any, runs: dict[str, Any], model: Path
         ((full, "--to", "kohya", "--output", out), "--to kohya needs a LoRA"),
         ((lora, "--lora", lora, "--output", out), f"--lora {lora}: "),
         ((lora, "--to", "kohya", "--dtype", "float16", "--output", out), "--dtype acts with a merged model"),
-        ((dora, "--to", "kohya", "--output", out), f"{dora / LORA}: a DoRA"),
+        ((model, "--lora", dora / "export-dora_comfyui.safetensors", "--output", out), "a DoRA as ComfyUI alone"),
+        ((lora, "--to", "kohya", "--overwrite", "--output", lora / LORA), "--overwrite would replace what is read"),
+        ((lora, "--base", model, "--to", "diffusers", "--overwrite", "--output", model), "would replace what is read"),
+        ((lora, "--to", "diffusers", "--overwrite", "--output", alone), f"{alone}: is no diffusers folder"),
+        ((lora, "--overwrite", "--output", (tmp_path / "moved.safetensors")), "is no file"),
+        ((lora / "checkpoint-3", "--output", out), "checkpoint-3 is damaged"),
         ((model, "--lora", strange, "--output", out), f"--lora {strange}: holds x"),
         ((model, "--lora", tmp_path / "nix.safetensors", "--output", out), "nix.safetensors: no such file"),
         ((model, "--lora", full, "--output", out), f"--lora {full}: no {LORA} in it"),

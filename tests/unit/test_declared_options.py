@@ -46,6 +46,8 @@ DERIVED = {
         "num_validation_images", "validation_epochs", "validation_steps", "report_to", "logging_dir", "log_every",
         "push_to_hub", "hub_model_id", "hub_token", "ema_device", "save_steps", "compile_denoiser",
         "max_minutes", "on_nonfinite", "max_skips", "allow_changes", "validation_data_dir", "validation_prompts",
+        "metadata_author", "metadata_description", "metadata_license", "metadata_tags", "metadata_title",
+        "metadata_trigger_phrase",
     },
     "divides": {"train_batch_size", "gradient_accumulation_steps"},
     "may_be_empty": {"validation_prompt", "caption_prefix", "optimizer_args"},
@@ -58,13 +60,13 @@ DERIVED = {
     "arms": {
         "seed", "output_dir", "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "revision",
         "variant", "single_file_config", "dry_run", "resume_from_checkpoint", "push_to_hub", "hub_model_id",
-        "hub_token",
+        "hub_token", "lora_weights", "merge_lora_weights",
     },
     "period": {"checkpointing_steps", "save_steps", "log_every"},
     "path": {
         "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "cache_dir", "single_file_config",
         "train_data_dir", "dataset_name", "reg_data_dir", "latent_cache_dir", "validation_data_dir", "mask_dir",
-        "output_dir", "resume_from_checkpoint", "logging_dir", "validation_prompts",
+        "output_dir", "resume_from_checkpoint", "logging_dir", "validation_prompts", "lora_weights",
     },
 }  # fmt: skip
 DEFINES = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 
 from lpl.analysis.alternatives import HEADROOM, Change, Choice, cheapest, fits, neighbours, smallest
 from lpl.analysis.needs import Needs, launched_estimate, readable
@@ -13,7 +14,7 @@ from lpl.config import TrainConfig
 from lpl.config.length import count, length_of, on_the_way
 from lpl.config.run import processes
 from lpl.data.buckets import image_sizes
-from lpl.families import blueprint, kind_of, plan_configs
+from lpl.families import blueprint, kind_of, plan_configs, with_lora_weights
 from lpl.training.checks import check_memory_options
 from lpl.training.launch import check_launch, splits
 from lpl.training.preflight import Checked, check_options
@@ -26,6 +27,7 @@ def plan(config: TrainConfig, memory: int) -> str:
     Raises:
         UserError: a model whose configs cannot be read, or options that do not go with it.
     """
+    config = replace(config, model=with_lora_weights(config.model))
     configs = plan_configs(config.model)
     if config.data.resolution is None:
         config = config.changed(resolution=kind_of(config.model).native_resolution(configs))

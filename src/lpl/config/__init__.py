@@ -13,6 +13,7 @@ from typing import Any
 from lpl.base.errors import require
 from lpl.config.checks import Facts, facts_of
 from lpl.config.data import DataConfig
+from lpl.config.describing import MetadataConfig
 from lpl.config.loss import DiffusionConfig, LPLConfig
 from lpl.config.optim import OPTIMIZERS, OptimConfig
 from lpl.config.run import LoggingConfig, ModelConfig, RunConfig
@@ -24,6 +25,7 @@ __all__ = [
     "Facts",
     "LPLConfig",
     "LoggingConfig",
+    "MetadataConfig",
     "ModelConfig",
     "OptimConfig",
     "RunConfig",
@@ -45,6 +47,7 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    metadata: MetadataConfig = field(default_factory=MetadataConfig)
 
     @property
     def learning_rate(self) -> float:

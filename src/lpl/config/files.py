@@ -36,7 +36,6 @@ REFUSED = {
     "network_module": "--rank trains a LoRA, --use_dora a DoRA",
     "network_args": "--lora_targets and --use_dora say what is trained",
     "network_train_unet_only": "that is what happens without --train_text_encoder",
-    "network_weights": "runs begin with the model; merge the LoRA into it first (lpl export)",
     "output_name": "--output_dir names the run's folder, and its files are named after that",
     "save_model_as": "every result is .safetensors",
     "save_precision": "results are float32; lpl export writes other precisions",

@@ -21,11 +21,14 @@ class ExportConfig(Options):
     """
 
     source: str = option(MISSING, path=True)
-    """A run's folder, a diffusers folder, a Hub id or one .safetensors file."""
+    """A run's folder or, of one that trains a LoRA, checkpoint-N in it; a diffusers folder, a Hub id or one
+    .safetensors file."""
     to: Literal["safetensors", "diffusers", "kohya"] = "safetensors"
     """Which form."""
     output: str | None = option(None, path=True)
     """The file to write; for diffusers the folder."""
+    overwrite: bool = False
+    """Replace --output if it is there."""
     base: str | None = option(None, path=True)
     """For a run that trained a LoRA: the model it belongs to; unset: the one in the run's config.yaml."""
     lora: str | None = option(None, path=True)

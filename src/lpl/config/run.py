@@ -60,6 +60,11 @@ class ModelConfig(Options):
     the blocks."""
     use_dora: bool = option(False, needs="rank")
     """Train a DoRA: also a magnitude for each output of these layers (slower, more memory)."""
+    lora_weights: str | None = option(None, path=True, arms=ONE_MODEL, elsewhere=("network_weights", "init_lora"))
+    """A LoRA file, of diffusers' or kohya's naming, to go on training: rank, alpha and layers are the file's, and where
+    it is on text encoders, those are trained too."""
+    merge_lora_weights: bool = option(False, needs="lora_weights", arms=ONE_MODEL, elsewhere=("base_weights",))
+    """Merge --lora_weights into the model before training instead; with --rank a new LoRA is trained on top."""
     quantize_base: Literal["int8", "fp8", "nf4"] | None = option(
         None, needs="rank", elsewhere=("fp8_base", "base_model_precision")
     )
@@ -87,6 +92,16 @@ class ModelConfig(Options):
             not (self.use_dora and self.quantize_base),
             f"--use_dora with --quantize_base {self.quantize_base}: its norms are of whole weights; drop one of them",
         )
+
+    @property
+    def continued_lora(self) -> str | None:
+        """The file of the LoRA that is trained on."""
+        return None if self.merge_lora_weights else self.lora_weights
+
+    @property
+    def merged_lora(self) -> str | None:
+        """The file of the LoRA that is part of the model."""
+        return self.lora_weights if self.merge_lora_weights else None
 
     @property
     def alpha(self) -> float:

@@ -207,6 +207,11 @@ class Samples:
         place = SCHEMA.get_field_index("digest")
         return [digest for columns, rows in self._by_table() for digest in columns[place].take(rows).to_pylist()]
 
+    def captions(self) -> Iterator[list[str]]:
+        """The captions of each sample, in order."""
+        place = SCHEMA.get_field_index("captions")
+        return (captions for columns, rows in self._by_table() for captions in columns[place].take(rows).to_pylist())
+
     def groups(self) -> tuple[list[str], np.ndarray]:
         """The groups there are, and which of them each sample is in, (N,)."""
         names: dict[str, int] = {}

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from lpl.diffusion.schedule import Schedule
     from lpl.families.base import Blueprint, Exported, Family
+    from lpl.families.lora_names import Layer
 
 RESULT_NAMES = (
     "model_index.json", "unet/", "transformer/", "vae/", "scheduler/", "text_encoder/", "text_encoder_#/", "tokenizer/",
@@ -91,11 +92,40 @@ def as_trained(config: ModelConfig, lora: Path) -> ModelConfig:
 
 
 def kohya_lora(lora: Path, config: ModelConfig, title: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """A LoRA file of diffusers' naming as kohya and ComfyUI name it, and its metadata."""
+    """A LoRA file of diffusers' naming in kohya's, and its metadata; of a DoRA's model the weights are loaded."""
+    from lpl.families.lora_files import is_dora
+
     kind = kind_of(config)
     require("to_kohya" in kind.parts, f"--to kohya: no names of a {kind.name} LoRA's layers are known but diffusers'")
-    tensors, metadata = kind.find("to_kohya")(lora, plan_configs(config), title)
+    pipeline = load_for_export(config, None, None, 1.0).pipeline if is_dora(lora) else None
+
+    def weight_of(part: str, module: str) -> torch.Tensor:
+        weight: torch.Tensor = getattr(pipeline, part).get_submodule(module).weight
+        return weight
+
+    tensors, metadata = kind.find("to_kohya")(lora, plan_configs(config), title, weight_of)
     return tensors, metadata
+
+
+def with_lora_weights(config: ModelConfig) -> ModelConfig:
+    """The options of a model with those that --lora_weights decides; refuses a file that does not go with them."""
+    if config.lora_weights is None:
+        return config
+    if config.continued_lora is None:
+        kind_of(config).lora_parts(Path(config.lora_weights), "--lora_weights")
+        return config
+    from lpl.families.lora_start import with_file
+
+    return with_file(config, kind_of(config))
+
+
+def lora_layers(config: ModelConfig, denoiser: Any) -> dict[str, Layer]:
+    """The layers of --lora_weights, by the denoiser's modules, if it is trained on; see lora_start.layers_of."""
+    if config.continued_lora is None:
+        return {}
+    from lpl.families.lora_start import layers_of
+
+    return layers_of(config, kind_of(config), denoiser)
 
 
 def schedule_of_configs(configs: dict[str, Any]) -> Schedule:
@@ -117,7 +147,9 @@ __all__ = [
     "kohya_lora",
     "load_family",
     "load_for_export",
+    "lora_layers",
     "model_configs",
     "plan_configs",
     "schedule_of_configs",
+    "with_lora_weights",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
@@ -22,14 +22,6 @@ ORIGIN = {"architectures", "dtype", "torch_dtype", "transformers_version", "name
 """Keys of configs that say where a part came from: weights are hashed as they are."""
 IDLE = ORIGIN | {"scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast", "sample_size"}
 """Keys of configs that do not act on raw latents in float32, nor on embeddings."""
-
-
-class TrainedOn(NamedTuple):
-    """What a LoRA's file says of its training beside the options of the model."""
-
-    resolution: int
-    images: int
-    steps: int
 
 
 class Family(Protocol):
@@ -55,8 +47,8 @@ class Family(Protocol):
     """Pixels per latent, in height and in width."""
     text_key: str
     """Hash of the text encoders' weights and settings."""
-    trained_on: TrainedOn | None
-    """What files of LoRAs are to say; None: nothing."""
+    lora_says: Mapping[str, str]
+    """What files of LoRAs are to say of their training, as metadata."""
 
     @property
     def text_encoders(self) -> Sequence[Any]:
@@ -132,11 +124,14 @@ class Family(Protocol):
     def export_lora(self, denoiser: nn.Module, folder: Path) -> None:
         """Writes the denoiser's adapter as `load_lora_weights` expects it, with what it was trained on."""
 
-    def kohya_lora(self, lora: Path, title: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Tensors and metadata of a file of export_lora, as ComfyUI, A1111, Forge and kohya's programs read them.
+    def kohya_lora(self, denoiser: nn.Module, lora: Path, title: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Tensors and metadata of a file of export_lora in kohya's naming, see lora_names.renamed_lora.
+
+        Args:
+            denoiser: with the adapter.
 
         Raises:
-            UserError: an adapter that cannot be said so that all of them read it right.
+            UserError: no such names are known of the family.
         """
 
 

@@ -59,15 +59,25 @@ class JointModel(nn.Module, ABC):
         return self
 
     def add_adapter(self, config: LoraConfig) -> None:
-        """Puts an adapter on the layers that the config names, those of the denoiser and those of encoders' layers."""
-        names = set(config.target_modules or ())
-        of_text = sorted(names & {*TEXT_ATTENTION, *TEXT_MLP})
-        denoiser, *encoders = self.parts
-        denoiser.add_adapter(replace(config, target_modules=sorted(names - set(of_text))))
-        for name, encoder in zip(list(self._modules)[1:], encoders, strict=True):
-            acting = list(range(self.used[name])) if name in self.used else None
-            encoder.add_adapter(replace(config, target_modules=of_text, layers_to_transform=acting))
-            for own in encoder.peft_config.values():
+        """Puts an adapter on the layers that the config names, those of the denoiser and those of encoders' layers.
+
+        The config names kinds of layers, or layers one by one, by their whole names in this module.
+        """
+        names, by_kind = set(config.target_modules or ()), {*TEXT_ATTENTION, *TEXT_MLP}
+        of_text = sorted(names & by_kind)
+        denoiser, *encoders = self._modules
+        for part in self._modules:
+            module, start = getattr(self, part), f"{part}."
+            if one_by_one := sorted(name.removeprefix(start) for name in names if name.startswith(start)):
+                ranks = {k.removeprefix(start): n for k, n in config.rank_pattern.items() if k.startswith(start)}
+                module.add_adapter(replace(config, target_modules=one_by_one, rank_pattern=ranks))
+            elif part == denoiser:
+                module.add_adapter(replace(config, target_modules=sorted(names - by_kind)))
+            elif of_text:
+                acting = list(range(self.used[part])) if part in self.used else None
+                module.add_adapter(replace(config, target_modules=of_text, layers_to_transform=acting))
+        for part in encoders:
+            for own in getattr(getattr(self, part), "peft_config", {}).values():
                 own.base_model_name_or_path = None  # a path of this machine would be published with the adapter
 
     def enable_gradient_checkpointing(self, function: Callable[..., Any] | None = None) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lpl.base.errors import UserError
+from lpl.base.tensor_file import METADATA
 from lpl.base.tensor_file import read_header as read_tensor_header
 from lpl.config import ModelConfig
 from lpl.families.files import (
@@ -35,7 +36,7 @@ class Kind:
             the class that is loaded.
         loaded_with: what that class is given beside components.
         module: of families/, which has its parts: the classes Model (a Family), Plan (a Blueprint) and Export (an
-            Exported), the function to_kohya, and PUBLISHED, configs by component and "index".
+            Exported), the functions to_kohya and kohya_layer, and PUBLISHED, configs by component and "index".
         single_file_keys: one of them is in every single file of it, in the original layout that diffusers loads.
         parameters: of the denoiser that PUBLISHED describes, by which a single file without configs is planned.
         vae_class: of its VAE, in diffusers.
@@ -170,23 +171,30 @@ class Kind:
         if known and not self.is_flow:
             compare_lora(lora, known)
 
-    def lora_parts(self, file: Path) -> list[str]:
+    def lora_parts(self, file: Path, flag: str = "--lora") -> list[str]:
         """The components that a LoRA file changes.
 
         Raises:
-            UserError: no safetensors file, or tensors that belong to none of the family's components.
+            UserError: no safetensors file, tensors that belong to none of the family's components, or a DoRA whose
+                magnitudes are made for another program.
         """
         try:
-            keys = [key for key in read_tensor_header(file) if key != "__metadata__"]
+            header = read_tensor_header(file)
         except UserError as error:
-            raise UserError(f"--lora {file}: cannot be read as safetensors ({error})") from error
+            raise UserError(f"{flag} {file}: cannot be read as safetensors ({error})") from error
+        keys = [key for key in header if key != METADATA]
+        if (program := (header.get(METADATA) or {}).get("lpl.dora_scale")) is not None:
+            raise UserError(
+                f"{flag} {file}: a DoRA as {program} alone reads it; give diffusers' file of it "
+                "(pytorch_lora_weights.safetensors)"
+            )
         parts = [part for part, starts in self.lora_starts.items() if any(key.startswith(starts) for key in keys)]
         known = tuple(start for part in parts for start in self.lora_starts[part])
         strange = [key for key in keys if not key.startswith(known)] if parts else keys
         if strange or not keys:
             found = f"{strange[0]}" if strange else "nothing"
             whose = f"a LoRA of {self.name}, of diffusers' or kohya's naming"
-            raise UserError(f"--lora {file}: holds {found}, which is no part of {whose}")
+            raise UserError(f"{flag} {file}: holds {found}, which is no part of {whose}")
         return parts
 
     def usual_guidance(self, config: ModelConfig) -> float | None:

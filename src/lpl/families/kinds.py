@@ -41,6 +41,7 @@ SD3_KIND = Kind(
     tokenizers=("tokenizer", "tokenizer_2", "tokenizer_3"),
     steps=40,  # both by the model's card
     guidance=4.5,
+    lora_readers="diffusers and ComfyUI",
     lora_starts={"transformer": ("transformer.",)},
 )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from diffusers.loaders.single_file_utils import SingleFileComponentError
 from safetensors import SafetensorError
 
 from lpl.base.errors import UserError, on_one_line
+from lpl.base.tensor_file import METADATA, read_header
 from lpl.config import ModelConfig
 from lpl.families.files import FLAG, INDEX, VAE_FLAG, reader
 from lpl.families.kind import Kind
@@ -62,6 +63,7 @@ def load_whole(
     own |= dtypes or {}
     name, denoiser = str(config.pretrained_model_name_or_path), kind.networks[0]
     checked, options = kind.networks, dict(kind.loaded_with)
+    encoders_only = encoders_only and config.merged_lora is None
     cls = getattr(diffusers, kind.pipelines[0])
     if name.endswith(".safetensors"):
         local, vae = config.single_file_config, load_vae(kind, config, own["vae"])
@@ -76,7 +78,22 @@ def load_whole(
         check_tokenizers(pipeline, kind.tokenizers)
         require_weights(pipeline, checked)
         set_schedule(pipeline, config)
+    if config.merged_lora is not None:
+        _merge_own(kind, config, pipeline)
     return pipeline
+
+
+def _merge_own(kind: Kind, config: ModelConfig, pipeline: Any) -> None:
+    """Merges --lora_weights into a model, in float32."""
+    file = Path(str(config.merged_lora))
+    parts = kind.lora_parts(file, "--lora_weights")
+    networks = [getattr(pipeline, part) for part in parts]
+    before = [next(network.parameters()).dtype for network in networks]
+    for network in networks:
+        network.float()
+    merge_lora(pipeline, file, 1.0, parts, "--lora_weights")
+    for network, dtype in zip(networks, before, strict=True):
+        network.to(dtype)
 
 
 def _load_folder(
@@ -114,6 +131,26 @@ def load_vae(kind: Kind, config: ModelConfig, dtype: torch.dtype) -> dict[str, A
         cls = getattr(diffusers, kind.vae_class)
         vae = cls.from_pretrained(name, dtype=dtype, use_safetensors=True, cache_dir=config.cache_dir)
     return {"vae": vae}
+
+
+def merge_lora(pipeline: Any, lora: Path, scale: float, parts: Sequence[str], flag: str = "--lora") -> None:
+    """Merges a LoRA file into the networks of a pipeline: all of it, or none.
+
+    Raises:
+        UserError: a file of which diffusers does not load every tensor.
+    """
+    expected = sum(not key.endswith(".alpha") for key in read_header(lora) if key != METADATA)
+    with named(flag, str(lora)):
+        pipeline.load_lora_weights(str(lora.parent.resolve()), weight_name=lora.name, local_files_only=True)
+    arrived = sum("lora_" in name for part in parts for name, _ in getattr(pipeline, part).named_parameters())
+    if arrived != expected:
+        raise UserError(
+            f"{flag} {lora}: of its {expected} tensors diffusers loads {arrived} into this model, so the result would "
+            "not be the LoRA's: is it of another kind of model or of a newer format?"
+        )
+    with named(flag, str(lora)):
+        pipeline.fuse_lora(components=list(parts), lora_scale=scale, safe_fusing=True)
+    pipeline.unload_lora_weights()
 
 
 def require_weights(pipeline: Any, parts: Iterable[str]) -> None:

@@ -10,11 +10,13 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 
 from lpl.config import ModelConfig
-from lpl.families.base import TrainedOn
+from lpl.families.files import read_header
 from lpl.families.schedulers import PREDICTION, PREDICTIONS, RESCALED
 
 METADATA = "lora_adapter_metadata"
 """diffusers' key of the adapter's peft configuration."""
+DORA_OF = "lpl.dora_scale"
+"""Key of a DoRA's file whose magnitudes are made for one program alone, which it names."""
 
 
 def adapter_of(name: str, part: Any) -> dict[str, Tensor]:
@@ -29,8 +31,13 @@ def adapter_of(name: str, part: Any) -> dict[str, Tensor]:
     return {f"text_model.{key.removeprefix('text_model.')}": value for key, value in tensors.items()}
 
 
+def is_dora(file: Path) -> bool:
+    """Whether a LoRA file has magnitudes."""
+    return any("magnitude" in key or key.endswith(".dora_scale") for key in read_header(file) or {})
+
+
 def fold_alpha(tensors: dict[str, Tensor], adapter: dict[str, Any], name: str) -> None:
-    """Multiplies B by alpha / rank, and says that alpha is the rank: W + (alpha / rank) B A stays what it is.
+    """Multiplies B by alpha / rank, and says that alpha is each layer's rank: W + (alpha / rank) B A stays what it is.
 
     Args:
         adapter: peft's configuration, its keys behind the component's name and a dot.
@@ -38,32 +45,24 @@ def fold_alpha(tensors: dict[str, Tensor], adapter: dict[str, Any], name: str) -
     rank, alpha = adapter[f"{name}.r"], adapter[f"{name}.lora_alpha"]
     for key in tensors:
         if ".lora_B." in key:
-            tensors[key] = tensors[key] * (alpha / rank)
+            tensors[key] = tensors[key] * (alpha / tensors[key].shape[1])
     adapter[f"{name}.lora_alpha"] = rank
+    if adapter.get(f"{name}.rank_pattern"):
+        adapter[f"{name}.alpha_pattern"] = adapter[f"{name}.rank_pattern"]
 
 
-def lora_metadata(config: ModelConfig, scheduler: Mapping[str, Any], trained_on: TrainedOn | None) -> dict[str, str]:
-    """What a run says in its LoRA's files, under the keys of modelspec and of kohya's programs, which others show.
+def lora_metadata(config: ModelConfig, scheduler: Mapping[str, Any]) -> dict[str, str]:
+    """What a LoRA's files say of its model, under the keys of modelspec and of kohya's programs, which others show.
 
     Beside that the options that decide the schedule, as they were given: what a run only took from its model is the
     business of the model that the LoRA is merged into.
-
-    Args:
-        trained_on: the rest; None: it is not known.
     """
     model = str(config.pretrained_model_name_or_path)
+    name = Path(model).resolve().name if Path(model).exists() else model
     found = {
-        "ss_sd_model_name": Path(model).resolve().name if Path(model).exists() else model,
+        "ss_sd_model_name": name if config.merged_lora is None else f"{name} + {Path(config.merged_lora).stem}",
         "ss_zero_terminal_snr": str(bool(scheduler.get("rescale_betas_zero_snr"))),
     }
-    if trained_on is not None:
-        side = trained_on.resolution
-        found |= {
-            "modelspec.resolution": f"{side}x{side}",
-            "ss_resolution": f"({side}, {side})",
-            "ss_num_train_images": str(trained_on.images),
-            "ss_steps": str(trained_on.steps),
-        }
     if (kind := scheduler.get("prediction_type", "epsilon")) in PREDICTIONS:
         found["modelspec.prediction_type"] = PREDICTIONS[kind]
     if config.prediction_type is not None:

@@ -11,10 +11,9 @@ import torch
 from safetensors import safe_open
 
 from lpl.base.errors import UserError
-from lpl.base.tensor_file import read_header
 from lpl.config import ModelConfig
 from lpl.families.kind import Kind
-from lpl.families.loading import load_whole, named
+from lpl.families.loading import load_whole, merge_lora, named
 
 STORED = {"F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -42,7 +41,7 @@ class PipelineExport(ABC):
         merged = [] if lora is None else self.kind.lora_parts(lora)
         self.pipeline = load_whole(self.kind, config, dtypes=found | dict.fromkeys(merged, torch.float32))
         if lora is not None:
-            _merge(self.pipeline, lora, scale, merged)
+            merge_lora(self.pipeline, lora, scale, merged)
         for part in self.kind.networks:
             network = getattr(self.pipeline, part)
             for parameter in () if network is None else network.parameters():
@@ -74,18 +73,3 @@ def stored_dtype(config: ModelConfig, part: str) -> torch.dtype:
                 entry = content.get_slice(key)
                 sizes[entry.get_dtype()] += torch.Size(entry.get_shape()).numel()
     return STORED.get(max(sizes, key=lambda kind: sizes[kind]) if sizes else "F32", torch.float32)
-
-
-def _merge(pipeline: Any, lora: Path, scale: float, parts: list[str]) -> None:
-    expected = sum(not key.endswith(".alpha") for key in read_header(lora) if key != "__metadata__")
-    with named("--lora", str(lora)):
-        pipeline.load_lora_weights(str(lora.parent.resolve()), weight_name=lora.name, local_files_only=True)
-    arrived = sum("lora_" in name for part in parts for name, _ in getattr(pipeline, part).named_parameters())
-    if arrived != expected:
-        raise UserError(
-            f"--lora {lora}: of its {expected} tensors diffusers loads {arrived} into this model, so the result would "
-            "not be the LoRA's: is it of another kind of model or of a newer format?"
-        )
-    with named("--lora", str(lora)):
-        pipeline.fuse_lora(components=parts, lora_scale=scale, safe_fusing=True)
-    pipeline.unload_lora_weights()

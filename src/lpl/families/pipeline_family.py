@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lpl.base.errors import UserError
 from lpl.config import ModelConfig
 from lpl.diffusion.latent_space import LatentSpace
-from lpl.families.base import DECODED_PIXELS, TrainedOn, config_settings, weights_hash
+from lpl.families.base import DECODED_PIXELS, config_settings, weights_hash
 from lpl.families.joint import JointModel
 from lpl.families.kind import Kind
 from lpl.families.loading import load_whole
@@ -59,7 +59,7 @@ class PipelineFamily(ABC):
         self, config: ModelConfig, device: torch.device, weight_dtype: torch.dtype, encoders_only: bool = False
     ) -> None:
         self.device, self.weight_dtype, self.config = device, weight_dtype, config
-        self.trained_on: TrainedOn | None = None
+        self.lora_says: Mapping[str, str] = {}
         # Of large models never all in float32 for a LoRA.
         own = {self.kind.networks[0]: weight_dtype} if self.kind.is_flow and config.rank is not None else None
         self.pipeline = load_whole(self.kind, config, encoders_only, own)
@@ -242,7 +242,7 @@ class PipelineFamily(ABC):
         if self.kind.is_flow:  # most readers of such files take alpha for the rank
             for name in parts:
                 fold_alpha(tensors[f"{name}_lora_layers"], packed, name)
-        facts = lora_metadata(self.config, self.pipeline.scheduler.config, self.trained_on)
+        facts = lora_metadata(self.config, self.pipeline.scheduler.config) | dict(self.lora_says)
 
         def write(weights: dict[str, Tensor], file: str) -> None:
             adapter = json.dumps(packed, indent=2, sort_keys=True)
@@ -250,12 +250,17 @@ class PipelineFamily(ABC):
 
         type(self.pipeline).save_lora_weights(folder, **tensors, save_function=write)
 
-    def kohya_lora(self, lora: Path, title: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-        part = self.kind.networks[0]
+    def kohya_lora(self, denoiser: nn.Module, lora: Path, title: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+        parts, first = self.parts(denoiser), self.kind.networks[0]
         if "to_kohya" not in self.kind.parts:
             raise UserError(f"{lora}: no other names of a {self.kind.name} LoRA's layers are known")
+
+        def weight_of(part: str, module: str) -> Tensor:
+            weight: Tensor = parts[part].get_submodule(module).base_layer.weight
+            return weight
+
         found: tuple[dict[str, Tensor], dict[str, str]]
-        found = self.kind.find("to_kohya")(lora, {part: getattr(self.pipeline, part).config}, title)
+        found = self.kind.find("to_kohya")(lora, {first: parts[first].config}, title, weight_of)
         return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from lpl.families import sdxl_export
 from lpl.families.base import config_settings, tokenizer_settings, weights_hash
 from lpl.families.joint import JointModel, body_of
 from lpl.families.kinds import SD_KIND
+from lpl.families.lora_names import WeightOf, renamed_lora, underscored
 from lpl.families.pipeline_blueprint import PipelineBlueprint
 from lpl.families.pipeline_export import PipelineExport
 from lpl.families.pipeline_family import PipelineFamily
 from lpl.families.sdxl_configs import PUBLISHED as SDXL_PUBLISHED
-from lpl.families.sdxl_names import LORA_TARGETS, WITH_TEXT, modelspec, renamed_lora
+from lpl.families.sdxl_names import LORA_TARGETS, WITH_TEXT, modelspec
 
 CLIP_L, CLIP_H = "cond_stage_model.transformer.text_model.", "cond_stage_model.model."
 """How the names of text encoders' weights begin in the original layout, of Stable Diffusion 1 and 2."""
@@ -191,16 +193,21 @@ def is_second(unet: Mapping[str, Any]) -> bool:
     return bool(unet.get("use_linear_projection"))
 
 
-def to_kohya(lora: Path, configs: Mapping[str, Any], title: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A LoRA file in kohya's naming, see renamed_lora; its UNet's layers have diffusers' names here."""
+def kohya_layer(part: str, module: str, unet: Mapping[str, Any]) -> str:
+    """kohya's name of a layer: diffusers' in the UNet, transformers' in the text encoder."""
+    if part == "unet":
+        return underscored("lora_unet", module)
+    return underscored("lora_te", f"text_model.{module.removeprefix('text_model.')}")
+
+
+def to_kohya(
+    lora: Path, configs: Mapping[str, Any], title: str, weight_of: WeightOf | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A LoRA file in kohya's naming, see renamed_lora."""
     second = is_second(configs["unet"])
-
-    def layer(part: str, module: str) -> str:
-        name = module.removeprefix("text_model.")
-        return f"lora_unet_{module}" if part == "unet" else f"lora_te_text_model_{name}"
-
     version = {"ss_base_model_version": "sd_v2" if second else "sd_v1", "ss_v2": str(second)}
-    return renamed_lora(lora, layer, version | modelspec(title, f"{ARCHITECTURES[second]}/lora"))
+    layer, said = partial(kohya_layer, unet=configs["unet"]), modelspec(title, f"{ARCHITECTURES[second]}/lora")
+    return renamed_lora(lora, layer, version | said, weight_of)
 
 
 class Export(PipelineExport):

@@ -285,5 +285,6 @@ SDXL_KIND = SDXLKind(
         "Plan": "sdxl_networks:SDXLBlueprint",
         "Export": "sdxl_export:SDXLExport",
         "to_kohya": "sdxl_names:to_kohya",
+        "kohya_layer": "sdxl_names:kohya_layer",
     },
 )

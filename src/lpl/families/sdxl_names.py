@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lpl.base.errors import UserError, on_one_line
-from lpl.base.json_files import number, parse_json, require_shape
-from lpl.families.lora_files import METADATA
+from lpl.base.errors import UserError
+from lpl.families.lora_names import WeightOf, renamed_lora, underscored
 
 ARCHITECTURE = "stable-diffusion-xl-v1-base"
 IMPLEMENTATION = "https://github.com/Stability-AI/generative-models"
@@ -159,17 +157,24 @@ WITH_TEXT = {name: layers + TEXT_LORA_TARGETS[name] for name, layers in LORA_TAR
 """The same where the text encoders are trained too."""
 
 
-PARTS = ("unet", "text_encoder", "text_encoder_2")
-ENDS = {".lora_A.weight": ".lora_down.weight", ".lora_B.weight": ".lora_up.weight"}
-KEPT = ("modelspec.", "ss_", "lpl.")
-"""How the metadata begin that both files of a LoRA have."""
+def kohya_layer(part: str, module: str, unet: Mapping[str, Any]) -> str:
+    """kohya's name of a layer: the original UNet's name with underscores for dots, or one of transformers' names.
+
+    So lora_unet_input_blocks_4_1_proj_in, lora_te1_text_model_encoder_layers_0_mlp_fc1, and lora_te2_ for CLIP-G.
+
+    Args:
+        unet: the UNet's config, of which the blocks count.
+    """
+    if part == "unet":
+        return underscored("lora_unet", unet_module(module, unet))
+    prefix = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}[part]
+    return underscored(prefix, f"text_model.{module.removeprefix('text_model.')}")
 
 
-def to_kohya(lora: Path, configs: Mapping[str, Any], title: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+def to_kohya(
+    lora: Path, configs: Mapping[str, Any], title: str, weight_of: WeightOf | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """A LoRA file of SDXL in kohya's naming: see renamed_lora.
-
-    A layer has the original UNet's name with underscores for dots (lora_unet_input_blocks_4_1_proj_in), or one of
-    transformers' names in a text encoder (lora_te1_text_model_encoder_layers_0_mlp_fc1; lora_te2_ for CLIP-G).
 
     Args:
         configs: of the model it belongs to, of which the UNet's blocks count.
@@ -177,73 +182,9 @@ def to_kohya(lora: Path, configs: Mapping[str, Any], title: str) -> tuple[dict[s
     Raises:
         UserError: see renamed_lora.
     """
-
-    def layer(part: str, module: str) -> str:
-        if part == "unet":
-            return f"lora_unet_{unet_module(module, configs['unet'])}"
-        prefix = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}[part]
-        return f"{prefix}_text_model_{module.removeprefix('text_model.')}"
-
     version = {"ss_base_model_version": "sdxl_base_v1-0"}  # by this A1111 knows whose LoRA it is
-    return renamed_lora(lora, layer, version | modelspec(title, f"{ARCHITECTURE}/lora"))
-
-
-def renamed_lora(
-    lora: Path, layer_of: Callable[[str, str], str], metadata: Mapping[str, str]
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a LoRA file in diffusers' (peft's) naming, renamed; values and precision stay.
-
-    A layer's tensors end in .lora_down.weight, .lora_up.weight or .alpha. Programs that read this naming add
-    (alpha / rank) up down to its weight.
-
-    Args:
-        layer_of: the name of a component's module, where underscores are put for dots.
-        metadata: of the file, beside what is said of the training and of the adapter.
-
-    Raises:
-        UserError: a file that holds something else; DoRA, whose magnitudes m (.dora_scale) mean m (W + BA) / |W + BA|
-            by the norms of rows: ComfyUI (0.3.77) and Forge divide by |W|, A1111 by the norms of columns, and kohya's
-            programs and diffusers drop them without an error.
-    """
-    try:
-        with safe_open(lora, "pt") as content:
-            tensors = {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118 (it is no dict)
-            said = content.metadata() or {}
-            adapter = parse_json(said.get(METADATA, "{}"), f"{lora}: {METADATA}")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{lora}: cannot be read as safetensors ({on_one_line(error)})") from error
-    alphas = {f"{part}.lora_alpha?": number(0, 1e6) for part in PARTS}
-    require_shape(adapter, alphas, f"{lora}: {METADATA}", "train it anew, or merge it (--to safetensors)")
-    for option in ("alpha_pattern", "use_rslora"):
-        if any(adapter.get(f"{part}.{option}") for part in PARTS):
-            raise UserError(f"{lora}: has peft's {option}, which is not renamed: merge it (--to safetensors)")
-    found: dict[str, Tensor] = {}
-    ranks: dict[str, int] = {}
-    for name, tensor in tensors.items():
-        if "lora_magnitude" in name:
-            raise UserError(
-                f"{lora}: a DoRA, which ComfyUI, Forge and A1111 read otherwise than it was trained: merge it (--to "
-                "safetensors)"
-            )
-        end = next((end for end in ENDS if name.endswith(end)), None)
-        part, _, module = name.removesuffix(end or "").partition(".")
-        if end is None or part not in PARTS or tensor.dim() < 2:
-            raise UserError(
-                f"{lora}: holds {name}; only peft's naming (unet. or text_encoder. ... lora_A.weight) is renamed"
-            )
-        layer = layer_of(part, module).replace(".", "_")
-        found[layer + ENDS[end]] = tensor
-        if end == ".lora_A.weight":
-            ranks[layer] = tensor.shape[0]
-            # Where nothing is said, diffusers takes the rank.
-            found[f"{layer}.alpha"] = torch.tensor(float(adapter.get(f"{part}.lora_alpha", tensor.shape[0])))
-    missing = [layer for layer in ranks if f"{layer}.lora_up.weight" not in found]
-    if missing or 3 * len(ranks) != len(found) or not ranks:
-        raise UserError(f"{lora}: not a whole LoRA (a down or an up part is missing, or all of it)")
-    rank, alpha = max(ranks.values()), float(found[f"{next(iter(ranks))}.alpha"])
-    kept = {key: text for key, text in said.items() if key.startswith(KEPT)}
-    own = {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": f"{alpha:g}"}
-    return found, kept | {"ss_output_name": metadata["modelspec.title"]} | own | dict(metadata)
+    layer = partial(kohya_layer, unet=configs["unet"])
+    return renamed_lora(lora, layer, version | modelspec(title, f"{ARCHITECTURE}/lora"), weight_of)
 
 
 def modelspec(title: str, architecture: str) -> dict[str, str]:

@@ -25,6 +25,8 @@ from lpl.data.dataset import Batch, TrainingData, drawn_images
 from lpl.data.sampler import BatchOrder, share
 from lpl.diffusion.draws import even_draws, keyed_seed, strata
 from lpl.diffusion.latent_space import LatentSpace
+from lpl.families import lora_layers
+from lpl.families.lora_names import Layer
 from lpl.perceptual.loss import LatentPerceptualLoss
 from lpl.perceptual.objective import PerceptualObjective
 from lpl.training.checks import check_processes
@@ -36,32 +38,58 @@ logger = logging.getLogger("lpl")
 
 
 def add_lora(denoiser: Any, options: ModelConfig, targets: Mapping[str, tuple[str, ...]], seed: int) -> None:
-    """Freezes the denoiser and adds a trainable float32 adapter to the layers of --lora_targets.
+    """Freezes the denoiser and adds a trainable float32 adapter to the layers of --lora_targets, or of --lora_weights.
 
     LoRA (Hu et al., 2021, eq. 3): W + (alpha / rank) B A, with B = 0 at the start, so that nothing changes, and A
     normal with standard deviation 1 / rank (peft's "gaussian"; the paper says only: normal). A is drawn from the seed,
     on the CPU, whatever the device. With --use_dora (Liu et al., 2024, eq. 5): m V / |V|, V = W + (alpha / rank) B A,
     |V| being the norm of each output's weights, without gradient; m is trained too and starts as |W|.
 
+    The layers of --lora_weights start as the file has them, each of its own rank. Where alpha differs from layer to
+    layer, B is multiplied by it instead: W + (alpha / rank) B A stays.
+
     Args:
         targets: names of layers by --lora_targets, matched at the end of a module's name.
+
+    Raises:
+        UserError: --lora_weights that does not fit the model.
     """
     assert options.rank is not None
     denoiser.requires_grad_(False)
+    start = lora_layers(options, denoiser)
     config = LoraConfig(
         r=options.rank,
         lora_alpha=options.alpha,
         lora_dropout=options.lora_dropout,
         use_dora=options.use_dora,
         init_lora_weights="gaussian",
-        target_modules=list(targets[options.lora_targets]),
+        target_modules=list(start or targets[options.lora_targets]),
+        rank_pattern={name: layer.rank for name, layer in start.items() if layer.rank != options.rank},
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(keyed_seed(seed, "lora"))
         denoiser.add_adapter(config)
+    if start:
+        _start_from(denoiser, start, options)
     for parameter in denoiser.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+
+
+@torch.no_grad()
+def _start_from(denoiser: Any, start: Mapping[str, Layer], options: ModelConfig) -> None:
+    """Puts layers of a file into the adapter."""
+    adapted = {name: module for name, module in denoiser.named_modules() if hasattr(module, "lora_A")}
+    if adapted.keys() != start.keys():
+        (odd,) = sorted(adapted.keys() ^ start.keys())[:1]
+        raise UserError(f"--lora_weights {options.lora_weights}: a LoRA cannot be put on {odd} alone: merge the file")
+    for name, module in adapted.items():
+        layer = start[name]
+        module.lora_A["default"].weight.copy_(layer.down)
+        module.lora_B["default"].weight.copy_(layer.up.float() * (layer.alpha / options.alpha))
+        if layer.magnitude is not None:
+            own = module.lora_magnitude_vector["default"].weight
+            own.copy_(layer.magnitude.reshape(own.shape))
 
 
 T = TypeVar("T")

@@ -34,22 +34,22 @@ from lpl.families import RESULT_NAMES
 
 logger = logging.getLogger("lpl")
 
-KOHYA = "_kohya.safetensors"
-"""How the file's name ends that has a LoRA under the names that kohya's programs gave them."""
+KOHYA, COMFYUI = "_kohya.safetensors", "_comfyui.safetensors"
+"""How the file's name ends that has a LoRA under the names that kohya's programs gave them, and that of a DoRA."""
 LONGEST = 200
 """Bytes of a folder's name that go into a file's, which may have 255."""
 COMMAND = "lpl train"
 INPUTS = (
     "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "single_file_config", "train_data_dir",
-    "dataset_name", "reg_data_dir", "validation_data_dir", "mask_dir", "validation_prompts",
+    "dataset_name", "reg_data_dir", "validation_data_dir", "mask_dir", "validation_prompts", "lora_weights",
 )  # fmt: skip
 """Options that may name what a run reads."""
 
 
-def lora_name(folder: Path, which: str | None = None) -> str:
+def lora_name(folder: Path, end: str, which: str | None = None) -> str:
     """The name of a LoRA's file for ComfyUI and others, which show it: that of the run's folder, and which it is."""
     name = folder.resolve().name.encode()[:LONGEST].decode(errors="ignore")
-    return (name if which is None else f"{name}-{which}") + KOHYA
+    return (name if which is None else f"{name}-{which}") + end
 
 
 def output_of(config: TrainConfig) -> OutputFolder:
@@ -80,7 +80,8 @@ def names_of(config: TrainConfig, every: bool = False) -> Names:
         VALIDATION: log.draws_images or data.holds_out,
         "README.md": log.push_to_hub,
     }
-    results = (*RESULT_NAMES, lora_name(Path(config.run.output_dir)), f"{SAVED}-#/")
+    loras = (lora_name(Path(config.run.output_dir), end) for end in (KOHYA, COMFYUI))
+    results = (*RESULT_NAMES, *loras, f"{SAVED}-#/")
     if any(matches(name, Path(log.logging_dir).parts[0]) for name in (*kept, *optional, *results)):
         raise UserError(f"--logging_dir {log.logging_dir}: a run writes something else of that name: choose another")
     optional[f"{Path(log.logging_dir).parts[0]}/"] = log.report_to in ("tensorboard", "all")

@@ -20,7 +20,7 @@ from lpl.data.buckets import image_sizes
 from lpl.data.decode import parse_color
 from lpl.data.lock import cache_dir, in_use
 from lpl.data.sources import Source, open_regularisation, open_source, open_validation
-from lpl.families import kind_of, model_configs, plan_configs
+from lpl.families import kind_of, model_configs, plan_configs, with_lora_weights
 from lpl.training.checks import check_memory_options, warn_of_objective, warn_of_steps
 from lpl.training.launch import check_launch
 from lpl.training.output import check_inputs_apart, check_output, check_writable
@@ -73,6 +73,8 @@ def preflight(config: TrainConfig) -> Checked:
     faults = Faults()
     with faults.one():
         _check_packages(config)
+    with faults.one():
+        config = replace(config, model=with_lora_weights(config.model))
     with faults.one(), all_faults():
         check_memory_options(config)
     with faults.one():
@@ -153,6 +155,7 @@ def check_model(
         UserError: no such model, or a --background_color that is none.
     """
     parse_color(config.data.background_color)
+    config = replace(config, model=with_lora_weights(config.model))
     kind = kind_of(config.model)
     check_model_options(config, kind.name, kind.is_flow, kind.options)
     configs = configs_of(config.model)

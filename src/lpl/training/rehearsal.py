@@ -321,7 +321,9 @@ def _quiet(active: bool) -> Iterator[None]:
 
 def _weights(config: TrainConfig) -> Weights:
     """The options of a LoRA, if there is one, are alike for all models."""
-    names = ("rank", "lora_alpha", "lora_dropout", "lora_targets", "use_dora", "quantize_base")
+    names: tuple[str, ...] = ("rank", "lora_alpha", "lora_dropout", "lora_targets", "use_dora", "quantize_base")
+    if config.model.continued_lora is not None:
+        names = (*names, "lora_weights", "pretrained_model_name_or_path", "single_file_config")
     lora = {name: getattr(config.model, name) for name in names}
     own = None if config.model.rank is None else ModelConfig(**lora)
     return Weights(own, config.run.mixed_precision or "no", config.optim.weights_dtype)

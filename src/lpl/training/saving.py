@@ -84,13 +84,15 @@ def write_beside(
     lora: Path,
     name: str,
     renamed: Callable[[Path, str], tuple[dict[str, Tensor], dict[str, str]]],
-    readers: str = "diffusers",
+    readers: str,
+    others: str,
 ) -> str:
     """Writes a LoRA a second time beside diffusers' file: that one does nothing in A1111 or kohya's programs.
 
     Args:
         renamed: makes its tensors and metadata of the first and of a title.
         readers: the programs that read the first.
+        others: those that read the second.
 
     Returns:
         Which file is for which programs, or why there is one only.
@@ -98,18 +100,22 @@ def write_beside(
     try:
         tensors, metadata = renamed(lora, Path(name).stem)
     except UserError as error:
-        fault = str(error).removeprefix(f"{lora}: ")
-        others = "A1111" if "ComfyUI" in readers else "ComfyUI, A1111"
-        return f"{lora.name} for {readers}; none for {others}, Forge and kohya's programs: {fault}"
+        return f"{lora.name} for {readers}; none for others: {str(error).removeprefix(f'{lora}: ')}"
     write_tensors(tensors.items(), lora.with_name(name), metadata)
-    return f"{lora.name} for diffusers; {name} for ComfyUI, A1111, Forge and kohya's programs"
+    return f"{lora.name} for diffusers; {name} for {others}"
 
 
-def next_commands(folder: Path, is_lora: bool) -> str:
-    """What one does with a result, in the words of the last line that a run prints."""
+def next_commands(folder: Path, readers: str | None) -> str:
+    """What one does with a result, in the words of the last line that a run prints.
+
+    Args:
+        readers: of a LoRA, the programs that read diffusers' file; None: all weights were trained.
+    """
     shown, where = shlex.quote(str(folder)), ""
     beside = [path for path in sorted(folder.glob("*.safetensors")) if path.name != LORA_FILE]
-    if not is_lora:
+    if readers is not None and "ComfyUI" in readers:
+        beside = [folder / LORA_FILE]
+    if readers is None:
         file = shlex.quote(f"{folder.resolve().name}.safetensors")
         where = f"`lpl export {shown} --output {file}` for ComfyUI's models/checkpoints; "
     elif beside:
@@ -154,7 +160,8 @@ def write_model_card(config: TrainConfig, folder: Path) -> Path:
     from huggingface_hub import ModelCard, ModelCardData
 
     lora = config.model.rank is not None
-    base = str(config.model.pretrained_model_name_or_path)
+    base, merged = str(config.model.pretrained_model_name_or_path), config.model.merged_lora
+    whole = f"`{base}`" if merged is None else f"`{base}` with `{Path(merged).name}` merged into it"
     data = ModelCardData(
         base_model=base if not Path(base).exists() else None,
         library_name="diffusers",
@@ -181,7 +188,7 @@ def write_model_card(config: TrainConfig, folder: Path) -> Path:
 ---
 # {folder.resolve().name}
 
-{"A LoRA" if lora else "A full fine-tune"} of `{base}`, trained with {method}. Load it with `{load}`.
+{"A LoRA" if lora else "A full fine-tune"} of {whole}, trained with {method}. Load it with `{load}`.
 The weights are {weights}.
 
 {picture}```yaml

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -22,15 +23,15 @@ from lpl.config.run_folder import BAD_FILES, last_checkpoint
 from lpl.data.prepare import Processes, prepare_data
 from lpl.diffusion.draws import keyed_seed
 from lpl.families import blueprint, kind_of, load_family, plan_configs
-from lpl.families.base import TrainedOn
 from lpl.families.export import LORA_FILE
 from lpl.training import saving
 from lpl.training.checkpoint import full_disk
 from lpl.training.checks import warn_of_steps
 from lpl.training.engine import Batches, build_accelerator, build_objective
+from lpl.training.lora_says import LoraSays
 from lpl.training.nonfinite import FiniteGuard, spoil
 from lpl.training.optimizers import adapted_rate, component_rates, scaled_learning_rate
-from lpl.training.output import claim_output, lora_name, output_of
+from lpl.training.output import COMFYUI, KOHYA, claim_output, lora_name, output_of
 from lpl.training.per_parameter import FusedBackward
 from lpl.training.preflight import Checked, validation_prompts
 from lpl.training.rehearsal import Rehearsal
@@ -46,6 +47,9 @@ from lpl.training.weights import build_trained
 
 logger = logging.getLogger("lpl")
 
+LORA_READERS = KOHYA, "ComfyUI, A1111, Forge and kohya's programs"
+DORA_READERS = COMFYUI, "ComfyUI and Forge"
+"""How the name of a LoRA's second file ends, and the programs that it is for."""
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -114,6 +118,7 @@ class Trainer:
             config.lpl.lpl_start + config.lpl.lpl_warmup_steps if config.lpl.lpl_warmup_steps else 0,
         )
         self.validation = self._build_validation()
+        self.lora_says = LoraSays(config, self.data, self.num_steps, self.batches.steps_per_epoch)
         self.state = RunState(
             config,
             accelerator,
@@ -313,11 +318,13 @@ class Trainer:
             if self.config.model.rank is None:
                 write(denoiser, folder)
                 return
-            family.trained_on = TrainedOn(self.config.data.crop_size, len(self.data), self.step)
+            family.lora_says = self.lora_says(self.step)
             family.export_lora(denoiser, folder)
-            name = lora_name(self.folder, None if whole_pipeline else f"{self.step}-{folder.name}")
-            readers = kind_of(self.config.model).lora_readers
-            self.for_whom = write_beside(folder / LORA_FILE, name, family.kohya_lora, readers)
+            end, others = DORA_READERS if self.config.model.use_dora else LORA_READERS
+            name = lora_name(self.folder, end, None if whole_pipeline else f"{self.step}-{folder.name}")
+            readers = "diffusers" if self.config.model.use_dora else kind_of(self.config.model).lora_readers
+            renamed = partial(family.kohya_lora, denoiser)
+            self.for_whom = write_beside(folder / LORA_FILE, name, renamed, readers, others)
 
         return call
 
@@ -342,5 +349,7 @@ class Trainer:
             logger.info(
                 "done: the result is in %s (%s weights): %s", self.folder, self.trained.weights.final, self.for_whom
             )
-            logger.info("next: %s", next_commands(self.folder, self.config.model.rank is not None))
+            is_lora = self.config.model.rank is not None
+            readers = kind_of(self.config.model).lora_readers if is_lora else None
+            logger.info("next: %s", next_commands(self.folder, readers))
         accelerator.end_training()

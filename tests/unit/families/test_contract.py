@@ -15,7 +15,7 @@ from tiny_models import randomize
 
 from lpl.config import ModelConfig
 from lpl.data.store import padded
-from lpl.families import blueprint, kind_of, load_family, plan_configs
+from lpl.families import blueprint, kind_of, load_family, plan_configs, with_lora_weights
 from lpl.families.sampling import load_for_sampling
 from lpl.training.counter import FusedAttention
 from lpl.training.engine import add_lora
@@ -229,7 +229,16 @@ def test_every_tensor_of_a_lora_of_all_layers_arrives(folder: Path, tmp_path: Pa
     found = dict(getattr(pipeline, own.kind.networks[0]).named_parameters())
     for name, value in trained.items():
         assert torch.equal(found[name.replace(".default", ".default_0")], value), name
-    assert len(load_file(tmp_path / "pytorch_lora_weights.safetensors")) == len(trained)
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    assert len(load_file(file)) == len(trained)
+    # A run that begins with the file has the adapter as it was.
+    config = with_lora_weights(ModelConfig(str(folder), lora_weights=str(file)))
+    again: Any = load_family(config, CPU, torch.float32)
+    add_lora(again.denoiser, config, again.lora_targets, 1)
+    begun = {name: value for name, value in again.denoiser.named_parameters() if "lora_" in name}
+    assert begun.keys() == trained.keys()
+    for name, value in trained.items():
+        torch.testing.assert_close(begun[name], value, rtol=1e-6, atol=0)
 
 
 def test_five_steps_are_those_of_a_run_that_resumed_after_three(

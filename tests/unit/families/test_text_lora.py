@@ -69,7 +69,7 @@ def trained(train_in: Any, model: Path, shared: Path) -> Any:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sdxl.SDXL, "export_lora", spy)
-        run = train_in(shared / "text-lora", **OPTIONS, lora_targets="all")
+        run = train_in(shared / "text-lora", **OPTIONS, lora_targets="all", checkpointing_steps=3)
     return run, seen[0]
 
 
@@ -132,6 +132,11 @@ def test_kohya_file_is_the_same_adapter(trained: Any, run_cli: Any, model: Path,
         own = ours[f"text_encoder.text_model.encoder.layers.0.{place}.lora_A.weight"]
         assert torch.equal(theirs[f"lora_te1_text_model_encoder_layers_0_{end}.lora_down.weight"], own)
         assert f"lora_te2_text_model_encoder_layers_1_{end}.lora_up.weight" in theirs
+    last = tmp_path / "checkpoint.safetensors"
+    assert run_cli(["export", str(run.folder / "checkpoint-3"), "--to", "kohya", "--output", str(last)])[0] == 0
+    found = load_file(last)
+    assert found.keys() == theirs.keys()
+    assert all(torch.equal(found[name], value) for name, value in theirs.items())
     starts = ("lora_unet_", "lora_te1_text_model_encoder_layers_", "lora_te2_text_model_encoder_layers_")
     assert [name for name in theirs if not name.startswith(starts)] == []
     alone = Path(shutil.copy(file, tmp_path / "alone.safetensors"))

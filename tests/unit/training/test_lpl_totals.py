@@ -144,10 +144,12 @@ def test_what_the_bar_shows(gated: float | None, found: dict[str, float], said: 
 def test_the_last_line_says_what_to_do_next(tmp_path: Path) -> None:
     folder = tmp_path / "my run"
     folder.mkdir()
-    told = next_commands(folder, is_lora=False)
+    told = next_commands(folder, None)
     assert told.startswith(f"`lpl export '{folder}' --output 'my run.safetensors'` for ComfyUI's models/checkpoints; ")
     (folder / "pytorch_lora_weights.safetensors").touch()
-    assert next_commands(folder, is_lora=True) == f"`lpl report '{folder}'` for a page of losses and images"
+    assert next_commands(folder, "diffusers") == f"`lpl report '{folder}'` for a page of losses and images"
     (folder / "my run_kohya.safetensors").touch()
-    told = next_commands(folder, is_lora=True)
+    told = next_commands(folder, "diffusers")
     assert told.startswith(f"copy '{folder / 'my run_kohya.safetensors'}' into ComfyUI's models/loras; ")
+    told = next_commands(folder, "diffusers, ComfyUI")
+    assert told.startswith(f"copy '{folder / 'pytorch_lora_weights.safetensors'}' into ComfyUI's models/loras; ")
