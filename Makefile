@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
-.PHONY: demo test soak lint options api same house bench quality demo-weights clean
+.PHONY: demo test soak lint options api docs notebooks dist same house bench quality demo-weights clean
 
 demo: .venv/installed
 	$(OFFLINE) OMP_WAIT_POLICY=PASSIVE $(BIN)/lpl demo --output_dir lpl-demo
@@ -33,6 +33,18 @@ options: .venv/installed
 api: .venv/installed
 	$(BIN)/python tools/api_page.py
 
+# The site of README and docs, in build/docs/html; a link that leads nowhere fails.
+docs: .venv/installed
+	$(BIN)/python tools/docs_site.py
+
+# Runs the notebooks of examples/ and stores their outputs: minutes.
+notebooks: .venv/installed
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(OFFLINE) $(BIN)/python tools/notebooks.py
+
+# Archive and wheel for a package index, in dist: `make dist REPOSITORY=https://github.com/OWNER/NAME`.
+dist: .venv/installed
+	$(BIN)/python tools/distribution.py $(REPOSITORY)
+
 # Runs the same commands with an older commit (BASE=..., else where this branch left main), and compares what they leave.
 same: .venv/installed
 	$(BIN)/python tools/same_results.py $(if $(BASE),--base $(BASE)) $(SAME)
@@ -41,11 +53,11 @@ same: .venv/installed
 house: .venv/installed
 	$(BIN)/python tools/house.py --frames
 
-# The figures of docs/performance.md: over half an hour on two CPU cores.
+# The figures of docs/performance.md, the pictures of docs/how_it_works.md: over half an hour on two CPU cores.
 bench: .venv/installed
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[bench]'
 	for what in loss_cost "loss_cost cpu" "loss_time time" "loss_time memory" "loss_time sweep" random_depth budget crop_bias step_time \
-	    step_profile plan_check plan_table data_reading data_start "data_start memory" "data_start million"; do \
+	    step_profile plan_check plan_table data_reading data_start "data_start memory" "data_start million" loss_pictures; do \
 	    set -- $$what; echo "## $$what"; $(OFFLINE) $(BIN)/python benchmarks/$$1.py $$2 || exit 1; done
 
 # LPL against the plain objective at their best guidance, searched alike, five seeds: days of two CPU cores; the same command
@@ -62,7 +74,7 @@ demo-weights: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -c constraints.txt torch
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[demo,dev]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[demo,dev,docs]'
 	touch $@
 
 clean:

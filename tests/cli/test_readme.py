@@ -1,4 +1,4 @@
-"""What README and docs promise: commands parse and run, the snippet works, the example trains, links lead somewhere."""
+"""What README promises: commands go together, the snippet works, the example trains, pages name what they should."""
 
 import json
 import re
@@ -12,14 +12,11 @@ import torch
 from tiny_models import tiny_vae
 
 from lpl.cli import main
-from lpl.config import TrainConfig
-from lpl.config.command_line import parse_train
 from lpl.presets import presets
 
 ROOT = Path(__file__).parents[2]
 FLAGS = json.loads((Path(__file__).parent / "flags.json").read_text())
 README = (ROOT / "README.md").read_text()
-PAGES = [page for where in ("*.md", "docs/*.md", "benchmarks/**/*.md") for page in ROOT.glob(where)]
 
 
 @pytest.fixture(scope="module")
@@ -35,20 +32,6 @@ def exported(tmp_path_factory):
         (folder / "data" / json.loads(line)["file_name"]).unlink()
     metadata.write_text("\n".join(lines[:12]) + "\n")
     return folder
-
-
-@pytest.mark.parametrize("file", ["README.md", "docs/training.md"])
-def test_every_train_command_parses(file):
-    commands = re.findall(r"^    (?:accelerate launch .*-m )?lpl train (.*)$", (ROOT / file).read_text(), re.M)
-    assert len(commands) >= 2
-    for command in commands:
-        assert isinstance(parse_train(shlex.split(command, comments=True)), TrainConfig)
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page):
-    for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
-        assert (page.parent / link).exists(), link
 
 
 @pytest.mark.parametrize("file", ["README.md", "docs/evaluation.md"])

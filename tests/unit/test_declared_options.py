@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from dataclasses import fields
@@ -245,3 +246,15 @@ def test_yaml_that_is_none_of_a_config(tmp_path: Any, text: str, told: str) -> N
         parse_train(["--config", str(tmp_path / "a.yaml")])
     with pytest.raises(UserError, match="too many for a file's name"):
         parse_train(["--config", "n" * 256])
+
+
+def test_the_page_of_other_trainers_names_options_that_are_there() -> None:
+    """And where the command line answers one of their names, the page says the same."""
+    page = (ROOT / "docs" / "coming_from_other_trainers.md").read_text(encoding="utf-8")
+    answered = {name: own for own, facts in declared().items() for name in facts.elsewhere}
+    rows = re.findall(r"^\|([^|]*`[^|]*)\|([^|]*)\|[^|]*\|$", page, re.M)
+    assert len(rows) > 80
+    for there, here in rows:
+        names, options = (re.findall(r"`(\w+)`", cell) for cell in (there, here))
+        assert set(options) <= set(declared()), here
+        assert {answered[name] for name in names if name in answered} <= set(options), there

@@ -1,0 +1,84 @@
+"""The documentation site: `python tools/docs_site.py` lays the pages out as in the repository and builds it, strictly.
+
+Pages stay Markdown that a repository's page shows: links between them, to examples and to pictures are kept as they
+are. Notebooks become pages with their stored outputs, and ```math blocks become MathML, so no page needs a script of
+another site.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[1]
+CONFIG = REPOSITORY / "docs" / "zensical.toml"
+FOLDER = REPOSITORY / "build" / "docs"
+PARTS = ("docs", "examples", "benchmarks/quality")
+"""Folders with pages; beside them come the pages at the top."""
+SHOWN = {".md", ".py", ".ipynb", ".png", ".css", ".yaml", ".sh"}
+
+
+class BuildError(Exception):
+    """The pages do not make a site."""
+
+
+def lay_out(source: Path) -> None:
+    """Writes pages, and what they show or link to, in the places that they have in the repository."""
+    for part in PARTS:
+        for file in sorted((REPOSITORY / part).rglob("*")):
+            if file.suffix in SHOWN:
+                to = source / file.relative_to(REPOSITORY)
+                to.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, to)
+    for file in REPOSITORY.glob("*.md"):
+        shutil.copy(file, source)
+    for notebook in source.rglob("*.ipynb"):
+        write_notebook(notebook)
+    for page in source.rglob("*.md"):
+        page.write_text(with_mathml(page.read_text().replace(".ipynb)", ".md)")))
+
+
+def write_notebook(file: Path) -> None:
+    """A page beside a notebook: its texts, its code and the outputs stored in it."""
+    from nbconvert import MarkdownExporter  # takes a second
+
+    text, found = MarkdownExporter().from_filename(
+        str(file), {"unique_key": file.stem, "output_files_dir": f"{file.stem}_files"}
+    )
+    for name, content in found["outputs"].items():
+        (file.parent / name).parent.mkdir(exist_ok=True)
+        (file.parent / name).write_bytes(content)
+    file.with_suffix(".md").write_text(text)
+
+
+def with_mathml(text: str) -> str:
+    """A page whose ```math blocks, TeX, are MathML."""
+    from latex2mathml.converter import convert
+
+    def formula(found: re.Match[str]) -> str:
+        return f'<div class="formula">{convert(found[1].strip(), display="block")}</div>\n'
+
+    return re.sub(r"^```math\n(.*?)^```\n", formula, text, flags=re.M | re.S)
+
+
+def build(folder: Path) -> Path:
+    """Builds the site in a folder that is emptied first; returns that of the pages.
+
+    Raises:
+        BuildError: a link or an anchor leads nowhere; the builder has said which.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    lay_out(folder / "source")
+    shutil.copy(CONFIG, folder)
+    command = [sys.executable, "-m", "zensical", "build", "--strict", "--config-file", str(folder / CONFIG.name)]
+    if subprocess.run(command).returncode:
+        raise BuildError(f"{CONFIG.name}: the site was not built")
+    return folder / "html"
+
+
+if __name__ == "__main__":
+    pages = build(FOLDER)
+    print(f"built: python -m http.server --bind 127.0.0.1 --directory {pages}")
