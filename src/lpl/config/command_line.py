@@ -206,7 +206,7 @@ def _check(part: list[str], known: Mapping[str, Facts]) -> None:
     plain = name.removeprefix("no_")
     is_switch = plain in known and isinstance(known[plain].default, bool)
     if name not in known and not is_switch:
-        raise UserError(f"unknown option {option}{nearest(name, list(known))}")
+        raise UserError(f"unknown option --{name}{nearest(name, list(known))}")
     if is_switch and values and values[0].lower() in ("true", "false"):
         raise UserError(f"{option} takes no value: write --{plain} or --no_{plain}")
 
