@@ -30,12 +30,13 @@ def train(transformer, vae, noise_scheduler, batches, args, weight_dtype=torch.f
     )  # fmt: skip
     for model_input, prompt_embeds, pooled_prompt_embeds in batches:
         size, channels, height, width = model_input.shape
+        model_input = model_input.float()  # LPL: in the place of .to(dtype=weight_dtype)
         noise = torch.randn_like(model_input)
         indices = (draw_u(size) * noise_scheduler_copy.config.num_train_timesteps).long()
         timesteps = noise_scheduler_copy.timesteps[indices].to(model_input.device)
         sigmas = noise_scheduler_copy.sigmas[indices].to(model_input.device).view(-1, 1, 1, 1)
-        noisy_model_input = (1.0 - sigmas) * model_input + sigmas * noise  # float32, and cast for the model alone
-        packed = FluxPipeline._pack_latents(noisy_model_input.to(weight_dtype), size, channels, height, width)
+        noisy_model_input = (1.0 - sigmas) * model_input + sigmas * noise
+        packed = FluxPipeline._pack_latents(noisy_model_input.to(weight_dtype), size, channels, height, width)  # LPL
         model_pred = transformer(
             hidden_states=packed,
             timestep=timesteps / 1000,

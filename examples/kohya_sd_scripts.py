@@ -1,16 +1,19 @@
 """What to add to train_network.py of kohya's sd-scripts (SD 1.5, SD 2, SDXL): the lines that end in `# LPL`.
 
-All else is the script's own trainer, under its names and cut to what matters here. LPL needs float32 latents: cache
-them, or give --no_half_vae.
+All else is the script's own trainer, under its names and cut to what matters here. The script pins older versions of
+diffusers and transformers than this package asks for, with which LPL works too: pip install --no-deps.
 """
 
 import torch
 
-from lpl import LatentPerceptualLoss, PerceptualObjective  # LPL
+from lpl import LatentPerceptualLoss, LatentSpace, PerceptualObjective  # LPL
 
 
 class NetworkTrainer:
+    vae_scale_factor = 0.18215  # sdxl_train_network.py: 0.13025
+
     def get_noise_pred_and_target(self, args, noise_scheduler, latents, unet, text_encoder_conds):
+        latents = latents.float()  # LPL: those of a half-precision VAE are not
         noise = torch.randn_like(latents)
         timesteps = torch.randint(noise_scheduler.config.num_train_timesteps, (len(latents),))
         noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
@@ -24,16 +27,17 @@ class NetworkTrainer:
         noise_pred, target, _, _ = found
         loss = (noise_pred.float() - target.float()).square().mean((1, 2, 3)) * batch["loss_weights"]
         loss = loss.mean()
-        if not loss.requires_grad:  # LPL: in validation
-            return loss  # LPL
-        return (
-            loss + self.objective(*self.lpl_call, sample_weight=batch["loss_weights"], diffusion_loss=loss).loss
-        )  # LPL
+        if loss.requires_grad:  # LPL: not in validation
+            loss = loss + self.objective(*self.lpl_call, None, batch["loss_weights"], diffusion_loss=loss).loss  # LPL
+        return loss
 
     def train(self, args, accelerator, unet, vae, noise_scheduler, batches):
         optimizer = torch.optim.AdamW([p for p in unet.parameters() if p.requires_grad], args.learning_rate)
+        # What the VAE and the noise schedule state of scale and prediction is not what the script does.
         vae.to(accelerator.device).eval()  # LPL: after noise_scheduler is made
-        self.objective = PerceptualObjective(LatentPerceptualLoss(vae), noise_scheduler, "auto")  # LPL
+        loss_fn = LatentPerceptualLoss(vae, latent_space=LatentSpace.scaled(self.vae_scale_factor))  # LPL
+        kind = "v_prediction" if args.v_parameterization else "epsilon"  # LPL
+        self.objective = PerceptualObjective(loss_fn, noise_scheduler, "auto", prediction_type=kind)  # LPL
         for batch in batches:
             accelerator.backward(self.process_batch(batch, unet, noise_scheduler, args))
             optimizer.step()

@@ -27,13 +27,14 @@ def train(transformer, vae, noise_scheduler, batches, args, weight_dtype=torch.f
         p_gate=lambda count: noise_scheduler_copy.sigmas[(1000 * draw_u(count)).long()],  # LPL
     )  # fmt: skip
     for model_input, prompt_embeds, pooled_prompt_embeds in batches:
+        model_input = model_input.float()  # LPL: in the place of .to(dtype=weight_dtype)
         noise = torch.randn_like(model_input)
         indices = (draw_u(len(model_input)) * noise_scheduler_copy.config.num_train_timesteps).long()
         timesteps = noise_scheduler_copy.timesteps[indices].to(model_input.device)
         sigmas = noise_scheduler_copy.sigmas[indices].to(model_input.device).view(-1, 1, 1, 1)
-        noisy_model_input = (1.0 - sigmas) * model_input + sigmas * noise  # float32, and cast for the model alone
+        noisy_model_input = (1.0 - sigmas) * model_input + sigmas * noise
         model_pred = transformer(
-            hidden_states=noisy_model_input.to(weight_dtype),
+            hidden_states=noisy_model_input.to(weight_dtype),  # LPL
             timestep=timesteps,
             encoder_hidden_states=prompt_embeds,
             pooled_projections=pooled_prompt_embeds,

@@ -84,7 +84,7 @@ def test_sd3(precondition_outputs):
         joint_attention_dim=8, caption_projection_dim=16, pooled_projection_dim=8, out_channels=16,
         pos_embed_max_size=4,
     )  # fmt: skip
-    batches = [(z, torch.randn(4, 3, 8), torch.randn(4, 8)) for z in latents(3, channels=16)]
+    batches = [(z.bfloat16(), torch.randn(4, 3, 8), torch.randn(4, 8)) for z in latents(3, channels=16)]
     vae = tiny_vae(widths=WIDTHS, latent_channels=16, shift_factor=0.1)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     objective = load("sd3_dreambooth").train(
@@ -102,7 +102,7 @@ def test_flux():
         patch_size=1, in_channels=64, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
         joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(2, 2, 4),
     )  # fmt: skip
-    batches = [(z, torch.randn(4, 3, 8), torch.randn(4, 8)) for z in latents(3, channels=16)]
+    batches = [(z.bfloat16(), torch.randn(4, 3, 8), torch.randn(4, 8)) for z in latents(3, channels=16)]
     vae = tiny_vae(widths=(4, 4, 8, 8), latent_channels=16, shift_factor=0.1, use_post_quant_conv=False)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
     objective = load("flux_dreambooth").train(transformer, vae, scheduler, batches, args(weighting_scheme="none"))
@@ -134,16 +134,20 @@ def test_lightning(monkeypatch):
     assert reduced == ["sum"] * 3
 
 
-def test_kohya():
+@pytest.mark.parametrize("v_parameterization", [False, True])
+def test_kohya(v_parameterization):
+    """The script's scale and prediction act, which its VAE and its noise schedule do not state."""
     trainer = load("kohya_sd_scripts").NetworkTrainer()
     unet = tiny_unet()
     wrapped = lambda noisy, t, conds: unet(noisy, t)  # noqa: E731
     wrapped.parameters = unet.parameters
-    batches = [{"latents": z, "conds": None, "loss_weights": torch.ones(4)} for z in latents(3)]
-    options = args(v_parameterization=False)
+    batches = [{"latents": z.bfloat16(), "conds": None, "loss_weights": torch.ones(4)} for z in latents(3)]
+    options = args(v_parameterization=v_parameterization)
     alone = types.SimpleNamespace(device="cpu", backward=torch.Tensor.backward, reduce=lambda x, how: x)
     trainer.train(options, alone, wrapped, tiny_vae(widths=WIDTHS), DDPMScheduler(), batches)
     assert acts(trainer.objective)
+    assert trainer.objective.prediction_type == ("v_prediction" if v_parameterization else "epsilon")
+    assert float(trainer.objective.loss_fn.latent_space.scale) == pytest.approx(1 / trainer.vae_scale_factor)
     with torch.no_grad():
         trainer.process_batch(batches[0], wrapped, DDPMScheduler(), options)
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lpl.base.arguments import is_number
+
 
 @dataclass(frozen=True)
 class LatentSpace:
@@ -16,10 +18,18 @@ class LatentSpace:
     Attributes:
         scale: (C,) or (1,), float64; or (C, p, p), for the cell at row i and column j that of [:, i % p, j % p].
         shift: likewise.
+
+    Raises:
+        ValueError: no such tensors.
     """
 
     scale: Tensor
     shift: Tensor
+
+    def __post_init__(self) -> None:
+        for name, value in (("scale", self.scale), ("shift", self.shift)):
+            if not isinstance(value, Tensor) or value.dim() not in (1, 3):
+                raise ValueError(f"LatentSpace: {name} is {value!r}: pass a tensor (C,), or use LatentSpace.scaled")
 
     @staticmethod
     def identity() -> "LatentSpace":
@@ -81,7 +91,7 @@ class LatentSpace:
         if mean is None or std is None:
             std, mean = [1.0], [getattr(config, "shift_factor", None) or 0.0]
         # As plain numbers: a plan builds networks that hold none.
-        if not all(map(math.isfinite, (factor, *mean, *std))) or not all((factor, *std)):
+        if not all(is_number(x) and math.isfinite(x) for x in (factor, *mean, *std)) or not all((factor, *std)):
             raise ValueError(
                 f"vae.config: scaling_factor {factor}, means {mean} and deviations {std} map no latents: correct them "
                 "or pass latent_space="

@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lpl.base.arguments import positive
+
 DISCRETE_TYPES = ("epsilon", "v_prediction", "sample")
 FLOW_TYPES = ("flow", "flow_to_data")
 PREDICTION_TYPES = DISCRETE_TYPES + FLOW_TYPES
@@ -45,9 +47,11 @@ def edm(sigma_data: float = 0.5) -> Convention:
 
     Args:
         sigma_data: d, the standard deviation of the latents that the network was built for.
+
+    Raises:
+        ValueError: no positive number.
     """
-    if not sigma_data > 0:
-        raise ValueError(f"sigma_data must be positive, not {sigma_data}")
+    positive("sigma_data", sigma_data)
 
     def coefficients(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         level = sigma / alpha

@@ -28,6 +28,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from lpl.base.arguments import is_number, positive
 from lpl.diffusion.draws import timestep_probabilities
 from lpl.diffusion.prediction import FLOW_TYPES, alpha_sigma_table
 
@@ -60,6 +61,13 @@ class Distribution(NamedTuple):
 
 
 UNIFORM = Distribution()
+
+
+def _check(distribution: Distribution) -> None:
+    """Raises a ValueError where a value is of another kind."""
+    for name in ("logit_mean", "logit_std", "mode_scale"):
+        if not is_number(getattr(distribution, name)):
+            raise ValueError(f"Distribution: {name} must be a number, not {getattr(distribution, name)!r}")
 
 
 class Schedule(Protocol):
@@ -133,6 +141,7 @@ class Discrete:
         return len(self.alpha)
 
     def drawing(self, distribution: Distribution) -> Discrete:
+        _check(distribution)
         name, mean, std, _, bias, shift, _ = distribution
         if shift != 1:
             raise ValueError(f"a shift of {shift} is for flow matching, not for a discrete schedule")
@@ -182,6 +191,7 @@ class Flow:
         return self.distribution.shift
 
     def drawing(self, distribution: Distribution) -> Flow:
+        _check(distribution)
         name, _, std, scale, bias, shift, _ = distribution
         if name not in ("uniform", "logit_normal", "mode"):
             raise ValueError(f"unknown timestep distribution {name!r}")
@@ -189,8 +199,8 @@ class Flow:
             raise ValueError(f"logit_std must be positive, not {std}")
         if not MODE_SCALES[0] <= scale <= MODE_SCALES[1]:
             raise ValueError(f"mode_scale must lie in {MODE_SCALES[0]:g}..{MODE_SCALES[1]:.4g}, not {scale}")
-        if shift != "resolution" and not shift > 0:
-            raise ValueError(f"the shift must be positive, not {shift}")
+        if shift != "resolution":
+            positive("the shift", shift)
         if bias[0] != "none":
             raise ValueError(f"the timestep bias {bias[0]} is for a discrete schedule, not for flow matching")
         return replace(self, distribution=distribution)

@@ -9,11 +9,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from numbers import Real
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from lpl.base.arguments import function
 from lpl.perceptual.input_checks import given
 from lpl.perceptual.loss import LPLOutput
 
@@ -108,14 +110,12 @@ class AutoWeight:
 
     Args:
         target_share: in (0, 1).
-
-    Raises:
-        ValueError: another target_share.
     """
 
+    STATE: ClassVar = {"weight": Real, "fixed": bool, "measured": int, "squares": list | None}
+    """Keys of state_dict() and what they hold."""
+
     def __init__(self, target_share: float) -> None:
-        if not 0 < target_share < 1:
-            raise ValueError(f"lpl_target_share must lie between 0 and 1, not {target_share}")
         self.target_share = target_share
         self.weight: Tensor | float = 0.0
         self.fixed = False
@@ -165,6 +165,8 @@ class AutoWeight:
         Args:
             reduce: sums a tensor over processes; needed where there are several.
         """
+        if reduce is not None:
+            function("reduce", reduce, "x")
         if self.fixed or self._step_squares is None:
             return
         squares, samples = self._step_squares, self._step_samples
@@ -202,7 +204,7 @@ class AutoWeight:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what state_dict gave."""
+        """Restores what state_dict gave: a dict of STATE."""
         self.fixed, self.measured = bool(state["fixed"]), int(state["measured"])
         self.weight = float(state["weight"])
         squares = state["squares"]

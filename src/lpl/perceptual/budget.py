@@ -25,7 +25,7 @@ import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -106,6 +106,9 @@ class Budget:
         fixed: whether the reach is set for good.
         measured: decoded samples that were measured.
     """
+
+    STATE: ClassVar = {"fixed": bool, "measured": int, "sums": list | None, "reach": list}
+    """Keys of state_dict() and what they hold."""
 
     def __init__(self, share: float, step_cost: float, costs: Sequence[float], p_gate: float) -> None:
         for name, value in (("lpl_budget", share), ("step_flops", step_cost), *(("a tap's cost", k) for k in costs)):
@@ -230,7 +233,11 @@ class Budget:
         return {"fixed": self.fixed, "measured": self.measured, "sums": sums, "reach": self._table.tolist()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what state_dict gave."""
+        """Restores what state_dict gave: a dict of STATE.
+
+        Raises:
+            ValueError: it is of another decoder.
+        """
         self.fixed, self.measured = bool(state["fixed"]), int(state["measured"])
         self._sums = None if state["sums"] is None else torch.tensor(state["sums"], dtype=torch.float32)
         table = torch.tensor(state["reach"], dtype=torch.float64)

@@ -27,6 +27,11 @@ def with_map(state: State, x: Tensor) -> State:
     return x if isinstance(state, Tensor) else (x, *state[1:])
 
 
+def version_of(x: Tensor) -> int:
+    """How often it was changed in place; of tensors of torch.inference_mode() that is not known."""
+    return 0 if x.is_inference() else x._version
+
+
 def zeros_like(state: State) -> State:
     """Zeros of a state's shapes: a gradient to add to."""
     return torch.zeros_like(state) if isinstance(state, Tensor) else tuple(map(torch.zeros_like, state))

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
 from lpl.perceptual.convolution import Convolution, Head, LastSlice, Operation, Rows, rows_of
-from lpl.perceptual.feature_maps import State
+from lpl.perceptual.feature_maps import State, map_of, version_of
 from lpl.perceptual.strips import arithmetic, assemble, channel_moments, spans, strip_bytes, window
 
 Fuse = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -293,18 +293,25 @@ class Identity(Head):
 
 
 class Plain(Operation):
-    """Any function from state to state, through autograd; keeps what autograd keeps.
+    """Any function from state to state, through autograd; keeps what autograd keeps. Activations that work in place
+    are given a copy.
 
     Raises:
-        ValueError: of a function whose output has no graph.
+        ValueError: of a function whose output has no graph, or which changes in place what it is given.
     """
 
     def __init__(self, function: Callable[..., State], name: str = "a stage") -> None:
-        self.function, self.name = function, name
+        self.name = name
+        in_place = getattr(function, "inplace", False)
+        self.function: Callable[..., State] = (lambda x: function(x.clone())) if in_place else function
 
     def forward(self, x: State, keep: bool) -> tuple[State, list[Any]]:
         if not keep:
-            return self.function(x), []
+            version = version_of(map_of(x))
+            y = self.function(x)
+            if version_of(map_of(x)) != version:
+                raise ValueError(f"{self.name} changes in place what it is given: let it work on a copy")
+            return y, []
         every = [part.detach() for part in _parts(x)]
         inputs = [part.requires_grad_() for part in every if part.is_floating_point()]
         with torch.enable_grad():
@@ -314,8 +321,8 @@ class Plain(Operation):
         outputs = _parts(y)
         if not outputs[0].requires_grad:
             raise ValueError(
-                f"{self.name} gives features without a graph: LPL would train nothing; run it without detach() and "
-                "torch.no_grad()"
+                f"{self.name} gives features without a graph: LPL would train nothing; run it without detach(), "
+                "torch.no_grad() and torch.inference_mode()"
             )
         detached = tuple(part.detach() for part in outputs)
         return (detached[0] if isinstance(y, Tensor) else detached), [x, inputs, outputs]

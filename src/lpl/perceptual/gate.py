@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lpl.base.arguments import function, is_number
 from lpl.diffusion.own_process import AlphaSigma, OwnProcess
 from lpl.diffusion.prediction import signal_to_noise
 from lpl.diffusion.schedule import Distribution, Schedule, schedule_of
@@ -64,7 +65,7 @@ class Gate:
         if not given:
             sigma_threshold = SIGMA_THRESHOLD
         for name, bound in (("lpl_snr_threshold", snr_threshold), ("lpl_sigma_threshold", sigma_threshold)):
-            if bound is not None and not (isinstance(bound, Real) and bound >= 0):
+            if bound is not None and not (is_number(bound) and bound >= 0):
                 raise ValueError(f"{name} must be a number of 0 or more, not {bound!r}")
         self.t_threshold, self.snr_threshold, self.sigma_threshold = t_threshold, snr_threshold, sigma_threshold
         self.process: OwnProcess | None = None
@@ -78,8 +79,8 @@ class Gate:
         own_kind = hasattr(noise_scheduler, "alpha_sigma")
         self.schedule: Schedule = noise_scheduler if own_kind else schedule_of(noise_scheduler)
         self.num_timesteps, self.is_flow = self.schedule.num_timesteps, self.schedule.is_flow
-        if t_threshold is not None and t_threshold != int(t_threshold):
-            raise ValueError(f"lpl_t_threshold counts timesteps of 0..{self.num_timesteps - 1}, so not {t_threshold}")
+        if t_threshold is not None and not (is_number(t_threshold) and t_threshold == int(t_threshold)):
+            raise ValueError(f"lpl_t_threshold counts timesteps of 0..{self.num_timesteps - 1}, so not {t_threshold!r}")
         if t_threshold is not None and not 0 < t_threshold <= self.num_timesteps:
             raise ValueError(
                 f"lpl_t_threshold {t_threshold} lies outside the schedule's 1..{self.num_timesteps} timesteps"
@@ -167,8 +168,11 @@ def probability_of(gate: Gate, sampler: Sampler) -> float:
         sampler: draws n levels; called with n.
 
     Raises:
-        ValueError: it does not return n levels of the gate's schedule.
+        ValueError: it does not take n, or return n levels of the gate's schedule.
     """
+    if not isinstance(gate, Gate):
+        raise ValueError(f"gate is a {type(gate).__name__}: pass a Gate, such as Gate(sigma_threshold=3.0)")
+    function("the sampler of levels", sampler, "n")
     levels = sampler(DRAWS)
     if gate.process is not None:
         alpha, sigma = gate.process.alpha_sigma(levels)

@@ -8,13 +8,14 @@ device is read at the first calls alone (FirstCalls): each reading waits for the
 import logging
 import math
 from collections.abc import Callable
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lpl.base.arguments import flags, function, integer, is_number, positive
 from lpl.diffusion.prediction import FLOW_TYPES, Convention, expand, target_of
 from lpl.perceptual.decoders import is_own
 
@@ -42,25 +43,39 @@ def given(value: Any) -> str:
 
 
 def check_options(
-    loss_fn: Any, lpl_weight: Any, lpl_reduction: str, lpl_max_samples: int | None, snr_gamma: float | None,
-    lpl_start: int, lpl_warmup_steps: int,
+    loss_fn: Any, lpl_weight: Any, lpl_scale: Any, lpl_reduction: Any, lpl_max_samples: Any, lpl_target_share: Any,
+    snr_gamma: Any, **counts: Any,
 ) -> None:  # fmt: skip
     """What an objective's options can be."""
     if not callable(loss_fn) or hasattr(loss_fn, "decode"):
         raise ValueError(f"loss_fn is {given(loss_fn)}: pass LatentPerceptualLoss(vae)")
-    if lpl_weight != "auto" and not isinstance(lpl_weight, Real | Tensor):
+    one = is_number(lpl_weight) or (isinstance(lpl_weight, Tensor) and lpl_weight.numel() == 1)
+    if lpl_weight != "auto" and not one:
         raise ValueError(f"lpl_weight {lpl_weight!r} is neither a number nor 'auto'")
     if lpl_weight != "auto" and not 0 <= float(lpl_weight) < math.inf:
         raise ValueError(f"lpl_weight must be 0 or more and finite, not {lpl_weight}")
     if lpl_reduction not in ("expected", "gated"):
         raise ValueError(f"lpl_reduction {lpl_reduction!r} is neither expected nor gated")
-    if lpl_max_samples is not None and (lpl_max_samples < 1 or lpl_max_samples != int(lpl_max_samples)):
-        raise ValueError(f"lpl_max_samples must be an integer of at least 1, not {lpl_max_samples}")
-    if snr_gamma is not None and not snr_gamma > 0:
-        raise ValueError(f"snr_gamma must be positive, not {snr_gamma}")
-    for name, steps in (("lpl_start", lpl_start), ("lpl_warmup_steps", lpl_warmup_steps)):
-        if not isinstance(steps, Integral) or steps < 0:
-            raise ValueError(f"{name} must be an integer of 0 or more, not {steps}")
+    if lpl_max_samples is not None:
+        integer("lpl_max_samples", lpl_max_samples, 1)
+    if not is_number(lpl_target_share) or not 0 < lpl_target_share < 1:
+        raise ValueError(f"lpl_target_share must lie between 0 and 1, not {lpl_target_share!r}")
+    if snr_gamma is not None:
+        positive("snr_gamma", snr_gamma)
+    flags(lpl_scale=lpl_scale)
+    for name, count in counts.items():
+        integer(name, count, None if name == "seed" else 0)
+
+
+def check_process(noise_scheduler: Any, alpha_sigma: Any, prediction_type: Any) -> None:
+    """Whether something says what process there is and what is predicted of it."""
+    if noise_scheduler is None and prediction_type is None:
+        raise ValueError(
+            "noise_scheduler is None and prediction_type too: say what the model predicts, such as 'flow' (noise - "
+            "latents), 'flow_to_data' (latents - noise) or 'epsilon' (noise)"
+        )
+    if alpha_sigma is not None:
+        function("alpha_sigma", alpha_sigma, "time")
 
 
 def check_budget(lpl_budget: Any, lpl_reduction: str, loss_fn: Any) -> None:
@@ -133,12 +148,15 @@ def unpacking(tokens: Tensor, latents: Tensor) -> str:
 def unpacked(unpack: Callable[[Tensor], Tensor] | None, packed: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     """Latents (B, C, *space) of packed ones, and of others that are packed alike; None: they are latents."""
     tensors = (packed, *others)
-    return tensors if unpack is None else tuple(unpack(x) if x.dim() == packed.dim() else x for x in tensors)
+    if unpack is None:
+        return tensors
+    function("unpack", unpack, "packed")
+    return tuple(unpack(x) if x.dim() == packed.dim() else x for x in tensors)
 
 
 def per_sample(value: Any, batch: int, name: str) -> Tensor:
     """One value a sample as (B,); (B, 1), (B, 1, 1, 1) and the like mean the same and are flattened."""
-    if isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch == value.numel():
+    if isinstance(value, Tensor) and value.dim() and len(value) == batch == value.numel() and not value.is_complex():
         return value.reshape(batch)
     raise ValueError(f"{name}: {given(value)}; pass one value a sample, a tensor of shape ({batch},)")
 
@@ -191,7 +209,8 @@ def check_draws(draws: Any, batch: int) -> Tensor:
 def check_mask(mask: Any, latents: Tensor) -> None:
     """A mask (B, 1, *space) for latents (B, C, *space), on their device; its values are the loss's to check."""
     wanted = (len(latents), 1, *latents.shape[2:])
-    if not isinstance(mask, Tensor) or mask.shape != wanted or mask.device != latents.device:
+    fits = isinstance(mask, Tensor) and mask.shape == wanted and mask.device == latents.device
+    if not fits or mask.is_complex():
         raise ValueError(f"mask: {given(mask)}; pass {wanted} on {latents.device}, how much each location counts")
 
 
@@ -207,7 +226,11 @@ def check_mask_values(mask: Tensor) -> None:
 def check_windows(windows: Any, batch: int) -> None:
     """Places (B, 2) in [0, 1), a tensor on the CPU or an array."""
     on_cpu = isinstance(windows, np.ndarray) or (isinstance(windows, Tensor) and windows.device.type == "cpu")
-    if not on_cpu or windows.shape != (batch, 2) or not all(0 <= u < 1 for pair in windows.tolist() for u in pair):
+    if (
+        not on_cpu
+        or windows.shape != (batch, 2)
+        or not all(is_number(u) and 0 <= u < 1 for pair in windows.tolist() for u in pair)
+    ):
         raise ValueError(f"windows: {given(windows)}; pass ({batch}, 2) numbers in [0, 1) on the CPU")
 
 

@@ -18,8 +18,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lpl.base.arguments import integer
 from lpl.diffusion.prediction import signal_to_noise, x0_from_output
 from lpl.perceptual.auto_weight import gradient_of, zero_gradient
 from lpl.perceptual.defaults import WALK_TOLERANCE
@@ -84,6 +85,13 @@ def check(
         RuntimeError: features that are detached, a gradient of exactly 0, values that are not finite in float32, or a
             walk that is not the decoder's.
     """
+    if not isinstance(objective, PerceptualObjective):
+        raise ValueError(f"objective is {given(objective)}: pass the PerceptualObjective of the loop")
+    if vae is not None and not (isinstance(vae, nn.Module) and callable(getattr(vae, "decode", None))):
+        raise ValueError(f"vae is {given(vae)}: pass the module whose decode() makes images, or leave it out")
+    if not isinstance(batches, Iterable):
+        raise ValueError(f"batches is {given(batches)}: pass a list, or a generator, of dicts of the calls' arguments")
+    integer("seed", seed)
     if loss is not objective.loss_fn:
         raise ValueError("loss is not what the objective was built with: pass objective.loss_fn")
     found, first = Measured(objective), None

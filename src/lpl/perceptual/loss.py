@@ -11,21 +11,21 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.amp import autocast, is_autocast_available
 
+from lpl.base.arguments import flags, integer
 from lpl.diffusion.latent_space import LatentSpace
 from lpl.perceptual.chosen_taps import chosen_taps, layer_weights_of, merged
 from lpl.perceptual.decoders import DecoderTaps, HookTaps, VaeTaps, any_decoder, is_own
 from lpl.perceptual.defaults import NORM_TYPE
 from lpl.perceptual.distance import NORM_TYPES, FeatureDistance, batch_scale
 from lpl.perceptual.feature_maps import mean_of_rows
-from lpl.perceptual.input_checks import check_mask, check_mask_values, check_windows, given
-from lpl.perceptual.loss_checks import check_modules, check_options, check_pair
+from lpl.perceptual.input_checks import check_mask, check_mask_values, check_windows
+from lpl.perceptual.loss_checks import check_depth, check_latent_space, check_modules, check_options, check_pair
 from lpl.perceptual.random_depth import reach_probabilities
 from lpl.perceptual.sweep import Crop, Segment, Target, Way, WithGradient, compare, see_target
 
@@ -120,15 +120,14 @@ class LatentPerceptualLoss:
         if loss_type not in ("mse", "l1"):
             raise ValueError(f"loss_type {loss_type!r} is neither mse nor l1")
         for name, value, least in (("num_blocks", num_blocks, 0), ("chunk", chunk, 1), ("crop", crop, 1)):
-            if value is not None and (not isinstance(value, Integral) or value < least):
-                raise ValueError(f"{name} must be an integer of {least} or more, not {value!r}")
+            if value is not None:
+                integer(name, value, least)
+        flags(pow_law=pow_law, remove_outliers=remove_outliers, checkpointing=checkpointing, compile=compile)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ValueError(f"dtype {dtype!r} is no floating-point torch.dtype, such as torch.float32")
-        if latent_space is not None and not hasattr(latent_space, "to_raw"):
-            raise ValueError(
-                f"latent_space is {given(latent_space)}: pass a LatentSpace, such as LatentSpace.scaled(0.18215)"
-            )
         decoder = any_decoder(vae, stages, strides)
+        if latent_space is not None:
+            check_latent_space(latent_space, decoder)
         if not isinstance(decoder, HookTaps):
             for module in decoder.modules():
                 module.requires_grad_(False)
@@ -152,7 +151,7 @@ class LatentPerceptualLoss:
         self.stride = decoder.taps[0].stride
         self.crop = None if crop is None else max(1, crop // int(self.stride))
         self.reach = reach_probabilities(len(self.taps), random_depth)
-        self._unread_masks = READ_MASKS
+        self._unread_masks, self._tried = READ_MASKS, False
 
     def __call__(
         self,
@@ -194,7 +193,7 @@ class LatentPerceptualLoss:
         windows: Tensor | None,
         reach: Sequence[float] | None,
     ) -> LPLOutput:
-        self._check(pred, target, mask, depth, windows)
+        self._check(pred, target, mask, depth, windows, reach)
         if self.decoder.frames and pred.dim() == 5 and pred.shape[2] == 1:
             images = (x if x is None else x.squeeze(2) for x in (pred, target, mask))
             out = self._evaluate(*images, depth, windows, reach)
@@ -205,6 +204,9 @@ class LatentPerceptualLoss:
             reach = self.reach
         with_gradient = torch.is_grad_enabled() and pred.requires_grad
         with torch.no_grad(), _without_autocast(pred.device.type):
+            if not self._tried:
+                self.decoder.try_out(self._raw(target[:1]))
+                self._tried = True
             chunks = self._chunks(pred, target, mask, windows)
             if not self.weights:
                 self.weights = self._weights_by_size(chunks[0])
@@ -332,7 +334,13 @@ class LatentPerceptualLoss:
         return raw.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
     def _check(
-        self, pred: Tensor, target: Tensor, mask: Tensor | None, depth: int | None, windows: Tensor | None
+        self,
+        pred: Tensor,
+        target: Tensor,
+        mask: Tensor | None,
+        depth: int | None,
+        windows: Tensor | None,
+        reach: Sequence[float] | None,
     ) -> None:
         check_pair(pred, target, self.decoder)
         if mask is not None:
@@ -340,8 +348,7 @@ class LatentPerceptualLoss:
             if self._unread_masks:
                 self._unread_masks -= 1
                 check_mask_values(mask)
-        if depth is not None and (self.reach is None or not 1 <= depth <= len(self.taps)):
-            raise ValueError(f"depth {depth} needs random_depth and must lie in 1..{len(self.taps)}")
+        check_depth(depth, reach, len(self.taps), self.reach is not None)
         if (windows is None) != (self.crop is None):
             raise ValueError("windows, (B, 2) numbers in [0, 1), go with crop")
         if windows is not None:

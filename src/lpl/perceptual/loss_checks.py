@@ -1,10 +1,12 @@
 """Whether a loss is built and called with what it takes: each check raises a ValueError that says what to do."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lpl.base.arguments import integer, is_number
 from lpl.perceptual.decoders import Decoder, HookTaps, Tap
 from lpl.perceptual.input_checks import given
 
@@ -33,6 +35,26 @@ def check_options(
         )
 
 
+def check_latent_space(space: Any, decoder: Decoder) -> None:
+    """Whether it maps latents of as many channels as the decoder takes, where that is known."""
+    if isinstance(space, type) or not hasattr(space, "to_raw"):
+        raise ValueError(f"latent_space is {given(space)}: pass a LatentSpace, such as LatentSpace.scaled(0.18215)")
+    channels = len(getattr(space, "scale", " "))
+    if channels != 1 and decoder.latent_channels not in (None, channels):
+        raise ValueError(f"latent_space is of {channels} channels, the VAE's latents have {decoder.latent_channels}")
+
+
+def check_depth(depth: Any, reach: Any, taps: int, random: bool) -> None:
+    """How far a call goes: not at all said, a depth where it is random, or a probability for each tap it reaches."""
+    if depth is not None and (not random or not 1 <= integer("depth", depth) <= taps):
+        raise ValueError(f"depth {depth} needs random_depth and must lie in 1..{taps}")
+    if reach is None:
+        return
+    listed = list(reach) if isinstance(reach, Iterable) else []
+    if depth is not None or not 1 <= len(listed) <= taps or not all(is_number(p) and 0 < p <= 1 for p in listed):
+        raise ValueError(f"reach {reach!r}: pass probabilities above 0 of 1 to {taps} taps, instead of a depth")
+
+
 def check_pair(pred: Tensor, target: Tensor, decoder: Decoder) -> None:
     """Two latents of one shape, on one device, as the decoder takes them."""
     tensors = isinstance(pred, Tensor) and isinstance(target, Tensor)
@@ -44,10 +66,11 @@ def check_pair(pred: Tensor, target: Tensor, decoder: Decoder) -> None:
         or pred.device != target.device
         or pred.dim() - 2 not in axes
         or not pred.numel()
+        or not (pred.is_floating_point() and target.is_floating_point())
     ):
         raise ValueError(
             f"latents: {given(pred)} and {given(target)}; pass two {' or '.join(spaces[n] for n in axes)} of one "
-            "shape, on one device"
+            "shape and of floating point, on one device"
         )
     if decoder.latent_channels is not None and pred.shape[1] != decoder.latent_channels:
         raise ValueError(f"latents have {pred.shape[1]} channels, the VAE's have {decoder.latent_channels}")
@@ -61,9 +84,9 @@ def check_pair(pred: Tensor, target: Tensor, decoder: Decoder) -> None:
 
 def check_modules(decoder: Decoder, dtype: torch.dtype, device: torch.device, copied: bool) -> None:
     """The decoder's modules in eval mode, on the latents' device and in the loss's dtype; moves a private copy."""
+    if training := decoder.in_training():
+        raise ValueError(f"the VAE, or a part of its decoder, is in training mode ({training}): call .eval() on it")
     for module in decoder.modules():
-        if any(part.training for part in module.modules()):
-            raise ValueError("the VAE, or a part of its decoder, is in training mode: call vae.eval()")
         weight = next(module.parameters(), None)
         if weight is None:
             continue

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lpl.diffusion.prediction import DISCRETE_TYPES, FLOW_TYPES, PREDICTION_TYPES
+from lpl.base.arguments import function
+from lpl.diffusion.prediction import DISCRETE_TYPES, FLOW_TYPES, PREDICTION_TYPES, edm
 from lpl.perceptual.gate import Gate
 from lpl.perceptual.input_checks import check_sigmas, check_timesteps, per_sample
 
@@ -31,6 +32,8 @@ def check_prediction_type(gate: Gate, prediction_type: Any) -> None:
         raise ValueError(
             f"prediction type {prediction_type!r} does not go with {process}, which has {', '.join(fits)}{hint}"
         )
+    if callable(prediction_type) and prediction_type is not edm:  # of which coefficients_of says more
+        function("prediction_type", prediction_type, "alpha, sigma")
     if prediction_type == "epsilon" and gate.process is None:
         levels = gate.schedule.at(range(gate.num_timesteps))
         if (gate.schedule.alpha_sigma(levels)[0][gate.table] == 0).any():

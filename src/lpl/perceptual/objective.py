@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lpl.base.arguments import check_state, integer
 from lpl.diffusion.draws import keyed_generator, keyed_uniform
 from lpl.diffusion.own_process import AlphaSigma, OwnProcess
 from lpl.diffusion.prediction import (
@@ -39,9 +40,9 @@ from lpl.perceptual.input_checks import (
     check_latents,
     check_mask,
     check_options,
+    check_process,
     check_windows,
     diffusion_gradient,
-    given,
     per_sample,
     unpacked,
 )
@@ -122,17 +123,14 @@ class PerceptualObjective:
         step_flops: float | None = None,
         checked_calls: int = 3,
     ) -> None:
-        check_options(loss_fn, lpl_weight, lpl_reduction, lpl_max_samples, snr_gamma, lpl_start, lpl_warmup_steps)
+        check_options(
+            loss_fn, lpl_weight, lpl_scale, lpl_reduction, lpl_max_samples, lpl_target_share, snr_gamma, seed=seed,
+            lpl_start=lpl_start, lpl_warmup_steps=lpl_warmup_steps, checked_calls=checked_calls,
+        )  # fmt: skip
+        check_process(noise_scheduler, alpha_sigma, prediction_type)
         own = noise_scheduler is None and (alpha_sigma is not None or prediction_type not in (*FLOW_TYPES, "sample"))
-        if noise_scheduler is None and prediction_type is None:
-            raise ValueError(
-                "noise_scheduler is None and prediction_type too: say what the model predicts, such as 'flow' (noise - "
-                "latents), 'flow_to_data' (latents - noise) or 'epsilon' (noise)"
-            )
         self.loss_fn = loss_fn
         thresholds = (lpl_t_threshold, lpl_snr_threshold, lpl_sigma_threshold)
-        if alpha_sigma is not None and not callable(alpha_sigma):
-            raise ValueError(f"alpha_sigma is {given(alpha_sigma)}: pass a function of time")
         process = OwnProcess(alpha_sigma, prediction_type) if own else alpha_sigma
         self.gate = Gate(noise_scheduler, *thresholds, alpha_sigma=process)
         self.lpl_scale, self.snr_gamma, self.lpl_reduction = lpl_scale, snr_gamma, lpl_reduction
@@ -215,6 +213,7 @@ class PerceptualObjective:
         if self.auto is not None and diffusion_loss is None and torch.is_grad_enabled():
             raise ValueError("lpl_weight 'auto' measures gradients: pass diffusion_loss=")
         size = len(model_output)
+        step = None if step is None else integer("step", step, 0)
         depth, weight = self._depth(step), self.weight_at(step)
         timesteps, alpha, sigma = noise_levels(self.gate, size, timesteps, sigmas, alphas)
         if sample_weight is not None:
@@ -335,15 +334,16 @@ class PerceptualObjective:
         """Restores what state_dict gave, of an objective with the same options.
 
         Raises:
-            ValueError: it is of an objective with other options.
+            ValueError: it is of an objective with other options, or no such state.
         """
+        check_state("an objective", state, {"auto": AutoWeight.STATE, "budget": Budget.STATE, "calls": int})
         for name, has in (("auto", self.auto is not None), ("budget", self.lpl_budget is not None)):
             if state[name] is not None and not has:
                 option = "lpl_weight 'auto'" if name == "auto" else "lpl_budget"
                 raise ValueError(f"the state is of an objective with {option}, which this one has not: build it alike")
         if self.auto is not None and state["auto"] is not None:
             self.auto.load_state_dict(state["auto"])
-        self._calls, self._loaded_budget = int(state["calls"]), state["budget"]
+        self._calls, self._loaded_budget = state["calls"], state["budget"]
         if self.budget is not None and self._loaded_budget is not None:
             self.budget.load_state_dict(self._loaded_budget)
 

@@ -1,7 +1,9 @@
 """How likely each tap of a decoder is to be reached, where calls stop at a random depth (the loss's random_depth)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
+
+from lpl.base.arguments import is_number
 
 REACH = (1.0, 1.0, 0.4, 0.3, 0.25)
 """For the taps of SDXL's decoder (middle block and four up blocks), from benchmarks/random_depth.py."""
@@ -15,13 +17,16 @@ def reach_probabilities(taps: int, given: bool | Sequence[float]) -> tuple[float
         given: False; True for REACH (a decoder with more taps keeps its last value); or the probabilities.
 
     Raises:
-        ValueError: probabilities that are not one per tap, do not start at 1, rise, or reach 0.
+        ValueError: something else, or probabilities that are not one per tap, do not start at 1, rise, or reach 0.
     """
     if given is False:
         return None
     if given is True:
         return tuple(REACH[min(i, len(REACH) - 1)] for i in range(taps))
-    reach = tuple(float(p) for p in given)
+    listed = list(given) if isinstance(given, Iterable) else []
+    if not listed or not all(map(is_number, listed)):
+        raise ValueError(f"random_depth must be True, False or {taps} probabilities, one per tap, not {given!r}")
+    reach = tuple(map(float, listed))
     falls = all(a >= b > 0 for a, b in pairwise(reach))
     if len(reach) != taps or reach[0] != 1 or not falls:
         raise ValueError(f"random_depth needs {taps} probabilities, one per tap, falling from 1 and above 0: {reach}")

@@ -57,6 +57,17 @@ class Decoder(ABC):
     def modules(self) -> list[nn.Module]:
         """The modules that the walk runs: what is frozen, checked and, for another precision, copied."""
 
+    def in_training(self) -> str:
+        """The class of a module in training mode that the walk runs; empty: there is none."""
+        return next((type(part).__name__ for m in self.modules() for part in m.modules() if part.training), "")
+
+    def try_out(self, raw_latents: Tensor) -> None:  # noqa: B027
+        """Walks raw latents of one sample, before all others, where it is not known to run.
+
+        Raises:
+            ValueError: it does not.
+        """
+
     @abstractmethod
     def copy_to(self, dtype: torch.dtype) -> Self:
         """The same decoder with a private copy of its weights in dtype."""

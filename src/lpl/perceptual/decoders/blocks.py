@@ -51,7 +51,7 @@ def _next(modules: list[Any], fuse: Fuse) -> tuple[int, list[Operation]]:
     block = frozen_block(first, fuse) if hasattr(first, "upsamplers") and hasattr(first, "resnets") else None
     if block is not None:
         return 1, [*block[0], *([block[1]] if isinstance(block[1], Upsampling) else [])]
-    return 1, [Plain(first)]
+    return 1, [Plain(first, f"a stage's {type(first).__name__}")]
 
 
 def frozen_block(block: Any, fuse: Fuse) -> tuple[list[Operation], Head] | None:

@@ -2,18 +2,21 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Real
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
+from lpl.base.arguments import function
+from lpl.base.errors import on_one_line
 from lpl.diffusion.latent_space import LatentSpace
 from lpl.perceptual.decoders.base import Decoder, DecoderTaps, Tap
 from lpl.perceptual.decoders.blocks import frozen_stage
-from lpl.perceptual.feature_maps import State, map_of
+from lpl.perceptual.feature_maps import State, map_of, version_of
 from lpl.perceptual.frozen import Fuse, Identity
 from lpl.perceptual.sweep import Segment
 
@@ -31,7 +34,8 @@ class StageTaps(DecoderTaps):
         strides: of their maps, in cells of the decoder's output; None: not known.
 
     Raises:
-        ValueError: no callables, modules in training mode, or not one positive stride a stage.
+        ValueError: no callables of one argument, modules in training mode, or not one positive stride a stage; in a
+            walk, stages that do not take what they are given, change it in place, or run a module in training mode.
     """
 
     axes = (1, 2, 3)
@@ -47,7 +51,10 @@ class StageTaps(DecoderTaps):
             raise ValueError(
                 f"strides {strides}: pass {len(stages)} positive numbers, the output's cells per cell of a map"
             )
+        for number, stage in enumerate(stages):
+            function(f"stage_{number}", stage, "x")
         self._stages = list(stages)
+        self._ran: list[nn.Module] = []
         self.latent_channels = None
         self.taps = tuple(Tap(f"stage_{i}", 0, stride) for i, stride in enumerate(known))
         for module in self.modules():
@@ -64,16 +71,35 @@ class StageTaps(DecoderTaps):
     def copy_to(self, dtype: torch.dtype) -> Self:
         raise ValueError(_cast(self.modules(), dtype))
 
+    def in_training(self) -> str:
+        return super().in_training() or _in_training(self._ran)
+
     def begin(self, raw_latents: Tensor) -> State:
         return raw_latents
 
     def run(self, stage: int, x: State) -> State:
-        out = self._stages[stage](x)
+        name, given = self.taps[stage].name, map_of(x)
+        try:
+            out = self._stages[stage](x)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"{name} does not take {_words(given)}: {on_one_line(error)}") from error
         shown = out[0] if isinstance(out, tuple | list) and len(out) else out
-        _check_map(shown, self.taps[stage].name)
-        if len(shown) != len(map_of(x)):
-            raise ValueError(f"{self.taps[stage].name} makes {len(shown)} samples of {len(map_of(x))}: keep each apart")
+        _check_map(shown, name)
+        if len(shown) != len(given):
+            raise ValueError(f"{name} makes {len(shown)} samples of {len(given)}: keep each apart")
         return out
+
+    @torch.no_grad()
+    def try_out(self, raw_latents: Tensor) -> None:
+        """Runs the stages as they are, and notes the modules that functions among them hide."""
+        x: State = raw_latents
+        with _modules_that_run(self._ran):
+            for stage in range(len(self._stages)):
+                x = self.run(stage, x)
+        if name := self.in_training():
+            raise ValueError(f"the stages run a {name} in training mode: call .eval() on the decoder")
 
     def finish(self, x: State) -> Tensor:
         return map_of(x)
@@ -108,7 +134,7 @@ class HookTaps(Decoder):
 
     Raises:
         ValueError: unknown names, modules that do not run, run twice or in another order, change their output in
-            place afterwards, are in training mode, or whose output has no graph.
+            place afterwards, or whose output has no graph; a decode that runs one in training mode, or fails.
     """
 
     axes = (1, 2, 3)
@@ -121,21 +147,23 @@ class HookTaps(Decoder):
         example: Tensor,
         to_map: Callable[[Any], Tensor] | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module) or not callable(decode):
-            raise ValueError(f"model is {_words(model)} and decode {_words(decode)}: pass a module and its function")
-        if not isinstance(example, Tensor) or not example.is_floating_point():
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"model is {_words(model)}: pass the module that holds the decoder")
+        function("decode", decode, "raw_latents")
+        if to_map is not None:
+            function("to_map", to_map, "output")
+        if not isinstance(example, Tensor) or not example.is_floating_point() or example.dim() < 3:
             raise ValueError(
                 f"example is {_words(example)}: pass raw latents of floating point, a small batch of zeros"
             )
         modules = dict(model.named_modules())
-        unknown = [name for name in names if name not in modules]
-        if isinstance(names, str) or not names or unknown or len(set(names)) < len(names):
+        listed = list(names) if isinstance(names, Iterable) and not isinstance(names, str) else []
+        unknown = [name for name in listed if name not in modules]
+        if not listed or unknown or len(set(listed)) < len(listed):
             raise ValueError(f"names {unknown or names!r}: pass names of model.named_modules(), each once")
-        trained = [name for name in names if modules[name].training]
-        if trained:
-            raise ValueError(f"{', '.join(trained)}: in training mode; call .eval() on the decoder")
-        self.model, self.names, self.decode, self.to_map = model, list(names), decode, to_map or _first
+        self.model, self.names, self.decode, self.to_map = model, listed, decode, to_map or _first
         self.latent_channels = example.shape[1]
+        self._ran: list[nn.Module] = []
         self.taps = self._try(example)
 
     @property
@@ -148,6 +176,9 @@ class HookTaps(Decoder):
 
     def copy_to(self, dtype: torch.dtype) -> Self:
         raise ValueError(_cast(self.modules(), dtype))
+
+    def in_training(self) -> str:
+        return super().in_training() or _in_training(self._ran)
 
     def features(self, raw_latents: Tensor, chosen: Sequence[int]) -> list[Tensor]:
         """The maps of the chosen taps; the decoder stops behind the last of them."""
@@ -165,7 +196,7 @@ class HookTaps(Decoder):
                     raise ValueError(f"{name} runs twice in a decode: name a module that runs once")
                 found[name] = self.to_map(output)
                 _check_map(found[name], name)
-                versions[name] = found[name], found[name]._version
+                versions[name] = found[name], version_of(found[name])
                 if stop and len(found) == len(names):
                     raise _StopDecoding
 
@@ -184,24 +215,50 @@ class HookTaps(Decoder):
         missing = [name for name in names if name not in found]
         if missing:
             raise ValueError(f"{', '.join(missing)}: not run by decode; name modules that are (without torch.compile)")
-        changed = [name for name, (x, version) in versions.items() if x._version != version]
+        changed = [name for name, (x, version) in versions.items() if version_of(x) != version]
         if changed:
             raise ValueError(f"{', '.join(changed)}: its output is changed in place behind it: name the module behind")
         return found, result
 
     def _try(self, example: Tensor) -> tuple[Tap, ...]:
-        with torch.enable_grad():
-            found, result = self._run(example.detach().requires_grad_(), self.names, stop=False)
+        try:
+            with torch.enable_grad(), _modules_that_run(self._ran):
+                found, result = self._run(example.detach().requires_grad_(), self.names, stop=False)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"decode does not take example, {_words(example)}: {on_one_line(error)}") from error
+        if name := self.in_training():
+            raise ValueError(f"decode runs a {name} in training mode: call .eval() on the decoder")
         if list(found) != self.names:
             raise ValueError(f"names in the order they run are {', '.join(found)}: pass them so")
         detached = [name for name, x in found.items() if not x.requires_grad]
         if detached:
             raise ValueError(
                 f"{', '.join(detached)}: features without a graph, so LPL would train nothing: pass a decode that runs "
-                "without torch.no_grad() and detach()"
+                "without torch.no_grad(), torch.inference_mode() and detach()"
             )
         output = _first(result)
         return tuple(Tap(name, x.shape[1], output.shape[-1] / x.shape[-1]) for name, x in found.items())
+
+
+@contextmanager
+def _modules_that_run(found: list[nn.Module]) -> Iterator[None]:
+    """Notes the modules that are called, those without parts alone: others may hold what is not run."""
+
+    def note(module: nn.Module, inputs: Any) -> None:
+        if next(module.children(), None) is None and not any(module is other for other in found):
+            found.append(module)
+
+    handle = register_module_forward_pre_hook(note)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _in_training(modules: Sequence[nn.Module]) -> str:
+    return next((type(module).__name__ for module in modules if module.training), "")
 
 
 class _StopDecoding(Exception):  # noqa: N818
@@ -242,6 +299,8 @@ def _check_map(value: Any, name: str) -> None:
 
 
 def _words(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)} on {value.device}"
     return f"{len(value)} of {type(value).__name__}" if isinstance(value, list | tuple) else f"a {type(value).__name__}"
 
 

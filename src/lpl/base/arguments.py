@@ -1,0 +1,67 @@
+"""Arguments of the library's own functions: one of another kind than is taken is a ValueError of one line."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Mapping
+from numbers import Real
+from typing import Any
+
+
+def integer(name: str, value: Any, least: int | None = None) -> int:
+    """An integer of `least` or more; numpy's, or a tensor of one, too."""
+    try:
+        found = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        found = None
+    if found is None or (least is not None and found < least):
+        raise ValueError(f"{name} must be an integer{'' if least is None else f' of {least} or more'}, not {value!r}")
+    return found
+
+
+def positive(name: str, value: Any) -> float:
+    """A number above 0."""
+    if not is_number(value) or not value > 0:
+        raise ValueError(f"{name} must be a positive number, not {value!r}")
+    return float(value)
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is one, and no truth value."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def flags(**values: Any) -> None:
+    """Arguments that are True or False."""
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} must be True or False, not {value!r}")
+
+
+def function(name: str, value: Any, takes: str) -> None:
+    """What can be called with the arguments that `takes` names, such as "alpha, sigma"."""
+    wanted = f"{name} must be a function of ({takes})"
+    if not callable(value):
+        raise ValueError(f"{wanted}, not {value!r}")
+    try:
+        signature = inspect.signature(value)
+    except ValueError:  # of a builtin, which does not say what it takes
+        return
+    try:
+        signature.bind(*takes.split(", "))
+    except TypeError as error:
+        raise ValueError(f"{wanted}: {error}") from None
+
+
+def check_state(of: str, value: Any, kinds: Mapping[str, Any]) -> None:
+    """What state_dict() gives: a dict of these keys and kinds of values; a kind that is a dict may be None, too."""
+    hint = "pass what state_dict() gave"
+    if not isinstance(value, Mapping) or (missing := [key for key in kinds if key not in value]):
+        found = f"without {', '.join(missing)}" if isinstance(value, Mapping) else f"a {type(value).__name__}"
+        raise ValueError(f"the state of {of} is {found}: {hint}")
+    for key, kind in kinds.items():
+        if isinstance(kind, Mapping) and value[key] is not None:
+            check_state(f"{of}, {key!r},", value[key], kind)
+        elif not isinstance(kind, Mapping) and not isinstance(value[key], kind):
+            raise ValueError(f"the state of {of} has {value[key]!r} as {key!r}: {hint}")
