@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ast
-import inspect
-import itertools
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from lpl.config import TrainConfig, declared
+from lpl.config.help import texts_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "options.md"
 HEAD = """# Options of `lpl train`
@@ -21,16 +20,6 @@ beside each option in `src/lpl/config`. `lpl cache`, `plan`, `data`, `check` and
 *Resume*: whether an unfinished run may be continued with another value: yes, or `=` where batch size, accumulation and
 processes must give the same number of samples a step; elsewhere only with `--allow_changes`.
 """
-
-
-def helps(group: type) -> dict[str, str]:
-    """The text under each field of a group."""
-    body = ast.parse(inspect.getsource(group)).body[0].body  # type: ignore[attr-defined]
-    found = {}
-    for field, text in itertools.pairwise(body):
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
-            found[ast.unparse(field.target)] = " ".join(str(text.value.value).split())
-    return found
 
 
 def shown(value: Any) -> str:
@@ -55,7 +44,7 @@ def page() -> str:
     """The whole page."""
     parts = [HEAD]
     for group in TrainConfig().groups():
-        text = helps(type(group))
+        text = texts_of(type(group))
         parts.append(f"\n## {(type(group).__doc__ or '').splitlines()[0].rstrip('.')}\n")
         parts.append("| option | default | range | what | needs | resume |\n|---|---|---|---|---|---|")
         parts += [row(f.name, getattr(group, f.name), str(f.type), text[f.name]) for f in fields(group)]

@@ -14,7 +14,7 @@ from benchmarks.quality.arms import Run
 from lpl import __version__
 from lpl.base.errors import UserError
 from lpl.base.files import write_atomically
-from lpl.config.files import environment
+from lpl.config.environment import environment
 
 Row = dict[str, Any]
 

@@ -13,8 +13,9 @@ from lpl import __version__
 from lpl.base.errors import StopRequestedError, TrainingStoppedError, UserError
 from lpl.base.terminal import one_line, printable_streams
 from lpl.config import TrainConfig, commands
-from lpl.config.command_line import parse_compare, parse_options, parse_train
-from lpl.config.files import environment, nearest
+from lpl.config.command_line import completion, parse_compare, parse_options, parse_train
+from lpl.config.environment import environment_text
+from lpl.config.files import nearest
 from lpl.config.model_commands import EvalConfig, ExportConfig
 from lpl.config.run_folder import DATA_REPORT
 from lpl.presets import list_presets, preset_text
@@ -31,8 +32,22 @@ COMMANDS = {
     "eval": "samples of a model, or images, against real ones: distances, precision and recall, spectrum",
     "demo": "train a small SDXL on photographs without and with LPL: runs anywhere, needs no download",
     "presets": "list what --config and `accelerate launch --config_file` can begin with; `presets NAME` prints one",
-    "env": "print the versions that matter in a bug report",
+    "completion": 'print what makes a shell complete commands and options: eval "$(lpl completion bash)"; zsh, fish',
+    "env": "print what a bug report needs: versions, system, GPU, and what is not installed for which feature",
 }
+OPTIONS = dict.fromkeys(COMMANDS) | {
+    "train": TrainConfig,
+    "cache": commands.CacheConfig,
+    "plan": commands.PlanConfig,
+    "data": commands.DataReportConfig,
+    "check": commands.CheckConfig,
+    "export": ExportConfig,
+    "compare": commands.CompareConfig,
+    "report": commands.ReportConfig,
+    "eval": EvalConfig,
+    "demo": commands.DemoConfig,
+}
+"""The options of each command."""
 AFTER_INTERRUPTION = {
     **dict.fromkeys(("train", "compare", "demo"), "; the same command continues from the last checkpoint"),
     **dict.fromkeys(("cache", "eval"), "; the same command continues"),
@@ -93,7 +108,8 @@ def _fail(error: Exception, code: int, kind: str = "error: ") -> NoReturn:
     # where it has not, it is still there.
     if os.environ.get("RANK", "0") != "0":
         time.sleep(OTHERS_WAIT_S)
-    print(f"{kind}{one_line(str(error))}", file=sys.stderr)
+    for told in error.args if isinstance(error, UserError) else (str(error),):
+        print(f"{kind}{one_line(told)}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -114,8 +130,8 @@ def _dispatch(argv: list[str]) -> None:
     command, rest = (*argv, "--help")[0], argv[1:]
     if command in ("-h", "--help"):
         print(f"usage: lpl COMMAND [options]\n\nlpl {__version__}: Latent Perceptual Loss\n\ncommands:")
-        print("\n".join(f"  {name:7} {text}" for name, text in COMMANDS.items()))
-        print("\n`lpl COMMAND --help` lists its options.")
+        print("\n".join(f"  {name:10} {text}" for name, text in COMMANDS.items()))
+        print("\n`lpl COMMAND --help` lists its options, `lpl train --help all` every one.")
     elif command == "--version":
         print(__version__)
     elif command == "train":
@@ -179,8 +195,10 @@ def _dispatch(argv: list[str]) -> None:
         run_demo(demo)
     elif command == "presets":
         print(preset_text(rest[0]) if len(rest) == 1 else list_presets())
+    elif command == "completion":
+        print(completion(OPTIONS, (*rest, "")[0]))
     elif command == "env":
-        print("\n".join(f"{key}: {value}" for key, value in environment().items()))
+        print(environment_text())
     else:
         raise UserError(f"unknown command {command!r}{nearest(command, list(COMMANDS))}; known: {', '.join(COMMANDS)}")
 
@@ -200,10 +218,10 @@ def _cache(argv: list[str]) -> None:
     else:
         if argv and not argv[0].startswith("-"):
             raise UserError(f"unknown command cache {argv[0]!r}{nearest(argv[0], ['verify', 'prune'])}")
-        config = parse_options(TrainConfig, argv, "lpl cache")
+        options = parse_options(commands.CacheConfig, argv, "lpl cache")
         from lpl.training.run import fill_cache
 
-        fill_cache(config)
+        fill_cache(options.train)
 
 
 def _data(options: commands.DataReportConfig) -> None:

@@ -59,14 +59,13 @@ def options(model: Path, reference: Path, shared: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def evaluate(run_cli: Any, as_flags: Any, options: dict[str, Any]) -> Any:
-    """Runs `lpl eval` with the options, changed by keywords; returns eval.json and what was printed, or the error."""
+    """Runs `lpl eval` with the options, changed by keywords; returns eval.json and what was printed, or the errors."""
 
     def run(folder: Path, *argv: str, fails: bool = False, **changed: Any) -> Any:
         code, out, err = run_cli(["eval", *as_flags({"output_dir": folder, **options, **changed}), *argv])
         if fails:
             assert code == 2, err
-            (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
-            return line
+            return "\n".join(line for line in err.splitlines() if line.startswith("error: "))
         assert code == 0, err
         return json.loads((folder / "eval.json").read_text()), out
 
@@ -440,7 +439,7 @@ def test_a_pipeline_of_another_family(
         ({"scheduler": "euler"}, "scheduler"),
     ],
 )
-def test_errors_are_one_line(
+def test_errors_are_a_line_each(
     evaluate: Any, reference: Path, tmp_path: Path, changed: dict[str, Any], message: str
 ) -> None:
     if "images" in changed:

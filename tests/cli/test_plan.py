@@ -149,16 +149,6 @@ def test_train_has_no_memory_option() -> None:
         parse_train(["--memory", "8"])
 
 
-def test_help_names_plan_and_its_option(run_cli: Any) -> None:
-    _, out, _ = run_cli(["--help"])
-    assert "  plan " in out
-    code, out, _ = run_cli(["plan", "--help"])
-    assert code == 0
-    assert "--memory" in out
-    assert "--gradient_checkpointing" in out
-    assert PlanConfig().memory == "24GiB"
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures by Linux's VmHWM")
 def test_predicted_peak_is_what_real_steps_take() -> None:

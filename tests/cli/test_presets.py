@@ -11,7 +11,6 @@ import pytest
 import torch
 import yaml
 
-from lpl.config import TrainConfig
 from lpl.config.command_line import parse_train
 from lpl.config.files import RECORD
 from lpl.presets import presets
@@ -47,9 +46,10 @@ def test_preset_sets_what_it_says(name: str) -> None:
     file = Path(__file__).parents[2] / "src" / "lpl" / "presets" / f"{name}.yaml"
     written = yaml.safe_load(file.read_text())
     assert len(written) > 10
-    found = parse_train(["--config", name]).flat()
+    prompt = ["--validation_prompt", "what validation_steps acts on"]
+    found = parse_train(["--config", name, *prompt]).flat()
     assert {key: found[key] for key in written} == written
-    defaults = TrainConfig().flat()
+    defaults = parse_train(prompt).flat()
     assert {key: found[key] for key in found if key not in written} == {
         key: defaults[key] for key in defaults if key not in written
     }
@@ -71,7 +71,7 @@ def test_preset_of_the_diffusers_project_has_its_numbers() -> None:
 def test_flags_win_over_the_preset_wherever_they_stand() -> None:
     for argv in (["--config", "demo", "--seed", "5", "--no_use_ema"], ["--seed", "5", "--no_use_ema", "--config=demo"]):
         config = parse_train(argv)
-        assert (config.run.seed, config.optim.use_ema, config.optim.ema_decay) == (5, False, 0.99)
+        assert (config.run.seed, config.optim.use_ema, config.data.proportion_empty_prompts) == (5, False, 0.1)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_preset_trains_two_steps_and_its_config_yaml_repeats_them(
     preset = parse_train(["--config", name]).flat()
     assert written.keys() == preset.keys() - {"hub_token", "dry_run", "resume_from_checkpoint"}
     changed = {key for key in written if written[key] != preset[key]}
-    assert changed <= {*overrides, "output_dir", "lpl_sigma_threshold"}
+    assert changed <= {*overrides, "output_dir", "lpl_sigma_threshold", "draws_per_image"}
     assert [written["lpl_t_threshold"], written["lpl_sigma_threshold"]].count(None) == 1
     nothing = dict.fromkeys(base_options)
     again = train_in(tmp_path / "again", "--config", str(file), **nothing)
@@ -117,7 +117,8 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
     for part in (
         "trains       68,188 parameters (the whole UNet)",
         "data         6 samples at 16 px, latents 4 x 4 x 4",
-        "steps        15 of 4 samples",
+        "verdict      ready to train",
+        "steps        15 steps of 4 samples, which draw each of 6 images 10 times on average",
         "tap mid     16 x 4 x 4, weight 1",
         "tap up_2    8 x 16 x 16, weight 0.25",
         "memory       about ",
@@ -130,18 +131,19 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
     assert weights["AdamW state"] == f"{68188 * 8 / 2**20:.1f}"
     lora = train_in(tmp_path / "out", "--dry_run", **options, num_train_epochs=10, rank=2)
     assert "(LoRA of rank 2 on 68,188)" in lora.stdout
-    plain = train_in(tmp_path / "out", "--dry_run", **options, num_train_epochs=10, use_lpl=False)
+    plain = train_in(tmp_path / "out", "--dry_run", **options, num_train_epochs=301, use_lpl=False)
     assert "tap" not in plain.stdout
+    assert plain.stdout.startswith("verdict      think again: each image is drawn 301 times")
 
 
 def test_dry_run_agrees_with_the_run(train: Any) -> None:
     """Parameters and steps that the plan states are those that the run trains."""
-    options = {"rank": 2, "max_train_steps": None, "num_train_epochs": 1, "train_batch_size": 4}
+    options = {"rank": 2, "max_train_steps": None, "draws_per_image": 1, "train_batch_size": 4}
     plan = train("--dry_run", **options).stdout
     run = train(**options)
     trained = sum(t.numel() for t in run.unet().values())
     assert f"trains       {trained:,} parameters" in plan
-    assert "steps        2 of 4 samples" in plan
+    assert "steps        2 steps of 4 samples" in plan
     assert list(run.losses()["train_loss"]) == [1, 2]
 
 
@@ -165,7 +167,9 @@ def test_the_command_of_the_issue_under_accelerate_launch(
     launch_command(launch_command_parser().parse_args(launch))
     err = capfd.readouterr().err
     assert "6 samples; 6 crops and 6 captions encoded" in err
-    assert "decoder in float32 outside autocast" in err
+    assert (
+        "LPL compares decoder features in float32 where t < 200: on about 20 % of the samples; its weight is 1" in err
+    )
     assert "100%" in err
     assert f"done: the result is in {tmp_path / 'launched'}" in err
     assert list((tmp_path / "cache" / "lpl" / "latents").iterdir())

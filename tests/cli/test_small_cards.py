@@ -159,10 +159,10 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_does_not_go_together_is_refused_in_one_line(train: Any, case: str) -> None:
     options, message = REFUSED[case]
-    # No such model: the refusal comes before anything is looked for.
     run = train(**BFLOAT16 | {"pretrained_model_name_or_path": "/none"} | options, expect_error=True)
-    (line,) = run.errors
+    line, *_, model = run.errors
     assert message in line
+    assert "--pretrained_model_name_or_path /none" in model
     assert run.code == 2
 
 

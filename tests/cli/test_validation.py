@@ -402,6 +402,6 @@ def test_two_processes_measure_and_draw_the_same(
 def test_a_finished_run_of_epochs_is_known_as_such(train: Any) -> None:
     """Six images less two, two a step: a step more would be planned for all six."""
     options = {"validation_samples": 2, "max_train_steps": None, "num_train_epochs": 1, "train_batch_size": 2}
-    assert "steps        2 of 2 samples per process, 1.00 epochs" in train("--dry_run", **options).stdout
+    assert "steps        2 steps of 2 samples, which draw each of 4 images once" in train("--dry_run", **options).stdout
     train(**options)
     assert "nothing to do" in train(**options).stdout

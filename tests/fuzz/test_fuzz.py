@@ -1,4 +1,4 @@
-"""Whatever a file holds, the outcome is right, or one line and exit code 2, 3 or 4; in time and within 2 GiB.
+"""Whatever a file holds, the outcome is right, or a line for each fault and exit code 2, 3 or 4; in time and 2 GiB.
 
 LPL_FUZZ=N tries N changes of each kind of file, LPL_FUZZ_FROM=M begins at change number M.
 """
@@ -74,7 +74,7 @@ def fault_of(act: Any, right: bool = False) -> str | None:
         if right and code != 0:
             return f"refused: {err[-2000:]}"
         told = [line for line in err.splitlines() if line.startswith("error: ")]
-        if code not in (0, 2, 3, 4) or "Traceback" in err or (code != 0 and len(told) != 1):
+        if code not in (0, 2, 3, 4) or "Traceback" in err or (code != 0 and not told):
             return f"exit code {code}\n{err[-2000:]}"
         shown = (out + err).replace("\x1b[A", "")  # bars below each other
         if any(letter < " " and letter not in "\n\t\r" for letter in shown):

@@ -12,7 +12,8 @@ import yaml
 from lpl.base.errors import UserError
 from lpl.config import LoggingConfig, LPLConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from lpl.config.command_line import parse_train
-from lpl.config.files import RECORD, as_flags, differences, environment, nearest, read_options, write_config
+from lpl.config.environment import environment
+from lpl.config.files import RECORD, as_flags, differences, nearest, read_options, write_config
 from lpl.config.loss import GATES
 from lpl.config.run_folder import CONFIG_FILE
 

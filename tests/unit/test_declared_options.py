@@ -157,7 +157,15 @@ def test_bounds_are_checked_on_both_sides() -> None:
 
 @pytest.mark.parametrize(
     ("flag", "here"),
-    [("network_dim", "rank"), ("min_snr_gamma", "snr_gamma"), ("lr", "learning_rate"), ("flip_aug", "random_flip")],
+    [
+        ("network_dim", "rank"),
+        ("min_snr_gamma", "snr_gamma"),
+        ("lr", "learning_rate"),
+        ("flip_aug", "random_flip"),
+        ("lora_rank", "rank"),
+        ("validation_step_interval", "validation_steps"),
+        ("flow_schedule_shift", "timestep_shift"),
+    ],
 )
 def test_names_of_other_trainers(flag: str, here: str) -> None:
     with pytest.raises(UserError, match=rf"^unknown option --{flag}: here it is --{here}$"):

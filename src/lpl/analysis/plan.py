@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import replace
 
 from lpl.analysis.alternatives import HEADROOM, Change, Choice, cheapest, fits, neighbours, smallest
@@ -10,6 +11,7 @@ from lpl.analysis.needs import Needs, launched_estimate, readable
 from lpl.base.errors import UserError
 from lpl.base.terminal import progress
 from lpl.config import TrainConfig
+from lpl.config.length import count, length_of, on_the_way
 from lpl.config.run import processes
 from lpl.data.buckets import image_sizes
 from lpl.families import blueprint, kind_of, plan_configs, with_lora_weights
@@ -66,30 +68,40 @@ def describe(config: TrainConfig, checked: Checked) -> str:
     configs = checked.model_configs or plan_configs(config.model)
     rehearsal, run = Rehearsal(blueprint(configs, config.model)), config.run
     needs = launched_estimate(config, rehearsal, processes())
-    held, size = config.data.validation_samples, checked.source.size
-    samples, per_step = None if size is None else size - held, config.samples_per_step(1)
-    steps = None if checked.num_steps is None else config.num_steps(samples or 1, 1)
-    if steps is None:
-        length = f"{run.num_train_epochs} epochs, of a length known once the data are read"
-    elif samples is None:
-        length = f"{steps} of {per_step} samples per process"
-    else:
-        length = f"{steps} of {per_step} samples per process, {steps * per_step / samples:.2f} epochs per process"
+    size = checked.source.size
+    samples = None if size is None else size - config.data.validation_samples
+    verdict, length = _length(config, checked, samples)
     sizes = image_sizes(config.data).sizes
     shapes = f" in {len(sizes)} shapes" if len(sizes) > 1 else ""
     _, channels, side, _ = rehearsal.latents(config, 1)
     rates = "".join(f", {part} {rate:g}" for part, rate in config.component_rates.items())
     lines = [
+        f"verdict      {verdict}",
         f"model        {config.model.pretrained_model_name_or_path}",
         _trains(needs, config),
         f"data         {samples or 'a stream of'} samples at {config.data.crop_size} px{shapes}, latents {channels} x "
         f"{side} x {side}",
         f"steps        {length}",
+        *(f"{label:13}{what}" for label, what in on_the_way(config, checked.num_steps or sys.maxsize)),
         f"rate         {config.learning_rate:g}{rates}, {config.optim.lr_scheduler}; mixed precision "
         f"{run.mixed_precision}",
         *_details(needs, config),
     ]
     return "\n".join(lines)
+
+
+def _length(config: TrainConfig, checked: Checked, samples: int | None) -> tuple[str, str]:
+    """Whether a run may begin, and its length, in words."""
+    run, ready = config.run, "ready to train"
+    if checked.num_steps is None:
+        each = run.draws_per_image
+        wanted = f"{run.num_train_epochs} epochs" if each is None else f"{each:g} draws an image"
+        return f"{ready}; `lpl data` says how long it takes", f"{wanted}, known in steps once the data are read"
+    if samples is None:
+        return ready, f"{count(checked.num_steps, 'step')} of {count(config.samples_per_step(processes()), 'sample')}"
+    length = length_of(config, processes(), samples)
+    warning = length.warning()
+    return ready if warning is None else f"think again: {warning}", str(length)
 
 
 def _with_launched_precision(config: TrainConfig) -> TrainConfig:

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 
 class UserError(Exception):
-    """A fault in what the user handed over; the command line prints its message alone and exits with 2."""
+    """A fault in what the user handed over, or several; the command line prints them, a line each, and exits with 2."""
+
+    args: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "; ".join(self.args)
 
 
 class DamagedCacheError(UserError):
@@ -23,10 +32,54 @@ class StopRequestedError(Exception):
     """A run that was asked to stop (a signal, --max_minutes) and lost nothing; prints its message and exits with 4."""
 
 
+_noted: ContextVar[list[str] | None] = ContextVar("noted", default=None)
+
+
 def require(condition: bool, message: str) -> None:
-    """Raises UserError(message) unless the condition holds."""
-    if not condition:
+    """Raises UserError(message) unless the condition holds; within `all_faults`, notes it and goes on."""
+    noted = _noted.get()
+    if not condition and noted is None:
         raise UserError(message)
+    if not condition and noted is not None:
+        noted.append(message)
+
+
+@contextmanager
+def all_faults() -> Iterator[None]:
+    """What `require` finds within, and the UserError that ends it, are raised together at the end.
+
+    For checks of values that stand side by side, none of which needs another to hold.
+    """
+    found: list[str] = []
+    token = _noted.set(found)
+    try:
+        yield
+    except UserError as error:
+        found += error.args
+    finally:
+        _noted.reset(token)
+    if found:
+        raise UserError(*dict.fromkeys(found))
+
+
+class Faults:
+    """Faults of checks that do not depend on each other."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """Notes the UserError that ends a check."""
+        try:
+            yield
+        except UserError as error:
+            self.found += error.args
+
+    def raise_any(self) -> None:
+        """Raises all that were noted."""
+        if self.found:
+            raise UserError(*dict.fromkeys(self.found))
 
 
 def on_one_line(error: BaseException, most: int | None = None) -> str:

@@ -24,7 +24,7 @@ from lpl.comparison.measures import NO_METRICS, RunMetrics, measure_run
 from lpl.comparison.sentences import verdict_on
 from lpl.comparison.verdict import compare_arm, repeated_noise, result_table
 from lpl.config.commands import CompareConfig, ReportConfig
-from lpl.config.files import environment
+from lpl.config.environment import environment
 from lpl.config.run_folder import COMPARE_FILE, CONFIG_FILE, EVAL_FOLDER, PAGE
 from lpl.evaluation.guidance import SAMPLES, at_best, edge_notes
 from lpl.training.run import run_train

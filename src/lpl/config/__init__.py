@@ -74,10 +74,24 @@ class TrainConfig:
         choice = self.lpl.lpl_checkpointing
         return self.run.gradient_checkpointing if choice == "auto" else choice == "true"
 
-    def num_steps(self, samples: int, processes: int) -> int:
-        """Optimizer steps of the run: --max_train_steps, or what --num_train_epochs of so many samples take."""
-        epochs = self.run.num_train_epochs
-        return self.run.max_train_steps or -(-epochs * samples // self.samples_per_step(processes))
+    def num_steps(self, draws: int, processes: int, repeats: float = 1.0) -> int:
+        """Optimizer steps of the run: --max_train_steps, or what the draws of an image or --num_train_epochs take.
+
+        Args:
+            draws: of an epoch.
+            repeats: how often an epoch draws a training image on average.
+        """
+        run, most = self.run, self.run.max_train_steps
+        if run.draws_per_image is None and most is not None:
+            return most
+        epochs = run.num_train_epochs if run.draws_per_image is None else run.draws_per_image / repeats
+        steps = max(1, int(-(-epochs * draws // self.samples_per_step(processes))))
+        return steps if most is None else min(steps, most)
+
+    @property
+    def length_needs_data(self) -> bool:
+        """Whether the number of steps follows from that of the images."""
+        return self.run.max_train_steps is None or self.run.draws_per_image is not None
 
     def samples_per_step(self, processes: int) -> int:
         """Samples of an optimizer step, of so many processes."""

@@ -52,6 +52,9 @@ class Facts:
         elsewhere: what other trainers call it.
         schedule: "discrete" or "flow", the only kind of noise schedule that it acts with; or by value.
         by_model: only models of some families have it.
+        main: `lpl train --help` shows it; `--help all` shows every one.
+        replaced_by: options that say the same in another way: a flag of these leaves out what --config says here.
+        preset_unless: options beside which what a preset says here is left out.
     """
 
     default: Any = None
@@ -72,6 +75,9 @@ class Facts:
     elsewhere: tuple[str, ...] = ()
     schedule: str | Mapping[str, str] | None = None
     by_model: bool = False
+    main: bool = False
+    replaced_by: tuple[str, ...] = ()
+    preset_unless: tuple[str, ...] = ()
 
     def fits(self, value: Any, schedule: str) -> bool:
         """Whether a value other than the default acts with a kind of schedule, "discrete" or "flow"."""
@@ -158,12 +164,12 @@ class Options:
 def _check_number(flag: str, value: float, facts: Facts, auto: str) -> None:
     within = (facts.least is None or value >= facts.least) and (facts.most is None or value <= facts.most)
     fits = within and (facts.above is None or value > facts.above) and (facts.below is None or value < facts.below)
-    require(fits, f"{flag} must {auto}{facts.range()}, not {str(value)[:40]}")
-    require(isinstance(value, int) or isfinite(value), f"{flag} must {auto}be a finite number, not {value}")
-    require(
-        not isinstance(value, int) or facts.most is not None or value <= MOST,
-        f"{flag} must be at most {MOST}, not {str(value)[:40]}",
-    )
+    is_large = isinstance(value, int) and facts.most is None and value > MOST
+    if not fits:
+        require(False, f"{flag} must {auto}{facts.range()}, not {str(value)[:40]}")
+    elif isinstance(value, float):
+        require(isfinite(value), f"{flag} must {auto}be a finite number, not {value}")
+    require(not is_large, f"{flag} must be at most {MOST}, not {str(value)[:40]}")
 
 
 def check_text(flag: str, text: str, path: bool = False) -> None:

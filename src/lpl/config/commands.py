@@ -51,6 +51,16 @@ class PlanConfig(Options):
 
 
 @dataclass(frozen=True)
+class CacheConfig(Options):
+    """Encode a run's images and captions beforehand; a run with the same options then encodes nothing.
+
+    Takes every option of `lpl train`. `lpl cache verify` and `lpl cache prune` look after what is cached.
+    """
+
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+@dataclass(frozen=True)
 class VerifyConfig(Options):
     """Read every file of a cache and compare checksums; damage exits with 2."""
 

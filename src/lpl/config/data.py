@@ -18,9 +18,9 @@ class DataConfig(Options):
 
     USUALLY: ClassVar[Facts] = Facts(draws=True, defines=HELD_OUT)
 
-    train_data_dir: str | None = option(None, path=True)
+    train_data_dir: str | None = option(None, path=True, main=True)
     """An image folder, nested as deep as you like, with metadata.jsonl, or with a .txt caption beside each image."""
-    dataset_name: str | None = option(None, path=True)
+    dataset_name: str | None = option(None, path=True, main=True)
     """A data set on the Hub, a local folder that `datasets` reads, or parquet files (a path, * allowed)."""
     dataset_config_name: str | None = option(None, needs="dataset_name")
     """Configuration of that data set."""
@@ -39,13 +39,15 @@ class DataConfig(Options):
     in bad_files.jsonl."""
     background_color: str = "white"
     """What shows through transparent pixels: a name or #rrggbb."""
-    resolution: int | None = option(None, most=MOST_PIXELS, least=8, defines=(*HELD_OUT, "samples"))
+    resolution: int | None = option(None, most=MOST_PIXELS, least=8, defines=(*HELD_OUT, "samples"), main=True)
     """Height and width of the training crops, in pixels; unset: what the model was made for (1024 for full size)."""
-    buckets: bool = option(False, elsewhere=("enable_bucket",))
+    buckets: bool = option(False, elsewhere=("enable_bucket",), main=True)
     """Crop to the nearest of a set of aspect ratios with the area of --resolution squared, instead of to a square."""
     bucket_area: int | None = option(None, most=MOST_PIXELS**2, least=64, needs="buckets")
     """Area of every bucket in pixels; unset: --resolution squared."""
-    bucket_step: int = option(64, most=MOST_PIXELS, least=1, needs="buckets", elsewhere=("bucket_reso_steps",))
+    bucket_step: int = option(
+        64, most=MOST_PIXELS, least=1, needs="buckets", elsewhere=("bucket_reso_steps", "aspect_bucket_alignment")
+    )
     """Sides of buckets are multiples of this many pixels."""
     bucket_max_aspect: float = option(2.0, most=100.0, least=1, needs="buckets")
     """No bucket is longer than this many times its short side."""
@@ -53,9 +55,11 @@ class DataConfig(Options):
     """Crop the centre; off: a random crop."""
     crop_variants: int = option(1, most=10_000, least=1, defines=())
     """How many different random crops of each image to cache; each draw takes one of them."""
-    random_flip: bool = option(False, defines=(), elsewhere=("flip_aug",))
+    random_flip: bool = option(False, defines=(), elsewhere=("flip_aug",), preset_unless=("instance_prompt",))
     """Mirror images at random, freshly at each draw (both are cached)."""
-    image_interpolation_mode: Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"] = "lanczos"
+    image_interpolation_mode: Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"] = option(
+        "lanczos", elsewhere=("resize_interpolation",)
+    )
     """How images are resized; always antialiased but for nearest."""
     caption_choice: Literal["random", "first"] = option("random", defines=())
     """Of several captions: one at random at each draw, or always the first."""
@@ -67,28 +71,32 @@ class DataConfig(Options):
     """What separates tags."""
     caption_variants: int = option(8, most=10_000, least=1, needs="shuffle_caption", defines=())
     """How many orders of its tags a caption is cached in; draw n takes order n modulo this."""
-    caption_prefix: str | None = option(None, may_be_empty=True)
+    caption_prefix: str | None = option(None, may_be_empty=True, elsewhere=("prepend_instance_prompt",))
     """Trigger words: put before every caption that is not dropped."""
-    proportion_empty_prompts: float = option(0.0, least=0, most=1, defines=(), elsewhere=("caption_dropout_rate",))
+    proportion_empty_prompts: float = option(
+        0.0, least=0, most=1, defines=(), elsewhere=("caption_dropout_rate", "caption_dropout_probability")
+    )
     """Share of draws whose caption is dropped, drawn anew each time."""
-    repeats: str | None = option(None, defines=())
+    repeats: str | None = option(None, defines=(), elsewhere=("dataset_repeats",))
     """How often an epoch draws the images of a folder: `dogs=10,cats=2.5`, `balanced` (every folder equally often), or
     `names` (a folder named 10_dogs: ten times)."""
     reg_data_dir: str | None = option(None, path=True, defines=())
     """An image folder of regularisation images, drawn along with the others."""
     prior_loss_weight: float = option(1.0, least=0, needs="reg_data_dir", defines=())
     """Weight of the regularisation images' loss, LPL included."""
-    latent_cache_dir: str | None = option(None, path=True, free=True, defines=())
+    latent_cache_dir: str | None = option(
+        None, path=True, free=True, defines=(), elsewhere=("cache_dir_vae", "cache_dir_text")
+    )
     """Where latents and text embeddings are cached; unset: a folder of the user's cache, shared by all runs."""
     cache_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Precision in which latents and text embeddings are cached; the 16-bit ones halve the space."""
     rehash: bool = option(False, free=True, defines=())
     """Read every image again, also where path, size and time of change are those that were seen before."""
     dataloader_num_workers: int | Literal["auto"] = option(
-        "auto", most=1024, free=True, least=0, defines=(), elsewhere=("max_data_loader_n_workers",)
+        "auto", most=1024, free=True, least=0, defines=(), elsewhere=("max_data_loader_n_workers", "max_workers")
     )
     """Threads that read, decode and crop images while the cache is filled; auto: one a core, eight at most."""
-    validation_samples: int = option(0, least=0)
+    validation_samples: int = option(0, least=0, elsewhere=("num_eval_images", "validation_split"))
     """Hold so many of the images out of training, chosen by their content, and measure both losses on them."""
     validation_data_dir: str | None = option(None, path=True, free=True)
     """An image folder to measure both losses on instead; what it shares with the training images is not trained on."""
@@ -101,7 +109,7 @@ class DataConfig(Options):
     """Column with the masks of --dataset_name."""
     unmasked_weight: float = option(0.0, least=0, most=1, needs="masked_loss")
     """Weight of what the mask leaves out, 0 to 1: a mask's value m counts as m + (1 - m) times this."""
-    instance_prompt: str | None = None
+    instance_prompt: str | None = option(None, main=True)
     """Caption of every image that has none of its own (not of --reg_data_dir's)."""
 
     def __post_init__(self) -> None:

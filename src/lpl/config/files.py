@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import platform
-import subprocess
-from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from lpl.base.errors import UserError, on_one_line
+from lpl.base.errors import UserError, all_faults, on_one_line, require
 from lpl.base.files import write_output
 from lpl.base.json_files import REST, Shape, require_shape, whole
 from lpl.base.text import read_text
 from lpl.config import Facts, TrainConfig, declared
 from lpl.config.checks import check_path, check_text
+from lpl.config.environment import environment
 from lpl.config.loss import GATES, acting
 from lpl.config.run_folder import CONFIG_FILE, PLAIN
 from lpl.presets import preset_text, presets
@@ -43,10 +39,23 @@ REFUSED = {
     "output_name": "--output_dir names the run's folder, and its files are named after that",
     "save_model_as": "every result is .safetensors",
     "save_precision": "results are float32; lpl export writes other precisions",
-    "dataset_config": "--train_data_dir, --repeats and --resolution say the same",
+    **dict.fromkeys(
+        ("dataset_config", "data_backend_config"),
+        "--train_data_dir, --dataset_name, --repeats and --resolution say the same",
+    ),
+    "config_file": "--config FILE reads options from a YAML file of ours; `lpl presets` lists what ships",
+    "caption_extension": "captions are read from .txt files beside the images, or from metadata.jsonl",
+    "random_crop": "crops are random unless --center_crop",
+    "disable_tf32": "TF32 is off unless --allow_tf32",
+    "no_half_vae": "the VAE of LPL and of the cache runs in float32 anyway",
+    "model_type": "--rank trains a LoRA; without it the whole denoiser is trained",
+    **dict.fromkeys(("model_family", "model_flavour"), "the model's own files say what it is"),
+    **dict.fromkeys(("lora_type", "lycoris_config"), "--rank trains a LoRA, --use_dora a DoRA; there is no LyCORIS"),
+    "resolution_type": "--resolution is in pixels; with --buckets its square is the area of every shape",
+    "set_grads_to_none": "that always happens",
     **dict.fromkeys(("cache_latents", "cache_latents_to_disk", "cache_text_encoder_outputs"), CACHED),
     **dict.fromkeys(("xformers", "enable_xformers_memory_efficient_attention"), MEMORY_EFFICIENT),
-    **dict.fromkeys(("sdpa", "mem_eff_attn", "enable_npu_flash_attention"), MEMORY_EFFICIENT),
+    **dict.fromkeys(("sdpa", "mem_eff_attn", "enable_npu_flash_attention", "attention_mechanism"), MEMORY_EFFICIENT),
 }
 """Flags of the diffusers scripts, kohya's and SimpleTuner that have no counterpart, and what to do instead."""
 
@@ -80,14 +89,12 @@ def read_options(name: str) -> dict[str, str]:
         raise UserError(f"--config {name}: expected lines of `option: value`")
     is_record = options.pop(RECORD, None) is not None
     known = list(declared())
-    for key, value in options.items():
-        why = REFUSED.get(key)
-        if why is not None:
-            raise UserError(f"--config {name}: {key} is not taken: {why}")
-        if key not in known:
-            raise UserError(f"--config {name}: unknown key {key}{nearest(key, known)}")
-        if not isinstance(value, str):
-            raise UserError(f"--config {name}: {key} takes a single value")
+    with all_faults():
+        for key, value in options.items():
+            require(key not in REFUSED, f"--config {name}: {key} is not taken: {REFUSED.get(key)}")
+            is_known = key in known or key in REFUSED
+            require(is_known, f"--config {name}: unknown key {key}" + ("" if is_known else nearest(key, known)))
+            require(isinstance(value, str), f"--config {name}: {key} takes a single value")
     return _as_run(options) if is_record else options
 
 
@@ -100,7 +107,7 @@ def _as_run(options: dict[str, str]) -> dict[str, str]:
     return {key: value for key, value in options.items() if key in acted} | gates
 
 
-def without_replaced(options: dict[str, str], argv: list[str]) -> dict[str, str]:
+def without_replaced(options: dict[str, str], argv: list[str], is_preset: bool = False) -> dict[str, str]:
     """Options without those that flags replace though they are others: the gate, and the share of --lpl_weight auto."""
     flags: dict[str, str] = {}
     for token, following in zip(argv, [*argv[1:], ""], strict=False):
@@ -108,7 +115,11 @@ def without_replaced(options: dict[str, str], argv: list[str]) -> dict[str, str]
         if token.startswith("--"):
             flags[name.replace("-", "_")] = value if joined else following
     given = {name for name, value in flags.items() if value.lower() not in (*EMPTY, "none")}
-    replaced = set(GATES) if given & set(GATES) else set()
+    replaced = {
+        name
+        for name, facts in declared().items()
+        if given & set(facts.replaced_by) or (is_preset and given & set(facts.preset_unless))
+    }
     if flags.get("lpl_weight", "auto") != "auto":
         replaced.add("lpl_target_share")
     return {name: value for name, value in options.items() if name not in replaced}
@@ -255,27 +266,3 @@ def _same_path(facts: Facts, old: Any, new: Any) -> bool:
     """Whether two spellings of a path name one folder that is there."""
     are_paths = facts.path and isinstance(old, str) and isinstance(new, str)
     return are_paths and Path(new).exists() and Path(old).expanduser().resolve() == Path(new).resolve()
-
-
-@cache
-def environment() -> dict[str, Any]:
-    """Versions of what a run stands on, and the git state of this package where it runs from a checkout."""
-    found = {"python": platform.python_version()}
-    for name in ("latent-perceptual-loss", "torch", "diffusers", "transformers", "accelerate", "peft", "datasets"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return {**found, "git": _git_state()}
-
-
-def _git_state() -> str | None:
-    folder = str(Path(__file__).parent)
-
-    def git(*argv: str) -> str:
-        command = ["git", "-C", folder, *argv]
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", __file__)
-        return git("rev-parse", "HEAD") + (" (modified)" if git("status", "--porcelain", folder) else "")
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -18,7 +18,7 @@ class DiffusionConfig(Options):
 
     snr_gamma: float | None = option(None, above=0, elsewhere=("min_snr_gamma",))
     """Min-SNR weighting of the diffusion loss with this gamma (5 is usual)."""
-    noise_offset: float = option(0.0, least=0, draws=True)
+    noise_offset: float = option(0.0, least=0, draws=True, elsewhere=("offset_noise",))
     """Scale of noise added per channel, the same for every pixel."""
     timestep_bias_strategy: Literal["none", "earlier", "later", "range"] = option(
         "none", draws=True, schedule="discrete"
@@ -67,7 +67,13 @@ class DiffusionConfig(Options):
     """Standard deviation of logit_normal."""
     mode_scale: float = option(1.29, least=-1, most=1.75, draws=True, needs="timestep_distribution=mode")
     """How much more often mode draws the middle."""
-    timestep_shift: float | Literal["resolution"] | None = option(None, above=0, draws=True, schedule="flow")
+    timestep_shift: float | Literal["resolution"] | None = option(
+        None,
+        above=0,
+        draws=True,
+        schedule="flow",
+        elsewhere=("flow_schedule_shift", "flow_schedule_auto_shift", "discrete_flow_shift", "training_shift"),
+    )
     """Draw more noise (above 1) or less: s u / (1 + (s - 1) u) of each u that is drawn; resolution: by the number of
     latent cells, as Flux.1 does; unset: the model's own."""
     timestep_sampling: Literal["independent", "stratified"] = option(
@@ -114,19 +120,19 @@ GATES = ("lpl_t_threshold", "lpl_snr_threshold", "lpl_sigma_threshold")
 class LPLConfig(Options):
     """Latent Perceptual Loss."""
 
-    use_lpl: bool = True
+    use_lpl: bool = option(True, main=True)
     """Off: the plain diffusion objective, bit for bit."""
-    lpl_weight: float | Literal["auto"] = option("auto", least=0)
+    lpl_weight: float | Literal["auto"] = option("auto", least=0, main=True)
     """Weight against the diffusion loss; auto: set once from the measured gradient share."""
     lpl_target_share: float = option(defaults.TARGET_SHARE, above=0, below=1)
     """For auto: LPL's share of the gradient at the denoiser's output, r_lpl/(r_lpl + r_diffusion)."""
     lpl_reduction: Literal["expected", "gated"] = "expected"
     """Divide by batch size times gate probability, or (as the diffusers project does) by the samples that passed."""
-    lpl_t_threshold: int | None = option(None, above=0, defines=("lpl",))
+    lpl_t_threshold: int | None = option(None, above=0, defines=("lpl",), replaced_by=GATES)
     """Apply where the timestep is below this."""
-    lpl_snr_threshold: float | None = option(None, above=0, defines=("lpl",))
+    lpl_snr_threshold: float | None = option(None, above=0, defines=("lpl",), replaced_by=GATES)
     """The gate as a signal-to-noise ratio: apply where SNR is at least this."""
-    lpl_sigma_threshold: float | None = option(None, above=0, defines=("lpl",))
+    lpl_sigma_threshold: float | None = option(None, above=0, defines=("lpl",), main=True, replaced_by=GATES)
     """The gate as noise/signal: apply where it is at most this (the paper's tau; 3 to 6 did best there); 3 where no
     gate is given."""
     lpl_loss_type: Literal["mse", "l1"] = option("mse", defines=("lpl",))
@@ -162,7 +168,7 @@ class LPLConfig(Options):
     lpl_random_depth: bool = False
     """Stop each step at a random depth of the decoder, terms divided by the chance of reaching them: unbiased, cheaper,
     noisier."""
-    lpl_budget: float | None = option(None, above=0)
+    lpl_budget: float | None = option(None, above=0, main=True)
     """What LPL costs on average, as a share of a step without it (0.1: a tenth): which gated samples are decoded, and
     how deep, is drawn, and terms are divided by the chance: the same gradient on average, noisier. Unset: all."""
     lpl_warmup_steps: int = option(0, least=0)

@@ -29,7 +29,7 @@ WARM_UP = Needs("a schedule with warm-up (constant_with_warmup)", lambda config:
 class OptimConfig(Options):
     """Optimizer and schedule."""
 
-    learning_rate: float | None = option(None, above=0, elsewhere=("unet_lr", "lr"))
+    learning_rate: float | None = option(None, above=0, elsewhere=("unet_lr", "lr"), main=True)
     """Peak learning rate; unset: 1e-5 for full fine-tuning, 1e-4 for LoRA, 1 for prodigy, which finds its own."""
     scale_lr: bool = False
     """Multiply the learning rate by batch size, accumulation and processes."""
@@ -41,7 +41,7 @@ class OptimConfig(Options):
         "cosine_with_restarts",
         "polynomial",
         "piecewise_constant",
-    ] = "constant"
+    ] = option("constant", elsewhere=("lr_scheduler_type",))
     """Learning-rate schedule, stepped once per optimizer step."""
     lr_num_cycles: int = option(1, most=10**6, elsewhere=("lr_scheduler_num_cycles",))
     """Restarts of cosine_with_restarts."""
@@ -53,9 +53,9 @@ class OptimConfig(Options):
     """Optimizer steps of warm-up; unset: 500, or 0 for the constant schedules, which have none."""
     use_8bit_adam: bool = False
     """AdamW of bitsandbytes with 8-bit state; the same as --optimizer adamw8bit."""
-    adam_beta1: float = option(0.9, least=0, below=1, needs=BETAS)
+    adam_beta1: float = option(0.9, least=0, below=1, needs=BETAS, elsewhere=("optimizer_beta1",))
     """Decay of the first moment."""
-    adam_beta2: float = option(0.999, least=0, below=1, needs=BETAS)
+    adam_beta2: float = option(0.999, least=0, below=1, needs=BETAS, elsewhere=("optimizer_beta2",))
     """Decay of the second moment."""
     adam_weight_decay: float = option(1e-2, least=0, needs=NAMED)
     """Decoupled weight decay."""
@@ -70,7 +70,7 @@ class OptimConfig(Options):
     optimizer: str = option("adamw", elsewhere=("optimizer_type",))
     """adamw, adamw8bit (bitsandbytes), adafactor (transformers), prodigy (prodigyopt), schedulefree_adamw
     (schedulefree), or package.Class: any torch.optim.Optimizer that needs gradients only."""
-    optimizer_args: str | None = option(None, may_be_empty=True)
+    optimizer_args: str | None = option(None, may_be_empty=True, elsewhere=("optimizer_config",))
     """Keywords of the optimizer that no flag sets: `d_coef=2.0, safeguard_warmup=True`; literal values."""
     decay_all: bool = False
     """Decay biases and the weights of norms (tensors of one dimension) too, as the diffusers scripts do."""
@@ -84,9 +84,9 @@ class OptimConfig(Options):
     """The average's decay is never below this, once updates have begun."""
     ema_update_after_step: int = option(0, least=0, needs="use_ema")
     """Updates during which the average only follows the weights."""
-    ema_update_every: int = option(1, least=1, needs="use_ema")
+    ema_update_every: int = option(1, least=1, needs="use_ema", elsewhere=("ema_update_interval",))
     """Optimizer steps between updates of the average; the decay is that of an update."""
-    ema_device: Literal["same", "cpu"] = option("same", free=True, needs="use_ema")
+    ema_device: Literal["same", "cpu"] = option("same", free=True, needs="use_ema", elsewhere=("ema_cpu_only",))
     """Where the average is kept: on the device of the weights, or on the CPU, which costs a transfer at each update."""
     final_weights: Literal["auto", "raw", "ema"] = "auto"
     """Which weights are validated and saved as the result; auto: the average with --use_ema, else the raw ones."""
@@ -94,7 +94,7 @@ class OptimConfig(Options):
     """Precision of the trained weights and their gradients. bfloat16 halves both; updates are computed in float32 and
     rounded at random to one of the two neighbours, which loses nothing on average (optimizers of optimi keep instead
     what rounding leaves over). Needs --mixed_precision bf16 and adamw, adamw8bit, adafactor or optimi.Class."""
-    fused_backward_pass: bool = False
+    fused_backward_pass: bool = option(False, elsewhere=("optimizer_release_gradients",))
     """Step each weight in the backward pass, as soon as its gradient is there, and free that gradient: they never exist
     all at once. Needs --max_grad_norm 0, one micro-batch a step, one process, and an optimizer as --weights_dtype
     bfloat16."""

@@ -22,7 +22,7 @@ def processes() -> int:
 class ModelConfig(Options):
     """Model: what is trained."""
 
-    pretrained_model_name_or_path: str | None = option(None, path=True, arms=ONE_MODEL)
+    pretrained_model_name_or_path: str | None = option(None, path=True, arms=ONE_MODEL, main=True)
     """A diffusers folder, a Hub id, or one .safetensors file."""
     pretrained_vae_model_name_or_path: str | None = option(None, path=True, arms=ONE_MODEL, elsewhere=("vae",))
     """Another VAE than the model's own: a diffusers folder or a Hub id."""
@@ -40,9 +40,9 @@ class ModelConfig(Options):
     """What the denoiser predicts; unset: what the model's scheduler says. The saved pipeline says the same."""
     clip_skip: int | None = option(None, most=1000, least=0, by_model=True)
     """Take the text encoders' output so many layers before the usual one (diffusers' meaning of clip_skip)."""
-    max_token_length: Literal[75, 150, 225] = option(75, by_model=True)
+    max_token_length: Literal[75, 150, 225] = option(75, by_model=True, elsewhere=("tokenizer_max_length",))
     """Caption tokens that are used; beyond 75, in chunks of 75 that are encoded one by one and joined."""
-    rank: int | None = option(None, most=2**16, least=1, elsewhere=("network_dim",))
+    rank: int | None = option(None, most=2**16, least=1, elsewhere=("network_dim", "lora_rank"), main=True)
     """Train a LoRA of this rank instead of the whole denoiser."""
     rescale_betas_zero_snr: bool = option(
         False, defines=("diffusion_loss", "lpl"), elsewhere=("zero_terminal_snr",), schedule="discrete"
@@ -53,17 +53,21 @@ class ModelConfig(Options):
     """The LoRA is multiplied by lora_alpha/rank; unset: the rank, so by 1."""
     lora_dropout: float = option(0.0, least=0, below=1, needs="rank", elsewhere=("network_dropout",))
     """Share of the LoRA's inputs that is dropped at each training step."""
-    lora_targets: Literal["attention", "attention_mlp", "all"] = option("attention", needs="rank")
+    lora_targets: Literal["attention", "attention_mlp", "all"] = option(
+        "attention", needs="rank", elsewhere=("peft_lora_target_modules",)
+    )
     """Layers with a LoRA: the attentions' projections; also the transformers' MLPs; or every matrix and convolution of
     the blocks."""
     use_dora: bool = option(False, needs="rank")
     """Train a DoRA: also a magnitude for each output of these layers (slower, more memory)."""
-    lora_weights: str | None = option(None, path=True, arms=ONE_MODEL, elsewhere=("network_weights",))
+    lora_weights: str | None = option(None, path=True, arms=ONE_MODEL, elsewhere=("network_weights", "init_lora"))
     """A LoRA file, of diffusers' or kohya's naming, to go on training: rank, alpha and layers are the file's, and where
     it is on text encoders, those are trained too."""
     merge_lora_weights: bool = option(False, needs="lora_weights", arms=ONE_MODEL, elsewhere=("base_weights",))
     """Merge --lora_weights into the model before training instead; with --rank a new LoRA is trained on top."""
-    quantize_base: Literal["int8", "fp8", "nf4"] | None = option(None, needs="rank", elsewhere=("fp8_base",))
+    quantize_base: Literal["int8", "fp8", "nf4"] | None = option(
+        None, needs="rank", elsewhere=("fp8_base", "base_model_precision")
+    )
     """Keep the frozen linear layers of the denoiser's blocks in 8 or 4 bits, for small cards: a half or a quarter of
     bfloat16's memory for a little time. The LoRA is for the whole model, as ever."""
     train_text_encoder: bool = option(False, by_model=True)
@@ -110,45 +114,54 @@ class ModelConfig(Options):
 class RunConfig(Options):
     """Run: length, batches, precision, checkpoints."""
 
-    output_dir: str = option("lpl-output", path=True, free=True, arms="every run has a folder of its own")
+    output_dir: str = option("lpl-output", path=True, free=True, arms="every run has a folder of its own", main=True)
     """Where the result, checkpoints, samples and config.yaml go."""
     seed: int = option(0, most=2**32 - 1, least=0, arms="--seeds sets it for every arm")
     """Seed of every draw: order, crops, flips, noise, timesteps."""
-    train_batch_size: int = option(1, most=2**16, least=1, draws=True, divides=True)
+    train_batch_size: int = option(1, most=2**16, least=1, draws=True, divides=True, main=True)
     """Samples per process and micro-batch."""
     gradient_accumulation_steps: int = option(1, most=10**6, least=1, draws=True, divides=True)
     """Micro-batches per optimizer step."""
     num_train_epochs: int = option(100, most=10**9, least=1, elsewhere=("max_train_epochs",))
-    """Passes over the data, unless --max_train_steps is given."""
-    max_train_steps: int | None = option(None, most=10**9, least=1)
-    """Optimizer steps in all."""
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """Passes over the data, unless --max_train_steps or --draws_per_image is given."""
+    draws_per_image: float | None = option(
+        None, above=0, most=10**6, main=True, replaced_by=("max_train_steps", "num_train_epochs")
+    )
+    """The run ends when each image has been drawn so often on average, at --max_train_steps at the latest (100 to 200
+    for some 20 images of a subject; above 300 the model learns them by heart)."""
+    max_train_steps: int | None = option(
+        None, most=10**9, least=1, main=True, replaced_by=("draws_per_image", "num_train_epochs")
+    )
+    """Optimizer steps in all; with --draws_per_image at most."""
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(None, main=True)
     """Precision of the denoiser's arithmetic; unset: what `accelerate config` says, else no."""
     allow_tf32: bool = False
     """Allow TF32 on NVIDIA GPUs, also in LPL's float32 decoder."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = option(False, main=True)
     """Recompute the denoiser in the backward pass to save memory."""
     checkpointing_steps: int = option(
         500,
         free=True,
         least=1,
         period="no checkpoint is written on the way",
-        elsewhere=("save_state", "save_every_n_epochs"),
+        elsewhere=("save_state", "save_every_n_epochs", "checkpoint_step_interval", "checkpoint_epoch_interval"),
     )
     """Optimizer steps between checkpoints."""
-    checkpoints_total_limit: int | None = option(None, free=True, least=1, elsewhere=("save_last_n_steps_state",))
+    checkpoints_total_limit: int | None = option(
+        None, free=True, least=1, elsewhere=("save_last_n_steps_state", "checkpoints_rolling_total_limit")
+    )
     """Keep only this many of the newest checkpoints."""
     resume_from_checkpoint: str | None = option(
         None, path=True, free=True, recorded=False, arms="unfinished runs are continued anyway", elsewhere=("resume",)
     )
     """`latest` or a checkpoint folder; without it an unfinished run in --output_dir is continued all the same."""
-    dry_run: bool = option(False, free=True, recorded=False, arms="lpl compare has none")
+    dry_run: bool = option(False, free=True, recorded=False, arms="lpl compare has none", main=True)
     """Print the plan (parameters, taps, steps, memory) and stop."""
     save_steps: int | None = option(
         None, free=True, least=1, period="no weights are saved on the way", elsewhere=("save_every_n_steps",)
     )
     """Write weights for inference, raw and averaged, to saved-<step> in --output_dir every so many optimizer steps."""
-    compile_denoiser: bool = option(False, free=True, elsewhere=("torch_compile",))
+    compile_denoiser: bool = option(False, free=True, elsewhere=("torch_compile", "dynamo_backend"))
     """Run the denoiser through torch.compile in training; costs minutes at the start, once per shape of the images."""
     max_minutes: float | None = option(None, free=True, above=0)
     """Stop after so many minutes as a signal does: with a checkpoint and exit code 4; the same command continues."""
@@ -173,17 +186,34 @@ VALIDATION = Needs(
 class LoggingConfig(Options):
     """Validation images, logs and publishing."""
 
-    validation_prompt: str | None = option(None, free=True, may_be_empty=True)
+    validation_prompt: str | None = option(None, free=True, may_be_empty=True, main=True)
     """Prompt of the validation images; unset: none are made."""
     num_validation_images: int = option(4, most=10_000, free=True, least=1, needs=IMAGES)
     """Validation images of each prompt, each time."""
-    validation_epochs: int = option(1, free=True, least=1, needs=VALIDATION, elsewhere=("sample_every_n_epochs",))
+    validation_epochs: int = option(
+        1,
+        free=True,
+        least=1,
+        needs=VALIDATION,
+        elsewhere=(
+            "sample_every_n_epochs",
+            "validation_epoch_interval",
+            "eval_epoch_interval",
+            "validate_every_n_epochs",
+        ),
+    )
     """Epochs between validations."""
     validation_steps: int | None = option(
-        None, free=True, least=1, needs=VALIDATION, elsewhere=("sample_every_n_steps",)
+        None,
+        free=True,
+        least=1,
+        needs=VALIDATION,
+        elsewhere=("sample_every_n_steps", "validation_step_interval", "eval_steps_interval", "validate_every_n_steps"),
     )
     """Optimizer steps between validations, instead of epochs."""
-    report_to: Literal["tensorboard", "wandb", "comet_ml", "all", "none"] = option("tensorboard", free=True)
+    report_to: Literal["tensorboard", "wandb", "comet_ml", "all", "none"] = option(
+        "tensorboard", free=True, elsewhere=("log_with",)
+    )
     """Where metrics go."""
     logging_dir: str = option("logs", path=True, free=True)
     """TensorBoard folder, a name within --output_dir."""
@@ -191,11 +221,17 @@ class LoggingConfig(Options):
     """Optimizer steps between logged metrics; the device is not synchronised in between."""
     push_to_hub: bool = option(False, free=True, arms=NOT_PUSHED)
     """Upload the result with a model card when training ends."""
-    hub_model_id: str | None = option(None, free=True, needs="push_to_hub", arms=NOT_PUSHED)
+    hub_model_id: str | None = option(
+        None, free=True, needs="push_to_hub", arms=NOT_PUSHED, elsewhere=("huggingface_repo_id",)
+    )
     """Repository to push to; unset: the name of --output_dir."""
-    hub_token: str | None = option(None, free=True, recorded=False, needs="push_to_hub", arms=NOT_PUSHED)
+    hub_token: str | None = option(
+        None, free=True, recorded=False, needs="push_to_hub", arms=NOT_PUSHED, elsewhere=("huggingface_token",)
+    )
     """Token for the push; never written to config.yaml. `hf auth login` is safer."""
-    validation_prompts: str | None = option(None, path=True, free=True, elsewhere=("sample_prompts",))
+    validation_prompts: str | None = option(
+        None, path=True, free=True, elsewhere=("sample_prompts", "user_prompt_library")
+    )
     """Instead of --validation_prompt a file: .txt with a prompt a line, or .jsonl with prompt and, if you like,
     negative_prompt and seed."""
 

@@ -120,6 +120,17 @@ class Batch:
     mask: Tensor | None = None
 
 
+def drawn_images(samples: Samples, repeats: np.ndarray) -> tuple[int, float]:
+    """How many training images a run draws, and how often an epoch draws one on average.
+
+    Regularisation images count where no others are drawn.
+    """
+    drawn = repeats > 0
+    own = drawn & (samples.prefixes() == "")
+    found = repeats[own if own.any() else drawn]
+    return len(found), float(found.mean())
+
+
 @dataclass(frozen=True)
 class TrainingData:
     """Samples with their cached crops and captions.

@@ -12,6 +12,7 @@ from lpl.base.json_files import as_json, object_in
 from lpl.base.output_folder import Names, OutputFolder
 from lpl.base.terminal import columns, labelled
 from lpl.config import TrainConfig
+from lpl.config.length import count
 from lpl.config.run import processes
 from lpl.config.run_folder import BAD_FILES, CROPPED, DATA_FILE, DRAWS
 from lpl.data.bad_files import is_list
@@ -28,14 +29,16 @@ REASONS = 10
 
 def text(found: dict[str, Any], files: Sequence[Path], bad_files: Path) -> str:
     """What `lpl data` prints of report_numbers.numbers, the files written, and where bad files are listed."""
-    lines: list[str] = []
+    lines = labelled("verdict", [_verdict(found)])
     for part in found["parts"]:
         lines += _part(part)
     if "epoch" in found:
         epoch, run = found["epoch"], found["run"]
         length = f"{epoch['draws']:,} draws, {_short(epoch['steps'])} steps of {found['batch_size']}"
         lines += labelled("epoch", [length])
-        lines += labelled("run", [f"{run['steps']:,} steps, {_short(run['epochs'])} epochs"])
+        lines += labelled("run", [run["length"]])
+        for label in ("saves", "validates", "mirrors"):
+            lines += labelled(label, [run[label]])
         lines += _buckets(found["buckets"])
     if "left_out" in found:
         lines += labelled("held out", [f"{found['left_out']:,} for validation, copies included: not trained on"])
@@ -48,6 +51,15 @@ def text(found: dict[str, Any], files: Sequence[Path], bad_files: Path) -> str:
     lines += labelled("warnings", found["warnings"])
     lines += labelled("written", list(map(str, files)))
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _verdict(found: dict[str, Any]) -> str:
+    if found["fault"] is not None:
+        return f"no run would start: {found['fault']}"
+    warnings = len(found["warnings"])
+    if warnings:
+        return f"ready to train, after a look at {count(warnings, 'warning')} below"
+    return "ready to train"
 
 
 def _part(part: dict[str, Any]) -> list[str]:

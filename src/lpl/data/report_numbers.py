@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from lpl.config import DataConfig
+from lpl.config.environment import environment
+from lpl.config.length import on_the_way
 from lpl.data.buckets import Buckets, image_sizes
 from lpl.data.crops import Crop, plan_crop
 from lpl.data.survey import Draw, Part, Survey
@@ -31,6 +33,7 @@ def numbers(survey: Survey) -> dict[str, Any]:
     """
     config, order = survey.config, survey.order
     found: dict[str, Any] = {
+        "environment": environment(),
         "resolution": config.data.crop_size,
         "seed": config.run.seed,
         "batch_size": survey.batch_size,
@@ -39,7 +42,14 @@ def numbers(survey: Survey) -> dict[str, Any]:
     }
     if order is not None:
         found["epoch"] = {"draws": order.epoch_size, "steps": order.epoch_size / survey.batch_size}
-        found["run"] = {"steps": survey.num_steps, "epochs": survey.num_steps * survey.batch_size / order.epoch_size}
+        length = survey.length
+        found["run"] = {
+            "steps": length.steps,
+            "epochs": length.steps * survey.batch_size / order.epoch_size,
+            "draws_per_image": length.draws,
+            "length": str(length),
+            **dict(on_the_way(config, length.steps)),
+        }
     if survey.left_out:
         found["left_out"] = survey.left_out
     crops = _crops(survey.samples.sizes, survey.views.buckets)
@@ -190,6 +200,8 @@ def _warnings(survey: Survey, found: dict[str, Any]) -> Any:
         if 0 < bucket["draws"] < batch:
             draws, size = _count(bucket["draws"], "draw", "draws"), f"{bucket['width']} x {bucket['height']}"
             yield f"a batch of {batch} takes more than the {draws} that an epoch has at {size}: images repeat in it"
+    if (too_long := survey.length.warning()) is not None:
+        yield too_long
     if found["run"]["epochs"] < 1:
         yield (
             f"the run of {found['run']['steps']:,} steps makes {found['run']['epochs']:.2f} epochs: some images are "
@@ -219,7 +231,7 @@ def _part_warnings(survey: Survey, part: dict[str, Any]) -> Any:
         yield f"{lost['mean']:.0%} of the images' area is cropped away{_with_buckets(survey, part)}"
     if part.get("masks") == 0:
         yield f"--masked_loss {data.masked_loss}: no image has a mask, so all of each is trained"
-    if captions["different"] == 1 and part["images"] > 1:
+    if captions["different"] == 1 and part["images"] > 1 and not captions.get("instance_prompt"):
         yield "every image has the same caption"
     elif captions["empty"]:
         empty = _count(captions["empty"], "image has", "images have")

@@ -17,11 +17,12 @@ from PIL import Image
 from lpl.base.errors import UserError
 from lpl.base.terminal import progress
 from lpl.config import TrainConfig
+from lpl.config.length import Length, length_of
 from lpl.data.bad_files import Bad, BadFiles, BadImageError
 from lpl.data.captions import CaptionRules
 from lpl.data.catalogue import MASKED, SCHEMA, Row, Samples, bad_in, table_of
 from lpl.data.crops import Crop, Views
-from lpl.data.dataset import VALIDATION, split_repeats, split_samples
+from lpl.data.dataset import VALIDATION, drawn_images, split_repeats, split_samples
 from lpl.data.decode import decode_with_alpha, parse_color
 from lpl.data.masks import Mask, mask_of
 from lpl.data.prepare import REGULARISATION, none_usable
@@ -78,10 +79,11 @@ class Survey:
         return self.config.samples_per_step(self.processes)
 
     @property
-    def num_steps(self) -> int:
-        """Optimizer steps of the run."""
+    def length(self) -> Length:
+        """The steps of the run, and what they come to."""
         assert self.order is not None
-        return self.config.num_steps(self.order.epoch_size, self.processes)
+        images, repeats = drawn_images(self.samples, self.repeats)
+        return length_of(self.config, self.processes, images, self.order.epoch_size, repeats)
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ def first_draws(survey: Survey, number: int) -> list[Draw]:
     """The first so many draws of the run, in its order; fewer if the run is shorter."""
     order, draws = survey.order, []
     assert order is not None
-    for step in range(min(survey.num_steps, -(-number // survey.batch_size))):
+    for step in range(min(survey.length.steps, -(-number // survey.batch_size))):
         for index, count in order.batch(step):
             row = survey.samples[index]
             crop = survey.views.draw(survey.config.run.seed, row.id, row.width, row.height, count)

@@ -9,7 +9,7 @@ from typing import Any
 
 from lpl import __version__
 from lpl.base.terminal import columns, with_names
-from lpl.config.files import environment
+from lpl.config.environment import environment
 from lpl.config.points import FRECHETS, best_points, edge_line, plain, shown_point
 from lpl.evaluation.measuring import PointMetrics
 from lpl.evaluation.planning import Plan

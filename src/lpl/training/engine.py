@@ -20,7 +20,8 @@ from peft import LoraConfig
 
 from lpl.base.errors import UserError
 from lpl.config import LPLConfig, ModelConfig, TrainConfig
-from lpl.data.dataset import Batch, TrainingData
+from lpl.config.length import length_of
+from lpl.data.dataset import Batch, TrainingData, drawn_images
 from lpl.data.sampler import BatchOrder, share
 from lpl.diffusion.draws import even_draws, keyed_seed, strata
 from lpl.diffusion.latent_space import LatentSpace
@@ -103,7 +104,8 @@ class Batches:
         self.samples_per_step = config.samples_per_step(processes)
         self._order = BatchOrder(run.seed, data.buckets, data.repeats, self.samples_per_step)
         self.steps_per_epoch = self._order.epoch_size / self.samples_per_step
-        self.num_steps = config.num_steps(self._order.epoch_size, processes)
+        images, repeats = drawn_images(data.samples, data.repeats)
+        self.length = length_of(config, processes, images, self._order.epoch_size, repeats)
 
     def batch(self, step: int, micro_batch: int) -> Batch:
         """The samples of a micro-batch of an optimizer step, in this process."""

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lpl.base.errors import UserError
+from lpl.base.errors import Faults, UserError, all_faults
 from lpl.base.files import alone_in
 from lpl.base.text import Prompt, read_prompts
 from lpl.config import LoggingConfig, ModelConfig, TrainConfig, check_model_options, idle_options
@@ -68,8 +68,43 @@ def preflight(config: TrainConfig) -> Checked:
     """Checks model, data, output folder and options against each other.
 
     Raises:
-        UserError: the first fault found, in one line.
+        UserError: every fault that was found, a line each.
     """
+    faults = Faults()
+    with faults.one():
+        _check_packages(config)
+    with faults.one():
+        config = replace(config, model=with_lora_weights(config.model))
+    with faults.one(), all_faults():
+        check_memory_options(config)
+    with faults.one():
+        check_launch(config)
+    with faults.one():
+        config, configs = check_model(config)
+    with faults.one():
+        source, regularisation, validation = _open_sources(config)
+    with faults.one():
+        validation_prompts(config.logging)
+    faults.raise_any()
+    with faults.one():
+        finished_step = check_output(config)
+    with faults.one():
+        if configs:
+            check_options(config, configs)
+    faults.raise_any()
+    _warn_idle(config)
+    even = source.size is not None and config.data.repeats is regularisation is validation is None
+    known = even or not config.length_needs_data
+    num_steps = config.num_steps((source.size or 1) - config.data.validation_samples, processes()) if known else None
+    if num_steps is not None:
+        warn_of_steps(config, num_steps)
+    checked = Checked(config, source, regularisation, configs, finished_step, num_steps, validation)
+    if not checked.has_ended:
+        check_writable(config)
+    return checked
+
+
+def _check_packages(config: TrainConfig) -> None:
     for package in TRACKERS[config.logging.report_to]:
         if importlib.util.find_spec(package) is None:
             raise UserError(
@@ -79,32 +114,18 @@ def preflight(config: TrainConfig) -> Checked:
         from lpl.training.optimizers import check_class
 
         check_class(config.optim)
-    config = replace(config, model=with_lora_weights(config.model))
-    check_memory_options(config)
-    check_launch(config)
-    config, configs = check_model(config)
-    finished_step = check_output(config)
-    if configs:
-        check_options(config, configs)
+
+
+def _open_sources(config: TrainConfig) -> tuple[Source, Source | None, Source | None]:
+    """Training images, those of --reg_data_dir and those of --validation_data_dir."""
     source = open_source(config.data, config.model.cache_dir)
-    regularisation, validation = open_regularisation(config.data), open_validation(config.data)
     held = config.data.validation_samples
     if held and source.size is not None and held >= source.size:
         raise UserError(
             f"--validation_samples {held}: {source.name} has {source.size} images, which leaves none to train on: hold "
             "out fewer"
         )
-    validation_prompts(config.logging)
-    _warn_idle(config)
-    even = source.size is not None and config.data.repeats is regularisation is validation is None
-    known = config.run.max_train_steps is not None or even
-    num_steps = config.num_steps((source.size or 1) - config.data.validation_samples, processes()) if known else None
-    if num_steps is not None:
-        warn_of_steps(config, num_steps)
-    checked = Checked(config, source, regularisation, configs, finished_step, num_steps, validation)
-    if not checked.has_ended:
-        check_writable(config)
-    return checked
+    return source, open_regularisation(config.data), open_validation(config.data)
 
 
 @contextmanager
@@ -150,16 +171,19 @@ def check_data(config: TrainConfig, report: Path, weights: bool = False) -> Chec
         weights: ask for a model with its weights.
 
     Raises:
-        UserError: the first fault found, in one line.
+        UserError: a model or data that cannot be read, or the first fault of what does not go together.
     """
-    config, configs = check_model(config, model_configs if weights else plan_configs)
+    faults = Faults()
+    with faults.one():
+        config, configs = check_model(config, model_configs if weights else plan_configs)
+    with faults.one():
+        source, regularisation = open_source(config.data, config.model.cache_dir), open_regularisation(config.data)
+    faults.raise_any()
     if configs and config.model.pretrained_model_name_or_path is not None:
         check_options(config, configs)
     check_inputs_apart(config)
     if (report.exists() and not report.is_dir()) or (report.parent.exists() and not report.parent.is_dir()):
         raise UserError(f"--output_dir {config.run.output_dir}: a file is in the way of {report}")
-    source = open_source(config.data, config.model.cache_dir)
-    regularisation = open_regularisation(config.data)
     _warn_idle(config)
     if config.run.max_train_steps is not None:
         warn_of_steps(config, config.run.max_train_steps)

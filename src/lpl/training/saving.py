@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from itertools import count
@@ -15,6 +16,7 @@ from lpl.base.output_folder import OutputFolder
 from lpl.base.tensor_file import write_tensors
 from lpl.config import TrainConfig
 from lpl.config.run_folder import CONFIG_FILE, FINISHED, RESULT, SAMPLES, SAVED, UNPUBLISHED, WEIGHTS
+from lpl.families.export import LORA_FILE
 from lpl.training.weights import Weights
 
 ALL_WEIGHTS = "a folder for diffusers; `lpl export` makes the file for ComfyUI, A1111 and Forge"
@@ -101,6 +103,24 @@ def write_beside(
         return f"{lora.name} for {readers}; none for others: {str(error).removeprefix(f'{lora}: ')}"
     write_tensors(tensors.items(), lora.with_name(name), metadata)
     return f"{lora.name} for diffusers; {name} for {others}"
+
+
+def next_commands(folder: Path, readers: str | None) -> str:
+    """What one does with a result, in the words of the last line that a run prints.
+
+    Args:
+        readers: of a LoRA, the programs that read diffusers' file; None: all weights were trained.
+    """
+    shown, where = shlex.quote(str(folder)), ""
+    beside = [path for path in sorted(folder.glob("*.safetensors")) if path.name != LORA_FILE]
+    if readers is not None and "ComfyUI" in readers:
+        beside = [folder / LORA_FILE]
+    if readers is None:
+        file = shlex.quote(f"{folder.resolve().name}.safetensors")
+        where = f"`lpl export {shown} --output {file}` for ComfyUI's models/checkpoints; "
+    elif beside:
+        where = f"copy {shlex.quote(str(beside[0]))} into ComfyUI's models/loras; "
+    return f"{where}`lpl report {shown}` for a page of losses and images"
 
 
 def create_repository(config: TrainConfig) -> str:

@@ -91,6 +91,20 @@ class LPLTotals:
         return f"LPL had {percent(share)} of the gradient on {reached}, {weight}"
 
 
+def shown(metrics: Mapping[str, float], totals: LPLTotals) -> str:
+    """What the progress bar says of a step's metrics: the loss, and LPL's value and share of the gradient."""
+    loss = f"loss {metrics['train_loss']:.3g}"
+    if "lpl/weight" not in metrics:
+        return loss
+    if not totals.gated:
+        return f"{loss}, LPL: no sample passed yet"
+    if not metrics["lpl/application_ratio"]:
+        return f"{loss}, LPL: no sample passed lately"
+    if not metrics["lpl/weight"]:
+        return f"{loss}, LPL without a weight yet"
+    return f"{loss}, LPL {metrics['lpl/weighted_loss']:.3g} with a share of {percent(metrics['lpl/gradient_share'])}"
+
+
 SHARE_SAMPLES = 32
 """Gated samples before the gradient share is judged."""
 

@@ -15,8 +15,10 @@ from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 
 from lpl.base.errors import DamagedCacheError, StopRequestedError, TrainingStoppedError
+from lpl.base.terminal import percent
 from lpl.config import TrainConfig
 from lpl.config.files import write_config
+from lpl.config.length import on_the_way
 from lpl.config.run_folder import BAD_FILES, last_checkpoint
 from lpl.data.prepare import Processes, prepare_data
 from lpl.diffusion.draws import keyed_seed
@@ -34,11 +36,11 @@ from lpl.training.per_parameter import FusedBackward
 from lpl.training.preflight import Checked, validation_prompts
 from lpl.training.rehearsal import Rehearsal
 from lpl.training.run_state import RunState
-from lpl.training.saving import ALL_WEIGHTS, save_result, save_weights, write_beside
+from lpl.training.saving import ALL_WEIGHTS, next_commands, save_result, save_weights, write_beside
 from lpl.training.sharded import autocast_dtype, whole
 from lpl.training.step import TrainingStep
 from lpl.training.stopping import Stop, stoppable
-from lpl.training.tracking import Tracker
+from lpl.training.tracking import Tracker, shown
 from lpl.training.validation import HeldOutLoss, Validation
 from lpl.training.validation_images import ImageDrawer
 from lpl.training.weights import build_trained
@@ -97,7 +99,7 @@ class Trainer:
         if not config.lpl.use_lpl:
             family.vae.to("cpu")  # only validation images need it from now on
         self.batches = Batches(config, self.data, accelerator)
-        self.num_steps = self.batches.num_steps
+        self.num_steps = self.batches.length.steps
         if checked.num_steps is None:
             warn_of_steps(config, self.num_steps)
         self.trained = build_trained(config, family, accelerator, weight_dtype, self.num_steps)
@@ -131,6 +133,8 @@ class Trainer:
         if accelerator.is_main_process:  # only now: a run that could not begin lays no claim to the folder
             claim_output(config)
             write_config(config, self.folder, accelerator.num_processes)
+        if (warning := self.batches.length.warning()) is not None:
+            logger.warning("%s", warning)
         if self.batches.samples_per_step > len(self.data):
             logger.warning(
                 "a step takes %d samples of only %d: images repeat in it", self.batches.samples_per_step, len(self.data)
@@ -160,19 +164,19 @@ class Trainer:
     def _announce(self) -> None:
         count = sum(p.numel() for p in self.trained.parameters.values())
         rate = scaled_learning_rate(self.config, self.accelerator.num_processes)
+        precision = self.accelerator.mixed_precision
         logger.info(
-            "training %s parameters on %d samples: %d steps of %d samples, learning rate %g, %s",
-            f"{count:,}", len(self.data), self.num_steps, self.batches.samples_per_step,
-            rate, f"mixed precision {self.accelerator.mixed_precision}",
+            "training %s parameters at a learning rate of %g, mixed precision %s: %s",
+            f"{count:,}", rate, precision, self.batches.length,
         )  # fmt: skip
+        logger.info("%s", "; ".join(f"{label} {what}" for label, what in on_the_way(self.config, self.num_steps)))
         if self.objective is not None:
-            loss = self.objective.loss_fn
+            lpl = self.config.lpl
+            share = f"measured so that it gets {percent(lpl.lpl_target_share)} of the gradient"
             logger.info(
-                "LPL: weight %s, gate %s (passed with probability %.3g), decoder in %s outside autocast, TF32 %s, "
-                "taps %s",
-                self.config.lpl.lpl_weight, self.objective.gate, self.objective.p_gate,
-                str(loss.dtype).removeprefix("torch."), "on" if self.config.run.allow_tf32 else "off",
-                ", ".join(f"{t.name} ({t.channels} channels, stride {t.stride})" for t in loss.taps),
+                "LPL compares decoder features in %s where %s: on about %s of the samples; its weight is %s",
+                lpl.lpl_dtype, self.objective.gate, percent(self.objective.p_gate),
+                share if lpl.lpl_weight == "auto" else f"{lpl.lpl_weight:g}",
             )  # fmt: skip
 
     def fit(self) -> None:
@@ -207,8 +211,7 @@ class Trainer:
                         metrics = self.tracker.log(self.step, extra)
                     except TrainingStoppedError as error:
                         raise self._stopped(error) from error
-                    shown = {"loss": "train_loss", "lpl": "lpl/weighted_loss", "share": "lpl/gradient_share"}
-                    bar.set_postfix({k: f"{metrics[name]:.3g}" for k, name in shown.items() if name in metrics})
+                    bar.set_postfix_str(shown(metrics, self.tracker.totals))
                 started = time.perf_counter()
                 self.validation.at(self.step, self.trained.denoiser)
                 if self.step % run.checkpointing_steps == 0:
@@ -341,9 +344,12 @@ class Trainer:
         if main:
             if self.repository is not None:
                 saving.push(self.config, self.repository)
+            if self.objective is not None and (line := self.tracker.totals.line(self.objective, self.step)) is not None:
+                logger.info("%s", line)
             logger.info(
                 "done: the result is in %s (%s weights): %s", self.folder, self.trained.weights.final, self.for_whom
             )
-            if self.objective is not None and (line := self.tracker.totals.line(self.objective, self.step)) is not None:
-                logger.info("%s", line)
+            is_lora = self.config.model.rank is not None
+            readers = kind_of(self.config.model).lora_readers if is_lora else None
+            logger.info("next: %s", next_commands(self.folder, readers))
         accelerator.end_training()

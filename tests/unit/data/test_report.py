@@ -89,7 +89,9 @@ def test_numbers_are_those_counted_by_hand(counted: Path, report: Any) -> None:
     assert found["resolution"] == 32
     assert (found["batch_size"], found["bad_files"], found["fault"]) == (4, 1, None)
     assert found["epoch"] == {"draws": 11, "steps": 2.75}  # 3 x 1 + 3 x 2.5 = 10.5 draws, rounded to a whole epoch
-    assert found["run"] == {"steps": 22, "epochs": 8.0}
+    assert (found["run"]["steps"], found["run"]["epochs"]) == (22, 8.0)
+    assert found["run"]["draws_per_image"] == pytest.approx(8 * (3 + 7.5) / 6)
+    assert found["environment"]["torch"]
     (part,) = found["parts"]
     assert (part["seen"], part["images"], part["regularisation"]) == (7, 6, False)
     assert part["groups"] == [
@@ -208,6 +210,7 @@ def test_a_report_without_a_usable_image(counted: Path, report: Any) -> None:
     assert result.found["buckets"] == []
     assert "images       0 of 7" in result.text
     assert "7 x not a PNG" in result.text
+    assert result.text.startswith("verdict      no run would start: ")
 
 
 def test_nothing_is_said_of_what_is_not_there(tmp_path: Path, report: Any, picture: Picture) -> None:
@@ -215,11 +218,16 @@ def test_nothing_is_said_of_what_is_not_there(tmp_path: Path, report: Any, pictu
         save(tmp_path / "images" / f"{number}.png", picture(number, 32, 32), f"caption {number}")
     result = report(num_shown=2)
     assert result.text.splitlines() == [
+        "verdict      ready to train",
         f"images       4 in --train_data_dir {tmp_path / 'images'}",
         "captions     4, 4 different",
         f"             longest 9 characters: {tmp_path / 'images' / '0.png'}",
         "epoch        4 draws, 4 steps of 1",
-        "run          400 steps, 100 epochs",
+        "run          400 steps of 1 sample, which draw each of 4 images 100 times on average "
+        "(by --num_train_epochs 100)",
+        "saves        the result at the end",
+        "validates    nothing (--validation_prompt draws images)",
+        "mirrors      no image",
         "crops        32 x 32",
         f"written      {tmp_path / 'report' / 'data.json'}",
         f"             {tmp_path / 'report' / 'draws.png'}",
@@ -246,8 +254,9 @@ def test_many_folders_are_summed_up(tmp_path: Path, report: Any, picture: Pictur
     save(tmp_path / "images" / "f22" / "y.png", picture(99, 32, 32), "same")
     result = report()
     lines = result.text.splitlines()
-    assert lines[2].split() == ["f22", "2", "1", "2"]
-    assert lines[22].split() == ["3", "more", "3", "3"]
+    assert lines[0] == "verdict      ready to train, after a look at 1 warning below"
+    assert lines[3].split() == ["f22", "2", "1", "2"]
+    assert lines[23].split() == ["3", "more", "3", "3"]
     assert len(result.found["parts"][0]["groups"]) == 23
 
 
@@ -259,6 +268,7 @@ def test_many_folders_are_summed_up(tmp_path: Path, report: Any, picture: Pictur
             "a batch of 7 takes more than the 6 draws that an epoch has at 32 x 32: images repeat",
         ),
         ({"max_train_steps": 2}, "the run of 2 steps makes 0.33 epochs: some images are never drawn"),
+        ({"num_train_epochs": 301}, "each image is drawn 301 times, and above 300"),
         ({"repeats": "dogs=0"}, "never drawn, as their repeats are 0: dogs"),
         ({"shuffle_caption": True, "caption_separator": ";"}, "--shuffle_caption has no effect: no caption has a ';'"),
         ({}, "17% of the images are scaled up: they train blur"),

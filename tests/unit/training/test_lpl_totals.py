@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from diffusers import DDPMScheduler
 from tiny_models import tiny_vae
 
 from lpl import LatentPerceptualLoss, PerceptualObjective
-from lpl.training.tracking import Tracker
+from lpl.training.saving import next_commands
+from lpl.training.tracking import LPLTotals, Tracker, shown
 
 
 class Engine:
@@ -121,3 +123,33 @@ def test_what_kept_lpl_from_acting_is_said(options: dict[str, Any], steps: list[
 def test_a_run_that_measured_nothing_says_nothing() -> None:
     """Continued at its end from a checkpoint without sums."""
     assert followed(step=5).totals.line(objective(), 5) is None
+
+
+@pytest.mark.parametrize(
+    ("gated", "found", "said"),
+    [
+        (None, {}, "loss 0.12"),
+        (0.0, {"lpl/weight": 0.0}, "loss 0.12, LPL: no sample passed yet"),
+        (3.0, {"lpl/weight": 0.0}, "loss 0.12, LPL without a weight yet"),
+        (3.0, {"lpl/application_ratio": 0.0}, "loss 0.12, LPL: no sample passed lately"),
+        (3.0, {}, "loss 0.12, LPL 0.034 with a share of 25 %"),
+    ],
+)
+def test_what_the_bar_shows(gated: float | None, found: dict[str, float], said: str) -> None:
+    usual = {"lpl/weight": 4.2, "lpl/application_ratio": 0.5, "lpl/weighted_loss": 0.034, "lpl/gradient_share": 0.25}
+    values = {"train_loss": 0.12} | ({} if gated is None else usual | found)
+    assert shown(values, LPLTotals(gated=gated or 0.0)) == said
+
+
+def test_the_last_line_says_what_to_do_next(tmp_path: Path) -> None:
+    folder = tmp_path / "my run"
+    folder.mkdir()
+    told = next_commands(folder, None)
+    assert told.startswith(f"`lpl export '{folder}' --output 'my run.safetensors'` for ComfyUI's models/checkpoints; ")
+    (folder / "pytorch_lora_weights.safetensors").touch()
+    assert next_commands(folder, "diffusers") == f"`lpl report '{folder}'` for a page of losses and images"
+    (folder / "my run_kohya.safetensors").touch()
+    told = next_commands(folder, "diffusers")
+    assert told.startswith(f"copy '{folder / 'my run_kohya.safetensors'}' into ComfyUI's models/loras; ")
+    told = next_commands(folder, "diffusers, ComfyUI")
+    assert told.startswith(f"copy '{folder / 'pytorch_lora_weights.safetensors'}' into ComfyUI's models/loras; ")

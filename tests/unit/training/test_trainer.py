@@ -139,7 +139,20 @@ def test_auto_weight_meets_its_share_without_a_warning(train: Any, caplog: pytes
     assert all(0.2 < share[step] < 0.4 for step in (2, 3, 4, 5))
     assert "of the gradient" not in run.stderr
     last = r"LPL had 2\d % of the gradient on 100 % of the samples, weight [.\d]+"
-    assert re.fullmatch(last, caplog.messages[-1])
+    assert re.fullmatch(last, caplog.messages[-3])
+    assert caplog.messages[-2].startswith(f"done: the result is in {run.folder} (raw weights)")
+    assert f"`lpl report {run.folder}`" in caplog.messages[-1]
+
+
+def test_a_run_begins_with_its_length_and_warns_where_it_is_too_long(
+    train: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lpl.config.length.MOST_DRAWS", 1)
+    train(max_train_steps=None, draws_per_image=2, train_batch_size=6)
+    said = "2 steps of 6 samples, which draw each of 6 images 2 times on average (by --draws_per_image 2)"
+    assert any(line.startswith("training ") and line.endswith(said) for line in caplog.messages)
+    assert any(line.startswith("each image is drawn 2 times, and above 1 a model") for line in caplog.messages)
+    assert any(line.startswith("saves ") for line in caplog.messages)
 
 
 def test_samples_that_the_gate_stops_cost_no_decoding(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from lpl.base.files import ELSEWHERE, alone_in, write_atomically, writing
 from lpl.base.json_files import as_json
 from lpl.base.output_folder import Names, OutputFolder, kind_of
 from lpl.config.commands import FEWEST, CheckConfig, ReportConfig
-from lpl.config.files import environment
+from lpl.config.environment import environment
 from lpl.config.run_folder import CHECK_FILE, CHECK_REPORT, ESTIMATES, MAPS, PAGE, RECONSTRUCTION
 from lpl.data.crops import to_float
 from lpl.data.sheets import png_of, printable

@@ -10,7 +10,7 @@ from typing import Any
 from lpl.analysis.check import precision
 from lpl.analysis.check.suggest import INFORMED
 from lpl.analysis.needs import readable
-from lpl.base.terminal import INDENT, columns, labelled, percent
+from lpl.base.terminal import INDENT, labelled, percent
 from lpl.config import TrainConfig
 from lpl.perceptual.auto_weight import MEASURED_SAMPLES
 from lpl.perceptual.defaults import HIGH_SHARE, LOW_SHARE, WALK_TOLERANCE
@@ -135,63 +135,17 @@ WIDTH = 118
 
 
 def table(found: dict[str, Any]) -> str:
-    """check.json in tables and lines."""
+    """The verdict of check.json, what it costs and what to do; the page has the figures behind it."""
     lines = _labelled("verdict", [found["verdict"]])
     lines += _labelled("images", [f"{found['num_images']} on {found['device']}, {found['seconds']:.0f} s"])
-    lines += _components(found["components"])
-    lines += _labelled("walk", [f"{found['walk_equals_decode']:.2g} at most between LPL's decoder and vae.decode"])
     if "reconstruction" in found:
         own = found["reconstruction"]
         lines += _labelled("VAE", [f"PSNR {own['psnr_mean']:.1f} dB, worst {own['psnr_min']:.1f} dB: {own['file']}"])
-        lines += _levels(found)
         lines += _step(found["step"])
         lines += _labelled("suggestion", found["suggestion"]["why"])
     for label, key in (("warnings", "warnings"), ("faults", "faults"), ("left out", "refused")):
         lines += _labelled(label, found[key])
     return "\n".join(line.rstrip() for line in lines)
-
-
-def _components(components: dict[str, Any]) -> list[str]:
-    dtypes = list(next(iter(components.values())))
-    rows = [["precision", "", *dtypes]]
-    for name, by_dtype in components.items():
-        cells = []
-        for dtype in dtypes:
-            entry = by_dtype[dtype]
-            if entry["finite"] is None:
-                cells.append("not here")
-            elif not entry["finite"]:
-                cells.append("NOT FINITE")
-            else:
-                known = dtype != "float32" and entry["relative_error"] is not None
-                cells.append((f"{entry['relative_error']:.1e}, " if known else "") + f"to {entry['max_abs']:.3g}")
-        rows.append(["", name, *cells])
-    return _table(rows) + _labelled("", ["relative error against float32, and the largest activation"])
-
-
-def _levels(found: dict[str, Any]) -> list[str]:
-    taps = [layer["tap"] for layer in found["layers"]]
-    masked = [layer["tap"] for layer in found["layers"] if any(b["outlier_fraction"] for b in layer["bins"])]
-    rows = [["by timestep", "t", *taps, "LPL", *(f"out {tap}" for tap in masked), "ratio", "cosine"]]
-    for k, row in enumerate(found["gradients"]):
-        by_tap = {layer["tap"]: layer["bins"][k] for layer in found["layers"]}
-        rows.append(
-            [
-                "",
-                f"{row['t_low']}..{row['t_high'] - 1}",
-                *(_number(by_tap[tap]["distance"]) for tap in taps),
-                _number(row["lpl"]),
-                *(_percent(by_tap[tap]["outlier_fraction"]) for tap in masked),
-                _number(row["ratio"]),
-                f"{row['cosine']:.2f} +- {row['cosine_error']:.2f}",
-            ]
-        )
-    notes = [
-        "distance by layer, their weighted mean, share of outliers; LPL's gradient against the diffusion loss's: "
-        "ratio of lengths at weight 1, cosine with its standard error",
-        f"this run's gate is {found['gate']}; {found['p_gate']:.3g} of the samples pass it",
-    ]
-    return _table(rows) + _labelled("", notes)
 
 
 def _step(step: dict[str, Any]) -> list[str]:
@@ -206,22 +160,8 @@ def _step(step: dict[str, Any]) -> list[str]:
     return _labelled("step", lines)
 
 
-def _number(value: float) -> str:
-    return f"{value:.3g}" if math.isfinite(value) else "-"
-
-
-def _percent(value: float) -> str:
-    return f"{value:.1%}" if math.isfinite(value) else "-"
-
-
 def _labelled(label: str, texts: Sequence[str]) -> list[str]:
     wrapper = textwrap.TextWrapper(
         WIDTH - INDENT, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
     )
     return labelled(label, [line for text in texts for line in wrapper.wrap(text)])
-
-
-def _table(rows: list[list[str]]) -> list[str]:
-    """The first column is the label, the second to the left, the others to the right."""
-    lines = columns([row[1:] for row in rows], right=True)
-    return [f"{row[0]:{INDENT}}{line}" for row, line in zip(rows, lines, strict=True)]
