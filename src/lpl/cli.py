@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import NoReturn
 
@@ -73,6 +74,8 @@ def main(argv: list[str] | None = None) -> None:
     # Where torchao is installed diffusers imports all of it, which complains about kernels that nothing here needs.
     for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # diffusers passes it to the Hub's client, which warns of it at every download.
+    warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument")
     with printable_streams():
         _run(sys.argv[1:] if argv is None else argv)
 

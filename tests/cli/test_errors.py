@@ -309,6 +309,12 @@ def test_weights_of_another_shape(train: Any, model: Path, broken: Path, flag: s
     assert not failed.folder.exists()
 
 
+def test_vae_of_a_hub_that_cannot_be_reached(train: Any) -> None:
+    flag = "pretrained_vae_model_name_or_path"
+    (line,) = train(**{flag: "nobody/vae"}, expect_error=True).errors
+    assert line == f"error: --{flag} nobody/vae: no such folder, and the Hub cannot be reached"
+
+
 def test_vae_that_does_not_fit(refused: Refused, model: Path, tmp_path: Path) -> None:
     flag = "--pretrained_vae_model_name_or_path"
     assert f"{flag} {tmp_path / 'no'}: no such folder" in refused(pretrained_vae_model_name_or_path=tmp_path / "no")

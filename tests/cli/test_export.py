@@ -261,6 +261,9 @@ def test_refusals_name_the_option(export: Any, runs: dict[str, Any], model: Path
     unfinished = tmp_path / "unfinished"
     unfinished.mkdir()
     shutil.copy(full / "config.yaml", unfinished)
+    step = tmp_path / "saved-2"
+    for kind in ("ema", "raw"):
+        (step / kind).mkdir(parents=True)
     moved = Path(shutil.copytree(lora, tmp_path / "moved"))
     text = (moved / "config.yaml").read_text().replace(str(model), "/nowhere/at/all")
     (moved / "config.yaml").write_text(text)
@@ -277,6 +280,7 @@ def test_refusals_name_the_option(export: Any, runs: dict[str, Any], model: Path
         ((model, "--output", taken / "x.safetensors"), f"{taken} is no folder"),
         ((tmp_path / "nix", "--output", out), f"{tmp_path}/nix: no such folder"),
         ((unfinished, "--output", out), f"{unfinished}: an unfinished run"),
+        ((step, "--output", out), f"{step}: a saved step; name {step}/ema or {step}/raw"),
         ((moved, "--output", out), f"--base (by {moved}/config.yaml) /nowhere/at/all: no such folder"),
         ((alone, "--output", out), "give --base"),
         ((moved, "--base", tmp_path / "nix", "--output", out), f"--base {tmp_path}/nix: no such folder"),

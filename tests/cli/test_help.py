@@ -83,6 +83,18 @@ def test_completion_of_another_shell(run_cli: Any) -> None:
     assert run_cli(["completion", "cmd"])[::2] == (2, "error: lpl completion cmd: expected one of bash, zsh, fish\n")
 
 
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["completion"], "lpl completion: expected one of bash, zsh, fish"),
+        (["train", "--help", "rank"], "--help rank: alone, or with all for every option"),
+        (["report", "run", "--port", "1"], "--port 1 is of --serve: give that too"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(run_cli: Any, argv: list[str], said: str) -> None:
+    assert run_cli(argv)[::2] == (2, f"error: {said}\n")
+
+
 def test_env_says_what_a_bug_report_needs(run_cli: Any) -> None:
     code, out, _ = run_cli(["env"])
     found = dict(line.split(": ", 1) for line in out.splitlines())

@@ -36,7 +36,7 @@ def test_a_preset_takes_its_length_from_the_images(
 def test_it_is_said_in_words() -> None:
     config = parse_train(["--max_train_steps", "1", "--train_batch_size", "2"])
     assert str(length_of(config, 1, 4)) == (
-        "1 step of 2 samples, which draw each of 4 images 0.5 times on average (by --max_train_steps 1)"
+        "1 step of 2 samples, which draws each of 4 images 0.5 times on average (by --max_train_steps 1)"
     )
     assert "once on average (by --num_train_epochs 1)" in str(length_of(parse_train(["--num_train_epochs=1"]), 1, 4))
 

@@ -31,6 +31,17 @@ def one_line(text: str) -> str:
     return printable(text.replace("\n", "\\n").replace("\t", " "))
 
 
+@contextlib.contextmanager
+def quiet(name: str) -> Iterator[None]:
+    """Without the warnings of a library's logger."""
+    theirs = logging.getLogger(name)
+    before, theirs.disabled = theirs.disabled, True
+    try:
+        yield
+    finally:
+        theirs.disabled = before
+
+
 def _escape(letter: str) -> str:
     return f"\\x{ord(letter):02x}" if ord(letter) < 256 else f"\\u{ord(letter):04x}"
 

@@ -57,7 +57,10 @@ def parse_options(command: Callable[..., T], argv: list[str], name: str) -> T:
             them at once.
     """
     if wanted := next((token for token in argv if token in ("--help", "-h")), None):
-        print(help_text(command, name, everything=argv[argv.index(wanted) + 1 :][:1] == [ALL]))
+        [topic] = argv[argv.index(wanted) + 1 :][:1] or [""]
+        if name == "lpl train" and topic not in ("", ALL) and not topic.startswith("-"):
+            raise UserError(f"{wanted} {topic}: alone, or with {ALL} for every option")
+        print(help_text(command, name, everything=topic == ALL))
         raise SystemExit(0)
     known, faults = declared(command), Faults()
     flags, config_name = argv, None
@@ -86,7 +89,7 @@ def completion(commands: Mapping[str, Callable[..., Any] | None], shell: str) ->
         shell: one of SHELLS.
     """
     if shell not in SHELLS:
-        raise UserError(f"lpl completion {shell}: expected one of {', '.join(SHELLS)}")
+        raise UserError(f"{f'lpl completion {shell}'.rstrip()}: expected one of {', '.join(SHELLS)}")
     with_config: dict[str, Any] = {}
     for name, command in commands.items():
         own: list[Any] = [] if command is None else [("options", command)]

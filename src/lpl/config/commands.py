@@ -109,6 +109,7 @@ class DemoConfig(Options):
 
 
 FEWEST = 16
+PORT = 8155
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ class ReportConfig(Options):
     """Folder for every chart as SVG and PDF, every table as CSV and LaTeX, and pictures as PNG, beside the page."""
     serve: bool = False
     """Show the page at 127.0.0.1 until Ctrl-C, made anew while the runs go on, in the place of writing it."""
-    port: int = option(8155, least=0, most=65535)
+    port: int = option(PORT, least=0, most=65535)
     """Of --serve; 0: any that is free."""
 
     def __post_init__(self) -> None:
@@ -149,6 +150,7 @@ class ReportConfig(Options):
         require(bool(self.runs), "name a folder to report on: lpl report RUN ...")
         given = [name for name in ("output", "export") if getattr(self, name) is not None]
         require(not self.serve or not given, f"--serve writes nothing: drop {' and '.join(f'--{n}' for n in given)}")
+        require(self.serve or self.port == PORT, f"--port {self.port} is of --serve: give that too")
 
     @property
     def most_bytes(self) -> int:

@@ -27,8 +27,9 @@ class Length(NamedTuple):
     def __str__(self) -> str:
         often = f"{self.draws:,.0f}" if self.draws >= 10 else f"{self.draws:.2g}"
         times = "once" if often == "1" else f"{often} times"
+        draw = "draws" if self.steps == 1 else "draw"
         return (
-            f"{count(self.steps, 'step')} of {count(self.samples, 'sample')}, which draw each of "
+            f"{count(self.steps, 'step')} of {count(self.samples, 'sample')}, which {draw} each of "
             f"{count(self.images, 'image')} {times} on average (by {self.by})"
         )
 
@@ -71,12 +72,14 @@ def length_of(
 def on_the_way(config: TrainConfig, steps: int) -> Iterator[tuple[str, str]]:
     """What a run of so many steps leaves while it lasts, as a label and a line each."""
     run, log = config.run, config.logging
-    saved = [f"a checkpoint every {run.checkpointing_steps:,} steps"] if run.checkpointing_steps <= steps else []
+    saved = [f"a checkpoint every {count(run.checkpointing_steps, 'step')}"] if run.checkpointing_steps <= steps else []
     if run.save_steps is not None and run.save_steps <= steps:
         saved.append(f"weights to use every {run.save_steps:,}")
     yield "saves", ", ".join([*saved, "the result at the end"])
     shown = ["both losses on held-out images"] * config.data.holds_out + ["images of the prompts"] * log.draws_images
-    often = f"{log.validation_epochs:,} epochs" if log.validation_steps is None else f"{log.validation_steps:,} steps"
+    often = (
+        count(log.validation_epochs, "epoch") if log.validation_steps is None else count(log.validation_steps, "step")
+    )
     nothing = "nothing (--validation_prompt draws images)"
     yield "validates", f"{' and '.join(shown)} every {often}" if shown else nothing
     yield "mirrors", "images at random (--random_flip)" if config.data.random_flip else "no image"

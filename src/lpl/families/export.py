@@ -53,6 +53,8 @@ def resolve(options: ExportConfig, scratch: Path | None = None) -> Request:
     if not own.is_file() or (folder / INDEX_FILE).is_file():
         if (folder / CONFIG_FILE).is_file() and not (folder / INDEX_FILE).is_file():
             raise UserError(f"{folder}: an unfinished run; the same `lpl train` command finishes it")
+        if folder.name.startswith(f"{SAVED}-") and (inside := sorted(f for f in folder.glob("*") if f.is_dir())):
+            raise UserError(f"{folder}: a saved step; name {' or '.join(map(str, inside))}")
         require(options.base is None, f"--base belongs to a run that trained a LoRA; {folder} is a model itself")
         require(
             lora is not None or (options.lora_scale == 1 and options.to != "kohya"),

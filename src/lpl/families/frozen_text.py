@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import logging
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from lpl.base.terminal import quiet
 from lpl.families.base import config_settings, tokenizer_settings, weights_hash
 from lpl.families.joint import JointModel
 from lpl.families.pipeline_family import CPU, PipelineFamily, moved
@@ -130,17 +129,6 @@ def trimmed(embeds: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor | None]:
     longest = max(lengths)
     mask = None if min(lengths) == longest else torch.arange(longest) < torch.tensor(lengths)[:, None]
     return embeds[:, :longest], None if mask is None else mask.to(embeds.device, non_blocking=True)
-
-
-@contextmanager
-def quiet(name: str) -> Iterator[None]:
-    """Without the warnings of a logger: diffusers has one for every caption that is cut."""
-    theirs = logging.getLogger(name)
-    before, theirs.disabled = theirs.disabled, True
-    try:
-        yield
-    finally:
-        theirs.disabled = before
 
 
 def widened(value: Tensor | list[Tensor]) -> Tensor | list[Tensor]:

@@ -11,10 +11,12 @@ import diffusers
 import torch
 import transformers
 from diffusers.loaders.single_file_utils import SingleFileComponentError
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError
 
 from lpl.base.errors import UserError, on_one_line
 from lpl.base.tensor_file import METADATA, read_header
+from lpl.base.terminal import quiet
 from lpl.config import ModelConfig
 from lpl.families.files import FLAG, INDEX, VAE_FLAG, reader
 from lpl.families.kind import Kind
@@ -38,6 +40,8 @@ def named(flag: str, name: str) -> Iterator[None]:
         said = on_one_line(error, 400)
         if isinstance(error, NotImplementedError):  # a network is moved whose weights are not all there
             said = f"lacks weights of a network that its configs describe ({said.partition('.')[0]})"
+        elif isinstance(error.__context__, LocalEntryNotFoundError) and not Path(name).exists():
+            said = "no such folder, and the Hub cannot be reached"
         elif name.endswith(".safetensors") and "outgoing traffic" in said:
             said = "its configs are not in the Hub's cache, and the Hub is off: give a folder by --single_file_config"
         raise UserError(f"{flag} {name}: {said}") from error
@@ -97,11 +101,12 @@ def _merge_own(kind: Kind, config: ModelConfig, pipeline: Any) -> None:
     parts = kind.lora_parts(file, "--lora_weights")
     networks = [getattr(pipeline, part) for part in parts]
     before = [next(network.parameters()).dtype for network in networks]
-    for network in networks:
-        network.float()
-    merge_lora(pipeline, file, 1.0, parts, "--lora_weights")
-    for network, dtype in zip(networks, before, strict=True):
-        network.to(dtype)
+    with quiet("diffusers.models.modeling_utils"):  # warns of every change of precision
+        for network in networks:
+            network.float()
+        merge_lora(pipeline, file, 1.0, parts, "--lora_weights")
+        for network, dtype in zip(networks, before, strict=True):
+            network.to(dtype)
 
 
 def _load_folder(
@@ -148,7 +153,8 @@ def merge_lora(pipeline: Any, lora: Path, scale: float, parts: Sequence[str], fl
         UserError: a file of which diffusers does not load every tensor.
     """
     expected = sum(not key.endswith(".alpha") for key in read_header(lora) if key != METADATA)
-    with named(flag, str(lora)):
+    # diffusers warns of every network that the file has nothing for; what arrives is counted below.
+    with named(flag, str(lora)), quiet("diffusers.loaders.lora_base"), quiet("diffusers.loaders.peft"):
         pipeline.load_lora_weights(str(lora.parent.resolve()), weight_name=lora.name, local_files_only=True)
     arrived = sum("lora_" in name for part in parts for name, _ in getattr(pipeline, part).named_parameters())
     if arrived != expected:

@@ -11,8 +11,9 @@ import torch
 from diffusers import SanaPipeline
 from torch import Tensor
 
+from lpl.base.terminal import quiet
 from lpl.families.base import weights_hash
-from lpl.families.frozen_text import FrozenTextFamily, quiet, widened
+from lpl.families.frozen_text import FrozenTextFamily, widened
 from lpl.families.joint import JointModel
 from lpl.families.kinds import SANA_KIND
 from lpl.families.pipeline_blueprint import PipelineBlueprint
