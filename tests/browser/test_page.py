@@ -25,7 +25,7 @@ SCHEMES = ("light", "dark")
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page of a comparison of four arms, with a check."""
-    home = four_arms(tmp_path_factory.mktemp("comparison"), side=768, images=12)
+    home = four_arms(tmp_path_factory.mktemp("comparison"), side=384, images=12)
     return write_report(ReportConfig((str(home), str(home / "check"))), announce=False)
 
 

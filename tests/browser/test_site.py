@@ -35,8 +35,15 @@ def address(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     server.shutdown()
 
 
-@pytest.mark.parametrize("width", [375, 1280])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(
+    ("scheme", "width"),
+    [
+        ("light", 375),
+        ("dark", 1280),
+        pytest.param("light", 1280, marks=pytest.mark.slow),
+        pytest.param("dark", 375, marks=pytest.mark.slow),
+    ],
+)
 def test_pages_load_without_an_error_and_fit(browser: Any, address: str, scheme: str, width: int) -> None:
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
     page, asked, errors = context.new_page(), list[str](), list[str]()

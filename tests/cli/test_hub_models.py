@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from hub_server import Hub, serve_hub
 from tiny_models import tiny_sd
 
@@ -30,6 +31,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_a_model_is_trained_by_its_id_and_what_cannot_be_had_is_one_line(data: Path, tmp_path: Path) -> None:
     """Files of a revision come over a connection that breaks; gated models and absent revisions say what to do."""
     first, second = tiny_sd(tmp_path / "first"), tiny_sd(tmp_path / "second", seed=1)

@@ -218,12 +218,13 @@ def test_bfloat16_weights_and_fused_backward_halve_and_drop_what_they_say(rehear
     assert fixed_costs(average, rehearsal, 1)["EMA"] == 4 * low.trained
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
         ("--resolution=1024",),
-        pytest.param(("--resolution=1024", "--mixed_precision=bf16"), marks=pytest.mark.slow),
-        pytest.param(("--resolution=1536", "--mixed_precision=bf16"), marks=pytest.mark.slow),
+        ("--resolution=1024", "--mixed_precision=bf16"),
+        ("--resolution=1536", "--mixed_precision=bf16"),
     ],
 )
 def test_validation_stays_below_the_training_peak(flags: tuple[str, ...]) -> None:

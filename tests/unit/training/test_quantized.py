@@ -87,7 +87,7 @@ def test_a_plan_counts_the_bytes_that_are_there(kind: Kind, model: Path) -> None
     assert sizes[0].shapes == sizes[1].shapes
 
 
-@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("kind", [pytest.param("int8", marks=pytest.mark.slow), "nf4"])
 def test_a_lora_trains_on_it_and_goes_on_as_the_whole_run(
     kind: str, train_in: Callable[..., Any], tmp_path: Path
 ) -> None:
