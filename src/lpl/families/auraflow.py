@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lpl.base.errors import UserError
 from lpl.families.frozen_text import OwnLengthFamily
 from lpl.families.kinds import AURAFLOW_KIND
 from lpl.families.pipeline_blueprint import PipelineBlueprint
@@ -17,7 +16,7 @@ from lpl.families.published import FLOW_SCHEDULER
 from lpl.families.sdxl_configs import PUBLISHED as SDXL
 
 MAX_LENGTH = 256
-"""Tokens of a text, as the pipeline has them by default; what it lacks of them are zeros, which the transformer reads."""
+"""Tokens of a text, as the pipeline has them by default; the transformer reads zeros in the place of what lacks."""
 
 PUBLISHED: dict[str, Any] = {
     "index": {"_class_name": "AuraFlowPipeline", "text_encoder": ["transformers", "UMT5EncoderModel"]},
@@ -47,25 +46,13 @@ LORA_TARGETS = {
 
 
 def denoise(
-    denoiser: Any,
+    denoiser: nn.Module,
     noisy_latents: Tensor,
     levels: Tensor,
     text: Mapping[str, Tensor],
     extra: Mapping[str, Tensor],
 ) -> Tensor:
-    """See families.base.Family.denoise; the time that the transformer is given is sigma.
-
-    Raises:
-        UserError: latents beyond the positions that the transformer has learned, of which diffusers takes wrong ones.
-    """
-    config = getattr(denoiser, "module", denoiser).config  # an engine may have wrapped it
-    height, width = noisy_latents.shape[-2:]
-    most = int(config.pos_embed_max_size**0.5) * config.patch_size
-    if max(height, width) > most:
-        raise UserError(
-            f"latents of {height} x {width}: the model knows positions of up to {most} x {most}: use a smaller "
-            "--resolution or --bucket_max_aspect"
-        )
+    """See families.base.Family.denoise; the time that the transformer is given is sigma."""
     output: Tensor = denoiser(
         hidden_states=noisy_latents,
         timestep=levels,
@@ -99,7 +86,7 @@ class Model(OwnLengthFamily):
         return row
 
     def encode_prompt(self, prompt: str, negative_prompt: str, joint: Any = None) -> Mapping[str, Tensor]:
-        found = {}
+        found: dict[str, Tensor] = {}
         for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
             embeds = whole(self.prompt_row(text)[None])
             found |= {f"{name}_embeds": embeds, f"{name}_attention_mask": torch.ones(1, MAX_LENGTH)}  # asked, not used

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -158,10 +159,14 @@ LUMINA2_KIND = Kind(
 
 
 class AuraFlowKind(Kind):
-    """AuraFlow, whose pipeline draws 1024 pixels whatever its transformer's sample_size is."""
+    """AuraFlow: its pipeline draws 1024 pixels whatever sample_size is; diffusers does not refuse what is too large."""
 
     def native_resolution(self, configs: Mapping[str, Any]) -> int:
         return self.resolution
+
+    def longest_side(self, configs: Mapping[str, Any]) -> int:
+        positions = configs["transformer"].get("pos_embed_max_size", 1024)  # of a square
+        return math.isqrt(positions) * self.pixel_multiple(configs)
 
 
 AURAFLOW_KIND = AuraFlowKind(

@@ -1,4 +1,4 @@
-"""AuraFlow beyond the contract: what is cached of its text, the positions that it knows, layers of a LoRA."""
+"""AuraFlow beyond the contract: what is cached of its text, sizes that it knows, layers of a LoRA."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from peft import LoraConfig
 from tiny_models import tiny_auraflow
 
 from lpl.base.errors import UserError
-from lpl.config import ModelConfig
+from lpl.config import DataConfig, ModelConfig, TrainConfig
 from lpl.families import kind_of, load_family
 from lpl.families.auraflow import LORA_TARGETS, PUBLISHED
+from lpl.training.preflight import check_sizes
 
 CPU = torch.device("cpu")
 
@@ -35,8 +36,11 @@ def test_captions_are_what_the_pipeline_encodes_on_whatever_side_it_fills_up(
     if not ends:
         monkeypatch.setattr(tokenizer.backend_tokenizer, "post_processor", None)
     captions = ["", "a red fox", "a hare in a field " * 20]
-    found, (theirs, mask, _, _) = family.encode_text(captions), family.pipeline.encode_prompt(captions, None, False)
-    counts = (mask > 0).sum(1).tolist()
+    mask = tokenizer(
+        captions, truncation=True, max_length=256, padding="max_length", return_tensors="pt"
+    ).attention_mask
+    found, theirs = family.encode_text(captions), family.pipeline.encode_prompt(captions, None, False)[0]
+    counts = mask.sum(1).tolist()
     assert counts[0] == ends
     assert found["lengths"].tolist() == [max(count, 1) for count in counts]
     noisy = torch.randn(1, 4, 4, 4)
@@ -51,19 +55,17 @@ def test_captions_are_what_the_pipeline_encodes_on_whatever_side_it_fills_up(
         torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-5)
 
 
-def test_latents_beyond_the_positions_are_refused(family: Any) -> None:
-    text = family.encode_text(["a red fox"])
-    text = {"prompt_embeds": text["prompt_embeds"][0][None]}
-    for height, width in ((16, 4), (4, 16)):  # as many as there are
-        family.denoise(family.denoiser, torch.zeros(1, 4, height, width), torch.tensor([0.5]), text, {})
-    for height, width in ((18, 4), (4, 18)):
-        with pytest.raises(UserError, match=rf"latents of {height} x {width}: the model knows positions of up to 16 x"):
-            family.denoise(family.denoiser, torch.zeros(1, 4, height, width), torch.tensor([0.5]), text, {})
-
-
-def test_it_is_made_for_what_its_pipeline_draws() -> None:
-    configs = PUBLISHED | {"transformer": {"sample_size": 64}}
-    assert kind_of(ModelConfig("fal/AuraFlow-v0.3")).native_resolution(configs) == 1024
+def test_sizes_are_those_that_it_is_made_for_and_has_positions_for() -> None:
+    """1024 pixels, whatever sample_size is, and up to 1536."""
+    model = ModelConfig("fal/AuraFlow-v0.3")
+    assert kind_of(model).native_resolution(PUBLISHED | {"transformer": {"sample_size": 64}}) == 1024
+    for fits in ({"resolution": 1536}, {"resolution": 1024, "buckets": True}):
+        check_sizes(TrainConfig(model=model, data=DataConfig(**fits)), PUBLISHED)
+    for large, longest in (({"resolution": 1552}, 1552), ({"resolution": 1536, "buckets": True}, 2112)):
+        with pytest.raises(
+            UserError, match=f"sides of up to {longest} pixels, of which the model knows no more than 1536"
+        ):
+            check_sizes(TrainConfig(model=model, data=DataConfig(**large)), PUBLISHED)
 
 
 def test_lora_reaches_every_matrix_of_the_blocks(family: Any) -> None:

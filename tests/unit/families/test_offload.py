@@ -31,7 +31,17 @@ DEVICE = torch.device("cpu", 0)
 """To torch another device than CPU, whose memory is the same."""
 
 
-BUILDS = [tiny_sdxl, tiny_sd3, tiny_flux, tiny_sana, tiny_zimage, tiny_flux2, tiny_qwenimage, tiny_lumina2, tiny_auraflow]
+BUILDS = [
+    tiny_sdxl,
+    tiny_sd3,
+    tiny_flux,
+    tiny_sana,
+    tiny_zimage,
+    tiny_flux2,
+    tiny_qwenimage,
+    tiny_lumina2,
+    tiny_auraflow,
+]
 
 
 @pytest.mark.parametrize("build", BUILDS)
