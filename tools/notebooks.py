@@ -12,7 +12,7 @@ LONGEST_CELL_S = 3600
 
 
 def run(file: Path, folder: Path) -> Any:
-    """The notebook with its outputs, run in a folder; without what libraries say on stderr, and without times.
+    """The notebook with its outputs, run in a folder; without what libraries say on stderr, times and Python's version.
 
     Raises:
         nbclient.exceptions.CellExecutionError: a cell failed.
@@ -22,6 +22,7 @@ def run(file: Path, folder: Path) -> Any:
 
     notebook = nbformat.read(file, as_version=4)
     nbclient.NotebookClient(notebook, timeout=LONGEST_CELL_S, resources={"metadata": {"path": folder}}).execute()
+    notebook.metadata.language_info.pop("version")
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":

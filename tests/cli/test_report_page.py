@@ -160,22 +160,22 @@ def test_refusals_of_evaluations_are_shown(run: Path, run_cli: Any, tmp_path: Pa
 @pytest.mark.parametrize(("difference", "tone"), [(0.02, "good"), (0.0201, "bad")])
 def test_the_walk_is_judged_as_by_the_check(difference: float, tone: str, tmp_path: Path) -> None:
     from lpl.analysis.check.table import faults_of
-    from lpl.report.page import render
+    from lpl.report.page import as_html, gather
     from lpl.report.sources import Inputs, Result
 
     content = {"kind": "check", "walk_equals_decode": difference, "components": {}}
     assert bool(faults_of(content)) == (tone == "bad")
-    page = render(Inputs(checks=[Result(tmp_path / "check.json", content)]))
+    page = as_html(gather(Inputs(checks=[Result(tmp_path / "check.json", content)])))
     assert f'<div class="tile {tone}"><p class="tile-label">Walked decoder' in page
 
 
 @pytest.mark.parametrize(("weight", "shown"), [(0.0005, "0.0005"), (1.0409, "1.04"), (15000.0, "1.5e+04")])
 def test_the_suggested_weight_can_be_given(weight: float, shown: str, tmp_path: Path) -> None:
-    from lpl.report.page import render
+    from lpl.report.page import as_html, gather
     from lpl.report.sources import Inputs, Result
 
     content = {"kind": "check", "components": {}, "suggestion": {"lpl_weight": weight}}
-    page = render(Inputs(checks=[Result(tmp_path / "check.json", content)]))
+    page = as_html(gather(Inputs(checks=[Result(tmp_path / "check.json", content)])))
     [given] = re.findall(r"<code>--lpl_weight (.*?)</code>", page)
     assert given == shown
     assert float(given) == pytest.approx(weight, rel=0.005)

@@ -125,6 +125,11 @@ def declared(command: Any = TrainConfig) -> dict[str, Facts]:
     return {name: facts for group in groups.values() for name, facts in declared(group).items()} | own
 
 
+def takes_train(command: Any) -> bool:
+    """Whether a command takes the options of `lpl train`, and so --config."""
+    return declared(command).keys() >= declared().keys()
+
+
 def check_model_options(config: TrainConfig, family: str, is_flow: bool, known: frozenset[str]) -> None:
     """Refuses options that do not act with the model: with its noise schedule, or with anything of its family.
 

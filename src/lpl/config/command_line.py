@@ -15,7 +15,7 @@ import tyro
 
 from lpl.base.errors import Faults, UserError, all_faults
 from lpl.base.terminal import as_it_is
-from lpl.config import Facts, TrainConfig, declared, idle_options
+from lpl.config import Facts, TrainConfig, declared, idle_options, takes_train
 from lpl.config.commands import CompareConfig
 from lpl.config.files import REFUSED, as_flags, nearest, read_options, without_replaced
 from lpl.config.help import ALL, expected, help_text
@@ -61,7 +61,7 @@ def parse_options(command: Callable[..., T], argv: list[str], name: str) -> T:
         raise SystemExit(0)
     known, faults = declared(command), Faults()
     flags, config_name = argv, None
-    if known.keys() >= declared().keys():
+    if takes_train(command):
         with faults.one():
             flags, config_name = _take_config(argv)
     given, flags = flags, []
@@ -90,7 +90,7 @@ def completion(commands: Mapping[str, Callable[..., Any] | None], shell: str) ->
     with_config: dict[str, Any] = {}
     for name, command in commands.items():
         own: list[Any] = [] if command is None else [("options", command)]
-        if command is not None and declared(command).keys() >= declared().keys():
+        if command is not None and takes_train(command):
             own.append(("config", Literal[tuple(presets())] | None, field(default=None)))
         with_config[name] = make_dataclass(name, own)
     script = io.StringIO()

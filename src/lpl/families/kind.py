@@ -25,6 +25,9 @@ from lpl.families.files import (
 )
 from lpl.families.schedulers import chosen_schedule, compare_lora, is_flow
 
+DORA_OF = "lpl.dora_scale"
+"""Key of a DoRA's file whose magnitudes are made for one program alone, which it names."""
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -185,7 +188,7 @@ class Kind:
         except UserError as error:
             raise UserError(f"{flag} {file}: cannot be read as safetensors ({error})") from error
         keys = [key for key in header if key != METADATA]
-        if (program := (header.get(METADATA) or {}).get("lpl.dora_scale")) is not None:
+        if (program := (header.get(METADATA) or {}).get(DORA_OF)) is not None:
             raise UserError(
                 f"{flag} {file}: a DoRA as {program} alone reads it; give diffusers' file of it "
                 "(pytorch_lora_weights.safetensors)"

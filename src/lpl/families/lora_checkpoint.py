@@ -13,11 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lpl.base.errors import UserError, on_one_line, require
+from lpl.base.tensor_file import METADATA
 from lpl.config import TrainConfig
 from lpl.config.run_folder import damage
 from lpl.families.files import read_header
 from lpl.families.kind import Kind
-from lpl.families.lora_files import METADATA, fold_alpha, lora_metadata
+from lpl.families.lora_files import ADAPTER, fold_alpha, lora_metadata, text_module
 
 FINISHED_AT = "ss_training_finished_at"
 TRAINED = re.compile(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)\.default\.weight")
@@ -56,7 +57,7 @@ def write_lora(checkpoint: Path, config: TrainConfig, kind: Kind, result: Path, 
         if not config.model.train_text_encoder:
             part, inner = kind.networks[0], module
         if part.startswith("text_encoder"):
-            inner = f"text_model.{inner.removeprefix('text_model.')}"
+            inner = text_module(inner)
         end = "" if side == "lora_magnitude_vector" else ".weight"
         found.setdefault(part, {})[f"{inner}.{side}{end}"] = tensor
     adapter: dict[str, Any] = {}
@@ -66,10 +67,10 @@ def write_lora(checkpoint: Path, config: TrainConfig, kind: Kind, result: Path, 
             fold_alpha(own, adapter, part)
     step = int(checkpoint.name.rpartition("-")[2])
     facts = lora_metadata(config.model, kind.plan_configs(config.model)["scheduler"]) | config.metadata.said()
-    said = (read_header(result) or {}).get("__metadata__", {}) if result.is_file() else {}
+    said = (read_header(result) or {}).get(METADATA, {}) if result.is_file() else {}
     facts = {key: text for key, text in said.items() if key != FINISHED_AT} | facts | {"ss_steps": str(step)}
     content = {f"{part}.{name}": tensor.contiguous() for part, own in found.items() for name, tensor in own.items()}
-    save_file(content, to, facts | {"format": "pt", METADATA: json.dumps(adapter, indent=2, sort_keys=True)})
+    save_file(content, to, facts | {"format": "pt", ADAPTER: json.dumps(adapter, indent=2, sort_keys=True)})
 
 
 def _configuration(tensors: dict[str, Tensor], config: TrainConfig) -> dict[str, Any]:

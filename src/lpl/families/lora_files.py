@@ -13,22 +13,25 @@ from lpl.config import ModelConfig
 from lpl.families.files import read_header
 from lpl.families.schedulers import PREDICTION, PREDICTIONS, RESCALED
 
-METADATA = "lora_adapter_metadata"
+ADAPTER = "lora_adapter_metadata"
 """diffusers' key of the adapter's peft configuration."""
-DORA_OF = "lpl.dora_scale"
-"""Key of a DoRA's file whose magnitudes are made for one program alone, which it names."""
 
 
-def adapter_of(name: str, part: Any) -> dict[str, Tensor]:
-    """An adapter's tensors under peft's names; those of text encoders begin with text_model.
+def text_module(name: str) -> str:
+    """The name in files of a text encoder's module, which begins with text_model.
 
     transformers 5 has dropped that prefix for CLIP-L. ComfyUI and earlier versions know the layers by it only, and
     diffusers takes it away where it must.
     """
+    return f"text_model.{name.removeprefix('text_model.')}"
+
+
+def adapter_of(name: str, part: Any) -> dict[str, Tensor]:
+    """An adapter's tensors under peft's names, those of text encoders as text_module has them."""
     tensors = get_peft_model_state_dict(part, save_embedding_layers=False)
     if not name.startswith("text_encoder"):
         return tensors
-    return {f"text_model.{key.removeprefix('text_model.')}": value for key, value in tensors.items()}
+    return {text_module(key): value for key, value in tensors.items()}
 
 
 def is_dora(file: Path) -> bool:

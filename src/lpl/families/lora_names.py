@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lpl.base.errors import UserError, on_one_line
 from lpl.base.json_files import REST, number, parse_json, require_shape
-from lpl.families.lora_files import DORA_OF, METADATA
+from lpl.families.kind import DORA_OF
+from lpl.families.lora_files import ADAPTER
 
 PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 DOWN = (".lora_A.weight", ".lora_down.weight", ".lora.down.weight")
@@ -64,11 +65,11 @@ def read_layers(file: Path, flag: str = "--lora") -> tuple[dict[str, Layer], dic
         UserError: no safetensors file, tensors of something else than LoRA or DoRA, or a part that is missing.
     """
     tensors, said = _read(file)
-    adapter = parse_json(said.get(METADATA, "{}"), f"{file}: {METADATA}")
+    adapter = parse_json(said.get(ADAPTER, "{}"), f"{file}: {ADAPTER}")
     positive = number(0, 1e6)
     known: dict[str, Any] = {f"{part}.lora_alpha?": positive for part in PARTS}
     known |= {f"{part}.alpha_pattern?": {REST: positive} for part in PARTS}
-    require_shape(adapter, known, f"{file}: {METADATA}", "train it anew, or merge it (--to safetensors)")
+    require_shape(adapter, known, f"{file}: {ADAPTER}", "train it anew, or merge it (--to safetensors)")
     if any(adapter.get(f"{part}.use_rslora") for part in PARTS):
         raise UserError(f"{file}: has peft's use_rslora, which is not renamed: merge it (--to safetensors)")
     found: dict[str, list[Tensor | None]] = {}

@@ -16,7 +16,8 @@ from lpl.base.errors import UserError, require
 from lpl.config import ModelConfig
 from lpl.families.joint import JointModel
 from lpl.families.kind import Kind
-from lpl.families.lora_names import Layer, read_layers
+from lpl.families.lora_files import text_module
+from lpl.families.lora_names import Layer, read_layers, underscored
 
 logger = logging.getLogger("lpl")
 
@@ -121,10 +122,10 @@ def _modules(denoiser: Any, kind: Kind) -> Iterator[tuple[str, list[str], Any]]:
         for name, module in network.named_modules():
             if not isinstance(module, nn.Linear | nn.Conv2d):
                 continue
-            plain = f"text_model.{name.removeprefix('text_model.')}" if is_text else name
+            plain = text_module(name) if is_text else name
             names = [f"{part}.{plain}", f"{part}.{name}"]
             if kohya_layer is not None:
                 names.append(kohya_layer(part, name, config))
             if not is_text:
-                names.append(f"lora_unet_{name}".replace(".", "_"))
+                names.append(underscored("lora_unet", name))
             yield f"{part}.{name}" if is_joint else name, names, module

@@ -26,7 +26,7 @@ from lpl.families.files import vae_channels
 from lpl.families.joint import JointModel
 from lpl.families.kind import Kind
 from lpl.families.loading import load_whole
-from lpl.families.lora_files import METADATA, adapter_of, fold_alpha, lora_metadata
+from lpl.families.lora_files import ADAPTER, adapter_of, fold_alpha, lora_metadata
 from lpl.families.schedulers import training_schedule
 
 logger = logging.getLogger("lpl")
@@ -264,7 +264,7 @@ class PipelineFamily(ABC):
 
         def write(weights: dict[str, Tensor], file: str) -> None:
             adapter = json.dumps(packed, indent=2, sort_keys=True)
-            save_file(weights, file, {"format": "pt", METADATA: adapter} | facts)
+            save_file(weights, file, {"format": "pt", ADAPTER: adapter} | facts)
 
         type(self.pipeline).save_lora_weights(folder, **tensors, save_function=write)
 

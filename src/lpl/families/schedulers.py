@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lpl.base.errors import UserError, on_one_line
+from lpl.base.tensor_file import METADATA
 from lpl.config import ModelConfig
 from lpl.families.files import FLAG, read_header
 
@@ -47,7 +48,7 @@ def file_schedule(path: Path, config: ModelConfig | None = None) -> dict[str, An
         UserError: a prediction type by modelspec that is not known, where the options name none.
     """
     header = read_header(path) or {}
-    word = header.get("__metadata__", {}).get("modelspec.prediction_type")
+    word = header.get(METADATA, {}).get("modelspec.prediction_type")
     asked = None if config is None else config.prediction_type
     found: dict[str, Any] = {}
     if "v_pred" in header:
@@ -75,7 +76,7 @@ def lora_options(file: Path) -> dict[str, Any]:
     Raises:
         UserError: metadata that no run has written.
     """
-    metadata = (read_header(file) or {}).get("__metadata__", {})
+    metadata = (read_header(file) or {}).get(METADATA, {})
     found: dict[str, Any] = {}
     if PREDICTION in metadata:
         found["prediction_type"] = metadata[PREDICTION]
@@ -88,7 +89,7 @@ def lora_options(file: Path) -> dict[str, Any]:
 
 def compare_lora(file: Path, scheduler: Mapping[str, Any]) -> None:
     """Says so where a LoRA was trained to predict another thing than the model that it is merged into."""
-    word = WORDS.get((read_header(file) or {}).get("__metadata__", {}).get("modelspec.prediction_type"))
+    word = WORDS.get((read_header(file) or {}).get(METADATA, {}).get("modelspec.prediction_type"))
     kind = scheduler.get("prediction_type", "epsilon")
     if word not in (None, kind):
         warn(f"{file}: was trained on {word}; the model it is merged into predicts {kind}, and so will the result")

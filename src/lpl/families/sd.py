@@ -16,6 +16,7 @@ from lpl.families import sdxl_export
 from lpl.families.base import config_settings, tokenizer_settings, weights_hash
 from lpl.families.joint import JointModel, body_of
 from lpl.families.kinds import SD_KIND
+from lpl.families.lora_files import text_module
 from lpl.families.lora_names import WeightOf, renamed_lora, underscored
 from lpl.families.pipeline_blueprint import PipelineBlueprint
 from lpl.families.pipeline_export import PipelineExport
@@ -197,7 +198,7 @@ def kohya_layer(part: str, module: str, unet: Mapping[str, Any]) -> str:
     """kohya's name of a layer: diffusers' in the UNet, transformers' in the text encoder."""
     if part == "unet":
         return underscored("lora_unet", module)
-    return underscored("lora_te", f"text_model.{module.removeprefix('text_model.')}")
+    return underscored("lora_te", text_module(module))
 
 
 def to_kohya(

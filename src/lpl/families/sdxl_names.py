@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from lpl.base.errors import UserError
+from lpl.families.lora_files import text_module
 from lpl.families.lora_names import WeightOf, renamed_lora, underscored
 
 ARCHITECTURE = "stable-diffusion-xl-v1-base"
@@ -168,7 +169,7 @@ def kohya_layer(part: str, module: str, unet: Mapping[str, Any]) -> str:
     if part == "unet":
         return underscored("lora_unet", unet_module(module, unet))
     prefix = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}[part]
-    return underscored(prefix, f"text_model.{module.removeprefix('text_model.')}")
+    return underscored(prefix, text_module(module))
 
 
 def to_kohya(

@@ -306,6 +306,11 @@ class Trainer:
         self.accelerator.end_training()
         return TrainingStoppedError(f"{why}; {last_checkpoint(self.folder)}")
 
+    @property
+    def _lora_readers(self) -> str:
+        """The programs that read a LoRA's file of diffusers' naming."""
+        return "diffusers" if self.config.model.use_dora else kind_of(self.config.model).lora_readers
+
     def _writer(self, whole_pipeline: bool) -> Callable[[Path], None]:
         """What writes the trained weights as they are into a folder; every process must call it, one writes."""
         family = self.family
@@ -322,9 +327,8 @@ class Trainer:
             family.export_lora(denoiser, folder)
             end, others = DORA_READERS if self.config.model.use_dora else LORA_READERS
             name = lora_name(self.folder, end, None if whole_pipeline else f"{self.step}-{folder.name}")
-            readers = "diffusers" if self.config.model.use_dora else kind_of(self.config.model).lora_readers
             renamed = partial(family.kohya_lora, denoiser)
-            self.for_whom = write_beside(folder / LORA_FILE, name, renamed, readers, others)
+            self.for_whom = write_beside(folder / LORA_FILE, name, renamed, self._lora_readers, others)
 
         return call
 
@@ -350,6 +354,5 @@ class Trainer:
                 "done: the result is in %s (%s weights): %s", self.folder, self.trained.weights.final, self.for_whom
             )
             is_lora = self.config.model.rank is not None
-            readers = kind_of(self.config.model).lora_readers if is_lora else None
-            logger.info("next: %s", next_commands(self.folder, readers))
+            logger.info("next: %s", next_commands(self.folder, self._lora_readers if is_lora else None))
         accelerator.end_training()

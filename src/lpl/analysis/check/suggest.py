@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from lpl.analysis.check.levels import Levels
+from lpl.base.terminal import percent
 from lpl.config import TrainConfig
 from lpl.perceptual.auto_weight import weight_of_share
 from lpl.perceptual.effect import INFORMED, LEAST, Weight, interval, mean_interval, ratio_interval, resampled
@@ -150,7 +151,7 @@ def suggestion(found: Levels, own_gate: Gate, config: TrainConfig) -> dict[str, 
     p_gate = _probability(gate)
     lines.append(
         f"--lpl_weight {weight}: LPL's share of the gradient is then {share:g} "
-        f"(--lpl_target_share) with {gate}, which {p_gate:.3g} of the samples pass; auto measures it by itself"
+        f"(--lpl_target_share) with {gate}, which {percent(p_gate)} of the samples pass; auto measures it by itself"
     )
     if not kept:
         lines.append(f"with this run's gate, {own_gate}, it would be {own}")

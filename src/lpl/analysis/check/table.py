@@ -12,6 +12,7 @@ from lpl.analysis.check.suggest import INFORMED
 from lpl.analysis.needs import readable
 from lpl.base.terminal import INDENT, labelled, percent
 from lpl.config import TrainConfig
+from lpl.config.length import count
 from lpl.perceptual.auto_weight import MEASURED_SAMPLES
 from lpl.perceptual.defaults import HIGH_SHARE, LOW_SHARE, WALK_TOLERANCE
 
@@ -150,7 +151,7 @@ def table(found: dict[str, Any]) -> str:
 
 def _step(step: dict[str, Any]) -> list[str]:
     memory, flops = readable(step["peak_bytes"]), f"{step['flops'] / 1e12:.3g} TFLOP"
-    lines = [f"{step['samples']} samples: about {memory} at its peak ({step['phase']}), {flops}"]
+    lines = [f"{count(step['samples'], 'sample')}: about {memory} at its peak ({step['phase']}), {flops}"]
     if step["seconds"] is not None:
         plain = step["seconds_without_lpl"]
         lines.append(
