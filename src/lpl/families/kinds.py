@@ -164,8 +164,10 @@ class AuraFlowKind(Kind):
     def native_resolution(self, configs: Mapping[str, Any]) -> int:
         return self.resolution
 
-    def longest_side(self, configs: Mapping[str, Any]) -> int:
+    def longest_side(self, configs: Mapping[str, Any]) -> int | None:
         positions = configs["transformer"].get("pos_embed_max_size", 1024)  # of a square
+        if not isinstance(positions, int) or positions < 1:
+            return None  # which loading will say
         return math.isqrt(positions) * self.pixel_multiple(configs)
 
 
