@@ -64,18 +64,20 @@ def parse_options(command: Callable[..., T], argv: list[str], name: str) -> T:
     if takes_train(command):
         with faults.one():
             flags, config_name = _take_config(argv)
-    given, flags = flags, []
+    given, flags, refused = flags, [], []
     for part in _parts(given):
+        refused.append(_option(part))
         with faults.one():
             _check(part, known)
             flags += part
+            refused.pop()
     preset: dict[str, str] = {}
     if config_name is not None:
         with faults.one():
             options = without_replaced(read_options(config_name), given, config_name in presets())
             preset = options if config_name in presets() else {}
             flags = [*as_flags(options), *flags]
-    return _without_idle(_parse(command, flags, name, faults), preset, given)
+    return _without_idle(_parse(command, flags, name, faults, refused), preset, given)
 
 
 def completion(commands: Mapping[str, Callable[..., Any] | None], shell: str) -> str:
@@ -101,16 +103,17 @@ def completion(commands: Mapping[str, Callable[..., Any] | None], shell: str) ->
     return script.getvalue()
 
 
-def _parse(command: Callable[..., T], flags: list[str], name: str, faults: Faults) -> T:
+def _parse(command: Callable[..., T], flags: list[str], name: str, faults: Faults, refused: list[str]) -> T:
     """What flags say; raises all faults, those that were found before, too.
 
-    tyro stops at the first malformed value: its flag is left out, and the others are tried again.
+    tyro stops at the first malformed value: its flag is left out, as those are that were refused before, and the others
+    are tried again.
     """
     # Beside values without a flag, it is not known which of the values after a flag are the flag's.
     is_open = any(facts.default is MISSING for facts in declared(command).values())
     if is_open:
         faults.raise_any()
-    left_out: list[str] = []
+    left_out = list(refused)
     while True:
         own = Faults()
         with own.one(), all_faults():
