@@ -165,16 +165,16 @@ def tiny_clip(tokenizer: Any, width: int, projects: bool = True) -> Any:
     return (CLIPTextModelWithProjection if projects else CLIPTextModel)(config)
 
 
-def tiny_t5(width: int) -> tuple[Any, Any]:
-    """A T5 encoder of one layer, and a tokenizer of single characters."""
+def tiny_t5(width: int, multilingual: bool = False) -> tuple[Any, Any]:
+    """A T5 or UMT5 encoder of one layer, and a tokenizer of single characters."""
     import string
 
-    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer, UMT5Config, UMT5EncoderModel
 
     characters = [(c, -3.0) for c in string.ascii_letters + string.digits + string.punctuation]
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
     tokenizer = T5Tokenizer(vocab=special + characters, extra_ids=0, model_max_length=512)
-    config = T5Config(
+    config = (UMT5Config if multilingual else T5Config)(
         vocab_size=len(tokenizer),
         d_model=width,
         d_kv=4,
@@ -184,7 +184,7 @@ def tiny_t5(width: int) -> tuple[Any, Any]:
         feed_forward_proj="gated-gelu",
         is_encoder_decoder=False,
     )
-    return T5EncoderModel(config), tokenizer
+    return (UMT5EncoderModel if multilingual else T5EncoderModel)(config), tokenizer
 
 
 def tiny_vae16(seed: int) -> Any:
@@ -528,6 +528,34 @@ def tiny_lumina2(folder: Any, seed: int = 0) -> Any:
     pipeline = Lumina2Pipeline(
         transformer=randomize(transformer, seed, 0.1),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        vae=vae,
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def tiny_auraflow(folder: Any, seed: int = 0) -> Any:
+    """Writes an AuraFlowPipeline to a folder, latents as tiny_sdxl's."""
+    from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel, FlowMatchEulerDiscreteScheduler
+
+    vae = tiny_vae(seed, widths=(8, 8, 16))
+    torch.manual_seed(seed)
+    encoder, tokenizer = tiny_t5(16, multilingual=True)
+    transformer = AuraFlowTransformer2DModel(
+        sample_size=4,
+        num_mmdit_layers=1,
+        num_single_dit_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        caption_projection_dim=16,
+        pos_embed_max_size=64,
+    )
+    pipeline = AuraFlowPipeline(
+        transformer=randomize(transformer, seed, 0.1),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.73),
         vae=vae,
         text_encoder=encoder,
         tokenizer=tokenizer,

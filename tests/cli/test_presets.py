@@ -16,6 +16,7 @@ from lpl.config.files import RECORD
 from lpl.presets import presets
 
 PRESETS = [
+    "auraflow-lora",
     "demo",
     "diffusers-lpl",
     "flux-lora",

@@ -214,6 +214,10 @@ class Kind:
         """What the sides of images are multiples of."""
         return self.patch * self.stride(configs)
 
+    def longest_side(self, configs: Mapping[str, Any]) -> int | None:
+        """Most pixels of an image's side, where the denoiser has learned a place for so many; None: any."""
+        return None
+
 
 def check_clip_skip(configs: Mapping[str, Any], config: ModelConfig) -> None:
     """Refuses to skip as many layers as a text encoder has."""

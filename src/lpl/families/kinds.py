@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -155,7 +156,35 @@ LUMINA2_KIND = Kind(
     guidance=4.0,
     lora_starts={"transformer": ("transformer.",)},
 )
+
+
+class AuraFlowKind(Kind):
+    """AuraFlow: its pipeline draws 1024 pixels whatever sample_size is; diffusers does not refuse what is too large."""
+
+    def native_resolution(self, configs: Mapping[str, Any]) -> int:
+        return self.resolution
+
+    def longest_side(self, configs: Mapping[str, Any]) -> int | None:
+        positions = configs["transformer"].get("pos_embed_max_size", 1024)  # of a square
+        if not isinstance(positions, int) or positions < 1:
+            return None  # which loading will say
+        return math.isqrt(positions) * self.pixel_multiple(configs)
+
+
+AURAFLOW_KIND = AuraFlowKind(
+    name="AuraFlow",
+    pipelines=("AuraFlowPipeline",),
+    module="auraflow",
+    base="AuraFlow v0.3",
+    base_name="fal/AuraFlow-v0.3",
+    networks=("transformer", "vae", "text_encoder"),
+    tokenizers=("tokenizer",),
+    steps=50,  # both as its pipeline does
+    guidance=3.5,
+    lora_readers="diffusers and ComfyUI",
+    lora_starts={"transformer": ("transformer.",)},
+)
 KINDS: tuple[Kind, ...] = (
-    SDXL_KIND, SD_KIND, SD3_KIND, FLUX_KIND, SANA_KIND, ZIMAGE_KIND, KLEIN_KIND, QWEN_KIND, LUMINA2_KIND,
+    SDXL_KIND, SD_KIND, SD3_KIND, FLUX_KIND, SANA_KIND, ZIMAGE_KIND, KLEIN_KIND, QWEN_KIND, LUMINA2_KIND, AURAFLOW_KIND,
 )  # fmt: skip
 """The first is that of a plan without a model, and the one whose checks judge what belongs to none."""

@@ -219,7 +219,13 @@ def check_sizes(config: TrainConfig, configs: dict[str, Any]) -> None:
         raise UserError(f"--resolution {data.crop_size} is no multiple of {whose}")
     if data.buckets and data.bucket_step % multiple:
         raise UserError(f"--bucket_step {data.bucket_step} is no multiple of {whose}")
-    image_sizes(data)
+    longest, most = max(max(size) for size in image_sizes(data).sizes), kind.longest_side(configs)
+    if most is not None and longest > most:
+        aspect = " or --bucket_max_aspect" if data.buckets else ""
+        raise UserError(
+            f"--resolution {data.crop_size}: images have sides of up to {longest} pixels, of which the model knows no "
+            f"more than {most}: use a smaller --resolution{aspect}"
+        )
 
 
 def _check_gate(config: TrainConfig, configs: dict[str, Any]) -> None:

@@ -33,9 +33,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "klein": ("tiny_flux2", {}),
     "qwen": ("tiny_qwenimage", {}),
     "lumina2": ("tiny_lumina2", {}),
+    "auraflow": ("tiny_auraflow", {}),
 }
 """What builds a tiny model of each, and with which settings."""
-PRESETS = {name: f"{name}-lora" for name in ("flux", "zimage", "sana", "klein", "qwen", "lumina2")} | {
+PRESETS = {name: f"{name}-lora" for name in ("flux", "zimage", "sana", "klein", "qwen", "lumina2", "auraflow")} | {
     "sd3": "sd35-lora"
 }
 """Of a LoRA."""
@@ -318,6 +319,7 @@ CLIP_L, CLIP_G, T5_XXL, VAE_16 = 123_650_304, 694_659_840, 4_762_310_656, 83_819
         ("stabilityai/stable-diffusion-3.5-medium", [2_243_171_520, VAE_16, CLIP_L, CLIP_G, T5_XXL]),
         ("Efficient-Large-Model/Sana_1600M_1024px_diffusers", [1_604_462_752]),
         ("Alpha-VLLM/Lumina-Image-2.0", [2_609_769_152, VAE_16, 2_614_341_888]),
+        ("fal/AuraFlow-v0.3", [6_858_605_568, 83_653_863, 1_223_550_976]),
         ("Qwen/Qwen-Image", [20_430_401_088, 126_892_531, 8_292_166_656]),
         ("black-forest-labs/FLUX.2-klein-base-4B", [3_875_544_576, 84_046_115, 4_022_468_096]),
         ("black-forest-labs/FLUX.1-dev", [11_901_408_320, VAE_16, 123_060_480, T5_XXL]),

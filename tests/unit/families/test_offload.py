@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import (
+    tiny_auraflow,
     tiny_flux,
     tiny_flux2,
     tiny_lumina2,
@@ -30,7 +31,17 @@ DEVICE = torch.device("cpu", 0)
 """To torch another device than CPU, whose memory is the same."""
 
 
-BUILDS = [tiny_sdxl, tiny_sd3, tiny_flux, tiny_sana, tiny_zimage, tiny_flux2, tiny_qwenimage, tiny_lumina2]
+BUILDS = [
+    tiny_sdxl,
+    tiny_sd3,
+    tiny_flux,
+    tiny_sana,
+    tiny_zimage,
+    tiny_flux2,
+    tiny_qwenimage,
+    tiny_lumina2,
+    tiny_auraflow,
+]
 
 
 @pytest.mark.parametrize("build", BUILDS)
