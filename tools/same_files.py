@@ -31,7 +31,8 @@ MOMENT = re.compile(r"(?<=tfevents\.).*|\b\d{10}(\.\d+)?\b")
 RENAMED: dict[str, str] = {}
 """Keys, and parts of names of files, as the older commit has them -> as they are now."""
 ADDED = frozenset({
-    *("mode_scale", "timestep_shift", "lora_weights", "merge_lora_weights"),
+    *("mode_scale", "timestep_shift", "lora_weights", "merge_lora_weights", "quantize_base", "offload_text_encoders"),
+    "draws_per_image",
     *(f"metadata_{name}" for name in ("author", "description", "license", "tags", "trigger_phrase", "title")),
 })  # fmt: skip
 """Options that the older commit lacks, which are not compared."""
