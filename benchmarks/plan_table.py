@@ -8,13 +8,13 @@ Counted (lpl.analysis), not measured on a GPU. Left out: the CUDA context, works
 """
 
 import sys
-from importlib.resources import files
 
 from lpl.analysis.alternatives import RANK, cheapest, smallest
 from lpl.analysis.needs import estimate
 from lpl.config import TrainConfig
 from lpl.config.command_line import parse_train
 from lpl.families import blueprint, plan_configs
+from lpl.presets import presets
 from lpl.training.rehearsal import Rehearsal
 
 BASES = (None, "int8", "nf4")
@@ -44,12 +44,12 @@ def main(sizes: list[float]) -> None:
         print(f"| {size:g} GB | " + " | ".join(cells) + " |", flush=True)
 
 
-def presets() -> None:
+def lora_presets() -> None:
     """Peaks of every preset of a LoRA, with and without LPL, by what the base is kept in."""
     print("| preset | " + " | ".join(f"{kind or 'bfloat16'} | without LPL" for kind in BASES) + " |")
     print("|---|" + "---|" * 2 * len(BASES))
-    for name in sorted(file.name for file in files("lpl.presets").iterdir() if file.name.endswith("-lora.yaml")):
-        config = parse_train(["--config", name.removesuffix(".yaml")])
+    for name in (name for name in presets() if name.endswith("-lora")):
+        config = parse_train(["--config", name])
         rehearsal = Rehearsal(blueprint(plan_configs(config.model), config.model))
         cells = []
         for kind in BASES:
@@ -57,11 +57,11 @@ def presets() -> None:
                 changed = config.changed(quantize_base=kind, use_lpl=use_lpl)
                 needs = estimate(changed, rehearsal)
                 cells.append(f"{needs.peak / 2**30:.1f} GiB ({needs.phase})")
-        print(f"| `{name.removesuffix('.yaml')}` | " + " | ".join(cells) + " |", flush=True)
+        print(f"| `{name}` | " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["presets"]:
-        presets()
+        lora_presets()
         sys.exit()
     main([float(size) for size in sys.argv[1:]] or [8, 12, 16, 24, 48, 80])

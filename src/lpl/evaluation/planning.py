@@ -94,7 +94,7 @@ def check_eval(options: EvalConfig, model: ModelConfig | None = None) -> Plan:
     Raises:
         UserError: bad input.
     """
-    from lpl.families.sampling import check_guidance, check_sampler, check_sampling, vae_stride
+    from lpl.families.sampling import check_guidance, check_sampler, check_sampling, check_side, vae_stride
 
     if options.metrics:
         check_efficientnet()
@@ -140,6 +140,8 @@ def check_eval(options: EvalConfig, model: ModelConfig | None = None) -> Plan:
     alone = ModelConfig(pretrained_vae_model_name_or_path=options.pretrained_vae_model_name_or_path)
     stride = vae_stride(alone if request is None else request.model) if vae and can else None
     resolution = _resolution(options, native, stride)
+    if request is not None and options.images is None:
+        check_side(request.model, resolution)
     _check_counts(options, len(files), len(references))
     require(
         can or options.against == "images",

@@ -76,6 +76,8 @@ class PipelineFamily(ABC):
         self._prompts: dict[tuple[str, str], Mapping[str, Tensor | list[Tensor]]] = {}
         self.prepare_text()
         self.vae.to(device)
+        if config.offload_text_encoders and device == CPU:
+            logger.warning("--offload_text_encoders has no effect on a CPU, where they are")
         for encoder in () if self.trains_text else self.text_encoders:
             if config.offload_text_encoders and device != CPU:
                 apply_group_offloading(encoder, device, CPU, "leaf_level")

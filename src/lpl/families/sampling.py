@@ -254,6 +254,13 @@ def check_sampler(config: ModelConfig, scheduler: SchedulerName, spacing: Spacin
             require(value == "model", f"{flag} {value}: it was trained by flow matching, which has none; drop it")
 
 
+def check_side(config: ModelConfig, side: int) -> None:
+    """Refuses samples larger than a model of a family knows."""
+    kind = None if _foreign(config) is not None else kind_of(config)
+    most = None if kind is None else kind.longest_side(kind.model_configs(config))
+    require(most is None or side <= most, f"--resolution {side}: the model knows no more than {most} pixels a side")
+
+
 def vae_stride(config: ModelConfig) -> int | None:
     """Pixels per latent of a model's VAE, or of a VAE alone; None where its config is not here or does not say.
 

@@ -15,7 +15,8 @@ from typing import Any
 
 from lpl import __version__
 from lpl.base.errors import UserError, require
-from lpl.base.files import write_atomically, writing
+from lpl.base.files import alone_in, writing
+from lpl.base.output_folder import Names, OutputFolder
 from lpl.data.bad_files import BadImageError
 from lpl.report.charts import Chart, LinePlot, Table
 from lpl.report.findings import metric_name
@@ -25,6 +26,7 @@ from lpl.report.sources import Inputs
 
 INDEX = "export.json"
 FOLDERS = ("figures", "tables", "samples")
+STAGED = ".tmp-export"
 LATEX = {
     **{letter: f"\\{letter}" for letter in "&%$#_{}"},
     "\\": r"\textbackslash{}",
@@ -42,7 +44,7 @@ PAIRED = ["Arm", "Figure", "Compared", "Baseline", "Difference", "95 % (t)", "95
 
 
 def check_export(folder: Path) -> None:
-    """Refuses before anything is read: matplotlib missing, or a folder that holds something else.
+    """Refuses before anything is read: matplotlib missing, or something else in the way of what is written.
 
     Raises:
         UserError: with what to do.
@@ -53,10 +55,11 @@ def check_export(folder: Path) -> None:
     )
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--export {folder}: is a file; name a folder")
-    require(
-        not folder.is_dir() or not any(folder.iterdir()) or (folder / INDEX).is_file(),
-        f"--export {folder}: holds what lpl report did not export; name another folder",
-    )
+    _output(folder).check(Names({}, (*(f"{name}/" for name in FOLDERS), INDEX)))
+
+
+def _output(folder: Path) -> OutputFolder:
+    return OutputFolder(folder, "lpl report", flag="--export")
 
 
 def export(inputs: Inputs, page: dict[str, Any], folder: Path) -> int:
@@ -86,11 +89,15 @@ def export(inputs: Inputs, page: dict[str, Any], folder: Path) -> int:
         made[name] = content
         index["samples"].append({"file": name} | told)
     made[INDEX] = json.dumps(index, indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace")
-    with writing(f"--export {folder}:", "; name another folder"):
-        for known in FOLDERS:
-            shutil.rmtree(folder / known, ignore_errors=True)
+    with writing(f"--export {folder}:", "; name another folder"), alone_in(folder, "--export"):
+        staged = folder / STAGED
+        shutil.rmtree(staged, ignore_errors=True)
+        for name in FOLDERS:  # also those of which there is nothing now, in the place of what there was
+            (staged / name).mkdir(parents=True)
         for name, content in made.items():
-            write_atomically(folder / name, content)
+            (staged / name).parent.mkdir(exist_ok=True)
+            (staged / name).write_bytes(content)
+        _output(folder).put({name: staged / name for name in (*FOLDERS, INDEX)})
     return len(made)
 
 

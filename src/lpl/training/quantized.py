@@ -47,6 +47,8 @@ class Codes(NamedTuple):
     """uint8; int8 and fp8: a byte a value, (out, in); nf4: two values a byte, the first in the upper half."""
     scale: Tensor
     """float32; int8 and fp8: of each output, (out, 1); nf4: of each block of the rows laid end to end."""
+    values: Tensor | None = None
+    """nf4: the two values of every byte, (256, 2) float32, on the device, where no step has to bring them."""
 
 
 def encode(weight: Tensor, kind: Kind) -> Codes:
@@ -61,7 +63,8 @@ def encode(weight: Tensor, kind: Kind) -> Codes:
         scale = flat.abs().amax(1, keepdim=True)
         table = torch.tensor(NF4, device=weight.device)
         number = torch.bucketize(flat / _nonzero(scale), (table[1:] + table[:-1]) / 2).view(-1, 2)
-        return Codes((16 * number[:, 0] + number[:, 1]).to(torch.uint8), scale)
+        values = torch.stack([table.repeat_interleave(16), table.repeat(16)], 1)
+        return Codes((16 * number[:, 0] + number[:, 1]).to(torch.uint8), scale, values)
     scale = weight.abs().amax(1, keepdim=True) / (127 if kind == "int8" else 448)
     scaled = weight / _nonzero(scale)
     codes = scaled.round().to(torch.int8) if kind == "int8" else scaled.to(torch.float8_e4m3fn)
@@ -70,10 +73,8 @@ def encode(weight: Tensor, kind: Kind) -> Codes:
 
 def decode(stored: Codes, kind: Kind, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """The matrix that the codes stand for, rounded once to a precision."""
-    codes, scale = stored
-    if kind == "nf4":
-        table = torch.tensor(NF4, device=codes.device)
-        pairs = torch.stack([table.repeat_interleave(16), table.repeat(16)], 1)  # by byte: both of its values
+    codes, scale, pairs = stored
+    if pairs is not None:
         values = F.embedding(codes.int(), pairs).view(-1, BLOCK).mul_(scale)
         return values.to(dtype).flatten()[: shape[0] * shape[1]].view(shape)
     values = codes.view(torch.int8 if kind == "int8" else torch.float8_e4m3fn).to(dtype)  # exact in 16 bits
@@ -88,22 +89,25 @@ class QuantizedLinear(nn.Linear):
     """A frozen linear layer whose weights are codes; its bias stays as it is.
 
     Attributes:
-        weight: the codes, see Codes.
-        scale: of the codes.
+        weight, scale, values: see Codes.
     """
+
+    scale: nn.Parameter
+    values: nn.Parameter | None
 
     def __init__(self, linear: nn.Linear, kind: Kind, device: torch.device) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.kind = linear.in_features, linear.out_features, kind
-        codes, scale = encode(linear.weight.to(device), kind)
+        codes = encode(linear.weight.to(device), kind)
         # Parameters, not buffers, which several processes would exchange at every step.
-        self.weight = nn.Parameter(codes, requires_grad=False)
-        self.scale = nn.Parameter(scale, requires_grad=False)
+        for name, tensor in zip(("weight", "scale", "values"), codes, strict=True):
+            self.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
         self.bias = linear.bias
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weights, written out."""
-        return decode(Codes(self.weight, self.scale), self.kind, (self.out_features, self.in_features), dtype)
+        stored = Codes(self.weight, self.scale, self.values)
+        return decode(stored, self.kind, (self.out_features, self.in_features), dtype)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002, the name in nn.Linear
         """W x + b, in autocast's precision where it is active."""
@@ -146,5 +150,8 @@ def quantize(
     body = denoiser.parts[0] if isinstance(denoiser, JointModel) else denoiser
     blocks = {id(m): m for several in body.modules() if isinstance(several, nn.ModuleList) for m in several.modules()}
     found = [(m, name) for m in blocks.values() for name, child in m.named_children() if isinstance(child, nn.Linear)]
+    values = None
     for parent, name in progress(found):
-        setattr(parent, name, QuantizedLinear(getattr(parent, name), kind, device))
+        layer = QuantizedLinear(getattr(parent, name), kind, device)
+        values = layer.values = layer.values if values is None else values  # one for all of them
+        setattr(parent, name, layer)

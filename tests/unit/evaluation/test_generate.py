@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import tiny_flux
+from tiny_models import tiny_auraflow, tiny_flux
 from torch import Tensor
 
 from lpl.base.errors import UserError
@@ -25,7 +25,7 @@ from lpl.evaluation.generate import (
     settings_of,
     write_settings,
 )
-from lpl.families.sampling import FamilySampler, check_sampler, load_for_sampling
+from lpl.families.sampling import FamilySampler, check_sampler, check_side, load_for_sampling
 
 SAMPLING = Sampling(16, num_inference_steps=2, guidance_scale=2.0, seed=3, batch_size=4)
 PROMPTS = ("a cat", "a cup", "a rocket")
@@ -190,6 +190,13 @@ def test_a_sampler_of_discrete_timesteps_is_refused_for_flow_matching(tmp_path: 
         check_sampler(config, "dpmsolver++", "model")
     with pytest.raises(UserError, match="--timestep_spacing trailing: it was trained by flow matching"):
         check_sampler(config, "model", "trailing")
+
+
+def test_larger_samples_than_a_model_knows_are_refused_before_it_loads(tmp_path: Path) -> None:
+    folder = str(tiny_auraflow(tmp_path / "auraflow"))
+    check_side(ModelConfig(folder), 64)
+    with pytest.raises(UserError, match="--resolution 72: the model knows no more than 64 pixels a side"):
+        check_side(ModelConfig(folder), 72)
 
 
 def test_another_scheduler_solves_the_same_equation(model: Path) -> None:

@@ -76,6 +76,12 @@ def test_a_plan_counts_a_layer_and_not_the_encoders(tmp_path: Path) -> None:
     assert peaks[2] == peaks[0]
 
 
+def test_it_is_said_where_it_does_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tiny_sdxl(tmp_path / "model")
+    load_family(ModelConfig(str(tmp_path / "model"), offload_text_encoders=True), CPU, torch.float32)
+    assert "--offload_text_encoders has no effect on a CPU" in caplog.text
+
+
 def test_encoders_that_are_trained_stay() -> None:
     with pytest.raises(UserError, match="--offload_text_encoders with --train_text_encoder: what is trained stays"):
         ModelConfig("m", offload_text_encoders=True, train_text_encoder=True)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from lpl.base.errors import UserError
 from lpl.report.charts import IntervalRow, Line, Table
-from lpl.report.export import FOLDERS, check_export, export, latex
+from lpl.report.export import check_export, export, latex
 from lpl.report.figures import draw, page_colors
 from lpl.report.plots import interval_chart, line_chart
 from lpl.report.sources import Inputs
@@ -38,7 +38,7 @@ def _page(**given: Any) -> dict[str, Any]:
 def test_files_stand_alone_and_hold_all_numbers(tmp_path: Path) -> None:
     page = _page(configuration={"All options": Table(["Option", "Value"], [["a_b", "−50 %"], ["c", "→ σ"]])})
     number = export(Inputs(), page, tmp_path / "new" / "folder")
-    written = [file for file in (tmp_path / "new" / "folder").rglob("*") if file.is_file()]
+    written = [f for f in (tmp_path / "new" / "folder").rglob("[!.]*") if f.is_file()]  # but for the record
     assert len(written) == number == 3 * 3 + 2 * 2 + 1
     figures = tmp_path / "new" / "folder" / "figures"
     assert sorted(f.name for f in figures.glob("*.svg")) == ["loss-frechet-2.svg", "loss-frechet.svg", "values.svg"]
@@ -69,9 +69,11 @@ def test_files_stand_alone_and_hold_all_numbers(tmp_path: Path) -> None:
 def test_the_same_page_gives_the_same_files(tmp_path: Path) -> None:
     assert draw(LINES) == draw(LINES)
     export(Inputs(), _page(), tmp_path)
-    (tmp_path / "figures" / "old.svg").write_text("of an earlier page")
+    (tmp_path / "thesis.tex").write_text("mine")
+    check_export(tmp_path)
     export(Inputs(), _page(sections=[("a", "A", [ROWS])]), tmp_path)
     assert {file.name for file in tmp_path.rglob("*.svg")} == {"values.svg"}
+    assert (tmp_path / "thesis.tex").read_text() == "mine"
 
 
 def test_every_colour_of_the_page_is_found() -> None:
@@ -86,10 +88,14 @@ def test_a_users_text_is_text_in_latex() -> None:
 
 def test_what_is_in_the_way_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("mine")
-    for name in FOLDERS:
-        (tmp_path / name).mkdir()
-    with pytest.raises(UserError, match=r"--export .*: holds what lpl report did not export; name another folder"):
+    check_export(tmp_path)
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "mine.svg").write_text("mine")
+    with pytest.raises(UserError, match=r"--export .*: figures/mine.svg in it is not what lpl report wrote there"):
         check_export(tmp_path)
+    with pytest.raises(UserError, match=r"figures/mine.svg in it is not what lpl report wrote there"):
+        export(Inputs(), _page(), tmp_path)
+    assert (tmp_path / "figures" / "mine.svg").read_text() == "mine"
     with pytest.raises(UserError, match="is a file; name a folder"):
         check_export(tmp_path / "thesis.tex")
     check_export(tmp_path / "new")
