@@ -94,7 +94,7 @@ def check_eval(options: EvalConfig, model: ModelConfig | None = None) -> Plan:
     Raises:
         UserError: bad input.
     """
-    from lpl.families.sampling import check_guidance, check_sampler, check_sampling, check_side, vae_stride
+    from lpl.families.sampling import check_guidance, check_sampler, check_sampling, vae_stride
 
     if options.metrics:
         check_efficientnet()
@@ -106,10 +106,10 @@ def check_eval(options: EvalConfig, model: ModelConfig | None = None) -> Plan:
     request = None
     if options.pretrained_model_name_or_path is not None:
         request = _request(options) if model is None else Request(model, None, "")
-    native, scales = None, as_tuple(options.guidance_scale)
+    native, longest, scales = None, None, as_tuple(options.guidance_scale)
     if request is not None:
         asked = request
-        native = with_flag(request, lambda: check_sampling(asked.model, asked.lora))
+        native, longest = with_flag(request, lambda: check_sampling(asked.model, asked.lora))
         if options.images is None:
             with_flag(request, lambda: check_sampler(asked.model, options.scheduler, options.timestep_spacing))
             scales = with_flag(request, lambda: tuple(check_guidance(asked.model, scale) for scale in scales))
@@ -139,9 +139,7 @@ def check_eval(options: EvalConfig, model: ModelConfig | None = None) -> Plan:
     can = request is not None or options.pretrained_vae_model_name_or_path is not None
     alone = ModelConfig(pretrained_vae_model_name_or_path=options.pretrained_vae_model_name_or_path)
     stride = vae_stride(alone if request is None else request.model) if vae and can else None
-    resolution = _resolution(options, native, stride)
-    if request is not None and options.images is None:
-        check_side(request.model, resolution)
+    resolution = _resolution(options, native, longest, stride)
     _check_counts(options, len(files), len(references))
     require(
         can or options.against == "images",
@@ -233,10 +231,11 @@ def _check_apart(images: Path, reference: Path, references: list[Path], what: st
     )
 
 
-def _resolution(options: EvalConfig, native: int | None, stride: int | None) -> int:
+def _resolution(options: EvalConfig, native: int | None, longest: int | None, stride: int | None) -> int:
     """The pixels of a side: as given, else `native`, what the model or the first image has; whole latents of the VAE.
 
-    `stride` is its pixels per latent; None: none is used, or it is not known yet.
+    `longest` is the most that the model draws; `stride` the VAE's pixels per latent; None: none is used, or it is not
+    known yet.
     """
     asked, drawn, step = options.resolution, options.images is None, stride or 1
     if asked is None and native is None:
@@ -246,6 +245,10 @@ def _resolution(options: EvalConfig, native: int | None, stride: int | None) -> 
         asked = native - native % step
     assert asked is not None
     require(not drawn or asked % 8 == 0, f"--resolution {asked}: models draw multiples of 8 pixels")
+    require(
+        not drawn or longest is None or asked <= longest,
+        f"--resolution {asked}: the model knows no more than {longest} pixels a side",
+    )
     require(
         asked % step == 0,
         f"--resolution {asked}: the VAE takes multiples of {stride} pixels; give such a one, or --no_floor",

@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -176,11 +176,16 @@ class FamilySampler(PipelineSampler):
         return torch.cat([self.vae.decode(part).sample / 2 + 0.5 for part in raw.split(together)])
 
 
-def check_sampling(config: ModelConfig, lora: Path | None) -> int | None:
-    """Refuses, before anything heavy loads, a model that cannot be sampled.
+class Sides(NamedTuple):
+    """Pixels of a side of a model's images; None: its configs do not say, or there is no bound."""
 
-    Returns:
-        The pixels that it was made for; None: its configs do not say.
+    native: int | None
+    """What it was made for."""
+    longest: int | None = None
+
+
+def check_sampling(config: ModelConfig, lora: Path | None) -> Sides:
+    """Refuses, before anything heavy loads, a model that cannot be sampled; returns what sizes it knows.
 
     Raises:
         UserError: no such model or LoRA, or no text-to-image pipeline.
@@ -191,7 +196,7 @@ def check_sampling(config: ModelConfig, lora: Path | None) -> int | None:
         configs = known.model_configs(config)
         if lora is not None:
             known.check_lora(config, lora)
-        return known.native_resolution(configs)
+        return Sides(known.native_resolution(configs), known.longest_side(configs))
     name, folder = config.pretrained_model_name_or_path, _folder(config)
     require(
         config.prediction_type is None and not config.rescale_betas_zero_snr,
@@ -213,7 +218,7 @@ def check_sampling(config: ModelConfig, lora: Path | None) -> int | None:
             configs[part] = read_object(file, FLAG)
     size = configs.get("unet", configs.get("transformer", {})).get("sample_size")
     stride = stride_of(configs.get("vae", {}))
-    return size * stride if whole(1, 2**16).fits(size) and stride else None
+    return Sides(size * stride if whole(1, 2**16).fits(size) and stride else None)
 
 
 def check_guidance(config: ModelConfig, guidance_scale: float | None) -> float | None:
@@ -252,13 +257,6 @@ def check_sampler(config: ModelConfig, scheduler: SchedulerName, spacing: Spacin
     if _foreign(config) is None and kind_of(config).is_flow:
         for flag, value in (("--scheduler", scheduler), ("--timestep_spacing", spacing)):
             require(value == "model", f"{flag} {value}: it was trained by flow matching, which has none; drop it")
-
-
-def check_side(config: ModelConfig, side: int) -> None:
-    """Refuses samples larger than a model of a family knows."""
-    kind = None if _foreign(config) is not None else kind_of(config)
-    most = None if kind is None else kind.longest_side(kind.model_configs(config))
-    require(most is None or side <= most, f"--resolution {side}: the model knows no more than {most} pixels a side")
 
 
 def vae_stride(config: ModelConfig) -> int | None:

@@ -59,7 +59,7 @@ def test_the_reference_is_checked_with_all_options_of_the_model(
 ) -> None:
     seen: list[ModelConfig] = []
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(sampling, "check_sampling", lambda model, lora: seen.append(model))
+    monkeypatch.setattr(sampling, "check_sampling", lambda model, lora: seen.append(model) or (None, None))
     reference, prompts = tiny_images(tmp_path / "reference", count=10, size=16), tmp_path / "prompts.jsonl"
     (Path(reference) / "metadata.jsonl").unlink()
     prompts.write_text('{"text": "a lamp"}\n')

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import tiny_auraflow, tiny_flux
+from tiny_models import tiny_auraflow, tiny_flux, tiny_images
 from torch import Tensor
 
 from lpl.base.errors import UserError
 from lpl.config import ModelConfig
+from lpl.config.model_commands import EvalConfig
 from lpl.evaluation.generate import (
     Sampling,
     check_settings,
@@ -25,7 +27,8 @@ from lpl.evaluation.generate import (
     settings_of,
     write_settings,
 )
-from lpl.families.sampling import FamilySampler, check_sampler, check_side, load_for_sampling
+from lpl.evaluation.planning import check_eval
+from lpl.families.sampling import FamilySampler, check_sampler, load_for_sampling
 
 SAMPLING = Sampling(16, num_inference_steps=2, guidance_scale=2.0, seed=3, batch_size=4)
 PROMPTS = ("a cat", "a cup", "a rocket")
@@ -193,10 +196,11 @@ def test_a_sampler_of_discrete_timesteps_is_refused_for_flow_matching(tmp_path: 
 
 
 def test_larger_samples_than_a_model_knows_are_refused_before_it_loads(tmp_path: Path) -> None:
-    folder = str(tiny_auraflow(tmp_path / "auraflow"))
-    check_side(ModelConfig(folder), 64)
+    folder, images = (str(make(tmp_path / make.__name__)) for make in (tiny_auraflow, tiny_images))
+    options = EvalConfig(folder, reference_dir=images, metrics=("spectrum",), output_dir=str(tmp_path / "out"))
+    assert check_eval(replace(options, resolution=64)).resolution == 64
     with pytest.raises(UserError, match="--resolution 72: the model knows no more than 64 pixels a side"):
-        check_side(ModelConfig(folder), 72)
+        check_eval(replace(options, resolution=72))
 
 
 def test_another_scheduler_solves_the_same_equation(model: Path) -> None:
