@@ -196,7 +196,7 @@ def test_a_sampler_of_discrete_timesteps_is_refused_for_flow_matching(tmp_path: 
 
 
 def test_larger_samples_than_a_model_knows_are_refused_before_it_loads(tmp_path: Path) -> None:
-    folder, images = (str(make(tmp_path / make.__name__)) for make in (tiny_auraflow, tiny_images))
+    folder, images = str(tiny_auraflow(tmp_path / "auraflow")), tiny_images(tmp_path / "images", count=10)
     options = EvalConfig(folder, reference_dir=images, metrics=("spectrum",), output_dir=str(tmp_path / "out"))
     assert check_eval(replace(options, resolution=64)).resolution == 64
     with pytest.raises(UserError, match="--resolution 72: the model knows no more than 64 pixels a side"):
