@@ -1,4 +1,4 @@
-"""One frame of the causal video decoders: frozen operations against the plain blocks."""
+"""One frame of the causal video decoders, and HunyuanImage: frozen operations against the plain blocks."""
 
 import copy
 import logging
@@ -11,19 +11,21 @@ from torch import nn
 from benchmarks import loss_cost
 from lpl import LatentPerceptualLoss
 from lpl.perceptual import strips
-from lpl.perceptual.decoders.folding import Duplicate
+from lpl.perceptual.decoders.folding import duplicate
 from lpl.perceptual.frozen import NormSiLUConvolution, Plain, differentiable
 from lpl.perceptual.precision import walk_difference
 
 
-def latents(seed, dtype=torch.float64):
-    return torch.randn(2, 4, 6, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+def latents(seed, dtype=torch.float64, channels=4):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(2, channels, 6, 5, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def check_frozen_is_plain(vae, dtype=torch.float64, tolerance=1e-6, **options):
     """The classes' own upsampling rounds to float32, so that float64 differs by its rounding."""
-    target = latents(1, dtype)
-    pred = (target + 0.3 * latents(0, dtype)).requires_grad_()
+    channels = vae.decoder.conv_in.in_channels
+    target = latents(1, dtype, channels)
+    pred = (target + 0.3 * latents(0, dtype, channels)).requires_grad_()
     mask = torch.rand(2, 1, 6, 5, generator=torch.Generator().manual_seed(2))
     loss_fn = LatentPerceptualLoss(vae, num_blocks=3, dtype=dtype, **options)
     frozen = loss_fn(pred, target, mask)
@@ -36,7 +38,7 @@ def check_frozen_is_plain(vae, dtype=torch.float64, tolerance=1e-6, **options):
 
 @pytest.mark.parametrize("strip_bytes", [2**23, 256])
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("name", ["qwen", "wan22"])
+@pytest.mark.parametrize("name", ["qwen", "wan22", "hunyuan_image"])
 def test_frozen_operations_are_exact(monkeypatch, name, checkpointing, strip_bytes):
     monkeypatch.setitem(strips.STRIP_BYTES, "cpu", strip_bytes)
     check_frozen_is_plain(vae_of(name), checkpointing=checkpointing)
@@ -44,7 +46,8 @@ def test_frozen_operations_are_exact(monkeypatch, name, checkpointing, strip_byt
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
 def test_other_precisions(dtype, tolerance):
-    check_frozen_is_plain(vae_of("wan"), dtype, tolerance, norm_type="shared")
+    for name in ("wan", "hunyuan_image"):
+        check_frozen_is_plain(vae_of(name), dtype, tolerance, norm_type="shared")
 
 
 def test_frozen_operations_to_the_end_are_decode():
@@ -65,7 +68,7 @@ def test_a_third_of_what_autograd_keeps_is_kept():
 
 
 def test_all_but_attention_is_frozen():
-    for name, plain in (("qwen", 1), ("wan", 1), ("wan22", 1), ("qwen21", 4)):
+    for name, plain in (("qwen", 1), ("wan", 1), ("wan22", 1), ("qwen21", 4), ("hunyuan_image", 0)):
         segments = LatentPerceptualLoss(vae_of(name), num_blocks=3).segments
         assert sum(isinstance(o, Plain) for segment in segments for o in segment.operations) == plain
 
@@ -81,6 +84,12 @@ def test_blocks_of_another_build_run_as_plain_ones_and_the_log_says_so(caplog):
     for name in ("mid", "up_0", "up_1"):
         assert f"{name} has no frozen operations" in caplog.text
     assert "up_2" not in caplog.text
+    caplog.clear()
+    vae = copy.deepcopy(vae_of("hunyuan_image"))
+    vae.decoder.up_blocks[0].nonlinearity = nn.GELU()
+    with caplog.at_level(logging.INFO, logger="lpl"):
+        check_frozen_is_plain(vae.eval())
+    assert caplog.text.count("no frozen operations") == caplog.text.count("up_0 has") > 0
 
 
 def test_weights_are_those_of_the_module_at_each_call():
@@ -126,7 +135,7 @@ def test_shortcut_is_the_blocks_own():
     shortcut = vae_of("wan22").decoder.up_blocks[0].avg_shortcut
     x = torch.randn(2, shortcut.in_channels, 3, 2, dtype=torch.float64).requires_grad_()
     expected = shortcut(x.unsqueeze(2), first_chunk=True).squeeze(2)
-    found = differentiable(Duplicate(shortcut))(x)
+    found = differentiable(duplicate(shortcut))(x)
     assert torch.equal(found, expected)
     slope = torch.randn(expected.shape, dtype=torch.float64)
     torch.testing.assert_close(*[torch.autograd.grad(y, x, slope)[0] for y in (found, expected)])

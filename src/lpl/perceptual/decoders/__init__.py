@@ -8,6 +8,7 @@ from torch import nn
 from lpl.perceptual.decoders import causal, images, videos
 from lpl.perceptual.decoders.autoencoder_kl import AutoencoderKLTaps, VQTaps
 from lpl.perceptual.decoders.base import Decoder, DecoderTaps, Tap, VaeTaps
+from lpl.perceptual.decoders.hunyuan_image import HunyuanImageTaps
 from lpl.perceptual.decoders.own import HookTaps, StageTaps
 
 DECODERS: dict[str, Callable[[Any], DecoderTaps]] = {
@@ -17,7 +18,7 @@ DECODERS: dict[str, Callable[[Any], DecoderTaps]] = {
     "VQModel": VQTaps,
     "AutoencoderTiny": images.TinyTaps,
     "AutoencoderDC": images.DCTaps,
-    "AutoencoderKLHunyuanImage": images.HunyuanImageTaps,
+    "AutoencoderKLHunyuanImage": HunyuanImageTaps,
     "AutoencoderKLKVAE": images.KVAETaps,
     "AutoencoderRAE": images.RAETaps,
     "AutoencoderKLQwenImage": causal.CausalTaps,

@@ -1,12 +1,11 @@
 """One frame through a causal video decoder is a 2-D decoder: its blocks as frozen operations."""
 
-from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, conv2d, interpolate, pixel_shuffle, pixel_unshuffle
+from torch.nn.functional import avg_pool2d, conv2d, interpolate
 
 from lpl.perceptual.convolution import (
     Convolution,
@@ -19,6 +18,7 @@ from lpl.perceptual.convolution import (
     rows_of,
 )
 from lpl.perceptual.decoders.blocks import is_plain
+from lpl.perceptual.decoders.shortcuts import Duplicate, WithShortcut
 from lpl.perceptual.frozen import Fuse, Identity, Plain, Resnet
 
 DIRECT_CELLS = 512
@@ -44,47 +44,6 @@ class SmallUpsampling(Upsampling):
 
 def _is_small(x: Tensor) -> bool:
     return x.shape[0] * x.shape[2] * x.shape[3] < DIRECT_CELLS
-
-
-class Duplicate(Operation):
-    """The shortcut of Wan 2.2's up blocks, of one frame: channels are repeated and laid out as cells. Keeps nothing.
-
-    Of C * r channels that repeat C, number ((o * t + t - 1) * s + i) * s + j is cell (i, j) of output channel o.
-    """
-
-    def __init__(self, module: Any) -> None:
-        self.channels, self.factor = module.in_channels, module.factor_s
-        t, s = module.factor_t, module.factor_s
-        repeated = torch.arange(module.out_channels * t * s * s).view(-1, t, s, s)[:, -1]
-        self.source = (repeated // module.repeats).flatten()
-
-    def forward(self, x: Tensor, keep: bool) -> tuple[Tensor, list[Any]]:
-        return pixel_shuffle(x[:, self.source.to(x.device)], self.factor), []
-
-    def backward(self, saved: list[Any], grad: Tensor) -> Tensor:
-        cells = pixel_unshuffle(grad, self.factor)
-        out = cells.new_zeros((len(grad), self.channels, *cells.shape[2:]))
-        return out.index_add_(1, self.source.to(grad.device), cells)
-
-
-class WithShortcut(Operation):
-    """y = operations(x) + shortcut(x), of a shortcut that keeps nothing."""
-
-    def __init__(self, operations: Sequence[Operation], shortcut: Operation) -> None:
-        self.operations, self.shortcut = operations, shortcut
-
-    def forward(self, x: Tensor, keep: bool) -> tuple[Tensor, list[Any]]:
-        y, saved = x, []
-        for operation in self.operations:
-            y, kept = operation.forward(y, keep)
-            saved.append(kept)
-        return y.add_(self.shortcut.forward(x, keep=False)[0]), saved if keep else []
-
-    def backward(self, saved: list[Any], grad: Tensor) -> Tensor:
-        around = self.shortcut.backward([], grad)
-        for operation in reversed(self.operations):
-            grad = operation.backward(saved.pop(), grad)
-        return around.add_(grad)
 
 
 def folded_middle(vae: Any, fuse: Fuse) -> tuple[list[Operation], Head] | None:
@@ -115,7 +74,17 @@ def folded_block(block: Any, fuse: Fuse) -> tuple[list[Operation], Head] | None:
     head = SmallUpsampling(upsampler.resample[1])
     if shortcut is None:
         return resnets, head
-    return [WithShortcut([*resnets, head], Duplicate(shortcut))], Identity()
+    return [WithShortcut([*resnets, head], duplicate(shortcut))], Identity()
+
+
+def duplicate(shortcut: Any) -> Duplicate:
+    """The shortcut of Wan 2.2's up blocks, of one frame.
+
+    Of C * r channels that repeat C, number ((o * t + t - 1) * s + i) * s + j is cell (i, j) of output channel o.
+    """
+    t, s = shortcut.factor_t, shortcut.factor_s
+    repeated = torch.arange(shortcut.out_channels * t * s * s).view(-1, t, s, s)[:, -1]
+    return Duplicate(shortcut.in_channels, repeated.flatten() // shortcut.repeats, s)
 
 
 def upsampler_of(block: Any) -> Any:

@@ -52,26 +52,6 @@ class DCTaps(VaeTaps):
         return decoder.conv_out(decoder.conv_act(decoder.norm_out(x.movedim(1, -1)).movedim(-1, 1)))
 
 
-class HunyuanImageTaps(VaeTaps):
-    """AutoencoderKLHunyuanImage: a tap before each upsampling and after the last block."""
-
-    parts = ("conv_in", "mid_block", "up_blocks", "repeat")
-
-    def stages(self) -> Sequence[Callable[..., State]]:
-        levels: list[list[nn.Module]] = [[]]
-        for block in self.decoder.up_blocks:
-            if "Upsample" in type(block).__name__:
-                levels.append([])
-            levels[-1].append(block)
-        return [self.decoder.mid_block, *(nn.Sequential(*level) for level in levels)]
-
-    def begin(self, raw_latents: Tensor) -> State:
-        return self.decoder.conv_in(raw_latents) + raw_latents.repeat_interleave(self.decoder.repeat, dim=1)
-
-    def finish(self, x: Any) -> Tensor:
-        return self.decoder.conv_out(self.decoder.nonlinearity(self.decoder.norm_out(x)))
-
-
 class KVAETaps(VaeTaps):
     """AutoencoderKLKVAE: every block reads the latents too, which are carried beside the map."""
 
