@@ -7,7 +7,8 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,18 @@ from lpl.comparison.arms import Arm, check_same_data, read_arms
 from lpl.comparison.measures import NO_METRICS, RunMetrics, measure_run
 from lpl.comparison.sentences import verdict_on
 from lpl.comparison.verdict import compare_arm, repeated_noise, result_table
+from lpl.config import TrainConfig
 from lpl.config.commands import CompareConfig, ReportConfig
 from lpl.config.environment import environment
 from lpl.config.run_folder import COMPARE_FILE, CONFIG_FILE, EVAL_FOLDER, PAGE
 from lpl.evaluation.guidance import SAMPLES, at_best, edge_notes
+from lpl.training import launch
 from lpl.training.run import run_train
 
 logger = logging.getLogger("lpl")
+
+FORKED = "FORK_LAUNCHED"
+"""What tells accelerate that a process group is not its to end."""
 
 
 def run_compare(options: CompareConfig) -> None:
@@ -70,8 +76,7 @@ def _compare(options: CompareConfig, arms: Sequence[Arm]) -> dict[str, Any] | No
     """Trains and measures; the content of compare.json, in the first process."""
     from lpl.training.preflight import preflight
 
-    started, limit = time.monotonic(), options.train.run.max_minutes
-    ended = []
+    started, ended = time.monotonic(), list[TrainConfig]()
     level = logger.level
     logger.setLevel(logging.ERROR)  # what preflight warns of, the run will say
     try:
@@ -84,6 +89,33 @@ def _compare(options: CompareConfig, arms: Sequence[Arm]) -> dict[str, Any] | No
                         ended.append(config)
     finally:
         logger.setLevel(level)
+    with one_process_group():
+        return _train_and_measure(options, arms, ended, started)
+
+
+@contextmanager
+def one_process_group() -> Iterator[None]:
+    """Lets all runs in it share the process group that the first of them makes, and ends it with the last.
+
+    A launcher's store keeps the addresses and the NCCL id of a group that has ended, and the next group would take them
+    for its own.
+    """
+    import torch
+
+    own = FORKED not in os.environ
+    try:
+        with launch.environment({FORKED: "1"}):
+            yield
+    finally:
+        _forget_run()
+        if own and torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def _train_and_measure(
+    options: CompareConfig, arms: Sequence[Arm], ended: list[TrainConfig], started: float
+) -> dict[str, Any] | None:
+    limit = options.train.run.max_minutes
     if options.reference_dir is not None:
         measures.check_metrics(options, arms[0].configs[options.seeds[0]], ended)
         _forget_run()

@@ -87,6 +87,13 @@ def run_eval(options: EvalConfig, is_late: Callable[[], bool] = lambda: False) -
             options.dtype != "float16" or device.type != "cpu",
             "--dtype float16 needs a GPU; on a CPU use bfloat16 or float32",
         )
+        require(
+            options.dtype != "bfloat16"
+            or device.type != "cuda"
+            or torch.cuda.is_bf16_supported(including_emulation=False),
+            "--dtype bfloat16: this GPU does not compute in bfloat16 (those of compute capability 8.0 and later do): "
+            "use float16 or float32",
+        )
         late = f"stopped by --max_minutes before {options.output_dir} was measured: the same command continues"
         stop_together(is_late, late)
         sampler = together(lambda: _load(plan, device))
@@ -133,6 +140,8 @@ def _processes() -> Iterator[Accelerator]:
     """The processes of a launch, joined until the end, or until they have all raised the same."""
     # Processes may wait for each other far longer than torch's ten minutes.
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=24))])
+    # Features and images in float32 are the same whatever ran before in this process, and nearly a CPU's.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     try:

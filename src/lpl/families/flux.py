@@ -79,6 +79,8 @@ def denoise(
     is_guided = getattr(denoiser, "module", denoiser).config.guidance_embeds  # an engine may have wrapped it
     guidance = torch.full((batch,), TRAINED_GUIDANCE, device=device) if is_guided else None
     packed = FluxPipeline._pack_latents(noisy_latents.contiguous(), batch, channels, height, width)
+    with device:  # made there: what is sent from the host would be waited for
+        img_ids = FluxPipeline._prepare_latent_image_ids(batch, height // 2, width // 2, device, torch.float32)
     output = denoiser(
         hidden_states=packed,
         timestep=levels,
@@ -86,7 +88,7 @@ def denoise(
         pooled_projections=text["pooled_prompt_embeds"].to(dtype),
         encoder_hidden_states=embeds,
         txt_ids=torch.zeros(embeds.shape[1], 3, device=device),
-        img_ids=FluxPipeline._prepare_latent_image_ids(batch, height // 2, width // 2, device, torch.float32),
+        img_ids=img_ids,
         return_dict=False,
     )[0]
     unpacked: Tensor = FluxPipeline._unpack_latents(output, height, width, 1)

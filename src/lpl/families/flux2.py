@@ -75,13 +75,15 @@ def denoise(
     """See families.base.Family.denoise: cells of 2 x 2 are tokens of 4 C values, (B, h w / 4, 4 C)."""
     device, embeds = noisy_latents.device, text["prompt_embeds"].to(noisy_latents.dtype)
     cells = Flux2KleinPipeline._patchify_latents(noisy_latents.contiguous())
+    with device:  # made there: what is sent from the host would be waited for
+        txt_ids, img_ids = Flux2KleinPipeline._prepare_text_ids(embeds), Flux2KleinPipeline._prepare_latent_ids(cells)
     output = denoiser(
         hidden_states=Flux2KleinPipeline._pack_latents(cells),
         timestep=levels,
         guidance=None,
         encoder_hidden_states=embeds,
-        txt_ids=Flux2KleinPipeline._prepare_text_ids(embeds).to(device),
-        img_ids=Flux2KleinPipeline._prepare_latent_ids(cells).to(device),
+        txt_ids=txt_ids,
+        img_ids=img_ids,
         return_dict=False,
     )[0]
     return unpacked(output, *noisy_latents.shape[2:])

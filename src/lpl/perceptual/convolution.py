@@ -124,9 +124,23 @@ def _winograd_kernels(weight: Tensor) -> list[Tensor]:
     return [g0, (g0 + g1 + g2) / 2, (g0 - g1 + g2) / 2, g2]
 
 
-def transposed(weight: Tensor) -> Tensor:
+def made_for(x: Tensor) -> torch.memory_format:
+    """How weights that are made for the map x are laid out.
+
+    A CPU takes channels last beside any map. A GPU's library would copy one of the two for every strip, and its output
+    would have another layout than the map.
+    """
+    return torch.channels_last if x.device.type == "cpu" else layout(x)
+
+
+def laid_out(weight: Tensor, x: Tensor) -> Tensor:
+    """A module's weights as a convolution of the map x takes them without copying."""
+    return weight if x.device.type == "cpu" else weight.contiguous(memory_format=layout(x))
+
+
+def transposed(weight: Tensor, grad: Tensor) -> Tensor:
     """The weights with which a convolution's backward pass (stride 1, odd size, zero padding) is a convolution."""
-    return weight.flip(2, 3).transpose(0, 1).contiguous(memory_format=torch.channels_last)
+    return weight.flip(2, 3).transpose(0, 1).contiguous(memory_format=made_for(grad))
 
 
 def matrix_convolution(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor, Tensor | None], Tensor]:
@@ -221,14 +235,14 @@ class Convolution(Operation):
         """Of rows with their halo, to rows of the output, for the map x."""
         if isinstance(self.module, LastSlice) and takes_matrix(x):
             return matrix_convolution(self.module.weight, self.module.bias)
-        return row_convolution(self.module.weight, self.module.bias, x)
+        return row_convolution(laid_out(self.module.weight, x), self.module.bias, x)
 
     def _forward_maker(self, x: Tensor) -> Make:
         convolve, halo = self.convolver(x), self.halo
         return lambda first, last, place: convolve(window(x, first - halo, last + halo), place)
 
     def _backward_maker(self, grad: Tensor) -> Make:
-        convolve, halo = row_convolution(transposed(self.module.weight), None, grad), self.halo
+        convolve, halo = row_convolution(transposed(self.module.weight, grad), None, grad), self.halo
         return lambda first, last, place: convolve(window(grad, first - halo, last + halo), place)
 
     @property
@@ -290,7 +304,7 @@ class Upsampling(Head):
         """Fills out with the output's rows for rows first to last of x."""
         width, channels = x.shape[3], self.module.out_channels
         bias = None if self.module.bias is None else self.module.bias.repeat(4)
-        weight = self._folded()
+        weight = self._folded(x)
         convolve = row_convolution(weight, bias, x, padding=1)
         # Winograd's way makes an even number of rows: one more than is needed, of an even number.
         end = 2 if takes_winograd(weight, x) else 1
@@ -304,7 +318,7 @@ class Upsampling(Head):
         return fill
 
     def backward(self, saved: list[Any], grad: Tensor) -> Tensor:
-        weight = transposed(self._folded())
+        weight = transposed(self._folded(grad), grad)
         batch, channels, height, width = grad.shape
         height, width = height // 2, width // 2
         small = grad[:, :, ::2, ::2]
@@ -328,11 +342,11 @@ class Upsampling(Head):
         shape = (batch, weight.shape[0], height, width)
         return assemble(spans(small, 4 * channels), shape, grad, make)
 
-    def _folded(self) -> Tensor:
-        """(4 * out, in, 2, 2): the weights of the four output phases, in the order of (a, c)."""
+    def _folded(self, x: Tensor) -> Tensor:
+        """(4 * out, in, 2, 2): the weights of the four output phases, in the order of (a, c), for the map x."""
         weight = self.module.weight
         phases = [w for rows in _fold(weight.to(arithmetic(weight)), 2) for w in _fold(rows, 3)]
-        return torch.cat(phases).to(weight.dtype).contiguous(memory_format=torch.channels_last)
+        return torch.cat(phases).to(weight.dtype).contiguous(memory_format=made_for(x))
 
 
 def _fold(weight: Tensor, axis: int) -> tuple[Tensor, Tensor]:

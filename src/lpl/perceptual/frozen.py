@@ -16,7 +16,7 @@ from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
 from lpl.perceptual.convolution import Convolution, Head, LastSlice, Operation, Rows, rows_of
 from lpl.perceptual.feature_maps import State, map_of, version_of
-from lpl.perceptual.strips import arithmetic, assemble, channel_moments, spans, strip_bytes, window
+from lpl.perceptual.strips import arithmetic, assemble, channel_moments, layout, spans, strip_bytes, window
 
 Fuse = Callable[[Callable[..., Any]], Callable[..., Any]]
 """What is done to pointwise functions before use: nothing, or torch.compile."""
@@ -232,7 +232,7 @@ class Attention(Operation):
         q, k, v = self._project(x, mean, rstd)
         out = torch.cat([scaled_dot_product_attention(part, k, v) for part in q.split(self._queries(k), 2)], 2)
         y = linear(out.transpose(1, 2).flatten(2), self.module.to_out[0].weight, self.module.to_out[0].bias)
-        return y.transpose(1, 2).view_as(x) + x, [x, mean, rstd] if keep else []
+        return x + y.transpose(1, 2).view_as(x), [x, mean, rstd] if keep else []  # in the layout of x
 
     def backward(self, saved: list[Any], grad: Tensor) -> Tensor:
         x, mean, rstd = saved
@@ -255,7 +255,7 @@ class Attention(Operation):
             d.transpose(1, 2).flatten(2) @ layer.weight
             for d, layer in zip((torch.cat(d_q, 2), d_k, d_v), layers, strict=True)
         )
-        d_norm = d_norm.transpose(1, 2).view_as(x).to(mean.dtype)
+        d_norm = d_norm.transpose(1, 2).view_as(x).to(mean.dtype).contiguous(memory_format=layout(x))
         return self.norm.backward(x, mean, rstd, rows_of(d_norm), rows_of(grad))
 
     def _project(self, x: Tensor, mean: Tensor, rstd: Tensor) -> list[Tensor]:
@@ -266,8 +266,9 @@ class Attention(Operation):
         return [_heads(linear(tokens, layer.weight, layer.bias), self.module.heads) for layer in layers]
 
     def _queries(self, k: Tensor) -> int:
-        """Queries in a strip."""
-        return max(1, 4 * strip_bytes(k) // (k.element_size() * k.shape[0] * k.shape[1] * k.shape[2]))
+        """Queries in a strip; a GPU's kernels write no scores out, and few queries leave most of it idle."""
+        scores = (32 if k.device.type == "cuda" else 4) * strip_bytes(k)
+        return max(1, scores // (k.element_size() * k.shape[0] * k.shape[1] * k.shape[2]))
 
 
 def _tokens(x: Tensor) -> Tensor:

@@ -235,7 +235,7 @@ def check_windows(windows: Any, batch: int) -> None:
 
 
 def diffusion_gradient(diffusion_loss: Any, model_output: Tensor) -> Tensor | None:
-    """d diffusion_loss / d model_output, the loss's graph kept; None where gradients are off and it has no graph.
+    """d diffusion_loss / d model_output, see scaled_gradient; None where gradients are off and the loss has no graph.
 
     Raises:
         ValueError: no scalar, or one that does not depend on model_output.
@@ -246,7 +246,7 @@ def diffusion_gradient(diffusion_loss: Any, model_output: Tensor) -> Tensor | No
         if torch.is_grad_enabled():
             raise ValueError("diffusion_loss is detached: pass the scalar with its graph, before .detach() or .item()")
         return None
-    (gradient,) = torch.autograd.grad(diffusion_loss, model_output, retain_graph=True, allow_unused=True)
+    gradient = scaled_gradient(diffusion_loss, model_output)
     if gradient is None:
         raise ValueError(
             "diffusion_loss does not depend on model_output: compute it from the very tensor that is passed as "
@@ -254,6 +254,21 @@ def diffusion_gradient(diffusion_loss: Any, model_output: Tensor) -> Tensor | No
             "the model"
         )
     return gradient
+
+
+FLOAT16_SCALE = 2.0**10
+
+
+def scaled_gradient(loss: Tensor, model_output: Tensor) -> Tensor | None:
+    """d loss / d model_output, the graph kept; None where it does not depend on it.
+
+    Of a float16 output in float32: a mean over many values has gradients below float16's smallest numbers, which are
+    kept by a power of two, as a gradient scaler does.
+    """
+    is_half = model_output.dtype == torch.float16
+    scaled = FLOAT16_SCALE * loss if is_half else loss
+    (gradient,) = torch.autograd.grad(scaled, model_output, retain_graph=True, allow_unused=True)
+    return gradient.float() / FLOAT16_SCALE if is_half and gradient is not None else gradient
 
 
 AGAINST = -0.5

@@ -35,6 +35,7 @@ from lpl.perceptual.input_checks import (
     diffusion_gradient,
     given,
     per_sample,
+    scaled_gradient,
     unpacked,
 )
 from lpl.perceptual.loop_findings import Measured, numbers_of, table_of
@@ -173,7 +174,8 @@ def _measure_batch(
     for part in _parts(loss):
         out = part(x0, target, mask)
         gradient_of(out, x0, needed=False)  # an error where it has no graph
-        (gradient,) = torch.autograd.grad((scale * out.per_sample).sum(), packed, retain_graph=True)
+        gradient = scaled_gradient((scale * out.per_sample).sum(), packed)
+        assert gradient is not None  # gradient_of has seen that there is one
         gradient = gradient[index]
         layers.append(compared(gradient, diffusion))
         total, values = total + gradient, values.to(index.device) + out.per_sample.detach()

@@ -148,8 +148,12 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     kind = accelerator.device.type
     if accelerator.mixed_precision == "fp16" and kind == "cpu":
         raise UserError("--mixed_precision fp16 needs an accelerator; on a CPU use bf16 or no")
-    if accelerator.mixed_precision == "bf16" and kind == "cuda" and not torch.cuda.is_bf16_supported():
-        raise UserError("--mixed_precision bf16: this GPU has no bfloat16; use fp16")
+    if kind == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        lacks = "this GPU does not compute in bfloat16 (those of compute capability 8.0 and later do): use"
+        if accelerator.mixed_precision == "bf16":
+            raise UserError(f"--mixed_precision bf16: {lacks} fp16")
+        if config.lpl.use_lpl and config.lpl.lpl_dtype == "bfloat16":
+            raise UserError(f"--lpl_dtype bfloat16: {lacks} float32 or float16")
     if config.optim.optimizer_name == "adamw8bit" and kind == "cpu":
         flag = "--use_8bit_adam" if config.optim.use_8bit_adam else "--optimizer adamw8bit"
         raise UserError(f"{flag} needs a GPU; drop it on a CPU")
@@ -167,7 +171,19 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     level = logging.INFO if accelerator.is_main_process else logging.ERROR
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logger.setLevel(level)
+    if kind == "cuda" and is_slow_decoder(config, torch.cuda.get_device_capability(accelerator.device)):
+        logger.warning(
+            "LPL's decoder runs in float32 without tensor cores: --allow_tf32 is faster, on an A100 or H100 several "
+            "times; so is --lpl_dtype bfloat16"
+        )
     return accelerator
+
+
+def is_slow_decoder(config: TrainConfig, capability: tuple[int, int]) -> bool:
+    """Whether LPL's decoder leaves tensor cores idle that a GPU of this compute capability has for float32."""
+    return (
+        config.lpl.use_lpl and config.lpl.lpl_dtype == "float32" and not config.run.allow_tf32 and capability >= (8, 0)
+    )
 
 
 def _can_compile(kind: str) -> bool:

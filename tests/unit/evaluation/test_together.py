@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate import Accelerator, debug_launcher
 from launching import environment
 from process_state import fresh_process_state
 
 from lpl.base.errors import StopRequestedError, UserError
-from lpl.evaluation.command import stop_together, together
+from lpl.evaluation.command import _processes, stop_together, together
 
 
 def test_alone_it_is_the_call_itself() -> None:
@@ -47,3 +48,9 @@ def test_the_fault_of_one_is_that_of_all(tmp_path: Path) -> None:
         debug_launcher(process, (tmp_path,), num_processes=2)
     told = [(tmp_path / str(rank)).read_text() for rank in (0, 1)]
     assert told == [f"fault of 1; fault of 0; found {rank}; late" for rank in (0, 1)]
+
+
+def test_metrics_are_measured_without_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    with fresh_process_state(), _processes():
+        assert not torch.backends.cudnn.allow_tf32

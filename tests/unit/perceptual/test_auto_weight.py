@@ -7,6 +7,7 @@ import torch
 from lpl import LatentPerceptualLoss, PerceptualObjective
 from lpl.diffusion.prediction import add_noise, alpha_sigma_table
 from lpl.perceptual.auto_weight import MEASURED_SAMPLES, AutoWeight
+from lpl.perceptual.input_checks import diffusion_gradient
 from lpl.perceptual.term import gradient_share
 
 
@@ -248,3 +249,10 @@ def test_a_weight_of_0_is_never_fixed(caplog):
     auto.measure(*squares(1.0, 4.0), 256)
     auto.end_step()
     assert (auto.fixed, auto.weight) == (True, 2)
+
+
+def test_gradients_at_float16_outputs_are_measured_where_float16_has_no_numbers():
+    """Those of a mean over 65,536 values, 3e-8 each: float16's smallest number is 6e-8."""
+    output = torch.where(torch.arange(2**16) % 2 == 0, 1e-3, -8e-4).view(1, 4, 128, 128).half().requires_grad_()
+    found = diffusion_gradient(output.float().square().mean(), output)
+    torch.testing.assert_close(found, 2 * output.detach().float() / 2**16, rtol=2e-3, atol=0)

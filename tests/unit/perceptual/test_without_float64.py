@@ -1,5 +1,6 @@
 """Devices without float64 (Apple's MPS): nothing may make a tensor of it there. The meta device stands for one."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -58,7 +59,7 @@ def stepped():
 GIVEN = {
     "gradients": lambda: compared(torch.empty(2, 4, device="meta"), torch.empty(2, 4, device="meta")),
     "a budget": stepped,
-    "the latent space of a VAE": lambda: LatentSpace.from_vae(vae_of("flux2").to("meta")),
+    "the latent space of a VAE": lambda: LatentSpace.from_vae(copy.deepcopy(vae_of("flux2")).to("meta")),
     "a schedule": lambda: alpha_sigma_table(SimpleNamespace(alphas_cumprod=torch.empty(10, device="meta"))),
     "a process of one's own": lambda: OwnProcess(lambda t: (1 + 0 * t, t), edm(0.5)).alpha_sigma(
         torch.empty(2, device="meta")
@@ -87,7 +88,7 @@ AT_A_BUDGET = {"lpl_budget": 0.5, "step_flops": 1e9}
     ],
 )
 def test_a_step_makes_no_float64(scheduler, norm, options):
-    vae = vae_of("kl").to("meta")
+    vae = copy.deepcopy(vae_of("kl")).to("meta")
     time = {"sigmas": torch.tensor([0.2, 0.4])} if "Flow" in type(scheduler).__name__ else {}
     timesteps = None if time else torch.tensor([10, 100])
     latents = torch.empty(2, 4, 8, 8, device="meta")

@@ -22,12 +22,12 @@ class Duplicate(Operation):
         self.channels, self.source, self.factor = channels, source, factor
 
     def forward(self, x: Tensor, keep: bool) -> tuple[Tensor, list[Any]]:
-        return pixel_shuffle(x[:, self.source.to(x.device)], self.factor), []
+        return pixel_shuffle(x[:, self.source.to(x.device, non_blocking=True)], self.factor), []
 
     def backward(self, saved: list[Any], grad: Tensor) -> Tensor:
         cells = pixel_unshuffle(grad, self.factor)
         out = cells.new_zeros((len(grad), self.channels, *cells.shape[2:]))
-        return out.index_add_(1, self.source.to(grad.device), cells)
+        return out.index_add_(1, self.source.to(grad.device, non_blocking=True), cells)
 
 
 class WithShortcut(Operation):

@@ -1,0 +1,52 @@
+"""What a GPU cannot do is refused or said, by what torch tells of it; no GPU is needed."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from lpl.base.errors import UserError
+from lpl.config import LPLConfig, RunConfig, TrainConfig
+from lpl.training import engine
+from lpl.training.engine import build_accelerator, is_slow_decoder
+
+
+@pytest.fixture
+def old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that makes bfloat16 tensors but computes with them by emulation, as those before Ampere do."""
+
+    def accelerator(mixed_precision: str | None = None, **_: Any) -> Any:
+        return SimpleNamespace(device=torch.device("cuda"), mixed_precision=mixed_precision or "no")
+
+    monkeypatch.setattr(engine, "Accelerator", accelerator)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        (TrainConfig(run=RunConfig(mixed_precision="bf16")), "--mixed_precision bf16: .* use fp16"),
+        (TrainConfig(lpl=LPLConfig(lpl_dtype="bfloat16")), "--lpl_dtype bfloat16: .* use float32 or float16"),
+    ],
+)
+def test_emulated_bfloat16_is_refused(old_gpu: None, config: TrainConfig, told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        build_accelerator(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "capability", "slow"),
+    [
+        (TrainConfig(), (8, 0), True),
+        (TrainConfig(), (12, 0), True),
+        (TrainConfig(), (7, 5), False),  # has none for float32
+        (TrainConfig(run=RunConfig(allow_tf32=True)), (9, 0), False),
+        (TrainConfig(lpl=LPLConfig(lpl_dtype="bfloat16")), (9, 0), False),
+        (TrainConfig(lpl=LPLConfig(use_lpl=False)), (9, 0), False),
+    ],
+)
+def test_a_decoder_without_tensor_cores_is_told_of(config: TrainConfig, capability: Any, slow: bool) -> None:
+    assert is_slow_decoder(config, capability) == slow
