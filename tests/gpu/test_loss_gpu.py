@@ -56,6 +56,17 @@ def test_cpu_and_device_agree(vaes, norm_type, loss_type, checkpointing):
         torch.testing.assert_close(on_device.per_layer[tap].cpu(), on_cpu.per_layer[tap], rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_both_layouts_agree(vaes, dtype):
+    first, last = (
+        LatentPerceptualLoss(vaes[1], dtype=dtype, channels_last=layout)(*random_latents(DEVICE))
+        for layout in (False, True)
+    )
+    tolerance = 1e-3 if dtype == torch.float32 else 5e-2
+    torch.testing.assert_close(last.per_sample, first.per_sample, rtol=tolerance, atol=0)
+    assert_gradients_agree(last.gradient, first.gradient, tolerance=10 * tolerance)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_autocast_changes_nothing(vaes, dtype):
     """The decoder and its gradient keep float32; kernels that add in no fixed order are allowed their last bits."""

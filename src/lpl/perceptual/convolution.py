@@ -200,12 +200,12 @@ class LastSlice:
     def weight(self) -> Tensor:
         """(out, in, k, k)."""
         whole = self._module.weight
+        if whole.device.type != "cpu":
+            return whole[:, :, -1]
         stamp = (whole.untyped_storage()._cdata, whole._version, whole.dtype, whole.device)
-        if self._kept is not None and self._kept[0] == stamp:
-            return self._kept[1]
-        weight = whole[:, :, -1].contiguous(memory_format=torch.channels_last)
-        self._kept = (stamp, weight) if whole.device.type == "cpu" else None
-        return weight
+        if self._kept is None or self._kept[0] != stamp:
+            self._kept = stamp, whole[:, :, -1].contiguous(memory_format=torch.channels_last)
+        return self._kept[1]
 
     @property
     def bias(self) -> Tensor | None:

@@ -107,6 +107,16 @@ def warn_of_objective(config: TrainConfig) -> None:
         )
 
 
+def warn_of_decoder(config: TrainConfig, capability: tuple[int, int]) -> None:
+    """Says where LPL's decoder leaves tensor cores idle that a GPU of this compute capability has for float32."""
+    lpl = config.lpl
+    if lpl.use_lpl and lpl.lpl_dtype == "float32" and not config.run.allow_tf32 and capability >= (8, 0):
+        logger.warning(
+            "LPL's decoder runs in float32 without tensor cores: --allow_tf32 is faster, on an A100 or H100 several "
+            "times; so is --lpl_dtype bfloat16"
+        )
+
+
 NEEDS = f"{', '.join(ONE_BY_ONE)} or an optimizer of optimi (--optimizer optimi.AdamW)"
 REASONS = {
     "prodigy": "it estimates its step size from all parameters at once",

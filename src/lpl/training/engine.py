@@ -171,19 +171,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     level = logging.INFO if accelerator.is_main_process else logging.ERROR
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logger.setLevel(level)
-    if kind == "cuda" and is_slow_decoder(config, torch.cuda.get_device_capability(accelerator.device)):
-        logger.warning(
-            "LPL's decoder runs in float32 without tensor cores: --allow_tf32 is faster, on an A100 or H100 several "
-            "times; so is --lpl_dtype bfloat16"
-        )
     return accelerator
-
-
-def is_slow_decoder(config: TrainConfig, capability: tuple[int, int]) -> bool:
-    """Whether LPL's decoder leaves tensor cores idle that a GPU of this compute capability has for float32."""
-    return (
-        config.lpl.use_lpl and config.lpl.lpl_dtype == "float32" and not config.run.allow_tf32 and capability >= (8, 0)
-    )
 
 
 def _can_compile(kind: str) -> bool:

@@ -26,7 +26,7 @@ from lpl.families import blueprint, kind_of, load_family, plan_configs
 from lpl.families.export import LORA_FILE
 from lpl.training import saving
 from lpl.training.checkpoint import full_disk
-from lpl.training.checks import warn_of_steps
+from lpl.training.checks import warn_of_decoder, warn_of_steps
 from lpl.training.engine import Batches, build_accelerator, build_objective
 from lpl.training.lora_says import LoraSays
 from lpl.training.nonfinite import FiniteGuard, spoil
@@ -178,6 +178,8 @@ class Trainer:
                 lpl.lpl_dtype, self.objective.gate, percent(self.objective.p_gate),
                 share if lpl.lpl_weight == "auto" else f"{lpl.lpl_weight:g}",
             )  # fmt: skip
+        if self.accelerator.device.type == "cuda":
+            warn_of_decoder(self.config, torch.cuda.get_device_capability(self.accelerator.device))
 
     def fit(self) -> None:
         """Trains to the last step."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 from lpl.base.errors import UserError
 from lpl.config import LPLConfig, RunConfig, TrainConfig
 from lpl.training import engine
-from lpl.training.engine import build_accelerator, is_slow_decoder
+from lpl.training.checks import warn_of_decoder
+from lpl.training.engine import build_accelerator
 
 
 @pytest.fixture
@@ -48,5 +50,11 @@ def test_emulated_bfloat16_is_refused(old_gpu: None, config: TrainConfig, told: 
         (TrainConfig(lpl=LPLConfig(use_lpl=False)), (9, 0), False),
     ],
 )
-def test_a_decoder_without_tensor_cores_is_told_of(config: TrainConfig, capability: Any, slow: bool) -> None:
-    assert is_slow_decoder(config, capability) == slow
+def test_a_decoder_without_tensor_cores_is_told_of(
+    config: TrainConfig, capability: Any, slow: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="lpl"):
+        warn_of_decoder(config, capability)
+    assert [record.getMessage().split(": ")[0] for record in caplog.records] == [
+        "LPL's decoder runs in float32 without tensor cores"
+    ] * slow
