@@ -1,6 +1,7 @@
 """The decoder's operations against plain autograd: values, gradients, layouts, precisions, what they keep."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -254,3 +255,10 @@ def test_plain_and_identity():
     assert saved == []
     assert Identity().forward(x, keep=True) == (x, [])
     assert Identity().backward([], x) is x
+
+
+@pytest.mark.parametrize(("device", "queries"), [("cpu", 512), ("cuda", 8192)])
+def test_queries_of_a_large_map_in_a_strip(device, queries):
+    """Of 1024 pixels, one head: 512 on a GPU are a few blocks, for more than a hundred multiprocessors."""
+    keys = SimpleNamespace(device=torch.device(device), element_size=lambda: 4, shape=(1, 1, 128 * 128, 512))
+    assert Attention._queries(None, keys) == queries

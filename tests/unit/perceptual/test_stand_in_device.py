@@ -54,9 +54,10 @@ def test_the_stand_in_refuses_two_devices_and_sees_two_layouts():
         for mixed in (lambda: ON.add_(HOST), lambda: torch.cat([ON, HOST])):
             with pytest.raises(MixedDevicesError):
                 mixed()
-        torch.nn.functional.conv2d(LAST, FIRST[..., :3, :3])
+        weights = FIRST[..., :3, :3].contiguous()
+        torch.nn.functional.conv2d(LAST, weights)
         assert len(seen.layouts) == 1
-        torch.nn.functional.conv2d(FIRST, FIRST[..., :3, :3].contiguous())
+        torch.nn.functional.conv2d(FIRST, weights)
     assert len(seen.layouts) == 1
 
 
