@@ -24,6 +24,7 @@ PRESETS = [
     "lumina2-lora",
     "qwen-lora",
     "sana-lora",
+    "schnell-lora",
     "sd15",
     "sd15-lora",
     "sd35-lora",

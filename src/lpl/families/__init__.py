@@ -38,7 +38,7 @@ def kind_of(config: ModelConfig) -> Kind:
     if name is None:
         return KINDS[0]
     path = Path(config.single_file_config or name)
-    known = next((kind for kind in KINDS if kind.base_name == name and not path.exists()), None)
+    known = next((kind for kind in KINDS if kind.published_as(name) and not path.exists()), None)
     if known is None and path.suffix == ".safetensors":
         header = read_header(path) or {}
         known = next((kind for kind in KINDS if kind.owns(header)), None)

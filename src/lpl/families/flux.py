@@ -46,6 +46,11 @@ PUBLISHED: dict[str, Any] = {
     "scheduler": FLOW_SCHEDULER | {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15},
 }
 """Configs of FLUX.1-dev, as published; what is left out is the class's default."""
+SCHNELL = PUBLISHED | {
+    "transformer": PUBLISHED["transformer"] | {"guidance_embeds": False},
+    "scheduler": FLOW_SCHEDULER | {"shift": 1.0},
+}
+"""The same of FLUX.1-schnell."""
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 # By number: the transformer's last layer is called proj_out too.

@@ -48,6 +48,7 @@ class Kind:
         lora_readers: the programs that read its LoRAs of diffusers' naming.
         parts: where another module has one, or by another name: its name -> "module:name".
         base, base_name: the published model that a plan is of where no model is given, and its Hub id.
+        others: the Hub ids of other published models whose configs are known, and what these are called in module.
         networks, tokenizers: subfolders of a pipeline, the denoiser first, then the VAE.
         denoiser_word: what the denoiser is called.
         is_flow: whether it is trained by flow matching.
@@ -68,6 +69,7 @@ class Kind:
     is_flow: bool = True
     patch: int = 2
     options: frozenset[str] = frozenset()
+    others: Mapping[str, str] = field(default_factory=dict)
     resolution: int = 1024
     usual_stride: int = 8
     steps: int = 25
@@ -89,6 +91,12 @@ class Kind:
     def owns(self, header: Mapping[str, Any]) -> bool:
         """Whether a single file with this header holds a model of this family."""
         return any(key in header for key in self.single_file_keys)
+
+    def published_as(self, name: str | None) -> str | None:
+        """What the configs of a published model are called in its module; None: they are read."""
+        if name is None or name == self.base_name:
+            return "PUBLISHED"
+        return self.others.get(name)
 
     def model_configs(self, config: ModelConfig) -> dict[str, Any]:
         """Refuses a model that this trainer would not train right.
@@ -128,8 +136,9 @@ class Kind:
         """
         name = config.pretrained_model_name_or_path
         path = Path(str(name))
-        if name is None or (name == self.base_name and not path.exists()):
-            configs = dict(self.find("PUBLISHED"))
+        known = self.published_as(name)
+        if known is not None and not path.exists():
+            configs = dict(self.find(known))
         elif self.single_file_keys and path.suffix == ".safetensors" and config.single_file_config is None:
             check_original(path, config)
             configs = self.published_of(path)

@@ -60,6 +60,7 @@ FLUX_KIND = FluxKind(
     module="flux",
     base="FLUX.1-dev",
     base_name="black-forest-labs/FLUX.1-dev",
+    others={"black-forest-labs/FLUX.1-schnell": "SCHNELL"},
     networks=("transformer", "vae", "text_encoder", "text_encoder_2"),
     tokenizers=("tokenizer", "tokenizer_2"),
     steps=28,  # both as its pipeline does

@@ -28,6 +28,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "sd_v": ("tiny_sd", {"prediction_type": "v_prediction"}),
     "sd3": ("tiny_sd3", {}),
     "flux": ("tiny_flux", {}),
+    "schnell": ("tiny_flux", {"guidance": False}),
     "zimage": ("tiny_zimage", {}),
     "sana": ("tiny_sana", {}),
     "klein": ("tiny_flux2", {}),
@@ -36,7 +37,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "auraflow": ("tiny_auraflow", {}),
 }
 """What builds a tiny model of each, and with which settings."""
-PRESETS = {name: f"{name}-lora" for name in ("flux", "zimage", "sana", "klein", "qwen", "lumina2", "auraflow")} | {
+PRESETS = {name: f"{name}-lora" for name in ("flux", "schnell", "zimage", "sana", "klein", "qwen", "lumina2", "auraflow")} | {
     "sd3": "sd35-lora"
 }
 """Of a LoRA."""
@@ -323,6 +324,7 @@ CLIP_L, CLIP_G, T5_XXL, VAE_16 = 123_650_304, 694_659_840, 4_762_310_656, 83_819
         ("Qwen/Qwen-Image", [20_430_401_088, 126_892_531, 8_292_166_656]),
         ("black-forest-labs/FLUX.2-klein-base-4B", [3_875_544_576, 84_046_115, 4_022_468_096]),
         ("black-forest-labs/FLUX.1-dev", [11_901_408_320, VAE_16, 123_060_480, T5_XXL]),
+        ("black-forest-labs/FLUX.1-schnell", [11_891_178_560, VAE_16, 123_060_480, T5_XXL]),
     ],
 )
 def test_published_models_have_their_published_size(name: str | None, parameters: list[int]) -> None:
