@@ -17,6 +17,7 @@ from lpl.presets import presets
 
 PRESETS = [
     "auraflow-lora",
+    "chroma-lora",
     "demo",
     "diffusers-lpl",
     "flux-lora",

@@ -36,7 +36,7 @@ class Kind:
     Attributes:
         name: in messages.
         pipelines: how the names of its pipelines' classes begin, as model_index.json has them; the first is whole, and
-            the class that is loaded.
+            the class that is loaded: diffusers' or, where it has own_pipeline, the module's of the same name.
         loaded_with: what that class is given beside components.
         module: of families/, which has its parts: the classes Model (a Family), Plan (a Blueprint) and Export (an
             Exported), the functions to_kohya and kohya_layer, and PUBLISHED, configs by component and "index".
@@ -79,6 +79,7 @@ class Kind:
     lora_readers: str = "diffusers"
     vae_class: str = "AutoencoderKL"
     vae_has_frames: bool = False
+    own_pipeline: bool = False
     parts: Mapping[str, str] = field(default_factory=dict)
     loaded_with: Mapping[str, Any] = field(default_factory=dict)
     lora_starts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

@@ -68,6 +68,20 @@ FLUX_KIND = FluxKind(
     lora_readers="diffusers and ComfyUI",
     lora_starts={"transformer": ("transformer.",)},
 )
+CHROMA_KIND = Kind(
+    name="Chroma",
+    pipelines=("ChromaPipeline",),
+    module="chroma",
+    base="Chroma1-HD",
+    base_name="lodestones/Chroma1-HD",
+    networks=("transformer", "vae", "text_encoder"),
+    tokenizers=("tokenizer",),
+    own_pipeline=True,
+    steps=40,  # both by the model's card
+    guidance=3.0,
+    lora_readers="diffusers and ComfyUI",
+    lora_starts={"transformer": ("transformer.",)},
+)
 SANA_KIND = Kind(
     name="Sana",
     pipelines=("SanaPipeline",),
@@ -187,5 +201,6 @@ AURAFLOW_KIND = AuraFlowKind(
 )
 KINDS: tuple[Kind, ...] = (
     SDXL_KIND, SD_KIND, SD3_KIND, FLUX_KIND, SANA_KIND, ZIMAGE_KIND, KLEIN_KIND, QWEN_KIND, LUMINA2_KIND, AURAFLOW_KIND,
+    CHROMA_KIND,
 )  # fmt: skip
 """The first is that of a plan without a model, and the one whose checks judge what belongs to none."""

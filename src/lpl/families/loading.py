@@ -68,7 +68,7 @@ def load_whole(
     name, denoiser = str(config.pretrained_model_name_or_path), kind.networks[0]
     checked, options = kind.networks, dict(kind.loaded_with)
     encoders_only = encoders_only and config.merged_lora is None
-    cls = getattr(diffusers, kind.pipelines[0])
+    cls = kind.find(kind.pipelines[0]) if kind.own_pipeline else getattr(diffusers, kind.pipelines[0])
     if name.endswith(".safetensors"):
         local, vae = config.single_file_config, load_vae(kind, config, own["vae"])
         options |= {"config": local, "local_files_only": local is not None, "cache_dir": config.cache_dir}

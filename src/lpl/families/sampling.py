@@ -28,8 +28,7 @@ SchedulerName = Literal["model", "dpmsolver++"]
 SpacingName = Literal["model", "leading", "linspace", "trailing"]
 GUIDANCE = 5.0
 CLASSIFIER_FREE = (
-    "ChromaPipeline", "CogView4Pipeline", "HunyuanDiTPipeline", "KolorsPipeline", "PixArtAlphaPipeline",
-    "PixArtSigmaPipeline",
+    "CogView4Pipeline", "HunyuanDiTPipeline", "KolorsPipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline",
 )  # fmt: skip
 """Pipelines of no family here that take guidance_scale g as none + g (text - none), g up to 1 being no guidance,
 without a negative prompt too (read in diffusers 0.42.1)."""
