@@ -29,7 +29,7 @@ PUBLISHED: dict[str, Any] = {
     "text_encoder": T5_XXL | {"dtype": "bfloat16"},
     "scheduler": FLOW_SCHEDULER | {"shift": 1.0},
 }
-"""Configs of Chroma1-HD: the class's defaults; a schedule without a shift, as of Flux.1 schnell, of which it is made."""
+"""Configs of Chroma1-HD: the class's defaults; a schedule without a shift, as that of Flux.1 schnell, its origin."""
 
 LORA_TARGETS = {
     "attention": flux.ATTENTION,
@@ -52,7 +52,7 @@ class ChromaPipeline(diffusers.ChromaPipeline):
 
 @contextmanager
 def masked(transformer: Any, mask: Tensor | None) -> Iterator[None]:
-    """Hands a mask on to recomputed blocks that the transformer calls without: those of one stream (diffusers 0.42.1)."""
+    """Hands a mask on to recomputed blocks that the transformer calls without: of one stream (diffusers 0.42.1)."""
     if mask is None or not transformer.gradient_checkpointing:
         yield
         return

@@ -54,6 +54,7 @@ class Kind:
         is_flow: whether it is trained by flow matching.
         patch: cells of a latent, in height and in width, that the denoiser takes as one.
         options: of those that only some models have (config/, by_model), those that it has.
+        trained_text: its text encoders that --train_text_encoder trains, its first ones; the others stay frozen.
         resolution, usual_stride: pixels that it was made for, and pixels per latent, where its configs do not say.
         steps, guidance: how images are drawn where nothing else is said.
     """
@@ -69,6 +70,7 @@ class Kind:
     is_flow: bool = True
     patch: int = 2
     options: frozenset[str] = frozenset()
+    trained_text: tuple[str, ...] = ()
     others: Mapping[str, str] = field(default_factory=dict)
     resolution: int = 1024
     usual_stride: int = 8

@@ -28,6 +28,7 @@ SD_KIND = Kind(
     ),
     parameters=859_520_964,
     options=frozenset({"clip_skip", "train_text_encoder"}),
+    trained_text=("text_encoder",),
     parts={"to_kohya": "sd:to_kohya"},
     loaded_with={"safety_checker": None, "requires_safety_checker": False},  # it paints images black
     lora_starts={"unet": ("unet.", "lora_unet_"), "text_encoder": ("text_encoder.", "lora_te_")},
@@ -40,10 +41,12 @@ SD3_KIND = Kind(
     base_name="stabilityai/stable-diffusion-3.5-medium",
     networks=("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"),
     tokenizers=("tokenizer", "tokenizer_2", "tokenizer_3"),
+    options=frozenset({"train_text_encoder", "text_encoder_2_lr"}),
+    trained_text=("text_encoder", "text_encoder_2"),
     steps=40,  # both by the model's card
     guidance=4.5,
     lora_readers="diffusers and ComfyUI",
-    lora_starts={"transformer": ("transformer.",)},
+    lora_starts={part: (f"{part}.",) for part in ("transformer", "text_encoder", "text_encoder_2")},
 )
 
 
@@ -63,10 +66,12 @@ FLUX_KIND = FluxKind(
     others={"black-forest-labs/FLUX.1-schnell": "SCHNELL"},
     networks=("transformer", "vae", "text_encoder", "text_encoder_2"),
     tokenizers=("tokenizer", "tokenizer_2"),
+    options=frozenset({"train_text_encoder"}),
+    trained_text=("text_encoder",),
     steps=28,  # both as its pipeline does
     guidance=3.5,
     lora_readers="diffusers and ComfyUI",
-    lora_starts={"transformer": ("transformer.",)},
+    lora_starts={part: (f"{part}.",) for part in ("transformer", "text_encoder")},
 )
 CHROMA_KIND = Kind(
     name="Chroma",

@@ -47,6 +47,10 @@ class PipelineBlueprint(ABC):
                 cls.config_class.from_dict(configs[part]) for cls, part in zip(self._text_classes, names, strict=True)
             ]
 
+    @property
+    def trained_encoders(self) -> int:
+        return len(self.kind.trained_text) if self.trains_text else 0
+
     def denoiser(self) -> Any:
         with named(FLAG, f"the {self.denoiser_word} of its configs"):
             return self._network(self.kind.networks[0])

@@ -273,6 +273,7 @@ SDXL_KIND = SDXLKind(
     is_flow=False,
     patch=1,
     options=frozenset({"clip_skip", "max_token_length", "train_text_encoder", "text_encoder_2_lr"}),
+    trained_text=("text_encoder", "text_encoder_2"),
     parameters=sdxl_configs.UNET_PARAMETERS,
     lora_starts={
         "unet": ("unet.", "lora_unet_"),

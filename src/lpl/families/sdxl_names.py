@@ -154,8 +154,14 @@ TEXT_LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "attention_mlp": TEXT_ATTENTION + TEXT_MLP,
     "all": TEXT_ATTENTION + TEXT_MLP,
 }
-WITH_TEXT = {name: layers + TEXT_LORA_TARGETS[name] for name, layers in LORA_TARGETS.items()}
-"""The same where the text encoders are trained too."""
+
+
+def with_text(targets: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """A denoiser's LORA_TARGETS with those of CLIP text encoders."""
+    return {name: layers + TEXT_LORA_TARGETS[name] for name, layers in targets.items()}
+
+
+WITH_TEXT = with_text(LORA_TARGETS)
 
 
 def kohya_layer(part: str, module: str, unet: Mapping[str, Any]) -> str:
