@@ -71,8 +71,8 @@ class ModelConfig(Options):
     """Keep the frozen linear layers of the denoiser's blocks in 8 or 4 bits, for small cards: a half or a quarter of
     bfloat16's memory for a little time. The LoRA is for the whole model, as ever."""
     train_text_encoder: bool = option(False, by_model=True)
-    """Train the text encoders too, or with --rank a LoRA on their attentions (--lora_targets attention_mlp or all: and
-    MLPs); see --text_encoder_lr."""
+    """Train the CLIP text encoders too, or with --rank a LoRA on their attentions (--lora_targets attention_mlp or all:
+    and MLPs); see --text_encoder_lr. A T5 beside them stays frozen."""
 
     offload_text_encoders: bool = option(False, free=True)
     """While captions are encoded, move the text encoders to the device a layer at a time: for cards that do not hold

@@ -60,6 +60,7 @@ class CLIPFamily(FrozenTextFamily):
     What is cached of a caption is then tokens for the CLIPs, (B, 77), and the T5's hidden states.
     """
 
+    denoise: Callable[..., Tensor]
     read: Callable[[Sequence[Any], Sequence[Tensor], Tensor | None, int], dict[str, Tensor]]
     """What the denoiser is given of tokens that CLIPs read and of the T5's hidden states, which are this wide; None: a
     model without a T5."""
@@ -70,6 +71,7 @@ class CLIPFamily(FrozenTextFamily):
 
     def prepare_text(self) -> None:
         self.trains_text = self.config.train_text_encoder
+        self._width = int(self.kind.plan_configs(self.config)["transformer"]["joint_attention_dim"])
         super().prepare_text()
         if self.trains_text:
             clips = [encoder.float() for encoder in self._clips]
@@ -98,8 +100,7 @@ class CLIPFamily(FrozenTextFamily):
         if self.trains_text:
             named = {name: own.int() for name, own in zip(fields(self.kind), ids, strict=True)}
             return named if long is None else named | {LONG: long}
-        width = int(self.kind.plan_configs(self.config)["transformer"]["joint_attention_dim"])
-        return self.read(self._clips, [own.to(self.device) for own in ids], long, width)
+        return self.read(self._clips, [own.to(self.device) for own in ids], long, self._width)
 
     def prepare_prompt(self, prompt: str, negative_prompt: str = "") -> None:
         if not self.trains_text:
@@ -114,8 +115,8 @@ class CLIPFamily(FrozenTextFamily):
     ) -> Mapping[str, Tensor | list[Tensor]]:
         if joint is None:
             return super().encode_prompt(prompt, negative_prompt)
-        text = {name: moved(value, self.device) for name, value in self._prompts[prompt, negative_prompt].items()}
-        found = joint.encode(text)
+        prepared: Mapping[str, Any] = self._prompts[prompt, negative_prompt]
+        found = joint.encode({name: value.to(self.device) for name, value in prepared.items()})
         wanted = {name: value[:1] for name, value in found.items()}
         return wanted | {f"negative_{name}": value[1:] for name, value in found.items()}
 
@@ -123,6 +124,7 @@ class CLIPFamily(FrozenTextFamily):
 class CLIPBlueprint(PipelineBlueprint):
     """Networks of such a family with random weights."""
 
+    denoise: Callable[..., Tensor]
     read: Callable[..., dict[str, Tensor]]
 
     def __init__(self, configs: Mapping[str, Any], config: ModelConfig) -> None:

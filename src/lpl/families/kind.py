@@ -146,7 +146,7 @@ class Kind:
             check_original(path, config)
             configs = self.published_of(path)
         else:
-            folder = config.single_file_config or name
+            folder = str(config.single_file_config or name)
             read = reader(Path(folder), folder, config)
             configs = {"index": read(INDEX), "scheduler": read("scheduler/scheduler_config.json")}
             present = self._present(configs["index"], self.networks)

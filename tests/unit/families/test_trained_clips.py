@@ -18,7 +18,7 @@ from tiny_models import randomize
 
 from lpl.config import DataConfig, ModelConfig, TrainConfig
 from lpl.diffusion.draws import keyed_seed
-from lpl.families import blueprint, kind_of, load_family, plan_configs
+from lpl.families import KINDS, blueprint, kind_of, load_family, plan_configs
 from lpl.training.rehearsal import Rehearsal
 from lpl.training.trainer import Trainer
 
@@ -291,6 +291,14 @@ def test_a_plan_counts_the_clips_with_the_denoiser_and_the_t5_with_caching(
         with_vae_alone = ModelConfig(str(tiny_models.tiny_sd3(folder.parent / "plain", t5=False)), **TEXT)
         vae = Rehearsal(blueprint(plan_configs(with_vae_alone), with_vae_alone))
         assert peaks[1] > vae.caching(TrainConfig(model=with_vae_alone, data=DataConfig(resolution=16)))
+
+
+def test_the_option_is_had_where_there_is_something_to_train() -> None:
+    for kind in KINDS:
+        assert ("train_text_encoder" in kind.options) == bool(kind.trained_text)
+        assert ("text_encoder_2_lr" in kind.options) == (len(kind.trained_text) == 2)
+        encoders = [part for part in kind.networks if part.startswith("text_encoder")]
+        assert list(kind.trained_text) == encoders[: len(kind.trained_text)]
 
 
 def test_each_layer_keeps_its_own_rank_and_strength(train_it: Any, tmp_path: Path) -> None:
