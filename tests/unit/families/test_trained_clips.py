@@ -126,7 +126,7 @@ def test_what_is_cached_is_tokens_and_what_the_t5_made(folder: Path, tmp_path: P
     frozen, tokens, other_frozen, other_tokens = keys
     assert tokens == other_tokens
     assert len({frozen, tokens, other_frozen}) == 3
-    t5 = {"sd3": "text_encoder_3", "flux": "text_encoder_2"}["sd3" if len(clips_of(folder)) == 2 else "flux"]
+    t5 = kind_of(ModelConfig(str(folder))).networks[-1]
     found = family.encode_text([PROMPT, ""])
     length = pipeline.tokenizer.model_max_length
     ids = pipeline.tokenizer([PROMPT, ""], padding="max_length", max_length=length, truncation=True).input_ids
