@@ -18,9 +18,11 @@ from lpl.families.files import (
     SINGLE_FILES,
     check_complete,
     check_original,
+    other_vae,
     read_header,
     reader,
     unet_parameters,
+    vae_channels,
     vae_stride,
 )
 from lpl.families.schedulers import chosen_schedule, compare_lora, is_flow
@@ -119,12 +121,18 @@ class Kind:
             check_original(path, config)
             if config.single_file_config is None:
                 check_clip_skip(self.find("PUBLISHED"), config)
+                self._with_vae(self.find("PUBLISHED"), config)
                 return {}
         elif path.is_dir():
             index = reader(path, name, config)(INDEX) if (path / INDEX).is_file() else {}
             networks, tokenizers = (self._present(index, parts) for parts in (self.networks, self.tokenizers))
             check_complete(path, config.variant, networks, tokenizers)
-        return self.plan_configs(config)
+        return self._with_vae(self.plan_configs(config), config)
+
+    def _with_vae(self, configs: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
+        """The configs with that of --pretrained_vae_model_name_or_path, where it is given."""
+        vae = other_vae(config, self.vae_class, vae_channels(configs["vae"]))
+        return configs if vae is None else configs | {"vae": vae}
 
     @staticmethod
     def _present(index: Mapping[str, Any], parts: tuple[str, ...]) -> tuple[str, ...]:
