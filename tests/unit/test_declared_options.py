@@ -41,7 +41,7 @@ HELD_OUT = (SETTINGS - UNSEEN) | {"rescale_betas_zero_snr"}
 DERIVED = {
     "free": {
         "lpl_checkpointing", "lpl_chunk", "lpl_channels_last", "lpl_compile",
-        "cache_dir", "single_file_config", "latent_cache_dir", "rehash", "max_bad_fraction",
+        "cache_dir", "latent_cache_dir", "rehash", "max_bad_fraction",
         "dataloader_num_workers", "output_dir",
         "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "dry_run", "validation_prompt",
         "num_validation_images", "validation_epochs", "validation_steps", "report_to", "logging_dir", "log_every",

@@ -42,7 +42,8 @@ class ExportConfig(Options):
     variant: str | None = None
     """Variant of the model's weight files, such as fp16."""
     single_file_config: str | None = option(None, path=True)
-    """For a .safetensors file without network: a diffusers folder with that model's configs and tokenizers."""
+    """For a .safetensors file: a diffusers folder with its configs and tokenizers; for one that holds a transformer alone
+    also the Hub id or the folder that its text encoders and VAE are loaded from."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -111,7 +112,8 @@ class EvalConfig(Options):
     variant: str | None = option(None, needs=LOADED)
     """Variant of the model's weight files, such as fp16."""
     single_file_config: str | None = option(None, path=True, needs=LOADED)
-    """For a .safetensors file without network: a diffusers folder with that model's configs and tokenizers."""
+    """For a .safetensors file: a diffusers folder with its configs and tokenizers; for one that holds a transformer alone
+    also the Hub id or the folder that its text encoders and VAE are loaded from."""
     metrics: tuple[MetricName, ...] = ("frechet", "kernel", "precision_recall", "density_coverage", "spectrum")
     """What to measure, in features of an ImageNet EfficientNet-Lite0."""
     against: Literal["images", "reconstructions"] = "images"

@@ -32,8 +32,9 @@ class ModelConfig(Options):
     """Variant of the weight files, such as fp16."""
     cache_dir: str | None = option(None, path=True, free=True)
     """Where downloads from the Hub are kept."""
-    single_file_config: str | None = option(None, path=True, free=True, arms=ONE_MODEL)
-    """For a .safetensors file without network: a diffusers folder with that model's configs and tokenizers."""
+    single_file_config: str | None = option(None, path=True, arms=ONE_MODEL)
+    """For a .safetensors file: a diffusers folder with its configs and tokenizers; for one that holds a transformer alone
+    also the Hub id or the folder that its text encoders and VAE are loaded from."""
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = option(
         None, defines=("diffusion_loss",), elsewhere=("v_parameterization",), schedule="discrete"
     )

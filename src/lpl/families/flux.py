@@ -154,3 +154,7 @@ class Export(PipelineExport):
     """A Flux.1 in memory, ready to be written."""
 
     kind = FLUX_KIND
+
+    @property
+    def architecture(self) -> str:
+        return "flux-1-dev" if self.pipeline.transformer.config.guidance_embeds else "flux-1-schnell"

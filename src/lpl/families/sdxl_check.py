@@ -19,6 +19,7 @@ from lpl.families.files import (
     check_inputs,
     check_original,
     check_weights,
+    checked_header,
     read_header,
     read_json,
     reader,
@@ -187,9 +188,7 @@ def check_single_file(path: Path, config: ModelConfig) -> None:
         UserError: what it is, in one line.
     """
     where = f"{FLAG} {path}"
-    if path.suffix != ".safetensors":
-        raise UserError(f"{where}: {path.suffix} files are pickles and are not read; convert it to .safetensors")
-    header = (read_header(path) if path.is_file() else None) or {}
+    header = checked_header(path, where)
     whole = _has_second(header) and all(any(key.startswith(part) for key in header) for part in (UNET, FIRST_TEXT))
     check_inputs(header, where)
     if header and not whole:
@@ -272,6 +271,7 @@ SDXL_KIND = SDXLKind(
     denoiser_word="UNet",
     is_flow=False,
     patch=1,
+    comfyui_folder="models/checkpoints",
     options=frozenset({"clip_skip", "max_token_length", "train_text_encoder", "text_encoder_2_lr"}),
     parameters=sdxl_configs.UNET_PARAMETERS,
     lora_starts={
