@@ -125,6 +125,8 @@ def test_what_is_needed_are_options() -> None:
         (["--validation_steps=5"], "validation_steps"),
         (["--validation_steps=5", "--validation_samples=2"], None),
         (["--pyramid_noise_discount=0.5"], "pyramid_noise_discount"),
+        (["--single_file_config=f", "--pretrained_model_name_or_path=m"], "single_file_config"),
+        (["--single_file_config=f", "--pretrained_model_name_or_path=m.safetensors"], None),
     ],
 )
 def test_idle_options(argv: list[str], idle: str | None) -> None:

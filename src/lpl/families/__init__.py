@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lpl.base.errors import UserError, require
 from lpl.config import ModelConfig
-from lpl.families.files import INDEX, beside, read_header, reader
+from lpl.families.files import INDEX, SINGLE_FILES, beside, read_header, reader
 from lpl.families.kind import Kind
 from lpl.families.kinds import KINDS
 
@@ -41,7 +41,7 @@ def kind_of(config: ModelConfig) -> Kind:
         header = read_header(Path(name)) or {}
         if (known := next((kind for kind in KINDS if kind.owns(header)), None)) is not None:
             return known
-    if config.single_file_config is not None:
+    if config.single_file_config is not None and Path(name).suffix in SINGLE_FILES:
         with beside(config) as others:
             return kind_of(others)
     path = Path(name)

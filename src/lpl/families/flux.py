@@ -155,6 +155,7 @@ class Export(PipelineExport):
 
     kind = FLUX_KIND
 
-    @property
-    def architecture(self) -> str:
-        return "flux-1-dev" if self.pipeline.transformer.config.guidance_embeds else "flux-1-schnell"
+    def single_file(self, title: str) -> tuple[Any, dict[str, str]]:
+        """Names and tensors of the transformer, and its metadata."""
+        self.architecture = "flux-1-dev" if self.pipeline.transformer.config.guidance_embeds else "flux-1-schnell"
+        return super().single_file(title)

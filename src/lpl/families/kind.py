@@ -97,7 +97,9 @@ class Kind:
 
     def owns(self, header: Mapping[str, Any]) -> bool:
         """Whether a single file with this header holds a model of this family."""
-        return any(keys <= header.keys() | transformer_entries(header).keys() for keys in map(set, self.single_file_keys))
+        return any(
+            keys <= header.keys() | transformer_entries(header).keys() for keys in map(set, self.single_file_keys)
+        )
 
     def is_single(self, config: ModelConfig) -> bool:
         """Whether a model is a file with its transformer, to which --single_file_config has the other parts."""
@@ -135,9 +137,7 @@ class Kind:
         path = Path(name)
         if path.is_dir():
             index = reader(path, name, config)(INDEX) if (path / INDEX).is_file() else {}
-            check_complete(
-                path, config.variant, self._present(index, networks), self._present(index, self.tokenizers)
-            )
+            check_complete(path, config.variant, self._present(index, networks), self._present(index, self.tokenizers))
 
     def _check_transformer(self, path: Path, config: ModelConfig) -> None:
         """Refuses, by its header alone, a file that holds no transformer of this family, or one that is not trained."""
@@ -177,7 +177,8 @@ class Kind:
             check_original(path, config)
             configs = self.published_of(path)
         else:
-            configs = self._read_configs(config.single_file_config or name, config)
+            folder = config.single_file_config if path.suffix in SINGLE_FILES else None
+            configs = self._read_configs(folder or name, config)
         if "clip_skip" in self.options:
             check_clip_skip(configs, config)
         if self.is_flow != is_flow(configs["scheduler"]):

@@ -160,9 +160,7 @@ QWEN_KIND = Kind(
     base_name="Qwen/Qwen-Image",
     networks=("transformer", "vae", "text_encoder"),
     tokenizers=("tokenizer",),
-    single_file_keys=(
-        ("transformer_blocks.0.img_mod.1.weight", "txt_norm.weight"),
-    ),
+    single_file_keys=(("transformer_blocks.0.img_mod.1.weight", "txt_norm.weight"),),
     steps=50,  # both as its pipeline does
     guidance=4.0,
     vae_class="AutoencoderKLQwenImage",

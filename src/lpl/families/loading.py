@@ -21,6 +21,7 @@ from lpl.families.loading_errors import named
 from lpl.families.schedulers import set_schedule
 from lpl.families.transformer_file import load_transformer
 
+
 def load_whole(
     kind: Kind, config: ModelConfig, encoders_only: bool = False, dtypes: Mapping[str, torch.dtype] | None = None
 ) -> Any:
