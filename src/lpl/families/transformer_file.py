@@ -21,6 +21,7 @@ from torch import Tensor
 from lpl.base.errors import UserError
 from lpl.base.tensor_file import METADATA
 from lpl.config import ModelConfig
+from lpl.config.length import count
 from lpl.families.files import BESIDE_FLAG, FLAG, UNET, checked_header, transformer_entries
 from lpl.families.kind import Kind
 from lpl.families.loading_errors import named
@@ -49,8 +50,8 @@ def load_transformer(kind: Kind, config: ModelConfig, dtype: torch.dtype) -> Any
     prefix = UNET if any(key.startswith(UNET) for key in header) else ""
     if others := [key for key in header if not key.startswith(prefix) and key != METADATA]:
         logger.warning(
-            "%s: %d tensors beside its transformer (%s, ...) are not read: the other parts are those of %s %s",
-            *(path, len(others), others[0], BESIDE_FLAG, config.single_file_config),
+            "%s: %s beside its transformer (%s, ...) not read: the other parts are those of %s %s",
+            *(path, count(len(others), "tensor"), others[0], BESIDE_FLAG, config.single_file_config),
         )
     with named(FLAG, str(path)), safe_open(path, "pt") as file:
         weights = {key: file.get_tensor(prefix + key) for key in transformer_entries(header)}
@@ -98,9 +99,9 @@ def check_fits(kind: Kind, config: ModelConfig, network: Any) -> None:
 
 
 def _told(what: str, names: list[str]) -> str:
-    """How many tensors are so, and the first of them; nothing of none."""
+    """How many tensors are so, and the first of them; nothing where there are none."""
     more = ", ..." if len(names) > SHOWN else ""
-    return f"{len(names)} tensors {what} ({', '.join(names[:SHOWN])}{more})" if names else ""
+    return f"{count(len(names), 'tensor')} {what} ({', '.join(names[:SHOWN])}{more})" if names else ""
 
 
 def _arranged(kind: Kind, weights: dict[str, Tensor], network: Any, where: str) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,26 @@ SD3_FUSED = {
     "context_block.attn.qkv": FLUX_FUSED["txt_attn.qkv"],
 }
 
+SANA_NAMES = (
+    (r"^patch_embed", "x_embedder"),
+    (r"^time_embed\.emb\.timestep_embedder\.linear_1", "t_embedder.mlp.0"),
+    (r"^time_embed\.emb\.timestep_embedder\.linear_2", "t_embedder.mlp.2"),
+    (r"^time_embed\.linear", "t_block.1"),
+    (r"^caption_projection\.linear_", "y_embedder.y_proj.fc"),
+    (r"^caption_norm", "attention_y_norm"),
+    (r"^proj_out", "final_layer.linear"),
+    (r"^scale_shift_table", "final_layer.scale_shift_table"),
+    (r"^transformer_blocks", "blocks"),
+    (r"\.attn1\.to_out\.0", ".attn.proj"),
+    (r"\.attn2\.to_out\.0", ".cross_attn.proj"),
+    (r"\.attn2\.to_q", ".cross_attn.q_linear"),
+    (r"\.ff\.conv_(\w+)", r".mlp.\1_conv.conv"),
+)
+SANA_FUSED = {
+    "attn.qkv": tuple(f"attn1.{part}" for part in Q_K_V),
+    "cross_attn.kv_linear": ("attn2.to_k", "attn2.to_v"),
+}
+
 
 def original_flux(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     single = {name: value for name, value in weights.items() if name.startswith("single_")}
@@ -116,6 +137,12 @@ def original_sd3(weights: Mapping[str, Tensor], last: int) -> dict[str, Tensor]:
         name = f"joint_blocks.{last}.context_block.adaLN_modulation.1.{end}"
         found[name] = torch.cat(found[name].chunk(2)[::-1])
     return found
+
+
+def original_sana(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """With what diffusers' transformer has no need of."""
+    idle = {"pos_embed": torch.zeros(1, 4, 8), "y_embedder.y_embedding": torch.zeros(3, 2)}
+    return dict(original_tensors(weights, SANA_NAMES, SANA_FUSED)) | idle
 
 
 def header_alone(file: Path, tensors: Mapping[str, Tensor]) -> ModelConfig:
@@ -197,19 +224,23 @@ def replaced(config: ModelConfig, folder: str | None) -> ModelConfig:
     return ModelConfig(config.pretrained_model_name_or_path, single_file_config=folder)
 
 
+ORIGINAL: dict[str, Any] = {"tiny_sd3": partial(original_sd3, last=1), "tiny_sana": original_sana}
+
+
+@pytest.mark.parametrize("build", ORIGINAL)
 def test_the_original_layout_beside_other_parts_is_what_the_folder_is(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, build: str
 ) -> None:
-    folder = Path(tiny_models.tiny_sd3(tmp_path / "sd3"))
+    folder = Path(getattr(tiny_models, build)(tmp_path / "model"))
     expected = load_family(ModelConfig(str(folder)), CPU, torch.float32).denoiser
-    original = original_sd3(expected.state_dict(), last=1)
+    original = ORIGINAL[build](expected.state_dict())
     whole = {f"model.diffusion_model.{name}": value.contiguous().clone() for name, value in original.items()}
     save_file(whole | {"text_encoders.x": torch.zeros(1), "vae.y": torch.zeros(1)}, tmp_path / "all.safetensors")
     config = ModelConfig(str(tmp_path / "all.safetensors"), single_file_config=str(folder))
-    assert kind_of(config) is SD3_KIND
+    assert kind_of(config) is kind_of(ModelConfig(str(folder)))
     family = load_family(config, CPU, torch.float32)
     assert differing(family.denoiser, expected) == []
-    assert "2 tensors beside its transformer (text_encoders.x, ...) are not read" in caplog.text
+    assert "2 tensors beside its transformer (text_encoders.x, ...) not read" in caplog.text
     family.export(family.denoiser, tmp_path / "out")
     assert differing(load_family(ModelConfig(str(tmp_path / "out")), CPU, torch.float32).denoiser, expected) == []
 
@@ -321,8 +352,8 @@ FIRST = "transformer_blocks.0.attn.to_q.weight"
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda t: t.pop(FIRST), rf"1 tensors missing \({FIRST}\)"),
-        (lambda t: t.update({"more.weight": torch.zeros(2)}), r"1 tensors unknown to it \(more.weight\)"),
+        (lambda t: t.pop(FIRST), rf"1 tensor missing \({FIRST}\)"),
+        (lambda t: t.update({"more.weight": torch.zeros(2)}), r"1 tensor unknown to it \(more.weight\)"),
         (lambda t: t.update({FIRST: torch.zeros(16, 8)}), rf"{FIRST} \[16, 8\], not \[16, 16\]"),
         (lambda t: t.update({"a.scale_weight": torch.zeros(1)}), "scaled fp8"),
         (lambda t: t.update({FIRST: torch.zeros(16, dtype=torch.uint8)}), "quantised: 1 weights are no"),
@@ -367,7 +398,7 @@ def test_a_file_that_does_not_fit_is_one_line_before_anything_loads(
 def test_a_plan_of_a_file_that_does_not_fit_is_refused(flux: Path, file: Path, train: Any, tmp_path: Path) -> None:
     wrong = changed(file, tmp_path / "wrong.safetensors", lambda t: t.pop(FIRST))
     failed = train("--dry_run", pretrained_model_name_or_path=wrong, single_file_config=flux, rank=2, expect_error=True)
-    assert "1 tensors missing" in failed.errors[0]
+    assert "1 tensor missing" in failed.errors[0]
 
 
 def test_what_is_beside_the_file_is_asked_for_and_named(flux: Path, file: Path, tmp_path: Path) -> None:
