@@ -51,6 +51,11 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    """The public names, for those who press tab."""
+    return __all__
+
+
 def __getattr__(name: str) -> Any:
     """Imports a public name when it is first asked for: `import lpl` alone loads no torch."""
     if name not in _PUBLIC:

@@ -25,6 +25,7 @@ def test_the_page_has_every_public_name_as_it_is(monkeypatch):
 def test_public_names_say_what_they_are(name):
     assert getattr(lpl, name).__doc__.strip()
     assert set(lpl._PUBLIC) == set(NAMES)
+    assert dir(lpl) == sorted(lpl.__all__)
 
 
 def test_types_are_shipped():

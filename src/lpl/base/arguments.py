@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -21,10 +22,18 @@ def integer(name: str, value: Any, least: int | None = None) -> int:
 
 
 def positive(name: str, value: Any) -> float:
-    """A number above 0."""
-    if not is_number(value) or not value > 0:
+    """A finite number above 0."""
+    if not is_number(value) or not 0 < value < math.inf:
         raise ValueError(f"{name} must be a positive number, not {value!r}")
     return float(value)
+
+
+def shape_of(name: str, value: Any) -> tuple[int, ...]:
+    """The shape of a sample's latents, (C, *space)."""
+    known = isinstance(value, Sequence) and len(value) > 1 and not isinstance(value, str)
+    if not known or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in value):
+        raise ValueError(f"{name} must be of a sample's latents, (C, *space), not {value!r}")
+    return tuple(value)
 
 
 def is_number(value: Any) -> bool:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from itertools import takewhile
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from lpl.base.errors import UserError
 
+WINDOWS = os.name == "nt"
+PATIENCE = 20
 TEMPORARY = ".tmp"
 PROBED = 4096
 ELSEWHERE = ": make room there, or name another folder"
@@ -38,10 +41,20 @@ def write_atomically(path: Path, data: bytes, scratch: Path | None = None) -> No
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        _replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     sync_file(path.parent)
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    """os.replace; on Windows, where what another program reads cannot be replaced, for up to two seconds."""
+    for _ in range(PATIENCE if WINDOWS else 0):
+        try:
+            return os.replace(temporary, path)
+        except PermissionError:
+            time.sleep(0.1)
+    os.replace(temporary, path)
 
 
 def write_cached(path: Path, data: bytes, scratch: Path | None = None) -> None:
@@ -66,9 +79,9 @@ def cache_writing(folder: Path) -> AbstractContextManager[None]:
 
 def sync_file(path: Path) -> None:
     """Waits until a file is on the disk, or a folder's list of files, where the system can."""
-    if os.name != "posix" and path.is_dir():
+    if WINDOWS and path.is_dir():
         return
-    handle = os.open(path, os.O_RDONLY)
+    handle = os.open(path, os.O_RDWR if WINDOWS else os.O_RDONLY)  # what is only read cannot be synced there
     try:
         os.fsync(handle)
     finally:
@@ -170,9 +183,12 @@ def _locked(file: Path, where: str, busy: str) -> BaseFileLock:
 
 def _end(lock: BaseFileLock) -> None:
     """Releases a lock and leaves no file; who has opened that file already sees that it is gone, and tries anew."""
-    if os.name == "posix":  # elsewhere an open file cannot be removed
+    if not WINDOWS:  # where an open file cannot be removed
         Path(lock.lock_file).unlink()
     lock.release()
+    if WINDOWS:
+        with suppress(OSError):  # another command has it by now
+            Path(lock.lock_file).unlink()
 
 
 def write_output(path: Path, data: bytes, where: str) -> None:

@@ -105,7 +105,9 @@ def _torch_built_for() -> str | None:
 def _said(*command: str) -> str | None:
     """What a command prints; None: it is not there, or fails."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        return subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=10, check=True
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 

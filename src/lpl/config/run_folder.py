@@ -284,7 +284,7 @@ def write_manifest(folder: Path) -> None:
     for path in folder.iterdir():
         sync_file(path)
     files = {p.name: {"bytes": p.stat().st_size, "xxh3_128": checksum(p)} for p in sorted(folder.iterdir())}
-    (folder / MANIFEST).write_text(json.dumps(files, indent=1))
+    (folder / MANIFEST).write_text(json.dumps(files, indent=1), encoding="utf-8")
     sync_file(folder / MANIFEST)
     sync_file(folder)
 

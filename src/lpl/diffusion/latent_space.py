@@ -59,8 +59,10 @@ class LatentSpace:
         """
         norm = dict(vae.named_children()).get("bn")
         if norm is not None:
-            statistics = (norm.running_var.double() + vae.config.batch_norm_eps).sqrt(), norm.running_mean.double()
-            scale, shift = (value.detach().cpu().unflatten(0, (-1, 2, 2)) for value in statistics)
+            variance, mean = norm.running_var.detach().cpu().double(), norm.running_mean.detach().cpu().double()
+            scale, shift = (
+                value.unflatten(0, (-1, 2, 2)) for value in ((variance + vae.config.batch_norm_eps).sqrt(), mean)
+            )
             return LatentSpace(scale, shift)
         buffers = dict(vae.named_buffers(recurse=False))
         if {"latents_mean", "latents_std"} <= set(buffers):

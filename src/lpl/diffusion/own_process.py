@@ -48,7 +48,7 @@ class OwnProcess:
         pair = levels if self.function is None else self.function(levels)
         if not isinstance(pair, tuple) or len(pair) != 2 or not all(isinstance(part, Tensor) for part in pair):
             raise ValueError(f"{source}: a {type(pair).__name__}; give two tensors (B,), alpha and sigma")
-        alpha, sigma = (part.detach().double().cpu() for part in pair)
+        alpha, sigma = (part.detach().cpu().double() for part in pair)
         size = None if self.function is None or not isinstance(levels, Tensor) else len(levels)
         if alpha.dim() != 1 or alpha.shape != sigma.shape or (size is not None and len(alpha) != size):
             raise ValueError(f"{source}: shapes {tuple(alpha.shape)} and {tuple(sigma.shape)}; give one value a sample")

@@ -72,7 +72,7 @@ def alpha_sigma_table(noise_scheduler: Any) -> tuple[Tensor, Tensor]:
     cumprod = getattr(noise_scheduler, "alphas_cumprod", None)
     if cumprod is None:
         raise ValueError(f"{type(noise_scheduler).__name__} has no alphas_cumprod: pass sigmas (flow matching)")
-    cumprod = torch.as_tensor(cumprod).detach().double().cpu()
+    cumprod = torch.as_tensor(cumprod).detach().cpu().double()
     return cumprod.sqrt(), (1 - cumprod).clamp_min(0).sqrt()
 
 

@@ -279,6 +279,6 @@ class ClipScore:
             ).to(self.device)
             output = self.network(**tokens, pixel_values=pixels)
             cosine = (output.image_embeds * output.text_embeds).sum(-1)  # both have length 1
-            found.append(100 * cosine.double().clamp(min=0).cpu())
+            found.append(100 * cosine.cpu().double().clamp(min=0))
             at += len(batch)
         return torch.cat(found)

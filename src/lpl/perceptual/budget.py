@@ -156,7 +156,7 @@ class Budget:
         """LPL's mean cost as a share of the step; of a fixed reach, by the bins of the samples that were measured."""
         if self._sums is None or not self.fixed:
             return float(self._table[0] @ self.costs) * self.p_gate / self.step_cost
-        shares = self._sums[1].double().cpu()
+        shares = self._sums[1].cpu().double()
         return float(shares @ (self._table @ self.costs) / shares.sum()) * self.p_gate / self.step_cost
 
     def measure(self, spread: Spread, squares: Tensor) -> None:
@@ -202,7 +202,7 @@ class Budget:
 
     def _fix(self) -> None:
         assert self._sums is not None
-        squares, counts, numbers = self._sums.double().cpu()
+        squares, counts, numbers = self._sums.cpu().double()
         roots = (squares / counts.clamp(min=1)).sqrt()
         known = (numbers > 0).nonzero().flatten()
         if not known.numel() or not roots[known].max() > 0 or not roots.isfinite().all():

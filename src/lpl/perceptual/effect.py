@@ -30,7 +30,7 @@ class Gradients(NamedTuple):
 
 def compared(lpl: Tensor, diffusion: Tensor) -> Gradients:
     """Compares two gradients, (B, ...) each, sample by sample."""
-    lpl, diffusion = (gradient.flatten(1).double().cpu() for gradient in (lpl, diffusion))
+    lpl, diffusion = (gradient.flatten(1).cpu().double() for gradient in (lpl, diffusion))
     lpl_square, diffusion_square = lpl.square().sum(1), diffusion.square().sum(1)
     lengths = (lpl_square * diffusion_square).sqrt()
     cosine = torch.where(lengths > 0, (lpl * diffusion).sum(1) / lengths, 0)

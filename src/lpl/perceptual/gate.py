@@ -126,7 +126,7 @@ class Gate:
         elif isinstance(p_gate, Tensor):
             if self.is_flow or self.process is not None or p_gate.shape != (self.num_timesteps,):
                 raise ValueError(f"p_gate as weights needs one per timestep of a discrete schedule, not {p_gate.shape}")
-            weights = p_gate.detach().double().cpu()
+            weights = p_gate.detach().cpu().double()
             if not (weights >= 0).all():
                 raise ValueError("p_gate has weights that are negative or no numbers: pass those of your draws")
             probability = float(weights[self.table].sum() / weights.sum())
@@ -178,9 +178,9 @@ def probability_of(gate: Gate, sampler: Sampler) -> float:
         alpha, sigma = gate.process.alpha_sigma(levels)
         if len(alpha) != DRAWS:
             raise ValueError(f"the sampler drew {len(alpha)} levels where it was asked for {DRAWS}")
-        return float(gate.passes(None, alpha, sigma).double().mean())
+        return float(gate.passes(None, alpha, sigma).cpu().double().mean())
     levels = check_sigmas(levels, DRAWS) if gate.is_flow else check_timesteps(levels, DRAWS, gate.num_timesteps)
-    return float(gate.opens(levels).double().mean())
+    return float(gate.opens(levels).cpu().double().mean())
 
 
 def snr_scale(snr: Tensor, gamma: float | None) -> Tensor:

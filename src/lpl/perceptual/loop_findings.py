@@ -42,7 +42,7 @@ class Measured:
     def add(self, **values: Tensor) -> None:
         """Adds a batch's values, (B,) or (layers, B) each."""
         for name, value in values.items():
-            self._parts.setdefault(name, []).append(value.detach().double().cpu())
+            self._parts.setdefault(name, []).append(value.detach().cpu().double())
 
     def add_gradients(self, whole: Gradients, layers: list[Gradients]) -> None:
         """Adds a batch's gradients: of LPL, and of each layer's term."""
@@ -100,7 +100,7 @@ def _levels(found: Measured, level: Tensor, passes: Tensor, seed: int) -> list[d
                 "low": low,
                 "high": high if high < math.inf else None,
                 "num": int(chosen.sum()),
-                "passed": float(passes[chosen].double().mean()),
+                "passed": float(passes[chosen].cpu().double().mean()),
                 "lpl": float(values["lpl"].mean()),
                 "uninformed": float(values["lpl"].mean() / values["uninformed"].mean()),
                 "uninformed_interval": None if informed is None else list(informed[1:]),

@@ -20,7 +20,7 @@ def preset_text(name: str) -> str:
     """
     for folder in ("lpl.presets", "lpl.presets.accelerate"):
         if name in _names(folder):
-            return (files(folder) / f"{name}.yaml").read_text()
+            return (files(folder) / f"{name}.yaml").read_text(encoding="utf-8")
     raise UserError(f"presets {name}: there is none of that name; `lpl presets` lists them")
 
 

@@ -115,7 +115,7 @@ def _page_dashes() -> dict[str, tuple[float, ...]]:
 
 
 def _style() -> str:
-    return files("lpl.report").joinpath("template", "style.css").read_text()
+    return files("lpl.report").joinpath("template", "style.css").read_text(encoding="utf-8")
 
 
 def _numbers(values: Sequence[float | None]) -> list[float]:

@@ -131,7 +131,7 @@ def _write(temporary: Path, files: Tensors, state: dict[str, Any]) -> None:
     temporary.mkdir(parents=True)
     for name, tensors in files:
         save_file(gathered(tensors, True), temporary / f"{name}.safetensors")
-    (temporary / STATE).write_text(json.dumps(state))
+    (temporary / STATE).write_text(json.dumps(state), encoding="utf-8")
     write_manifest(temporary)
 
 

@@ -163,5 +163,7 @@ def dump(
         tensors |= {f"{i}.{name}": value.detach().cpu().clone().contiguous() for name, value in own.items()}
         samples.append([list(pair) for pair in zip(batch.sample_ids, batch.counts, strict=True)])
     save_file(tensors, path)
-    path.with_suffix(".json").write_text(json.dumps(numbers | {"step": step, "samples": samples}, indent=1))
+    path.with_suffix(".json").write_text(
+        json.dumps(numbers | {"step": step, "samples": samples}, indent=1), encoding="utf-8"
+    )
     return True

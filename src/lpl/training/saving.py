@@ -46,7 +46,7 @@ def save_weights(
             write(temporary / kind)
     if writes:
         contents = {"step": step, "kinds": list(weights.kinds), "final": weights.final}
-        (temporary / WEIGHTS).write_text(json.dumps(contents))
+        (temporary / WEIGHTS).write_text(json.dumps(contents), encoding="utf-8")
         output.put({final.name: temporary})
     return final
 
@@ -193,7 +193,7 @@ def write_model_card(config: TrainConfig, folder: Path) -> Path:
 The weights are {weights}.
 
 {picture}```yaml
-{(folder / CONFIG_FILE).read_text()}```
+{(folder / CONFIG_FILE).read_text(encoding="utf-8")}```
 """
     ModelCard(text).save(folder / "README.md")
     return folder / "README.md"

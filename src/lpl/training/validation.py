@@ -109,7 +109,7 @@ class HeldOutLoss:
             if counts:
                 found[:, torch.tensor(places, device=device)] = losses
         # Every place is 0 on all processes but one: the sum is exact.
-        found = self.accelerator.reduce(found, "sum").double().cpu()
+        found = self.accelerator.reduce(found, "sum").cpu().double()
         result = self._means("diffusion_loss", found[0], torch.ones_like(self.gated))
         return result | (self._means("lpl", found[1], self.gated) if self.gated.any() else {})
 

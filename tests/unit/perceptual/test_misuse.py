@@ -31,6 +31,12 @@ def objective(**options):
     return PerceptualObjective(distance, SCHEDULE, **options)
 
 
+def objective_at_a_budget():
+    made = objective()
+    made.lpl_budget, made.step_flops = 0.1, 1e9
+    return made
+
+
 def call(made, **arguments):
     output = torch.zeros_like(LATENTS).requires_grad_()
     return made(output, LATENTS + 1, LATENTS, torch.tensor([10, 20]), **arguments)
@@ -46,6 +52,15 @@ OBJECTIVES = [
     (lambda: objective(lpl_max_samples="2"), "lpl_max_samples must be an integer of 1 or more, not '2'"),
     (lambda: objective(lpl_max_samples=True), "lpl_max_samples must be an integer of 1 or more, not True"),
     (lambda: objective(snr_gamma="5"), "snr_gamma must be a positive number, not '5'"),
+    (lambda: objective(snr_gamma=float("inf")), "snr_gamma must be a positive number, not inf"),
+    (lambda: edm(float("inf")), "sigma_data must be a positive number, not inf"),
+    *(
+        (
+            lambda shape=shape: objective_at_a_budget().count(shape),
+            "shape must be of a sample's latents, .C, .space., not",
+        )
+        for shape in (3, "abc", (4,), (4, 8.0, 8), (4, 0, 8), None)
+    ),
     (lambda: objective(lpl_target_share="a"), "lpl_target_share must lie between 0 and 1, not 'a'"),
     (lambda: objective(lpl_weight=torch.ones(2)), "neither a number nor 'auto'"),
     (lambda: objective(lpl_scale="no"), "lpl_scale must be True or False, not 'no'"),

@@ -118,7 +118,7 @@ def measure(step: TrainingStep, denoiser: nn.Module, encoded: Encoded, device: t
         if k == 0:
             with torch.no_grad():
                 blank = loss_fn(average.expand_as(seen.latents), seen.latents, seen.mask)
-            found.uninformed[numbers] = blank.per_sample.double().cpu()
+            found.uninformed[numbers] = blank.per_sample.cpu().double()
         if step.prediction_type == "epsilon" and bool((seen.alpha == 0).any()):
             continue  # pure noise says nothing of x0
         _measure_batch(found, step, loss_fn, seen, numbers, k)
@@ -145,11 +145,11 @@ def _measure_batch(
     scale = snr_scale(snr, objective.snr_gamma) if objective.lpl_scale else torch.ones_like(snr)
     diffusion = step.diffusion_per_sample(seen)
     gradients = gradients_of(seen.model_output, scale.to(device) * out.per_sample, diffusion)
-    found.lpl[numbers, k] = out.per_sample.detach().double().cpu()
+    found.lpl[numbers, k] = out.per_sample.detach().cpu().double()
     found.lpl_square[numbers, k], found.diffusion_square[numbers, k], found.cosine[numbers, k] = gradients
     for tap, name in enumerate(found.taps):
-        found.distance[tap, numbers, k] = out.per_layer[name].double().cpu()
-        found.outliers[tap, numbers, k] = out.outlier_fraction[name].double().cpu()
+        found.distance[tap, numbers, k] = out.per_layer[name].cpu().double()
+        found.outliers[tap, numbers, k] = out.outlier_fraction[name].cpu().double()
 
 
 def wait(device: torch.device) -> None:
