@@ -312,7 +312,7 @@ def test_weights_of_another_shape(train: Any, model: Path, broken: Path, flag: s
 def test_vae_of_a_hub_that_cannot_be_reached(train: Any) -> None:
     flag = "pretrained_vae_model_name_or_path"
     (line,) = train(**{flag: "nobody/vae"}, expect_error=True).errors
-    assert line == f"error: --{flag} nobody/vae: no such folder, and the Hub cannot be reached"
+    assert line == f"error: --{flag} nobody/vae: no such folder, and the Hub cannot be reached for config.json"
 
 
 def test_vae_that_does_not_fit(refused: Refused, model: Path, tmp_path: Path) -> None:
@@ -321,7 +321,7 @@ def test_vae_that_does_not_fit(refused: Refused, model: Path, tmp_path: Path) ->
     assert f"{flag} {tmp_path}: no config.json" in refused(pretrained_vae_model_name_or_path=tmp_path)
     vae = Path(shutil.copytree(model / "vae", tmp_path / "vae"))
     edit(vae / "config.json", latent_channels=16)
-    assert f"{flag} {vae}: 16 latent channels, the UNet takes 4" in refused(pretrained_vae_model_name_or_path=vae)
+    assert f"{flag} {vae}: 16 latent channels, the denoiser takes 4" in refused(pretrained_vae_model_name_or_path=vae)
     edit(vae / "config.json", _class_name="AutoencoderTiny")
     assert f"{flag} {vae}: AutoencoderTiny" in refused(pretrained_vae_model_name_or_path=vae)
     (file,) = vae.glob("*.safetensors")

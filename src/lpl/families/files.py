@@ -145,37 +145,70 @@ def reader(path: Path, name: str, config: ModelConfig) -> Callable[[str], dict[s
         raise UserError(f"{flag} {name}: a file, but not .safetensors; give that or a diffusers folder")
     if config.single_file_config is not None or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise UserError(f"{flag} {name}: no such folder")
-    return _hub_reader(config)
+    return lambda file: read_hub(FLAG, name, file, config.revision, config.cache_dir)
 
 
-def _hub_reader(config: ModelConfig) -> Callable[[str], dict[str, Any]]:
-    def read(file: str) -> dict[str, Any]:
-        from huggingface_hub import errors, hf_hub_download
+def read_hub(flag: str, name: str, file: str, revision: str | None, cache_dir: str | None) -> dict[str, Any]:
+    """A JSON file of a model on the Hub.
 
-        name = config.pretrained_model_name_or_path
-        try:
-            found = hf_hub_download(str(name), file, revision=config.revision, cache_dir=config.cache_dir)
-        except errors.LocalEntryNotFoundError as error:
-            raise UserError(f"{FLAG} {name}: no such folder, and the Hub cannot be reached for {file}") from error
-        except errors.GatedRepoError as error:
-            what = f"accept them at https://huggingface.co/{name}, then run `hf auth login`"
-            raise UserError(
-                f"{FLAG} {name}: the Hub gives it only to those who have accepted its terms: {what}"
-            ) from error
-        except errors.RepositoryNotFoundError as error:
-            what = "check the name; a private one needs `hf auth login`"
-            raise UserError(
-                f"{FLAG} {name}: no such folder, and no model that may be read on the Hub: {what}"
-            ) from error
-        except errors.RevisionNotFoundError as error:
-            raise UserError(f"--revision {config.revision}: the Hub has none of this name of {name}") from error
-        except errors.EntryNotFoundError as error:
-            raise UserError(f"{FLAG} {name}: the Hub's model has no {file}") from error
-        except errors.HfHubHTTPError as error:
-            raise UserError(f"{FLAG} {name}: the Hub answers {str(error).splitlines()[0]}") from error
-        return read_json(Path(found), FLAG)
+    Raises:
+        UserError: why it cannot be had, in one line.
+    """
+    from huggingface_hub import errors, hf_hub_download
 
-    return read
+    where = f"{flag} {name}"
+    try:
+        found = hf_hub_download(name, file, revision=revision, cache_dir=cache_dir)
+    except errors.LocalEntryNotFoundError as error:
+        raise UserError(f"{where}: no such folder, and the Hub cannot be reached for {file}") from error
+    except errors.GatedRepoError as error:
+        what = f"accept them at https://huggingface.co/{name}, then run `hf auth login`"
+        raise UserError(f"{where}: the Hub gives it only to those who have accepted its terms: {what}") from error
+    except errors.RepositoryNotFoundError as error:
+        what = "check the name; a private one needs `hf auth login`"
+        raise UserError(f"{where}: no such folder, and no model that may be read on the Hub: {what}") from error
+    except errors.RevisionNotFoundError as error:
+        raise UserError(f"--revision {revision}: the Hub has none of this name of {name}") from error
+    except errors.EntryNotFoundError as error:
+        raise UserError(f"{where}: the Hub's model has no {file}") from error
+    except errors.HfHubHTTPError as error:
+        raise UserError(f"{where}: the Hub answers {str(error).splitlines()[0]}") from error
+    return read_json(Path(found), flag)
+
+
+def other_vae(config: ModelConfig, cls: str, channels: int) -> dict[str, Any] | None:
+    """The config of --pretrained_vae_model_name_or_path; None where it is not given.
+
+    Args:
+        cls: of the family's VAEs.
+        channels: that the denoiser takes.
+
+    Raises:
+        UserError: none there, one of another class or of other latents, or a folder without its weights.
+    """
+    name = config.pretrained_vae_model_name_or_path
+    if name is None:
+        return None
+    where, folder = f"{VAE_FLAG} {name}", Path(name)
+    if folder.exists():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{where}: no config.json in it")
+        vae = read_json(folder / "config.json", VAE_FLAG)
+        weights = list(folder.glob("*.safetensors"))
+        headers = [read_header(file) for file in weights]
+        if not weights or None in headers:
+            raise UserError(f"{where}: {f'{weights[0].name} is cut short' if weights else 'no .safetensors in it'}")
+        for header in headers:
+            check_weights(header or {}, where)
+    elif name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UserError(f"{where}: no such folder")
+    else:
+        vae = read_hub(VAE_FLAG, name, "config.json", None, config.cache_dir)
+    if vae.get("_class_name", cls) != cls:
+        raise UserError(f"{where}: {vae['_class_name']}; this trainer needs {cls}")
+    if vae_channels(vae) != channels:
+        raise UserError(f"{where}: {vae_channels(vae)} latent channels, the denoiser takes {channels}")
+    return vae
 
 
 def read_json(file: Path, flag: str) -> dict[str, Any]:

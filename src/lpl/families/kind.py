@@ -22,10 +22,12 @@ from lpl.families.files import (
     check_original,
     check_weights,
     checked_header,
+    other_vae,
     read_header,
     reader,
     transformer_entries,
     unet_parameters,
+    vae_channels,
     vae_stride,
 )
 from lpl.families.schedulers import chosen_schedule, compare_lora, is_flow
@@ -121,15 +123,21 @@ class Kind:
             configs = self.plan_configs(config)
             with beside(config) as others:
                 self._check_folder(others, self.networks[1:])
-            return configs
+            return self._with_vae(configs, config)
         if path.suffix in SINGLE_FILES:
             check_original(path, config)
             if config.single_file_config is None:
                 check_clip_skip(self.find("PUBLISHED"), config)
+                self._with_vae(self.find("PUBLISHED"), config)
                 return {}
         else:
             self._check_folder(config, self.networks)
-        return self.plan_configs(config)
+        return self._with_vae(self.plan_configs(config), config)
+
+    def _with_vae(self, configs: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
+        """The configs with that of --pretrained_vae_model_name_or_path, where it is given."""
+        vae = other_vae(config, self.vae_class, vae_channels(configs["vae"]))
+        return configs if vae is None else configs | {"vae": vae}
 
     def _check_folder(self, config: ModelConfig, networks: tuple[str, ...]) -> None:
         """Refuses a folder that lacks one of these networks, or a tokenizer."""

@@ -18,10 +18,8 @@ from lpl.families.files import (
     check_complete,
     check_inputs,
     check_original,
-    check_weights,
     checked_header,
-    read_header,
-    read_json,
+    other_vae,
     reader,
 )
 from lpl.families.kind import Kind, check_clip_skip
@@ -54,7 +52,7 @@ def model_configs(config: ModelConfig) -> dict[str, Any]:
         check_single_file(path, config)
         if config.single_file_config is None:
             _check_clip_skip(sdxl_configs.PUBLISHED, config)
-            _check_vae(config, sdxl_configs.PUBLISHED)
+            _with_vae(sdxl_configs.PUBLISHED, config)
             _with_options(sdxl_configs.PUBLISHED, config)
             return {}
         path, name = Path(config.single_file_config), config.single_file_config
@@ -62,8 +60,7 @@ def model_configs(config: ModelConfig) -> dict[str, Any]:
         check_complete(path, config.variant, WITH_WEIGHTS, TOKENIZERS)
     configs = _with_options(_read(reader(path, name, config), name), config)
     _check_configs(configs, config)
-    _check_vae(config, configs)
-    return configs
+    return _with_vae(configs, config)
 
 
 def plan_configs(config: ModelConfig) -> dict[str, Any]:
@@ -153,32 +150,13 @@ def _check_clip_skip(configs: dict[str, Any], config: ModelConfig) -> None:
         )
 
 
-def _check_vae(config: ModelConfig, configs: dict[str, Any]) -> None:
-    name = config.pretrained_vae_model_name_or_path
-    if name is None or not Path(name).exists():
-        if name is not None and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
-            raise UserError(f"--pretrained_vae_model_name_or_path {name}: no such folder")
-        return
-    file = Path(name) / "config.json"
-    if not file.is_file():
-        raise UserError(f"--pretrained_vae_model_name_or_path {name}: no config.json in it")
-    vae = read_json(file, "--pretrained_vae_model_name_or_path")
-    check_shape("vae/config.json", vae, f"--pretrained_vae_model_name_or_path {name}: config.json")
-    if vae.get("_class_name", VAE) != VAE:
-        raise UserError(f"--pretrained_vae_model_name_or_path {name}: {vae['_class_name']}; this trainer needs {VAE}")
-    weights = list(Path(name).glob("*.safetensors"))
-    headers = [read_header(file) for file in weights]
-    if not weights or None in headers:
-        found = f"{weights[0].name} is cut short" if weights else "no .safetensors in it"
-        raise UserError(f"--pretrained_vae_model_name_or_path {name}: {found}")
-    for header in headers:
-        check_weights(header or {}, f"--pretrained_vae_model_name_or_path {name}")
-    channels = vae.get("latent_channels", 4)
-    if channels != configs["unet"].get("in_channels", 4):
-        raise UserError(
-            f"--pretrained_vae_model_name_or_path {name}: {channels} latent channels, "
-            f"the UNet takes {configs['unet'].get('in_channels', 4)}"
-        )
+def _with_vae(configs: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """The configs with that of --pretrained_vae_model_name_or_path, where it is given."""
+    vae = other_vae(config, VAE, configs["unet"].get("in_channels", 4))
+    if vae is None:
+        return configs
+    check_shape("vae/config.json", vae, f"{VAE_FLAG} {config.pretrained_vae_model_name_or_path}: config.json")
+    return configs | {"vae": vae}
 
 
 def check_single_file(path: Path, config: ModelConfig) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
+from benchmarks.loss_cost import sdxl_vae
 from lpl import LatentPerceptualLoss, PerceptualObjective
 from lpl.diffusion.prediction import add_noise, alpha_sigma_table
 from lpl.perceptual.budget import BINS, Budget, bins_of, depth_profile, tap_flops
@@ -291,3 +292,21 @@ def test_a_loop_that_forgets_end_step_is_warned(vae, caplog):
                 budget.end_step()
                 budget._sums = None  # or it would be set
         assert caplog.text.count("end_step()") == (not end)
+
+
+@pytest.mark.slow
+def test_means_over_draws_on_sdxls_shape_are_the_full_ones():
+    """Loss, and gradient along the full one, of a masked batch: within three standard errors over 40 draws."""
+    torch.manual_seed(0)
+    inputs, vae = Inputs(TIMESTEPS[1::2]), sdxl_vae("cpu")
+    full = inputs(objective_of(vae))
+    along = inputs.gradient(full.loss)
+    objective, found = with_table(vae, inputs, falling_table()), []
+    generator = torch.Generator().manual_seed(4)
+    for _ in range(40):
+        loss = inputs(objective, draws=torch.rand(len(inputs.timesteps), generator=generator)).loss
+        gradient = inputs.gradient(loss) if loss.requires_grad else torch.zeros_like(along)
+        found.append([float(loss / full.loss), float((gradient * along).sum() / along.square().sum())])
+    found = torch.tensor(found, dtype=torch.float64)
+    assert (found.std(0) > 0.05).all()
+    assert ((found.mean(0) - 1).abs() <= 3 * found.std(0) / len(found) ** 0.5).all()
