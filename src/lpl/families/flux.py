@@ -170,3 +170,8 @@ class Export(PipelineExport):
     """A Flux.1 in memory, ready to be written."""
 
     kind = FLUX_KIND
+
+    def single_file(self, title: str) -> tuple[Any, dict[str, str]]:
+        """Names and tensors of the transformer, and its metadata."""
+        self.architecture = "flux-1-dev" if self.pipeline.transformer.config.guidance_embeds else "flux-1-schnell"
+        return super().single_file(title)

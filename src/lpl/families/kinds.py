@@ -23,9 +23,10 @@ SD_KIND = Kind(
     patch=1,
     resolution=512,
     single_file_keys=(
-        "cond_stage_model.transformer.text_model.embeddings.position_embedding.weight",
-        "cond_stage_model.model.token_embedding.weight",
+        ("cond_stage_model.transformer.text_model.embeddings.position_embedding.weight",),
+        ("cond_stage_model.model.token_embedding.weight",),
     ),
+    comfyui_folder="models/checkpoints",
     parameters=859_520_964,
     options=frozenset({"clip_skip", "train_text_encoder"}),
     trained_text=("text_encoder",),
@@ -43,6 +44,10 @@ SD3_KIND = Kind(
     tokenizers=("tokenizer", "tokenizer_2", "tokenizer_3"),
     options=frozenset({"train_text_encoder", "text_encoder_2_lr"}),
     trained_text=("text_encoder", "text_encoder_2"),
+    single_file_keys=(
+        ("transformer_blocks.0.attn.add_q_proj.weight", "pos_embed.proj.weight"),
+        ("joint_blocks.0.context_block.attn.qkv.weight",),
+    ),
     steps=40,  # both by the model's card
     guidance=4.5,
     lora_readers="diffusers and ComfyUI",
@@ -68,6 +73,10 @@ FLUX_KIND = FluxKind(
     tokenizers=("tokenizer", "tokenizer_2"),
     options=frozenset({"train_text_encoder"}),
     trained_text=("text_encoder",),
+    single_file_keys=(
+        ("single_transformer_blocks.0.proj_mlp.weight", "time_text_embed.text_embedder.linear_1.weight"),
+        ("double_blocks.0.img_attn.qkv.weight", "vector_in.in_layer.weight"),
+    ),
     steps=28,  # both as its pipeline does
     guidance=3.5,
     lora_readers="diffusers and ComfyUI",
@@ -95,6 +104,11 @@ SANA_KIND = Kind(
     base_name="Efficient-Large-Model/Sana_1600M_1024px_diffusers",
     networks=("transformer", "vae", "text_encoder"),
     tokenizers=("tokenizer",),
+    single_file_keys=(
+        ("transformer_blocks.0.ff.conv_inverted.weight", "caption_norm.weight"),
+        ("blocks.0.cross_attn.q_linear.weight", "attention_y_norm.weight"),
+    ),
+    comfyui_folder=None,
     patch=1,
     usual_stride=32,
     steps=20,  # both as its pipeline does
@@ -123,6 +137,10 @@ ZIMAGE_KIND = ZImageKind(
     base_name="Tongyi-MAI/Z-Image",
     networks=("transformer", "vae", "text_encoder"),
     tokenizers=("tokenizer",),
+    single_file_keys=(
+        ("noise_refiner.0.attention.to_q.weight", "layers.0.adaLN_modulation.0.weight"),
+        ("noise_refiner.0.attention.qkv.weight", "layers.0.adaLN_modulation.0.weight"),
+    ),
     steps=40,  # both within what the model's card recommends: 28 to 50, and 3 to 5
     guidance=4.0,
     lora_readers="diffusers and ComfyUI",
@@ -145,6 +163,10 @@ KLEIN_KIND = KleinKind(
     base_name="black-forest-labs/FLUX.2-klein-base-4B",
     networks=("transformer", "vae", "text_encoder"),
     tokenizers=("tokenizer",),
+    single_file_keys=(
+        ("single_stream_modulation.linear.weight",),
+        ("single_stream_modulation.lin.weight",),
+    ),
     steps=50,  # both as its pipeline does
     guidance=4.0,
     vae_class="AutoencoderKLFlux2",
@@ -158,6 +180,7 @@ QWEN_KIND = Kind(
     base_name="Qwen/Qwen-Image",
     networks=("transformer", "vae", "text_encoder"),
     tokenizers=("tokenizer",),
+    single_file_keys=(("transformer_blocks.0.img_mod.1.weight", "txt_norm.weight"),),
     steps=50,  # both as its pipeline does
     guidance=4.0,
     vae_class="AutoencoderKLQwenImage",
@@ -172,6 +195,10 @@ LUMINA2_KIND = Kind(
     base_name="Alpha-VLLM/Lumina-Image-2.0",
     networks=("transformer", "vae", "text_encoder"),
     tokenizers=("tokenizer",),
+    single_file_keys=(
+        ("time_caption_embed.caption_embedder.0.weight", "layers.0.norm1.linear.weight"),
+        ("cap_embedder.0.weight", "layers.0.adaLN_modulation.1.weight"),
+    ),
     steps=30,  # both as its pipeline does
     guidance=4.0,
     lora_starts={"transformer": ("transformer.",)},
@@ -199,6 +226,10 @@ AURAFLOW_KIND = AuraFlowKind(
     base_name="fal/AuraFlow-v0.3",
     networks=("transformer", "vae", "text_encoder"),
     tokenizers=("tokenizer",),
+    single_file_keys=(
+        ("joint_transformer_blocks.0.attn.add_q_proj.weight",),
+        ("double_layers.0.attn.w1q.weight",),
+    ),
     steps=50,  # both as its pipeline does
     guidance=3.5,
     lora_readers="diffusers and ComfyUI",

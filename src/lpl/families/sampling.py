@@ -19,7 +19,7 @@ from lpl.families import Kind, kind_of, kind_of_class, load_for_export
 from lpl.families.base import ORIGIN, acting
 from lpl.families.files import FLAG, INDEX, check_weights, read_header
 from lpl.families.files import vae_stride as stride_of
-from lpl.families.loading import named
+from lpl.families.loading_errors import named
 from lpl.families.schedulers import build_scheduler, file_schedule
 
 logger = logging.getLogger("lpl")

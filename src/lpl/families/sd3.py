@@ -140,3 +140,4 @@ class Export(PipelineExport):
     """A model of Stable Diffusion 3 or 3.5 in memory, ready to be written."""
 
     kind = SD3_KIND
+    architecture = "stable-diffusion-3"

@@ -194,12 +194,12 @@ def to_kohya(
     return renamed_lora(lora, layer, version | modelspec(title, f"{ARCHITECTURE}/lora"), weight_of)
 
 
-def modelspec(title: str, architecture: str) -> dict[str, str]:
+def modelspec(title: str, architecture: str, implementation: str = IMPLEMENTATION) -> dict[str, str]:
     """What every file says by Stability AI's model specification 1.0.0."""
     return {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": architecture,
-        "modelspec.implementation": IMPLEMENTATION,
+        "modelspec.implementation": implementation,
         "modelspec.title": title,
         "modelspec.date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
