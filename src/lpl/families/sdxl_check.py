@@ -98,11 +98,12 @@ def _read(read: Any, name: str) -> dict[str, Any]:
     index = read("model_index.json")
     check_shape("model_index.json", index, f"{FLAG} {name}: model_index.json")
     cls = index.get("_class_name")
+    if cls is None or cls.startswith("StableDiffusionXL"):  # of others these are not there
+        configs = {part: read(files[part]) for part in ("unet", "vae", "scheduler")}
     if index.get("requires_aesthetics_score") or (index.get("text_encoder") or [None])[0] is None:
         raise UserError(f"{FLAG} {name}: an SDXL refiner (no first text encoder); train the base model")
     if cls != PIPELINE and not (isinstance(cls, str) and cls.startswith("StableDiffusionXL")):
         raise UserError(f"{FLAG} {name}: model_index.json says {cls}; this trainer needs {PIPELINE}")
-    configs = {part: read(files[part]) for part in ("unet", "vae", "scheduler")}
     if configs["unet"].get("addition_embed_type") != "text_time":
         raise UserError(f"{FLAG} {name}: the UNet lacks SDXL's size conditioning (addition_embed_type text_time)")
     configs |= {part: read(files[part]) for part in ("text_encoder", "text_encoder_2")}
