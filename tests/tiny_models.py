@@ -564,6 +564,36 @@ def tiny_auraflow(folder: Any, seed: int = 0) -> Any:
     return folder
 
 
+def tiny_chroma(folder: Any, seed: int = 0) -> Any:
+    """Writes a ChromaPipeline to a folder, latents as tiny_sdxl's."""
+    from diffusers import ChromaPipeline, ChromaTransformer2DModel, FlowMatchEulerDiscreteScheduler
+
+    vae = tiny_vae16(seed)
+    torch.manual_seed(seed)
+    encoder, tokenizer = tiny_t5(16)
+    transformer = ChromaTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(2, 2, 4),
+        approximator_num_channels=8,
+        approximator_hidden_dim=16,
+        approximator_layers=1,
+    )
+    pipeline = ChromaPipeline(
+        transformer=randomize(transformer, seed, 0.1),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        vae=vae,
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
 def tiny_images(folder: Any, count: int = 6, size: int = 24, seed: int = 0) -> Any:
     """Writes small random pictures with metadata.jsonl to a folder."""
     import json

@@ -21,6 +21,8 @@ LAUNCHER = re.compile(r"^(?:OMP_NUM_THREADS=\d+ |accelerate launch .*?-m )")
 ELSEWHERE = {
     "lpl demo --output_dir lpl-demo": "test_demo.py",
     "lpl train --config sdxl --dataset_name my/dataset": "the Hub is not asked: here it parses",
+    "lpl train --config flux-lora --pretrained_model_name_or_path flux1-dev.safetensors --single_file_config "
+    "black-forest-labs/FLUX.1-dev --train_data_dir my_images --output_dir my_lora": "test_transformer_file.py",
 }
 """What is not run here, and what runs it."""
 MODEL = (

@@ -7,10 +7,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hub_server import Hub, serve_hub
-from tiny_models import tiny_sd
+from tiny_models import tiny_flux, tiny_sd
 
 SCRIPT = """
 import contextlib, io, json, sys
@@ -31,6 +32,17 @@ print(json.dumps(found))
 """
 
 
+def called(hub: Hub, calls: list[list[str]], home: Path) -> Any:
+    """The code and the words of each call of `lpl` against a Hub."""
+    with serve_hub(hub):
+        given = {"HF_ENDPOINT": hub.address, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
+        environment = os.environ | given | {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}
+        command = [sys.executable, "-c", SCRIPT, json.dumps(calls)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 @pytest.mark.slow
 def test_a_model_is_trained_by_its_id_and_what_cannot_be_had_is_one_line(data: Path, tmp_path: Path) -> None:
     """Files of a revision come over a connection that breaks; gated models and absent revisions say what to do."""
@@ -47,13 +59,7 @@ def test_a_model_is_trained_by_its_id_and_what_cannot_be_had_is_one_line(data: P
         [*train, "me/tiny", "--revision=v3"],
         [*train, "me/tiny", "--revision=v2"],
     ]
-    with serve_hub(hub):
-        given = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
-        environment = os.environ | given | {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}
-        command = [sys.executable, "-c", SCRIPT, json.dumps(calls)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    gated, nowhere, absent, trained = json.loads(done.stdout.splitlines()[-1])
+    gated, nowhere, absent, trained = called(hub, calls, tmp_path / "home")
     flag = "--pretrained_model_name_or_path"
     for (code, said), words in (
         (gated, f"{flag} me/gated: the Hub gives it only to those who have accepted its terms: accept them at https:"),
@@ -76,3 +82,24 @@ def test_a_model_is_trained_by_its_id_and_what_cannot_be_had_is_one_line(data: P
     vae = [load_file(folder / "vae" / weights) for folder in (tmp_path / "run", second, first)]
     assert all((vae[0][name] == vae[1][name]).all() for name in vae[1])
     assert any((vae[0][name] != vae[2][name]).any() for name in vae[1])
+
+
+@pytest.mark.slow
+def test_a_transformers_file_is_trained_with_the_other_parts_of_a_model_by_its_id(data: Path, tmp_path: Path) -> None:
+    folder, file = tiny_flux(tmp_path / "flux"), tmp_path / "flux.safetensors"
+    hub = Hub({("me/flux", "main"): folder, ("me/gated", "main"): folder}, {"me/gated"}, set())
+    options = ["--train_data_dir", str(data), "--resolution=16", "--max_train_steps=1", "--no_use_lpl", "--rank=2"]
+    train = ["train", *options, "--output_dir", str(tmp_path / "run"), "--pretrained_model_name_or_path", str(file)]
+    calls = [
+        ["export", str(folder), "--output", str(file)],
+        [*train, "--single_file_config=me/gated"],
+        [*train, "--single_file_config=me/flux"],
+    ]
+    (exported, _), (code, said), trained = called(hub, calls, tmp_path / "home")
+    assert exported == 0
+    assert code == 2
+    assert "error: --single_file_config me/gated: the Hub gives it only to those who have accepted" in said
+    assert trained[0] == 0, trained[1]
+    whole = [asked.path for asked in hub.asked if asked.path.endswith(".safetensors") and asked.method == "GET"]
+    assert len({path.split("/")[-2] for path in whole}) == 3
+    assert not any("/transformer/" in path for path in whole)

@@ -17,6 +17,7 @@ from lpl.presets import presets
 
 PRESETS = [
     "auraflow-lora",
+    "chroma-lora",
     "demo",
     "diffusers-lpl",
     "flux-lora",
@@ -24,6 +25,7 @@ PRESETS = [
     "lumina2-lora",
     "qwen-lora",
     "sana-lora",
+    "schnell-lora",
     "sd15",
     "sd15-lora",
     "sd35-lora",

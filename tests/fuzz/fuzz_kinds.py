@@ -276,6 +276,26 @@ def single_file(base: Base) -> tuple[Path, Act]:
     return file, act
 
 
+def transformer(base: Base) -> tuple[Path, Act]:
+    """A transformer in one file, beside a folder with the other parts: its header, and by loading it."""
+    import torch
+    from tiny_models import tiny_zimage
+
+    from lpl.base.tensor_file import write_tensors
+    from lpl.config import ModelConfig
+    from lpl.families import load_family, load_for_export, model_configs
+
+    folder, file = tiny_zimage(base.folder / "model"), base.folder / "model.safetensors"
+    write_tensors(*load_for_export(ModelConfig(str(folder)), None, None, 1.0).single_file("x")[:1], file, {})
+    config = ModelConfig(str(file), single_file_config=str(folder))
+
+    def act() -> None:
+        model_configs(config)
+        load_family(config, torch.device("cpu"), torch.float32)
+
+    return file, act
+
+
 def lora(base: Base) -> tuple[Path, Act]:
     """A LoRA file, by its export for other programs."""
     import torch
@@ -425,6 +445,7 @@ KINDS = [
     Kind("weights", TENSORS, of_model("unet/*.safetensors"), 8),
     Kind("text encoder's weights", TENSORS, of_model("text_encoder_2/*.safetensors"), 6),
     Kind("single file", TENSORS, single_file, 48),
+    Kind("a transformer's file", TENSORS, transformer, 16),
     Kind("LoRA", TENSORS, lora, 48),
     Kind("cache shard", TENSORS, of_cache("latents/*/*.safetensors"), 3),
     Kind("cache index", BYTES, of_cache("latents/*/index.npz"), 2),

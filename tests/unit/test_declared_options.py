@@ -41,7 +41,7 @@ HELD_OUT = (SETTINGS - UNSEEN) | {"rescale_betas_zero_snr"}
 DERIVED = {
     "free": {
         "lpl_checkpointing", "lpl_chunk", "lpl_channels_last", "lpl_compile",
-        "cache_dir", "single_file_config", "latent_cache_dir", "rehash", "max_bad_fraction",
+        "cache_dir", "latent_cache_dir", "rehash", "max_bad_fraction",
         "dataloader_num_workers", "output_dir",
         "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "dry_run", "validation_prompt",
         "num_validation_images", "validation_epochs", "validation_steps", "report_to", "logging_dir", "log_every",
@@ -125,6 +125,8 @@ def test_what_is_needed_are_options() -> None:
         (["--validation_steps=5"], "validation_steps"),
         (["--validation_steps=5", "--validation_samples=2"], None),
         (["--pyramid_noise_discount=0.5"], "pyramid_noise_discount"),
+        (["--single_file_config=f", "--pretrained_model_name_or_path=m"], "single_file_config"),
+        (["--single_file_config=f", "--pretrained_model_name_or_path=m.safetensors"], None),
     ],
 )
 def test_idle_options(argv: list[str], idle: str | None) -> None:

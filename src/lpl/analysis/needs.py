@@ -114,7 +114,7 @@ def fixed_costs(config: TrainConfig, rehearsal: Rehearsal, processes: int) -> di
     """Bytes that are on the device throughout, without LPL's; arithmetic alone."""
     parameters = rehearsal.parameters(config)
     state = state_size(config.optim, parameters.shapes, rehearsal.device)
-    weights = f"{rehearsal.blueprint.denoiser_word} {'and text ' * rehearsal.blueprint.trains_text}weights"
+    weights = f"{rehearsal.blueprint.denoiser_word} {'and text ' * bool(rehearsal.blueprint.trained_encoders)}weights"
     stays = {weights: parameters.size, state_name(config.optim): state}
     if _averages_there(config, rehearsal):
         stays["EMA"] = 4 * parameters.trained

@@ -116,8 +116,8 @@ def _trains(needs: Needs, config: TrainConfig) -> str:
     rank = config.model.rank
     kind = "DoRA" if config.model.use_dora else "LoRA"
     what = f"{kind} of rank {rank} on {needs.base:,}" if rank else f"the whole {kind_of(config.model).denoiser_word}"
-    if config.model.train_text_encoder:
-        what += "" if rank else " and both text encoders"
+    if config.model.train_text_encoder and not rank:
+        what += f" and {count(len(kind_of(config.model).trained_text), 'text encoder')}"
     return f"trains       {needs.trained:,} parameters ({what})"
 
 

@@ -16,7 +16,8 @@ MERGED = Needs("a merged model: --to kohya writes the LoRA as it is", lambda con
 class ExportConfig(Options):
     """Write a model or the result of a run in the form another program reads.
 
-    --to safetensors: one file as ComfyUI and A1111 read it, a LoRA merged into it. --to diffusers: a folder, a LoRA
+    --to safetensors: one file as ComfyUI and A1111 read it, a LoRA merged into it; of a model trained by flow matching
+    its transformer, for ComfyUI's models/diffusion_models. --to diffusers: a folder, a LoRA
     merged into it. --to kohya: a run's LoRA, or that of --lora, as kohya's programs, ComfyUI and A1111 read it.
     """
 
@@ -42,7 +43,8 @@ class ExportConfig(Options):
     variant: str | None = None
     """Variant of the model's weight files, such as fp16."""
     single_file_config: str | None = option(None, path=True)
-    """For a .safetensors file without network: a diffusers folder with that model's configs and tokenizers."""
+    """For a .safetensors file: a diffusers folder with its configs and tokenizers; where the file holds a transformer
+    alone, the folder or Hub id that its text encoders and VAE are loaded from."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -111,7 +113,8 @@ class EvalConfig(Options):
     variant: str | None = option(None, needs=LOADED)
     """Variant of the model's weight files, such as fp16."""
     single_file_config: str | None = option(None, path=True, needs=LOADED)
-    """For a .safetensors file without network: a diffusers folder with that model's configs and tokenizers."""
+    """For a .safetensors file: a diffusers folder with its configs and tokenizers; where the file holds a transformer
+    alone, the folder or Hub id that its text encoders and VAE are loaded from."""
     metrics: tuple[MetricName, ...] = ("frechet", "kernel", "precision_recall", "density_coverage", "spectrum")
     """What to measure, in features of an ImageNet EfficientNet-Lite0."""
     against: Literal["images", "reconstructions"] = "images"

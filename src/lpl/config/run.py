@@ -11,6 +11,10 @@ from lpl.base.errors import require
 from lpl.config.checks import Needs, Options, option
 
 ONE_MODEL = "all arms begin with one model"
+A_FILE = Needs(
+    "a .safetensors file as the model",
+    lambda config: str(config.model.pretrained_model_name_or_path).endswith(".safetensors"),
+)
 
 
 def processes() -> int:
@@ -32,8 +36,9 @@ class ModelConfig(Options):
     """Variant of the weight files, such as fp16."""
     cache_dir: str | None = option(None, path=True, free=True)
     """Where downloads from the Hub are kept."""
-    single_file_config: str | None = option(None, path=True, free=True, arms=ONE_MODEL)
-    """For a .safetensors file without network: a diffusers folder with that model's configs and tokenizers."""
+    single_file_config: str | None = option(None, path=True, needs=A_FILE, arms=ONE_MODEL)
+    """For a .safetensors file: a diffusers folder with its configs and tokenizers; where the file holds a transformer
+    alone, the folder or Hub id that its text encoders and VAE are loaded from."""
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = option(
         None, defines=("diffusion_loss",), elsewhere=("v_parameterization",), schedule="discrete"
     )
@@ -71,8 +76,8 @@ class ModelConfig(Options):
     """Keep the frozen linear layers of the denoiser's blocks in 8 or 4 bits, for small cards: a half or a quarter of
     bfloat16's memory for a little time. The LoRA is for the whole model, as ever."""
     train_text_encoder: bool = option(False, by_model=True)
-    """Train the text encoders too, or with --rank a LoRA on their attentions (--lora_targets attention_mlp or all: and
-    MLPs); see --text_encoder_lr."""
+    """Train the CLIP text encoders too, or with --rank a LoRA on their attentions (--lora_targets attention_mlp or all:
+    and MLPs); see --text_encoder_lr. A T5 beside them stays frozen."""
 
     offload_text_encoders: bool = option(False, free=True)
     """While captions are encoded, move the text encoders to the device a layer at a time: for cards that do not hold

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lpl.base.errors import UserError, require
 from lpl.config import ModelConfig
-from lpl.families.files import INDEX, read_header, reader
+from lpl.families.files import INDEX, SINGLE_FILES, beside, read_header, reader
 from lpl.families.kind import Kind
 from lpl.families.kinds import KINDS
 
@@ -33,18 +33,22 @@ def kind_of_class(name: Any) -> Kind | None:
 
 
 def kind_of(config: ModelConfig) -> Kind:
-    """The family of a model: by its Hub id, its model_index.json, or a single file's keys."""
+    """The family of a model: by a single file's keys, its Hub id, or its model_index.json."""
     name = config.pretrained_model_name_or_path
     if name is None:
         return KINDS[0]
-    path = Path(config.single_file_config or name)
-    known = next((kind for kind in KINDS if kind.base_name == name and not path.exists()), None)
-    if known is None and path.suffix == ".safetensors":
-        header = read_header(path) or {}
-        known = next((kind for kind in KINDS if kind.owns(header)), None)
-    elif known is None:
+    if name.endswith(".safetensors"):
+        header = read_header(Path(name)) or {}
+        if (known := next((kind for kind in KINDS if kind.owns(header)), None)) is not None:
+            return known
+    if config.single_file_config is not None and Path(name).suffix in SINGLE_FILES:
+        with beside(config) as others:
+            return kind_of(others)
+    path = Path(name)
+    known = next((kind for kind in KINDS if kind.published_as(name) and not path.exists()), None)
+    if known is None and not name.endswith(".safetensors"):
         with suppress(UserError):  # which the checks of the first will say
-            known = kind_of_class(reader(path, str(path), config)(INDEX).get("_class_name"))
+            known = kind_of_class(reader(path, name, config)(INDEX).get("_class_name"))
     return known or KINDS[0]
 
 

@@ -111,3 +111,4 @@ class Export(PipelineExport):
     """An AuraFlow in memory, ready to be written."""
 
     kind = AURAFLOW_KIND
+    architecture = "auraflow"

@@ -52,7 +52,7 @@ class Family(Protocol):
 
     @property
     def text_encoders(self) -> Sequence[Any]:
-        """Float32, in eval mode; with --train_text_encoder parts of the denoiser."""
+        """In eval mode; with --train_text_encoder those that it trains are parts of the denoiser."""
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior mean and std, raw latents (B, C, h, w), float32 on the CPU, of pixels (B, 3, H, W) in [-1, 1]."""
@@ -85,9 +85,9 @@ class Family(Protocol):
         """
 
     def prepare_prompt(self, prompt: str, negative_prompt: str = "") -> None:
-        """Encodes a prompt for `sample`, while the text encoders are at hand; not if they are trained.
+        """Encodes a prompt for `sample`, while the text encoders are at hand; not with those that are trained.
 
-        `sample` then encodes it itself, with the weights of the denoiser it is given. A negative prompt of "" is the
+        `sample` then does that itself, with the weights of the denoiser it is given. A negative prompt of "" is the
         model's own idea of none.
         """
 
@@ -155,8 +155,8 @@ class Blueprint(Protocol):
     """What a plan asks of a model family: networks without trained weights, and inputs of their shapes."""
 
     lora_targets: Mapping[str, tuple[str, ...]]
-    trains_text: bool
-    """Whether the text encoders are trained, and so part of the denoiser."""
+    trained_encoders: int
+    """How many text encoders, the first ones, are trained, and so part of the denoiser."""
     schedule: Schedule
     denoiser_word: str
     """What the denoiser is called."""

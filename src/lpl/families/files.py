@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from lpl.config import ModelConfig
 
 FLAG = "--pretrained_model_name_or_path"
 VAE_FLAG = "--pretrained_vae_model_name_or_path"
+BESIDE_FLAG = "--single_file_config"
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 WEIGHTS = ("weight", "bias", "embedding", "projection")
 """Endings of weights; positions and counters beside them are integers in every model."""
@@ -23,7 +26,7 @@ SCALED = (".scale_weight", ".weight_scale", ".scale_input", ".input_scale")
 INDEX = "model_index.json"
 UNET, FIRST_STAGE = "model.diffusion_model.", "first_stage_model."
 """How the names of the UNet's weights and of the VAE's begin in the original layout."""
-SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".bin", ".pth")
+SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".bin", ".pth", ".gguf")
 
 
 def read_header(path: Path) -> dict[str, Any] | None:
@@ -41,13 +44,18 @@ def check_weights(header: Mapping[str, Any], where: str) -> None:
         where: the flag and the file, for errors.
 
     Raises:
-        UserError: scaled fp8, or weights of integers.
+        UserError: scaled fp8, what bitsandbytes has quantised, or weights of integers.
     """
     scaled = [key for key in header if key == "scaled_fp8" or key.endswith((*SCALED, ".comfy_quant"))]
     if scaled:
         raise UserError(
             f"{where}: scaled fp8 ({scaled[0]}), whose weights are to be multiplied by factors beside them, which is "
             "not done here; give the model in float16, bfloat16 or float32"
+        )
+    if packed := [key for key in header if ".bitsandbytes__" in key]:
+        raise UserError(
+            f"{where}: quantised to {packed[0].rpartition('__')[2]} by bitsandbytes ({packed[0]}); give the model in "
+            "float16, bfloat16 or float32"
         )
     odd = [
         key
@@ -61,6 +69,44 @@ def check_weights(header: Mapping[str, Any], where: str) -> None:
         )
 
 
+def checked_header(path: Path, where: str) -> dict[str, Any]:
+    """The header of a single file.
+
+    Raises:
+        UserError: there is none, or it is of a kind that is not read.
+    """
+    if path.suffix == ".gguf":
+        raise UserError(f"{where}: GGUF, which is quantised, is not read; give the model in bfloat16 as .safetensors")
+    if path.suffix != ".safetensors":
+        raise UserError(f"{where}: {path.suffix} files are pickles and are not read; convert it to .safetensors")
+    if not path.is_file():
+        raise UserError(f"{where}: no such file")
+    header = read_header(path)
+    if header is None:
+        raise UserError(f"{where}: not a safetensors file, or cut short")
+    return header
+
+
+def transformer_entries(header: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a single file's header is of its denoiser, by the names behind the prefix that files of all parts have.
+
+    Of a file without that prefix it is all.
+    """
+    tensors = {key: entry for key, entry in header.items() if key != METADATA}
+    inside = {key.removeprefix(UNET): entry for key, entry in tensors.items() if key.startswith(UNET)}
+    return inside or tensors
+
+
+@contextmanager
+def beside(config: ModelConfig) -> Iterator[ModelConfig]:
+    """The model that --single_file_config names; errors of the block name that option."""
+    others = replace(config, pretrained_model_name_or_path=config.single_file_config, single_file_config=None)
+    try:
+        yield others
+    except UserError as error:
+        raise UserError(str(error).replace(FLAG, BESIDE_FLAG)) from error
+
+
 def check_original(path: Path, config: ModelConfig) -> None:
     """Refuses a single file in the original layout that lacks parts, or whose weights cannot be trained.
 
@@ -68,11 +114,7 @@ def check_original(path: Path, config: ModelConfig) -> None:
         UserError: what it is or lacks, in one line.
     """
     where = f"{FLAG} {path}"
-    if not path.is_file():
-        raise UserError(f"{where}: no such file")
-    header = read_header(path)
-    if header is None:
-        raise UserError(f"{where}: not a safetensors file, or cut short")
+    header = checked_header(path, where)
     if config.single_file_config is not None and not (Path(config.single_file_config) / INDEX).is_file():
         raise UserError(f"--single_file_config {config.single_file_config}: no {INDEX} in it")
     check_weights(header, where)

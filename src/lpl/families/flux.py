@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from diffusers import FluxPipeline
 from torch import Tensor
 
+from lpl.families.clips import CLIPBlueprint, CLIPFamily
 from lpl.families.files import vae_stride
-from lpl.families.frozen_text import FrozenTextFamily
 from lpl.families.joint import JointModel
 from lpl.families.kinds import FLUX_KIND
-from lpl.families.pipeline_blueprint import PipelineBlueprint
 from lpl.families.pipeline_export import PipelineExport
 from lpl.families.pipeline_family import logger
 from lpl.families.published import CLIP_L, FLOW_SCHEDULER, T5_XXL, VAE_16
@@ -46,6 +45,11 @@ PUBLISHED: dict[str, Any] = {
     "scheduler": FLOW_SCHEDULER | {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15},
 }
 """Configs of FLUX.1-dev, as published; what is left out is the class's default."""
+SCHNELL = PUBLISHED | {
+    "transformer": PUBLISHED["transformer"] | {"guidance_embeds": False},
+    "scheduler": FLOW_SCHEDULER | {"shift": 1.0},
+}
+"""The same of FLUX.1-schnell."""
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 # By number: the transformer's last layer is called proj_out too.
@@ -74,6 +78,9 @@ def denoise(
 
     The transformer itself rounds the time to its precision, in training as in sampling.
     """
+    if "input_ids" in text:
+        trained: Tensor = denoiser(noisy_latents, levels, text)
+        return trained
     (batch, channels, height, width), dtype = noisy_latents.shape, noisy_latents.dtype
     embeds, device = text["prompt_embeds"].to(dtype), noisy_latents.device
     is_guided = getattr(denoiser, "module", denoiser).config.guidance_embeds  # an engine may have wrapped it
@@ -95,13 +102,19 @@ def denoise(
     return unpacked
 
 
-class Model(FrozenTextFamily):
+def read(clips: Sequence[Any], ids: Sequence[Tensor], long: Tensor | None, width: int) -> dict[str, Tensor]:
+    """See families.clips.CLIPFamily.read: the T5's hidden states, and the pooled embedding of the CLIP."""
+    assert long is not None
+    return {"prompt_embeds": long, "pooled_prompt_embeds": clips[0](ids[0]).pooler_output}
+
+
+class Model(CLIPFamily):
     """A FluxPipeline taken apart for training; a caption of "" is encoded as any other."""
 
     kind = FLUX_KIND
     steps, guidance = FLUX_KIND.steps, FLUX_KIND.guidance
     lora_targets = LORA_TARGETS
-    denoise = staticmethod(denoise)
+    denoise, read = staticmethod(denoise), staticmethod(read)
 
     def prepare_text(self) -> None:
         transformer = self.kind.plan_configs(self.config)["transformer"]
@@ -110,17 +123,19 @@ class Model(FrozenTextFamily):
             self.steps = DISTILLED_STEPS
         super().prepare_text()
 
-    def embed(self, captions: list[str]) -> dict[str, Tensor]:
-        encode = self.pipeline.encode_prompt
-        embeds, pooled, _ = encode(captions, device=self.device, max_sequence_length=self.max_length)
-        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+    def embed_long(self, captions: list[str]) -> Tensor:
+        found: Tensor = self.pipeline._get_t5_prompt_embeds(captions, 1, self.max_length, self.device)
+        return found
+
+    def prepare_prompt(self, prompt: str, negative_prompt: str = "") -> None:
+        if negative_prompt:
+            logger.warning("%s draws without negative prompts: %.80s", self.kind.name, negative_prompt)
+        super().prepare_prompt(prompt, negative_prompt)
 
     def encode_prompt(
         self, prompt: str, negative_prompt: str, joint: JointModel | None = None
     ) -> Mapping[str, Tensor | list[Tensor]]:
-        if negative_prompt:
-            logger.warning("%s draws without negative prompts: %.80s", self.kind.name, negative_prompt)
-        found = super().encode_prompt(prompt, "")
+        found = super().encode_prompt(prompt, negative_prompt, joint)
         return {name: value for name, value in found.items() if not name.startswith("negative_")}
 
     @staticmethod
@@ -130,29 +145,35 @@ class Model(FrozenTextFamily):
     @staticmethod
     def to_raw(vae: Any, latents: Tensor, height: int, width: int) -> Tensor:
         unpacked = FluxPipeline._unpack_latents(latents, height, width, vae_stride(vae.config))
-        return FrozenTextFamily.to_raw(vae, unpacked, height, width)
+        return CLIPFamily.to_raw(vae, unpacked, height, width)
 
 
-class Plan(PipelineBlueprint):
+class Plan(CLIPBlueprint):
     """Flux.1's networks with random weights."""
 
     kind = FLUX_KIND
     lora_targets = LORA_TARGETS
-    denoise = staticmethod(denoise)
+    denoise, read = staticmethod(denoise), staticmethod(read)
 
     def tokens(self, batch: int) -> list[Tensor]:
         lengths = self.text_configs[0].max_position_embeddings, text_length(self.configs["transformer"])
         return [torch.zeros(batch, length, dtype=torch.long) for length in lengths]
 
-    def text(self, batch: int) -> dict[str, Tensor]:
+    def embeds(self, batch: int) -> dict[str, Tensor]:
+        pooled = torch.zeros(batch, self.configs["transformer"]["pooled_projection_dim"])
+        return {"prompt_embeds": self.long(batch), "pooled_prompt_embeds": pooled}
+
+    def long(self, batch: int) -> Tensor:
         own = self.configs["transformer"]
-        return {
-            "prompt_embeds": torch.zeros(batch, text_length(own), own["joint_attention_dim"]),
-            "pooled_prompt_embeds": torch.zeros(batch, own["pooled_projection_dim"]),
-        }
+        return torch.zeros(batch, text_length(own), own["joint_attention_dim"])
 
 
 class Export(PipelineExport):
     """A Flux.1 in memory, ready to be written."""
 
     kind = FLUX_KIND
+
+    def single_file(self, title: str) -> tuple[Any, dict[str, str]]:
+        """Names and tensors of the transformer, and its metadata."""
+        self.architecture = "flux-1-dev" if self.pipeline.transformer.config.guidance_embeds else "flux-1-schnell"
+        return super().single_file(title)

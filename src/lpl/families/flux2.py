@@ -56,6 +56,36 @@ LORA_TARGETS = {
     "attention_mlp": (*JOINT, *SINGLE, *MLP),
     "all": (*JOINT, *SINGLE, *MLP, *(f"{name}.linear" for name in MODULATION)),
 }
+ORIGINAL_NAMES = (
+    (r"^x_embedder\.", "img_in."),
+    (r"^context_embedder\.", "txt_in."),
+    (r"^time_guidance_embed\.timestep_embedder\.", "time_in."),
+    (r"^time_guidance_embed\.guidance_embedder\.", "guidance_in."),
+    (r"^(time_in|guidance_in)\.linear_1\.", r"\1.in_layer."),
+    (r"^(time_in|guidance_in)\.linear_2\.", r"\1.out_layer."),
+    (r"^(\w+_stream_modulation\w*)\.linear\.", r"\1.lin."),
+    (r"^norm_out\.linear\.", "final_layer.adaLN_modulation.1."),
+    (r"^proj_out\.", "final_layer.linear."),
+    (r"^transformer_blocks\.", "double_blocks."),
+    (r"^single_transformer_blocks\.(\d+)\.attn\.to_qkv_mlp_proj\.", r"single_blocks.\1.linear1."),
+    (r"^single_transformer_blocks\.(\d+)\.attn\.to_out\.", r"single_blocks.\1.linear2."),
+    (r"^single_transformer_blocks\.(\d+)\.attn\.norm_", r"single_blocks.\1.norm.norm_"),
+    (r"\.attn\.(norm_[qk])\.", r".img_attn.norm.\1."),
+    (r"\.attn\.norm_added_([qk])\.", r".txt_attn.norm.norm_\1."),
+    (r"\.norm_q\.weight", ".query_norm.scale"),
+    (r"\.norm_k\.weight", ".key_norm.scale"),
+    (r"\.attn\.to_out\.0\.", ".img_attn.proj."),
+    (r"\.attn\.to_add_out\.", ".txt_attn.proj."),
+    (r"\.ff\.linear_in\.", ".img_mlp.0."),
+    (r"\.ff\.linear_out\.", ".img_mlp.2."),
+    (r"\.ff_context\.linear_in\.", ".txt_mlp.0."),
+    (r"\.ff_context\.linear_out\.", ".txt_mlp.2."),
+)
+ORIGINAL_FUSED = {
+    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+}
+"""How the original transformer names what diffusers' has; its last modulation has the halves the other way round."""
 
 
 def unpacked(tokens: Tensor, height: int, width: int) -> Tensor:
@@ -145,3 +175,7 @@ class Export(PipelineExport):
     """A Flux.2 klein in memory, ready to be written."""
 
     kind = KLEIN_KIND
+    architecture = "flux-2-klein"
+    original_names = ORIGINAL_NAMES
+    original_fused = ORIGINAL_FUSED
+    original_swapped = "norm_out.linear"

@@ -51,9 +51,11 @@ class FrozenTextFamily(PipelineFamily):
         for tokenizer in self._tokenizers:
             # It would say of every long caption that it cannot be encoded: it is cut, which is said once.
             tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
-        configs = [config_settings(encoder.config.to_dict()) for encoder in self.text_encoders]
+        configs = [config_settings(encoder.config.to_dict()) for encoder in self.frozen_encoders]
         settings = [configs, [tokenizer_settings(tokenizer) for tokenizer in self._tokenizers], self.max_length]
-        self.text_key = weights_hash(*self.text_encoders, settings=json.dumps(settings))
+        if self.trains_text:
+            settings.append("tokens")
+        self.text_key = weights_hash(*self.frozen_encoders, settings=json.dumps(settings))
         self._cut: list[str] = []
 
     @torch.no_grad()

@@ -13,14 +13,19 @@ from lpl.base.tensor_file import METADATA
 from lpl.base.tensor_file import read_header as read_tensor_header
 from lpl.config import ModelConfig
 from lpl.families.files import (
+    BESIDE_FLAG,
     FLAG,
     INDEX,
     SINGLE_FILES,
+    beside,
     check_complete,
     check_original,
+    check_weights,
+    checked_header,
     other_vae,
     read_header,
     reader,
+    transformer_entries,
     unet_parameters,
     vae_channels,
     vae_stride,
@@ -38,23 +43,28 @@ class Kind:
     Attributes:
         name: in messages.
         pipelines: how the names of its pipelines' classes begin, as model_index.json has them; the first is whole, and
-            the class that is loaded.
+            the class that is loaded: diffusers' or, where it has own_pipeline, the module's of the same name.
         loaded_with: what that class is given beside components.
         module: of families/, which has its parts: the classes Model (a Family), Plan (a Blueprint) and Export (an
             Exported), the functions to_kohya and kohya_layer, and PUBLISHED, configs by component and "index".
-        single_file_keys: one of them is in every single file of it, in the original layout that diffusers loads.
+        single_file_keys: names of tensors by which a single file is known: all of one of these groups are in it. Of a
+            family trained by flow matching, whose file is the transformer, the first group is of diffusers' names, the
+            others are of the original layout; else all are of the latter.
         parameters: of the denoiser that PUBLISHED describes, by which a single file without configs is planned.
         vae_class: of its VAE, in diffusers.
         vae_has_frames: diffusers' class of it takes videos alone: one of the same name in the module takes images too.
         lora_starts: how the names of a LoRA's tensors begin, for each network it may change.
         lora_readers: the programs that read its LoRAs of diffusers' naming.
+        comfyui_folder: where ComfyUI has its single files; None: it reads none of them.
         parts: where another module has one, or by another name: its name -> "module:name".
         base, base_name: the published model that a plan is of where no model is given, and its Hub id.
+        others: the Hub ids of other published models whose configs are known, and what these are called in module.
         networks, tokenizers: subfolders of a pipeline, the denoiser first, then the VAE.
         denoiser_word: what the denoiser is called.
         is_flow: whether it is trained by flow matching.
         patch: cells of a latent, in height and in width, that the denoiser takes as one.
         options: of those that only some models have (config/, by_model), those that it has.
+        trained_text: its text encoders that --train_text_encoder trains, its first ones; the others stay frozen.
         resolution, usual_stride: pixels that it was made for, and pixels per latent, where its configs do not say.
         steps, guidance: how images are drawn where nothing else is said.
     """
@@ -70,15 +80,19 @@ class Kind:
     is_flow: bool = True
     patch: int = 2
     options: frozenset[str] = frozenset()
+    trained_text: tuple[str, ...] = ()
+    others: Mapping[str, str] = field(default_factory=dict)
     resolution: int = 1024
     usual_stride: int = 8
     steps: int = 25
     guidance: float = 5.0
-    single_file_keys: tuple[str, ...] = ()
+    single_file_keys: tuple[tuple[str, ...], ...] = ()
     parameters: int = 0
     lora_readers: str = "diffusers"
+    comfyui_folder: str | None = "models/diffusion_models"
     vae_class: str = "AutoencoderKL"
     vae_has_frames: bool = False
+    own_pipeline: bool = False
     parts: Mapping[str, str] = field(default_factory=dict)
     loaded_with: Mapping[str, Any] = field(default_factory=dict)
     lora_starts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -90,7 +104,19 @@ class Kind:
 
     def owns(self, header: Mapping[str, Any]) -> bool:
         """Whether a single file with this header holds a model of this family."""
-        return any(key in header for key in self.single_file_keys)
+        return any(
+            keys <= header.keys() | transformer_entries(header).keys() for keys in map(set, self.single_file_keys)
+        )
+
+    def is_single(self, config: ModelConfig) -> bool:
+        """Whether a model is a file with its transformer, to which --single_file_config has the other parts."""
+        return self.is_flow and Path(str(config.pretrained_model_name_or_path)).suffix in SINGLE_FILES
+
+    def published_as(self, name: str | None) -> str | None:
+        """What the configs of a published model are called in its module; None: they are read."""
+        if name is None or name == self.base_name:
+            return "PUBLISHED"
+        return self.others.get(name)
 
     def model_configs(self, config: ModelConfig) -> dict[str, Any]:
         """Refuses a model that this trainer would not train right.
@@ -104,24 +130,48 @@ class Kind:
         """
         name = str(config.pretrained_model_name_or_path)
         path = Path(name)
+        if self.is_single(config):
+            configs = self.plan_configs(config)
+            with beside(config) as others:
+                self._check_folder(others, self.networks[1:])
+            return self._with_vae(configs, config)
         if path.suffix in SINGLE_FILES:
-            if not self.single_file_keys or path.suffix != ".safetensors":
-                raise UserError(f"{FLAG} {name}: no such single file of {self.name} is read; give a diffusers folder")
             check_original(path, config)
             if config.single_file_config is None:
                 check_clip_skip(self.find("PUBLISHED"), config)
                 self._with_vae(self.find("PUBLISHED"), config)
                 return {}
-        elif path.is_dir():
-            index = reader(path, name, config)(INDEX) if (path / INDEX).is_file() else {}
-            networks, tokenizers = (self._present(index, parts) for parts in (self.networks, self.tokenizers))
-            check_complete(path, config.variant, networks, tokenizers)
+        else:
+            self._check_folder(config, self.networks)
         return self._with_vae(self.plan_configs(config), config)
 
     def _with_vae(self, configs: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
         """The configs with that of --pretrained_vae_model_name_or_path, where it is given."""
         vae = other_vae(config, self.vae_class, vae_channels(configs["vae"]))
         return configs if vae is None else configs | {"vae": vae}
+
+    def _check_folder(self, config: ModelConfig, networks: tuple[str, ...]) -> None:
+        """Refuses a folder that lacks one of these networks, or a tokenizer."""
+        name = str(config.pretrained_model_name_or_path)
+        path = Path(name)
+        if path.is_dir():
+            index = reader(path, name, config)(INDEX) if (path / INDEX).is_file() else {}
+            check_complete(path, config.variant, self._present(index, networks), self._present(index, self.tokenizers))
+
+    def _check_transformer(self, path: Path, config: ModelConfig) -> None:
+        """Refuses, by its header alone, a file that holds no transformer of this family, or one that is not trained."""
+        where = f"{FLAG} {path}"
+        header = checked_header(path, where)
+        entries = transformer_entries(header)
+        check_weights(entries, where)
+        if not self.owns(header):
+            found = "a LoRA" if any("lora_" in key for key in entries) else next(iter(entries), "nothing")
+            raise UserError(f"{where}: holds {found}, no transformer of {self.name} ({BESIDE_FLAG})")
+        if config.single_file_config is None:
+            raise UserError(
+                f"{where}: a transformer of {self.name}, without text encoders and VAE: name the diffusers folder or "
+                f"the Hub id that has them by {BESIDE_FLAG}, such as {self.base_name}"
+            )
 
     @staticmethod
     def _present(index: Mapping[str, Any], parts: tuple[str, ...]) -> tuple[str, ...]:
@@ -136,23 +186,35 @@ class Kind:
         """
         name = config.pretrained_model_name_or_path
         path = Path(str(name))
-        if name is None or (name == self.base_name and not path.exists()):
-            configs = dict(self.find("PUBLISHED"))
-        elif self.single_file_keys and path.suffix == ".safetensors" and config.single_file_config is None:
+        known = self.published_as(name)
+        if known is not None and not path.exists():
+            configs = dict(self.find(known))
+        elif self.is_single(config):
+            self._check_transformer(path, config)
+            with beside(config) as others:
+                configs = self._read_configs(str(config.single_file_config), others)
+        elif path.suffix == ".safetensors" and config.single_file_config is None:
             check_original(path, config)
             configs = self.published_of(path)
         else:
-            folder = config.single_file_config or name
-            read = reader(Path(folder), folder, config)
-            configs = {"index": read(INDEX), "scheduler": read("scheduler/scheduler_config.json")}
-            present = self._present(configs["index"], self.networks)
-            configs |= {part: read(f"{part}/config.json") for part in present}
+            folder = config.single_file_config if path.suffix in SINGLE_FILES else None
+            configs = self._read_configs(str(folder or name), config)
         if "clip_skip" in self.options:
             check_clip_skip(configs, config)
         if self.is_flow != is_flow(configs["scheduler"]):
             kind = configs["scheduler"].get("_class_name")
             raise UserError(f"{FLAG} {name}: its scheduler is {kind}, which is none of {self.name}'s")
         return configs if self.is_flow else configs | {"scheduler": chosen_schedule(configs["scheduler"], config)}
+
+    def _read_configs(self, folder: str, config: ModelConfig) -> dict[str, Any]:
+        read = reader(Path(folder), folder, config)
+        configs = {"index": read(INDEX)}
+        if not str(found := configs["index"].get("_class_name")).startswith(self.pipelines):
+            flag = FLAG if config.single_file_config is None else BESIDE_FLAG
+            raise UserError(f"{flag} {folder}: its {INDEX} says {found}, which is no pipeline of {self.name}")
+        configs["scheduler"] = read("scheduler/scheduler_config.json")
+        present = self._present(configs["index"], self.networks)
+        return configs | {part: read(f"{part}/config.json") for part in present}
 
     def published_of(self, path: Path) -> dict[str, Any]:
         """The published configs, if a single file's denoiser has as many parameters."""
@@ -169,8 +231,6 @@ class Kind:
         self.model_configs(config)
         if lora is not None:
             self.check_lora(config, lora)
-        if single_file and not self.single_file_keys:
-            raise UserError(f"--to safetensors: no single files of {self.name} are written; use --to diffusers")
 
     def native_resolution(self, configs: Mapping[str, Any]) -> int:
         """Pixels that a model with these configs was made for: what its pipeline draws by default."""

@@ -23,11 +23,13 @@ SD_KIND = Kind(
     patch=1,
     resolution=512,
     single_file_keys=(
-        "cond_stage_model.transformer.text_model.embeddings.position_embedding.weight",
-        "cond_stage_model.model.token_embedding.weight",
+        ("cond_stage_model.transformer.text_model.embeddings.position_embedding.weight",),
+        ("cond_stage_model.model.token_embedding.weight",),
     ),
+    comfyui_folder="models/checkpoints",
     parameters=859_520_964,
     options=frozenset({"clip_skip", "train_text_encoder"}),
+    trained_text=("text_encoder",),
     parts={"to_kohya": "sd:to_kohya"},
     loaded_with={"safety_checker": None, "requires_safety_checker": False},  # it paints images black
     lora_starts={"unet": ("unet.", "lora_unet_"), "text_encoder": ("text_encoder.", "lora_te_")},
@@ -40,10 +42,16 @@ SD3_KIND = Kind(
     base_name="stabilityai/stable-diffusion-3.5-medium",
     networks=("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"),
     tokenizers=("tokenizer", "tokenizer_2", "tokenizer_3"),
+    options=frozenset({"train_text_encoder", "text_encoder_2_lr"}),
+    trained_text=("text_encoder", "text_encoder_2"),
+    single_file_keys=(
+        ("transformer_blocks.0.attn.add_q_proj.weight", "pos_embed.proj.weight"),
+        ("joint_blocks.0.context_block.attn.qkv.weight",),
+    ),
     steps=40,  # both by the model's card
     guidance=4.5,
     lora_readers="diffusers and ComfyUI",
-    lora_starts={"transformer": ("transformer.",)},
+    lora_starts={part: (f"{part}.",) for part in ("transformer", "text_encoder", "text_encoder_2")},
 )
 
 
@@ -60,10 +68,31 @@ FLUX_KIND = FluxKind(
     module="flux",
     base="FLUX.1-dev",
     base_name="black-forest-labs/FLUX.1-dev",
+    others={"black-forest-labs/FLUX.1-schnell": "SCHNELL"},
     networks=("transformer", "vae", "text_encoder", "text_encoder_2"),
     tokenizers=("tokenizer", "tokenizer_2"),
+    options=frozenset({"train_text_encoder"}),
+    trained_text=("text_encoder",),
+    single_file_keys=(
+        ("single_transformer_blocks.0.proj_mlp.weight", "time_text_embed.text_embedder.linear_1.weight"),
+        ("double_blocks.0.img_attn.qkv.weight", "vector_in.in_layer.weight"),
+    ),
     steps=28,  # both as its pipeline does
     guidance=3.5,
+    lora_readers="diffusers and ComfyUI",
+    lora_starts={part: (f"{part}.",) for part in ("transformer", "text_encoder")},
+)
+CHROMA_KIND = Kind(
+    name="Chroma",
+    pipelines=("ChromaPipeline",),
+    module="chroma",
+    base="Chroma1-HD",
+    base_name="lodestones/Chroma1-HD",
+    networks=("transformer", "vae", "text_encoder"),
+    tokenizers=("tokenizer",),
+    own_pipeline=True,
+    steps=40,  # both by the model's card
+    guidance=3.0,
     lora_readers="diffusers and ComfyUI",
     lora_starts={"transformer": ("transformer.",)},
 )
@@ -75,6 +104,11 @@ SANA_KIND = Kind(
     base_name="Efficient-Large-Model/Sana_1600M_1024px_diffusers",
     networks=("transformer", "vae", "text_encoder"),
     tokenizers=("tokenizer",),
+    single_file_keys=(
+        ("transformer_blocks.0.ff.conv_inverted.weight", "caption_norm.weight"),
+        ("blocks.0.cross_attn.q_linear.weight", "attention_y_norm.weight"),
+    ),
+    comfyui_folder=None,
     patch=1,
     usual_stride=32,
     steps=20,  # both as its pipeline does
@@ -103,6 +137,10 @@ ZIMAGE_KIND = ZImageKind(
     base_name="Tongyi-MAI/Z-Image",
     networks=("transformer", "vae", "text_encoder"),
     tokenizers=("tokenizer",),
+    single_file_keys=(
+        ("noise_refiner.0.attention.to_q.weight", "layers.0.adaLN_modulation.0.weight"),
+        ("noise_refiner.0.attention.qkv.weight", "layers.0.adaLN_modulation.0.weight"),
+    ),
     steps=40,  # both within what the model's card recommends: 28 to 50, and 3 to 5
     guidance=4.0,
     lora_readers="diffusers and ComfyUI",
@@ -125,6 +163,10 @@ KLEIN_KIND = KleinKind(
     base_name="black-forest-labs/FLUX.2-klein-base-4B",
     networks=("transformer", "vae", "text_encoder"),
     tokenizers=("tokenizer",),
+    single_file_keys=(
+        ("single_stream_modulation.linear.weight",),
+        ("single_stream_modulation.lin.weight",),
+    ),
     steps=50,  # both as its pipeline does
     guidance=4.0,
     vae_class="AutoencoderKLFlux2",
@@ -138,6 +180,7 @@ QWEN_KIND = Kind(
     base_name="Qwen/Qwen-Image",
     networks=("transformer", "vae", "text_encoder"),
     tokenizers=("tokenizer",),
+    single_file_keys=(("transformer_blocks.0.img_mod.1.weight", "txt_norm.weight"),),
     steps=50,  # both as its pipeline does
     guidance=4.0,
     vae_class="AutoencoderKLQwenImage",
@@ -152,6 +195,10 @@ LUMINA2_KIND = Kind(
     base_name="Alpha-VLLM/Lumina-Image-2.0",
     networks=("transformer", "vae", "text_encoder"),
     tokenizers=("tokenizer",),
+    single_file_keys=(
+        ("time_caption_embed.caption_embedder.0.weight", "layers.0.norm1.linear.weight"),
+        ("cap_embedder.0.weight", "layers.0.adaLN_modulation.1.weight"),
+    ),
     steps=30,  # both as its pipeline does
     guidance=4.0,
     lora_starts={"transformer": ("transformer.",)},
@@ -179,6 +226,10 @@ AURAFLOW_KIND = AuraFlowKind(
     base_name="fal/AuraFlow-v0.3",
     networks=("transformer", "vae", "text_encoder"),
     tokenizers=("tokenizer",),
+    single_file_keys=(
+        ("joint_transformer_blocks.0.attn.add_q_proj.weight",),
+        ("double_layers.0.attn.w1q.weight",),
+    ),
     steps=50,  # both as its pipeline does
     guidance=3.5,
     lora_readers="diffusers and ComfyUI",
@@ -186,5 +237,6 @@ AURAFLOW_KIND = AuraFlowKind(
 )
 KINDS: tuple[Kind, ...] = (
     SDXL_KIND, SD_KIND, SD3_KIND, FLUX_KIND, SANA_KIND, ZIMAGE_KIND, KLEIN_KIND, QWEN_KIND, LUMINA2_KIND, AURAFLOW_KIND,
+    CHROMA_KIND,
 )  # fmt: skip
 """The first is that of a plan without a model, and the one whose checks judge what belongs to none."""

@@ -2,49 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 import transformers
-from diffusers.loaders.single_file_utils import SingleFileComponentError
-from huggingface_hub.errors import LocalEntryNotFoundError
-from safetensors import SafetensorError
 
-from lpl.base.errors import UserError, on_one_line
+from lpl.base.errors import UserError
 from lpl.base.tensor_file import METADATA, read_header
 from lpl.base.terminal import quiet
 from lpl.config import ModelConfig
-from lpl.families.files import FLAG, INDEX, VAE_FLAG, reader
+from lpl.families.files import FLAG, INDEX, VAE_FLAG, beside, reader
 from lpl.families.kind import Kind
+from lpl.families.loading_errors import named
 from lpl.families.schedulers import set_schedule
-
-LOADING_ERRORS = (
-    OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, ArithmeticError, AssertionError,
-    ImportError, SafetensorError, SingleFileComponentError,
-)  # fmt: skip
-"""What the libraries raise of configs and weights that do not go together."""
-
-
-@contextmanager
-def named(flag: str, name: str) -> Iterator[None]:
-    """Turns what loading raises into one line that names the flag."""
-    try:
-        yield
-    except Exception as error:
-        if type(error) is not Exception and not isinstance(error, LOADING_ERRORS):  # tokenizers raises no other class
-            raise
-        said = on_one_line(error, 400)
-        if isinstance(error, NotImplementedError):  # a network is moved whose weights are not all there
-            said = f"lacks weights of a network that its configs describe ({said.partition('.')[0]})"
-        elif isinstance(error.__context__, LocalEntryNotFoundError) and not Path(name).exists():
-            said = "no such folder, and the Hub cannot be reached"
-        elif name.endswith(".safetensors") and "outgoing traffic" in said:
-            said = "its configs are not in the Hub's cache, and the Hub is off: give a folder by --single_file_config"
-        raise UserError(f"{flag} {name}: {said}") from error
+from lpl.families.transformer_file import load_transformer
 
 
 def load_whole(
@@ -55,7 +30,7 @@ def load_whole(
     Args:
         encoders_only: leave the denoiser out, where its files are apart from the others.
         dtypes: precision by component, unset: float32, and of the text encoders of a family trained by flow matching,
-            which are large, that of their files; a single file has one, the denoiser's.
+            which are large, that of their files; a single file of all parts has one, the denoiser's.
 
     Raises:
         UserError: the model cannot be loaded, or lacks weights.
@@ -68,20 +43,24 @@ def load_whole(
     name, denoiser = str(config.pretrained_model_name_or_path), kind.networks[0]
     checked, options = kind.networks, dict(kind.loaded_with)
     encoders_only = encoders_only and config.merged_lora is None
-    cls = getattr(diffusers, kind.pipelines[0])
-    if name.endswith(".safetensors"):
+    cls = kind.find(kind.pipelines[0]) if kind.own_pipeline else getattr(diffusers, kind.pipelines[0])
+    if name.endswith(".safetensors") and not kind.is_flow:
         local, vae = config.single_file_config, load_vae(kind, config, own["vae"])
         options |= {"config": local, "local_files_only": local is not None, "cache_dir": config.cache_dir}
         with named(FLAG, name):
             pipeline = cls.from_single_file(name, dtype=own[denoiser], **options, **vae)
     else:
         parts = ({denoiser: None} if encoders_only else {}) | load_vae(kind, config, own["vae"])
-        pipeline = _load_folder(cls, config, parts, own, **options)
+        if kind.is_single(config) and not encoders_only:
+            parts[denoiser] = load_transformer(kind, config, own[denoiser])
+        with beside(config) if kind.is_single(config) else nullcontext(config) as whole:
+            pipeline = _load_folder(cls, whole, parts, own, **options)
         checked = ("vae",) if encoders_only else (denoiser, "vae")
     with named(FLAG, name):
         check_tokenizers(pipeline, kind.tokenizers)
         require_weights(pipeline, checked)
-        set_schedule(pipeline, config)
+        if not kind.is_flow:
+            set_schedule(pipeline, config)
     of_images(pipeline.vae, kind)
     if config.merged_lora is not None:
         _merge_own(kind, config, pipeline)

@@ -18,7 +18,7 @@ from lpl.config import TrainConfig
 from lpl.config.run_folder import damage
 from lpl.families.files import read_header
 from lpl.families.kind import Kind
-from lpl.families.lora_files import ADAPTER, fold_alpha, lora_metadata, text_module
+from lpl.families.lora_files import ADAPTER, TEXT_MODEL, fold_alpha, lora_metadata, text_module
 
 FINISHED_AT = "ss_training_finished_at"
 TRAINED = re.compile(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)\.default\.weight")
@@ -74,9 +74,10 @@ def write_lora(checkpoint: Path, config: TrainConfig, kind: Kind, result: Path, 
 
 
 def _configuration(tensors: dict[str, Tensor], config: TrainConfig) -> dict[str, Any]:
-    """peft's configuration of an adapter with these tensors."""
+    """peft's configuration of an adapter with these tensors, of which it matches the ends of modules' names."""
     end = ".lora_A.weight"
-    ranks = {name.removesuffix(end): value.shape[0] for name, value in tensors.items() if name.endswith(end)}
+    found = {name.removesuffix(end): value.shape[0] for name, value in tensors.items() if name.endswith(end)}
+    ranks = {name.removeprefix(TEXT_MODEL): rank for name, rank in found.items()}
     ((usual, _),) = Counter(ranks.values()).most_common(1)
     return {
         "r": usual,

@@ -15,6 +15,8 @@ from lpl.families.schedulers import PREDICTION, PREDICTIONS, RESCALED
 
 ADAPTER = "lora_adapter_metadata"
 """diffusers' key of the adapter's peft configuration."""
+TEXT_MODEL = "text_model."
+"""How the names of a text encoder's modules begin in files."""
 
 
 def text_module(name: str) -> str:
@@ -23,7 +25,7 @@ def text_module(name: str) -> str:
     transformers 5 has dropped that prefix for CLIP-L. ComfyUI and earlier versions know the layers by it only, and
     diffusers takes it away where it must.
     """
-    return f"text_model.{name.removeprefix('text_model.')}"
+    return f"{TEXT_MODEL}{name.removeprefix(TEXT_MODEL)}"
 
 
 def adapter_of(name: str, part: Any) -> dict[str, Tensor]:

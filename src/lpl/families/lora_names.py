@@ -13,7 +13,7 @@ from torch import Tensor
 from lpl.base.errors import UserError, on_one_line
 from lpl.base.json_files import REST, number, parse_json, require_shape
 from lpl.families.kind import DORA_OF
-from lpl.families.lora_files import ADAPTER
+from lpl.families.lora_files import ADAPTER, TEXT_MODEL
 
 PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 DOWN = (".lora_A.weight", ".lora_down.weight", ".lora.down.weight")
@@ -88,7 +88,8 @@ def read_layers(file: Path, flag: str = "--lora") -> tuple[dict[str, Layer], dic
             raise UserError(f"{file}: not a whole LoRA: {name} lacks its down or its up part, or they do not fit")
         part, _, module = name.partition(".")
         usual = adapter.get(f"{part}.lora_alpha", down.shape[0])
-        own = (adapter.get(f"{part}.alpha_pattern") or {}).get(module, usual)
+        of_layers = adapter.get(f"{part}.alpha_pattern") or {}
+        own = of_layers.get(module, of_layers.get(module.removeprefix(TEXT_MODEL), usual))
         value = float(own if alpha is None else alpha.reshape(()))
         layers[name] = Layer(down, up, value, None if magnitude is None else magnitude.flatten())
     if not layers:

@@ -48,6 +48,22 @@ LORA_TARGETS = {
     "attention_mlp": (*ATTENTION, *MLP),
     "all": (*ATTENTION, *MLP, "norm1.linear"),
 }
+ORIGINAL_NAMES = (
+    (r"^time_caption_embed\.caption_embedder\.", "cap_embedder."),
+    (r"^time_caption_embed\.timestep_embedder\.linear_1\.", "t_embedder.mlp.0."),
+    (r"^time_caption_embed\.timestep_embedder\.linear_2\.", "t_embedder.mlp.2."),
+    (r"^norm_out\.linear_1\.", "final_layer.adaLN_modulation.1."),
+    (r"^norm_out\.linear_2\.", "final_layer.linear."),
+    (r"\.norm1\.linear\.", ".adaLN_modulation.1."),
+    (r"\.norm1(\.norm)?\.", ".attention_norm1."),
+    (r"\.norm2\.", ".attention_norm2."),
+    (r"\.attn\.to_out\.0\.", ".attention.out."),
+    (r"\.attn\.norm_([qk])\.", r".attention.\1_norm."),
+    (r"\.attn\.", ".attention."),
+    (r"\.feed_forward\.linear_", ".feed_forward.w"),
+)
+ORIGINAL_FUSED = {"attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v")}
+"""How the original transformer names what diffusers' has."""
 
 
 class CaptionMask:
@@ -149,3 +165,6 @@ class Export(PipelineExport):
     """A Lumina2 in memory, ready to be written."""
 
     kind = LUMINA2_KIND
+    architecture = "lumina-2"
+    original_names = ORIGINAL_NAMES
+    original_fused = ORIGINAL_FUSED

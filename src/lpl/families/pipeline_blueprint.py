@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from lpl.config import ModelConfig
 from lpl.families.files import FLAG, vae_channels
 from lpl.families.kind import Kind
-from lpl.families.loading import named, of_images
+from lpl.families.loading import of_images
+from lpl.families.loading_errors import named
 from lpl.families.schedulers import training_schedule
+from lpl.families.transformer_file import check_fits
 
 
 class PipelineBlueprint(ABC):
@@ -47,9 +49,16 @@ class PipelineBlueprint(ABC):
                 cls.config_class.from_dict(configs[part]) for cls, part in zip(self._text_classes, names, strict=True)
             ]
 
+    @property
+    def trained_encoders(self) -> int:
+        return len(self.kind.trained_text) if self.trains_text else 0
+
     def denoiser(self) -> Any:
         with named(FLAG, f"the {self.denoiser_word} of its configs"):
-            return self._network(self.kind.networks[0])
+            network = self._network(self.kind.networks[0])
+        if self.kind.is_single(self.config):
+            check_fits(self.kind, self.config, network)
+        return network
 
     def vae(self) -> Any:
         with named(FLAG, "the VAE of its configs"):

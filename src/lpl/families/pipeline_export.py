@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC
 from collections import Counter
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors import safe_open
 
-from lpl.base.errors import UserError
+from lpl.base.tensor_file import read_header
 from lpl.config import ModelConfig
+from lpl.families.files import beside, transformer_entries
 from lpl.families.kind import Kind
-from lpl.families.loading import load_whole, merge_lora, named
+from lpl.families.loading import load_whole, merge_lora
+from lpl.families.sdxl_names import modelspec
+from lpl.families.transformer_file import original_tensors
 
+IMPLEMENTATION = "https://github.com/huggingface/diffusers"
 STORED = {"F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -34,10 +40,19 @@ class PipelineExport(ABC):
     """
 
     kind: ClassVar[Kind]
+    architecture: str
+    """modelspec's word for it."""
+    original_names: ClassVar[tuple[tuple[str, str], ...]] = ()
+    """How a single file names the transformer's tensors, where not as diffusers does; see original_tensors."""
+    original_fused: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    original_swapped: ClassVar[str | None] = None
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype | None, lora: Path | None, scale: float) -> None:
         self.configs = self.kind.model_configs(config)
-        found = {part: dtype or stored_dtype(config, part) for part in self.kind.networks}
+        denoiser, *others = self.kind.networks
+        found = {denoiser: dtype or stored_dtype(config, denoiser)}
+        with beside(config) if self.kind.is_single(config) else nullcontext(config) as whole:
+            found |= {part: dtype or stored_dtype(whole, part) for part in others}
         merged = [] if lora is None else self.kind.lora_parts(lora)
         self.pipeline = load_whole(self.kind, config, dtypes=found | dict.fromkeys(merged, torch.float32))
         if lora is not None:
@@ -48,8 +63,11 @@ class PipelineExport(ABC):
                 parameter.data = parameter.data.to(found[part])
 
     def single_file(self, title: str) -> tuple[Any, dict[str, str]]:
-        """Names and tensors of a single file, and its metadata."""
-        raise UserError(f"--to safetensors: no single files of {self.kind.name} are written; use --to diffusers")
+        """Names and tensors of a single file, and its metadata: here the transformer alone."""
+        weights = getattr(self.pipeline, self.kind.networks[0]).state_dict()
+        side = self.kind.native_resolution(self.configs)
+        said = modelspec(title, self.architecture, IMPLEMENTATION) | {"modelspec.resolution": f"{side}x{side}"}
+        return original_tensors(weights, self.original_names, self.original_fused, self.original_swapped), said
 
     def save_folder(self, folder: Path) -> None:
         """Writes a pipeline in diffusers' format."""
@@ -68,8 +86,6 @@ def stored_dtype(config: ModelConfig, part: str) -> torch.dtype:
         files = [f for f in found if (f".{variant}" in f.name if variant else f.name.count(".") == 1)]
     sizes: Counter[str] = Counter()
     for file in files:
-        with named("--base", str(file)), safe_open(file, "pt") as content:
-            for key in content.keys():  # noqa: SIM118 (it is no dict)
-                entry = content.get_slice(key)
-                sizes[entry.get_dtype()] += torch.Size(entry.get_shape()).numel()
+        for entry in transformer_entries(read_header(file)).values():
+            sizes[entry["dtype"]] += math.prod(entry["shape"])
     return STORED.get(max(sizes, key=lambda kind: sizes[kind]) if sizes else "F32", torch.float32)

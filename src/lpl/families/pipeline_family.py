@@ -78,7 +78,7 @@ class PipelineFamily(ABC):
         self.vae.to(device)
         if config.offload_text_encoders and device == CPU:
             logger.warning("--offload_text_encoders has no effect on a CPU, where they are")
-        for encoder in () if self.trains_text else self.text_encoders:
+        for encoder in self.frozen_encoders:
             if config.offload_text_encoders and device != CPU:
                 apply_group_offloading(encoder, device, CPU, "leaf_level")
             else:
@@ -92,6 +92,13 @@ class PipelineFamily(ABC):
     @abstractmethod
     def text_encoders(self) -> Sequence[Any]:
         """See families.base.Family."""
+
+    @property
+    def frozen_encoders(self) -> list[Any]:
+        """Text encoders that are not trained, where the model has them."""
+        trained = self.kind.trained_text if self.trains_text else ()
+        parts = [part for part in self.kind.networks if part.startswith("text_encoder") and part not in trained]
+        return [encoder for part in parts if (encoder := getattr(self.pipeline, part)) is not None]
 
     @abstractmethod
     def encode_prompt(
@@ -142,9 +149,8 @@ class PipelineFamily(ABC):
             logger.warning("%d captions were cut to %d tokens, first: %.80s", len(captions), length, captions[0])
 
     def free_encoders(self) -> None:
-        if not self.trains_text:
-            for encoder in self.text_encoders:
-                encoder.to("cpu")
+        for encoder in self.frozen_encoders:
+            encoder.to("cpu")
 
     def pipeline_options(self) -> dict[str, Any]:
         """Options of the pipeline's class beside its components, as the model has them."""

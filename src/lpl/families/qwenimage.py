@@ -189,3 +189,4 @@ class Export(PipelineExport):
     """A Qwen-Image in memory, ready to be written."""
 
     kind = QWEN_KIND
+    architecture = "qwen-image"

@@ -19,7 +19,7 @@ from lpl.families import Kind, kind_of, kind_of_class, load_for_export
 from lpl.families.base import ORIGIN, acting
 from lpl.families.files import FLAG, INDEX, check_weights, read_header
 from lpl.families.files import vae_stride as stride_of
-from lpl.families.loading import named
+from lpl.families.loading_errors import named
 from lpl.families.schedulers import build_scheduler, file_schedule
 
 logger = logging.getLogger("lpl")
@@ -28,8 +28,7 @@ SchedulerName = Literal["model", "dpmsolver++"]
 SpacingName = Literal["model", "leading", "linspace", "trailing"]
 GUIDANCE = 5.0
 CLASSIFIER_FREE = (
-    "ChromaPipeline", "CogView4Pipeline", "HunyuanDiTPipeline", "KolorsPipeline", "PixArtAlphaPipeline",
-    "PixArtSigmaPipeline",
+    "CogView4Pipeline", "HunyuanDiTPipeline", "KolorsPipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline",
 )  # fmt: skip
 """Pipelines of no family here that take guidance_scale g as none + g (text - none), g up to 1 being no guidance,
 without a negative prompt too (read in diffusers 0.42.1)."""

@@ -175,3 +175,4 @@ class Export(PipelineExport):
     """A Sana in memory, ready to be written."""
 
     kind = SANA_KIND
+    architecture = "sana"

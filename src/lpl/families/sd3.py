@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lpl.families.frozen_text import FrozenTextFamily
+from lpl.families.clips import CLIPBlueprint, CLIPFamily
 from lpl.families.kinds import SD3_KIND
-from lpl.families.pipeline_blueprint import PipelineBlueprint
 from lpl.families.pipeline_export import PipelineExport
 from lpl.families.published import CLIP_G, CLIP_L, FLOW_SCHEDULER, T5_XXL, VAE_16
 
@@ -65,6 +64,9 @@ def denoise(
     extra: Mapping[str, Tensor],
 ) -> Tensor:
     """See families.base.Family.denoise; the time that the transformer is given is 1000 sigma."""
+    if "input_ids" in text:
+        trained: Tensor = denoiser(noisy_latents, levels, text)
+        return trained
     dtype = noisy_latents.dtype
     output: Tensor = denoiser(
         hidden_states=noisy_latents,
@@ -76,57 +78,66 @@ def denoise(
     return output
 
 
-class Model(FrozenTextFamily):
-    """A StableDiffusion3Pipeline taken apart for training; a caption of "" is what the pipeline uses for none.
+def read(clips: Sequence[Any], ids: Sequence[Tensor], long: Tensor | None, width: int) -> dict[str, Tensor]:
+    """See families.clips.CLIPFamily.read.
 
     A caption's text is CLIP-L's and CLIP-G's last hidden states but one, side by side, with zeros up to T5's width, and
     T5's after them: (B, 77 + 256, 4096); without a T5, as the model may leave it out, zeros are in its place.
     """
+    found = [clip(own, output_hidden_states=True) for clip, own in zip(clips, ids, strict=True)]
+    hidden = torch.cat([output.hidden_states[-2] for output in found], -1)
+    if long is None:
+        long = hidden.new_zeros(len(hidden), MAX_LENGTH, width)
+    hidden = nn.functional.pad(hidden, (0, long.shape[-1] - hidden.shape[-1])).to(long.dtype)
+    pooled = torch.cat([output.text_embeds for output in found], -1)
+    return {"prompt_embeds": torch.cat([hidden, long], 1), "pooled_prompt_embeds": pooled}
+
+
+class Model(CLIPFamily):
+    """A StableDiffusion3Pipeline taken apart for training; a caption of "" is what the pipeline uses for none."""
 
     kind = SD3_KIND
     steps, guidance = SD3_KIND.steps, SD3_KIND.guidance
     lora_targets = LORA_TARGETS
     max_length = MAX_LENGTH
-    denoise = staticmethod(denoise)
+    denoise, read = staticmethod(denoise), staticmethod(read)
 
-    def embed(self, captions: list[str]) -> dict[str, Tensor]:
-        pipeline, t5 = self.pipeline, self.pipeline.text_encoder_3
-        clips = [pipeline._get_clip_prompt_embeds(captions, 1, self.device, clip_model_index=n) for n in (0, 1)]
-        (first, pooled), (second, pooled_2) = clips
-        hidden = torch.cat([first, second], -1)
-        if t5 is None:
-            width = int(self.kind.plan_configs(self.config)["transformer"]["joint_attention_dim"])
-            long = hidden.new_zeros(len(captions), MAX_LENGTH, width)
-        else:
-            long = pipeline._get_t5_prompt_embeds(captions, 1, MAX_LENGTH, self.device)
-        hidden = nn.functional.pad(hidden, (0, long.shape[-1] - hidden.shape[-1])).to(long.dtype)
-        return {"prompt_embeds": torch.cat([hidden, long], 1), "pooled_prompt_embeds": torch.cat([pooled, pooled_2], 1)}
+    def embed_long(self, captions: list[str]) -> Tensor | None:
+        if self.pipeline.text_encoder_3 is None:
+            return None
+        found: Tensor = self.pipeline._get_t5_prompt_embeds(captions, 1, MAX_LENGTH, self.device)
+        return found
 
     @property
     def limit(self) -> int:
         return MAX_LENGTH if self.pipeline.text_encoder_3 is not None else int(self.pipeline.tokenizer.model_max_length)
 
 
-class Plan(PipelineBlueprint):
+class Plan(CLIPBlueprint):
     """Networks of Stable Diffusion 3 and 3.5 with random weights."""
 
     kind = SD3_KIND
     lora_targets = LORA_TARGETS
-    denoise = staticmethod(denoise)
+    denoise, read = staticmethod(denoise), staticmethod(read)
 
     def tokens(self, batch: int) -> list[Tensor]:
         lengths = [getattr(config, "max_position_embeddings", MAX_LENGTH) for config in self.text_configs]
         return [torch.zeros(batch, length, dtype=torch.long) for length in lengths]
 
-    def text(self, batch: int) -> dict[str, Tensor]:
+    def embeds(self, batch: int) -> dict[str, Tensor]:
         own, length = self.configs["transformer"], self.text_configs[0].max_position_embeddings + MAX_LENGTH
         return {
             "prompt_embeds": torch.zeros(batch, length, own["joint_attention_dim"]),
             "pooled_prompt_embeds": torch.zeros(batch, own["pooled_projection_dim"]),
         }
 
+    def long(self, batch: int) -> Tensor | None:
+        has_t5 = "text_encoder_3" in self.configs
+        return torch.zeros(batch, MAX_LENGTH, self.configs["transformer"]["joint_attention_dim"]) if has_t5 else None
+
 
 class Export(PipelineExport):
     """A model of Stable Diffusion 3 or 3.5 in memory, ready to be written."""
 
     kind = SD3_KIND
+    architecture = "stable-diffusion-3"

@@ -18,8 +18,8 @@ from lpl.families.files import (
     check_complete,
     check_inputs,
     check_original,
+    checked_header,
     other_vae,
-    read_header,
     reader,
 )
 from lpl.families.kind import Kind, check_clip_skip
@@ -97,8 +97,9 @@ def _read(read: Any, name: str) -> dict[str, Any]:
     files["scheduler"] = "scheduler/scheduler_config.json"
     index = read("model_index.json")
     check_shape("model_index.json", index, f"{FLAG} {name}: model_index.json")
-    configs = {part: read(files[part]) for part in ("unet", "vae", "scheduler")}
     cls = index.get("_class_name")
+    if cls is None or cls.startswith("StableDiffusionXL"):  # of others these are not there
+        configs = {part: read(files[part]) for part in ("unet", "vae", "scheduler")}
     if index.get("requires_aesthetics_score") or (index.get("text_encoder") or [None])[0] is None:
         raise UserError(f"{FLAG} {name}: an SDXL refiner (no first text encoder); train the base model")
     if cls != PIPELINE and not (isinstance(cls, str) and cls.startswith("StableDiffusionXL")):
@@ -166,9 +167,7 @@ def check_single_file(path: Path, config: ModelConfig) -> None:
         UserError: what it is, in one line.
     """
     where = f"{FLAG} {path}"
-    if path.suffix != ".safetensors":
-        raise UserError(f"{where}: {path.suffix} files are pickles and are not read; convert it to .safetensors")
-    header = (read_header(path) if path.is_file() else None) or {}
+    header = checked_header(path, where)
     whole = _has_second(header) and all(any(key.startswith(part) for key in header) for part in (UNET, FIRST_TEXT))
     check_inputs(header, where)
     if header and not whole:
@@ -251,7 +250,9 @@ SDXL_KIND = SDXLKind(
     denoiser_word="UNet",
     is_flow=False,
     patch=1,
+    comfyui_folder="models/checkpoints",
     options=frozenset({"clip_skip", "max_token_length", "train_text_encoder", "text_encoder_2_lr"}),
+    trained_text=("text_encoder", "text_encoder_2"),
     parameters=sdxl_configs.UNET_PARAMETERS,
     lora_starts={
         "unet": ("unet.", "lora_unet_"),

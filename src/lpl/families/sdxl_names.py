@@ -154,8 +154,14 @@ TEXT_LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "attention_mlp": TEXT_ATTENTION + TEXT_MLP,
     "all": TEXT_ATTENTION + TEXT_MLP,
 }
-WITH_TEXT = {name: layers + TEXT_LORA_TARGETS[name] for name, layers in LORA_TARGETS.items()}
-"""The same where the text encoders are trained too."""
+
+
+def with_text(targets: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """A denoiser's LORA_TARGETS with those of CLIP text encoders."""
+    return {name: layers + TEXT_LORA_TARGETS[name] for name, layers in targets.items()}
+
+
+WITH_TEXT = with_text(LORA_TARGETS)
 
 
 def kohya_layer(part: str, module: str, unet: Mapping[str, Any]) -> str:
@@ -188,12 +194,12 @@ def to_kohya(
     return renamed_lora(lora, layer, version | modelspec(title, f"{ARCHITECTURE}/lora"), weight_of)
 
 
-def modelspec(title: str, architecture: str) -> dict[str, str]:
+def modelspec(title: str, architecture: str, implementation: str = IMPLEMENTATION) -> dict[str, str]:
     """What every file says by Stability AI's model specification 1.0.0."""
     return {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": architecture,
-        "modelspec.implementation": IMPLEMENTATION,
+        "modelspec.implementation": implementation,
         "modelspec.title": title,
         "modelspec.date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }

@@ -37,6 +37,14 @@ LORA_TARGETS = {
     "attention_mlp": (*ATTENTION, *MLP),
     "all": (*ATTENTION, *MLP, *(f"{block}.adaLN_modulation.0" for block in BLOCKS)),
 }
+ORIGINAL_NAMES = (
+    (r"^all_final_layer\.2-1\.", "final_layer."),
+    (r"^all_x_embedder\.2-1\.", "x_embedder."),
+    (r"\.attention\.to_out\.0\.", ".attention.out."),
+    (r"\.attention\.norm_([qk])\.", r".attention.\1_norm."),
+)
+ORIGINAL_FUSED = {"attention.qkv": ("attention.to_q", "attention.to_k", "attention.to_v")}
+"""How the original transformer names what diffusers' has."""
 
 
 def denoise(
@@ -106,3 +114,6 @@ class Export(PipelineExport):
     """A Z-Image model in memory, ready to be written."""
 
     kind = ZIMAGE_KIND
+    architecture = "z-image"
+    original_names = ORIGINAL_NAMES
+    original_fused = ORIGINAL_FUSED

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from lpl.base.arguments import shape_of
 from lpl.perceptual.auto_weight import MEASURED_SAMPLES
 from lpl.perceptual.loss import LPLOutput
 
@@ -296,6 +297,7 @@ def tap_flops(loss_fn: Any, shape: Sequence[int]) -> list[float]:
         loss_fn: a LatentPerceptualLoss.
         shape: of one sample's latents, (C, *space).
     """
+    shape = shape_of("shape", shape)
     meta, latents = loss_fn.on_meta(), torch.empty(1, *shape, device="meta", requires_grad=True)
     windows = None if meta.crop is None else torch.zeros(1, 2)
     totals = [0.0]

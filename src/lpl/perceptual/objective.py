@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lpl.base.arguments import check_state, integer, shape_of
+from lpl.base.arguments import check_state, integer
 from lpl.diffusion.draws import keyed_generator, keyed_uniform
 from lpl.diffusion.own_process import AlphaSigma, OwnProcess
 from lpl.diffusion.prediction import (
@@ -356,9 +356,7 @@ class PerceptualObjective:
         if self.lpl_budget is not None and self.budget is None:
             if self.step_flops is None:
                 raise ValueError(f"lpl_budget {self.lpl_budget} is a share of a training step: pass step_flops=")
-            self.budget = Budget(
-                self.lpl_budget, self.step_flops, tap_flops(self.loss_fn, shape_of("shape", shape)), self.p_gate
-            )
+            self.budget = Budget(self.lpl_budget, self.step_flops, tap_flops(self.loss_fn, shape), self.p_gate)
             if self._loaded_budget is not None:
                 self.budget.load_state_dict(self._loaded_budget)
 

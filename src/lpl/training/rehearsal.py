@@ -273,15 +273,16 @@ class Rehearsal:
 
     @_once
     def _caching(self, size: int, offloaded: bool) -> int:
-        # Of captions whose encoders are trained, tokens are cached.
-        encoders = [] if self.blueprint.trains_text else self._on_meta(self.blueprint.text_encoders)
+        trained = self.blueprint.trained_encoders  # for which tokens are cached
+        encoders = self._on_meta(self.blueprint.text_encoders)[trained:]
+        tokens = self.blueprint.tokens(CAPTION_BATCH)[trained:]
         vae = self._on_meta(self.blueprint.vae)
         with torch.device("meta"), torch.no_grad(), FusedAttention():
             with StepCounter() as counter:
                 vae.encode(torch.empty(batch_of((3, size, size)), 3, size, size))
-            for number, encoder in enumerate(encoders):
+            for encoder, ids in zip(encoders, tokens, strict=True):
                 with counter:
-                    encoder(self.blueprint.tokens(CAPTION_BATCH)[number], output_hidden_states=True)
+                    encoder(ids, output_hidden_states=True)
         # Offloaded, a layer at a time is there.
         layers = [sum(p.nbytes for p in m.parameters(recurse=False)) for e in encoders for m in e.modules()]
         return counter.peak + _bytes(vae) + (max(layers, default=0) if offloaded else sum(map(_bytes, encoders)))

@@ -105,20 +105,21 @@ def write_beside(
     return f"{lora.name} for diffusers; {name} for {others}"
 
 
-def next_commands(folder: Path, readers: str | None) -> str:
+def next_commands(folder: Path, readers: str | None, place: str | None = None) -> str:
     """What one does with a result, in the words of the last line that a run prints.
 
     Args:
         readers: of a LoRA, the programs that read diffusers' file; None: all weights were trained.
+        place: the folder that ComfyUI has single files of the model in; None: it reads none.
     """
     shown, where = shlex.quote(str(folder)), ""
     beside = [path for path in sorted(folder.glob("*.safetensors")) if path.name != LORA_FILE]
     if readers is not None and "ComfyUI" in readers:
         beside = [folder / LORA_FILE]
-    if readers is None:
+    if readers is None and place is not None:
         file = shlex.quote(f"{folder.resolve().name}.safetensors")
-        where = f"`lpl export {shown} --output {file}` for ComfyUI's models/checkpoints; "
-    elif beside:
+        where = f"`lpl export {shown} --output {file}` for ComfyUI's {place}; "
+    elif readers is not None and beside:
         where = f"copy {shlex.quote(str(beside[0]))} into ComfyUI's models/loras; "
     return f"{where}`lpl report {shown}` for a page of losses and images"
 

@@ -355,6 +355,6 @@ class Trainer:
             logger.info(
                 "done: the result is in %s (%s weights): %s", self.folder, self.trained.weights.final, self.for_whom
             )
-            is_lora = self.config.model.rank is not None
-            logger.info("next: %s", next_commands(self.folder, self._lora_readers if is_lora else None))
+            readers = None if self.config.model.rank is None else self._lora_readers
+            logger.info("next: %s", next_commands(self.folder, readers, kind_of(self.config.model).comfyui_folder))
         accelerator.end_training()

@@ -117,7 +117,7 @@ def test_guidance_is_refused_where_its_meaning_is_not_known(model: Path, referen
         assert plan(reference, tmp_path / "out", **options).sampling.guidance_scale is None
         several = plan(reference, tmp_path / "out", **options, num_inference_steps=(4, 20)).each()
         assert [one.folder.name for one in several] == ["steps-4", "steps-20"]
-    for folder in (model, pipeline_of("ChromaPipeline", tmp_path / "known")):
+    for folder in (model, pipeline_of("KolorsPipeline", tmp_path / "known")):
         options["pretrained_model_name_or_path"] = folder
         assert plan(reference, tmp_path / "out", **options).sampling.guidance_scale == 5
         assert plan(reference, tmp_path / "out", **options, guidance_scale=1).sampling.guidance_scale == 1

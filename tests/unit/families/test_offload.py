@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_models import (
     tiny_auraflow,
+    tiny_chroma,
     tiny_flux,
     tiny_flux2,
     tiny_lumina2,
@@ -41,6 +42,7 @@ BUILDS = [
     tiny_qwenimage,
     tiny_lumina2,
     tiny_auraflow,
+    tiny_chroma,
 ]
 
 

@@ -158,9 +158,11 @@ def test_kohya_file_is_the_same_adapter(trained: Any, run_cli: Any, model: Path,
     assert (images[0] - image(pipeline_of(model))).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("naming", ["diffusers", "kohya"])
+@pytest.mark.parametrize("naming", ["diffusers", "kohya", "checkpoint"])
 def test_merged_model_is_base_and_adapter(trained: Any, run_cli: Any, model: Path, tmp_path: Path, naming: str) -> None:
     run, source = trained[0], [str(trained[0].folder)]
+    if naming == "checkpoint":
+        source = [str(run.folder / "checkpoint-3")]
     if naming == "kohya":
         assert run_cli(["export", *source, "--to", "kohya", "--output", str(tmp_path / "k.safetensors")])[0] == 0
         source = [str(model), "--lora", str(tmp_path / "k.safetensors")]

@@ -261,7 +261,7 @@ def test_a_plan_counts_the_encoders(train: Any, deep: Path, rank: int | None) ->
         train("--dry_run", **more, **options, text_encoder_2_lr=1e-5, output=f"plan{n}")
         for n, more in enumerate(({}, TEXT))
     ]
-    kind = "LoRA of rank 2 on " if rank else "the whole UNet and both text encoders)"
+    kind = "LoRA of rank 2 on " if rank else "the whole UNet and 2 text encoders)"
     assert f"trains       {count:,} parameters ({kind}" in plans[1].stdout
     sizes = [
         {line[2:24].strip(): float(line[24:].split()[0]) for line in plan.stdout.splitlines() if line.startswith("  ")

@@ -144,8 +144,9 @@ def test_what_the_bar_shows(gated: float | None, found: dict[str, float], said: 
 def test_the_last_line_says_what_to_do_next(tmp_path: Path) -> None:
     folder = tmp_path / "my run"
     folder.mkdir()
-    told = next_commands(folder, None)
+    told = next_commands(folder, None, "models/checkpoints")
     assert told.startswith(f"`lpl export '{folder}' --output 'my run.safetensors'` for ComfyUI's models/checkpoints; ")
+    assert next_commands(folder, None) == f"`lpl report '{folder}'` for a page of losses and images"
     (folder / "pytorch_lora_weights.safetensors").touch()
     assert next_commands(folder, "diffusers") == f"`lpl report '{folder}'` for a page of losses and images"
     (folder / "my run_kohya.safetensors").touch()

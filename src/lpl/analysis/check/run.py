@@ -123,7 +123,7 @@ class Check:
             self.step = TrainingStep(
                 family, config.diffusion, self.objective, config.run.seed, HALF.get(str(config.run.mixed_precision))
             )
-            components = self._text_precision(calls)
+            components, frozen = self._text_precision(calls), set(calls)
             family.free_encoders()
             denoiser = family.denoiser.eval().requires_grad_(False)
             if self.no_float32 is not None:
@@ -133,7 +133,8 @@ class Check:
         components = {
             **self._vae_precision(encoded),
             "denoiser": by_dtype,
-            **(components or self._text_precision(calls)),
+            **self._text_precision({n: own for n, own in calls.items() if n not in frozen}),
+            **components,
         }
         first = encoded.mean[0].to(self.device)
         found |= {"components": components, "walk_equals_decode": precision.walk_difference(family.vae, first)}
