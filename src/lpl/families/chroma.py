@@ -84,13 +84,15 @@ def denoise(
     embeds, counted = trimmed(text["prompt_embeds"].to(noisy_latents.dtype), text["lengths"].tolist())
     packed = ChromaPipeline._pack_latents(noisy_latents.contiguous(), batch, channels, height, width)
     mask = None if counted is None else torch.cat([counted, counted.new_ones(packed.shape[:2])], 1)
+    with device:  # made there: what is sent from the host would be waited for
+        img_ids = ChromaPipeline._prepare_latent_image_ids(batch, height // 2, width // 2, device, torch.float32)
     with masked(getattr(denoiser, "module", denoiser), mask):  # an engine may have wrapped it
         output = denoiser(
             hidden_states=packed,
             timestep=levels,
             encoder_hidden_states=embeds,
             txt_ids=torch.zeros(embeds.shape[1], 3, device=device),
-            img_ids=ChromaPipeline._prepare_latent_image_ids(batch, height // 2, width // 2, device, torch.float32),
+            img_ids=img_ids,
             attention_mask=mask,
             return_dict=False,
         )[0]
