@@ -23,6 +23,7 @@ class Denoiser:
     """Gives back the latents that it is given, and keeps all of it."""
 
     config = SimpleNamespace(guidance_embeds=True, timestep_scale=1.0)
+    gradient_checkpointing = False
 
     def __call__(self, *given: Any, **named: Any) -> Any:
         self.given = [*given, *named.values()]
@@ -40,7 +41,7 @@ def text_of(batch: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "family",
-    ["sd", "sdxl_networks", "sd3", "flux", "flux2", "qwenimage", "zimage", "lumina2", "sana", "auraflow"],
+    ["sd", "sdxl_networks", "sd3", "flux", "chroma", "flux2", "qwenimage", "zimage", "lumina2", "sana", "auraflow"],
 )
 def test_nothing_is_waited_for(family: str) -> None:
     denoise = importlib.import_module(f"lpl.families.{family}").denoise
