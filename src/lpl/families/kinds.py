@@ -90,6 +90,11 @@ CHROMA_KIND = Kind(
     base_name="lodestones/Chroma1-HD",
     networks=("transformer", "vae", "text_encoder"),
     tokenizers=("tokenizer",),
+    single_file_keys=(
+        ("single_transformer_blocks.0.proj_mlp.weight", "distilled_guidance_layer.in_proj.weight"),
+        ("double_blocks.0.img_attn.qkv.weight", "distilled_guidance_layer.in_proj.weight"),
+    ),
+    comfyui_folder=None,  # whether it reads diffusers' names of it is not known
     own_pipeline=True,
     steps=40,  # both by the model's card
     guidance=3.0,
