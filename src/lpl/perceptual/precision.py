@@ -82,9 +82,8 @@ def _entry(finite: bool | None, max_abs: float | None, error: float | None, **mo
 
 def _distance(outputs: list[Tensor], reference: list[Tensor]) -> float:
     wide = torch.float32 if reference[0].device.type == "mps" else torch.float64  # MPS has no float64
-    pairs = [(y.to(wide), y32.to(wide)) for y, y32 in zip(outputs, reference, strict=True)]
-    square = sum(float((y - y32).square().sum()) for y, y32 in pairs)
-    of = sum(float(y32.square().sum()) for _, y32 in pairs)
+    square = sum(float((y.to(wide) - y32.to(wide)).square().sum()) for y, y32 in zip(outputs, reference, strict=True))
+    of = sum(float(y32.to(wide).square().sum()) for y32 in reference)
     return math.sqrt(square / of) if of > 0 else math.sqrt(square)
 
 

@@ -1,6 +1,5 @@
 """The walk through AutoencoderKL and what is built like it: post_quant_conv, conv_in, middle block, up blocks."""
 
-import logging
 from typing import Any, cast
 
 from torch import Tensor
@@ -11,8 +10,6 @@ from lpl.perceptual.decoders.blocks import frozen_attention, frozen_block, is_pl
 from lpl.perceptual.feature_maps import State
 from lpl.perceptual.frozen import Fuse, Identity, Resnet
 from lpl.perceptual.sweep import Segment
-
-logger = logging.getLogger("lpl")
 
 
 class AutoencoderKLTaps(VaeTaps):
@@ -44,17 +41,8 @@ class AutoencoderKLTaps(VaeTaps):
 
     def segments(self, fuse: Fuse) -> list[Segment]:
         """Frozen operations; a stage of another build than SDXL's runs as plain blocks, which the log says."""
-        bodies: list[list[Operation]] = []
-        heads: list[Head] = []
-        for stage, tap in enumerate(self.taps):
-            block = None if stage == 0 else self.decoder.up_blocks[stage - 1]
-            frozen = self._frozen_middle(fuse) if block is None else frozen_block(block, fuse)
-            if frozen is None:
-                logger.info("LPL: %s has no frozen operations and runs as plain blocks", tap.name)
-                frozen = [self.plain(stage)], Identity()
-            bodies.append(frozen[0])
-            heads.append(frozen[1])
-        return [Segment(head, body) for head, body in zip([Identity(), *heads], [*bodies, []], strict=True)]
+        blocks = [frozen_block(block, fuse) for block in self.decoder.up_blocks]
+        return self.frozen_segments([self._frozen_middle(fuse), *blocks])
 
     def _frozen_middle(self, fuse: Fuse) -> tuple[list[Operation], Head] | None:
         decoder, middle = self.decoder, self.decoder.mid_block

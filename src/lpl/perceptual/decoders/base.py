@@ -1,6 +1,7 @@
 """What the loss needs to know of a decoder: its stages in order, and how to run them."""
 
 import copy
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple, Self
@@ -9,9 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from lpl.diffusion.latent_space import LatentSpace
+from lpl.perceptual.convolution import Head, Operation
 from lpl.perceptual.feature_maps import State, map_of
 from lpl.perceptual.frozen import Fuse, Identity, Plain
 from lpl.perceptual.sweep import Segment
+
+logger = logging.getLogger("lpl")
 
 
 class Tap(NamedTuple):
@@ -185,6 +189,25 @@ class VaeTaps(DecoderTaps):
             raw_latents = raw_latents.unsqueeze(2)
         convolution = getattr(self._vae, "post_quant_conv", None)
         return raw_latents if convolution is None else convolution(raw_latents)
+
+    def frozen_segments(
+        self, stages: Sequence[tuple[list[Operation], Head] | None], plain: Callable[[int], Operation] | None = None
+    ) -> list[Segment]:
+        """Segments of each stage's operations and the head behind them.
+
+        Args:
+            stages: None: a stage of another build, which runs as plain blocks; the log says so.
+            plain: a stage as plain blocks; None: `self.plain`.
+        """
+        heads: list[Head] = [Identity()]
+        bodies: list[list[Operation]] = []
+        for stage, (tap, found) in enumerate(zip(self.taps, stages, strict=True)):
+            if found is None:
+                logger.info("LPL: %s has no frozen operations and runs as plain blocks", tap.name)
+                found = [(plain or self.plain)(stage)], Identity()
+            bodies.append(found[0])
+            heads.append(found[1])
+        return [Segment(head, body) for head, body in zip(heads, [*bodies, []], strict=True)]
 
     @torch.no_grad()
     def measure(self, cells: int = 2) -> tuple[Tap, ...]:

@@ -1,6 +1,5 @@
 """The walk through the causal video decoders of Qwen-Image and Wan: frame after frame, each stage over all frames."""
 
-import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -8,14 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lpl.perceptual.convolution import Head, Operation
 from lpl.perceptual.decoders.base import VaeTaps
 from lpl.perceptual.decoders.folding import folded_block, folded_middle, upsampler_of
 from lpl.perceptual.feature_maps import State, map_of
-from lpl.perceptual.frozen import Fuse, Identity, Plain
+from lpl.perceptual.frozen import Fuse, Plain
 from lpl.perceptual.sweep import Segment
-
-logger = logging.getLogger("lpl")
 
 CACHED = 2
 """Frames that a causal convolution of 3 looks back on."""
@@ -50,16 +46,11 @@ class CausalTaps(VaeTaps):
 
     def segments(self, fuse: Fuse) -> list[Segment]:
         """Of one frame, on maps (B, C, H, W): frozen operations; a stage of another build runs as plain blocks."""
-        heads: list[Head] = [Identity()]
-        bodies: list[list[Operation]] = []
-        for stage, tap in enumerate(self.taps):
-            block = folded_block(self.decoder.up_blocks[stage - 1], fuse) if stage else folded_middle(self._vae, fuse)
-            if block is None:
-                logger.info("LPL: %s has no frozen operations and runs as plain blocks", tap.name)
-                block = [Plain(partial(self._one_frame, stage), tap.name)], Identity()
-            bodies.append(block[0])
-            heads.append(block[1])
-        return [Segment(head, body) for head, body in zip(heads, [*bodies, []], strict=True)]
+        blocks = [folded_block(block, fuse) for block in self.decoder.up_blocks]
+        return self.frozen_segments(
+            [folded_middle(self._vae, fuse), *blocks],
+            lambda stage: Plain(partial(self._one_frame, stage), self.taps[stage].name),
+        )
 
     def _one_frame(self, stage: int, x: Tensor) -> State:
         return map_of(self.run(stage, x.unsqueeze(2) if stage else self.begin(x))).squeeze(2)

@@ -1,6 +1,5 @@
 """The walk through the image decoder of HunyuanImage 2.1."""
 
-import logging
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -15,8 +14,6 @@ from lpl.perceptual.decoders.shortcuts import Duplicate, WithShortcut
 from lpl.perceptual.feature_maps import State
 from lpl.perceptual.frozen import Attention, Fuse, Identity, Resnet
 from lpl.perceptual.sweep import Segment
-
-logger = logging.getLogger("lpl")
 
 
 class HunyuanImageTaps(VaeTaps):
@@ -46,13 +43,7 @@ class HunyuanImageTaps(VaeTaps):
     def segments(self, fuse: Fuse) -> list[Segment]:
         """Frozen operations; a stage of another build runs as plain blocks, which the log says."""
         found = [self._middle(fuse), *(_level(level, fuse) for level in self._levels())]
-        segments = []
-        for stage, (tap, operations) in enumerate(zip(self.taps, found, strict=True)):
-            if operations is None:
-                logger.info("LPL: %s has no frozen operations and runs as plain blocks", tap.name)
-                operations = [self.plain(stage)]
-            segments.append(Segment(Identity(), operations))
-        return [*segments, Segment(Identity(), [])]
+        return self.frozen_segments([None if operations is None else (operations, Identity()) for operations in found])
 
     def _middle(self, fuse: Fuse) -> list[Operation] | None:
         convolution, block = self.decoder.conv_in, self.decoder.mid_block
