@@ -38,7 +38,7 @@ class Facts:
         least, most: the smallest and the largest value that it takes.
         above, below: values that it must lie above and below.
         path: it names a file or folder (or may, beside a Hub id).
-        may_be_empty: its text may be empty; elsewhere an empty text is refused: a variable was not set, or it is a slip.
+        may_be_empty: its text may be empty; elsewhere that is refused, as a variable that was not set, or a slip.
         needs: what it has no effect without; as a text: other options by name, `a`, `a=this|that`, joined by ` & `.
         free: it changes the trajectory of a run by float rounding at most: a run may be continued with another value.
         divides: it divides a step's samples, as the number of processes does; a run may be continued if the product of

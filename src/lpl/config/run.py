@@ -105,7 +105,7 @@ class ModelConfig(Options):
         )
         require(
             not (self.use_dora and self.quantize_base),
-            f"--use_dora with --quantize_base {self.quantize_base}: DoRA needs norms of whole weights; drop one of them",
+            f"--use_dora with --quantize_base {self.quantize_base}: a DoRA needs whole weights; drop one of them",
         )
 
     @property
