@@ -48,7 +48,7 @@ def write_atomically(path: Path, data: bytes, scratch: Path | None = None) -> No
 
 
 def _replace(temporary: Path, path: Path) -> None:
-    """os.replace; on Windows, where a file that another program reads cannot be replaced, tried for two seconds."""
+    """os.replace; on Windows, where a file that another program reads cannot be replaced, tries for two seconds."""
     for _ in range(PATIENCE if WINDOWS else 0):
         try:
             return os.replace(temporary, path)

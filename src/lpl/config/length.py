@@ -70,7 +70,7 @@ def length_of(
 
 
 def on_the_way(config: TrainConfig, steps: int) -> Iterator[tuple[str, str]]:
-    """What a run of `steps` steps saves and shows before its end, as a label and a line each."""
+    """What a run of `steps` steps saves, validates and mirrors, as a label and a line each."""
     run, log = config.run, config.logging
     saved = [f"a checkpoint every {count(run.checkpointing_steps, 'step')}"] if run.checkpointing_steps <= steps else []
     if run.save_steps is not None and run.save_steps <= steps:
