@@ -1,6 +1,6 @@
 """`--lpl_dtype auto`: the cheaper precision of LPL's decoder whose gradient is finite and near float32's.
 
-Measured once, before the first step, on the run's own latents z, at estimates z + 0.3 noise. config.yaml has the choice,
+Measured once, before the first step, on the latents z of the run, at estimates z + 0.3 noise. config.yaml has the choice,
 so that a run that goes on computes as it began.
 """
 
