@@ -1,7 +1,7 @@
 """`--lpl_dtype auto`: the cheaper precision of LPL's decoder whose gradient is finite and near float32's.
 
-Measured once, before the first step, on the latents z of the run, at estimates z + 0.3 noise. config.yaml has the choice,
-so that a run that goes on computes as it began.
+Measured once, before the first step, on the latents z of the run, at estimates z + 0.3 noise. config.yaml has the
+choice, so that a run that goes on computes as it began.
 """
 
 from __future__ import annotations
