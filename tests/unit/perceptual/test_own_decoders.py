@@ -277,14 +277,39 @@ def test_detached_features_are_refused():
         LatentPerceptualLoss(stages=[torch.tanh, torch.detach], strides=(1, 1))(latents, latents.detach())
 
 
+def test_a_decode_that_detaches_later_is_refused(vae, random_latents):
+    taps, (pred, target) = hooks(vae), random_latents(vae)
+    loss_fn = LatentPerceptualLoss(taps)
+    assert loss_fn(pred, target).gradient is not None
+    taps.decode = torch.no_grad()(vae.decode)
+    assert loss_fn(pred.detach(), target).gradient is None
+    with pytest.raises(ValueError, match=r"decoder\.mid_block.*: features without a graph"):
+        loss_fn(pred, target)
+
+
+def test_tokens_are_no_map():
+    """(B, N, D) would be a map of N channels; what is not compared may be tokens."""
+    embed = nn.Conv2d(4, 6, 1).eval().requires_grad_(False)
+    stages = [lambda z: embed(z).flatten(2).transpose(1, 2), lambda x: x.transpose(1, 2).unflatten(2, (8, 8))]
+    pred = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    message = r"\(1, 64, 6\) for latents \(1, 4, 8, 8\), .*unflatten.*to_map="
+    with pytest.raises(ValueError, match="stage_0 gives " + message):
+        LatentPerceptualLoss(stages=stages, strides=(1, 1))(pred, pred.detach())
+    compared = LatentPerceptualLoss(stages=stages, strides=(1, 1), taps=("stage_1",))
+    assert float(compared(pred, 2 * pred.detach()).per_sample.detach()) > 0
+    module = nn.Sequential(embed, nn.Flatten(2)).eval()
+    with pytest.raises(ValueError, match=r"1 gives \(1, 6, 64\) for latents"):
+        HookTaps(module, ["1"], module, pred.detach())
+
+
 def test_latents_and_masks_of_other_axes_are_refused():
-    flat = LatentPerceptualLoss(stages=[lambda z: z.flatten(2)], strides=(1,))
+    deep = LatentPerceptualLoss(stages=[lambda z: torch.stack([z, z], 2)], strides=(1,))
     latents = torch.randn(1, 2, 4, 4)
-    assert float(flat(latents, latents).per_sample) == 0
+    assert float(deep(latents, latents).per_sample) == 0
     with pytest.raises(ValueError, match="they have other axes of space; leave the mask out"):
-        flat(latents, latents, torch.ones(1, 1, 4, 4))
+        deep(latents, latents, torch.ones(1, 1, 4, 4))
     with pytest.raises(ValueError, match=r"pass two \(B, C, w\) or \(B, C, h, w\) or \(B, C, d, h, w\)"):
-        flat(latents[0, 0], latents[0, 0])
+        deep(latents[0, 0], latents[0, 0])
 
 
 class Decoder(nn.Module):

@@ -65,8 +65,8 @@ class Decoder(ABC):
         """The class of a module in training mode that the walk runs; empty: there is none."""
         return next((type(part).__name__ for m in self.modules() for part in m.modules() if part.training), "")
 
-    def try_out(self, raw_latents: Tensor) -> None:  # noqa: B027
-        """Walks raw latents of one sample, before all others, where it is not known to run.
+    def try_out(self, raw_latents: Tensor, chosen: Sequence[int]) -> None:  # noqa: B027
+        """Walks raw latents of one sample, before all others, where it is not known to run; chosen: the compared taps.
 
         Raises:
             ValueError: it does not.
