@@ -67,6 +67,47 @@ def test_frozen_operations_are_used_where_modules_match_and_the_log_says_so(vae,
     assert plain == [1, 0, 0, 0, 0, 0]  # the middle block, as a whole
 
 
+def patched(module):
+    """Computes twice the module's output."""
+    own = module.forward
+    module.forward = lambda *x: 2 * own(*x)
+
+
+CHANGES = {
+    "hook": lambda module: module.register_forward_hook(lambda m, x, y: 2 * y),
+    "hook before": lambda module: module.register_forward_pre_hook(lambda m, x: (x[0] + 1, *x[1:])),
+    "gradient hook": lambda module: module.register_full_backward_hook(lambda m, x, y: (2 * x[0], *x[1:])),
+    "forward": patched,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("number", range(4))
+def test_modules_that_something_listens_to_or_replaces_run_as_they_are(change, number):
+    torch.manual_seed(0)
+    stage = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.SiLU(), nn.Conv2d(8, 8, 1)).eval()
+    pred = torch.randn(2, 4, 5, 6).requires_grad_()
+    change(stage[number])
+    frozen, plain = (LatentPerceptualLoss(stages=[s], strides=(1,)) for s in (stage, lambda x: stage(x)))
+    assert_same(gradient_of(frozen, pred, pred.detach() ** 2), gradient_of(plain, pred, pred.detach() ** 2))
+    assert {Plain} < {type(operation) for operation in frozen.segments[0].operations}  # the others are frozen ones
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize(
+    ("name", "stage"), [("decoder.conv_in", 0), ("decoder.up_blocks.1.resnets.0.norm1", 2), ("decoder.up_blocks.1", 2)]
+)
+def test_a_vae_that_was_changed_is_walked_as_it_is(vae, random_latents, change, name, stage, caplog):
+    pred, target = random_latents(vae)
+    vae = copy.deepcopy(vae)
+    change(vae.get_submodule(name))
+    with caplog.at_level(logging.INFO, logger="lpl"):
+        frozen, plain = LatentPerceptualLoss(vae), LatentPerceptualLoss(vae)
+    plain.segments = plain.clip_segments
+    assert_same(gradient_of(frozen, pred, target), gradient_of(plain, pred, target))
+    assert f"{frozen.taps[stage].name} has no frozen operations" in caplog.text
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_frozen_operations_of_plain_modules_are_exact(bias):
     torch.manual_seed(0)
