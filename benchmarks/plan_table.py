@@ -1,13 +1,14 @@
 """What fits a GPU, as tables for docs/training.md.
 
     python benchmarks/plan_table.py [GiB ...]    # SDXL at 1024 px, batch 1, with the cheapest settings that fit
-    python benchmarks/plan_table.py presets      # LoRA presets as they are, and on a base in 8 and in 4 bits
+    python benchmarks/plan_table.py presets      # LoRA presets as they are, on a base in 8 and in 4 bits, and offloaded
 
 Counted (lpl.analysis), not measured on a GPU. Left out: the CUDA context, workspace inside kernels, fragmentation;
 5 % of the GPU's memory is left for them.
 """
 
 import sys
+from typing import Any
 
 from lpl.analysis.alternatives import RANK, cheapest, smallest
 from lpl.analysis.needs import estimate
@@ -17,7 +18,12 @@ from lpl.families import blueprint, plan_configs
 from lpl.presets import presets
 from lpl.training.rehearsal import Rehearsal
 
-BASES = (None, "int8", "nf4")
+BASES: dict[str, dict[str, Any]] = {
+    "bfloat16": {},
+    "int8": {"quantize_base": "int8"},
+    "nf4": {"quantize_base": "nf4"},
+    "offloaded": {"offload_blocks": 1.0, "offload_text_encoders": True},
+}
 FIXED = (f"--rank {RANK}", "--no_use_lpl")
 KINDS = {
     "LoRA": ["--no_use_lpl", f"--rank={RANK}"],
@@ -45,16 +51,16 @@ def main(sizes: list[float]) -> None:
 
 
 def lora_presets() -> None:
-    """Peaks of every preset of a LoRA, with and without LPL, by what the base is kept in."""
-    print("| preset | " + " | ".join(f"{kind or 'bfloat16'} | without LPL" for kind in BASES) + " |")
+    """Peaks of every preset of a LoRA, with and without LPL, by how the base is kept."""
+    print("| preset | " + " | ".join(f"{kind} | without LPL" for kind in BASES) + " |")
     print("|---|" + "---|" * 2 * len(BASES))
     for name in (name for name in presets() if name.endswith("-lora")):
         config = parse_train(["--config", name])
         rehearsal = Rehearsal(blueprint(plan_configs(config.model), config.model))
         cells = []
-        for kind in BASES:
+        for options in BASES.values():
             for use_lpl in (True, False):
-                changed = config.changed(quantize_base=kind, use_lpl=use_lpl)
+                changed = config.changed(use_lpl=use_lpl, **options)
                 needs = estimate(changed, rehearsal)
                 cells.append(f"{needs.peak / 2**30:.1f} GiB ({needs.phase})")
         print(f"| `{name}` | " + " | ".join(cells) + " |", flush=True)

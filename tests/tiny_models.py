@@ -611,3 +611,19 @@ def tiny_images(folder: Any, count: int = 6, size: int = 24, seed: int = 0) -> A
         lines.append(json.dumps({"file_name": f"{i}.png", "text": f"picture {i} of a pattern"}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
     return folder
+
+
+BUILDS = [
+    tiny_sdxl,
+    tiny_sd,
+    tiny_sd3,
+    tiny_flux,
+    tiny_sana,
+    tiny_zimage,
+    tiny_flux2,
+    tiny_qwenimage,
+    tiny_lumina2,
+    tiny_auraflow,
+    tiny_chroma,
+]
+"""A pipeline of each family."""

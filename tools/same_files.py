@@ -32,6 +32,7 @@ RENAMED: dict[str, str] = {}
 """Keys, and parts of names of files, as the older commit has them -> as they are now."""
 ADDED = frozenset({
     *("mode_scale", "timestep_shift", "lora_weights", "merge_lora_weights", "quantize_base", "offload_text_encoders"),
+    "offload_blocks",
     "draws_per_image",
     *(f"metadata_{name}" for name in ("author", "description", "license", "tags", "trigger_phrase", "title")),
 })  # fmt: skip

@@ -101,9 +101,10 @@ class Stages:
         self.results.note("best", best)
         points, seeds, controls = self.benchmark.points["report"], self.benchmark.seeds, self.benchmark.controls
         runs = [self._run(arm, seed, best[arm]) for seed in seeds for arm in ARMS]
-        # Seed by seed, so that an unfinished report has whole pairs.
+        # Seed by seed, and first around the best guidance, so that an unfinished report has whole pairs.
+        around = self.benchmark.points["search"].guidance
         for steps in points.sampling_steps[:2]:
-            self._map(runs, replace(points, sampling_steps=[steps]))
+            self._map(runs, replace(points, sampling_steps=[steps], guidance=around))
         self._keep_unets(runs[: len(ARMS)])
         others = [self._run(name, seed, best[name]) for seed in seeds for name in best if name not in ARMS]
         for name, control in controls.items():

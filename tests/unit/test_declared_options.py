@@ -48,7 +48,7 @@ DERIVED = {
         "push_to_hub", "hub_model_id", "hub_token", "ema_device", "save_steps", "compile_denoiser",
         "max_minutes", "on_nonfinite", "max_skips", "allow_changes", "validation_data_dir", "validation_prompts",
         "metadata_author", "metadata_description", "metadata_license", "metadata_tags", "metadata_title",
-        "metadata_trigger_phrase", "offload_text_encoders",
+        "metadata_trigger_phrase", "offload_text_encoders", "offload_blocks",
     },
     "divides": {"train_batch_size", "gradient_accumulation_steps"},
     "may_be_empty": {"validation_prompt", "caption_prefix", "optimizer_args"},

@@ -72,6 +72,7 @@ def savings(config: TrainConfig) -> list[Change]:
         setting(2, idle=no_lpl, lpl_dtype="bfloat16" if config.lpl.lpl_dtype == "float32" else config.lpl.lpl_dtype),
         setting(1, idle=lambda c: c.model.train_text_encoder, offload_text_encoders=True),
         *(setting(cost, idle=unquantisable, quantize_base=kind) for kind, cost in (("int8", 3), ("nf4", 6))),
+        setting(8, idle=lambda c: c.model.offload_blocks is not None, offload_blocks=1.0),
         setting(2, train_batch_size=1, gradient_accumulation_steps=batch * steps),  # the same trajectory
         setting(4, idle=lambda c: c.optim.final_weights == "ema", use_ema=False),
         setting(1, idle=no_average, ema_device="cpu"),

@@ -22,6 +22,8 @@ class Needs(NamedTuple):
     """Parameters that are trained."""
     stays: dict[str, int]
     """What is on the device all the time: weights, optimizer state and averages."""
+    waiting: int
+    """Weights in the computer's memory that are copied to the device while their block runs."""
     gradients: int
     kept: int
     """Activations that the denoiser keeps for its backward pass."""
@@ -97,6 +99,7 @@ def estimate(config: TrainConfig, rehearsal: Rehearsal, processes: int = 1) -> N
         parameters.base,
         parameters.trained,
         stays,
+        parameters.waiting,
         gradients,
         denoiser.kept,
         0 if loss is None else loss.peak,

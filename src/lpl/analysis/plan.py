@@ -147,9 +147,16 @@ def _details(needs: Needs, config: TrainConfig) -> list[str]:
         flops,
         f"memory       about {readable(needs.peak)} on the GPU at its peak ({needs.phase}); parts:",
         *(f"  {name:22} {readable(size):>10}" for name, size in rows),
+        *_waits(needs),
         "peaks        on the GPU:",
         *(f"  {phase:22} {readable(peak):>10}" for phase, peak in needs.phases.items()),
     ]
+
+
+def _waits(needs: Needs) -> list[str]:
+    if not needs.waiting:
+        return []
+    return [f"offloaded    {readable(needs.waiting)} in the computer's memory, copied twice in every micro-batch"]
 
 
 def _table(rows: list[Choice], memory: int) -> list[str]:

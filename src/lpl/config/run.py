@@ -75,6 +75,16 @@ class ModelConfig(Options):
     )
     """Keep the frozen linear layers of the denoiser's blocks in 8 or 4 bits, for small cards: a half or a quarter of
     bfloat16's memory for a little time. The LoRA is for the whole model, as ever."""
+    offload_blocks: float | None = option(
+        None,
+        above=0,
+        most=1,
+        free=True,
+        needs="rank",
+        elsewhere=("blocks_to_swap", "enable_group_offload", "layer_offload_fraction"),
+    )
+    """Share of the denoiser's repeated blocks whose frozen weights wait in the computer's memory and are copied to the
+    device each time they are needed: for cards that do not hold the model, at the price of time. 1: all of them."""
     train_text_encoder: bool = option(False, by_model=True)
     """Train the CLIP text encoders too, or with --rank a LoRA on their attentions (--lora_targets attention_mlp or all:
     and MLPs); see --text_encoder_lr. A T5 beside them stays frozen."""

@@ -134,6 +134,17 @@ def check_memory_options(config: TrainConfig, packages: bool = True) -> None:
         UserError: the first that does not go with them, or a package that is missing.
     """
     optim, run = config.optim, config.run
+    if config.model.offload_blocks is not None:
+        flag = f"--offload_blocks {config.model.offload_blocks:g}"
+        require(
+            config.model.rank is not None,
+            f"{flag} without --rank: every weight is trained, and what is trained stays on the device; drop it",
+        )
+        require(
+            run.gradient_checkpointing,
+            f"{flag} without --gradient_checkpointing: all copies would be kept for the backward pass; add it",
+        )
+        require(not run.compile_denoiser, f"{flag} with --compile_denoiser: it takes no copies; drop one of them")
     precision = run.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if optim.weights_dtype == "bfloat16":
         flag = "--weights_dtype bfloat16"

@@ -18,9 +18,10 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from peft import LoraConfig
 
-from lpl.base.errors import UserError
+from lpl.base.errors import UserError, require
 from lpl.config import LPLConfig, ModelConfig, TrainConfig
 from lpl.config.length import length_of
+from lpl.config.run import processes
 from lpl.data.dataset import Batch, TrainingData, drawn_images
 from lpl.data.sampler import BatchOrder, share
 from lpl.diffusion.draws import even_draws, keyed_seed, strata
@@ -146,6 +147,11 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         project_dir=str(Path(run.output_dir) / log.logging_dir),
     )
     kind = accelerator.device.type
+    require(
+        accelerator.num_processes == processes(),
+        f"WORLD_SIZE is {processes()}, but on a {kind} accelerate joins {accelerator.num_processes}, and each would "
+        "train alone into one folder: on CPUs set ACCELERATE_USE_CPU=true, too",
+    )
     if accelerator.mixed_precision == "fp16" and kind == "cpu":
         raise UserError("--mixed_precision fp16 needs an accelerator; on a CPU use bf16 or no")
     if kind == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):

@@ -38,6 +38,8 @@ def check_launch(config: TrainConfig) -> None:
         "use DDP",
     )
     require(not config.run.compile_denoiser, "--compile_denoiser does not go with FSDP2: drop it, or use DDP")
+    offloaded = config.model.offload_blocks
+    require(offloaded is None, f"--offload_blocks {offloaded}: FSDP2 splits the blocks over GPUs: drop it, or use DDP")
     quantized = config.model.quantize_base
     require(quantized is None, f"--quantize_base {quantized}: FSDP2 splits no codes: drop it, or use DDP")
 

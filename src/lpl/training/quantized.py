@@ -98,16 +98,22 @@ class QuantizedLinear(nn.Linear):
     def __init__(self, linear: nn.Linear, kind: Kind, device: torch.device) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.kind = linear.in_features, linear.out_features, kind
+        home = linear.weight.device
         codes = encode(linear.weight.to(device), kind)
         # Parameters, not buffers, which several processes would exchange at every step.
         for name, tensor in zip(("weight", "scale", "values"), codes, strict=True):
-            self.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
+            own = None if tensor is None else nn.Parameter(tensor.to(home), requires_grad=False)
+            self.register_parameter(name, own)
         self.bias = linear.bias
 
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        """The weights, written out."""
-        stored = Codes(self.weight, self.scale, self.values)
-        return decode(stored, self.kind, (self.out_features, self.in_features), dtype)
+    @property
+    def stored(self) -> Codes:
+        """The weights as they are kept."""
+        return Codes(self.weight, self.scale, self.values)
+
+    def dense(self, dtype: torch.dtype, stored: Codes | None = None) -> Tensor:
+        """The weights, or others in their place, written out."""
+        return decode(stored or self.stored, self.kind, (self.out_features, self.in_features), dtype)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002, the name in nn.Linear
         """W x + b, in autocast's precision where it is active."""
@@ -127,13 +133,13 @@ class _FrozenProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, layer: QuantizedLinear) -> Tensor:  # noqa: A002
-        ctx.layer = layer
+        ctx.layer, ctx.stored = layer, layer.stored  # where the layer is offloaded, that is a copy of now
         return input @ layer.dense(input.dtype).t()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None]:
         [gradient] = gradients
-        return (gradient @ ctx.layer.dense(gradient.dtype) if ctx.needs_input_grad[0] else None), None
+        return (gradient @ ctx.layer.dense(gradient.dtype, ctx.stored) if ctx.needs_input_grad[0] else None), None
 
 
 def quantize(
@@ -144,7 +150,7 @@ def quantize(
 
     Args:
         denoiser: frozen; changed in place.
-        device: where codes are made, a layer at a time, and stay.
+        device: where codes are made, a layer at a time; they are kept where the weights were.
         progress: goes over the layers, as a bar does.
     """
     body = denoiser.parts[0] if isinstance(denoiser, JointModel) else denoiser

@@ -23,6 +23,7 @@ from lpl.families.base import DECODED_PIXELS, Blueprint
 from lpl.perceptual.loss import CHUNK_PIXELS
 from lpl.training.counter import FusedAttention, StepCounter, checkpoint, make_fake
 from lpl.training.engine import add_lora, build_loss
+from lpl.training.offloaded import offload
 from lpl.training.quantized import quantize
 from lpl.training.states import one_step_size
 
@@ -54,7 +55,9 @@ class Parameters(NamedTuple):
     largest: int
     """Of the largest trained tensor."""
     size: int
-    """Bytes of all."""
+    """Bytes of all that are on the device throughout."""
+    waiting: int
+    """Bytes of those that are copied there while their block runs."""
     shapes: tuple[tuple[int, ...], ...]
     """Of the trained tensors."""
     itemsize: int
@@ -113,6 +116,8 @@ class Rehearsal:
         self._fake = FakeTensorMode()
         self._done: dict[tuple[Any, ...], Any] = {}
         self._told = False
+        self._waiting: dict[int, nn.Parameter] = {}
+        """Weights that are not on the device but while their block runs."""
 
     def latents(self, config: TrainConfig, batch: int) -> tuple[int, int, int, int]:
         """The shape of a batch of latents."""
@@ -135,7 +140,8 @@ class Rehearsal:
         trained = [p for p in model.parameters() if p.requires_grad]
         sizes, shapes = [p.numel() for p in trained], tuple(tuple(p.shape) for p in trained)
         itemsize = max(p.element_size() for p in trained)
-        return Parameters(base, sum(sizes), max(sizes), _bytes(model), shapes, itemsize)
+        waiting = sum(p.nbytes for p in model.parameters() if id(p) in self._waiting)
+        return Parameters(base, sum(sizes), max(sizes), _bytes(model) - waiting, waiting, shapes, itemsize)
 
     def denoiser(self, config: TrainConfig) -> DenoiserCost:
         """One micro-batch, as the trainer runs it; with accumulation, gradients of earlier ones are there already."""
@@ -206,6 +212,8 @@ class Rehearsal:
             for module in denoiser.modules():
                 if self.device == "cuda" and isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
                     module.register_forward_pre_hook(_to_float32)
+        if lora is not None and lora.offload_blocks is not None and self.device == "cuda":
+            self._waiting |= {id(p): p for p in offload(denoiser, lora.offload_blocks, torch.empty_like)}
         return denoiser.train()
 
     def _inputs(self, shape: tuple[int, ...]) -> tuple[Any, ...]:
@@ -324,7 +332,8 @@ def _quiet(active: bool) -> Iterator[None]:
 
 def _weights(config: TrainConfig) -> Weights:
     """The options of a LoRA, if there is one, are alike for all models."""
-    names: tuple[str, ...] = ("rank", "lora_alpha", "lora_dropout", "lora_targets", "use_dora", "quantize_base")
+    names: tuple[str, ...] = ("rank", "lora_alpha", "lora_dropout", "lora_targets", "use_dora")
+    names = (*names, "quantize_base", "offload_blocks")
     if config.model.continued_lora is not None:
         names = (*names, "lora_weights", "pretrained_model_name_or_path", "single_file_config")
     lora = {name: getattr(config.model, name) for name in names}

@@ -8,18 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import (
-    tiny_auraflow,
-    tiny_chroma,
-    tiny_flux,
-    tiny_flux2,
-    tiny_lumina2,
-    tiny_qwenimage,
-    tiny_sana,
-    tiny_sd3,
-    tiny_sdxl,
-    tiny_zimage,
-)
+from tiny_models import BUILDS, tiny_flux, tiny_sdxl
 from torch import nn
 
 from lpl.base.errors import UserError
@@ -30,20 +19,6 @@ from lpl.training.rehearsal import Rehearsal
 CPU = torch.device("cpu")
 DEVICE = torch.device("cpu", 0)
 """To torch another device than CPU, whose memory is the same."""
-
-
-BUILDS = [
-    tiny_sdxl,
-    tiny_sd3,
-    tiny_flux,
-    tiny_sana,
-    tiny_zimage,
-    tiny_flux2,
-    tiny_qwenimage,
-    tiny_lumina2,
-    tiny_auraflow,
-    tiny_chroma,
-]
 
 
 @pytest.mark.parametrize("build", BUILDS)

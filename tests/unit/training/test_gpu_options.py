@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lpl.base.errors import UserError
-from lpl.config import LPLConfig, RunConfig, TrainConfig
+from lpl.config import LoggingConfig, LPLConfig, RunConfig, TrainConfig
 from lpl.training import engine
 from lpl.training.checks import warn_of_decoder
 from lpl.training.engine import build_accelerator
@@ -21,7 +21,7 @@ def old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU that makes bfloat16 tensors but computes with them by emulation, as those before Ampere do."""
 
     def accelerator(mixed_precision: str | None = None, **_: Any) -> Any:
-        return SimpleNamespace(device=torch.device("cuda"), mixed_precision=mixed_precision or "no")
+        return SimpleNamespace(device=torch.device("cuda"), mixed_precision=mixed_precision or "no", num_processes=1)
 
     monkeypatch.setattr(engine, "Accelerator", accelerator)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
@@ -58,3 +58,11 @@ def test_a_decoder_without_tensor_cores_is_told_of(
     assert [record.getMessage().split(": ")[0] for record in caplog.records] == [
         "LPL's decoder runs in float32 without tensor cores"
     ] * slow
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launched without a GPU and without a word of it, each of several was a run of its own into the same folder."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(engine.Accelerator, "num_processes", 1)
+    with pytest.raises(UserError, match=r"WORLD_SIZE is 2, but on a cpu accelerate joins 1, .* ACCELERATE_USE_CPU=true"):
+        build_accelerator(TrainConfig(logging=LoggingConfig(report_to="none")))

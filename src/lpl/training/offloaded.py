@@ -1,0 +1,99 @@
+"""`--offload_blocks`: frozen weights of the denoiser's repeated blocks that wait in the computer's memory.
+
+A block computes with copies of its weights on the device: made before it runs, in the forward pass and again where
+gradient checkpointing runs it once more, and gone after their last use in the backward pass. What waits is never
+changed or replaced, so that values are those of a denoiser that is on the device as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import ceil
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lpl.base.errors import require
+from lpl.families.joint import JointModel
+
+LEAST = 2**16
+"""Bytes of a tensor that waits: norms and biases stay on the device."""
+Copy = Callable[[Tensor], Tensor]
+
+
+def offload(denoiser: nn.Module, share: float, copy: Copy) -> list[nn.Parameter]:
+    """Makes weights of so many of its blocks wait where they are, also when the denoiser is moved.
+
+    Args:
+        denoiser: with what is trained in it, which does not wait; changed in place.
+        share: of its blocks, in 0..1, rounded up and spread evenly over them.
+        copy: of a tensor that waits, on the device.
+
+    Returns:
+        What waits.
+
+    Raises:
+        UserError: there are no such blocks.
+    """
+    blocks = repeated_blocks(denoiser)
+    require(bool(blocks), f"--offload_blocks {share:g}: this denoiser has no repeated blocks: drop it")
+    number = ceil(share * len(blocks) - 1e-9)
+    chosen = [blocks[place * len(blocks) // number] for place in range(number)]
+    waiting = [parameter for block in chosen for parameter in _Waiting(block, copy).parameters]
+    return list({id(parameter): parameter for parameter in waiting}.values())
+
+
+def repeated_blocks(denoiser: nn.Module) -> list[nn.Module]:
+    """Those of a list that diffusers names as repeated, or else as not to be split: under gradient checkpointing it
+    runs each again."""
+    body: Any = denoiser.parts[0] if isinstance(denoiser, JointModel) else denoiser
+    names = body._repeated_blocks or body._no_split_modules
+    lists = [module for module in body.modules() if isinstance(module, nn.ModuleList)]
+    return [block for several in lists for block in several if type(block).__name__ in names]
+
+
+def to_device(device: torch.device) -> Copy:
+    """The copy of a run; from memory that is not paged out, the host does not wait for it."""
+    return lambda tensor: tensor.to(device, non_blocking=True)
+
+
+class _Waiting:
+    """The frozen weights of a block, and their copies while it runs."""
+
+    def __init__(self, block: nn.Module, copy: Copy) -> None:
+        self.copy = copy
+        self.places = [
+            (module, name, parameter)
+            for module in block.modules()
+            for name, parameter in module._parameters.items()
+            if parameter is not None and not parameter.requires_grad and parameter.nbytes >= LEAST
+        ]
+        self.parameters = list({id(parameter): parameter for *_, parameter in self.places}.values())
+        for module in {id(module): module for module, *_ in self.places}.values():
+            self._keep_in_place(module)
+        block.register_forward_pre_hook(self._bring)
+        # Also where a recomputation ends early, which is an exception.
+        block.register_forward_hook(self._drop, always_call=True)
+
+    def _keep_in_place(self, module: Any) -> None:
+        """Of a module that is moved or cast, what waits is not."""
+        own, apply = {name: p for m, name, p in self.places if m is module}, module._apply
+
+        def apply_to_others(*arguments: Any, **named: Any) -> nn.Module:
+            module._parameters.update(dict.fromkeys(own))
+            apply(*arguments, **named)
+            module._parameters.update(own)
+            return module
+
+        module._apply = apply_to_others
+
+    def _bring(self, block: nn.Module, inputs: Any) -> None:
+        copies = {id(parameter): self.copy(parameter.detach()) for parameter in self.parameters}
+        for module, name, parameter in self.places:
+            places: dict[str, Any] = module._parameters
+            places[name] = copies[id(parameter)]
+
+    def _drop(self, block: nn.Module, inputs: Any, output: Any) -> None:
+        for module, name, parameter in self.places:
+            module._parameters[name] = parameter
