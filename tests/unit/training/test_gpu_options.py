@@ -64,5 +64,7 @@ def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch: pytes
     """Launched without a GPU and without a word of it, each of several was a run of its own into the same folder."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(engine.Accelerator, "num_processes", 1)
-    with pytest.raises(UserError, match=r"WORLD_SIZE is 2, but on a cpu accelerate joins 1, .* ACCELERATE_USE_CPU=true"):
+    with pytest.raises(
+        UserError, match=r"WORLD_SIZE is 2, but on a cpu accelerate joins 1, .* ACCELERATE_USE_CPU=true"
+    ):
         build_accelerator(TrainConfig(logging=LoggingConfig(report_to="none")))
