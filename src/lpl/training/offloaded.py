@@ -7,19 +7,38 @@ changed or replaced, so that values are those of a denoiser that is on the devic
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from math import ceil
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from lpl.base.errors import require
 from lpl.families.joint import JointModel
 
+logger = logging.getLogger("lpl")
 LEAST = 2**16
 """Bytes of a tensor that waits: norms and biases stay on the device."""
 Copy = Callable[[Tensor], Tensor]
+
+
+def offload_to_host(denoiser: nn.Module, share: float, device: torch.device) -> None:
+    """Makes a share of a run's blocks wait on the host; from memory that is not paged out copies are not waited for.
+
+    DDP, which wants all parameters on one device, is told to leave them alone.
+    """
+    waiting = offload(denoiser, share, lambda tensor: tensor.to(device, non_blocking=True))
+    if device.type == "cpu":
+        logger.warning("--offload_blocks has no effect on a CPU, where they are")
+    if device.type == "cuda":
+        for parameter in waiting:
+            parameter.data = parameter.data.pin_memory()
+    ids = {id(parameter) for parameter in waiting}
+    names = [name for name, parameter in denoiser.named_parameters() if id(parameter) in ids]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(denoiser, names)
 
 
 def offload(denoiser: nn.Module, share: float, copy: Copy) -> list[nn.Parameter]:
@@ -51,11 +70,6 @@ def repeated_blocks(denoiser: nn.Module) -> list[nn.Module]:
     names = body._repeated_blocks or body._no_split_modules
     lists = [module for module in body.modules() if isinstance(module, nn.ModuleList)]
     return [block for several in lists for block in several if type(block).__name__ in names]
-
-
-def to_device(device: torch.device) -> Copy:
-    """The copy of a run; from memory that is not paged out, the host does not wait for it."""
-    return lambda tensor: tensor.to(device, non_blocking=True)
 
 
 class _Waiting:

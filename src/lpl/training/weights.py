@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,13 +13,12 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from lpl.base.terminal import progress
 from lpl.config import OptimConfig, TrainConfig
 from lpl.families.base import Family
 from lpl.training.engine import add_lora
-from lpl.training.offloaded import offload, to_device
+from lpl.training.offloaded import offload_to_host
 from lpl.training.optimizers import (
     averages_itself,
     build_optimizer,
@@ -31,8 +29,6 @@ from lpl.training.optimizers import (
 from lpl.training.per_parameter import FusedBackward, bare
 from lpl.training.quantized import quantize
 from lpl.training.sharded import WholeModel, local
-
-logger = logging.getLogger("lpl")
 
 
 class Average(EMAModel):
@@ -182,7 +178,8 @@ def build_trained(
     if config.run.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
     denoiser.train()
-    _offload(denoiser, config.model.offload_blocks, accelerator.device)
+    if config.model.offload_blocks is not None:
+        offload_to_host(denoiser, config.model.offload_blocks, accelerator.device)
     if kind != DistributedType.FSDP:  # which splits it before it goes there
         denoiser.to(accelerator.device)
     whole_model = WholeModel(accelerator, denoiser)
@@ -202,18 +199,3 @@ def build_trained(
     optimizer.train()  # says something to schedule-free optimizers only
     weights = Weights(parameters, optimizer, ema, config.optim.final_weights)
     return Trained(wrapped, parameters, optimizer, schedule, ema, weights, stepping, whole_model)
-
-
-def _offload(denoiser: nn.Module, share: float | None, device: torch.device) -> None:
-    """Makes a share of the blocks wait on the host, where the engine's processes leave them, too."""
-    if share is None:
-        return
-    waiting = offload(denoiser, share, to_device(device))
-    if device.type == "cpu":
-        logger.warning("--offload_blocks has no effect on a CPU, where they are")
-    if device.type == "cuda":
-        for parameter in waiting:
-            parameter.data = parameter.data.pin_memory()
-    ids = {id(parameter) for parameter in waiting}
-    names = [name for name, parameter in denoiser.named_parameters() if id(parameter) in ids]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(denoiser, names)

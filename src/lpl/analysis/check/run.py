@@ -30,6 +30,7 @@ from lpl.data.sheets import png_of, printable
 from lpl.diffusion.draws import bin_edges
 from lpl.families import load_family, plan_configs
 from lpl.training.engine import build_accelerator, build_objective
+from lpl.training.offloaded import offload_to_host
 from lpl.training.preflight import Checked, check_data, processes
 from lpl.training.step import TrainingStep
 
@@ -128,6 +129,8 @@ class Check:
             denoiser = family.denoiser.eval().requires_grad_(False)
             if self.no_float32 is not None:
                 torch.nn.Module.to(denoiser, self.step.autocast)
+                if config.model.offload_blocks is not None:
+                    offload_to_host(denoiser, config.model.offload_blocks, self.device)
             self.denoiser = denoiser.to(self.device)
             by_dtype = self._denoiser_precision(encoded)
         components = {
