@@ -16,6 +16,8 @@ def in_turn(modules):  # LPL
 
 class LatentDiffusion(torch.nn.Module):
     parameterization, num_timesteps, scale_factor = "eps", 1000, 0.18215
+    sqrt_alphas_cumprod: torch.Tensor
+    sqrt_one_minus_alphas_cumprod: torch.Tensor
 
     def __init__(self, unet, first_stage_model):
         super().__init__()
