@@ -38,8 +38,8 @@ def check_same_data(run: Path, baseline: Path) -> None:
     older, newer = sorted(digests, key=lambda folder: (folder / FINISHED).stat().st_mtime)
     raise UserError(
         f"{newer}: was trained on other images or captions than {older}, which was finished before it, or others were "
-        f"held out, so they are no pair: restore the data and remove {newer}, or remove {older} and all runs as old as it, "
-        "or compare in another --output_dir"
+        f"held out, so they are no pair: restore the data and remove {newer}, or remove {older} and all runs as "
+        "old as it, or compare in another --output_dir"
     )
 
 
