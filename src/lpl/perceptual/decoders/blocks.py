@@ -1,4 +1,4 @@
-"""Which blocks of diffusers have frozen operations: told by their structure, not by the class they stand in."""
+"""Which blocks of diffusers have frozen operations: recognised by their structure, not by the class that holds them."""
 
 from typing import Any
 
@@ -9,9 +9,9 @@ from lpl.perceptual.frozen import Attention, Fuse, Identity, NormSiLUConvolution
 
 
 def frozen_stage(stage: Any, fuse: Fuse) -> tuple[list[Operation], Head | None, int]:
-    """A stage's operations, the upsampling that ends it, if one does, and how many of all these are frozen ones.
+    """A stage's operations, the upsampling at its end, if any, and how many operations are frozen ones.
 
-    Modules of a nn.Sequential are taken in turn; what has no frozen operations runs as plain blocks.
+    Modules of a nn.Sequential are taken in turn; those without frozen operations run as plain blocks.
     """
     operations: list[Operation] = []
     modules = _flat(stage)
@@ -27,7 +27,7 @@ def frozen_stage(stage: Any, fuse: Fuse) -> tuple[list[Operation], Head | None, 
 
 
 def _flat(stage: Any) -> list[Any]:
-    """The modules of nested nn.Sequentials that nothing listens to, in order, but for those that change nothing."""
+    """The modules of nested nn.Sequentials (those without hooks), in order, without nn.Identity."""
     if type(stage) is nn.Identity:
         return []
     if type(stage) is nn.Sequential and not (stage._forward_hooks or stage._forward_pre_hooks):
@@ -36,7 +36,7 @@ def _flat(stage: Any) -> list[Any]:
 
 
 def _next(modules: list[Any], fuse: Fuse) -> tuple[int, list[Operation]]:
-    """The operations of the first few modules, and how many these are."""
+    """The operations of the first module or modules, after the number of modules that they cover."""
     first, *rest = modules
     if is_plain(first):
         return 1, [Convolution(first)]
@@ -55,7 +55,7 @@ def _next(modules: list[Any], fuse: Fuse) -> tuple[int, list[Operation]]:
 
 
 def frozen_block(block: Any, fuse: Fuse) -> tuple[list[Operation], Head] | None:
-    """An up block's operations and the upsampling behind them; None: it has others."""
+    """An up block's operations and the upsampling behind them; None if it is built otherwise."""
     upsamplers = list(block.upsamplers or [])
     known = type(block).__name__ == "UpDecoderBlock2D" and all(map(is_resnet, block.resnets))
     if not known or len(upsamplers) > 1 or not all(map(is_upsampling, upsamplers)):
@@ -65,7 +65,7 @@ def frozen_block(block: Any, fuse: Fuse) -> tuple[list[Operation], Head] | None:
 
 
 def frozen_attention(module: Any, fuse: Fuse) -> Operation:
-    """A middle block's attention, plain where it is of another build than SDXL's."""
+    """A middle block's attention, as a plain block where it is built otherwise than SDXL's."""
     return Attention(module, fuse) if is_attention(module) else Plain(module)
 
 
