@@ -187,7 +187,7 @@ class AutoWeight:
         if not self.fixed:
             logger.warning(
                 "lpl_weight 'auto' measured %d gated samples and found a weight of %g: the gradient of LPL (%g) or of "
-                "the diffusion loss (%g) is 0 or not finite, as where all sample_weights or masks are 0; it measures anew",
+                "the diffusion loss (%g) is 0 or not finite, as where all sample_weights are 0; it measures anew",
                 self.measured, self.weight, float(lpl.sqrt()), float(diffusion.sqrt()),
             )  # fmt: skip
             self.weight, self.measured, self._squares = 0.0, 0, None
