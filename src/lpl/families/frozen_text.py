@@ -123,7 +123,7 @@ class OwnLengthFamily(FrozenTextFamily):
         return found["prompt_embeds"][0][: int(found["lengths"][0])].float()
 
     def text_bytes(self) -> int:
-        return 2 * 128 * int(self.text_encoders[0].config.get_text_config().hidden_size)  # of usual captions, in two bytes
+        return 2 * 128 * int(self.text_encoders[0].config.get_text_config().hidden_size)  # of usual captions; two bytes
 
 
 def trimmed(embeds: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor | None]:
