@@ -1,7 +1,8 @@
 """What to add to train_network.py of kohya's sd-scripts (SD 1.5, SD 2, SDXL): the lines that end in `# LPL`.
 
-All else is the script's own trainer, under its names and cut to what matters here. The script pins older versions of
-diffusers and transformers than this package asks for, with which LPL works too: pip install --no-deps.
+sdxl_train_network.py runs that file's trainer, too. All else is the script's own, under its names and cut to what
+matters here. The script pins older versions of diffusers and transformers than this package asks for, with which LPL
+works too: pip install --no-deps.
 """
 
 import torch

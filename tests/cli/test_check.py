@@ -228,6 +228,8 @@ def test_a_gpu_without_room_for_a_float32_denoiser(
     assert "the denoiser in other precisions than bf16: in float32 its weights take " in said
     assert "time of a step: it needs " in said
     assert "error" not in err
+    chosen, _, _ = check("--lpl_dtype=auto", mixed_precision="bf16")
+    assert chosen["options"]["lpl_dtype"] in ("float32", "bfloat16")  # as it is measured here
     offloaded, _, err = check("--rank=2", "--gradient_checkpointing", "--offload_blocks=1", mixed_precision="bf16")
     assert "--offload_blocks has no effect on a CPU" in err  # so they were
     assert offloaded["components"]["denoiser"]["bfloat16"] == precisions["bfloat16"]

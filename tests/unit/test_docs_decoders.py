@@ -6,47 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import tiny_vae
+from tiny_networks import compvis_autoencoder
 from torch import nn
 
 PAGE = Path(__file__).parents[2] / "docs" / "decoders.md"
 EXAMPLES = re.findall(r"```python (\w+)\n(.*?)```", PAGE.read_text(), re.DOTALL)
-
-
-class Block(nn.Module):
-    """A residual block as ldm writes it, which takes the timestep's embedding too."""
-
-    def __init__(self, inputs, outputs):
-        super().__init__()
-        self.norm1, self.conv1 = nn.GroupNorm(2, inputs), nn.Conv2d(inputs, outputs, 3, padding=1)
-        self.nin_shortcut = nn.Conv2d(inputs, outputs, 1)
-
-    def forward(self, x, temb=None):
-        return self.nin_shortcut(x) + self.conv1(nn.functional.silu(self.norm1(x)))
-
-
-class Doubling(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
-
-    def forward(self, x):
-        return self.conv(nn.functional.interpolate(x, scale_factor=2.0))
-
-
-def ldm():
-    """CompVis's AutoencoderKL: levels from the last to the first."""
-    model, decoder = nn.Module(), nn.Module()
-    model.post_quant_conv, model.decoder = nn.Conv2d(3, 3, 1), decoder
-    decoder.conv_in, decoder.mid = nn.Conv2d(3, 8, 3, padding=1), nn.Module()
-    decoder.mid.block_1, decoder.mid.attn_1, decoder.mid.block_2 = Block(8, 8), nn.Identity(), Block(8, 8)
-    decoder.up = nn.ModuleList()
-    for n, (inputs, outputs) in enumerate([(6, 4), (8, 6), (8, 8)]):
-        level = nn.Module()
-        level.block = nn.ModuleList([Block(inputs, outputs)])
-        if n:
-            level.upsample = Doubling(outputs)
-        decoder.up.append(level)
-    return model
 
 
 def monai():
@@ -77,7 +41,7 @@ class ViT(nn.Module):
         return torch.cat([self.token.expand(len(z), -1, -1), z.flatten(2).transpose(1, 2)], 1)
 
 
-MODELS = {"vae": lambda: tiny_vae(), "ldm": ldm, "monai": monai, "decoder": decoder, "vit": ViT}
+MODELS = {"vae": lambda: tiny_vae(), "ldm": compvis_autoencoder, "monai": monai, "decoder": decoder, "vit": ViT}
 SHAPES = {
     "vae": (2, 4, 4, 4),
     "ldm": (2, 3, 4, 4),

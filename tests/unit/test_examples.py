@@ -18,6 +18,7 @@ from diffusers import (
     UNet2DModel,
 )
 from tiny_models import tiny_vae
+from tiny_networks import compvis_autoencoder
 from torch import nn
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -69,6 +70,45 @@ def test_sit(capsys):
     example.check_loop(model, vae, batches)
     assert "lpl_weight=" in capsys.readouterr().out
     assert acts(example.train(model, vae, batches))
+
+
+@pytest.mark.parametrize("parameterization", ["eps", "x0", "v"])
+def test_compvis(parameterization):
+    torch.manual_seed(0)
+    unet = tiny_unet()
+    example = load("compvis_ldm")
+    model = example.LatentDiffusion(lambda x, t, cond: unet(x, t).sample, compvis_autoencoder(4))
+    model.parameterization = parameterization
+    model.on_train_start()
+    assert [tap.stride for tap in model.objective.loss_fn.taps] == [4, 2, 1, 1]
+    optimizer = torch.optim.AdamW(unet.parameters(), 1e-3)
+    for z in latents(6):
+        model.training_step((z, None), 0).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        model.on_train_batch_end()
+    assert acts(model.objective)
+    model.eval()
+    before = model.objective.auto.measured
+    model.training_step((latents(1)[0], None), 0)
+    assert model.objective.auto.measured == before
+
+
+def test_monai():
+    from monai.networks.nets import AutoencoderKL
+    from monai.networks.schedulers import DDPMScheduler as MonaiScheduler
+
+    torch.manual_seed(0)
+    autoencoder = AutoencoderKL(
+        3, 1, 1, (1, 1), (4, 8), (False,) * 2, 3, 4, 1e-6, False, False
+    )  # axes, channels in and out, blocks, widths, attention, latent channels, groups, eps, attention in the middle
+    unet = nn.ModuleDict({"layer": nn.Conv3d(3, 3, 3, padding=1)})
+    unet.forward = lambda x, timesteps: unet["layer"](x)
+    images = [torch.randn(2, 1, 8, 8, 8) for _ in range(5)]
+    objective = load("monai_3d").train(
+        unet, autoencoder, MonaiScheduler(1000), images, ["decoder.blocks.1", "decoder.blocks.3"]
+    )
+    assert acts(objective)
 
 
 def args(**options):

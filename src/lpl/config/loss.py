@@ -153,8 +153,9 @@ class LPLConfig(Options):
     """First optimizer step with LPL."""
     lpl_max_samples: int | None = option(None, least=1)
     """At most this many gated samples of a micro-batch go through the decoder; rescaled, so unbiased."""
-    lpl_dtype: Literal["float32", "bfloat16", "float16"] = option("float32", defines=("lpl",))
-    """Precision of the decoder in LPL; it never runs under autocast."""
+    lpl_dtype: Literal["float32", "bfloat16", "float16", "auto"] = option("float32", defines=("lpl",))
+    """Precision of the decoder in LPL; it never runs under autocast. auto: bfloat16 where its gradient, measured on the
+    run's latents, is finite, near float32's and takes less time."""
     lpl_checkpointing: Literal["auto", "true", "false"] = option("auto", free=True)
     """Recompute the decoder in the backward pass to save memory; auto follows --gradient_checkpointing."""
     lpl_chunk: int | Literal["auto"] = option("auto", free=True, least=1)

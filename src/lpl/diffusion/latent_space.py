@@ -119,6 +119,11 @@ class LatentSpace:
     @staticmethod
     def _view(value: Tensor, like: Tensor) -> Tensor:
         value = value.to(like.device, like.dtype, non_blocking=True)
+        if len(value) not in (1, like.shape[1]):
+            raise ValueError(
+                f"latents have {like.shape[1]} channels, the latent space has {len(value)}: pass the latent_space= of "
+                "these latents"
+            )
         if value.dim() == 1:
             return value.view(1, -1, *[1] * (like.dim() - 2))
         phases, size = value.shape[1], like.shape[-2:]

@@ -4,13 +4,8 @@ Two identities save arithmetic; both are exact, sums in another order.
 
 - The 3 x 3 convolution behind a nearest-neighbour upsampling reads each input value up to four times; adding the
   weights that meet the same value first gives four 2 x 2 convolutions of the small map, 16/36 of the products.
-- Winograd's F(2, 3) along columns: two output rows from four input rows d take four products instead of six,
-  y0 = m0 + m1 + m2, y1 = m1 - m2 - m3, with m0 = (d0 - d2) g0, m1 = (d1 + d2) (g0 + g1 + g2)/2,
-  m2 = (d2 - d1) (g0 - g1 + g2)/2, m3 = (d1 - d3) g2; each product is a 1 x 3 convolution along the rows. The 2 x 2
-  convolutions take three instead of four, F(2, 2): m0 = (d0 - d1) g0, m1 = d1 (g0 + g1), m2 = (d1 - d2) g1,
-  y0 = m0 + m1, y1 = m1 - m2. (Winograd, Arithmetic Complexity of Computations, 1980; Lavin & Gray, CVPR 2016.) Used on
-  a CPU in float32, where its rounding error is no larger than the direct sum's. In bfloat16 it would double the error;
-  GPU libraries choose their own way.
+- Winograd's way (winograd.py), on a CPU in float32, where its rounding error is no larger than the direct sum's. In
+  bfloat16 it would double the error; GPU libraries choose their own way.
 """
 
 from abc import ABC, abstractmethod
@@ -22,13 +17,16 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
 from lpl.perceptual.strips import Make, arithmetic, assemble, layout, spans, window
+from lpl.perceptual.winograd import along_both, along_columns, pays_on_both_axes
 
 Rows = Callable[[int, int], Tensor]
 """Rows first to last of a map."""
 MATRIX_CELLS = 256
 """Cells of a map (all samples) up to which a folded convolution is a product of matrices."""
-WINOGRAD_CHANNELS, WINOGRAD_CELLS = 64, 4096
-"""Input channels and cells of a map (all samples) from which on F(2, 3) pays for making its weights."""
+SMALL_CELLS = 4096
+"""Cells of a map (all samples) below which transposing a convolution's weights costs more than it saves."""
+WINOGRAD_CHANNELS, WINOGRAD_CELLS = 64, 1024
+"""Input channels and cells of a map (all samples) from which on Winograd's way pays for making its weights."""
 
 
 class Operation(ABC):
@@ -69,39 +67,15 @@ def row_convolution(
     """
     columns = (0, weight.shape[3] // 2 if padding is None else padding)
 
-    def convolve(rows: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
-        return conv2d(rows, kernel, bias, padding=columns)
-
     def direct(rows: Tensor, _: Tensor | None) -> Tensor:
-        return convolve(rows, weight, bias)
+        return conv2d(rows, weight, bias, padding=columns)
 
     if not takes_winograd(weight, x):
         return direct
+    both = pays_on_both_axes(weight, x, columns[1])
+    winograd = along_both(weight, bias) if both else along_columns(weight, bias, columns[1])
     taps = weight.shape[2]
-    kernels = [g.unsqueeze(2).contiguous(memory_format=torch.channels_last) for g in _winograd_kernels(weight)]
-
-    def winograd(rows: Tensor, place: Tensor | None) -> Tensor:
-        n = rows.shape[2] - taps + 1
-        if n % 2:
-            return direct(rows, place)
-        d = [rows[:, :, i : i + n : 2] for i in range(taps + 1)]
-        if taps == 3:
-            middle = convolve(d[1] + d[2], kernels[1], bias)
-            other = convolve(d[2] - d[1], kernels[2])
-            first = convolve(d[0] - d[2], kernels[0]).add_(middle).add_(other)
-            second = middle.sub_(other).sub_(convolve(d[1] - d[3], kernels[3]))
-        else:
-            middle = convolve(d[1], kernels[1], bias)
-            first = convolve(d[0] - d[1], kernels[0]).add_(middle)
-            second = middle.sub_(convolve(d[1] - d[2], kernels[2]))
-        out = place
-        if out is None:
-            shape = (len(first), first.shape[1], n, first.shape[3])
-            out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout(first))
-        out[:, :, ::2], out[:, :, 1::2] = first, second
-        return out
-
-    return winograd
+    return lambda rows, place: direct(rows, place) if (rows.shape[2] - taps) % 2 == 0 else winograd(rows, place)
 
 
 def takes_matrix(x: Tensor) -> bool:
@@ -109,19 +83,16 @@ def takes_matrix(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.shape[0] * x.shape[2] * x.shape[3] <= MATRIX_CELLS
 
 
+def is_small(x: Tensor) -> bool:
+    """Whether a map is so small that a CPU had better take a convolution's weights as they are."""
+    return x.device.type == "cpu" and x.shape[0] * x.shape[2] * x.shape[3] < SMALL_CELLS
+
+
 def takes_winograd(weight: Tensor, x: Tensor) -> bool:
     """Whether row_convolution saves products on the map x."""
     exact = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
     cells = x.shape[0] * x.shape[2] * x.shape[3]
     return exact and weight.shape[2] > 1 and weight.shape[1] >= WINOGRAD_CHANNELS and cells >= WINOGRAD_CELLS
-
-
-def _winograd_kernels(weight: Tensor) -> list[Tensor]:
-    if weight.shape[2] == 2:
-        g0, g1 = weight.unbind(2)
-        return [g0, g0 + g1, g1]
-    g0, g1, g2 = weight.unbind(2)
-    return [g0, (g0 + g1 + g2) / 2, (g0 - g1 + g2) / 2, g2]
 
 
 def made_for(x: Tensor) -> torch.memory_format:
@@ -140,7 +111,14 @@ def laid_out(weight: Tensor, x: Tensor) -> Tensor:
 
 def transposed(weight: Tensor, grad: Tensor) -> Tensor:
     """The weights with which a convolution's backward pass (stride 1, odd size, zero padding) is a convolution."""
-    return weight.flip(2, 3).transpose(0, 1).contiguous(memory_format=made_for(grad))
+    if weight.device.type != "cpu" or not weight.is_contiguous(memory_format=torch.channels_last):
+        return weight.flip(2, 3).transpose(0, 1).contiguous(memory_format=made_for(grad))
+    rows, columns = weight.shape[2:]
+    out = weight.new_empty((weight.shape[1], rows, columns, len(weight)))
+    for a in range(rows):  # tap by tap, matrices that are transposed: three times as fast as all at once
+        for c in range(columns):
+            out[:, rows - 1 - a, columns - 1 - c] = weight[:, :, a, c].T
+    return out.permute(0, 3, 1, 2)
 
 
 def matrix_convolution(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor, Tensor | None], Tensor]:
@@ -162,11 +140,13 @@ def _matrix(weight: Tensor) -> Tensor:
     return weight.permute(0, 2, 3, 1).reshape(len(weight), -1)
 
 
-def gradient_to_input(weight: Tensor, grad: Tensor) -> Tensor:
-    """The backward pass of a convolution (stride 1, odd size, zero padding) from the weights as they are, for maps so
-    small that transposing them would cost more: of the smallest as a product of matrices, else torch's own.
+def gradient_to_input(weight: Tensor, grad: Tensor, padding: int | None = None) -> Tensor:
+    """The backward pass of a convolution (stride 1, zero padding; half the size where it is not given) from the weights
+    as they are, for maps so small that transposing them would cost more: with weights that lie channels last, of the
+    smallest as a product of matrices, else torch's own.
     """
-    if takes_matrix(grad):
+    channels_last = weight.is_contiguous(memory_format=torch.channels_last)
+    if padding is None and channels_last and takes_matrix(grad):
         size, (batch, _, height, width) = weight.shape[2], grad.shape
         parts = (grad.permute(0, 2, 3, 1).reshape(-1, grad.shape[1]) @ _matrix(weight)).view(
             batch, height, width, size, size, -1
@@ -177,11 +157,13 @@ def gradient_to_input(weight: Tensor, grad: Tensor) -> Tensor:
                 out[:, a : a + height, c : c + width] += parts[:, :, :, a, c]
         inner = slice(size // 2, size // 2 + height), slice(size // 2, size // 2 + width)
         return out[:, inner[0], inner[1]].permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
-    like = grad.new_empty(1).expand(len(grad), weight.shape[1], *grad.shape[2:])
-    around = [weight.shape[2] // 2] * 2
-    return torch.ops.aten.convolution_backward(
+    around = [weight.shape[2] // 2 if padding is None else padding] * 2
+    height, width = (side + weight.shape[2] - 1 - 2 * around[0] for side in grad.shape[2:])
+    like = grad.new_empty(1).expand(len(grad), weight.shape[1], height, width)
+    found: Tensor = torch.ops.aten.convolution_backward(
         grad, like, weight, None, [1, 1], around, [1, 1], False, [0, 0], 1, [True, False, False]
     )[0]
+    return found.contiguous(memory_format=layout(grad))
 
 
 class LastSlice:
@@ -256,9 +238,8 @@ class Convolution(Operation):
         return assemble(spans(x, shape[1]), shape, x, make), []
 
     def _is_mostly_weights(self, grad: Tensor) -> bool:
-        """Whether transposing a slice's weights would cost more than working on a map of one strip."""
-        small = isinstance(self.module, LastSlice) and len(spans(grad, self.module.in_channels)) == 1
-        return small and grad.shape[0] * grad.shape[2] * grad.shape[3] < WINOGRAD_CELLS
+        """Whether transposing the weights would cost more than working on a map of one strip."""
+        return is_small(grad) and len(spans(grad, self.module.in_channels)) == 1
 
     def backward(self, saved: list[Any], grad: Tensor) -> Tensor:
         if self._is_mostly_weights(grad):
@@ -318,10 +299,12 @@ class Upsampling(Head):
         return fill
 
     def backward(self, saved: list[Any], grad: Tensor) -> Tensor:
-        weight = transposed(self._folded(grad), grad)
+        folded = self._folded(grad)
         batch, channels, height, width = grad.shape
         height, width = height // 2, width // 2
         small = grad[:, :, ::2, ::2]
+        whole = is_small(small) and len(spans(small, 4 * channels)) == 1
+        weight = folded if whole else transposed(folded, grad)
         convolve = row_convolution(weight, None, small, padding=0)
 
         def make(first: int, last: int, _: Tensor | None) -> Tensor:
@@ -337,19 +320,26 @@ class Upsampling(Head):
                 rows = grad[:, :, a::2, c::2]
                 low, high = max(first - a, 0), min(last + 1 - a, height)
                 part[:, :, low + a - first : high + a - first, c : c + width] = rows[:, :, low:high]
-            return convolve(stacked, None)
+            return gradient_to_input(folded, stacked, padding=1) if whole else convolve(stacked, None)
 
-        shape = (batch, weight.shape[0], height, width)
+        shape = (batch, folded.shape[1], height, width)
         return assemble(spans(small, 4 * channels), shape, grad, make)
 
     def _folded(self, x: Tensor) -> Tensor:
-        """(4 * out, in, 2, 2): the weights of the four output phases, in the order of (a, c), for the map x."""
+        """(4 * out, in, 2, 2): the weights of the four output phases, in the order of (a, c), for the map x.
+
+        Three taps w of an axis become two: (w0, w1 + w2) for even output positions, (w0 + w1, w2) for odd ones.
+        """
         weight = self.module.weight
-        phases = [w for rows in _fold(weight.to(arithmetic(weight)), 2) for w in _fold(rows, 3)]
-        return torch.cat(phases).to(weight.dtype).contiguous(memory_format=made_for(x))
-
-
-def _fold(weight: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    """Three taps on an upsampled axis as two on the original: for even output positions and for odd ones."""
-    w0, w1, w2 = weight.unbind(axis)
-    return torch.stack([w0, w1 + w2], axis), torch.stack([w0 + w1, w2], axis)
+        out, channels = weight.shape[:2]
+        taps = weight.to(arithmetic(weight)).permute(2, 3, 0, 1).contiguous()
+        rows = (taps[0], taps[1] + taps[2]), (taps[0] + taps[1], taps[2])
+        phases = taps.new_empty((4, out, 2, 2, channels))
+        for a in range(2):
+            for i, (w0, w1, w2) in enumerate(rows[a]):
+                even, odd = phases[2 * a, :, i], phases[2 * a + 1, :, i]
+                even[:, 0], odd[:, 1] = w0, w2
+                torch.add(w1, w2, out=even[:, 1])
+                torch.add(w0, w1, out=odd[:, 0])
+        folded = phases.view(4 * out, 2, 2, channels).permute(0, 3, 1, 2).to(weight.dtype)
+        return folded.contiguous(memory_format=made_for(x))

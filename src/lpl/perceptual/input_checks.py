@@ -6,7 +6,7 @@ device are read only in the first calls (FirstCalls): each reading waits for the
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any
 
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from lpl.base.arguments import flags, function, integer, is_number, positive
-from lpl.diffusion.prediction import FLOW_TYPES, Convention, expand, target_of
+from lpl.diffusion.prediction import Convention, expand
 from lpl.perceptual.decoders import is_own
+from lpl.perceptual.direction import direction_fault
 
 logger = logging.getLogger(__name__)
 
@@ -271,33 +272,6 @@ def scaled_gradient(loss: Tensor, model_output: Tensor) -> Tensor | None:
     return gradient.float() / FLOAT16_SCALE if is_half and gradient is not None else gradient
 
 
-AGAINST = -0.5
-"""An alignment below this means another prediction type."""
-
-
-@torch.no_grad()
-def alignment(
-    diffusion_gradient: Tensor,
-    model_output: Tensor,
-    noisy_latents: Tensor,
-    latents: Tensor,
-    alpha: Tensor,
-    sigma: Tensor,
-    prediction_type: str | Convention,
-) -> Tensor:
-    """The cosine of the diffusion loss's gradient and output - target, (B,): above 0 where it trains that target.
-
-    Args:
-        diffusion_gradient, model_output, noisy_latents, latents: (B, C, ...).
-        alpha, sigma: (B,), sigma above 0.
-        prediction_type: determines the target, see prediction.py.
-    """
-    alpha, sigma, x0 = alpha.to(noisy_latents.dtype), sigma.to(noisy_latents.dtype), latents.to(noisy_latents.dtype)
-    noise = (noisy_latents - expand(alpha, x0) * x0) / expand(sigma, x0)
-    error = model_output.to(x0.dtype) - target_of(x0, noise, alpha, sigma, prediction_type)
-    return torch.cosine_similarity(diffusion_gradient.to(x0.dtype).flatten(1), error.flatten(1))
-
-
 class FirstCalls:
     """Reads values on the device in the first `calls` calls that have something to check, and in none after them.
 
@@ -359,36 +333,27 @@ class FirstCalls:
                 f"({hint}), or are noisy_latents and latents swapped, of another space, or not finite?"
             )
 
-    @torch.no_grad()
     def direction(
         self,
-        diffusion_gradient: Tensor,
-        model_output: Tensor,
-        noisy_latents: Tensor,
-        latents: Tensor,
+        tensors: Sequence[Tensor],
+        alpha: Tensor,
         sigma: Tensor,
         prediction_type: str | Convention,
+        known: Sequence[str],
     ) -> None:
-        """Warns where the diffusion loss moves a flow model's output away from the target that prediction_type gives.
+        """Warns, once, where the diffusion loss trains another target than prediction_type's, or moves away from it.
 
-        A loss that grows with |output - target| has a gradient along output - target; with the other sign of the target
-        it is reversed, at least while the output is small. Only a warning, since a loss may be meant to repel.
+        Only a warning, since a loss may be meant to repel.
 
         Args:
-            diffusion_gradient, model_output, noisy_latents, latents: (B, C, ...).
-            sigma: (B,), on the CPU; NaN: not looked at.
-            prediction_type: one of prediction.PREDICTION_TYPES.
+            tensors: the diffusion loss's gradient, model_output, noisy_latents and latents, (B, C, ...) each.
+            alpha, sigma: (B,), on the CPU; NaN: not looked at.
+            prediction_type, known: as direction_fault takes them.
         """
         rows = (sigma >= CLEAR_SIGMA[0]).nonzero().flatten()
-        if prediction_type not in FLOW_TYPES or not len(rows) or not self.due("direction"):
+        if not len(rows) or not self.due("direction"):
             return
-        g, output, noisy, clean = (
-            x[rows.to(x.device)] for x in (diffusion_gradient, model_output, noisy_latents, latents)
-        )
-        along = alignment(g, output, noisy, clean, 1 - sigma[rows], sigma[rows], prediction_type)
-        if float(along.mean()) < AGAINST:
+        looked_at = [x[rows.to(x.device)] for x in tensors]
+        if fault := direction_fault(looked_at, alpha[rows], sigma[rows], prediction_type, known):
             self._left["direction"] = 0
-            logger.warning(
-                "diffusion_loss draws model_output away from what prediction_type %r says it estimates: 'flow' is for "
-                "noise - latents, 'flow_to_data' for latents - noise", prediction_type,
-            )  # fmt: skip
+            logger.warning("%s", fault)

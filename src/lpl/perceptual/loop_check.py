@@ -24,12 +24,11 @@ from lpl.base.arguments import integer
 from lpl.diffusion.prediction import signal_to_noise, x0_from_output
 from lpl.perceptual.auto_weight import gradient_of, zero_gradient
 from lpl.perceptual.defaults import WALK_TOLERANCE
+from lpl.perceptual.direction import direction_fault
 from lpl.perceptual.effect import compared
 from lpl.perceptual.input_checks import (
-    AGAINST,
     CLEAR_SIGMA,
     FirstCalls,
-    alignment,
     check_active,
     check_latents,
     diffusion_gradient,
@@ -45,8 +44,6 @@ from lpl.perceptual.objective import PerceptualObjective, channels_of
 from lpl.perceptual.precision import compare, walk_difference
 
 PRECISION_SAMPLES = 2
-FOLLOWS, CLEARLY = 0.9, 0.1
-"""Cosine (see alignment) to a target that a loss trains, at least; and its lead over the declared target's."""
 
 
 class CheckResult(NamedTuple):
@@ -193,32 +190,12 @@ def _measure_batch(
 
 
 def _check_direction(objective: PerceptualObjective, tensors: Sequence[Tensor], alpha: Tensor, sigma: Tensor) -> None:
-    """Raises a ValueError where the diffusion loss trains another target than the objective's prediction_type.
-
-    A squared error's gradient has the direction of output - target, whatever its weight; tensors: alignment's first
-    four.
-    """
+    """Raises a ValueError where the diffusion loss trains another target than the objective's prediction_type."""
     clear = (sigma >= CLEAR_SIGMA[0]).nonzero().flatten()
-    if not len(clear):
-        return
-    gradient, output, noisy, latents = (x[clear.to(x.device)] for x in tensors)
-
-    def along(kind: Any) -> float:
-        return float(alignment(gradient, output, noisy, latents, alpha[clear], sigma[clear], kind).mean())
-
-    declared, kind = along(objective.prediction_type), objective.prediction_type
-    others = {name: along(name) for name in prediction_types(objective.gate)}
-    best = max(others, key=lambda name: others[name])
-    if others[best] > max(FOLLOWS, declared + CLEARLY):
-        raise ValueError(
-            f"diffusion_loss draws model_output to what prediction_type {best!r} says (cosine {others[best]:.2f}), not "
-            f"{kind!r} (cosine {declared:.2f}): pass prediction_type={best!r}"
-        )
-    if declared < AGAINST:
-        raise ValueError(
-            f"diffusion_loss draws model_output away from what prediction_type {kind!r} says (cosine {declared:.2f}): "
-            "look at its sign, and at the arguments"
-        )
+    looked_at, kind = [x[clear.to(x.device)] for x in tensors], objective.prediction_type
+    known = prediction_types(objective.gate)
+    if len(clear) and (fault := direction_fault(looked_at, alpha[clear], sigma[clear], kind, known)):
+        raise ValueError(fault)
 
 
 def _parts(loss: Any) -> list[Any]:

@@ -205,7 +205,7 @@ class LatentPerceptualLoss:
         with_gradient = torch.is_grad_enabled() and pred.requires_grad
         with torch.no_grad(), _without_autocast(pred.device.type):
             if not self._tried:
-                self.decoder.try_out(self._raw(target[:1]))
+                self.decoder.try_out(self._raw(target[:1]), self.chosen)
                 self._tried = True
             chunks = self._chunks(pred, target, mask, windows)
             if not self.weights:

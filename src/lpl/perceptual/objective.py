@@ -47,7 +47,7 @@ from lpl.perceptual.input_checks import (
     unpacked,
 )
 from lpl.perceptual.loss import LatentPerceptualLoss
-from lpl.perceptual.noise_levels import check_prediction_type, noise_levels, source_of
+from lpl.perceptual.noise_levels import check_prediction_type, noise_levels, prediction_types, source_of
 from lpl.perceptual.random_depth import depth_of
 from lpl.perceptual.term import PerceptualTerm, describe
 
@@ -246,8 +246,8 @@ class PerceptualObjective:
         elif diffusion_loss is not None and (g := diffusion_gradient(diffusion_loss, packed)) is not None:
             # Gradients of each sample's own loss, undoing the mean over the micro-batch.
             diffusion_square = g.float().square().sum() * size**2
-            (g,) = unpacked(unpack, g)
-            self._first.direction(g, model_output, noisy_latents, latents, looked_at, self.prediction_type)
+            tensors = (*unpacked(unpack, g), model_output, noisy_latents, latents)
+            self._first.direction(tensors, alpha, looked_at, self.prediction_type, prediction_types(self.gate))
         if diffusion_square is not None:
             # LPL's is 0 unless samples pass: the share compares means over all samples.
             metrics |= {"diffusion/gradient_square": diffusion_square / max(size, 1), "lpl/gradient_square": 0.0}

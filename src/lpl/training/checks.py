@@ -113,7 +113,7 @@ def warn_of_decoder(config: TrainConfig, capability: tuple[int, int]) -> None:
     if lpl.use_lpl and lpl.lpl_dtype == "float32" and not config.run.allow_tf32 and capability >= (8, 0):
         logger.warning(
             "LPL's decoder runs in float32 without tensor cores: --allow_tf32 is faster, on an A100 or H100 several "
-            "times; so is --lpl_dtype bfloat16"
+            "times; so is --lpl_dtype bfloat16, or auto"
         )
 
 

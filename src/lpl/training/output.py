@@ -12,7 +12,7 @@ from pathlib import Path
 from lpl.base.errors import UserError
 from lpl.base.output_folder import Names, OutputFolder, Proof, check_apart, matches
 from lpl.config import TrainConfig
-from lpl.config.files import differences, is_config_of_run
+from lpl.config.files import differences, is_config_of_run, read_record
 from lpl.config.run import processes
 from lpl.config.run_folder import (
     BAD_FILES,
@@ -105,6 +105,14 @@ def check_inputs_apart(config: TrainConfig) -> None:
                 f"--output_dir {folder} lies in --{flag} {images}: its pictures would be taken for training images; "
                 "name a folder outside"
             )
+
+
+def as_begun(config: TrainConfig) -> TrainConfig:
+    """The options with what the run in the folder, if there is one, has chosen where they say "auto"."""
+    file = Path(config.run.output_dir) / CONFIG_FILE
+    if config.lpl.lpl_dtype != "auto" or not is_config_of_run(file):
+        return config
+    return config.changed(lpl_dtype=read_record(file)[0].get("lpl_dtype", "float32"))
 
 
 def check_output(config: TrainConfig, tell: bool = True) -> int | None:

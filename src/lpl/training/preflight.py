@@ -23,7 +23,7 @@ from lpl.data.sources import Source, open_regularisation, open_source, open_vali
 from lpl.families import kind_of, model_configs, plan_configs, with_lora_weights
 from lpl.training.checks import check_memory_options, warn_of_objective, warn_of_steps
 from lpl.training.launch import check_launch
-from lpl.training.output import check_inputs_apart, check_output, check_writable
+from lpl.training.output import as_begun, check_inputs_apart, check_output, check_writable
 
 logger = logging.getLogger("lpl")
 
@@ -87,6 +87,7 @@ def preflight(config: TrainConfig) -> Checked:
         validation_prompts(config.logging)
     faults.raise_any()
     with faults.one():
+        config = as_begun(config)
         finished_step = check_output(config)
     with faults.one():
         if configs:

@@ -224,6 +224,8 @@ class Rehearsal:
     def loss(self, config: TrainConfig) -> LossCost:
         """LPL of a micro-batch in which every sample passes the gate."""
         options = replace(config.lpl, lpl_compile=False)  # fused arithmetic needs less, by what is not known
+        if options.lpl_dtype == "auto":
+            options = replace(options, lpl_dtype="float32")  # what it needs at most
         if self.device == "cpu" and options.lpl_channels_last == "auto":
             options = replace(options, lpl_channels_last="true")
         config = replace(config, lpl=options)

@@ -27,6 +27,7 @@ from lpl.families.export import LORA_FILE
 from lpl.training import saving
 from lpl.training.checkpoint import full_disk
 from lpl.training.checks import warn_of_decoder, warn_of_steps
+from lpl.training.decoder_dtype import with_decoder_dtype
 from lpl.training.engine import Batches, build_accelerator, build_objective
 from lpl.training.lora_says import LoraSays
 from lpl.training.nonfinite import FiniteGuard, spoil
@@ -99,6 +100,8 @@ class Trainer:
         if not config.lpl.use_lpl:
             family.vae.to("cpu")  # only validation images need it from now on
         self.batches = Batches(config, self.data, accelerator)
+        first = family.latent_space.from_raw(self.batches.batch(0, 0).raw_latents)
+        config = self.config = with_decoder_dtype(config, family, first, accelerator)
         self.num_steps = self.batches.length.steps
         if checked.num_steps is None:
             warn_of_steps(config, self.num_steps)

@@ -158,3 +158,12 @@ def test_rules_by_hand():
     torch.testing.assert_close(LatentSpace.scaled(0.5, 0.1).to_raw(latents), latents / 0.5 + 0.1)
     with pytest.raises(ValueError, match="map no latents"):
         LatentSpace.scaled(0)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_latents_of_other_channels_are_refused(count):
+    """Of one channel they would become five."""
+    space = LatentSpace.standardised([0.0] * 5, [1.0] * 5)
+    for way in (space.to_raw, space.from_raw, space.gradient_from_raw):
+        with pytest.raises(ValueError, match=f"latents have {count} channels, the latent space has 5"):
+            way(torch.zeros(2, count, 4, 4))

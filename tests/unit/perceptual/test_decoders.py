@@ -204,6 +204,18 @@ def test_what_cannot_be_walked_is_refused_by_name_and_says_why(name):
         decoder_taps(type(name, (nn.Module,), {})().eval())
 
 
+def test_every_decoder_of_diffusers_is_walked_or_refused_by_name():
+    decode = {
+        name
+        for name in dir(diffusers)
+        if inspect.isclass(value := getattr(diffusers, name))
+        and value.__module__.startswith("diffusers.models.autoencoders.")
+        and hasattr(value, "decode")
+    }
+    assert len(decode) >= len(DECODERS)
+    assert decode <= {*DECODERS, *REFUSED}
+
+
 @pytest.mark.parametrize("name", DECODERS)
 def test_other_libraries_classes_of_a_known_name_are_refused(name):
     vae = type(name, (nn.Module,), {"decoder": nn.Module()})().eval()

@@ -12,6 +12,7 @@ from tiny_models import randomize
 
 from benchmarks.saved_bytes import count_saved_bytes
 from lpl.perceptual import convolution, strips
+from lpl.perceptual import winograd as ways
 from lpl.perceptual.convolution import Convolution, Upsampling
 from lpl.perceptual.frozen import Attention, Identity, Plain, Resnet, differentiable
 
@@ -87,11 +88,15 @@ def test_equals_autograd_in_double_precision(monkeypatch, name, batch, layout, s
         compare(*build(name), random_map(batch=batch, size=size, layout=layout), 1e-12)
 
 
-@pytest.fixture
-def winograd(monkeypatch):
-    """Every 3 x 3 convolution takes F(2, 3), however small."""
+@pytest.fixture(params=["columns", "both axes"])
+def winograd(monkeypatch, request):
+    """Every 3 x 3 convolution takes Winograd's way, however small; where it can on both axes, a few rows at a time."""
     monkeypatch.setattr(convolution, "WINOGRAD_CHANNELS", 1)
     monkeypatch.setattr(convolution, "WINOGRAD_CELLS", 1)
+    monkeypatch.setattr(convolution, "SMALL_CELLS", 0)
+    monkeypatch.setattr(ways, "PART_BYTES", 1)
+    monkeypatch.setattr(ways, "MATRIX_CELLS", 1)
+    monkeypatch.setattr(ways, "MATRIX_CHANNELS", 1 if request.param == "both axes" else 10**6)
 
 
 @pytest.mark.parametrize("strip", [1, 2**23])
@@ -104,6 +109,26 @@ def test_winograd_equals_autograd(monkeypatch, winograd, name, layout, strip):
     monkeypatch.setattr(strips, "STRIP_BYTES", {"cpu": strip})
     for size in ((6, 5), (2, 4), (1, 3), (7, 2)):
         compare(*build(name), random_map(size=size, layout=layout), 1e-12)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("small", [0, 10**6])
+@pytest.mark.parametrize("name", ["convolution", "resnet with a shortcut", "upsampling"])
+def test_weights_as_they_are_and_transposed_give_the_same_gradient(monkeypatch, name, small, layout):
+    monkeypatch.setattr(convolution, "SMALL_CELLS", small)
+    module, operation = build(name)
+    compare(module.to(memory_format=layout), operation, random_map(size=(6, 4)), 1e-12)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_transposed_weights_are_the_same_in_either_layout(size):
+    weight, grad = torch.randn(5, 7, size, size), torch.randn(1, 5, 4, 4)
+    plain, last = (
+        convolution.transposed(weight.contiguous(memory_format=layout), grad)
+        for layout in (torch.contiguous_format, torch.channels_last)
+    )
+    assert torch.equal(plain, last)
+    assert last.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("name", ["convolution", "resnet", "upsampling"])
@@ -122,18 +147,23 @@ def test_winograd_saves_products_where_it_pays():
     from torch.utils.flop_counter import FlopCounterMode
 
     flops = {}
-    for width, size, dtype in ((64, 64, torch.float32), (64, 32, torch.float32), (64, 64, torch.bfloat16)):
+    for width, size, dtype in ((64, 64, torch.float32), (64, 16, torch.float32), (64, 64, torch.bfloat16)):
         module = torch.nn.Conv2d(width, 64, 3, padding=1).to(dtype)
         x = torch.randn(1, width, size, size, dtype=dtype)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             Convolution(module).forward(x, keep=False)
         flops[size, dtype] = counter.get_total_flops() / (2 * 9 * width * 64 * size * size)
-    assert flops[64, torch.float32] == pytest.approx(2 / 3, rel=0.01)
-    assert flops[32, torch.float32] == flops[64, torch.bfloat16] == 1
+    module, x = torch.nn.Conv2d(256, 256, 3, padding=1), torch.randn(1, 256, 64, 64)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        Convolution(module).forward(x.contiguous(memory_format=torch.channels_last), keep=False)
+    flops[256] = counter.get_total_flops() / (2 * 9 * 256 * 256 * 64 * 64)
     upsampling, x = Upsampling(torch.nn.Conv2d(64, 64, 3, padding=1)), torch.randn(1, 64, 64, 64)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         upsampling.forward(x, keep=False)
     assert counter.get_total_flops() / (2 * 9 * 64 * 64 * 128 * 128) == pytest.approx(16 / 36 * 3 / 4, rel=0.06)
+    assert flops[64, torch.float32] == pytest.approx(2 / 3, rel=0.01)
+    assert flops[256] == pytest.approx(4 / 9)
+    assert flops[16, torch.float32] == flops[64, torch.bfloat16] == 1
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What an objective is fed wrongly is said, with what was given; what is unusual but right is not."""
 
+import itertools
 import logging
 import types
 
@@ -298,7 +299,23 @@ def test_velocity_of_the_other_sign_is_said_once(latent_distance, caplog, loss):
         for _ in range(3):
             call(objective, model_output=output, diffusion_loss=loss(output, sign * velocity))
         assert len(caplog.records) == records, (sign, kind)
-        assert not records or f"what prediction_type {kind!r} says" in caplog.text
+        assert not records or f"prediction_type {kind!r} says" in caplog.text or f"not {kind!r} (" in caplog.text
+
+
+def test_another_prediction_than_the_loss_trains_is_said_once(latent_distance, caplog):
+    """However well the model is trained, and whatever weighs its samples; the declared one says nothing."""
+    latents, noise, error = randn(3, 4, 4, 8, 8)
+    alpha, sigma = (table[TIMESTEPS].float().view(4, 1, 1, 1) for table in alpha_sigma_table(DDPMScheduler()))
+    targets = {"epsilon": noise, "v_prediction": alpha * noise - sigma * latents, "sample": latents}
+    for declared, (trained, target), part in itertools.product(targets, targets.items(), (0.01, 1.0)):
+        caplog.clear()
+        output = (target + part * error).requires_grad_()
+        loss = ((output - target).square().mean((1, 2, 3)) * torch.tensor([0.1, 1.0, 5.0, 0.3])).mean()
+        objective = discrete(latent_distance, prediction_type=declared)
+        for _ in range(3):
+            call(objective, model_output=output, diffusion_loss=loss)
+        assert len(caplog.records) == (declared != trained), (declared, trained, part)
+        assert declared == trained or f"pass prediction_type={trained!r}" in caplog.text
 
 
 KINDS_OF_NOISE = {

@@ -67,6 +67,47 @@ def test_frozen_operations_are_used_where_modules_match_and_the_log_says_so(vae,
     assert plain == [1, 0, 0, 0, 0, 0]  # the middle block, as a whole
 
 
+def patched(module):
+    """Computes twice the module's output."""
+    own = module.forward
+    module.forward = lambda *x: 2 * own(*x)
+
+
+CHANGES = {
+    "hook": lambda module: module.register_forward_hook(lambda m, x, y: 2 * y),
+    "hook before": lambda module: module.register_forward_pre_hook(lambda m, x: (x[0] + 1, *x[1:])),
+    "gradient hook": lambda module: module.register_full_backward_hook(lambda m, x, y: (2 * x[0], *x[1:])),
+    "forward": patched,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("number", range(4))
+def test_modules_that_something_listens_to_or_replaces_run_as_they_are(change, number):
+    torch.manual_seed(0)
+    stage = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.SiLU(), nn.Conv2d(8, 8, 1)).eval()
+    pred = torch.randn(2, 4, 5, 6).requires_grad_()
+    change(stage[number])
+    frozen, plain = (LatentPerceptualLoss(stages=[s], strides=(1,)) for s in (stage, lambda x: stage(x)))
+    assert_same(gradient_of(frozen, pred, pred.detach() ** 2), gradient_of(plain, pred, pred.detach() ** 2))
+    assert {Plain} < {type(operation) for operation in frozen.segments[0].operations}  # the others are frozen ones
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize(
+    ("name", "stage"), [("decoder.conv_in", 0), ("decoder.up_blocks.1.resnets.0.norm1", 2), ("decoder.up_blocks.1", 2)]
+)
+def test_a_vae_that_was_changed_is_walked_as_it_is(vae, random_latents, change, name, stage, caplog):
+    pred, target = random_latents(vae)
+    vae = copy.deepcopy(vae)
+    change(vae.get_submodule(name))
+    with caplog.at_level(logging.INFO, logger="lpl"):
+        frozen, plain = LatentPerceptualLoss(vae), LatentPerceptualLoss(vae)
+    plain.segments = plain.clip_segments
+    assert_same(gradient_of(frozen, pred, target), gradient_of(plain, pred, target))
+    assert f"{frozen.taps[stage].name} has no frozen operations" in caplog.text
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_frozen_operations_of_plain_modules_are_exact(bias):
     torch.manual_seed(0)
@@ -277,14 +318,39 @@ def test_detached_features_are_refused():
         LatentPerceptualLoss(stages=[torch.tanh, torch.detach], strides=(1, 1))(latents, latents.detach())
 
 
+def test_a_decode_that_detaches_later_is_refused(vae, random_latents):
+    taps, (pred, target) = hooks(vae), random_latents(vae)
+    loss_fn = LatentPerceptualLoss(taps)
+    assert loss_fn(pred, target).gradient is not None
+    taps.decode = torch.no_grad()(vae.decode)
+    assert loss_fn(pred.detach(), target).gradient is None
+    with pytest.raises(ValueError, match=r"decoder\.mid_block.*: features without a graph"):
+        loss_fn(pred, target)
+
+
+def test_tokens_are_no_map():
+    """(B, N, D) would be a map of N channels; what is not compared may be tokens."""
+    embed = nn.Conv2d(4, 6, 1).eval().requires_grad_(False)
+    stages = [lambda z: embed(z).flatten(2).transpose(1, 2), lambda x: x.transpose(1, 2).unflatten(2, (8, 8))]
+    pred = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    message = r"\(1, 64, 6\) for latents \(1, 4, 8, 8\), .*unflatten.*to_map="
+    with pytest.raises(ValueError, match="stage_0 gives " + message):
+        LatentPerceptualLoss(stages=stages, strides=(1, 1))(pred, pred.detach())
+    compared = LatentPerceptualLoss(stages=stages, strides=(1, 1), taps=("stage_1",))
+    assert float(compared(pred, 2 * pred.detach()).per_sample.detach()) > 0
+    module = nn.Sequential(embed, nn.Flatten(2)).eval()
+    with pytest.raises(ValueError, match=r"1 gives \(1, 6, 64\) for latents"):
+        HookTaps(module, ["1"], module, pred.detach())
+
+
 def test_latents_and_masks_of_other_axes_are_refused():
-    flat = LatentPerceptualLoss(stages=[lambda z: z.flatten(2)], strides=(1,))
+    deep = LatentPerceptualLoss(stages=[lambda z: torch.stack([z, z], 2)], strides=(1,))
     latents = torch.randn(1, 2, 4, 4)
-    assert float(flat(latents, latents).per_sample) == 0
+    assert float(deep(latents, latents).per_sample) == 0
     with pytest.raises(ValueError, match="they have other axes of space; leave the mask out"):
-        flat(latents, latents, torch.ones(1, 1, 4, 4))
+        deep(latents, latents, torch.ones(1, 1, 4, 4))
     with pytest.raises(ValueError, match=r"pass two \(B, C, w\) or \(B, C, h, w\) or \(B, C, d, h, w\)"):
-        flat(latents[0, 0], latents[0, 0])
+        deep(latents[0, 0], latents[0, 0])
 
 
 class Decoder(nn.Module):

@@ -29,6 +29,7 @@ from lpl.data.crops import to_float
 from lpl.data.sheets import png_of, printable
 from lpl.diffusion.draws import bin_edges
 from lpl.families import load_family, plan_configs
+from lpl.training.decoder_dtype import with_decoder_dtype
 from lpl.training.engine import build_accelerator, build_objective
 from lpl.training.offloaded import offload_to_host
 from lpl.training.preflight import Checked, check_data, processes
@@ -120,6 +121,11 @@ class Check:
         calls: dict[int, precision.Calls] = {}
         with precision.recording(family.text_encoders, calls, PRECISION_IMAGES):
             encoded = Encoded.of(config, family, pictures)
+            first = encoded.mean[0].to(self.device)
+            config = self.config = with_decoder_dtype(
+                config, family, family.latent_space.from_raw(first), self.accelerator
+            )
+            found["options"]["lpl_dtype"] = config.lpl.lpl_dtype
             self.objective = build_objective(config, family)
             self.step = TrainingStep(
                 family, config.diffusion, self.objective, config.run.seed, HALF.get(str(config.run.mixed_precision))
@@ -139,7 +145,6 @@ class Check:
             **self._text_precision({n: own for n, own in calls.items() if n not in frozen}),
             **components,
         }
-        first = encoded.mean[0].to(self.device)
         found |= {"components": components, "walk_equals_decode": precision.walk_difference(family.vae, first)}
         found["faults"] = faults_of(found)
         if not any("float32" in fault for fault in found["faults"]):

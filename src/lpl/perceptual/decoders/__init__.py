@@ -51,8 +51,10 @@ REFUSED = {
     "AutoencoderKLMiniMaxH3Audio": AUDIO,
     "AutoencoderOobleck": AUDIO,
     "AutoencoderSAME": AUDIO,
+    "Cosmos3AVAEAudioTokenizer": AUDIO,
     "LongCatAudioDiTVae": AUDIO,
     "MMAudioVAE": AUDIO,
+    "RFD4ProteinaAutoencoder": "it decodes molecules, not images",
 }
 """Decoders of diffusers that are not walked, and why."""
 OWN = "pass stages= or a HookTaps, see docs/decoders.md"

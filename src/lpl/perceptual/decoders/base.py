@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lpl.diffusion.latent_space import LatentSpace
 from lpl.perceptual.convolution import Head, Operation
+from lpl.perceptual.decoders.blocks import as_built
 from lpl.perceptual.feature_maps import State, map_of
 from lpl.perceptual.frozen import Fuse, Identity, Plain
 from lpl.perceptual.sweep import Segment
@@ -65,8 +66,9 @@ class Decoder(ABC):
         """The class name of a module in training mode that the walk runs; empty if there is none."""
         return next((type(part).__name__ for m in self.modules() for part in m.modules() if part.training), "")
 
-    def try_out(self, raw_latents: Tensor) -> None:  # noqa: B027
-        """A trial with raw latents of one sample, before the first call, for decoders that are not known to run.
+    def try_out(self, raw_latents: Tensor, chosen: Sequence[int]) -> None:  # noqa: B027
+        """A trial on one sample's raw latents, for decoders that are not known to run; chosen: indices of compared
+        taps.
 
         Raises:
             ValueError: the decoder does not run.
@@ -202,12 +204,21 @@ class VaeTaps(DecoderTaps):
         heads: list[Head] = [Identity()]
         bodies: list[list[Operation]] = []
         for stage, (tap, found) in enumerate(zip(self.taps, stages, strict=True)):
-            if found is None:
+            if found is None or not self._as_built(stage):
                 logger.info("LPL: %s has no frozen operations and runs as plain blocks", tap.name)
                 found = [(plain or self.plain)(stage)], Identity()
             bodies.append(found[0])
             heads.append(found[1])
         return [Segment(head, body) for head, body in zip(heads, [*bodies, []], strict=True)]
+
+    def _as_built(self, stage: int) -> bool:
+        """Whether the modules of a stage (the first includes `begin`) are unchanged, see as_built."""
+        own: list[Any] = [self.stages()[stage]]
+        if not isinstance(own[0], nn.Module):
+            own = self.modules()
+        elif not stage:
+            own += [m for m in (getattr(self._vae, "post_quant_conv", None), self.decoder.conv_in) if m is not None]
+        return all(map(as_built, own))
 
     @torch.no_grad()
     def measure(self, cells: int = 2) -> tuple[Tap, ...]:

@@ -28,21 +28,32 @@ def frozen_stage(stage: Any, fuse: Fuse) -> tuple[list[Operation], Head | None, 
 
 def _flat(stage: Any) -> list[Any]:
     """The modules of nested nn.Sequentials (those without hooks), in order, without nn.Identity."""
-    if type(stage) is nn.Identity:
+    if type(stage) is nn.Identity and not _changed(stage):
         return []
-    if type(stage) is nn.Sequential and not (stage._forward_hooks or stage._forward_pre_hooks):
+    if type(stage) is nn.Sequential and not _changed(stage):
         return [module for part in stage for module in _flat(part)]
     return [stage]
 
 
+def as_built(module: Any) -> bool:
+    """Whether a module and its parts compute what their classes do: no hooks, and no forward replaced on an
+    instance."""
+    return isinstance(module, nn.Module) and not any(map(_changed, module.modules()))
+
+
+def _changed(module: nn.Module) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module)
+
+
 def _next(modules: list[Any], fuse: Fuse) -> tuple[int, list[Operation]]:
     """The operations of the first module or modules, after the number of modules that they cover."""
-    first, *rest = modules
+    looked_at: list[Any] = [module if as_built(module) else None for module in [*modules, None, None][:3]]
+    first, second, third = looked_at
     if is_plain(first):
         return 1, [Convolution(first)]
     if is_resnet(first):
         return 1, [Resnet(first, fuse)]
-    second, third = [*rest, None, None][:2]
     if type(first) is nn.GroupNorm and first.affine and type(second) is nn.SiLU and is_plain(third):
         return 3, [NormSiLUConvolution(first, third, fuse)]
     doubles = type(first) is nn.Upsample and first.mode == "nearest" and first.scale_factor == 2
@@ -51,7 +62,7 @@ def _next(modules: list[Any], fuse: Fuse) -> tuple[int, list[Operation]]:
     block = frozen_block(first, fuse) if hasattr(first, "upsamplers") and hasattr(first, "resnets") else None
     if block is not None:
         return 1, [*block[0], *([block[1]] if isinstance(block[1], Upsampling) else [])]
-    return 1, [Plain(first, f"a stage's {type(first).__name__}")]
+    return 1, [Plain(modules[0], f"a stage's {type(modules[0]).__name__}")]
 
 
 def frozen_block(block: Any, fuse: Fuse) -> tuple[list[Operation], Head] | None:

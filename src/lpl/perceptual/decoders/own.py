@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Real
 from typing import Any, Self
@@ -93,12 +93,14 @@ class StageTaps(DecoderTaps):
         return out
 
     @torch.no_grad()
-    def try_out(self, raw_latents: Tensor) -> None:
+    def try_out(self, raw_latents: Tensor, chosen: Sequence[int]) -> None:
         """Runs the stages once, and notes the modules that plain functions among them call."""
         x: State = raw_latents
         with _modules_that_run(self._ran):
             for stage in range(len(self._stages)):
                 x = self.run(stage, x)
+                if stage in chosen:
+                    _check_axes(map_of(x), raw_latents, self.taps[stage].name)
         if name := self.in_training():
             raise ValueError(f"the stages run a {name} in training mode: call .eval() on the decoder")
 
@@ -184,6 +186,8 @@ class HookTaps(Decoder):
     def features(self, raw_latents: Tensor, chosen: Sequence[int]) -> list[Tensor]:
         """The maps of the chosen taps; the decoder stops behind the last of them."""
         found, _ = self._run(raw_latents, [self.names[i] for i in chosen], stop=True)
+        if raw_latents.requires_grad:
+            _check_graph(found)
         return list(found.values())
 
     def _run(self, raw_latents: Tensor, names: Sequence[str], stop: bool) -> tuple[dict[str, Tensor], Any]:
@@ -233,12 +237,9 @@ class HookTaps(Decoder):
             raise ValueError(f"decode runs a {name} in training mode: call .eval() on the decoder")
         if list(found) != self.names:
             raise ValueError(f"names in the order they run are {', '.join(found)}: pass them in that order")
-        detached = [name for name, x in found.items() if not x.requires_grad]
-        if detached:
-            raise ValueError(
-                f"{', '.join(detached)}: features without a graph, so LPL would train nothing: pass a decode that runs "
-                "without torch.no_grad(), torch.inference_mode() and detach()"
-            )
+        _check_graph(found)
+        for name, x in found.items():
+            _check_axes(x, example, name)
         output = _first(result)
         return tuple(Tap(name, x.shape[1], output.shape[-1] / x.shape[-1]) for name, x in found.items())
 
@@ -292,11 +293,29 @@ def _first(output: Any) -> Tensor:
     return output
 
 
+def _check_graph(found: Mapping[str, Tensor]) -> None:
+    if detached := [name for name, x in found.items() if not x.requires_grad]:
+        raise ValueError(
+            f"{', '.join(detached)}: features without a graph, so LPL would train nothing: pass a decode that runs "
+            "without torch.no_grad(), torch.inference_mode() and detach()"
+        )
+
+
 def _check_map(value: Any, name: str) -> None:
     """A feature map of 1, 2 or 3 axes of space."""
     if not isinstance(value, Tensor) or not 3 <= value.dim() <= 5 or value.is_complex():
         found = f"{tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else _words(value)
         raise ValueError(f"{name} gives {found}: a feature map is (B, C, *space), or begins a tuple of stages=")
+
+
+def _check_axes(x: Tensor, latents: Tensor, name: str) -> None:
+    """Checks that a map has at least the latents' axes of space: tokens (B, N, D) would pass for a map of N
+    channels."""
+    if x.dim() < latents.dim():
+        raise ValueError(
+            f"{name} gives {tuple(x.shape)} for latents {tuple(latents.shape)}, which have more axes of space: make a "
+            "map of tokens (B, N, D) by x.transpose(1, 2).unflatten(2, (h, w)), in stages= or by to_map="
+        )
 
 
 def _words(value: Any) -> str:
