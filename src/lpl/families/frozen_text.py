@@ -30,7 +30,7 @@ class FrozenTextFamily(PipelineFamily):
     chat: ClassVar[Mapping[str, Any] | None] = None
     """Further arguments of the tokenizer's chat template; None: captions are read without a template."""
     max_length: int
-    """Most tokens of a caption, for the text encoder that reads the longest captions."""
+    """Maximum number of tokens of a caption, for the encoder that reads the longest captions."""
 
     @abstractmethod
     def embed(self, captions: list[str]) -> Mapping[str, Tensor | list[Tensor]]:
@@ -79,7 +79,7 @@ class FrozenTextFamily(PipelineFamily):
 
     @property
     def limit(self) -> int:
-        """Most tokens of the last tokenizer that count."""
+        """Maximum number of tokens of the last tokenizer that count."""
         return self.max_length
 
     def encode_prompt(

@@ -22,7 +22,7 @@ from lpl.families.pipeline_export import PipelineExport
 from lpl.families.published import FLOW_SCHEDULER
 
 MAX_LENGTH = 1024
-"""Most tokens of a caption and of the template's end after it, as in the pipeline by default."""
+"""Maximum number of tokens of a caption and the template's end after it, as in the pipeline by default."""
 USUAL_LENGTH = 512
 """Tokens that a plan assumes: captions are rarely longer, and there is no padding."""
 NONE = " "

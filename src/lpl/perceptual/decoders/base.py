@@ -38,7 +38,7 @@ class Decoder(ABC):
         axes: how many axes of space latents may have.
         frames: the maps (B, C, T, H, W) of latents (B, C, T, h, w) are compared frame by frame; latents (B, C, h, w)
             are one frame.
-        max_frames: most frames of latents; None: any number.
+        max_frames: maximum number of frames of latents; None: any number.
         croppable: the first tap's map is of the latents' size, and a window of it may be decoded alone.
     """
 
@@ -67,8 +67,7 @@ class Decoder(ABC):
         return next((type(part).__name__ for m in self.modules() for part in m.modules() if part.training), "")
 
     def try_out(self, raw_latents: Tensor, chosen: Sequence[int]) -> None:  # noqa: B027
-        """A trial on one sample's raw latents, for decoders that are not known to run; chosen: indices of compared
-        taps.
+        """A trial on one sample's raw latents, for decoders not known to run; chosen: the compared taps' numbers.
 
         Raises:
             ValueError: the decoder does not run.

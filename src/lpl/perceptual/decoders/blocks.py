@@ -36,8 +36,7 @@ def _flat(stage: Any) -> list[Any]:
 
 
 def as_built(module: Any) -> bool:
-    """Whether a module and its parts compute what their classes do: no hooks, and no forward replaced on an
-    instance."""
+    """Whether a module and its parts compute what their classes do: no hooks, no forward set on an instance."""
     return isinstance(module, nn.Module) and not any(map(_changed, module.modules()))
 
 

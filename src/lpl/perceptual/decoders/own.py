@@ -309,8 +309,7 @@ def _check_map(value: Any, name: str) -> None:
 
 
 def _check_axes(x: Tensor, latents: Tensor, name: str) -> None:
-    """Checks that a map has at least the latents' axes of space: tokens (B, N, D) would pass for a map of N
-    channels."""
+    """A map must have at least the latents' axes of space: tokens (B, N, D) would pass for a map of N channels."""
     if x.dim() < latents.dim():
         raise ValueError(
             f"{name} gives {tuple(x.shape)} for latents {tuple(latents.shape)}, which have more axes of space: make a "
