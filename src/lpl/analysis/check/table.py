@@ -46,7 +46,7 @@ def warnings_of(found: dict[str, Any], config: TrainConfig, samples: int | None)
     psnr = found["reconstruction"]["psnr_mean"]
     if psnr < LEAST_PSNR:
         lines.append(
-            f"the VAE reconstructs images with {psnr:.1f} dB: what it loses outweighs what LPL can sharpen; another VAE "
+            f"the VAE reconstructs images at {psnr:.1f} dB: what it loses outweighs what LPL can sharpen; another VAE "
             "(--pretrained_vae_model_name_or_path) or a larger --resolution helps more"
         )
     for layer in found["layers"]:
