@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 
 
@@ -613,17 +614,16 @@ def tiny_images(folder: Any, count: int = 6, size: int = 24, seed: int = 0) -> A
     return folder
 
 
+SLOW = pytest.mark.slow
 BUILDS = [
     tiny_sdxl,
-    tiny_sd,
     tiny_sd3,
     tiny_flux,
-    tiny_sana,
-    tiny_zimage,
-    tiny_flux2,
     tiny_qwenimage,
     tiny_lumina2,
-    tiny_auraflow,
-    tiny_chroma,
+    *(
+        pytest.param(build, marks=SLOW)
+        for build in (tiny_sd, tiny_sana, tiny_zimage, tiny_flux2, tiny_auraflow, tiny_chroma)
+    ),
 ]
-"""A pipeline of each family."""
+"""A pipeline of each family; `make test` takes some of them."""
