@@ -6,7 +6,7 @@ The threshold c of the scheduled pseudo-Huber loss is set per sample:
 
 Source: Khrapov et al. 2024, "Improving Diffusion Models's Data-Corruption Resistance using Scheduled Pseudo-Huber Loss"
 (arXiv 2403.16728), in the form of kohya-ss/sd-scripts' --loss_type huber: twice the paper's delta^2 (sqrt(1 +
-(d / delta)^2) - 1), for each value separately, so that for large c it is the mean squared error.
+(d / delta)^2) - 1), for each value separately, so that for large c it approaches the mean squared error.
 """
 
 from __future__ import annotations

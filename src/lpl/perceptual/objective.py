@@ -82,8 +82,7 @@ class PerceptualObjective:
         lpl_target_share: for "auto", LPL's share of the gradient at the model's output.
         prediction_type: one of diffusion.prediction.PREDICTION_TYPES, or a function such as edm() (see that module);
             None: the scheduler's ("flow" without alphas_cumprod).
-        alpha_sigma: instead of noise_scheduler: a function from the times (B,) that calls pass as timesteps, in any
-            unit, to alpha and sigma, (B,) each.
+        alpha_sigma: instead of noise_scheduler, a function from times (B,), passed as timesteps, to alpha and sigma.
         seed: for the depths that a loss with random_depth stops at, and the draws of lpl_budget.
         lpl_start, lpl_warmup_steps: where one of them is above 0 the weight of optimizer step s (pass step with every
             call) is multiplied by min(1, (s - lpl_start + 1) / (n + 1)), n = lpl_warmup_steps, and is 0 before
@@ -92,8 +91,7 @@ class PerceptualObjective:
         lpl_budget: LPL's mean cost as a share of step_flops. Which gated samples are decoded, and how deep, is then
             random, and terms are divided by their probabilities, so that value and gradient are the full ones on
             average (see Budget). Pass step_flops, and call end_step() after every optimizer step.
-        step_flops: FLOPs of a sample's training step without LPL; may also be set as an attribute before the first
-            call.
+        step_flops: FLOPs of a sample's training step without LPL; also an attribute, to be set before the first call.
         checked_calls: calls whose values on the device are checked, a synchronisation or a few each; 0: none.
 
     Raises:
@@ -193,8 +191,7 @@ class PerceptualObjective:
             windows: (B, 2) in [0, 1), for a loss with crop: where each sample's window lies.
             active: (B,) booleans: samples that LPL may apply to, such as those of MeanFlow with r == t. Others are
                 treated as not passing the gate; B counts them.
-            alphas: (B,), the signal's factor; with sigmas, for a process given neither by noise_scheduler nor
-                alpha_sigma.
+            alphas: (B,), the signal's factor; with sigmas, for a process without noise_scheduler and alpha_sigma.
             unpack: function from a packed model_output (B, N, D) to (B, C, *space); also applied to noisy_latents and
                 latents where they are packed. diffusion_loss may be computed from either form.
             draws: (B,) in [0, 1), uniform and independent of the noise levels, for lpl_budget: they decide whether a
