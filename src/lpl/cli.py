@@ -32,8 +32,8 @@ COMMANDS = {
     "report": "write one HTML page about runs, comparisons, evaluations and checks, or its figures; or watch a run",
     "eval": "samples of a model, or images, against real ones: distances, precision and recall, spectrum",
     "demo": "train a small SDXL on photographs without and with LPL: runs anywhere, needs no download",
-    "presets": "list what --config and `accelerate launch --config_file` can begin with; `presets NAME` prints one",
-    "completion": 'print what makes a shell complete commands and options: eval "$(lpl completion bash)"; zsh, fish',
+    "presets": "list the presets for --config and `accelerate launch --config_file`; `presets NAME` prints one",
+    "completion": 'print what lets a shell complete commands and options: eval "$(lpl completion bash)"; zsh, fish',
     "env": "print what a bug report needs: versions, system, GPU, and what is not installed for which feature",
 }
 OPTIONS = dict.fromkeys(COMMANDS) | {
@@ -56,7 +56,7 @@ AFTER_INTERRUPTION = {
 OTHERS_WAIT_S = 2.0
 """Seconds that the other processes of a launch wait before they say what failed, for the first to say it."""
 ALLOCATOR = "DefaultCPUAllocator"
-"""By this name torch says that the computer's own memory is full."""
+"""The name in torch's error when the computer's own memory is full."""
 OUT_OF_MEMORY = (
     "out of memory: the computer has too little for what the options or files ask for; make them smaller, or see `lpl "
     "plan` with the same options"
@@ -107,8 +107,8 @@ def _run(argv: list[str]) -> None:
 
 
 def _fail(error: Exception, code: int, kind: str = "error: ") -> NoReturn:
-    # A launcher ends all processes with the first that ends: where all have failed, the first process speaks for them;
-    # where it has not, it is still there.
+    # A launcher ends all processes when one ends. If all have failed, the first process reports it and ends the others
+    # while they wait here; if the first has not failed, this process has to report.
     if os.environ.get("RANK", "0") != "0":
         time.sleep(OTHERS_WAIT_S)
     for told in error.args if isinstance(error, UserError) else (str(error),):
@@ -117,7 +117,7 @@ def _fail(error: Exception, code: int, kind: str = "error: ") -> NoReturn:
 
 
 def _out_of_memory(error: Exception) -> NoReturn:
-    # Every process speaks for itself: it need not be the first that runs out.
+    # Every process reports for itself: it need not be the first process that runs out.
     rank = os.environ.get("RANK")
     where = "" if rank is None else f" in process {rank}"
     said = ". ".join(str(error).split(". ")[:3]).rstrip(".")

@@ -290,7 +290,7 @@ def test_against_reconstructions(evaluate: Any, whole: Any, tmp_path: Path) -> N
     large, _ = evaluate(tmp_path, **there, resolution=20)
     assert [line[:51] for line in large["refused"]][:2] == [
         "52 of 52 reference images had to be enlarged to 20 "[:51],
-        "50 of 50 samples had to be enlarged to 20 pixels: a blur of its own"[:51],
+        "50 of 50 samples had to be enlarged to 20 pixels: this adds blur"[:51],
     ]
     assert set(found["metrics"]) == {name for name in METRICS if name.startswith("spectrum")}
 

@@ -88,7 +88,7 @@ def test_completion_of_another_shell(run_cli: Any) -> None:
     [
         (["completion"], "lpl completion: expected one of bash, zsh, fish"),
         (["train", "--help", "rank"], "--help rank: alone, or with all for every option"),
-        (["report", "run", "--port", "1"], "--port 1 is of --serve: give that too"),
+        (["report", "run", "--port", "1"], "--port 1 acts with --serve: give that too"),
     ],
 )
 def test_what_would_have_no_effect_is_refused(run_cli: Any, argv: list[str], said: str) -> None:

@@ -1,1 +1,1 @@
-"""What every room stands on."""
+"""Parts that every other package uses: errors, files, JSON, text, the terminal."""

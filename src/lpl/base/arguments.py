@@ -1,4 +1,4 @@
-"""Arguments of the library's own functions: one of another kind than is taken is a ValueError of one line."""
+"""Checks of arguments of the library's own functions: one of the wrong kind raises a ValueError of one line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def integer(name: str, value: Any, least: int | None = None) -> int:
-    """An integer of `least` or more; numpy's, or a tensor of one, too."""
+    """An integer of `least` or more; a numpy integer or a tensor that holds one is taken, too."""
     try:
         found = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
@@ -32,12 +32,12 @@ def shape_of(name: str, value: Any) -> tuple[int, ...]:
     """The shape of a sample's latents, (C, *space)."""
     known = isinstance(value, Sequence) and len(value) > 1 and not isinstance(value, str)
     if not known or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in value):
-        raise ValueError(f"{name} must be of a sample's latents, (C, *space), not {value!r}")
+        raise ValueError(f"{name} must be the shape of a sample's latents, (C, *space), not {value!r}")
     return tuple(value)
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is one, and no truth value."""
+    """Whether a value is a real number; True and False are none."""
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
@@ -49,13 +49,13 @@ def flags(**values: Any) -> None:
 
 
 def function(name: str, value: Any, takes: str) -> None:
-    """What can be called with the arguments that `takes` names, such as "alpha, sigma"."""
+    """Checks that a value can be called with the arguments that `takes` names, such as "alpha, sigma"."""
     wanted = f"{name} must be a function of ({takes})"
     if not callable(value):
         raise ValueError(f"{wanted}, not {value!r}")
     try:
         signature = inspect.signature(value)
-    except ValueError:  # of a builtin, which does not say what it takes
+    except ValueError:  # some builtins do not say what they take
         return
     try:
         signature.bind(*takes.split(", "))
@@ -64,7 +64,7 @@ def function(name: str, value: Any, takes: str) -> None:
 
 
 def check_state(of: str, value: Any, kinds: Mapping[str, Any]) -> None:
-    """What state_dict() gives: a dict of these keys and kinds of values; a kind that is a dict may be None, too."""
+    """Checks a state_dict(): it has these keys and kinds of values; where a kind is a dict, None is valid, too."""
     hint = "pass what state_dict() gave"
     if not isinstance(value, Mapping) or (missing := [key for key in kinds if key not in value]):
         found = f"without {', '.join(missing)}" if isinstance(value, Mapping) else f"a {type(value).__name__}"

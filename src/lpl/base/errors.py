@@ -8,7 +8,7 @@ from contextvars import ContextVar
 
 
 class UserError(Exception):
-    """A fault in what the user handed over, or several; the command line prints them, a line each, and exits with 2."""
+    """One or several faults in what the user gave; the command line prints each on a line and exits with 2."""
 
     args: tuple[str, ...]
 
@@ -46,9 +46,9 @@ def require(condition: bool, message: str) -> None:
 
 @contextmanager
 def all_faults() -> Iterator[None]:
-    """What `require` finds within, and the UserError that ends it, are raised together at the end.
+    """Raises the faults that `require` finds in the block together at its end, with a UserError that ended it.
 
-    For checks of values that stand side by side, none of which needs another to hold.
+    For checks that do not depend on each other.
     """
     found: list[str] = []
     token = _noted.set(found)
@@ -83,5 +83,5 @@ class Faults:
 
 
 def on_one_line(error: BaseException, most: int | None = None) -> str:
-    """What an exception says, its line breaks as blanks; of that the first so many characters."""
+    """The message of an exception, its line breaks as blanks, cut to at most `most` characters."""
     return " ".join(str(error).split())[:most]

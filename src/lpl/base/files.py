@@ -21,7 +21,7 @@ TEMPORARY = ".tmp"
 PROBED = 4096
 ELSEWHERE = ": make room there, or name another folder"
 GONE = "gone"
-"""The stamp of what is not there, or cannot be looked at."""
+"""The stamp of a file that does not exist or cannot be read."""
 
 
 def write_atomically(path: Path, data: bytes, scratch: Path | None = None) -> None:
@@ -48,7 +48,7 @@ def write_atomically(path: Path, data: bytes, scratch: Path | None = None) -> No
 
 
 def _replace(temporary: Path, path: Path) -> None:
-    """os.replace; on Windows, where what another program reads cannot be replaced, for up to two seconds."""
+    """os.replace; on Windows, where a file that another program reads cannot be replaced, tries for two seconds."""
     for _ in range(PATIENCE if WINDOWS else 0):
         try:
             return os.replace(temporary, path)
@@ -65,7 +65,7 @@ def write_cached(path: Path, data: bytes, scratch: Path | None = None) -> None:
 
 @contextmanager
 def writing(what: str, remedy: str = "") -> Iterator[None]:
-    """Makes one line of a fault of the file system: what cannot be written, why, and what to do (": ...")."""
+    """Turns a fault of the file system into a UserError: what cannot be written, why, and what to do (": ...")."""
     try:
         yield
     except OSError as error:
@@ -78,10 +78,10 @@ def cache_writing(folder: Path) -> AbstractContextManager[None]:
 
 
 def sync_file(path: Path) -> None:
-    """Waits until a file is on the disk, or a folder's list of files, where the system can."""
+    """Waits until a file, or a folder's list of files, is on the disk, where the system supports it."""
     if WINDOWS and path.is_dir():
         return
-    handle = os.open(path, os.O_RDWR if WINDOWS else os.O_RDONLY)  # what is only read cannot be synced there
+    handle = os.open(path, os.O_RDWR if WINDOWS else os.O_RDONLY)  # Windows syncs no file opened to read
     try:
         os.fsync(handle)
     finally:
@@ -89,7 +89,7 @@ def sync_file(path: Path) -> None:
 
 
 def probe(path: str | Path) -> str:
-    """A hash of a file's first, middle and last 4 KiB: tells files apart that have one size and one time of change.
+    """A hash of a file's first, middle and last 4 KiB: tells apart files of the same size and time of change.
 
     Raises:
         OSError: it cannot be read.
@@ -104,7 +104,7 @@ def probe(path: str | Path) -> str:
 
 
 def status_of(file: os.DirEntry[str] | str) -> os.stat_result | None:
-    """Of what a link leads to; None where there is nothing."""
+    """The status of a file, links followed; None if it does not exist."""
     try:
         return os.stat(file) if isinstance(file, str) else file.stat()
     except (OSError, ValueError):  # ValueError: a name with a NUL
@@ -112,7 +112,7 @@ def status_of(file: os.DirEntry[str] | str) -> os.stat_result | None:
 
 
 def stamp_of(status: os.stat_result | None, path: str | None = None) -> str:
-    """What tells the versions of a file apart, without spaces: size, time of change, a probe of its path; or GONE."""
+    """A text without spaces that tells versions of a file apart: size, time of change, probe of `path`; or GONE."""
     try:
         probed = "" if status is None or path is None else f".{probe(path)}"
     except OSError:
@@ -134,9 +134,9 @@ LOCK = ".lpl.lock"
 
 @contextmanager
 def alone_in(folder: Path, flag: str = "--output_dir") -> Iterator[None]:
-    """Holds a folder's lock for as long as a command writes into it; of a launch the first process does for all.
+    """Holds a folder's lock while a command writes into it; in a launch, the first process holds it for all.
 
-    The folder is made, and removed again where nothing else came into it.
+    The folder is made, and removed again if nothing was written into it.
 
     Raises:
         UserError: another command is at work there, or the folder cannot be written.
@@ -157,7 +157,7 @@ def alone_in(folder: Path, flag: str = "--output_dir") -> Iterator[None]:
 
 @contextmanager
 def alone_at(file: Path, flag: str) -> Iterator[None]:
-    """The same for a single file or folder that appears whole; the lock is beside it, and goes with its end.
+    """The same for a single file or folder that appears whole; the lock lies beside it until it is released.
 
     Raises:
         UserError: another command is writing it, or nothing can be written there.
@@ -182,8 +182,8 @@ def _locked(file: Path, where: str, busy: str) -> BaseFileLock:
 
 
 def _end(lock: BaseFileLock) -> None:
-    """Releases a lock and leaves no file; who has opened that file already sees that it is gone, and tries anew."""
-    if not WINDOWS:  # where an open file cannot be removed
+    """Releases a lock and removes its file; a process that has that file open sees that it is gone, and tries again."""
+    if not WINDOWS:  # Windows cannot remove an open file
         Path(lock.lock_file).unlink()
     lock.release()
     if WINDOWS:
@@ -192,7 +192,7 @@ def _end(lock: BaseFileLock) -> None:
 
 
 def write_output(path: Path, data: bytes, where: str) -> None:
-    """write_atomically for what a command leaves.
+    """write_atomically for the output of a command.
 
     Args:
         path: the file.

@@ -13,12 +13,12 @@ from lpl.base.errors import UserError
 from lpl.base.files import write_output
 
 LARGEST = 1e100
-"""Beyond it no figure is anything that was measured, and squares overflow."""
+"""No measured figure is larger, and the square of this is still finite."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A plain value: in words, and whether something is one."""
+    """A kind of plain value: its name in words, and a test for it."""
 
     words: str
     fits: Callable[[Any], bool]
@@ -55,15 +55,15 @@ REST = "*"
 """Key of an object's description: all keys that are not named."""
 
 Shape = Any
-"""A Kind; (Shape, ...): any of these; [Shape]: a list of such; {"key": Shape, "key?": Shape}: an object, whose further
-keys are let be unless REST describes them. A key with "?" may be missing."""
+"""A Kind; (Shape, ...): any of these; [Shape]: a list of such; {"key": Shape, "key?": Shape}: an object, whose other
+keys are not checked unless REST describes them. A key with "?" may be missing."""
 
 
 def require_shape(value: Any, shape: Shape, where: str, then: str = "") -> None:
     """Refuses a value of another shape.
 
     Raises:
-        UserError: it is of another shape; where it is, the first key at which it differs, and what to do then.
+        UserError: it is of another shape; the message has `where`, the first key that differs, and `then`.
     """
     fault = difference(value, shape)
     if fault is not None:
@@ -110,12 +110,12 @@ def _told(value: Any) -> str:
     elif value is None or isinstance(value, bool):
         text = "null" if value is None else str(value).lower()
     else:
-        text = f"{value:.6g}" if isinstance(value, float) or abs(value) < 10**15 else "a number beyond all measure"
+        text = f"{value:.6g}" if isinstance(value, float) or abs(value) < 10**15 else "a number that is far too large"
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def parse_json(text: str | bytes, where: str, then: str = "") -> Any:
-    """What a JSON text holds; bytes are UTF-8. Errors say where it is, and what to do then.
+    """The content of a JSON text; bytes are UTF-8. Errors say `where` it is and what to do `then`.
 
     Raises:
         UserError: not JSON, or too deep or too large to be read.
@@ -128,7 +128,7 @@ def parse_json(text: str | bytes, where: str, then: str = "") -> Any:
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not JSON ({error.msg}){then}") from error
     except RecursionError as error:
-        raise UserError(f"{where}: lists or objects within each other, too deep to be read{then}") from error
+        raise UserError(f"{where}: lists or objects are nested too deep to be read{then}") from error
     except ValueError as error:  # a number of thousands of digits
         raise UserError(f"{where}: not JSON ({str(error).partition(';')[0]}){then}") from error
     except MemoryError as error:
@@ -136,10 +136,10 @@ def parse_json(text: str | bytes, where: str, then: str = "") -> Any:
 
 
 def parse_row(line: str, where: str, then: str = "") -> dict[str, Any]:
-    """The JSON object of a line that a user wrote, whose texts are to be used as they are.
+    """The JSON object in a line of a user's file; its texts can be used as they are.
 
     Raises:
-        UserError: as parse_json, no object, or half of a surrogate pair or U+0000 in a text.
+        UserError: as parse_json; it is no object; a text has U+0000 or half of a surrogate pair.
     """
     row = parse_json(line, where, then)
     instead = f": {then}" if then else ""
@@ -151,10 +151,10 @@ def parse_row(line: str, where: str, then: str = "") -> dict[str, Any]:
 
 
 def read_object(file: Path, flag: str = "", then: str = "") -> dict[str, Any]:
-    """What a file that is a JSON object holds; `then`: what to do where it is none.
+    """The JSON object in a file; `then`: what the user should do if it holds none.
 
     Raises:
-        UserError: as parse_json, it cannot be read, or is other JSON.
+        UserError: as parse_json; it cannot be read; it holds other JSON.
     """
     where, instead = f"{flag} {file}".strip(), f": {then}" if then else ""
     try:
@@ -169,7 +169,7 @@ def read_object(file: Path, flag: str = "", then: str = "") -> dict[str, Any]:
 
 
 def object_in(file: Path) -> dict[str, Any]:
-    """What a file that is a JSON object holds; empty where it cannot be read or is none."""
+    """The JSON object in a file; empty if it cannot be read or holds none."""
     try:
         return read_object(file)
     except UserError:
@@ -177,7 +177,7 @@ def object_in(file: Path) -> dict[str, Any]:
 
 
 def _unusable(value: Any) -> str | None:
-    """Of all texts in a value, the first character that cannot be stored, as it is written in JSON."""
+    """The first character in the texts of a value that cannot be stored, as a JSON escape; None: there is none."""
     if isinstance(value, dict):
         return next((found for item in value.items() for each in item if (found := _unusable(each))), None)
     if isinstance(value, list):
@@ -187,7 +187,7 @@ def _unusable(value: Any) -> str | None:
 
 
 def as_json(content: Any) -> bytes:
-    """Indented JSON, without numbers that are not finite; what is no UTF-8 is an escape, read as what it was."""
+    """Indented JSON; ValueError for numbers that are not finite; characters that UTF-8 lacks become JSON escapes."""
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
     return text.encode("utf-8", "backslashreplace") + b"\n"
 

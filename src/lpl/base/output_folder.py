@@ -1,7 +1,7 @@
 """The folders that commands write into: a command replaces only what the same command wrote there.
 
-`.lpl.json` in such a folder keeps for each command the names that were free, or its own, when it first began, and the
-checksums of results, which are replaced as a whole. Whatever else has one of those names is refused.
+`.lpl.json` in such a folder records for each command the names that were free, or already its own, when it first ran,
+and the checksums of its results, which are replaced as a whole. Anything else under one of those names is refused.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from lpl.base.json_files import REST, TEXT, Shape, object_in, read_object, requi
 
 RECORD = ".lpl.json"
 RECORDED: Shape = {REST: {"names": [TEXT], "result": [TEXT], "files": {REST: [TEXT]}}}
-"""What it holds, by command."""
+"""Content of the record, by command."""
 JUNK = {".DS_Store", "Thumbs.db", "desktop.ini"}
-"""What file managers leave; nobody's."""
+"""Files that file managers leave; they are ignored."""
 COMPONENT = re.compile(r".*\.(json|safetensors|model)|merges\.txt|vocab\.txt")
 """Files of a model in diffusers' format."""
 ELSEWHERE = "move it away, or name another folder"
@@ -34,13 +34,13 @@ class Names(NamedTuple):
     """What a command writes: a name that ends in / is a folder's, # stands for a number."""
 
     kept: Mapping[str, Proof | None]
-    """What is added to or rewritten, and how else than by the record it is known as lpl's own; None: not at all."""
+    """What is added to or rewritten, each with a test that tells lpl's own files without the record; None: no test."""
     results: tuple[str, ...] = ()
     """What `OutputFolder.put` replaces as a whole."""
 
 
 class OutputFolder:
-    """A folder as one command sees it: `within` the one that the user has `given` by a flag."""
+    """A folder as one command sees it: the path `within` the folder that the user has `given` by a flag."""
 
     def __init__(self, given: str | Path, command: str, within: str = "", flag: str = "--output_dir") -> None:
         self.given, self.command, self.flag = Path(given), command, flag
@@ -50,12 +50,12 @@ class OutputFolder:
         """Refuses what is in the way; changes nothing.
 
         Args:
-            names: that the command is going to write.
-            adopt: whether something in the folder is this command's, of a version without records; asked only where
-                there is none.
+            names: what the command is going to write.
+            adopt: says whether a version of this command that kept no records wrote something in the folder; asked
+                only if there is no record.
 
         Raises:
-            UserError: a link, a file for a folder or the reverse, or what this command did not write.
+            UserError: a link, a file in place of a folder or the reverse, or something this command did not write.
         """
         check_real(self.given, self.folder, self.flag)
         own = self._read()["names"]
@@ -67,7 +67,7 @@ class OutputFolder:
         self._check_results(names.results, adopt)
 
     def claim(self, names: Names, adopt: Proof | None = None) -> None:
-        """Notes that these names are the command's from now on, but for those that something else has.
+        """Records these names as the command's own from now on, except those that something else has.
 
         Raises:
             UserError: the folder cannot be written.
@@ -86,9 +86,9 @@ class OutputFolder:
         """Moves files and folders to their names, in the place of those that this command put there before.
 
         Args:
-            staged: what to move, by its name in the folder: all that is in a temporary folder there, which goes, or
-                what lies beside its name.
-            done: name and content of a file that says that they are there; removed first and written last.
+            staged: what to move, by its name in the folder: the whole content of a temporary folder there, which is
+                then removed, or files that already lie in the folder under another name.
+            done: name and content of a file that says that all is in place; removed first and written last.
 
         Raises:
             UserError: something else has one of the names, and nothing was moved.
@@ -101,7 +101,7 @@ class OutputFolder:
         record = self._read()
         old = {name: known for name, known in record["files"].items() if name.split("/")[0] in staged}
         rest = {name: known for name, known in record["files"].items() if name not in old}
-        # Both are known while one takes the place of the other.
+        # While a new file replaces an old one, the checksums of both are valid.
         record["files"] = rest | old | {name: [*old.get(name, []), value] for name, value in new.items()}
         self._write(record)
         if done is not None:
@@ -121,14 +121,14 @@ class OutputFolder:
             write_atomically(self.folder / done[0], done[1])
 
     def missing(self) -> str | None:
-        """The first file of the last result that is not there; None: all are, or nothing is known of any."""
+        """The first missing file of the last result; None: none is missing, or no result is recorded."""
         record = self._read()
         of_result = (name for name in record["files"] if name.split("/")[0] in record["result"])
         return next((name for name in of_result if not (self.folder / name).is_file()), None)
 
     @property
     def has_record(self) -> bool:
-        """Whether this command has been here, in a version that keeps a record."""
+        """Whether this command has a record here; older versions kept none."""
         return bool(self._read()["names"])
 
     def _check_results(
@@ -147,7 +147,7 @@ class OutputFolder:
                     raise self._foreign(file, changed=own in known)
 
     def _found(self, names: Iterable[str]) -> Iterator[tuple[Path, str]]:
-        """What has one of these names, and which."""
+        """The entries that have one of these names, each with that name."""
         there = sorted(os.listdir(self.folder)) if self.folder.is_dir() else []
         for name in names:
             bare = name.removesuffix("/")
@@ -199,13 +199,13 @@ def check_real(given: Path, path: Path, flag: str) -> None:
 
 
 def check_apart(given: Path, names: Iterable[str], inputs: Mapping[str, str | None], same: bool = True) -> None:
-    """Refuses an output that would land on what the command reads, by whatever path either is named.
+    """Refuses an output that would overwrite an input of the command, even if their paths are spelt differently.
 
     Args:
         given: the folder that is written to.
-        names: of Names.
-        inputs: by flag what is read: files, folders, or what is neither (a Hub id).
-        same: whether the folder itself may not be an input.
+        names: as in Names.
+        inputs: what is read, by flag: a file, a folder, or neither (a Hub id).
+        same: whether the folder itself is refused as an input, too.
 
     Raises:
         UserError: an input is the folder, or lies where one of the names goes.
@@ -230,7 +230,7 @@ def matches(name: str, entry: str) -> bool:
 
 
 def kind_of(path: Path) -> str | None:
-    """What a JSON file of lpl says that it is, such as "eval"; None: it is none."""
+    """The kind that a JSON file of lpl states, such as "eval"; None: it is no such file."""
     content = object_in(path)
     return str(content["kind"]) if content.keys() >= {"lpl", "kind"} else None
 
@@ -243,7 +243,7 @@ def _same(a: Path, b: Path) -> bool:
 
 
 def _files(path: Path) -> Iterator[Path]:
-    """A file itself, or all that is in a folder, but for folders and junk; links are not followed."""
+    """A file itself, or all files in a folder and its subfolders, without junk; links are not followed."""
     if not path.is_dir() or path.is_symlink():
         yield path
         return

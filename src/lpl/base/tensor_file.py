@@ -19,7 +19,7 @@ HASH = "modelspec.hash_sha256"
 UNKNOWN = "0x" + 64 * "0"
 METADATA = "__metadata__"
 LONGEST = 100_000_000
-"""Bytes of a header; safetensors reads no longer one."""
+"""Most bytes of a header: safetensors reads no longer one."""
 PLACE = whole(0, 2**62)
 HEADER: Shape = {
     f"{METADATA}?": ({REST: TEXT}, NULL),
@@ -32,10 +32,10 @@ HEADER: Shape = {
 
 
 def parse_header(content: bytes, where: str) -> dict[str, Any]:
-    """The header that the bytes behind those of its length are; `where` is the file that errors name.
+    """The header, from its bytes without the length before them; `where` is the file that errors name.
 
     Raises:
-        UserError: it is none.
+        UserError: it is no such header.
     """
     found: dict[str, Any] = parse_json(content, where)
     require_shape(found, HEADER, where)
@@ -43,7 +43,7 @@ def parse_header(content: bytes, where: str) -> dict[str, Any]:
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """The header of a file that holds all tensors it speaks of.
+    """The header of a file, which is checked to be long enough for all tensors in it.
 
     Raises:
         UserError: it cannot be read, is something else, or is cut short.
@@ -100,7 +100,7 @@ def write_tensors(tensors: Iterable[tuple[str, Tensor]], file: Path, metadata: d
 
 
 def _seal(file: Path) -> None:
-    """Puts the content's hash, which is as long, in the place of the unknown one."""
+    """Replaces the placeholder by the content's hash, which has the same length."""
     with file.open("r+b") as out:
         (length,) = struct.unpack("<Q", out.read(8))
         place = 8 + out.read(length).index(UNKNOWN.encode())

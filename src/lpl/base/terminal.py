@@ -1,4 +1,4 @@
-"""What reaches the terminal: text that users hand over may hold control characters, which it would obey."""
+"""Output to the terminal: text from users may hold control characters, which a terminal would obey."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 from tqdm import tqdm
 
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Control characters but tab and newline, separators of lines, what turns the direction of writing, half pairs."""
+"""Control characters except tab and newline, line separators, direction marks, halves of surrogate pairs."""
 LONGEST = 4000
-"""Letters of a line."""
+"""Most characters of a line."""
 BARS = re.compile("(\r|\x1b\\[A)")
-"""What a progress bar needs to draw over itself."""
+"""Sequences that a progress bar needs to draw over itself."""
 
 
 def printable(text: str) -> str:
@@ -25,7 +25,7 @@ def printable(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """The same on a single line, of which the middle is left out where nobody would read it."""
+    """The same on a single line; the middle of a very long one is left out."""
     if len(text) > LONGEST:
         text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
     return printable(text.replace("\n", "\\n").replace("\t", " "))
@@ -33,7 +33,7 @@ def one_line(text: str) -> str:
 
 @contextlib.contextmanager
 def quiet(name: str) -> Iterator[None]:
-    """Without the warnings of a library's logger."""
+    """Silences a library's logger within the block."""
     theirs = logging.getLogger(name)
     before, theirs.disabled = theirs.disabled, True
     try:
@@ -86,7 +86,7 @@ def _as_one_line(record: logging.LogRecord) -> bool:
 
 
 def as_it_is() -> contextlib.AbstractContextManager[Any]:
-    """For text of the program's own that is drawn with a terminal's means, such as the colours of --help."""
+    """Prints without escaping: for the program's own text with terminal sequences, such as the colours of --help."""
     return contextlib.redirect_stdout(getattr(sys.stdout, "raw", sys.stdout))
 
 
@@ -97,7 +97,7 @@ QUIET = 2.0
 def progress(
     items: Iterable[Any] | None = None, *, desc: str, unit: str = "it", total: int | None = None, show: bool = True
 ) -> Any:
-    """A tqdm bar over items, or of so many in all, on stderr."""
+    """A tqdm bar on stderr over items, or of `total` steps."""
     return tqdm(
         items, desc=one_line(desc), unit=unit, total=total, delay=QUIET, leave=False, disable=not show, file=sys.stderr
     )
@@ -125,11 +125,11 @@ def columns(rows: Sequence[Sequence[str]], right: bool = False) -> list[str]:
 
 
 def with_names(told: Iterable[tuple[str, str]], everyone: int | None = None) -> list[str]:
-    """Each line once, after the names of all that it was told of.
+    """Each line once, after all names that it belongs to.
 
     Args:
         told: (name, line).
-        everyone: a line that is of so many names is of all, and stands without them.
+        everyone: the number of all names; a line that belongs to all of them is shown without names.
     """
     names: dict[str, dict[str, None]] = {}
     for name, line in told:
@@ -138,5 +138,5 @@ def with_names(told: Iterable[tuple[str, str]], everyone: int | None = None) -> 
 
 
 def percent(part: float) -> str:
-    """A share in per cent: whole ones from 1 % on, below with two digits."""
+    """A share in per cent: whole numbers from 1 % on, two digits below."""
     return f"{100 * part:.0f} %" if part >= 0.01 else f"{100 * part:.2g} %"

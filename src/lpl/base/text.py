@@ -1,8 +1,8 @@
-"""Text files that users hand over: how they are decoded, split into lines, and read as JSON lines. Nothing else does.
+"""Text files from users: how they are decoded, split into lines, and read as JSON lines. Only this file does so.
 
 UTF-8, or UTF-16 and UTF-32 by their byte order mark; UTF-16 also without one where the text begins with a Latin
-character, whose other byte is 0. Anything else is an error and never replaced: a wrong caption is trained on. Lines end
-with a newline (any system's) alone: U+2028, a vertical tab and other separators belong to the text.
+character, whose other byte is 0. Anything else is an error and never replaced: a wrong caption would be trained on.
+Only a newline (any system's) ends a line: U+2028, a vertical tab and other separators belong to the text.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-# No text has these; other encodings, read as UTF-8, do.
+# No text has these; they appear where another encoding is read as UTF-8.
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1f]")
 
 
 def decode(data: bytes, where: str) -> str:
-    """The text of a file, which messages call `where`, its line ends as newlines.
+    """The text of a file, its line ends as newlines; messages call the file `where`.
 
     Raises:
-        UserError: not UTF-8, nor UTF-16 or UTF-32 that can be told as such.
+        UserError: not UTF-8, nor UTF-16 or UTF-32 that can be recognised.
     """
     return "\n".join(_decoded(io.BytesIO(data), _encoding(data[:4]), where))
 
@@ -52,9 +52,9 @@ def read_text(path: str | Path, where: str | None = None) -> str:
 
 
 def read_lines(path: str | Path, where: str | None = None) -> Iterator[tuple[str, str]]:
-    """What to call each line of a file that is not blank, and the line without blanks at its ends.
+    """For each line of a file that is not blank: its name in messages, and the line without blanks at its ends.
 
-    A file in UTF-8 is never held whole.
+    A file in UTF-8 is never held in memory whole.
 
     Raises:
         UserError: as read_text.
@@ -72,7 +72,7 @@ def read_lines(path: str | Path, where: str | None = None) -> Iterator[tuple[str
 
 
 def read_rows(path: str | Path, where: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What to call each line of a file of JSON objects that is not blank, and the object.
+    """For each line that is not blank of a file of JSON objects: its name in messages, and the object.
 
     Raises:
         UserError: as read_text, or a line that is no JSON object.
@@ -82,7 +82,7 @@ def read_rows(path: str | Path, where: str | None = None) -> Iterator[tuple[str,
 
 
 def _encoding(start: bytes) -> str:
-    """By the first four bytes of a file."""
+    """The encoding of a file, from its first four bytes."""
     for mark, name in _MARKS:
         if start.startswith(mark):
             return name
@@ -91,7 +91,7 @@ def _encoding(start: bytes) -> str:
 
 
 def _decoded(file: BinaryIO, encoding: str, where: str) -> Iterator[str]:
-    """The lines of a file: of UTF-8 as they come, of other encodings, in which a newline is no single byte, at once."""
+    """The lines of a file: UTF-8 is read line by line, other encodings, whose newline has several bytes, at once."""
     number, offset = 1, 0
     for raw in file if encoding.startswith("utf-8") else [file.read()]:
         try:
@@ -144,20 +144,20 @@ class Prompt(NamedTuple):
 
     text: str
     negative: str = ""
-    """What guidance leads away from; empty: the model's own idea of no prompt."""
+    """What guidance leads away from; empty: what the model uses for no prompt."""
     seed: int | None = None
-    """Of the first image, one more for each further image; None: drawn for the prompt's number."""
+    """Seed of the first image, one more for each further image; None: drawn from the prompt's number."""
 
 
 def read_prompts(file: Path, flag: str = "--prompts") -> list[Prompt]:
     """The prompts of a file in order.
 
-    A .txt file has a prompt a line. A line of a .jsonl file is an object with `prompt` and, as one likes,
-    `negative_prompt` and `seed`; or with `text`, a caption or a list of them of which the first is taken, and whatever
-    else a metadata.jsonl has. Blank lines are passed over.
+    A .txt file has a prompt a line. A line of a .jsonl file is an object with `prompt` and, optionally,
+    `negative_prompt` and `seed`; or with `text` (a caption, or a list of captions whose first is taken) and anything
+    else a metadata.jsonl has. Blank lines are skipped.
 
     Raises:
-        UserError: a file that cannot be read, of another kind or without prompts, or a line that is none, by number.
+        UserError: a file that cannot be read, is of another kind or has no prompts; the number of a line without one.
     """
     where, kind = f"{flag} {file}", file.suffix.lower()
     require(kind in (".txt", ".jsonl"), f"{where}: expected .txt with a prompt a line, or .jsonl")

@@ -38,13 +38,13 @@ def check_same_data(run: Path, baseline: Path) -> None:
     older, newer = sorted(digests, key=lambda folder: (folder / FINISHED).stat().st_mtime)
     raise UserError(
         f"{newer}: was trained on other images or captions than {older}, which was finished before it, or others were "
-        f"held out, so they are no pair: restore the data and remove {newer}, or remove {older} and all runs as old, "
-        "or compare in another --output_dir"
+        f"held out, so they are no pair: restore the data and remove {newer}, or remove {older} and all runs as "
+        "old as it, or compare in another --output_dir"
     )
 
 
 SAME_VALUES = {"channel_detached": "channel"}
-"""Norms that differ in their gradients alone."""
+"""Norms that differ only in their gradients."""
 
 
 def redefined_metrics(config: TrainConfig, baseline: TrainConfig) -> dict[str, tuple[str, ...]]:
@@ -60,7 +60,7 @@ def redefined_metrics(config: TrainConfig, baseline: TrainConfig) -> dict[str, t
 
 
 def _acting(config: TrainConfig) -> dict[str, Any]:
-    """The options that act, those that come to the same spelled alike."""
+    """The options that act, with one spelling for those of the same effect."""
     found = acting(config.flat())
     if "lpl_norm_type" in found:
         found["lpl_norm_type"] = SAME_VALUES.get(found["lpl_norm_type"], found["lpl_norm_type"])
@@ -86,7 +86,7 @@ class Arm:
 
     @property
     def why_unpaired(self) -> str | None:
-        """Why its runs and the baseline's are no pairs; None: they are."""
+        """Why its runs are not paired with the baseline's; None: they are."""
         return f"it changes --{', --'.join(self.unpaired)}" if self.unpaired else None
 
     @property
@@ -95,7 +95,7 @@ class Arm:
         return any(name in vars(TrainConfig().data) for name in self.unpaired)
 
     def folder(self, seed: int) -> str:
-        """Of a run, within the comparison's."""
+        """The folder of a run, within the comparison's."""
         return f"{self.name}/seed-{seed}"
 
 
@@ -103,7 +103,7 @@ def read_arms(options: CompareConfig) -> list[Arm]:
     """The arms of --arms with the options of all their runs.
 
     Raises:
-        UserError: a file that cannot be read, or an arm with a name or option that is none.
+        UserError: a file that cannot be read, or an arm with an invalid name or option.
     """
     shared = _shared_options(options.train)
     arms: list[Arm] = []

@@ -1,4 +1,4 @@
-"""What a finished run is worth: metrics over steps and seconds from its folder, and those of `lpl eval` at its end."""
+"""The metrics of a finished run: those over steps and seconds in its folder, and those of `lpl eval` at its end."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class EvalMetrics(NamedTuple):
     left_out: tuple[str, ...]
     """What it refused or skipped, a line each."""
     rows: tuple[Row, ...] = ()
-    """Of each point of guidance and sampling steps, see evaluation.guidance."""
+    """A row for each point of guidance and sampling steps, see evaluation.guidance."""
 
 
 NO_METRICS = EvalMetrics({}, {}, ())
@@ -51,7 +51,7 @@ class RunMetrics:
 
     seed: int
     folder: str
-    """Within the comparison's."""
+    """Its folder, within the comparison's."""
     steps: int
     seconds: float
     """Of training, without validation and checkpoints."""
@@ -107,7 +107,7 @@ def metrics_of(
     """The metrics of `lpl eval` for a run against --reference_dir; every process calls it, the first gets them.
 
     What eval.json of the run's folder holds for the same options, reference and prompts is not measured again; samples
-    of the run as it was before it was trained on are removed.
+    that are older than the run's result are removed.
 
     Args:
         folder: of the finished run.
@@ -134,22 +134,22 @@ def metrics_of(
         return NO_METRICS
     content = read_result(file, "eval")
     known = {name: m for name, m in content.get("metrics", {}).items() if m.get("value") is not None}
-    # Those of several points are of the one that is best in this run alone: arms are compared by the rows.
+    # With several points, these are of the one that is best in this run alone: arms are compared by the rows.
     values = {} if "points" in content else {name: float(metric["value"]) for name, metric in known.items()}
     notes = {name: str(metric["note"]) for name, metric in known.items() if metric.get("note")}
     return EvalMetrics(values, notes, tuple(content.get("refused", ())), tuple(rows_of(content)))
 
 
 def drop_stale_samples(run: Path) -> None:
-    """Removes what `lpl eval` drew of a run where it is older than the run's result.
+    """Removes samples that `lpl eval` drew of a run if they are older than the run's result.
 
-    It is of other weights, so `lpl eval` would refuse to go on with it.
+    They are of other weights, so `lpl eval` would refuse to go on with them.
     """
     from lpl.evaluation.generate import remove_samples
 
     for folder in (run / EVAL_FOLDER, *(run / EVAL_FOLDER / FOLDER).glob("*")):
         if _are_stale(run, folder):
-            logger.info("%s: its samples are of the run before it was trained on; they are drawn anew", folder)
+            logger.info("%s: its samples are older than the run's result; they are drawn again", folder)
             remove_samples(folder)
 
 
@@ -195,7 +195,7 @@ def check_metrics(options: CompareConfig, config: TrainConfig, ended: Sequence[T
 
 
 def eval_options(source: str, output: Path, options: CompareConfig, config: TrainConfig) -> EvalConfig:
-    """Options of `lpl eval` for a run: equal for all of them but for the model and where its images go."""
+    """Options of `lpl eval` for a run: equal for all runs except for the model and where its images go."""
     return EvalConfig(
         pretrained_model_name_or_path=source,
         reference_dir=options.reference_dir,
@@ -211,7 +211,7 @@ def eval_options(source: str, output: Path, options: CompareConfig, config: Trai
 
 
 def _holds(file: Path, wanted: dict[str, Any], run: Path) -> bool:
-    """Whether an eval.json has these fields and is of the run's result as it is."""
+    """Whether an eval.json has these fields and is not older than the run's result."""
     try:
         content = read_object(file)
         older = file.stat().st_mtime < (run / FINISHED).stat().st_mtime

@@ -1,4 +1,4 @@
-"""`lpl compare`: runs every arm with every seed as `lpl train` does, measures all and writes what came of it."""
+"""`lpl compare`: runs every arm with every seed as `lpl train` does, measures all and writes the results."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from lpl.training.run import run_train
 logger = logging.getLogger("lpl")
 
 FORKED = "FORK_LAUNCHED"
-"""What tells accelerate that a process group is not its to end."""
+"""Tells accelerate not to end a process group."""
 
 
 def run_compare(options: CompareConfig) -> None:
@@ -78,7 +78,7 @@ def _compare(options: CompareConfig, arms: Sequence[Arm]) -> dict[str, Any] | No
 
     started, ended = time.monotonic(), list[TrainConfig]()
     level = logger.level
-    logger.setLevel(logging.ERROR)  # what preflight warns of, the run will say
+    logger.setLevel(logging.ERROR)  # the run repeats preflight's warnings
     try:
         for arm in arms:
             for seed, config in arm.configs.items():
@@ -138,7 +138,7 @@ def _train_and_measure(
 def train_all(options: CompareConfig, arms: Sequence[Arm], started: float) -> dict[tuple[str, int], str]:
     """Trains every arm with every seed, seed by seed, so that an early end leaves whole pairs.
 
-    Returns why runs have no result, by arm and seed; --max_minutes began at `started` of time.monotonic.
+    Returns why runs have no result, by arm and seed; --max_minutes counts from `started` (time.monotonic).
 
     Raises:
         UserError: a pair of runs that were trained on different data.
@@ -169,7 +169,7 @@ def train_all(options: CompareConfig, arms: Sequence[Arm], started: float) -> di
 
 
 def _forget_run() -> None:
-    """The next run begins as in a process of its own: accelerate's settings and the device's memory are let go."""
+    """Frees accelerate's settings and the device's memory, so that the next run begins as in a process of its own."""
     import torch
     from accelerate.state import AcceleratorState, GradientState
 
@@ -257,7 +257,7 @@ def result(
 
 
 def _finite(value: Any) -> Any:
-    """With None for numbers that are not finite, which JSON does not have."""
+    """A value with None for numbers that are not finite, which JSON does not have."""
     if isinstance(value, dict):
         return {key: _finite(own) for key, own in value.items()}
     if isinstance(value, list):

@@ -1,12 +1,12 @@
 """One plain sentence on each arm: helps, harms, no measurable difference, or too little to tell.
 
 It goes by the samples where they were measured: the Fréchet distance's ratio to the baseline's, each arm at its own
-best guidance, at each number of sampling steps. Without samples it goes by validation's diffusion loss at equal steps,
-and for an arm that changes an option of LPL that says neither help nor harm: this loss may rise a little with LPL
-while samples get better.
+best guidance, at each number of sampling steps. Without samples it goes by validation's diffusion loss at equal steps.
+For an arm that changes an option of LPL, this shows neither help nor harm: the loss may rise a little with LPL while
+samples get better.
 
-A ratio whose 95 % interval leaves 1 out helps or harms. One whose interval holds 1 and nothing beyond MATTERS makes no
-measurable difference; a wider one is too little to tell.
+An arm whose ratio has a 95 % interval without 1 helps or harms. If the interval contains 1, and nothing further from it
+than the metric's `matters`, there is no measurable difference; if it is wider, it is too little to tell.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SAMPLES_MATTER, LOSS_MATTERS = 0.05, 0.01
 """The least change of the Fréchet distance, and of a loss, that a user would act on."""
 POWER = 0.8
 MOST_SEEDS = 1000
-"""Beyond, a number of seeds is not given."""
+"""Above this, no number of seeds is given."""
 OUTCOMES = {
     "helps": "helps",
     "harms": "harms",
@@ -67,8 +67,8 @@ def seeds_needed(spread: float, difference: float, power: float = POWER, level: 
 
     Args:
         spread: standard deviation of the paired differences, over seeds.
-        difference: that is to be found.
-        power: with which chance, above 0.5.
+        difference: the one that is to be found.
+        power: the chance of finding it, above 0.5.
         level: of the interval that is to leave 0 out.
 
     Returns:
@@ -123,7 +123,7 @@ def verdict_on(
 
 
 def change_of(entry: Mapping[str, Any]) -> Change:
-    """Of the Fréchet distance in an entry of "at_best"; spread and power are those of the ratio's logarithm."""
+    """The change of the Fréchet distance in an entry of "at_best"; spread is that of the ratio's logarithm."""
     told = entry["frechet"]
     logs = [math.log(ratio) for ratio in told["ratios"]]
     spread = deviation(logs) if len(logs) > 1 else None
@@ -195,7 +195,7 @@ def _begin(change: Change, first: bool) -> str:
 
 
 def _then(change: Change, samples: int | None) -> str:
-    """How many seeds would tell, where it is not told."""
+    """How many seeds would show a difference, if these do not."""
     if change.outcome in ("helps", "harms") or change.value == 0 == change.spread:
         return ""
     if change.spread is None:
@@ -218,7 +218,7 @@ def _way(share: float) -> str:
 
 
 def _sized(change: Change) -> str:
-    """In per cent with its interval."""
+    """A change in per cent, with its interval."""
     if change.interval is None:
         return _way(change.value)
     low, high = change.interval

@@ -17,7 +17,7 @@ from lpl.report.runs import Curve, interpolate
 NO_DIFFERENCE = "no measurable difference"
 HIGHER_IS_BETTER = {"precision", "recall", "density", "coverage", "clip_score"}
 CLOSE = 0.1
-"""Part of a run's steps that two validations may lie apart for a value between them."""
+"""Largest distance between two validations, as a share of the run's steps, for a value between them."""
 TOO_RARELY = f"validated too rarely (more than {100 * CLOSE:g} % of the run apart; lower --validation_steps)"
 
 
@@ -29,7 +29,7 @@ class Pair(NamedTuple):
 
 
 class Noise(NamedTuple):
-    """How much a metric changes that nothing should change."""
+    """How much a metric changes although nothing should change it."""
 
     value: float
     source: str
@@ -40,7 +40,7 @@ class Noise(NamedTuple):
 MetricKey = tuple[str, str]
 """Metric and abscissa."""
 Redefined = Mapping[str, Sequence[str]]
-"""Of Arm."""
+"""Arm.redefined."""
 
 
 def compare_arm(
@@ -107,14 +107,14 @@ def paired_metrics(
 
 
 def _where(arm: str, concerned: Sequence[bool]) -> str:
-    """Of the baseline and the arm."""
+    """Which of the baseline and the arm are concerned, in words."""
     return " and ".join(who for who, is_it in zip(("the baseline", arm), concerned, strict=True) if is_it)
 
 
 def repeated_noise(
     repeats: Mapping[str, tuple[Sequence[RunMetrics], Redefined]], baseline: Sequence[RunMetrics]
 ) -> dict[MetricKey, Noise]:
-    """What changes although nothing is changed: the root mean square of all paired differences.
+    """How much metrics change although no option is changed: the root mean square of all paired differences.
 
     Args:
         repeats: finished runs and redefined metrics of the arms that have the options of the baseline, by name.
@@ -131,7 +131,7 @@ def repeated_noise(
 def at_equal_steps(name: str, both: Sequence[tuple[RunMetrics, RunMetrics]]) -> list[Pair] | str:
     """The metric after as many steps as all runs have, or why there is none.
 
-    Of a run that was not validated there, between two validations that are CLOSE.
+    For a run that was not validated there, it is interpolated between two validations that are CLOSE.
     """
     curved = all(name in run.curves for pair in both for run in pair)
     if not curved:
@@ -146,8 +146,8 @@ def at_equal_steps(name: str, both: Sequence[tuple[RunMetrics, RunMetrics]]) -> 
 def at_equal_time(name: str, both: Sequence[tuple[RunMetrics, RunMetrics]]) -> list[Pair] | str:
     """The metric after as many seconds of training as both runs of a pair took, or why there is none.
 
-    Of the slower run it is taken between two validations, and only where they are CLOSE: a straight line lies above a
-    loss that falls ever more slowly, which would make this run look worse than it is.
+    For the slower run it is interpolated between two validations, if they are CLOSE: a straight line lies above a loss
+    that falls ever more slowly, which would make this run look worse than it is.
     """
     if not all(name in run.curves for pair in both for run in pair):
         return "measured at the end only"
@@ -187,8 +187,8 @@ def over_seconds(curve: Curve, clock: Curve) -> Curve:
 def noise_of(name: str, baseline: Sequence[RunMetrics]) -> Noise | None:
     """How much baseline runs of different seeds differ at their ends, in pairs.
 
-    What is validated before the first step is taken off, as the model is the same there: validation's own draws go with
-    the seed too.
+    The value before the first step is subtracted: the model is the same there, and only validation's own draws, which
+    depend on the seed, differ.
     """
     known = [run for run in baseline if name in run.metrics and math.isfinite(run.metrics[name])]
     starts = [run.curves[name][0] if name in run.curves else (1.0, 0.0) for run in known]
@@ -200,7 +200,7 @@ def noise_of(name: str, baseline: Sequence[RunMetrics]) -> Noise | None:
 def entry(
     arm: str, metric: str, abscissa: str, pairs: Sequence[Pair], noise: Noise | None, repeats: bool = False
 ) -> dict[str, Any]:
-    """One row of compare.json's "paired": the mean difference, what it is sure of, and a verdict."""
+    """One row of compare.json's "paired": the mean difference, its intervals, and a verdict."""
     differences = [pair.arm - pair.baseline for pair in pairs]
     base, value, difference = fmean([p.baseline for p in pairs]), fmean([p.arm for p in pairs]), fmean(differences)
     interval, lower = t_interval(differences), metric not in HIGHER_IS_BETTER

@@ -75,7 +75,7 @@ class TrainConfig:
         return self.run.gradient_checkpointing if choice == "auto" else choice == "true"
 
     def num_steps(self, draws: int, processes: int, repeats: float = 1.0) -> int:
-        """Optimizer steps of the run: --max_train_steps, or what the draws of an image or --num_train_epochs take.
+        """Optimizer steps of the run: --max_train_steps, or those that --draws_per_image or --num_train_epochs take.
 
         Args:
             draws: of an epoch.
@@ -90,11 +90,11 @@ class TrainConfig:
 
     @property
     def length_needs_data(self) -> bool:
-        """Whether the number of steps follows from that of the images."""
+        """Whether the number of steps depends on the number of images."""
         return self.run.max_train_steps is None or self.run.draws_per_image is not None
 
     def samples_per_step(self, processes: int) -> int:
-        """Samples of an optimizer step, of so many processes."""
+        """Samples of an optimizer step, over all processes."""
         return self.run.train_batch_size * self.run.gradient_accumulation_steps * processes
 
     def flat(self) -> dict[str, Any]:
@@ -102,7 +102,7 @@ class TrainConfig:
         return {f.name: getattr(group, f.name) for group in self.groups() for f in fields(group)}
 
     def changed(self, **values: Any) -> TrainConfig:
-        """The options with other values of some, each by its flag's name."""
+        """The options with some values changed, each given by its flag's name."""
         groups = {}
         for f in fields(self):
             group = getattr(self, f.name)
@@ -136,7 +136,7 @@ def check_model_options(config: TrainConfig, family: str, is_flow: bool, known: 
     Args:
         family: its name.
         is_flow: whether it is trained by flow matching.
-        known: of the options that only some models have, those that it has.
+        known: the options that this model has, of those that only some models have.
 
     Raises:
         UserError: all of them, by name.

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 from lpl.base.errors import UserError, require
 
 MOST = 10**12
-"""Of a whole number that declares no bound of its own."""
+"""The largest whole number where an option declares no bound of its own."""
 MOST_PIXELS = 2**12
-"""Side of the largest images: a plan, whose time grows with the area, answers within a minute or two."""
+"""Longest side of an image: at it a plan, whose time grows with the area, still takes only a minute or two."""
 LONGEST_NAME, LONGEST_PATH = 255, 4095
-"""Bytes that file systems take."""
+"""Most bytes that file systems take."""
 
 
 class Needs(NamedTuple):
@@ -26,7 +26,7 @@ class Needs(NamedTuple):
     words: str
     """As in "--x has no effect without ..."."""
     are_met: Callable[[Any], bool]
-    """Of the options: a TrainConfig, or another command's."""
+    """Called with the options: a TrainConfig, or another command's."""
 
 
 @dataclass(frozen=True)
@@ -38,23 +38,23 @@ class Facts:
         least, most: the smallest and the largest value that it takes.
         above, below: values that it must lie above and below.
         path: it names a file or folder (or may, beside a Hub id).
-        may_be_empty: its value is a text that may be empty; elsewhere that is a variable that was not set, or a slip.
-        needs: without which it has no effect; as a text: other options by name, `a`, `a=this|that`, joined by ` & `.
-        free: it changes the trajectory of a run by float rounding at most: a run may be continued with another.
-        divides: with the number of processes it divides a step's samples; a run may be continued where their product
-            is the same.
+        may_be_empty: its text may be empty; elsewhere that is refused, as a variable that was not set, or a slip.
+        needs: what it has no effect without; as a text: other options by name, `a`, `a=this|that`, joined by ` & `.
+        free: it changes the trajectory of a run by float rounding at most: a run may be continued with another value.
+        divides: it divides a step's samples, as the number of processes does; a run may be continued if the product of
+            them all is the same.
         recorded: config.yaml has it.
-        draws: it decides what a step sees: crops, captions, noise and timesteps. Runs that differ in it are no pairs.
+        draws: it decides what a step sees: crops, captions, noise and timesteps. Runs that differ in it are not paired.
         defines: kinds of figures that mean something else with another value of it: "diffusion_loss" and "lpl" of
             validation, "samples" of lpl eval.
         arms: why the arms of a comparison cannot have it.
-        period: it is counted in optimizer steps; what a run lacks that is shorter.
+        period: for a number of optimizer steps: what is missing in a run that is shorter.
         elsewhere: what other trainers call it.
-        schedule: "discrete" or "flow", the only kind of noise schedule that it acts with; or by value.
+        schedule: "discrete" or "flow", the only kind of noise schedule that it acts with; or that kind for each value.
         by_model: only models of some families have it.
         main: `lpl train --help` shows it; `--help all` shows every one.
-        replaced_by: options that say the same in another way: a flag of these leaves out what --config says here.
-        preset_unless: options beside which what a preset says here is left out.
+        replaced_by: options that say the same in another way: a flag of these drops the value from --config.
+        preset_unless: options that, if given, drop the value from a preset.
     """
 
     default: Any = None
@@ -131,9 +131,9 @@ class Options:
     """A group of options, whose values are checked by what is declared beside them."""
 
     def __post_init__(self) -> None:
-        """Checks bounds, and that texts and names are such that a system can have.
+        """Checks bounds, and that texts and paths are ones a system can hold.
 
-        In paths ~ becomes the home folder, for which a shell does not always see to it (a YAML file, --option=~/x).
+        In paths ~ becomes the home folder, which a shell does not always do (a YAML file, --option=~/x).
 
         Raises:
             UserError: the first value that does not fit.
@@ -173,7 +173,7 @@ def _check_number(flag: str, value: float, facts: Facts, auto: str) -> None:
 
 
 def check_text(flag: str, text: str, path: bool = False) -> None:
-    """Refuses U+0000 and half of a surrogate pair, but for the bytes of a path that are no UTF-8."""
+    """Refuses U+0000 and halves of surrogate pairs, except those that stand for bytes of a path that are not UTF-8."""
     for letter in text:
         escaped = path and "\udc80" <= letter <= "\udcff"
         if letter == "\0" or ("\ud800" <= letter <= "\udfff" and not escaped):

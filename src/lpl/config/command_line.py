@@ -1,4 +1,4 @@
-"""From a command line to options: --config first, flags after it win, every fault on a line. Only here is tyro."""
+"""From a command line to options: --config first, flags override it, each fault on a line. Only this uses tyro."""
 
 from __future__ import annotations
 
@@ -107,12 +107,12 @@ def completion(commands: Mapping[str, Callable[..., Any] | None], shell: str) ->
 
 
 def _parse(command: Callable[..., T], flags: list[str], name: str, faults: Faults, refused: list[str]) -> T:
-    """What flags say; raises all faults, those that were found before, too.
+    """The options that flags give; raises all faults, with those that were found before.
 
-    tyro stops at the first malformed value: its flag is left out, as those are that were refused before, and the others
-    are tried again.
+    tyro stops at the first malformed value: its flag is left out, like those that were refused before, and the others
+    are parsed again.
     """
-    # Beside values without a flag, it is not known which of the values after a flag are the flag's.
+    # If values may stand without a flag, it is not known which of the values after a flag belong to it.
     is_open = any(facts.default is MISSING for facts in declared(command).values())
     if is_open:
         faults.raise_any()

@@ -30,7 +30,7 @@ class PlanConfig(Options):
     num_processes: int | None = option(None, least=1, most=100_000)
     """GPUs; unset: as launched, or one."""
     sharding: Literal["none", "fsdp2"] = "none"
-    """How they share the model: each has it whole, or it is split over them."""
+    """How the GPUs share the model: each has it whole (none), or it is split over them (fsdp2)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -41,7 +41,7 @@ class PlanConfig(Options):
         """Memory of the GPU in bytes.
 
         Raises:
-            UserError: no size.
+            UserError: --memory is no size.
         """
         found = re.fullmatch(r"(\d{1,12}(?:\.\d{1,12})?) ?(GiB|GB|MiB|MB)?", self.memory, re.IGNORECASE)
         if found is None:
@@ -77,7 +77,7 @@ class PruneConfig(Options):
     latent_cache_dir: str | None = option(None, path=True)
     """The cache; unset: the user's."""
     days: float = option(30.0, least=0)
-    """For how long it must not have been used; 0: everything goes."""
+    """Remove what was not used for this many days; 0: everything."""
     dry_run: bool = False
     """Only say what would go."""
 
@@ -86,12 +86,12 @@ class PruneConfig(Options):
 class DataReportConfig(Options):
     """Read all images once, report on them and draw what the model will see; no weights are needed, nothing is cached.
 
-    Takes every option of `lpl train`. Writes to OUTPUT_DIR/data-report. Streams are read anew for what is drawn.
+    Takes every option of `lpl train`. Writes to OUTPUT_DIR/data-report. Streams are read again for the pictures.
     """
 
     train: TrainConfig = field(default_factory=TrainConfig)
     num_shown: int = option(24, least=0, most=MOST_SHOWN)
-    """Draws on the contact sheet, the first of the run; 0: no pictures."""
+    """How many draws, from the run's first on, the contact sheet shows; 0: no pictures."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class ReportConfig(Options):
     """Write one HTML page about runs, comparisons, evaluations and checks; it works from disk, without network."""
 
     runs: tuple[str, ...] = option(MISSING, path=True)
-    """Folders that lpl train, compare, eval or check wrote; the first one named is what others are set against."""
+    """Folders that lpl train, compare, eval or check wrote; the others are compared with the first one named."""
     output: str | None = option(None, path=True)
     """The HTML file; unset: report.html in the first folder."""
     max_megabytes: float = option(7.5, least=1, most=10_000.0)
@@ -141,20 +141,20 @@ class ReportConfig(Options):
     export: str | None = option(None, path=True)
     """Folder for every chart as SVG and PDF, every table as CSV and LaTeX, and pictures as PNG, beside the page."""
     serve: bool = False
-    """Show the page at 127.0.0.1 until Ctrl-C, made anew while the runs go on, in the place of writing it."""
+    """Instead of writing the page, show it at 127.0.0.1 until Ctrl-C and update it while the runs go on."""
     port: int = option(PORT, least=0, most=65535)
-    """Of --serve; 0: any that is free."""
+    """Port of --serve; 0: any free one."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(bool(self.runs), "name a folder to report on: lpl report RUN ...")
         given = [name for name in ("output", "export") if getattr(self, name) is not None]
         require(not self.serve or not given, f"--serve writes nothing: drop {' and '.join(f'--{n}' for n in given)}")
-        require(self.serve or self.port == PORT, f"--port {self.port} is of --serve: give that too")
+        require(self.serve or self.port == PORT, f"--port {self.port} acts with --serve: give that too")
 
     @property
     def most_bytes(self) -> int:
-        """Of the page."""
+        """Largest size of the page in bytes."""
         return int(self.max_megabytes * 10**6)
 
     @property
@@ -186,21 +186,21 @@ class CompareConfig(Options):
     num_samples: int = option(1000, least=1, most=10**6, needs="reference_dir")
     """Samples of every run for --reference_dir."""
     prompts: str | None = option(None, path=True, needs=PROMPTS)
-    """What they are of: a .txt file of a prompt a line, or a metadata.jsonl with "text"; unset: the captions of
-    --reference_dir."""
+    """Prompts of the samples: a .txt file with a prompt a line, or a metadata.jsonl with "text"; unset: the captions
+    of --reference_dir."""
 
     num_inference_steps: int | tuple[int, ...] = option(
         EvalConfig.num_inference_steps, least=1, most=10_000, needs="reference_dir"
     )
     """Sampling steps, one or several, see guidance_scale."""
     guidance_scale: float | tuple[float, ...] | None = option(None, least=0, needs="reference_dir")
-    """Of classifier-free guidance, as lpl eval takes it. With several scales or steps every run is measured at every
-    pair, and arms are compared each at its own best guidance, for each number of steps."""
+    """Scale of classifier-free guidance, as lpl eval takes it. With several scales or steps every run is measured at
+    every pair, and each arm is compared at its own best guidance, for each number of steps."""
 
     scheduler: Literal["model", "dpmsolver++"] = option("model", needs="reference_dir")
     """Sampler, as lpl eval takes it."""
     timestep_spacing: Literal["model", "leading", "linspace", "trailing"] = option("model", needs="reference_dir")
-    """The sampler's timesteps, as lpl eval takes them; trailing with few steps."""
+    """The sampler's timesteps, as lpl eval takes them; use trailing with few steps."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

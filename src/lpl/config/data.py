@@ -27,7 +27,7 @@ class DataConfig(Options):
     webdataset: str | None = None
     """WebDataset shards: paths or URLs, with {000..099} or (local) *; several joined by ::."""
     streaming: bool = False
-    """Read --dataset_name as a stream: nothing is downloaded whole, each image passes by once and is cached encoded."""
+    """Read --dataset_name as a stream: nothing is downloaded whole, each image is read once and cached encoded."""
     image_column: str = option("image", needs="dataset_name")
     """Column with the images of --dataset_name."""
     caption_column: str = "text"
@@ -56,7 +56,7 @@ class DataConfig(Options):
     crop_variants: int = option(1, most=10_000, least=1, defines=())
     """How many different random crops of each image to cache; each draw takes one of them."""
     random_flip: bool = option(False, defines=(), elsewhere=("flip_aug",), preset_unless=("instance_prompt",))
-    """Mirror images at random, freshly at each draw (both are cached)."""
+    """Mirror images at random, anew at each draw (both versions are cached)."""
     image_interpolation_mode: Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"] = option(
         "lanczos", elsewhere=("resize_interpolation",)
     )
@@ -66,7 +66,7 @@ class DataConfig(Options):
     shuffle_caption: bool = False
     """Shuffle the tags of a caption; the text cache holds --caption_variants orders of each."""
     keep_tokens: int = option(0, least=0, needs="shuffle_caption")
-    """The first so many tags stay in their places."""
+    """This many tags at the beginning stay in their places."""
     caption_separator: str = option(",", needs="shuffle_caption")
     """What separates tags."""
     caption_variants: int = option(8, most=10_000, least=1, needs="shuffle_caption", defines=())
@@ -91,15 +91,15 @@ class DataConfig(Options):
     cache_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Precision in which latents and text embeddings are cached; the 16-bit ones halve the space."""
     rehash: bool = option(False, free=True, defines=())
-    """Read every image again, also where path, size and time of change are those that were seen before."""
+    """Read every image again, even if its path, size and time of change are as before."""
     dataloader_num_workers: int | Literal["auto"] = option(
         "auto", most=1024, free=True, least=0, defines=(), elsewhere=("max_data_loader_n_workers", "max_workers")
     )
     """Threads that read, decode and crop images while the cache is filled; auto: one a core, eight at most."""
     validation_samples: int = option(0, least=0, elsewhere=("num_eval_images", "validation_split"))
-    """Hold so many of the images out of training, chosen by their content, and measure both losses on them."""
+    """Hold this many images out of training, chosen by their content, and measure both losses on them."""
     validation_data_dir: str | None = option(None, path=True, free=True)
-    """An image folder to measure both losses on instead; what it shares with the training images is not trained on."""
+    """An image folder to measure both losses on instead; training images that are also in it are not trained on."""
     masked_loss: Literal["none", "alpha", "files"] = option("none", elsewhere=("alpha_mask",))
     """Train, LPL included, on what a mask marks in white: the image's opacity (alpha), or files: x-masklabel.png beside
     x.jpg, a file in --mask_dir, a row's --mask_column, x.mask.png in a shard. Images without a mask count whole."""

@@ -1,4 +1,4 @@
-"""Options: what the files of a result say of it."""
+"""Options: the metadata in the files of a result."""
 
 from __future__ import annotations
 

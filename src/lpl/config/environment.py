@@ -45,9 +45,9 @@ FEATURES = (
 
 @cache
 def environment() -> dict[str, Any]:
-    """Versions of what a run stands on, this package's git state in a checkout, the system, its GPUs and threads.
+    """Versions of the packages a run uses, this package's git state in a checkout, the system, its GPUs and threads.
 
-    Loads neither torch nor anything else that is heavy. Values are single ones; None: there is none.
+    Loads neither torch nor anything else that is heavy. Each value is a single one; None: there is none.
     """
     found: dict[str, Any] = {"python": platform.python_version()}
     for name in PACKAGES:

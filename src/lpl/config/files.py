@@ -20,7 +20,7 @@ from lpl.config.run_folder import CONFIG_FILE, PLAIN
 from lpl.presets import preset_text, presets
 
 RECORD = "environment"
-"""Key of config.yaml that holds versions and git state; it is read over."""
+"""Key of config.yaml that holds versions and git state; it is no option."""
 
 EMPTY = ("null", "~", "")
 """How YAML says None."""
@@ -43,7 +43,7 @@ REFUSED = {
         ("dataset_config", "data_backend_config"),
         "--train_data_dir, --dataset_name, --repeats and --resolution say the same",
     ),
-    "config_file": "--config FILE reads options from a YAML file of ours; `lpl presets` lists what ships",
+    "config_file": "--config FILE reads these options from a YAML file; `lpl presets` lists what ships",
     "caption_extension": "captions are read from .txt files beside the images, or from metadata.jsonl",
     "random_crop": "crops are random unless --center_crop",
     "disable_tf32": "TF32 is off unless --allow_tf32",
@@ -61,7 +61,7 @@ REFUSED = {
 
 
 def nearest(name: str, known: list[str]) -> str:
-    """A hint at the option that other trainers call so, or at the closest known name, or nothing."""
+    """A hint at the option that other trainers call by this name, or at the closest known name; else empty."""
     here = next((own for own, facts in declared().items() if name in facts.elsewhere and own in known), None)
     if here is not None:
         return f": here it is --{here}"
@@ -108,7 +108,7 @@ def _as_run(options: dict[str, str]) -> dict[str, str]:
 
 
 def without_replaced(options: dict[str, str], argv: list[str], is_preset: bool = False) -> dict[str, str]:
-    """Options without those that flags replace though they are others: the gate, and the share of --lpl_weight auto."""
+    """Options without those that flags of other names replace: gate, length of the run, share of --lpl_weight auto."""
     flags: dict[str, str] = {}
     for token, following in zip(argv, [*argv[1:], ""], strict=False):
         name, joined, value = token.removeprefix("--").partition("=")
@@ -126,7 +126,7 @@ def without_replaced(options: dict[str, str], argv: list[str], is_preset: bool =
 
 
 class _WithoutAliases:
-    """Refuses what repeats a part of the file: nothing here needs it, and a few lines of it grow without bound."""
+    """Refuses aliases, which repeat parts of a file: nothing needs them, and a few lines can grow without bound."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):  # type: ignore[attr-defined]
@@ -164,8 +164,8 @@ def _load(text: str, loader: Any, where: str) -> Any:
     try:
         return yaml.load(text, loader)
     except RecursionError as error:
-        raise UserError(f"{where}: lists or mappings within each other, too deep to be read") from error
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # the last two: of a date or character that is none
+        raise UserError(f"{where}: lists or mappings are nested too deep to be read") from error
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # the last two: an invalid date or character
         raise UserError(f"{where}: not YAML: {on_one_line(error, 300)}") from error
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
@@ -216,7 +216,7 @@ def as_flags(options: dict[str, str]) -> list[str]:
 def write_config(config: TrainConfig, folder: Path, processes: int = 1) -> None:
     """Makes the folder and writes its config.yaml; `--config` reads it.
 
-    It has every option but the token, LPL's gate also where it is the default, and versions.
+    It has every option that is recorded (the token is not), LPL's gate even if it is the default, and versions.
     """
     stated = config.flat() | {key: value for key, value in acting(config.flat()).items() if key in GATES}
     options = {name: value for name, value in stated.items() if declared()[name].recorded}
@@ -225,7 +225,7 @@ def write_config(config: TrainConfig, folder: Path, processes: int = 1) -> None:
 
 
 def is_config_of_run(path: Path) -> bool:
-    """Whether a file is a config.yaml that write_config has written, by its last part."""
+    """Whether a file is a config.yaml that write_config has written, judged by its last part."""
     try:
         return f"\n{RECORD}:" in path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
@@ -233,9 +233,9 @@ def is_config_of_run(path: Path) -> bool:
 
 
 def differences(config: TrainConfig, folder: Path, processes: int = 1) -> list[str]:
-    """What of the trajectory differs from the run whose config.yaml lies in folder, as `--flag old -> new`.
+    """Options that change the trajectory of the run whose config.yaml lies in folder, as `--flag old -> new`.
 
-    An option that the file does not have had its default; what does nothing beside the others is not compared. Of batch
+    An option that the file lacks had its default; options without effect beside the others are not compared. Of batch
     size, accumulation and processes only the product counts, the samples of a step.
 
     Raises:
@@ -263,6 +263,6 @@ def differences(config: TrainConfig, folder: Path, processes: int = 1) -> list[s
 
 
 def _same_path(facts: Facts, old: Any, new: Any) -> bool:
-    """Whether two spellings of a path name one folder that is there."""
+    """Whether two spellings of a path name the same existing file or folder."""
     are_paths = facts.path and isinstance(old, str) and isinstance(new, str)
     return are_paths and Path(new).exists() and Path(old).expanduser().resolve() == Path(new).resolve()

@@ -1,4 +1,4 @@
-"""How long a run is, how often it draws an image, what it does on the way: in words, for whoever is to judge it."""
+"""How long a run is, how often it draws each image and what it does on the way, in words for the user."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class Length(NamedTuple):
 
     steps: int
     samples: int
-    """Of a step."""
+    """Samples of a step."""
     images: int
-    """That are trained on, without those of --reg_data_dir."""
+    """Training images, without those of --reg_data_dir."""
     draws: float
-    """Of each of them, on average."""
+    """Draws of each image, on average."""
     by: str
     """The option that it follows from, with its value."""
 
@@ -70,7 +70,7 @@ def length_of(
 
 
 def on_the_way(config: TrainConfig, steps: int) -> Iterator[tuple[str, str]]:
-    """What a run of so many steps leaves while it lasts, as a label and a line each."""
+    """What a run of `steps` steps saves, validates and mirrors, as a label and a line each."""
     run, log = config.run, config.logging
     saved = [f"a checkpoint every {count(run.checkpointing_steps, 'step')}"] if run.checkpointing_steps <= steps else []
     if run.save_steps is not None and run.save_steps <= steps:

@@ -44,11 +44,11 @@ class DiffusionConfig(Options):
     p2_gamma: float = option(1.0, least=0, needs="loss_weighting=p2")
     """Strength of P2 weighting."""
     p2_k: float = option(1.0, above=0, needs="loss_weighting=p2")
-    """Keeps P2's weight finite where there is all but no signal."""
+    """Keeps P2's weight finite where there is almost no signal."""
     loss_type: Literal["mse", "huber"] = "mse"
-    """Distance between output and target; huber: pseudo-Huber, which minds outliers less."""
+    """Distance between output and target; huber: pseudo-Huber, in which outliers weigh less."""
     huber_c: float = option(0.1, above=0, needs="loss_type=huber")
-    """Differences far above this count linearly, far below it squared; with a schedule, at the noisy end."""
+    """Threshold: differences far above it count linearly, far below it squared; with a schedule, at the noisy end."""
     huber_schedule: Literal["constant", "exponential", "snr"] = option("snr", needs="loss_type=huber")
     """How the threshold falls from 1 at the first timestep to --huber_c at the last."""
     pyramid_noise_iterations: int = option(0, most=100, least=0, draws=True, elsewhere=("multires_noise_iterations",))
@@ -74,8 +74,8 @@ class DiffusionConfig(Options):
         schedule="flow",
         elsewhere=("flow_schedule_shift", "flow_schedule_auto_shift", "discrete_flow_shift", "training_shift"),
     )
-    """Draw more noise (above 1) or less: s u / (1 + (s - 1) u) of each u that is drawn; resolution: by the number of
-    latent cells, as Flux.1 does; unset: the model's own."""
+    """Draw higher noise levels (above 1) or lower ones: s u / (1 + (s - 1) u) instead of each u drawn; resolution: by
+    the number of latent cells, as Flux.1 does; unset: the model's own."""
     timestep_sampling: Literal["independent", "stratified"] = option(
         "independent",
         draws=True,
@@ -113,7 +113,7 @@ class DiffusionConfig(Options):
 
 
 GATES = ("lpl_t_threshold", "lpl_snr_threshold", "lpl_sigma_threshold")
-"""Statements of the gate: one at most."""
+"""Options that set the gate: one at most is given."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,8 @@ class LPLConfig(Options):
     noisier."""
     lpl_budget: float | None = option(None, above=0, main=True)
     """What LPL costs on average, as a share of a step without it (0.1: a tenth): which gated samples are decoded, and
-    how deep, is drawn, and terms are divided by the chance: the same gradient on average, noisier. Unset: all."""
+    how deep, is drawn at random, and terms are divided by their chance: the same gradient on average, noisier. Unset:
+    no limit."""
     lpl_warmup_steps: int = option(0, least=0)
     """Optimizer steps over which LPL's weight rises linearly, from --lpl_start on; auto measures without this ramp."""
 
@@ -198,13 +199,13 @@ class LPLConfig(Options):
 
 
 def acting(options: Mapping[str, Any], default_gate: tuple[str, Any] | None = None) -> dict[str, Any]:
-    """Options by name without those of LPL that do nothing beside the others, and with the gate that they leave unsaid.
+    """Options by name, without those of LPL that have no effect beside the others, and with the gate if none is given.
 
-    Two sets that come to the same are equal then.
+    Two sets with the same effect are equal then.
 
     Args:
         options: every option.
-        default_gate: what no gate means; None: what it means now.
+        default_gate: the gate if none is given; None: the present default.
     """
     if not options["use_lpl"]:
         return {name: value for name, value in options.items() if not name.startswith("lpl_")}

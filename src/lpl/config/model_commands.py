@@ -17,15 +17,15 @@ class ExportConfig(Options):
     """Write a model or the result of a run in the form another program reads.
 
     --to safetensors: one file as ComfyUI and A1111 read it, a LoRA merged into it; of a model trained by flow matching
-    its transformer, for ComfyUI's models/diffusion_models. --to diffusers: a folder, a LoRA
-    merged into it. --to kohya: a run's LoRA, or that of --lora, as kohya's programs, ComfyUI and A1111 read it.
+    only the transformer, for ComfyUI's models/diffusion_models. --to diffusers: a folder, a LoRA merged into it. --to
+    kohya: a run's LoRA, or that of --lora, as kohya's programs, ComfyUI and A1111 read it.
     """
 
     source: str = option(MISSING, path=True)
-    """A run's folder or, of one that trains a LoRA, checkpoint-N in it; a diffusers folder, a Hub id or one
-    .safetensors file."""
+    """A run's folder or, if it trains a LoRA, a checkpoint-N in it; a diffusers folder, a Hub id or one .safetensors
+    file."""
     to: Literal["safetensors", "diffusers", "kohya"] = "safetensors"
-    """Which form."""
+    """The form to write."""
     output: str | None = option(None, path=True)
     """The file to write; for diffusers the folder."""
     overwrite: bool = False
@@ -37,7 +37,7 @@ class ExportConfig(Options):
     lora_scale: float = option(1.0, needs=MERGED)
     """Strength of the LoRA in the merge."""
     dtype: Literal["float16", "bfloat16", "float32"] | None = option(None, needs=MERGED)
-    """Precision of the result; unset: as the files of the model have it (one on the Hub: float32)."""
+    """Precision of the result; unset: as in the files of the model (float32 for a model on the Hub)."""
     pretrained_vae_model_name_or_path: str | None = option(None, path=True, needs=MERGED)
     """Another VAE than the model's own: a diffusers folder or a Hub id."""
     variant: str | None = None
@@ -58,12 +58,12 @@ LOADED = "pretrained_model_name_or_path"
 A_LORA = Needs("a LoRA", lambda config: config.lora is not None or config.pretrained_model_name_or_path is not None)
 DEFAULT_SAMPLES = 1000
 FEWEST_RESAMPLES = 100
-"""Below, the ends of an interval, which 2.5 % of the resamples lie beyond, are one or two of them."""
+"""With fewer, only one or two resamples (2.5 %) lie beyond each end of an interval."""
 
 
 @dataclass(frozen=True)
 class EvalConfig(Options):
-    """Draw samples of a model, or take images that are there, and measure them against real images.
+    """Draw samples of a model, or take existing images, and measure them against real images.
 
     Writes images, eval.json and a table. The same command continues what was interrupted; `accelerate launch -m lpl
     eval ...` shares the drawing among processes.
@@ -74,36 +74,36 @@ class EvalConfig(Options):
     images: str | None = option(None, path=True)
     """Measure the images in this folder instead of drawing any."""
     reference_dir: str | None = option(None, path=True)
-    """Folder of real images, best not those of the training."""
+    """Folder of real images, preferably not the training images."""
     prompts: str | None = option(None, path=True, needs=DRAWN)
-    """A .txt file of a prompt a line, or a metadata.jsonl with "text"; unset: the captions of --reference_dir. Sample i
-    is of prompt i, beginning again at the end."""
+    """A .txt file with a prompt a line, or a metadata.jsonl with "text"; unset: the captions of --reference_dir. Sample
+    i uses prompt i; after the last prompt the first follows."""
     num_samples: int | None = option(None, least=1, most=10**6)
-    """How many samples; unset: 1000, of --images all."""
+    """How many samples; unset: 1000, or all of --images."""
     seed: int = option(0, most=2**63 - 1)
-    """Of the samples (each has noise of its own, whatever the batch) and of the resamples for the intervals."""
+    """Seed of the samples (each has noise of its own, whatever the batch) and of the resamples for the intervals."""
     output_dir: str = option("lpl-eval", path=True)
     """Where images and eval.json go."""
     resolution: int | None = option(None, least=8, most=MOST_PIXELS)
-    """Pixels of the square images that are compared; unset: the model's, or of --images the first one's shorter side,
-    less what is no whole latent of the VAE."""
+    """Pixels of the square images that are compared; unset: the model's, or the shorter side of the first of
+    --images, rounded down to whole latents of the VAE."""
     num_inference_steps: int | tuple[int, ...] = option(25, least=1, most=10_000, needs=DRAWN)
     """Sampling steps. Several: samples of the same noise at each, with every guidance_scale; all pairs are measured."""
     guidance_scale: float | tuple[float, ...] | None = option(None, least=0, needs=DRAWN)
-    """Of classifier-free guidance; 1: none, which is twice as fast. Several: as for num_inference_steps, and which is
-    best. Unset: 5; a pipeline of a family whose guidance is not known here takes no such option: its own default
-    acts."""
+    """Scale of classifier-free guidance; 1: none, which is twice as fast. Several: as for num_inference_steps, and the
+    best is found. Unset: 5; a pipeline of a family whose guidance is not known here does not take this option: its own
+    default acts."""
     scheduler: Literal["model", "dpmsolver++"] = option("model", needs=DRAWN)
     """Sampler: the model's own, or DPM-Solver++(2M), for which 12 steps often do."""
     timestep_spacing: Literal["model", "leading", "linspace", "trailing"] = option("model", needs=DRAWN)
     """Which of the schedule's timesteps a sampler takes: as the model's scheduler says, or as diffusers' option of this
-    name. With few steps trailing: leading ones begin with less noise than their first sample has."""
+    name. With few steps use trailing: leading begins at a timestep of less noise than the first latents have."""
     sample_batch_size: int | None = option(None, least=1, most=2**12, needs=DRAWN)
-    """Samples that are drawn together; unset: what makes 4 megapixels, at most 64 (so 4 of 1024 pixels)."""
+    """Samples that are drawn together; unset: as many as make 4 megapixels (4 of 1024 x 1024), at most 64."""
     dtype: Literal["float32", "bfloat16", "float16"] = option("float32", needs=DRAWN)
     """Precision of the model while it draws."""
     pretrained_vae_model_name_or_path: str | None = option(None, path=True)
-    """Another VAE than the model's; with --images alone, the one whose floor is measured."""
+    """Another VAE than the model's; with --images and no model, the VAE whose floor is measured."""
     lora: str | None = option(None, path=True, needs=DRAWN)
     """A LoRA file, of diffusers' or kohya's naming, or the folder of a run that trained one."""
     lora_scale: float = option(1.0, needs=A_LORA)
@@ -118,18 +118,18 @@ class EvalConfig(Options):
     metrics: tuple[MetricName, ...] = ("frechet", "kernel", "precision_recall", "density_coverage", "spectrum")
     """What to measure, in features of an ImageNet EfficientNet-Lite0."""
     against: Literal["images", "reconstructions"] = "images"
-    """Compare with the real images, or with what the VAE makes of them, which takes its own blur out."""
+    """Compare with the real images, or with the VAE's reconstructions of them, which leaves the VAE's own blur out."""
     floor: bool = True
     """Measure beside every figure what the VAE alone costs: real images, encoded and decoded."""
     num_bootstrap: int = option(200, least=0, most=10**6)
     """Resamples of the samples for the 95 % intervals, at least 100; 0: no intervals."""
     kernel_subsets: int = option(0, least=0, most=10**6)
-    """Kernel distance as the mean over so many random subsets; 0: over all pairs, once."""
+    """Kernel distance as the mean over this many random subsets; 0: over all pairs, once."""
     kernel_subset_size: int = option(1000, least=2, needs="kernel_subsets")
-    """Images of such a subset."""
+    """Images in each of these subsets."""
     inception_weights: str | None = option(None, path=True)
-    """Also FID and KID: the weights of the FID's Inception network as torch-fidelity has them; unset: where
-    torch-fidelity keeps them, if there."""
+    """Also FID and KID: file of the weights of the FID's Inception network, as torch-fidelity has them; unset: the file
+    that torch-fidelity keeps, if there is one."""
     dinov2: str | None = option(None, path=True)
     """Also FD-DINOv2: a folder or Hub id, such as facebook/dinov2-large."""
     clip: str | None = option(None, path=True)

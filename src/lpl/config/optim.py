@@ -10,7 +10,7 @@ from lpl.base.text import parse_keywords
 from lpl.config.checks import Needs, Options, option
 
 OPTIMI = "optimi."
-"""How the classes of the package optimi begin, which step parameter by parameter and sum with compensation."""
+"""Prefix of the classes of the package optimi, which step parameter by parameter and use compensated summation."""
 WARMUP_STEPS = 500
 """Optimizer steps of warm-up where none are given, of schedules that have one."""
 ONE_BY_ONE = ("adamw", "adamw8bit", "adafactor")
@@ -96,12 +96,12 @@ class OptimConfig(Options):
     what rounding leaves over). Needs --mixed_precision bf16 and adamw, adamw8bit, adafactor or optimi.Class."""
     fused_backward_pass: bool = option(False, elsewhere=("optimizer_release_gradients",))
     """Step each weight in the backward pass, as soon as its gradient is there, and free that gradient: they never exist
-    all at once. Needs --max_grad_norm 0, one micro-batch a step, one process, and an optimizer as --weights_dtype
-    bfloat16."""
+    all at once. Needs --max_grad_norm 0, one micro-batch a step, one process, and an optimizer that --weights_dtype
+    bfloat16 takes."""
     text_encoder_lr: float | None = option(None, above=0, needs="train_text_encoder")
     """Peak learning rate of the text encoders, with --train_text_encoder; unset: --learning_rate's."""
     text_encoder_2_lr: float | None = option(None, above=0, needs="train_text_encoder", by_model=True)
-    """Another one for the second text encoder (CLIP-G); unset: --text_encoder_lr's."""
+    """Peak learning rate of the second text encoder (CLIP-G); unset: --text_encoder_lr's."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -20,7 +20,7 @@ class Point(NamedTuple):
 
     @property
     def folder(self) -> str:
-        """Of its samples, within --output_dir where there are several points."""
+        """Folder of its samples, within --output_dir where there are several points."""
         scale = [] if self.guidance_scale is None else [f"guidance-{plain(self.guidance_scale)}"]
         return "/".join([FOLDER, "-".join([*scale, f"steps-{self.num_inference_steps}"])])
 
@@ -48,7 +48,7 @@ def best_points(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """For each number of steps the guidance with the least Fréchet distance, and whether the list ends there.
 
     Args:
-        points: of eval.json.
+        points: those of eval.json.
 
     Returns:
         num_inference_steps, guidance_scale, metric, value, and edge: "end" or "beginning" of the list, where a further

@@ -44,7 +44,7 @@ class ModelConfig(Options):
     )
     """What the denoiser predicts; unset: what the model's scheduler says. The saved pipeline says the same."""
     clip_skip: int | None = option(None, most=1000, least=0, by_model=True)
-    """Take the text encoders' output so many layers before the usual one (diffusers' meaning of clip_skip)."""
+    """Take the text encoders' output this many layers before the usual one (diffusers' meaning of clip_skip)."""
     max_token_length: Literal[75, 150, 225] = option(75, by_model=True, elsewhere=("tokenizer_max_length",))
     """Caption tokens that are used; beyond 75, in chunks of 75 that are encoded one by one and joined."""
     rank: int | None = option(None, most=2**16, least=1, elsewhere=("network_dim", "lora_rank"), main=True)
@@ -66,8 +66,8 @@ class ModelConfig(Options):
     use_dora: bool = option(False, needs="rank")
     """Train a DoRA: also a magnitude for each output of these layers (slower, more memory)."""
     lora_weights: str | None = option(None, path=True, arms=ONE_MODEL, elsewhere=("network_weights", "init_lora"))
-    """A LoRA file, of diffusers' or kohya's naming, to go on training: rank, alpha and layers are the file's, and where
-    it is on text encoders, those are trained too."""
+    """A LoRA file, of diffusers' or kohya's naming, to go on training: rank, alpha and layers are the file's, and if it
+    has text encoder layers, those are trained too."""
     merge_lora_weights: bool = option(False, needs="lora_weights", arms=ONE_MODEL, elsewhere=("base_weights",))
     """Merge --lora_weights into the model before training instead; with --rank a new LoRA is trained on top."""
     quantize_base: Literal["int8", "fp8", "nf4"] | None = option(
@@ -105,7 +105,7 @@ class ModelConfig(Options):
         )
         require(
             not (self.use_dora and self.quantize_base),
-            f"--use_dora with --quantize_base {self.quantize_base}: its norms are of whole weights; drop one of them",
+            f"--use_dora with --quantize_base {self.quantize_base}: a DoRA needs whole weights; drop one of them",
         )
 
     @property
@@ -142,12 +142,12 @@ class RunConfig(Options):
     draws_per_image: float | None = option(
         None, above=0, most=10**6, main=True, replaced_by=("max_train_steps", "num_train_epochs")
     )
-    """The run ends when each image has been drawn so often on average, at --max_train_steps at the latest (100 to 200
+    """End the run when each image has been drawn this often on average, at --max_train_steps at the latest (100 to 200
     for some 20 images of a subject; above 300 the model learns them by heart)."""
     max_train_steps: int | None = option(
         None, most=10**9, least=1, main=True, replaced_by=("draws_per_image", "num_train_epochs")
     )
-    """Optimizer steps in all; with --draws_per_image at most."""
+    """Optimizer steps in all; with --draws_per_image, at most this many."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(None, main=True)
     """Precision of the denoiser's arithmetic; unset: what `accelerate config` says, else no."""
     allow_tf32: bool = False
@@ -175,17 +175,17 @@ class RunConfig(Options):
     save_steps: int | None = option(
         None, free=True, least=1, period="no weights are saved on the way", elsewhere=("save_every_n_steps",)
     )
-    """Write weights for inference, raw and averaged, to saved-<step> in --output_dir every so many optimizer steps."""
+    """Optimizer steps between weights for inference, raw and averaged, written to saved-<step> in --output_dir."""
     compile_denoiser: bool = option(False, free=True, elsewhere=("torch_compile", "dynamo_backend"))
     """Run the denoiser through torch.compile in training; costs minutes at the start, once per shape of the images."""
     max_minutes: float | None = option(None, free=True, above=0)
-    """Stop after so many minutes as a signal does: with a checkpoint and exit code 4; the same command continues."""
+    """Stop after this many minutes as at a signal: with a checkpoint and exit code 4; the same command continues."""
     on_nonfinite: Literal["stop", "skip"] = option("stop", free=True)
     """At a loss or gradient that is not finite: stop before the optimizer step, or leave that step out and go on."""
     max_skips: int = option(10, free=True, least=1, needs="on_nonfinite=skip")
     """For skip: stop if more steps than this are left out in a row."""
     allow_changes: bool = option(False, free=True)
-    """Continue a run though options or data that change its trajectory have changed."""
+    """Continue a run even if options or data that change its trajectory have changed."""
 
 
 NOT_PUSHED = "runs of a comparison are not pushed"

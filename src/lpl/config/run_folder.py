@@ -1,7 +1,7 @@
 """What commands leave for later ones: the names of files and folders, what each must look like, how it is read.
 
-What a checkpoint's files must be, their sizes and checksums, is in a file of it that is written last. A folder without
-that was never finished; one whose files differ from it was cut short or damaged since.
+A checkpoint's manifest lists the size and checksum of each of its files and is written last. A folder without it was
+never finished; one whose files differ from it was cut short or damaged since.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ logger = logging.getLogger("lpl")
 # A run.
 CONFIG_FILE, FINISHED, VALIDATION, BAD_FILES = "config.yaml", "finished.json", "validation.jsonl", "bad_files.jsonl"
 SAMPLES, SAVED = "samples", "saved"
-"""Folders: of validation images, and the beginning of those with weights of a step."""
+"""Folders: of validation images, and the prefix of those with weights of a step."""
 WEIGHTS = "weights.json"
 """In a folder of weights: what they are."""
 RESULT = ".tmp-result"
@@ -49,10 +49,10 @@ DATA_REPORT, CHECK_REPORT, EVAL_FOLDER = "data-report", "check-report", "eval"
 # A checkpoint.
 MANIFEST, STATE = "manifest.json", "state.json"
 CHECKPOINT, NONFINITE = "checkpoint-", "nonfinite-step-"
-"""How names begin that end with a step: of checkpoints, and of files about a step that was not finite."""
+"""Prefixes before the number of a step: of checkpoints, and of files about a step that was not finite."""
 PATTERN = re.compile(rf"{CHECKPOINT}(\d+)")
 UNPUBLISHED = (f"{CHECKPOINT}*", f"{SAVED}-*", ".tmp-*", ".lpl*", f"{DATA_REPORT}/*", f"{CHECK_REPORT}/*", BAD_FILES)
-"""What of a run does not go to the Hub."""
+"""Files of a run that are not uploaded to the Hub."""
 # Results, and the page about them.
 RESULT_FILES = {"eval": "eval.json", "check": "check.json", "compare": "compare.json"}
 EVAL_FILE, CHECK_FILE, COMPARE_FILE = RESULT_FILES.values()
@@ -73,7 +73,7 @@ PAIR = Kind("two numbers", lambda v: isinstance(v, list) and len(v) == 2 and all
 TEXTS = ([TEXT], NULL)
 MAYBE, MAYBE_TEXT, MAYBE_STEP = (NUMBER, NULL), (TEXT, NULL), (STEP, NULL)
 LARGE = (number(-1e300, 1e300), NULL)
-"""The largest value of a network that overflows."""
+"""The largest value in a network, which may overflow."""
 ENVIRONMENT = {REST: PLAIN}
 
 METRIC: Shape = {
@@ -195,7 +195,7 @@ def read_result(file: Path, kind: str) -> dict[str, Any]:
     """What lpl eval, check or compare wrote.
 
     Raises:
-        UserError: it cannot be read, is of another kind, or has been changed to something that it cannot be.
+        UserError: it cannot be read, is of another kind, or was changed so that it no longer makes sense.
     """
     then = f"run lpl {kind} again"
     try:
@@ -217,7 +217,7 @@ def read_result(file: Path, kind: str) -> dict[str, Any]:
         if unknown or len(set(names)) < len(names):
             told = "an arm is there twice"
             if len(set(names)) == len(names):
-                told = f"{unknown[0][0]} has the arm {unknown[0][1]!r:.60}, which arms has not"
+                told = f"{unknown[0][0]} has the arm {unknown[0][1]!r:.60}, which is not in arms"
             raise UserError(f"{file}: {told}: {then}")
     return found
 
@@ -238,9 +238,9 @@ def _read_row(line: bytes, where: str) -> dict[str, Any]:
 
 
 def read_finished(folder: Path) -> dict[str, Any] | None:
-    """What a finished run says of itself; None where there is no such file, or none that can be believed.
+    """What a finished run recorded at its end; None if there is no such file, or no valid one.
 
-    A run without it is one that has not ended: nothing is lost by going on from its last checkpoint.
+    A run without it counts as unfinished: nothing is lost by going on from its last checkpoint.
     """
     try:
         found = read_object(folder / FINISHED)
@@ -253,7 +253,7 @@ def read_rows(path: Path, skipped: list[str] | None = None) -> list[dict[str, An
     """The rows of a validation.jsonl, none if there is no file.
 
     Args:
-        skipped: takes the message of a line that is no row; None: it is raised.
+        skipped: the messages of lines that are no rows are added to it; None: they are raised.
 
     Raises:
         UserError: a line that is no row.
@@ -316,7 +316,7 @@ def damage(folder: Path, read: bool = True) -> str | None:
 
 
 def unlisted(folder: Path) -> str | None:
-    """Something in a folder that write_manifest has described which it did not find there; None: nothing is."""
+    """The first entry of a folder that the manifest in it does not list; None: there is none."""
     try:
         files = read_object(folder / MANIFEST)
         return next((p.name for p in sorted(folder.iterdir()) if p.name not in {MANIFEST, *JUNK, *files}), None)
@@ -333,7 +333,7 @@ def find_checkpoint(folder: Path, choice: str | None, read: bool = True) -> Path
     """The checkpoint to go on from: the newest good one of the run, or the one that --resume_from_checkpoint names.
 
     Every byte is read, or with read=False only sizes are compared. Newer ones that are damaged are named in the log and
-    passed over.
+    skipped.
 
     Raises:
         UserError: a named checkpoint that is not there or not complete, or a run whose checkpoints are all damaged.

@@ -22,13 +22,13 @@ class BadImageError(Exception):
 
 
 class UnreadImageError(BadImageError):
-    """A file that could not be read, or not here: no property of it, so the next run tries again."""
+    """A file that could not be read this time or on this machine, though it may be sound: the next run tries again."""
 
 
 ALWAYS_ALLOWED = 3
-"""So many bad images of a source stop no run, whatever their share, unless --max_bad_fraction is 0."""
+"""Up to this many bad images of a source never stop a run, whatever their share, unless --max_bad_fraction is 0."""
 SEEN_FIRST = 1000
-"""Images that are seen before their share of bad ones counts; smaller sources are seen whole, and then judged."""
+"""Images that are read before the share of bad ones is checked; smaller sources are read whole, then checked."""
 
 
 def is_list(path: Path) -> bool:
@@ -56,7 +56,7 @@ class BadFiles:
         self.found: list[Bad] = []
 
     def begin(self, name: str, size: int | None) -> None:
-        """Starts counting afresh for a source of so many images; None: unknown."""
+        """Starts counting again for a source of `size` images; None: unknown."""
         self._name, self._size = name, size
         self._bad: list[Bad] = []
         self._seen = 0
@@ -93,12 +93,12 @@ class BadFiles:
         self.write()
         first = self._bad[0]
         if bad == seen:
-            remedy = "mend them"
+            remedy = "repair them"
         elif seen < total:
             share = _rounded_up(bad, seen)
-            remedy = f"mend or remove them, or, if the others are alike, allow them with --max_bad_fraction {share}"
+            remedy = f"repair or remove them, or, if the others are alike, allow them with --max_bad_fraction {share}"
         else:
-            remedy = f"mend or remove them, or allow them with --max_bad_fraction {_rounded_up(bad, total)}"
+            remedy = f"repair or remove them, or allow them with --max_bad_fraction {_rounded_up(bad, total)}"
         raise UserError(
             f"{self._name}: {bad} of {'the first ' * (seen < total)}{seen} images cannot be used, first {first.name} "
             f"({first.reason}); {self.path} lists them: {remedy}"
@@ -106,5 +106,5 @@ class BadFiles:
 
 
 def _rounded_up(part: int, whole: int) -> str:
-    """A share with two digits, no less than it is."""
+    """A share, rounded up to two digits."""
     return f"{float(Context(prec=2, rounding=ROUND_CEILING).divide(Decimal(part), Decimal(whole))):g}"

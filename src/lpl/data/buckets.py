@@ -17,12 +17,12 @@ class Buckets:
     sizes: list[tuple[int, int]]
 
     def __init__(self, area: int, step: int, max_aspect: float) -> None:
-        """All sizes that cannot grow on either side without leaving the area or the aspect; and the largest square.
+        """All sizes that cannot grow on either side without exceeding the area or the aspect; and the largest square.
 
         Args:
             area: most pixels of a size.
             step: both sides are multiples of it.
-            max_aspect: most times that the long side is as long as the short one, at least 1.
+            max_aspect: the largest ratio of the long side to the short one, at least 1.
 
         Raises:
             UserError: not even one square of the step's side fits into the area.
@@ -51,7 +51,7 @@ class Buckets:
         return buckets
 
     def nearest(self, width: int, height: int) -> int:
-        """Index of the size whose aspect is nearest in log to an image's; of two as near, the taller."""
+        """Index of the size whose aspect is nearest in log to an image's; of two equally near, the taller."""
         return bisect_left(self._limits, float(width) * float(width) / (float(height) * float(height)))
 
     def assign(self, widths: np.ndarray, heights: np.ndarray) -> np.ndarray:
@@ -61,7 +61,7 @@ class Buckets:
 
     def _keep(self, sizes: list[tuple[int, int]]) -> None:
         self.sizes = sorted(sizes, key=lambda size: size[1] / size[0])
-        # Midway in log, squared: quotients of whole numbers, which all machines round alike; logs they do not.
+        # Midway in log, squared: quotients of whole numbers, which all machines round alike, unlike logs.
         pairs = zip(self.sizes, self.sizes[1:], strict=False)
         self._limits = [(w * wider) / (h * lower) for (h, w), (lower, wider) in pairs]
         self._bounds = np.array(self._limits, np.float64)

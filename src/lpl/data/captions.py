@@ -15,7 +15,7 @@ from lpl.diffusion.draws import keyed_seed, keyed_uniform
 class CaptionRules:
     """Makes a sample's captions into the texts of its draws; each is a function of (seed, sample id, draw number).
 
-    - Dropout: draw n has no caption if (seed, "dropout", id, n) says so; nothing is put before it.
+    - Dropout: draw n has no caption if (seed, "dropout", id, n) says so; it gets no prefix either.
     - Choice: of several captions draw n takes the one that (seed, "caption", id, n) says, or always the first.
     - Shuffling: a caption is split at the separator, tags are stripped and empty ones left out. The first keep_tokens
       stay, the others are put into order n modulo the number of orders. Orders are drawn for (seed, "tags", id,
@@ -31,8 +31,8 @@ class CaptionRules:
         seed: seed of the run.
 
     Attributes:
-        settings: all that variants depends on but the sample: hashable, of strings, numbers, booleans and None. Options
-            that do not act do not enter, nor does the seed without shuffling.
+        settings: all that variants depends on except the sample: hashable, of strings, numbers, booleans and None.
+            Options without effect are not in it, nor is the seed without shuffling.
     """
 
     def __init__(self, config: DataConfig, seed: int) -> None:
@@ -97,7 +97,7 @@ class CaptionRules:
         return min(self._config.caption_variants, possible)
 
     def _orders_of(self, sample: str, number: int, tags: Sequence[str]) -> Iterator[str]:
-        """The caption in order 0, 1, 2 ...: as many as differ, after which it must not be asked for more."""
+        """The caption in order 0, 1, 2 ...; must not be asked for more orders than there are different ones."""
         joint = f"{self._config.caption_separator.strip()} "
         kept, movable = tags[: self._config.keep_tokens], tags[self._config.keep_tokens :]
         if self._prefix:

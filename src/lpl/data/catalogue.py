@@ -21,8 +21,8 @@ from lpl.data.sources import Piece, Source
 
 SUFFIX = ".arrow"
 FORMAT = "-3"
-"""Part of what the folders of catalogues and stores are named for: another layout of files, or another way from an
-image file or caption to what is cached, gets another."""
+"""Part of what the folders of catalogues and stores are named for: it changes with the layout of files, and with how
+an image file or caption becomes what is cached."""
 PROOF, PILLOW = b"proof", b"pillow"
 """Metadata of a table: the checksum of its file, and the version of the library that decoded the images."""
 PROOF_BYTES = 16
@@ -64,7 +64,7 @@ class Row(NamedTuple):
     files: Sequence[str] = ()
     """See Sample."""
     versions: Sequence[str | None] = ()
-    """Of each of them, as they were before it was read; None: unknown."""
+    """The version of each of them before it was read; None: unknown."""
     mask: bytes = b""
     """sha256 of the file that holds its mask; empty: none, or masks are not in use."""
 
@@ -73,8 +73,8 @@ class Catalogue:
     """The files of one source, in a folder of the cache named for it and for where its masks are from (mask_source).
 
     A file is named for its piece and the piece's stamp, so a changed piece has another file, and the old one still
-    tells what was known of the samples that have not changed. Behind the table it holds a checksum of itself and its
-    name.
+    tells what was known of the samples that have not changed. After the table the file holds a checksum of itself and
+    its name.
     """
 
     def __init__(self, cache: Path, source: Source, masks: str = "") -> None:
@@ -117,11 +117,11 @@ class Catalogue:
         write_cached(path, content + _proof(path, content), scratch)
 
     def load_known(self) -> None:
-        """Gathers what any file of the source says of its samples, for `known`; of several, the one last used.
+        """Gathers what the files of the source say of its samples, for `known`; the one last used comes first.
 
         Takes 16 bytes a sample; the rest stays in the mapped files.
         """
-        there = filter(Path.is_file, self.folder.glob(f"[!.]*{SUFFIX}"))  # no link to nothing
+        there = filter(Path.is_file, self.folder.glob(f"[!.]*{SUFFIX}"))  # no broken link
         paths = sorted(there, key=lambda path: (-path.stat().st_mtime_ns, path.name))
         self._tables = [read_table(path, self.schema) for path in paths]
         self._unsettled = list(map(unsettled, self._tables))
@@ -137,7 +137,7 @@ class Catalogue:
     def known(self, sample: str, stamp: str, versions: Sequence[str | None]) -> dict[str, Any] | None:
         """The columns KNOWN of a sample that any piece had with this stamp and these versions; only after load_known.
 
-        None also where `unsettled` says so.
+        None also if the row is `unsettled`.
         """
         names = [name for name in self.schema.names if name in ("id", "stamp", "versions", *KNOWN)]
         wanted = hash((sample, stamp))
@@ -159,8 +159,8 @@ class Samples:
     """The usable samples of one or several sources, by number; columns stay in the mapped files.
 
     Args:
-        sources: of each, the rows of its pieces in order; the loss weight of its samples; and what is put before their
-            ids and groups, so that samples of two sources are told apart.
+        sources: for each, the rows of its pieces in order; the loss weight of its samples; and the prefix of their ids
+            and groups, which tells samples of two sources apart.
     """
 
     def __init__(self, sources: Iterable[tuple[Sequence[pa.Table], float, str]]) -> None:
@@ -199,7 +199,7 @@ class Samples:
         return self._weights[int(self._piece[index])]
 
     def prefixes(self) -> np.ndarray:
-        """What stands before the id of each sample, (N,)."""
+        """The prefix of the id of each sample, (N,)."""
         return np.asarray(self._prefixes)[self._piece]
 
     def digests(self) -> list[bytes]:
@@ -239,7 +239,7 @@ class Samples:
 
 
 def _whole(column: pa.ChunkedArray) -> pa.Array:
-    """As one array; not copied where it is one already, as in the mapped files."""
+    """A column as one array; not copied where it is one already, as in the mapped files."""
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
@@ -263,7 +263,7 @@ def bad_in(tables: Sequence[pa.Table]) -> list[Bad]:
 
 
 def unsettled(table: pa.Table) -> np.ndarray:
-    """Which rows say nothing that lasts, (N,): the file could not be read, or not decoded by another Pillow."""
+    """Which rows must be read again, (N,): the file could not be read, or another Pillow could not decode it."""
     bad = table.column("reason").is_valid()
     if table.column("reason").null_count == len(table):
         return np.zeros(len(table), bool)

@@ -126,7 +126,7 @@ def split_alpha(image: ImageFile) -> tuple[Image.Image, Image.Image | None]:
 def to_srgb(color: Image.Image, profile: bytes | None) -> Image.Image:
     """An RGB image in sRGB from one of mode L, RGB, CMYK or LAB and its ICC profile.
 
-    A profile that is broken or of another colour space than the pixels is passed over.
+    A profile that is broken or of another colour space than the pixels is ignored.
     """
     if color.mode == "LAB":
         return _from_lab().apply(color)
@@ -187,7 +187,7 @@ def _opacity(image: Image.Image, transparent: object, scale: int) -> Image.Image
 def _uncovered(
     color: Image.Image, alpha: Image.Image | None, tiles: list[Any]
 ) -> tuple[Image.Image, Image.Image | None]:
-    """Makes transparent what the frame of a GIF leaves of the canvas; frames of other formats fill it."""
+    """Makes transparent what the frame of a GIF does not cover of the canvas; frames of other formats fill it."""
     extents = tiles[0].extents if len(tiles) == 1 and tiles[0].codec_name == "gif" else None
     if extents is None or extents == (0, 0, *color.size):
         return color, alpha
@@ -206,5 +206,5 @@ def _grey_to_8_bits(image: ImageFile) -> Image.Image:
     if not (low >= 0 and high <= top):
         raise BadImageError(f"grey values {low:g} to {high:g} have no known white, expected 0 to {top:g}")
     levels = np.rint(values * np.float32(255.0 / top)).astype(np.uint8)
-    # Pillow turns WhiteIsZero round for 8 bits alone.
+    # Pillow inverts WhiteIsZero for 8 bits only.
     return Image.fromarray(255 - levels if tags.get(PHOTOMETRIC) == 0 else levels)

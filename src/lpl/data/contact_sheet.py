@@ -30,7 +30,7 @@ Line = tuple[str, Color]
 
 
 class Cell(NamedTuple):
-    """A picture of at most CELL x CELL, and the lines below it; an empty one is a small space."""
+    """A picture of at most CELL x CELL, and the lines below it; an empty line is a small space."""
 
     picture: Image.Image
     lines: list[Line]
@@ -78,7 +78,7 @@ def crop_sheet(survey: Survey, indices: Sequence[int]) -> Image.Image:
 
 
 def compose(title: str, about: str, cells: Sequence[Cell], columns: int | None = None) -> Image.Image:
-    """Cells in rows below a title, from left to right; so many in a row, or as many as fit."""
+    """Cells in rows below a title, from left to right; `columns` in a row, or as many as fit."""
     columns = columns or max(3, min(COLUMNS, len(cells)))
     width = 2 * MARGIN + columns * CELL + (columns - 1) * GAP
     about_lines = wrap(about, width - 2 * MARGIN, LETTERS, 4)
@@ -117,11 +117,11 @@ def fit(image: Image.Image) -> Image.Image:
 
 
 Shown = dict[Crop, tuple[Image.Image, float | None]]
-"""By crop its picture, and the share of it that counts; None: there is no mask."""
+"""For each crop its picture, and the share of it that counts; None: there is no mask."""
 
 
 def _renders(survey: Survey, draws: Sequence[Draw]) -> Callable[[Image.Image, Image.Image | None], Shown]:
-    """Makes of an image and its mask the crops, ready for cells."""
+    """A function that makes the crops, ready for cells, from an image and its mask."""
     interpolation = survey.config.data.image_interpolation_mode
 
     def make(image: Image.Image, mask: Image.Image | None) -> Shown:
@@ -138,7 +138,7 @@ def _renders(survey: Survey, draws: Sequence[Draw]) -> Callable[[Image.Image, Im
 
 
 def _veil(picture: Image.Image, mask: np.ndarray) -> tuple[Image.Image, float]:
-    """Turns blue what a mask (H, W), 0..255, leaves out; and the share that it marks."""
+    """Turns blue what a mask (H, W), 0..255, leaves out; also gives the share that it marks."""
     out = Image.blend(picture.convert("L").convert("RGB"), Image.new("RGB", picture.size, BLUE), 0.45)
     out.paste(picture, mask=Image.fromarray(mask).resize(picture.size, Image.Resampling.BILINEAR))
     return out, float(mask.mean() / 255)
@@ -204,7 +204,7 @@ def _sources(survey: Survey) -> str:
 
 
 def _name(survey: Survey, index: int) -> str:
-    """The id of an image in a folder, which is its path there; what a message would call any other."""
+    """The id of an image in a folder, which is its path there; for any other, its name in messages."""
     row = survey.samples[index]
     is_path = row.name.endswith("/" + row.id.removeprefix(REGULARISATION))
     return shorten(row.id if is_path else row.name, CELL, LETTERS)

@@ -38,7 +38,7 @@ class Crop:
 
     @property
     def scale(self) -> float:
-        """How many times as large resizing makes the image; of its two sides, the one that grows most."""
+        """The factor by which resizing enlarges the image, of the side that grows most."""
         return max(new / old for new, old in zip(self.resized_size, self.original_size, strict=True))
 
     @property
@@ -56,7 +56,7 @@ class Crop:
 def plan_crop(
     width: int, height: int, target: tuple[int, int], center: bool, *key: int | str, flip: bool = False
 ) -> Crop:
-    """Resizes to the smallest size that covers the target, keeping the aspect, and crops what is over.
+    """Resizes to the smallest size that covers the target, keeping the aspect, and crops what lies outside it.
 
     Args:
         width: width of the upright image, pixels.

@@ -31,7 +31,7 @@ class Split(NamedTuple):
     trained: np.ndarray
     """(N,), bool: samples that training may draw."""
     held_out: np.ndarray
-    """Numbers of the samples that validation is made with, rising."""
+    """Numbers of the samples that validation uses, ascending."""
 
     @property
     def copies(self) -> int:
@@ -97,12 +97,12 @@ class Batch:
 
     Attributes:
         sample_ids: id of each sample.
-        counts: number of each draw of it, no two alike; with the id, the key of every further draw.
+        counts: number of this draw of each sample, never the same twice; with the id, the key of all further draws.
         raw_latents: (B, C, h, w), float32, raw latent space: what the VAE's decoder takes.
-        text: by field, (B, ...); of captions of several lengths, the shorter ones with zeros at their end.
+        text: by field, (B, ...); where captions differ in length, the shorter ones are padded with zeros.
         extra: what else a denoiser may be given, by name: sizes, (B, 6), float32: original height, width, crop top,
             left, target height, width, in pixels.
-        weights: (B,), float32: loss weight of each sample, LPL included; None: all 1. With a mask, times its maximum.
+        weights: (B,), float32: loss weight of each sample, LPL included, times its mask's maximum; None: all 1.
         strata: for stratified timesteps the part of their distribution that each sample draws from, and of how many
             parts (diffusion/draws.py); None: each draws from all of it.
         lpl_draws: a number in [0, 1) for each sample, which decides what --lpl_budget decodes of it.
@@ -136,7 +136,7 @@ class TrainingData:
     """Samples with their cached crops and captions.
 
     Attributes:
-        samples: what there is.
+        samples: all usable samples, held-out ones included.
         views: which crops of each are cached.
         rules: which caption a draw takes.
         caches: latents with the fields mean and std, (C, h, w), raw latent space; text embeddings.

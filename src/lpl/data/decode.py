@@ -49,7 +49,7 @@ def check_png(data: bytes, loaded: Image.Image) -> None:
         bodies.append(body)
     width, height = loaded.size
     ends = [loaded.crop((0, row, width, row + 1)) for row in range(max(0, height - 2), height)]
-    if any(end.getbbox() is None for end in ends):  # black may be meant; only counting tells
+    if any(end.getbbox() is None for end in ends):  # black may be intended; only counting tells
         _check_length(data, bodies)
 
 
@@ -83,7 +83,7 @@ def _check_length(data: bytes, bodies: list[memoryview]) -> None:
 MAX_PIXELS = 178_000_000
 """Largest width x height that is decoded; the largest cameras make 151 million. 4 bytes each while decoding."""
 MIN_SIDE = 2
-"""Images of fewer pixels across are tracking pixels and rules, not pictures."""
+"""Images with a shorter side are tracking pixels and ruled lines, not pictures."""
 
 # Pillow's classes are called rather than Image.open, which tries every format it knows and warns as it goes.
 KINDS: dict[str, tuple[type[ImageFile], bytes]] = {
@@ -97,7 +97,7 @@ KINDS: dict[str, tuple[type[ImageFile], bytes]] = {
 }
 """What reads each kind of file, and how such files begin."""
 
-# What Pillow raises on files that are cut short, corrupt, or too large to be meant well.
+# What Pillow raises on files that are cut short, corrupt, or so large that they look like an attack.
 DECODE_ERRORS: tuple[type[Exception], ...] = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError)
 DECODE_ERRORS += (ArithmeticError, AssertionError, AttributeError, RuntimeError, struct.error, zlib.error)
 DECODE_ERRORS += (Image.DecompressionBombError,)
@@ -198,7 +198,7 @@ def _open(kind: str, data: bytes) -> ImageFile:
 
 
 def _orientation(image: ImageFile) -> int:
-    """EXIF orientation still to be applied; asked after loading, as a PNG may have it last and Pillow turns TIFFs."""
+    """EXIF orientation still to be applied; read after loading: a PNG may have it last, and Pillow turns TIFFs."""
     try:
         return int(image.getexif().get(ORIENTATION, 1))
     except DECODE_ERRORS:

@@ -29,7 +29,7 @@ from lpl.data.sources import Piece, Source
 from lpl.data.store import TensorStore
 
 SHARD_BYTES = 2**25
-"""About how large a shard becomes."""
+"""About how many bytes a shard has."""
 MASKS_AT_ONCE = 64
 
 
@@ -134,7 +134,7 @@ class Encoder(Protocol):
         """By field, on the CPU, for B captions: (B, ...), or B tensors whose first dimensions differ."""
 
     def entry_bytes(self, height: int, width: int) -> tuple[int, int]:
-        """Bytes of what is cached in float32 of an image of this size, in pixels, and of a caption."""
+        """Bytes in float32 that are cached for an image of this size, in pixels, and for a caption."""
 
 
 class Caches(NamedTuple):
@@ -144,7 +144,7 @@ class Caches(NamedTuple):
     latents: TensorStore
     text: TensorStore
     dtype: torch.dtype
-    """In which latents and text embeddings are stored."""
+    """The precision in which latents and text embeddings are stored."""
 
     masks: TensorStore | None = None
     """The masks of crops, at the resolution of latents; None: not in use."""
@@ -167,7 +167,7 @@ class Caches(NamedTuple):
         )
 
     def refresh(self) -> None:
-        """Takes up what other processes have written."""
+        """Adds what other processes have written."""
         for store in self.stores:
             store.refresh()
 
@@ -221,7 +221,7 @@ class Filler:
         return self.rules.variants(self.prefix + sample, captions)
 
     def entries(self, row: dict[str, Any]) -> tuple[Iterable[bytes], list[bytes], Iterable[bytes]]:
-        """Keys of what is cached of a usable sample of the catalogue: latents, texts, masks."""
+        """Keys of what is cached for a usable sample of the catalogue: latents, texts, masks."""
         crops = self.crops(row["id"], row["digest"], row["width"], row["height"])
         texts = [caption_key(text) for text in self.texts(row["id"], row["captions"])]
         return crops, texts, mask_keys(self.config, row.get("mask", b""), crops)
@@ -244,7 +244,7 @@ class Filler:
         return absent
 
     def changed(self, tables: Sequence[pa.Table]) -> bool:
-        """Whether a file that a sample names, rather than its source, is no longer what it was."""
+        """Whether a file that a sample names, and that its source does not, has changed."""
         columns = ["files", "versions"]
         named = [pa.table([pc.list_flatten(table.column(name)) for name in columns], columns) for table in tables]
         distinct = pa.concat_tables(named).group_by(columns).aggregate([])
@@ -336,7 +336,7 @@ def cast_floats(fields: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, T
 
 
 def narrowed(fields: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Tensors in another precision, but for those that are no larger: encoders may have half precision themselves."""
+    """Tensors in another precision, except those that are no larger: encoders may run in half precision themselves."""
     large = {name: value for name, value in fields.items() if value.itemsize > dtype.itemsize}
     return {**fields, **cast_floats(large, dtype)}
 

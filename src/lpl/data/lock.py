@@ -71,9 +71,9 @@ def locked(folder: Path, doing: str, proceed: Callable[[], None] = lambda: None)
 
 @contextmanager
 def in_use(cache: Path) -> Iterator[None]:
-    """Keeps maintenance away from a cache while a run uses it; of a launch the first process does for all.
+    """Keeps maintenance away from a cache while a run uses it; in a launch, the first process does so for all.
 
-    A cache that this user cannot write is used all the same: it is left to those who can.
+    A cache that this user cannot write is used without a lock.
     """
     folder = cache / IN_USE
     own = FileLock(folder / f"{uuid.uuid4().hex}{RUN}", timeout=0)

@@ -1,7 +1,7 @@
 """Masks of the loss: how much each location of an image counts, at the resolution of its latents.
 
-A mask goes through the very crop of its image (resized, cut and mirrored alike), and then a latent's value is the mean
-over its stride x stride pixels. What is cached is the mask as it was drawn; --unmasked_weight enters at each draw.
+A mask is cropped exactly as its image (resized, cut and mirrored alike); a latent's value is then the mean over its
+stride x stride pixels. The mask is cached as it was drawn; --unmasked_weight is applied at each draw.
 """
 
 from __future__ import annotations
@@ -113,8 +113,8 @@ def location_weights(stored: Tensor, unmasked_weight: float) -> tuple[Tensor, Te
 
         w = m + (1 - m) * unmasked_weight,    sample weight = max over locations of w
 
-    The loss is a mean weighted by w, in which only ratios of w matter: without its own weight a crop that missed the
-    mark would count its background in full, however small unmasked_weight is.
+    The loss is a mean weighted by w, in which only ratios of w matter: without the sample weight, a crop that misses
+    the marked area would count its background in full, however small unmasked_weight is.
 
     Args:
         stored: (B, 1, h, w), uint8, 0..255.

@@ -1,4 +1,4 @@
-"""Brings the data of a run into the caches, with a note where a source is cached whole, and returns its samples."""
+"""Fills the caches with the data of a run, notes which sources are cached whole, and returns the samples."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ NOTE: Shape = {"shards": [[TEXT]], "catalogue": [TEXT]}
 class Mark:
     """A note beside a catalogue that everything a run needs of a source is cached, and in which shards.
 
-    It holds for the very files of the catalogue that it was made for, as long as files that their samples name are what
-    they were. There is none while some files could not be read.
+    It holds for exactly those files of the catalogue that it was made for, as long as the files that their samples name
+    are unchanged. None is made while some files could not be read.
     """
 
     def __init__(self, pieces: Sequence[Piece], filler: Filler) -> None:
@@ -54,7 +54,7 @@ class Mark:
         self._used = [self._path, *(self._folder / name for name in names)]
 
     def is_there(self) -> bool:
-        """Whether the note is there, as the first process leaves it only where it holds."""
+        """Whether the note is there; the first process removes one that does not hold."""
         return not self._filler.config.rehash and self._path.is_file()
 
     def holds(self) -> bool:
@@ -75,7 +75,7 @@ class Mark:
         return not self._filler.changed(tables)
 
     def make(self, tables: Sequence[pa.Table], show: bool) -> None:
-        """Looks every entry up and makes the note; raises UserError if one of another process is missing."""
+        """Looks up every entry and makes the note; raises UserError if one that another process encoded is missing."""
         filler = self._filler
         stores = filler.caches.stores
         found: list[set[str]] = [set() for _ in stores]
@@ -95,7 +95,7 @@ class Mark:
             write_cached(self._path, note.encode(), filler.caches.staging(filler.source))
 
     def remove(self) -> None:
-        """Takes the note away, until everything has been made again."""
+        """Removes the note until everything has been cached again."""
         with cache_writing(self._folder):
             self._path.unlink(missing_ok=True)
 
@@ -211,7 +211,7 @@ def _fill(filler: Filler, processes: Processes, show: bool) -> list[pa.Table]:
     mark, own = Mark(pieces, filler), pieces[processes.rank :: processes.size]
     first = processes.rank == 0
     unwritable: UserError | None = None
-    # The first process decides and the others follow: of a server, two need not see the same.
+    # The first process decides and the others follow: two processes need not see the same files of a server.
     whole = first and mark.holds()
     with ExitStack() as stack:
         if first and not whole:
@@ -256,7 +256,7 @@ def _fill(filler: Filler, processes: Processes, show: bool) -> list[pa.Table]:
                 for store in caches.stores:
                     store.save_index(scratch=staging)
                 _clear(staging)
-                mark.make(tables, show)  # last: with it, nothing else is looked at again
+                mark.make(tables, show)  # last: once it is there, nothing else is checked again
             mark.touch()
             _tell(filler, tables, " by the first process" if processes.size > 1 else "")
         processes.barrier()
@@ -303,8 +303,8 @@ def _clear(staging: Path) -> None:
 def _check_room(filler: Filler, todo: Sequence[tuple[Any, int]], processes: int) -> None:
     """Refuses to start filling a disk that has no room for the result.
 
-    The share of this process stands for that of the others. Where a source has been cached without masks, its images
-    are read again, but that does not say that they must be encoded.
+    The share of this process is taken for that of the others. If a source has been cached without masks, its images
+    are read again but need not be encoded again, so they are not counted.
     """
     if filler.catalogue.replaces is not None and filler.catalogue.replaces.is_dir():
         todo = [(piece, absent) for piece, absent in todo if absent >= 0]

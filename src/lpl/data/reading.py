@@ -24,7 +24,7 @@ from lpl.data.sources.remote import Versions
 MAX_THREADS = 8
 NOTHING = hashlib.sha256(b"").digest()
 AHEAD = 2
-"""Samples that are read ahead, beyond one a thread."""
+"""Samples that are read ahead, in addition to one per thread."""
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -37,11 +37,11 @@ class Read(NamedTuple):
     keys: list[bytes]
     """Keys of all its crops."""
     pixels: dict[bytes, Tensor]
-    """uint8 (3, H, W) of those that were asked for."""
+    """uint8 (3, H, W), of those that are not cached."""
     mask_keys: list[bytes]
     """Keys of all its crops' masks; none if it has no mask."""
     masks: dict[bytes, Tensor]
-    """uint8 (1, h, w) of those that were asked for."""
+    """uint8 (1, h, w), of those that are not cached."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Reader:
         versions = [] if self.versions is None else list(map(self.versions, sample.files))
         row = Row(
             *(sample.id, list(sample.captions), sample.group, sample.name, sample.stamp),
-            *(NOTHING, 0, 0, None),  # of a sample that says itself that it holds no image
+            *(NOTHING, 0, 0, None),  # stays if the sample itself holds no image
             *(list(sample.files) if versions else [], versions),
         )
         known = None if self.catalogue is None else self.catalogue.known(sample.id, sample.stamp, versions)

@@ -23,12 +23,12 @@ from lpl.data.sources import Source
 from lpl.data.survey import first_draws, read_through
 
 SHOWN = 20
-"""Folders that are listed; of more, the largest, and the others are summed up."""
+"""Most folders that are listed, the largest ones; the others are summed up."""
 REASONS = 10
 
 
 def text(found: dict[str, Any], files: Sequence[Path], bad_files: Path) -> str:
-    """What `lpl data` prints of report_numbers.numbers, the files written, and where bad files are listed."""
+    """What `lpl data` prints: report_numbers.numbers, the files written, and where bad files are listed."""
     lines = labelled("verdict", [_verdict(found)])
     for part in found["parts"]:
         lines += _part(part)
@@ -126,7 +126,7 @@ def _reasons(parts: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _short(number: float) -> str:
-    """With two digits after the point where they say something."""
+    """A number with up to two digits after the point."""
     return f"{number:,.2f}".rstrip("0").rstrip(".")
 
 

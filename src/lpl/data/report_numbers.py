@@ -19,17 +19,17 @@ from lpl.data.survey import Draw, Part, Survey
 
 WORST = 3
 BLURRED = 0.1
-"""Share of images scaled up from which on it is worth a warning."""
+"""Share of images that are scaled up, above which there is a warning."""
 WASTED = 0.2
-"""Mean share of the area cropped away from which on it is worth a warning."""
-# CLIP splits at least here: at every word, digit run and sign. So it makes at least so many tokens.
+"""Mean share of the area that is cropped away, above which there is a warning."""
+# CLIP splits at least here: at every word, digit run and sign. So it makes at least this many tokens.
 _PIECES = re.compile(r"\w+|[^\w\s]+")
 
 
 def numbers(survey: Survey) -> dict[str, Any]:
     """Everything that is reported, of strings, numbers, lists and dicts; "warnings" are sentences.
 
-    Widths, heights and areas are in pixels, shares lie in 0..1. Draws of a folder are an epoch's on average.
+    Widths, heights and areas are in pixels, shares lie in 0..1. Draws of a folder are those of an epoch, on average.
     """
     config, order = survey.config, survey.order
     found: dict[str, Any] = {
@@ -87,7 +87,7 @@ def draw_numbers(draws: Sequence[Draw]) -> list[dict[str, Any]]:
 
 
 def _crops(sizes: np.ndarray, buckets: Buckets) -> list[Crop]:
-    """A crop of each image; where it lies is left open, as it changes nothing that is reported."""
+    """A crop of each image, in its centre: where it lies changes nothing that is reported."""
     if not len(sizes):
         return []
     unique, inverse = np.unique(sizes, axis=0, return_inverse=True)

@@ -25,11 +25,11 @@ def parse_repeats(text: str | None, folders: Sequence[str], inverse: np.ndarray)
     Args:
         text: one of
             None: every sample once;
-            `dogs=10,cats=2.5`: a name stands for a folder and all below it, of several the one nearest to the images
-            counts, and folders that are not named come once; 0 leaves a folder out;
-            `balanced`: every folder as often as the largest, by largest size / size of the folder;
+            `dogs=10,cats=2.5`: a name stands for a folder and all below it; where several apply, the one nearest to
+            the images counts; folders that are not named are drawn once; 0 leaves a folder out;
+            `balanced`: every folder as often as the largest: its repeats are largest size / size of the folder;
             `names`: the number that the name of the folder begins with, as in kohya's `10_dogs`, or else the name of
-            the nearest folder above that begins so, or else 1. A number is what stands before the first _.
+            the nearest folder above that begins so, or else 1. The number is the whole name or ends at an _.
         folders: each once, in any order, relative to the root, with /, "" at the root.
         inverse: which of them each sample lies in, (N,), integers.
 
@@ -117,7 +117,7 @@ class BatchOrder:
 
     Args:
         seed: seed of the run.
-        buckets: bucket of each sample, (N,), integers; their numbers enter the draws where several are in use.
+        buckets: bucket of each sample, (N,), integers; keys of the draws contain them where several are in use.
         repeats: how often an epoch draws each sample, (N,), 0 or more; 0 leaves it out.
         batch_size: samples of an optimizer step, over all processes and micro-batches.
 
@@ -258,7 +258,7 @@ class BucketDraws:
         cached = self._cache.get(epoch)
         if cached is None:
             cached = _permutation(self.size, self._seed, "order", epoch, *self._key), self._extra(epoch)
-            # A new dict, so that threads may share the order; two epochs, as batches lie across their ends.
+            # A new dict, so that threads may share the order; two epochs, as a batch may lie in both.
             self._cache = dict([*list(self._cache.items())[-1:], (epoch, cached)])
         return cached
 

@@ -29,7 +29,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 DTYPES |= {"I64": torch.int64, "I32": torch.int32}
 RESERVED = ("keys", "checksums")
 NO_FILE = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP)
-"""Of a link to nothing, a folder: what has the name is no file, and can go."""
+"""Errors of a broken link or a folder: what has the name is no file, and can be removed."""
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 """Dtype and shape of an entry's tensors by field."""
 
@@ -51,8 +51,8 @@ class Field:
 class Shard:
     """One file, mapped into memory: `keys` (N, 20), `checksums` (N,) and every field stacked, (N, ...).
 
-    Its name is a hash of its keys in the order of its rows and of its layout, so an opened shard has proved which rows
-    it holds, and of what shape; `check` proves the bytes of a row.
+    Its name is a hash of its keys in the order of its rows and of its layout, so opening a shard verifies which rows
+    it holds, and of what shape; `check` verifies the bytes of a row.
 
     Raises:
         DamagedCacheError: the file is cut short, is no shard, or is not the one of this name.
@@ -100,7 +100,7 @@ class Shard:
             raise self._damaged(found)
 
     def damaged_rows(self) -> list[int]:
-        """Rows whose bytes do not give their checksum."""
+        """Rows whose bytes do not match their checksum."""
         return [
             row
             for row, wanted in enumerate(self._checksums.tolist())
@@ -176,7 +176,7 @@ def damaged_file(path: Path, what: str) -> DamagedCacheError:
 
 
 def unusable_file(path: Path, error: Exception) -> DamagedCacheError:
-    """The error of a file of the cache that reading failed at: what cannot be read now need not be damaged."""
+    """The error for a file of the cache that could not be read now, which need not be damaged."""
     if isinstance(error, OSError) and error.errno is not None:
         if error.errno not in NO_FILE:
             return UnreadCacheError(

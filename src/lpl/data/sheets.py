@@ -1,4 +1,4 @@
-"""Letters on sheets of pictures, and the note in a sheet of what each of its pictures shows."""
+"""Text on sheets of pictures, and the note in a sheet's file of what each of its pictures shows."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ FONTS = (
 )  # fmt: skip
 """Tried in turn where Pillow's own font, which has Latin letters only, lacks a letter."""
 LETTERS_OF_A_LINE = 2000
-"""No line that is drawn holds as many; longer texts are not measured, as that takes time with their length."""
+"""More than any drawn line holds; longer texts are not measured, as the time for it grows with their length."""
 MISSING = "\U0010ffff"
-"""A character of no font: it shows what a font draws instead."""
+"""A character that no font has: it shows what a font draws for missing ones."""
 
 
 Color = tuple[int, int, int]
@@ -73,7 +73,7 @@ def printable(text: str) -> str:
 
 
 def wrap(text: str, width: int, size: int, most: int) -> list[str]:
-    """Cuts a text into lines of at most so many pixels, between words where it can; "..." ends the last of `most`."""
+    """Cuts a text into lines of at most `width` pixels, between words where it can; "..." ends the last of `most`."""
     font = font_for(text, size)
     lines: list[str] = []
     line = ""
@@ -99,7 +99,7 @@ def wrap(text: str, width: int, size: int, most: int) -> list[str]:
 
 
 def shorten(text: str, width: int, size: int, end: float = 0.6) -> str:
-    """Cuts out of a line what is too much for so many pixels, and keeps so large a share of the rest at its end."""
+    """Cuts a part out of a line that is wider than `width` pixels; of what stays, the share `end` is at its end."""
     text, font = printable(text), font_for(text, size)
     if _fits(font, text, width):
         return text
@@ -116,7 +116,7 @@ def _fits(font: ImageFont.FreeTypeFont, text: str, width: int) -> bool:
 
 
 def _letters_that_fit(font: ImageFont.FreeTypeFont, text: str, width: int) -> int:
-    """At least one."""
+    """How many letters fit, at least one."""
     return _largest(1, min(len(text), LETTERS_OF_A_LINE), lambda n: font.getlength(text[:n]) <= width)
 
 

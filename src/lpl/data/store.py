@@ -24,14 +24,14 @@ INDEX = "index.npz"
 MAPPED_BYTES = 2**28
 """Shards are unmapped, oldest first, once this much of them has been read: memory stays flat."""
 OPEN_SHARDS = 256
-"""At most so many are mapped at a time: each takes a file handle."""
+"""At most this many shards are mapped at a time: each takes a file handle."""
 UNZIP_ERRORS: tuple[type[Exception], ...] = (OSError, ValueError, LookupError, TypeError, EOFError, RuntimeError)
 UNZIP_ERRORS += (MemoryError, struct.error, zlib.error, zipfile.BadZipFile)
 """What numpy raises on an .npz file that is damaged."""
 
 
 class Index(NamedTuple):
-    """Where entries are, sorted by the first 8 bytes of their keys; replaced as a whole, so that threads may look."""
+    """Where entries are, sorted by the first 8 bytes of their keys; replaced as a whole: threads may read it."""
 
     prefixes: np.ndarray
     keys: np.ndarray
@@ -40,7 +40,7 @@ class Index(NamedTuple):
 
 
 def padded(rows: Sequence[Tensor]) -> Tensor:
-    """Tensors that differ in their first dimension at most, stacked, the shorter ones with zeros at their end."""
+    """Tensors that differ in their first dimension at most, stacked; the shorter ones are padded with zeros."""
     if len({row.shape for row in rows}) == 1:
         return torch.stack(list(rows))
     found = rows[0].new_zeros((len(rows), max(map(len, rows)), *rows[0].shape[1:]))
@@ -52,9 +52,9 @@ def padded(rows: Sequence[Tensor]) -> Tensor:
 class TensorStore:
     """Dicts of tensors by 20-byte key, in a folder of safetensors shards that never change once they have their name.
 
-    The entries of a shard have one shape. Opening reads an index of keys, shards and rows (28 bytes an entry), and of
-    shards that are newer than it their keys; tensors are mapped into memory and read on demand. A shard appears whole
-    or not at all. Whatever the index says, an entry is handed out only if the shard's own key and checksum are its.
+    The entries of a shard have one shape. Opening reads an index of keys, shards and rows (28 bytes an entry), and the
+    keys of shards that are newer than it; tensors are mapped into memory and read on demand. A shard appears whole or
+    not at all. Whatever the index says, an entry is returned only if its key and checksum in the shard match.
     The folder is made when something is first written.
 
     Raises:
@@ -98,7 +98,7 @@ class TensorStore:
         """The tensors of entries of one shape, stacked in the order of the keys, by field: copies on the CPU.
 
         Raises:
-            DamagedCacheError: an entry that is not there, is another's, or does not match its checksum.
+            DamagedCacheError: an entry that is not there, has another key, or does not match its checksum.
             ValueError: entries of several shapes.
         """
         stacked: dict[str, Tensor] = {}
@@ -124,11 +124,11 @@ class TensorStore:
                 raise ValueError(f"entries of several shapes: {layout} and {shard.layout}")
             for name, target in rows.items():
                 target[position] = shard.row(name, row)
-            shard.check(row, [target[position] for target in rows.values()])  # at every read: less than copying takes
+            shard.check(row, [target[position] for target in rows.values()])  # at every read: faster than copying
         return stacked
 
     def gather_padded(self, keys: Sequence[bytes]) -> dict[str, Tensor]:
-        """The same of entries whose shapes differ in their first dimension at most: see `padded`."""
+        """The same for entries whose shapes differ in their first dimension at most: see `padded`."""
         layouts = [str(self.layout(key)) if key in self else "" for key in keys]
         if len(set(layouts)) == 1:
             return self.gather(keys)
@@ -157,7 +157,7 @@ class TensorStore:
             self._add([name])
 
     def refresh(self) -> None:
-        """Takes up shards that other processes have written since; raises DamagedCacheError for a damaged one."""
+        """Adds shards that other processes have written since; raises DamagedCacheError for a damaged one."""
         there = sorted(_shards_in(self.folder))
         if not self.shards and there:
             found = read_index(self.folder)
@@ -191,7 +191,7 @@ class TensorStore:
             places.append(np.stack([number, np.arange(len(found), dtype=np.int32)], 1))
         if names:
             old, new = self._index, _sorted_index(np.concatenate(keys), np.concatenate(places))
-            at = np.searchsorted(old.prefixes, new.prefixes, side="right")  # merged: most often few come to many
+            at = np.searchsorted(old.prefixes, new.prefixes, side="right")  # merged: mostly few are added to many
             self._index = Index(*(np.insert(a, at, b, axis=0) for a, b in zip(old, new, strict=True)))
 
     def _places(self, keys: Sequence[bytes]) -> list[tuple[int, int]]:
@@ -202,7 +202,7 @@ class TensorStore:
         at = np.minimum(at, len(own) - 1)
         if len(own) and np.array_equal(own[at], wanted):
             return [(shard, row) for shard, row in places[at].tolist()]
-        return [self._at(key) for key in keys]  # one is not there, or two begin alike
+        return [self._at(key) for key in keys]  # one is missing, or two have one prefix
 
     def _at(self, key: bytes) -> tuple[int, int]:
         """Shard and row of a key; KeyError: it is not there."""
@@ -253,7 +253,7 @@ def verify_index(folder: Path) -> None:
     An index that names shards which are gone is used by nobody, and is no fault.
 
     Raises:
-        DamagedCacheError: it cannot be read, or says something else than they.
+        DamagedCacheError: it cannot be read, or does not agree with them.
     """
     found = read_index(folder)
     if found is None:

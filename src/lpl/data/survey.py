@@ -94,7 +94,7 @@ class Draw:
     index: int
     """Number of the sample."""
     count: int
-    """How often the sample has been drawn before."""
+    """Number of this draw of the sample, as in BatchOrder.batch."""
     row: Row
     crop: Crop
     caption: str
@@ -151,7 +151,7 @@ def read_through(
 
 
 def first_draws(survey: Survey, number: int) -> list[Draw]:
-    """The first so many draws of the run, in its order; fewer if the run is shorter."""
+    """The first `number` draws of the run, in its order; fewer if the run is shorter."""
     order, draws = survey.order, []
     assert order is not None
     for step in range(min(survey.length.steps, -(-number // survey.batch_size))):
@@ -166,8 +166,8 @@ def first_draws(survey: Survey, number: int) -> list[Draw]:
 def look_again(survey: Survey, jobs: Mapping[int, Callable[[Image.Image, Image.Image | None], T]]) -> dict[int, T]:
     """Decodes chosen images once more; only pieces with one of them are opened, up to the last of them.
 
-    `jobs` says by number of the sample what is to be made, in threads, of its upright RGB image and its mask (mode
-    L, of its size; None: it has none).
+    `jobs` has for each sample, by its number, a function of its upright RGB image and its mask (mode L, of its size;
+    None: it has none), which is called in a thread.
 
     Raises:
         UserError: an image or mask that is no longer what it was.
@@ -208,7 +208,7 @@ def look_again(survey: Survey, jobs: Mapping[int, Callable[[Image.Image, Image.I
 def _chosen(
     survey: Survey, piece: Piece, prefix: str, wanted: dict[str, int]
 ) -> Generator[tuple[int, bytes, Sample], None, None]:
-    """The wanted samples with their numbers and bytes; they are struck off as they come."""
+    """The wanted samples with their numbers and bytes; each is removed from `wanted` as it comes."""
     with closing(piece.samples()) as samples:
         for sample in samples:
             index = wanted.pop(prefix + sample.id, None)

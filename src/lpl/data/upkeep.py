@@ -21,14 +21,14 @@ from lpl.data.store import INDEX, verify_index
 
 DAY = 24 * 3600
 HASHED = re.compile(r"([0-9a-f]{32}|stride-\d+)(-\w+)*")
-"""Names of the folders that caching makes; others are somebody else's."""
+"""Names of the folders that caching makes; others are not lpl's."""
 
 
 def verify_cache(folder: str | None, delete: bool) -> None:
-    """Says of every damaged file what is wrong, and removes it if asked.
+    """Prints for every damaged file what is wrong, and removes it if asked.
 
     Raises:
-        UserError: no such folder, one that is in use and not only to be read, or damage that is still there.
+        UserError: no such folder, with `delete` one that is in use, or damage that is still there.
     """
     cache = _existing(folder)
     with maintenance(cache) if delete else nullcontext():
@@ -47,7 +47,7 @@ def verify_cache(folder: str | None, delete: bool) -> None:
 
 
 def prune_cache(folder: str | None, days: float, dry_run: bool) -> None:
-    """Removes what no run has used for so many days, or says what it would remove.
+    """Removes what no run has used for `days` days, or says how much it would remove.
 
     Raises:
         UserError: no such folder, or one that is in use.
@@ -106,15 +106,15 @@ def damaged(cache: Path) -> tuple[int, list[tuple[Path, str]], list[str]]:
         except UnreadCacheError as error:
             unread[path] = str(error)
         except DamagedCacheError as error:
-            if os.path.lexists(path):  # else a run that goes on has done with it
+            if os.path.lexists(path):  # else a run has removed it meanwhile
                 found[path] = str(error)
     return len(shards) + len(tables) + len(indices), list(found.items()), list(unread.values())
 
 
 def unused(cache: Path, days: float) -> tuple[list[Path], int]:
-    """Shards and catalogues that no run has used for so many days, and what killed runs have left; and its bytes.
+    """Shards and catalogues that no run has used for `days` days, and what killed runs have left; and their bytes.
 
-    A run that starts marks what it uses by the files' time of change.
+    A run that starts sets the time of change of the files that it uses.
     """
     limit = time.time() - days * DAY
     folders = [*stores(cache), *_hashed(cache / "catalogues")]
@@ -138,13 +138,13 @@ def remove(paths: list[Path]) -> None:
 
 
 def _statuses(path: Path) -> list[os.stat_result]:
-    """Of a file, or of a folder and all that is in it, without what a run has removed since."""
+    """The status of a file, or of a folder and all that is in it, without what a run has removed since."""
     inside = path.rglob("*") if path.is_dir() else ()
     return [status for each in (path, *inside) if (status := _status(each)) is not None]
 
 
 def _status(path: Path) -> os.stat_result | None:
-    """Of what a link leads to, or of the link where that is nothing; None: it is gone."""
+    """The status of what a path or link leads to, or of a broken link itself; None: it is gone."""
     for follow in (True, False):
         with suppress(FileNotFoundError):
             return path.stat(follow_symlinks=follow)

@@ -33,10 +33,10 @@ logger = logging.getLogger("lpl")
 
 
 def together(act: Callable[[], T]) -> T:
-    """Calls act, which waits for no other process; returns when all processes have called this.
+    """Calls act, which must not wait for another process; returns when all processes have called this.
 
     Raises:
-        UserError: in every process, where act raised one in any: the first's.
+        UserError: in every process, if act raised one in any: that of the first such process.
     """
     found: list[T] = []
     fault: UserError | None = None
@@ -52,10 +52,10 @@ def together(act: Callable[[], T]) -> T:
 
 
 def stop_together(is_late: Callable[[], bool], message: str) -> None:
-    """Processes' clocks differ; every process must call this.
+    """Stops all processes if it is late in any, since their clocks differ; every process must call this.
 
     Raises:
-        StopRequestedError: in every process, where it is late in any.
+        StopRequestedError: it is late in some process.
     """
     if any(gather_object([is_late()])):
         raise StopRequestedError(message)
@@ -119,7 +119,7 @@ def run_eval(options: EvalConfig, is_late: Callable[[], bool] = lambda: False) -
 def check_reference(options: EvalConfig, model: ModelConfig) -> Plan:
     """Refuses, before there is a trained model, what run_eval would refuse; reads every reference image.
 
-    The statistics of the reference are kept for run_eval; those after the VAE need its weights and are left to it.
+    The statistics of the reference are kept for run_eval, which computes those after the VAE: they need its weights.
 
     Args:
         options: of `lpl eval`, for the model that training begins with.

@@ -27,7 +27,7 @@ METRICS = ("frechet", "kernel", "precision_recall", "density_coverage", "spectru
 FEWEST = {"frechet": 50, "kernel": 10, "precision_recall": 50, "density_coverage": 50, "spectrum": 10}
 """Samples, or reference images, below which a metric is refused."""
 ENOUGH = {"kernel": 500, "precision_recall": 1000, "density_coverage": 1000, "spectrum": 100}
-"""Below which it is marked; for the Fréchet distance that is the number of features."""
+"""Samples, or reference images, below which a metric has a note; for the Fréchet distance the number of features."""
 PRECISION_K, DENSITY_K = 3, 5
 
 
@@ -37,7 +37,7 @@ class Estimate(NamedTuple):
     value: float
     resampled: Tensor | None
     low: float = 0.0
-    """With high: what it cannot leave."""
+    """The lower bound of the metric; high: its upper bound."""
     high: float = math.inf
 
 
@@ -94,7 +94,7 @@ def evaluate_images(
         images: see measure_images.
         reference: statistics of real images.
         metrics: of METRICS.
-        against: "images", or their "reconstructions" by the VAE, which takes the decoder's own blur out.
+        against: "images", or their "reconstructions" by the VAE, which leaves the decoder's own blur out.
         resamples: of the samples, for the 95 % intervals (the reference stays as it is); 0: no intervals.
         seed: of the resamples and subsets.
         subsets: for the kernel distance; None: over all pairs.
@@ -149,7 +149,7 @@ def _finite(value: float) -> float | None:
 
 
 def count_note(metric: str, samples: int, reference: int, width: int) -> str | None:
-    """What there is to say of a metric at these counts; None: nothing."""
+    """The note on a metric at these numbers of images; None: there is none."""
     least = min(samples, reference)
     if least < FEWEST[metric]:
         return f"refused: needs {FEWEST[metric]} images, there are {samples} and {reference} in the reference"
@@ -207,4 +207,4 @@ def _spectrum(x: ImageSet, y: ImageSet, counts: Tensor | None, **_: Any) -> list
 COMPUTE: dict[str, Callable[..., list[Estimate]]] = dict(
     zip(METRICS, (_frechet, _kernel, _precision_recall, _density_coverage, _spectrum), strict=True)
 )
-"""How each metric is computed, of samples, target, counts of resamples, subsets and seed."""
+"""How each metric is computed, from samples, target, counts of resamples, subsets and seed."""

@@ -1,4 +1,4 @@
-"""Networks whose features images are compared in. Each is named for what it is."""
+"""Networks in whose features images are compared. Each is named for what it is."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Extractor(Protocol):
 
     @property
     def name(self) -> str:
-        """Of the network."""
+        """The name of the network."""
 
     @property
     def key(self) -> str:
@@ -144,7 +144,7 @@ def find_inception(given: str | None) -> Path | None:
     """The file of --inception_weights, or the one that torch-fidelity has downloaded earlier; None: there is none.
 
     Raises:
-        UserError: the file that was given is not there, or the packages that read it.
+        UserError: the given file is missing, or the packages that read it are.
     """
     path = Path(given) if given is not None else Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
     require(given is None or path.is_file(), f"--inception_weights {path}: no such file")

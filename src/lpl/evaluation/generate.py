@@ -21,7 +21,7 @@ from lpl.evaluation.images import CAPTIONS, as_png
 
 PER_FOLDER = 1000
 OWN = re.compile(rf"\d{{5}}/\d{{8}}\.png|{re.escape(CAPTIONS)}")
-"""What is below the folder of images: see image_name."""
+"""Names of lpl's own files in the folder of images: see image_name."""
 Draw = Callable[[Sequence[str], Sequence[torch.Generator], int, float | None, int], Tensor]
 """A sampler: prompts, generators, steps, guidance (None: its own) and resolution to images (B, 3, H, H), uint8."""
 
@@ -30,7 +30,7 @@ Draw = Callable[[Sequence[str], Sequence[torch.Generator], int, float | None, in
 class Sampling:
     """How samples are drawn. All but batch_size decide what they are.
 
-    Batches only change the rounding of the arithmetic, so here and there a pixel by one of 255.
+    Batches only change the rounding of the arithmetic, so some pixels by one of 255.
     """
 
     resolution: int
@@ -46,7 +46,7 @@ def image_name(index: int) -> str:
 
 
 def generator_of(seed: int, index: int) -> torch.Generator:
-    """What the noise of sample number `index` comes from."""
+    """The generator of the noise of sample number `index`."""
     return keyed_generator(seed, "sample", index)
 
 
@@ -77,7 +77,7 @@ def generate_into(
         prompts: at least one.
         folder: of images; check_settings has passed.
         num_samples: how many in all.
-        sampling: how.
+        sampling: how they are drawn.
         rank, world: this process and how many share the work: every world-th batch.
         show: a progress bar.
 
@@ -131,7 +131,7 @@ def check_settings(folder: Path, settings: dict[str, Any], remedy: str = "choose
     Args:
         folder: of the output.
         settings: of settings_of; keys that only one side has are not compared.
-        remedy: what errors tell to do.
+        remedy: what errors tell the user to do.
 
     Raises:
         UserError: another run's samples are there.
@@ -155,7 +155,7 @@ def check_settings(folder: Path, settings: dict[str, Any], remedy: str = "choose
 
 
 def remove_samples(folder: Path) -> None:
-    """Removes the samples of a folder, and last what says how they were drawn; nothing else."""
+    """Removes the samples of a folder, and last the file that says how they were drawn; nothing else."""
     images = folder / IMAGES
     for file in [path for path in images.rglob("*") if OWN.fullmatch(path.relative_to(images).as_posix())]:
         file.unlink()
@@ -171,7 +171,7 @@ def are_settings(path: Path) -> bool:
 
 
 def write_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Leaves beside the images how they are drawn.
+    """Writes beside the images how they are drawn.
 
     Raises:
         UserError: the folder cannot be written to.

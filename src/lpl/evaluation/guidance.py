@@ -1,4 +1,4 @@
-"""Metrics at points of guidance and sampling steps: an arm's own best guidance, and arms against each other there.
+"""Metrics at points of guidance and sampling steps: each arm's own best guidance, and arms compared at it.
 
 A row is a point of a run: arm, seed, guidance, sampling_steps, frechet and further metrics. An arm's metric of a seed
 is that at the guidance with the least mean Fréchet distance over the arm's *other* seeds (leave one out), so that no
@@ -32,7 +32,7 @@ DIFFERENCES = ("precision", "recall", "high_band_log_error")
 
 
 def chosen_guidance(curve: ByGuidance) -> dict[int, Any]:
-    """For each seed the guidance that is best on the others; where there is one seed alone, on itself.
+    """For each seed the guidance that is best on the others; if there is only one seed, on itself.
 
     Only scales at which every seed was measured take part.
     """
@@ -63,7 +63,7 @@ def rows_of(content: Mapping[str, Any]) -> list[Row]:
 
 
 def curve_of(rows: Sequence[Row], arm: str, steps: int) -> ByGuidance:
-    """The rows of an arm at so many steps that have a Fréchet distance."""
+    """The rows of an arm at `steps` sampling steps that have a Fréchet distance."""
     curve: dict[Any, dict[int, Row]] = {}
     for row in rows:
         if row["arm"] == arm and row["sampling_steps"] == steps and row["frechet"] is not None:
@@ -97,7 +97,7 @@ def at_best(rows: Sequence[Row], arm: str, baseline: str) -> list[dict[str, Any]
     Returns:
         Entries of compare.json's "at_best", the most steps first: arm, sampling_steps, seeds, guidance and
         baseline_guidance (of each seed), scales (that were measured), chosen_on ("other seeds", "itself"), frechet
-        (ratio, its interval, ratios) and the differences of DIFFERENCES. None where no seed has both.
+        (ratio, its interval, ratios) and the differences of DIFFERENCES. Steps at which no seed has both are left out.
     """
     found = []
     for steps in sorted({row["sampling_steps"] for row in rows if row["arm"] == arm}, reverse=True):
@@ -129,5 +129,5 @@ def at_best(rows: Sequence[Row], arm: str, baseline: str) -> list[dict[str, Any]
 
 
 def kind_of(metric: str) -> str:
-    """Of a metric's name: "diffusion_loss" or "lpl" for those of validation, else SAMPLES."""
+    """The kind of a metric, by its name: "diffusion_loss" or "lpl" for those of validation, else SAMPLES."""
     return metric.rsplit("/", 1)[1] if metric.startswith("validation/") else SAMPLES

@@ -100,10 +100,10 @@ def _decoded(file: Path, flag: str) -> Image.Image:
 
 
 def read_captions(folder: Path, files: list[Path], flag: str) -> list[str] | None:
-    """Captions of the images by the folder's metadata.jsonl; None where it has none for every image.
+    """Captions of the images by the folder's metadata.jsonl; None unless it has one for every image.
 
     Raises:
-        UserError: a metadata.jsonl that is no such file.
+        UserError: a metadata.jsonl that cannot be read as such.
     """
     file = folder / CAPTIONS
     if not file.is_file():
@@ -178,7 +178,7 @@ def interval(value: float, resampled: Tensor, low: float = float("-inf"), high: 
     Args:
         value: of all samples.
         resampled: (R,), of the resamples.
-        low, high: what the metric cannot leave.
+        low, high: the bounds of the metric.
     """
     ends = torch.quantile(resampled, torch.tensor([0.025, 0.975], dtype=torch.float64))
     return [min(max(float(end) - float(resampled.mean()) + value, low), high) for end in ends]

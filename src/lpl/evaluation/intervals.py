@@ -1,9 +1,9 @@
-"""Means of paired differences and what they are sure of: Student's t, and the bootstrap.
+"""Means of paired differences and their intervals: Student's t, and the bootstrap.
 
     mean +- t_{0.975, n-1} s / sqrt(n),  s^2 = sum (d_i - mean)^2 / (n - 1)
 
-for differences d_i of n seeds; it takes them for normally distributed. The percentile bootstrap (Efron 1979) does not,
-but is too narrow for few seeds, so verdicts go by the first.
+for differences d_i of n seeds; it assumes that they are normally distributed. The percentile bootstrap (Efron 1979)
+does not, but is too narrow for few seeds, so verdicts go by Student's t.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import NamedTuple
 
 LEVEL = 0.95
 MOST_RESAMPLES = 50_000
-"""Up to so many, all n^n resamples are taken; beyond, RESAMPLES are drawn."""
+"""If all n^n resamples are no more than this, they are taken; else RESAMPLES are drawn."""
 RESAMPLES = 10_000
 SAME = 1e-9
-"""Values that differ by less of themselves are one and the same, rounded otherwise."""
+"""Values whose relative difference is smaller are equal up to rounding."""
 
 
 def deviation(values: Sequence[float]) -> float:
@@ -65,10 +65,10 @@ def t_quantile(level: float, freedom: int) -> float:
 
 
 def has_spread(values: Sequence[float]) -> bool:
-    """Whether values tell how far others may lie from their mean: two or more that are not one and the same, or all 0.
+    """Whether values have a spread from which an interval follows: two or more that are not all equal, or all 0.
 
-    Equal differences of two seeds, such as of shares of few samples, would give an interval of no width, which is sure
-    of everything. Values that are all 0 are of runs that are equal, which needs no spread. Rounding is no spread.
+    Equal differences of two seeds, such as of shares of few samples, would give an interval of width 0, a false
+    certainty. Values that are all 0 come from equal runs, which need no spread. Rounding is no spread.
     """
     if len(values) < 2:
         return False
@@ -86,7 +86,7 @@ def t_interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, fl
 def bootstrap_interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, float] | None:
     """The percentile bootstrap's interval of the mean; None where has_spread says no.
 
-    All resamples are taken where they are few; else they are drawn, always the same.
+    All resamples are taken if they are few; else some are drawn, always the same ones.
     """
     number = len(values)
     if not has_spread(values):
@@ -108,7 +108,7 @@ def quantile(ordered: Sequence[float], share: float) -> float:
 
 
 def noise_floor(values: Sequence[float]) -> float | None:
-    """How much two baseline runs differ that have nothing different but the seed: the root mean square over all pairs.
+    """How much two baseline runs differ that differ in the seed only: the root mean square over all pairs.
 
     None for fewer than two values.
     """

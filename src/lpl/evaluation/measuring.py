@@ -1,4 +1,4 @@
-"""All metrics of one command, in the features of each network at hand; kept beside samples, so that it can go on."""
+"""All metrics of one command, in the features of each available network; kept beside samples, so that it can go on."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from lpl.evaluation.planning import Plan
 from lpl.evaluation.reference import Reference, reconstruct
 
 NOT_ACTING = ("guidance_scale", "num_inference_steps", "output_dir", "sample_batch_size", "reference_cache_dir")
-"""Options that metrics of given images do not follow from."""
+"""Options on which metrics of given images do not depend."""
 REFERENCE = "--reference_dir"
 
 
@@ -56,7 +56,7 @@ class Judge(NamedTuple):
 
 
 def open_judges(plan: Plan, vae: Any, device: torch.device) -> Iterator[Judge]:
-    """The networks at hand with the reference's statistics, which are computed where they are not kept.
+    """The available networks with the reference's statistics, which are computed unless they are kept already.
 
     Args:
         plan: of `lpl eval`.
@@ -81,7 +81,7 @@ def open_judges(plan: Plan, vae: Any, device: torch.device) -> Iterator[Judge]:
 
 
 def measure_point(plan: Plan, vae: Any, device: torch.device, judges: Sequence[Judge]) -> PointMetrics:
-    """The metrics of a point; where there are several points, what is kept of it is not measured again.
+    """The metrics of a point; with several points, metrics that were kept are not measured again.
 
     Raises:
         UserError: files or networks that cannot be read, or a folder that cannot be written to.
@@ -149,9 +149,7 @@ def measure_all(plan: Plan, vae: Any, device: torch.device, judges: Sequence[Jud
             }
     for what, pictures in (("reference images", real), ("samples", files)):
         if small := count_smaller(pictures, plan.resolution):
-            told = (
-                f"{small} of {len(pictures)} {what} had to be enlarged to {plan.resolution} pixels: a blur of its own"
-            )
+            told = f"{small} of {len(pictures)} {what} had to be enlarged to {plan.resolution} pixels: this adds blur"
             refused.append(told)
     refused += [f"{name}: {m['note']}" for name, m in metrics.items() if m["value"] is None]
     if options.clip is not None:

@@ -15,7 +15,7 @@ ROWS = 1024
 
 
 class Moments:
-    """Mean and covariance of features, and what of them is used again and again.
+    """Mean and covariance of features, and what is computed once from them.
 
     Args:
         features: (N, d), N at least 2, any float dtype.
@@ -112,7 +112,7 @@ def kernel_distance(samples: Tensor, reference: Tensor, counts: Tensor | None = 
         part = slice(at, at + ROWS)
         across += rows[:, part] @ _kernel(x[part], y).mean(1)
         within += ((rows[:, part] @ _kernel(x[part], x)) * rows).sum(1)
-    # A sample drawn w times meets itself w (w - 1) times, as another draw; with itself it does not count.
+    # A sample drawn w times is paired w (w - 1) times with its other draws; a draw is not paired with itself.
     within -= rows @ _kernel_of_itself(x)
     value = within / (len(x) * (len(x) - 1)) + _within(y) - 2 * across / len(x)
     return value[0] if counts is None else value
@@ -182,8 +182,8 @@ def precision_recall(samples: Tensor, reference: Tensor, k: int = 3, counts: Ten
 def density_coverage(samples: Tensor, reference: Tensor, k: int = 5, counts: Tensor | None = None) -> tuple[Share, ...]:
     """Density and coverage.
 
-    Density: how many reference images have a sample within the distance of their k-th nearest reference image, a
-    sample on average, divided by k. Coverage: share of reference images that have any sample so near.
+    Density: number of reference images that have a sample within the distance of their k-th nearest reference image,
+    averaged over samples and divided by k. Coverage: share of reference images that have any sample so near.
 
     Source: Naeem et al. 2020 (arXiv 2002.09797), eq. 3 and 4, k = 5; "within" is strict, as in their package prdc.
 
@@ -205,7 +205,7 @@ def _neighbours(
 ) -> tuple[Tensor, Share]:
     """Of how many reference images each sample is a neighbour, (n,), and the share of reference images reached.
 
-    One is reached by a sample within its own radius, or with `by_samples` within the sample's.
+    A reference image is reached by a sample within its own radius, or with `by_samples` within the sample's.
     """
     x, y = samples.to(torch.float64), reference.to(torch.float64)
     radii, radii_of_samples = _radii(y, k), _radii(x, k) if by_samples else None

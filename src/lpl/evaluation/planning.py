@@ -1,4 +1,4 @@
-"""What the options of `lpl eval` come to, refused where that can be known before anything heavy loads."""
+"""The plan of `lpl eval` from its options; bad ones are refused, where possible before anything heavy loads."""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ MOST_TOGETHER, PIXELS_TOGETHER = 64, 4 * 2**20
 
 @dataclass(frozen=True)
 class Plan:
-    """What the options come to: of all points, or of one."""
+    """What is to be drawn and measured: at all points, or at one."""
 
     options: EvalConfig
     request: Request | None
-    """The model; None: only images that are there."""
+    """The model; None: only existing images."""
     files: list[Path]
     """Images to measure, drawn or not yet."""
     prompts: list[str] | None
-    """Of all images that are measured, in their order; None: not known."""
+    """The prompts of all images that are measured, in their order; None: not known."""
     resolution: int
     inception: Path | None
-    """Weights of the FID's network; None: not at hand."""
+    """Weights of the FID's network; None: not available."""
     distinct_prompts: tuple[str, ...]
-    """What samples are drawn of, before it is repeated; empty where none are."""
+    """The prompts of the samples, before they are repeated; empty if none are drawn."""
     points: tuple[Point, ...]
-    """At which samples are drawn; empty where none are."""
+    """The points at which samples are drawn; empty if none are."""
     folder: Path
-    """Where samples and what decided them go: --output_dir, or that of the point where there are several."""
+    """Where samples and their settings go: --output_dir, or that of the point where there are several."""
 
     @property
     def sampling(self) -> Sampling:
@@ -73,13 +73,13 @@ class Plan:
         """What decides the samples of the first point."""
         o = self.options
         told = {"scheduler": o.scheduler, "dtype": o.dtype, "lora_scale": o.lora_scale, "prompts": self.prompts_digest}
-        if o.timestep_spacing != "model":  # samples that were drawn before there was the option are known again
+        if o.timestep_spacing != "model":  # so that samples from before the option are recognised
             told["timestep_spacing"] = o.timestep_spacing
         return settings_of(self.sampling, **told, **further)
 
     @property
     def prompts_digest(self) -> str | None:
-        """That of distinct_prompts."""
+        """The digest of distinct_prompts."""
         return prompts_digest(self.distinct_prompts)
 
 
@@ -88,8 +88,8 @@ def check_eval(options: EvalConfig, model: ModelConfig | None = None) -> Plan:
 
     Args:
         options: of `lpl eval`.
-        model: the model with all its options, where it is not to be made of those of `lpl eval`: one that training
-            begins with, of which there are no samples yet.
+        model: the model with all its options, if it does not follow from those of `lpl eval`: one that training begins
+            with, of which there are no samples yet.
 
     Raises:
         UserError: bad input.
@@ -152,7 +152,7 @@ def check_eval(options: EvalConfig, model: ModelConfig | None = None) -> Plan:
 
 
 def input_digests(options: EvalConfig) -> dict[str, str | None]:
-    """What eval.json has of the reference and the prompts where these files are as they are now, of drawn samples.
+    """The digests of reference and prompts, as these files are now, that eval.json of drawn samples would have.
 
     Raises:
         UserError: files that cannot be read.
@@ -167,7 +167,7 @@ def input_digests(options: EvalConfig) -> dict[str, str | None]:
 
 
 def prompts_digest(prompts: tuple[str, ...]) -> str | None:
-    """A hash of what samples are drawn of; None where none are."""
+    """A hash of the prompts of drawn samples; None if none are drawn."""
     return hashlib.blake2b(json.dumps(prompts).encode(), digest_size=16).hexdigest() if prompts else None
 
 
@@ -192,7 +192,7 @@ def _request(options: EvalConfig) -> Request:
 
 
 def with_flag(request: Request, act: Callable[[], Any]) -> Any:
-    """Calls act; errors about the model name the option that it came by."""
+    """Calls act; errors about the model name the option that gave it."""
     try:
         return act()
     except UserError as error:
@@ -218,7 +218,7 @@ def _prompts(options: EvalConfig, folder: Path, references: list[Path]) -> list[
 
 
 def _check_apart(images: Path, reference: Path, references: list[Path], what: str) -> None:
-    """What is measured must not be taken for what it is measured against; one folder for both gives distances of 0."""
+    """Refuses folders within each other: images would be mixed up. One folder of --images for both: distances of 0."""
     here, there = images.resolve(), reference.resolve()
     drawn = what.startswith("--output_dir")
     nested = here.is_relative_to(there) or there.is_relative_to(here)
@@ -232,7 +232,7 @@ def _check_apart(images: Path, reference: Path, references: list[Path], what: st
 
 
 def _resolution(options: EvalConfig, native: int | None, longest: int | None, stride: int | None) -> int:
-    """The pixels of a side: as given, else `native`, what the model or the first image has; whole latents of the VAE.
+    """The pixels of a side: as given, else `native`, the model's or the first image's, less part of a latent.
 
     `longest` is the most that the model draws; `stride` the VAE's pixels per latent; None: none is used, or it is not
     known yet.
@@ -280,7 +280,7 @@ def check_output(plan: Plan, drawn: bool = True) -> None:
         drawn: compare samples that are there with those of the plan.
 
     Raises:
-        UserError: it has.
+        UserError: it has such files.
     """
     options, folder = plan.options, Path(plan.options.output_dir)
     names = _names(options)
@@ -305,7 +305,7 @@ def check_output(plan: Plan, drawn: bool = True) -> None:
 
 
 def claim_output(options: EvalConfig) -> None:
-    """Notes in the folder what is this command's from now on; raises a UserError where it cannot be written."""
+    """Records in the folder which names are this command's from now on; raises UserError if it cannot be written."""
     OutputFolder(options.output_dir, COMMAND).claim(_names(options))
 
 

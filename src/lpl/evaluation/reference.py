@@ -25,10 +25,10 @@ from lpl.families.base import config_settings, weights_hash
 logger = logging.getLogger("lpl")
 
 LARGE = 256
-"""Images of more pixels across go through the VAE one by one, for its memory."""
+"""Images with longer sides go through the VAE one by one, to save memory."""
 
 VERSION = "2"
-"""Of the statistics; another one leaves cached files behind."""
+"""Version of the statistics; files of other versions stay in the cache and are not read."""
 
 
 class Reference:
@@ -39,7 +39,7 @@ class Reference:
         reconstructed: the same after the VAE; None: no VAE was given.
         size: pixels of their sides.
         extractor: the network their features are of.
-        digest: a hash of the images' files; empty where they are none.
+        digest: a hash of the images' files; empty if they are no files.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Reference:
 
         Args:
             folder: searched with its subfolders.
-            size: every image's centre, resized to cover a square of so many pixels (Lanczos).
+            size: every image's centre, resized to cover a square with this many pixels a side (Lanczos).
             extractor: the network.
             vae: a diffusers VAE for images (in the precision it is to be measured in), or None.
             cache_dir: where statistics are kept; None: the user's cache.
@@ -121,7 +121,7 @@ def reconstruct(images: Tensor, vae: Any) -> Tensor:
     """Images (B, 3, H, W), uint8, encoded to the posterior's mode, decoded and rounded to 8 bits.
 
     Raises:
-        UserError: a VAE that does not take images one by one to latents, or that gives them back in another size.
+        UserError: a VAE that does not encode single images to latents, or that returns them in another size.
     """
     parameter = next(vae.parameters())
     with torch.no_grad():

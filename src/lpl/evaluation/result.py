@@ -15,11 +15,11 @@ from lpl.evaluation.measuring import PointMetrics
 from lpl.evaluation.planning import Plan
 
 SHOWN = (*FRECHETS, "precision", "recall", "spectrum_log_error_high", "clip_score")
-"""Metrics of a row for each point; eval.json has all."""
+"""Metrics in the row of each point; eval.json has all."""
 
 
 def eval_result(plan: Plan, found: Sequence[PointMetrics]) -> dict[str, Any]:
-    """What is written: of several points each with its metrics, and at the top those of the point that is shown.
+    """What is written: with several points, each with its metrics, and at the top those of the point that is shown.
 
     Args:
         plan: of all points.
@@ -82,7 +82,7 @@ def _of_point(plan: Plan, found: PointMetrics) -> dict[str, Any]:
 
 
 def format_table(result: Mapping[str, Any]) -> str:
-    """The metrics of an eval.json, a line each, or of several points a row each, then what is to be known."""
+    """The metrics of an eval.json, a line each, or with several points a row for each; then notes."""
     points, against_images = result.get("points"), result["options"]["against"] == "images"
     lines = columns(_by_metric(result, against_images) if points is None else _by_point(points), right=True)
     lines.insert(1, "-" * len(lines[0]))

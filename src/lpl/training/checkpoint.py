@@ -49,13 +49,13 @@ KEPT: Shape = {
     "optimizer": {"numbers": {REST: ANY}, "param_groups": [{"params": [WHOLE]}], "class?": TEXT},
     "ema?": {"optimization_step": whole(0, 2**53)},
 }
-"""state.json, less what a run keeps there."""
+"""state.json, without what RunState adds to it."""
 Tensors = Iterator[tuple[str, Iterable[tuple[str, Tensor]]]]
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def recover(folder: Path) -> None:
-    """Puts a checkpoint in its place that a kill left whole but not yet renamed; clears away what kills left else."""
+    """Renames a checkpoint that was whole but not yet renamed at a kill; removes whatever else kills have left."""
     for temporary in folder.glob(f"{TEMPORARY}{CHECKPOINT}*"):
         final = folder / temporary.name.removeprefix(TEMPORARY)
         if PATTERN.fullmatch(final.name) and damage(temporary) is None and damage(final) is not None:
@@ -81,15 +81,15 @@ def save_checkpoint(
 ) -> Path:
     """Writes folder/checkpoint-<step>; older ones beyond total_limit go only after the new one is in place.
 
-    Damaged checkpoints do not count, and stay. Where parameters are split over processes, every process must call it;
-    what is written is whole, and says nothing of processes.
+    Damaged checkpoints are not counted, and stay. Where parameters are split over processes, every process must call
+    it; what is written is whole and does not depend on the processes.
 
     Args:
         optimizer: a torch optimizer over those parameters in that order.
         writes: whether this is the process that writes; the others only give their parts.
 
     Raises:
-        TrainingStoppedError: the disk is full, or cannot be written; what was written before is as it was.
+        TrainingStoppedError: the disk is full, or cannot be written; older checkpoints are unchanged.
     """
     final = folder / f"{CHECKPOINT}{step}"
     temporary = folder / f"{TEMPORARY}{final.name}"
@@ -116,7 +116,7 @@ def save_checkpoint(
 def prune_checkpoints(folder: Path, newest: Path, total_limit: int | None) -> None:
     """Removes the oldest checkpoints of a run beyond total_limit, never the newest good one; None: keeps all.
 
-    One with a file in it that no run wrote stays.
+    A checkpoint with a file in it that no run wrote stays.
     """
     if total_limit is not None:
         older = [path for path in list_checkpoints(folder) if path.name != newest.name]
@@ -146,10 +146,10 @@ def _tensors(parameters: Mapping[str, Tensor], moments: Mapping[str, Tensor], em
 
 @contextmanager
 def full_disk(folder: Path) -> Iterator[None]:
-    """Makes one line of a disk that has become full, whatever was being written.
+    """Turns the error of a full disk into one line, whatever was being written.
 
     Raises:
-        TrainingStoppedError: it has.
+        TrainingStoppedError: the disk is full.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Options that cannot act in a run of so many steps, and those that save memory that do not go with others."""
+"""Options that cannot act in a run because it is too short, and those that save memory but do not go with others."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ logger = logging.getLogger("lpl")
 
 
 def warn_of_steps(config: TrainConfig, steps: int) -> None:
-    """Says by name, a line each, what a run of so many optimizer steps never reaches.
+    """Warns by name, a line each, of what a run of `steps` optimizer steps never reaches.
 
     A period that is too long is named only where it was asked for: the defaults are made for long runs. A warm-up is
-    named always, for it changes what is trained.
+    always named, because it changes what is trained.
     """
     for line in _never_reached(config, steps):
         logger.warning("%s", line)
@@ -108,7 +108,7 @@ def warn_of_objective(config: TrainConfig) -> None:
 
 
 def warn_of_decoder(config: TrainConfig, capability: tuple[int, int]) -> None:
-    """Says where LPL's decoder leaves tensor cores idle that a GPU of this compute capability has for float32."""
+    """Warns if LPL's decoder does not use the tensor cores that a GPU of this compute capability has for float32."""
     lpl = config.lpl
     if lpl.use_lpl and lpl.lpl_dtype == "float32" and not config.run.allow_tf32 and capability >= (8, 0):
         logger.warning(
@@ -144,7 +144,7 @@ def check_memory_options(config: TrainConfig, packages: bool = True) -> None:
             run.gradient_checkpointing,
             f"{flag} without --gradient_checkpointing: all copies would be kept for the backward pass; add it",
         )
-        require(not run.compile_denoiser, f"{flag} with --compile_denoiser: it takes no copies; drop one of them")
+        require(not run.compile_denoiser, f"{flag} with --compile_denoiser: it cannot use copies; drop one of them")
     precision = run.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if optim.weights_dtype == "bfloat16":
         flag = "--weights_dtype bfloat16"

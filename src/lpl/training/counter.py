@@ -20,9 +20,9 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 
 def make_fake(module: nn.Module, mode: FakeTensorMode) -> None:
-    """Puts fake tensors in the place of a module's parameters, buffers and plain tensors, of their shapes and dtypes.
+    """Replaces a module's parameters, buffers and plain tensors by fake tensors of the same shapes and dtypes.
 
-    Fake tensors refuse module.to(): what they are to be is settled before, on the meta device.
+    Fake tensors refuse module.to(): dtypes are set before, on the meta device.
     """
     for part in module.modules():
         for name, t in [*part._parameters.items(), *part._buffers.items()]:
@@ -39,7 +39,7 @@ def make_fake(module: nn.Module, mode: FakeTensorMode) -> None:
 
 
 class FusedAttention(TorchFunctionMode):
-    """While it is active, scaled_dot_product_attention keeps no scores, also where torch would write them out."""
+    """While it is active, scaled_dot_product_attention keeps no scores, even where torch would write them out."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         function = _attention if func is scaled_dot_product_attention else func
@@ -47,7 +47,7 @@ class FusedAttention(TorchFunctionMode):
 
 
 def checkpoint(function: Any, *args: Any) -> Any:
-    """What diffusers checkpoints with, and the mode again where it recomputes: backward() runs without modes."""
+    """Checkpointing as diffusers does it, with FusedAttention also in recomputation: backward() runs without modes."""
     return torch_checkpoint(function, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), FusedAttention()))
 
 
@@ -88,7 +88,7 @@ class StepCounter(TorchDispatchMode):
         self._known: dict[int, weakref.finalize[Any, Any]] = {}
 
     def reset_peak(self) -> None:
-        """Looks for the peak anew, from what is alive now."""
+        """Starts the peak again from what is alive now."""
         self.peak = self.live
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -120,11 +120,11 @@ class StepCounter(TorchDispatchMode):
 
 
 _made: dict[Any, list[Any]] = {}
-"""Forms of what operations return of meta and of fake tensors, where torch takes long to derive them."""
+"""Forms of the results of operations on meta and fake tensors, which torch takes long to derive."""
 
 
 def _run(func: Any, args: Any, kwargs: Any) -> Any:
-    """What an operation returns; one that makes new meta or fake tensors is asked once for inputs of one form."""
+    """The result of an operation; one that makes new meta or fake tensors runs only once for inputs of one form."""
     first = args[0] if args and isinstance(args[0], FakeTensor) and args[0].constant is None else None
     if first is not None and _is_view(func):
         with in_kernel_invocation_manager(first.fake_mode):
@@ -137,7 +137,7 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
         out = func(*args, **kwargs)
         tensors = out if isinstance(out, tuple) else (out,)
         is_new = not func._schema.is_mutable and all(each.alias_info is None for each in returns)
-        is_known = first is not None or not any(isinstance(t, FakeTensor) for t in tensors)  # which mode they are of
+        is_known = first is not None or not any(isinstance(t, FakeTensor) for t in tensors)  # their mode
         if is_new and is_known and all(map(_is_empty, tensors)):
             _made[key] = [_form(t) for t in tensors]
         return out
@@ -148,7 +148,7 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
 
 @functools.cache
 def _is_view(func: Any) -> bool:
-    """Whether it gives nothing but views of its first argument."""
+    """Whether an operation returns nothing but views of its first argument."""
     returns = func._schema.returns
     return not func._schema.is_mutable and all(each.alias_info is not None for each in returns) and bool(returns)
 
@@ -192,4 +192,4 @@ FORMULAS: dict[Any, Any] = flop_registry | {
     aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
-"""torch's, and the ones for what a CPU runs."""
+"""torch's formulas, and those for attention on a CPU."""

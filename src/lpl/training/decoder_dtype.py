@@ -1,7 +1,7 @@
 """`--lpl_dtype auto`: the cheaper precision of LPL's decoder whose gradient is finite and near float32's.
 
 Measured once, before the first step, on the latents z of the run, at estimates z + 0.3 noise. config.yaml has the
-choice, so that a run that goes on computes as it began.
+choice, so that a continued run computes as it began.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ logger = logging.getLogger("lpl")
 LARGEST_ERROR = 0.1
 """|g - g32| / |g32| of the gradient, up to which another precision is taken; bfloat16's is some hundredths."""
 LARGEST_TIME = 0.9
-"""Of float32's, up to which it is worth it."""
+"""Share of float32's time, up to which another precision is taken."""
 SAMPLES, ROUNDS = 4, 3
 NOISE = 0.3
 
@@ -35,7 +35,7 @@ def with_decoder_dtype(config: TrainConfig, family: Any, latents: Tensor, accele
     """The options with a precision in the place of "auto"; all processes get the same.
 
     Args:
-        latents: (N, C, h, w) in model space, of which the first are measured on.
+        latents: (N, C, h, w) in model space; the first of them are measured.
     """
     if not config.lpl.use_lpl or config.lpl.lpl_dtype != "auto":
         return config

@@ -135,7 +135,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     """accelerate's engine for this run, and the process's logging.
 
     Raises:
-        UserError: precision or an optimizer that the device lacks, before anything loads.
+        UserError: a precision or an optimizer that the device cannot run; nothing is loaded before.
     """
     run, log = config.run, config.logging
     accelerator = Accelerator(
@@ -150,7 +150,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     require(
         accelerator.num_processes == processes(),
         f"WORLD_SIZE is {processes()}, but on a {kind} accelerate joins {accelerator.num_processes}, and each would "
-        "train alone into one folder: on CPUs set ACCELERATE_USE_CPU=true, too",
+        "train alone into the same folder: on CPUs set ACCELERATE_USE_CPU=true, too",
     )
     if accelerator.mixed_precision == "fp16" and kind == "cpu":
         raise UserError("--mixed_precision fp16 needs an accelerator; on a CPU use bf16 or no")
@@ -188,7 +188,7 @@ def _can_compile(kind: str) -> bool:
 
 
 def _given(options: LPLConfig, cls: type, prefix: str = "") -> dict[str, Any]:
-    """Keywords for a class of the library: the options of its parameters' names, which lack the prefix."""
+    """Keywords for a class of the library: the options whose names without the prefix are its parameters."""
     taken = inspect.signature(cls).parameters
     named = {name.removeprefix(prefix): value for name, value in vars(options).items()}
     return {name: value for name, value in named.items() if name in taken}
@@ -223,7 +223,7 @@ def build_objective(config: TrainConfig, family: Any) -> PerceptualObjective:
             **_given(config.lpl, PerceptualObjective),
             snr_gamma=config.diffusion.snr_gamma,
             seed=config.run.seed,
-            checked_calls=0,  # what the step hands over is made here; a gradient of 0 is looked for where it logs
+            checked_calls=0,  # the trainer's own inputs are valid; it looks for gradients of 0 when it logs
         )
     except ValueError as error:
         raise UserError(str(error)) from error

@@ -10,11 +10,11 @@ from lpl.base.errors import require
 from lpl.config import TrainConfig
 
 UNSHARDED = ("adafactor", "adamw8bit", "prodigy")
-"""Optimizers whose state does not have the shape of a parameter, or whose step is no function of its elements."""
+"""Optimizers whose state does not have the shape of a parameter, or whose step is not elementwise."""
 
 
 def splits() -> bool:
-    """Whether accelerate is to split the model over them by FSDP."""
+    """Whether accelerate is to split the model over the processes by FSDP."""
     return _is_set("ACCELERATE_USE_FSDP")
 
 
@@ -41,7 +41,7 @@ def check_launch(config: TrainConfig) -> None:
     offloaded = config.model.offload_blocks
     require(offloaded is None, f"--offload_blocks {offloaded}: FSDP2 splits the blocks over GPUs: drop it, or use DDP")
     quantized = config.model.quantize_base
-    require(quantized is None, f"--quantize_base {quantized}: FSDP2 splits no codes: drop it, or use DDP")
+    require(quantized is None, f"--quantize_base {quantized}: FSDP2 splits no quantized weights: drop it, or use DDP")
 
 
 def _is_set(name: str) -> bool:
@@ -49,7 +49,7 @@ def _is_set(name: str) -> bool:
 
 
 def as_launched(number: int | None, fsdp2: bool) -> AbstractContextManager[None]:
-    """Lets this process see what one of so many would; None: as it is."""
+    """Sets the environment that one of `number` processes would see; None: their number as it is."""
     values = {} if number is None else {"WORLD_SIZE": str(number)}
     return environment(values | ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if fsdp2 else {}))
 

@@ -1,4 +1,4 @@
-"""What the files of a LoRA say of their training: the keys of kohya's programs, which others show."""
+"""Metadata in a LoRA's files about its training, under the keys of kohya's programs, which others show too."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from lpl.data.dataset import TrainingData
 from lpl.data.prepare import REGULARISATION
 
 MOST_TAGS = 1000
-"""Tags of a folder that are counted in the file, the most frequent ones: programs read them whole with every LoRA."""
+"""Most tags of a folder in the file, the most frequent ones: programs read all of them with every LoRA."""
 
 
 class LoraSays:
     """Makes the metadata of a run's LoRA at a step; what depends on the images is counted once, when first asked for.
 
-    A caption's tags are what its commas separate, as kohya's programs count them. Of paths only last parts are said.
+    A caption's tags are what its commas separate, as kohya's programs count them. Only last parts of paths are written.
     """
 
     def __init__(self, config: TrainConfig, data: TrainingData, num_steps: int, steps_per_epoch: float) -> None:
@@ -30,7 +30,7 @@ class LoraSays:
         self._started = time.time()
 
     def __call__(self, step: int) -> dict[str, str]:
-        """The metadata of a LoRA of so many optimizer steps."""
+        """The metadata of a LoRA after `step` optimizer steps."""
         config, side = self._config, self._config.data.crop_size
         model, run, optim, diffusion = config.model, config.run, config.optim, config.diffusion
         found = {
@@ -47,7 +47,7 @@ class LoraSays:
             "ss_optimizer": optim.optimizer_name,
             "ss_mixed_precision": run.mixed_precision or "no",
             "ss_seed": run.seed,
-            # Theirs counts from the last layer, which is 1.
+            # kohya's counts from the last layer, which is 1.
             "ss_clip_skip": None if model.clip_skip is None else model.clip_skip + 1,
             "ss_min_snr_gamma": diffusion.snr_gamma,
             "ss_noise_offset": diffusion.noise_offset or None,
@@ -101,7 +101,7 @@ class LoraSays:
         return found
 
     def _name(self, group: str) -> str:
-        """A folder as programs show it: of the images beside no folder, the data set's."""
+        """A folder's name as programs show it; for images in no folder, the data set's."""
         data = self._config.data
         whole = data.train_data_dir or data.dataset_name or data.webdataset or "images"
         return group or Path(whole).expanduser().resolve().name

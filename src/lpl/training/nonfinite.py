@@ -123,7 +123,7 @@ def describe(seen: list[Seen], step: int, lpl_dtype: str) -> str | None:
 
 
 def overflow(lpl_bad: bool, lpl_dtype: str) -> str:
-    """The hint at LPL's decoder in float16, where that is what LPL failed in."""
+    """The hint at LPL's decoder in float16, if LPL failed and its decoder was in float16."""
     if not lpl_bad or lpl_dtype != "float16":
         return ""
     return ": its float16 decoder overflowed; --lpl_dtype bfloat16 or float32 does not overflow"
@@ -142,7 +142,7 @@ def dump(
     Args:
         draw: gives a batch's noise and timesteps again.
         numbers: what else the JSON gets.
-        always: write it however many there are.
+        always: write it however many dumps there are.
 
     Returns:
         Whether it was written.

@@ -1,8 +1,8 @@
-"""`--offload_blocks`: frozen weights of the denoiser's repeated blocks that wait in the computer's memory.
+"""`--offload_blocks`: frozen weights of the denoiser's repeated blocks stay in the computer's memory.
 
-A block computes with copies of its weights on the device: made before it runs, in the forward pass and again where
-gradient checkpointing runs it once more, and gone after their last use in the backward pass. What waits is never
-changed or replaced, so that values are those of a denoiser that is on the device as a whole.
+A block computes with copies of its weights on the device: they are made before it runs, in the forward pass and again
+when gradient checkpointing recomputes it, and freed after their last use in the backward pass. The weights in memory
+never change, so results are those of a denoiser that is on the device as a whole.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from lpl.families.joint import JointModel
 
 logger = logging.getLogger("lpl")
 LEAST = 2**16
-"""Bytes of a tensor that waits: norms and biases stay on the device."""
+"""Fewest bytes of an offloaded tensor: norms and biases stay on the device."""
 Copy = Callable[[Tensor], Tensor]
 
 
 def offload_to_host(denoiser: nn.Module, share: float, device: torch.device) -> None:
-    """Makes a share of a run's blocks wait on the host; from memory that is not paged out copies are not waited for.
+    """Offloads a share of a run's blocks to the host, in pinned memory, from which copies are asynchronous.
 
-    DDP, which wants all parameters on one device, is told to leave them alone.
+    DDP, which wants all parameters on one device, is told to ignore them.
     """
     waiting = offload(denoiser, share, lambda tensor: tensor.to(device, non_blocking=True))
     if device.type == "cpu":
-        logger.warning("--offload_blocks has no effect on a CPU, where they are")
+        logger.warning("--offload_blocks has no effect on a CPU, where the blocks are anyway")
     if device.type == "cuda":
         for parameter in waiting:
             parameter.data = parameter.data.pin_memory()
@@ -42,15 +42,15 @@ def offload_to_host(denoiser: nn.Module, share: float, device: torch.device) -> 
 
 
 def offload(denoiser: nn.Module, share: float, copy: Copy) -> list[nn.Parameter]:
-    """Makes weights of so many of its blocks wait where they are, also when the denoiser is moved.
+    """Keeps the frozen weights of a share of the blocks where they are, even when the denoiser is moved.
 
     Args:
-        denoiser: with what is trained in it, which does not wait; changed in place.
+        denoiser: with its trained parameters, which are not offloaded; changed in place.
         share: of its blocks, in 0..1, rounded up and spread evenly over them.
-        copy: of a tensor that waits, on the device.
+        copy: makes a copy of an offloaded tensor on the device.
 
     Returns:
-        What waits.
+        The offloaded parameters.
 
     Raises:
         UserError: there are no such blocks.
@@ -64,8 +64,8 @@ def offload(denoiser: nn.Module, share: float, copy: Copy) -> list[nn.Parameter]
 
 
 def repeated_blocks(denoiser: nn.Module) -> list[nn.Module]:
-    """Those of a list that diffusers names as repeated, or else as not to be split: under gradient checkpointing it
-    runs each again."""
+    """The blocks in lists that diffusers names as repeated, or else as not to be split: gradient checkpointing
+    recomputes each of them as a whole."""
     body: Any = denoiser.parts[0] if isinstance(denoiser, JointModel) else denoiser
     names = body._repeated_blocks or body._no_split_modules
     lists = [module for module in body.modules() if isinstance(module, nn.ModuleList)]
@@ -87,11 +87,11 @@ class _Waiting:
         for module in {id(module): module for module, *_ in self.places}.values():
             self._keep_in_place(module)
         block.register_forward_pre_hook(self._bring)
-        # Also where a recomputation ends early, which is an exception.
+        # Always called: a recomputation that ends early raises an exception.
         block.register_forward_hook(self._drop, always_call=True)
 
     def _keep_in_place(self, module: Any) -> None:
-        """Of a module that is moved or cast, what waits is not."""
+        """Leaves the offloaded weights as they are when the module is moved or cast."""
         own, apply = {name: p for m, name, p in self.places if m is module}, module._apply
 
         def apply_to_others(*arguments: Any, **named: Any) -> nn.Module:

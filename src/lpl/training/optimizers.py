@@ -86,7 +86,7 @@ def optimizer_class(config: OptimConfig) -> Any:
 
 
 def optimizer_keywords(config: OptimConfig, cls: Any) -> dict[str, Any]:
-    """Keywords for the class, but for lr: of the flags, for an optimizer with a name, and of --optimizer_args.
+    """Keywords for the class, except lr: from the flags, for an optimizer with a name, and from --optimizer_args.
 
     Raises:
         UserError: a keyword that the class lacks, or one that a flag sets.
@@ -127,7 +127,7 @@ def check_class(config: OptimConfig) -> None:
 
 
 def averages_itself(optimizer: Any) -> bool:
-    """Whether an optimizer (or its class) is schedule-free: it trains one point and means another to be used."""
+    """Whether an optimizer (or its class) is schedule-free: it trains one point and offers another for use."""
     return callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
 
 
@@ -143,7 +143,7 @@ def parameter_groups(
 
 
 def coefficients(optimizer: Any) -> list[dict[str, Any]]:
-    """Of each group, what the run decides: the constructor's keywords, without parameters, rate and what steps keep."""
+    """What the run's options set in each group: the constructor's keywords, without parameters, rate and state."""
     names = set(inspect.signature(type(bare(optimizer))).parameters) - {"params", "lr"}
     return [{name: value for name, value in group.items() if name in names} for group in optimizer.param_groups]
 
@@ -155,7 +155,7 @@ def label(optimizer: Any) -> str:
 
 
 def adapted_rate(optimizer: Any) -> Tensor | float | None:
-    """The step size that Prodigy has found, d times the rate; None where the rate is what was asked for."""
+    """The step size that Prodigy has found, d times the rate; None if the rate is the given one."""
     group = optimizer.param_groups[0]
     return group["d"] * group["lr"] if "d_coef" in group else None
 
@@ -217,7 +217,7 @@ def scaled_learning_rate(config: TrainConfig, num_processes: int) -> float:
 def split_components(
     parameters: Mapping[str, nn.Parameter], config: TrainConfig, num_processes: int
 ) -> tuple[list[nn.Parameter], dict[str, tuple[list[nn.Parameter], float]]]:
-    """The parameters with the learning rate, and those of components that have their own, with it after --scale_lr.
+    """The parameters that have --learning_rate, and those of components with their own, each with it after --scale_lr.
 
     A component's parameters have names that begin with its own and a dot.
     """
@@ -231,7 +231,7 @@ def split_components(
 
 
 def component_rates(optimizer: Any, rates: list[float]) -> dict[str, float]:
-    """Of the rates of an optimizer's groups those of its components, as they are logged."""
+    """The learning rates of components, by the names they are logged under; `rates` are those of all groups."""
     groups = zip(optimizer.param_groups, rates, strict=True)
     return {f"learning_rate/{group['component']}": rate for group, rate in groups if "component" in group}
 

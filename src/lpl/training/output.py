@@ -1,8 +1,4 @@
-"""The folder of a run: what a run writes into it, whether it may, and whether what lies there is whole.
-
-What a checkpoint's files must be, their sizes and checksums, is in a file of it that is written last. A folder without
-that was never finished; one whose files differ from it was cut short or damaged since.
-"""
+"""The folder of a run: what a run writes into it, whether it may, and whether what lies there is whole."""
 
 from __future__ import annotations
 
@@ -35,9 +31,9 @@ from lpl.families import RESULT_NAMES
 logger = logging.getLogger("lpl")
 
 KOHYA, COMFYUI = "_kohya.safetensors", "_comfyui.safetensors"
-"""How the file's name ends that has a LoRA under the names that kohya's programs gave them, and that of a DoRA."""
+"""Ends of the names of files: a LoRA with the names that kohya's programs give its layers, and a DoRA."""
 LONGEST = 200
-"""Bytes of a folder's name that go into a file's, which may have 255."""
+"""Most bytes of a folder's name that go into a file's name, which may have 255."""
 COMMAND = "lpl train"
 INPUTS = (
     "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "single_file_config", "train_data_dir",
@@ -47,7 +43,7 @@ INPUTS = (
 
 
 def lora_name(folder: Path, end: str, which: str | None = None) -> str:
-    """The name of a LoRA's file for ComfyUI and others, which show it: that of the run's folder, and which it is."""
+    """The name of a LoRA's file, as ComfyUI and others show it: that of the run's folder, and `which` file it is."""
     name = folder.resolve().name.encode()[:LONGEST].decode(errors="ignore")
     return (name if which is None else f"{name}-{which}") + end
 
@@ -61,7 +57,7 @@ def names_of(config: TrainConfig, every: bool = False) -> Names:
     """What a run writes into its folder.
 
     Args:
-        every: with the names that these options do not use.
+        every: also the names that these options do not use.
 
     Raises:
         UserError: --logging_dir is another of these names.
@@ -90,13 +86,13 @@ def names_of(config: TrainConfig, every: bool = False) -> Names:
 
 
 def claim_output(config: TrainConfig) -> None:
-    """Notes in the run's folder what is the run's from now on."""
+    """Records in the run's folder which names are the run's from now on."""
     folder = output_of(config)
     folder.claim(names_of(config, every=True), _adopts(folder))
 
 
 def check_inputs_apart(config: TrainConfig) -> None:
-    """Refuses a folder in which a run would land on what it reads, or write among training images."""
+    """Refuses a folder inside one of --train_data_dir, --reg_data_dir and --validation_data_dir."""
     folder, options = Path(config.run.output_dir), config.flat()
     for flag in ("train_data_dir", "reg_data_dir", "validation_data_dir"):
         images = options[flag]
@@ -108,7 +104,7 @@ def check_inputs_apart(config: TrainConfig) -> None:
 
 
 def as_begun(config: TrainConfig) -> TrainConfig:
-    """The options with what the run in the folder, if there is one, has chosen where they say "auto"."""
+    """The options, with what the run in the folder, if there is one, has chosen in the place of "auto"."""
     file = Path(config.run.output_dir) / CONFIG_FILE
     if config.lpl.lpl_dtype != "auto" or not is_config_of_run(file):
         return config
@@ -119,7 +115,7 @@ def check_output(config: TrainConfig, tell: bool = True) -> int | None:
     """Refuses a folder that a run cannot begin or go on in.
 
     Args:
-        tell: say in the log what is allowed all the same.
+        tell: warn in the log of what is unusual but allowed.
 
     Returns:
         The step at which the very same run has ended there; None: it has not.
@@ -164,7 +160,7 @@ def check_output(config: TrainConfig, tell: bool = True) -> int | None:
 
 
 def _check_same_schedule(config: TrainConfig, checkpoint: Path | None) -> None:
-    """Refuses to go on from another run's checkpoint, which learned to predict something else, as if it had not."""
+    """Refuses another run's checkpoint that learned another prediction or another noise schedule."""
     other = None if checkpoint is None else checkpoint.resolve().parent
     if other is None or other == Path(config.run.output_dir).resolve() or not (other / CONFIG_FILE).is_file():
         return
@@ -196,7 +192,7 @@ def finished_at(folder: Path) -> int | None:
 
 
 def _adopts(output: OutputFolder) -> Proof:
-    """What a run of a version without records has written; a result only where it had come to its end."""
+    """Tells what a run of a version without records has written; a result only if that run had ended."""
     folder = output.folder
     is_run = is_config_of_run(folder / CONFIG_FILE)
     had_result = finished_at(folder) is not None or (folder / RESULT).is_dir()
@@ -204,7 +200,7 @@ def _adopts(output: OutputFolder) -> Proof:
 
 
 def _missing(output: OutputFolder) -> str | None:
-    """What of the result of a run that has ended is not there."""
+    """The part of an ended run's result that is missing; None: nothing is."""
     folder = output.folder
     if output.has_record:
         return output.missing()

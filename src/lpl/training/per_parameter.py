@@ -2,7 +2,7 @@
 
 A learning rate of 1e-5 moves a weight of 1 by 1e-5, and bfloat16 has no number between 1 and 1.0078: rounded to the
 nearest, most updates of a fine-tuning are lost. Here the optimizer steps on a float32 copy of one weight tensor at a
-time, so that all of its state is float32's, and the result x goes to the neighbour above with probability
+time, so that all of its state is float32, and the result x goes to the neighbour above with probability
 (x - below)/(above - below), else to the one below: E[rounded] = x (stochastic rounding; Gupta et al., arXiv
 1502.02551, section 2; Zamirai et al., arXiv 2010.06192, for bfloat16 training). The rounding is torchao's.
 
@@ -31,8 +31,8 @@ ROUNDED_AT_ONCE = 2**22
 class PerParameter(Optimizer):
     """A mixin before an optimizer in which a parameter's step depends on that parameter alone.
 
-    What is bfloat16 is stepped in float32 and rounded stochastically, from torch's own random state, which the trainer
-    sets from the seed and the step.
+    A bfloat16 parameter is stepped in float32 and rounded stochastically, from torch's own random state, which the
+    trainer sets from the seed and the step.
     """
 
     @torch.no_grad()
@@ -46,7 +46,7 @@ class PerParameter(Optimizer):
 
     @torch.no_grad()
     def step_one(self, parameter: Tensor) -> None:
-        """Steps one parameter by its gradient, which is gone afterwards where the parameter is bfloat16."""
+        """Steps one parameter by its gradient, which is freed if the parameter is bfloat16."""
         if parameter.dtype != torch.bfloat16:
             self._step_alone(parameter)
             return
@@ -89,7 +89,7 @@ class PerParameter(Optimizer):
 
 
 class Released(PerParameter):
-    """A mixin before an optimizer of optimi that was built with gradient_release: its own step of one parameter."""
+    """A mixin before an optimizer of optimi that was built with gradient_release: uses its step of one parameter."""
 
     def step_one(self, parameter: Tensor) -> None:
         """Steps one parameter by its gradient."""
@@ -117,13 +117,13 @@ def suited(cls: Any, config: OptimConfig) -> Any:
 
 
 def of_optimi(config: OptimConfig) -> dict[str, Any]:
-    """Keywords of optimi's optimizers that the options decide; left to itself, it decides at its first step."""
+    """Keywords of optimi's optimizers that the options decide; otherwise optimi would decide at its first step."""
     keywords: dict[str, Any] = {"kahan_sum": True} if config.weights_dtype == "bfloat16" else {}
     return keywords | ({"gradient_release": True} if config.fused_backward_pass else {})
 
 
 def _mixed(mixin: type, cls: Any) -> Any:
-    # Under the name of the class: checkpoints name it, and either reads the other's.
+    # Keeps the name of the class: checkpoints hold it, and either class reads the other's.
     return type(cls.__name__, (mixin, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
 
 
@@ -151,11 +151,11 @@ def bare(optimizer: Any) -> Any:
 class FusedBackward:
     """Makes the backward pass step the weights.
 
-    What differs from a step after it: the norm of the gradient is known only when every weight has moved. So nothing is
-    clipped, and a gradient that is not finite although the loss is cannot be left out: it stops the run.
+    Unlike in a step after it, the norm of the gradient is known only when every weight has moved. So nothing is
+    clipped, and a step whose gradient is not finite although the loss is cannot be left out: it stops the run.
 
     Args:
-        optimizer: over them, with a step_one; accelerate's wrapper or not.
+        optimizer: of these parameters, with a step_one; wrapped by accelerate or not.
     """
 
     def __init__(self, parameters: Iterable[Tensor], optimizer: Any) -> None:

@@ -32,7 +32,7 @@ def validation_prompts(config: LoggingConfig) -> list[Prompt]:
     """The prompts of validation images in order; none if no images are asked for.
 
     Raises:
-        UserError: a file that is none of prompts.
+        UserError: a file that is not one of prompts.
     """
     if config.validation_prompts is None:
         return [] if config.validation_prompt is None else [Prompt(config.validation_prompt)]
@@ -153,7 +153,7 @@ def check_model(
         configs_of: finds the configs; model_configs asks for the weights to be there, plan_configs does not.
 
     Raises:
-        UserError: no such model, or a --background_color that is none.
+        UserError: no such model, or a --background_color that is no colour.
     """
     parse_color(config.data.background_color)
     config = replace(config, model=with_lora_weights(config.model))
@@ -166,7 +166,7 @@ def check_model(
 
 
 def check_data(config: TrainConfig, report: Path, weights: bool = False) -> Checked:
-    """The checks that a report needs; that of `lpl data` needs no model, and of a model no weights.
+    """The checks that a report needs; `lpl data` needs no model, or one without weights.
 
     Args:
         weights: ask for a model with its weights.
@@ -224,8 +224,8 @@ def check_sizes(config: TrainConfig, configs: dict[str, Any]) -> None:
     if most is not None and longest > most:
         aspect = " or --bucket_max_aspect" if data.buckets else ""
         raise UserError(
-            f"--resolution {data.crop_size}: images have sides of up to {longest} pixels, of which the model knows no "
-            f"more than {most}: use a smaller --resolution{aspect}"
+            f"--resolution {data.crop_size}: images have sides of up to {longest} pixels, more than the "
+            f"{most} that the model knows: use a smaller --resolution{aspect}"
         )
 
 

@@ -1,8 +1,8 @@
 """`--quantize_base`: frozen weights in 8 or 4 bits under a LoRA.
 
 W x is computed with W written out in the precision of the arithmetic, one layer at a time, in the forward pass and
-again in the backward pass: between them only the codes are there. (torchao's weights of 8 bits leave W, written out,
-to autograd, which keeps it for the backward pass: all weights of what is not recomputed, in 16 bits.)
+again in the backward pass: between them only the codes are there. (torchao's 8-bit weights leave the written-out W
+to autograd, which keeps it for the backward pass: all weights that are not recomputed, in 16 bits.)
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Codes(NamedTuple):
     scale: Tensor
     """float32; int8 and fp8: of each output, (out, 1); nf4: of each block of the rows laid end to end."""
     values: Tensor | None = None
-    """nf4: the two values of every byte, (256, 2) float32, on the device, where no step has to bring them."""
+    """nf4: the two values of every byte, (256, 2) float32, kept on the device, so that no step copies them."""
 
 
 def encode(weight: Tensor, kind: Kind) -> Codes:
@@ -112,7 +112,7 @@ class QuantizedLinear(nn.Linear):
         return Codes(self.weight, self.scale, self.values)
 
     def dense(self, dtype: torch.dtype, stored: Codes | None = None) -> Tensor:
-        """The weights, or others in their place, written out."""
+        """The weights, or those `stored`, written out as a matrix."""
         return decode(stored or self.stored, self.kind, (self.out_features, self.in_features), dtype)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002, the name in nn.Linear
@@ -133,7 +133,7 @@ class _FrozenProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, layer: QuantizedLinear) -> Tensor:  # noqa: A002
-        ctx.layer, ctx.stored = layer, layer.stored  # where the layer is offloaded, that is a copy of now
+        ctx.layer, ctx.stored = layer, layer.stored  # of an offloaded layer, the present copy
         return input @ layer.dense(input.dtype).t()
 
     @staticmethod
@@ -145,8 +145,8 @@ class _FrozenProduct(torch.autograd.Function):
 def quantize(
     denoiser: nn.Module, kind: Kind, device: torch.device, progress: Callable[[list[Any]], Any] = iter
 ) -> None:
-    """Puts codes in the place of the weights of every linear layer of the repeated blocks; embeddings, output,
-    convolutions and text encoders stay.
+    """Replaces the weights of every linear layer in the repeated blocks by codes; embeddings, output, convolutions and
+    text encoders stay.
 
     Args:
         denoiser: frozen; changed in place.

@@ -46,7 +46,7 @@ class Weights(NamedTuple):
 
 
 class Parameters(NamedTuple):
-    """The denoiser's, in numbers of values."""
+    """The denoiser's parameters, in numbers of values."""
 
     base: int
     """Of the model itself."""
@@ -55,7 +55,7 @@ class Parameters(NamedTuple):
     largest: int
     """Of the largest trained tensor."""
     size: int
-    """Bytes of all that are on the device throughout."""
+    """Bytes of all that stay on the device."""
     waiting: int
     """Bytes of those that are copied there while their block runs."""
     shapes: tuple[tuple[int, ...], ...]
@@ -129,7 +129,7 @@ class Rehearsal:
         return self._model(_weights(config))
 
     def parameters(self, config: TrainConfig) -> Parameters:
-        """How many there are."""
+        """The number and size of the denoiser's parameters."""
         return self._parameters(_weights(config))
 
     @_once
@@ -179,7 +179,7 @@ class Rehearsal:
 
     @contextmanager
     def _stepping(self, trained: list[Any], optim: OptimConfig | None) -> Iterator[None]:
-        """Under --fused_backward_pass, each gradient goes when it is there, after what its step writes out."""
+        """Under --fused_backward_pass, allocates what each weight's step writes out, and frees its gradient at once."""
 
         def step(parameter: Any) -> None:
             assert optim is not None
@@ -223,13 +223,13 @@ class Rehearsal:
 
     def loss(self, config: TrainConfig) -> LossCost:
         """LPL of a micro-batch in which every sample passes the gate."""
-        options = replace(config.lpl, lpl_compile=False)  # fused arithmetic needs less, by what is not known
+        options = replace(config.lpl, lpl_compile=False)  # fused needs less; how much is not known
         if options.lpl_dtype == "auto":
             options = replace(options, lpl_dtype="float32")  # what it needs at most
         if self.device == "cpu" and options.lpl_channels_last == "auto":
             options = replace(options, lpl_channels_last="true")
         config = replace(config, lpl=options)
-        # No more than fill the decoder once (or, for statistics of the batch, twice): memory does not grow after that.
+        # Samples that fill the decoder once (or, for statistics of the batch, twice): with more, memory does not grow.
         chunk = max(1, CHUNK_PIXELS // config.data.crop_size**2) if options.lpl_chunk == "auto" else options.lpl_chunk
         limit = 2 * chunk if options.lpl_norm_type == "batch" else chunk
         batch = min(config.run.train_batch_size, options.lpl_max_samples or limit, limit)
@@ -239,11 +239,11 @@ class Rehearsal:
     @_once
     def _loss(self, options: LPLConfig, shape: tuple[int, ...]) -> LossCost:
         config = TrainConfig(lpl=options)
-        space = LatentSpace.identity()  # some VAEs keep its numbers among their weights, which hold none here
+        space = LatentSpace.identity()  # some VAEs keep the real one in weights, which are empty here
         with torch.device("meta"), StepCounter() as counter:
             vae = self.blueprint.vae()
             before = counter.live
-            with _quiet(self._told):  # what the loss has to say, it says once
+            with _quiet(self._told):  # the loss logs its messages only once
                 loss = build_loss(config, vae, space)
             copy = counter.live - before
             # Built again on weights of its own precision, which can be made fake: it then copies nothing.
@@ -253,7 +253,7 @@ class Rehearsal:
         self._told = True
         with _quiet(True):
             loss = build_loss(config, vae, space)
-        # Where windows lie is read, which no fake tensor can be, and real tensors are not taken beside fake ones.
+        # The windows' places are read, which fake tensors do not allow, and real ones do not mix with fake ones.
         windows: Any = None if config.lpl.lpl_crop is None else np.zeros((shape[0], 2))
         reach = [*(loss.reach or [1.0] * len(loss.taps)), 0.0]
         flops, peak = 0.0, 0
@@ -293,7 +293,7 @@ class Rehearsal:
             for encoder, ids in zip(encoders, tokens, strict=True):
                 with counter:
                     encoder(ids, output_hidden_states=True)
-        # Offloaded, a layer at a time is there.
+        # Offloaded, one layer at a time is on the device.
         layers = [sum(p.nbytes for p in m.parameters(recurse=False)) for e in encoders for m in e.modules()]
         return counter.peak + _bytes(vae) + (max(layers, default=0) if offloaded else sum(map(_bytes, encoders)))
 
@@ -333,7 +333,7 @@ def _quiet(active: bool) -> Iterator[None]:
 
 
 def _weights(config: TrainConfig) -> Weights:
-    """The options of a LoRA, if there is one, are alike for all models."""
+    """The options that decide the denoiser's weights; others are left out, so that plans share what was counted."""
     names: tuple[str, ...] = ("rank", "lora_alpha", "lora_dropout", "lora_targets", "use_dora")
     names = (*names, "quantize_base", "offload_blocks")
     if config.model.continued_lora is not None:

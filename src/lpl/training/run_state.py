@@ -101,7 +101,7 @@ class RunState:
         self.accelerator.wait_for_everyone()
 
     def resume(self) -> int:
-        """Puts the checkpoint in place that this run goes on from; returns its step, 0 without one.
+        """Loads the checkpoint that this run goes on from; returns its step, 0 without one.
 
         Raises:
             UserError: a checkpoint that is damaged, of another model, or of another run than the options describe.
@@ -132,7 +132,7 @@ class RunState:
         return step
 
     def _put(self, path: Path, state: dict[str, Any], step: int, options: list[dict[str, Any]]) -> None:
-        """Puts in place what a checkpoint has beside parameters, moments and average.
+        """Restores what a checkpoint has beside parameters, moments and average.
 
         Args:
             options: the optimizer's coefficients before its state was loaded, which are this run's.
@@ -140,7 +140,7 @@ class RunState:
         schedule, optimizer = self.trained.schedule, self.trained.optimizer
         rates, own = list(schedule.base_lrs), schedule.state_dict()
         schedule.load_state_dict({key: value for key, value in state["schedule"].items() if key in own})
-        # Rates and coefficients are this run's; the checkpoint may be another's.
+        # Rates and coefficients are this run's; the checkpoint may be another run's.
         schedule.base_lrs = rates
         current = [rate * f(schedule.last_epoch) for rate, f in zip(rates, schedule.lr_lambdas, strict=True)]
         schedule._last_lr = current
@@ -158,7 +158,7 @@ class RunState:
             self.tracker.load_state_dict(state["tracker"])
 
     def _tell_threads(self, path: Path, before: int | None) -> None:
-        """Sums on a CPU are taken in as many parts as there are threads."""
+        """Warns if the number of threads changed: on a CPU, sums are taken in as many parts as there are threads."""
         now = torch.get_num_threads()
         if self.accelerator.device.type == "cpu" and before not in (None, now):
             logger.warning(

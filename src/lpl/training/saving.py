@@ -54,7 +54,7 @@ def save_weights(
 def save_result(
     output: OutputFolder, step: int, weights: Weights, write: Callable[[Path], None], writes: bool, data: str
 ) -> None:
-    """Writes the result, of the weights that --final_weights names, into the output folder, and says that it is there.
+    """Writes the result, of the weights that --final_weights names, into the output folder, and marks it as finished.
 
     Args:
         write: writes the pipeline or the adapter into a folder; every process calls it.
@@ -62,7 +62,7 @@ def save_result(
         data: digest of the samples that the run was trained on.
 
     Raises:
-        TrainingStoppedError: something has come into the way since the run began; the result is beside it.
+        TrainingStoppedError: something else took one of its names since the run began; the result is beside it.
     """
     weights.put(weights.final)
     temporary = output.folder / RESULT
@@ -87,10 +87,10 @@ def write_beside(
     readers: str,
     others: str,
 ) -> str:
-    """Writes a LoRA a second time beside diffusers' file: that one does nothing in A1111 or kohya's programs.
+    """Writes a LoRA a second time, beside diffusers' file, which does nothing in A1111 or kohya's programs.
 
     Args:
-        renamed: makes its tensors and metadata of the first and of a title.
+        renamed: makes its tensors and metadata from the first file and a title.
         readers: the programs that read the first.
         others: those that read the second.
 
@@ -106,7 +106,7 @@ def write_beside(
 
 
 def next_commands(folder: Path, readers: str | None, place: str | None = None) -> str:
-    """What one does with a result, in the words of the last line that a run prints.
+    """What to do with a result, for the last line that a run prints.
 
     Args:
         readers: of a LoRA, the programs that read diffusers' file; None: all weights were trained.
@@ -142,7 +142,7 @@ def create_repository(config: TrainConfig) -> str:
 
 
 def push(config: TrainConfig, repository: str) -> None:
-    """Uploads the result, its samples and config.yaml; not checkpoints, logs, nor what shows or names images."""
+    """Uploads the result, its samples and config.yaml; no checkpoints, no logs, nothing that shows or names images."""
     from huggingface_hub import upload_folder
 
     folder = Path(config.run.output_dir)

@@ -1,4 +1,4 @@
-"""Tensors that FSDP has split over processes, seen whole; of all others, the tensors themselves.
+"""Tensors that FSDP has split over processes, as whole ones; all other tensors stay as they are.
 
 `whole`, `gathered` and `WholeModel.get` are collective: every process calls them, in one order.
 """
@@ -28,7 +28,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def joined(part: Tensor, like: Tensor) -> Tensor:
-    """A tensor that is split as `like` is, of the parts of it that processes hold, on whatever device."""
+    """A tensor that is split as `like` is, made from the part that each process holds, on whatever device."""
     if not isinstance(like, DTensor):
         return part
     part = part.to(like.to_local().device)
@@ -36,7 +36,7 @@ def joined(part: Tensor, like: Tensor) -> Tensor:
 
 
 def split(value: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, the same in every process, held as `like` is; no process asks another."""
+    """A whole tensor, the same in every process, split as `like` is; processes do not communicate."""
     if not isinstance(like, DTensor):
         return value
     value = value.to(like.to_local().device)
@@ -59,7 +59,7 @@ def put(value: Tensor, parameter: Tensor) -> None:
 
 
 class WholeModel:
-    """The trained model as it would be without processes: to be saved with its own methods.
+    """The trained model as it would be in a single process, to be saved with its own methods.
 
     Under FSDP a second model of the same structure, without memory of its own until it is asked for,
     whose weights are gathered on the CPU of the main process; else the model itself.
@@ -89,7 +89,7 @@ class WholeModel:
 
 
 def gathered(tensors: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Tensor]:
-    """Tensors by name, whole and ready to be written; collective, one after another. keep: what others get is empty."""
+    """Tensors by name, whole and ready to be written; collective, one after another; empty without `keep`."""
     found: dict[str, Tensor] = {}
     for name, tensor in tensors:
         value = whole(tensor)
@@ -112,7 +112,7 @@ def set_precision(accelerator: Accelerator) -> None:
 
 
 def autocast_dtype(accelerator: Accelerator) -> torch.dtype | None:
-    """The precision in which the trainer itself must run the model: accelerate does it elsewhere."""
+    """The precision in which the trainer itself must run the model; None: accelerate does it."""
     if accelerator.distributed_type != DistributedType.FSDP:
         return None
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
@@ -184,9 +184,9 @@ def _is_plain(value: Any) -> bool:
 
 
 def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
-    """Loads a state of whole tensors, as torch's optimizers have it; each is then held as its parameter is.
+    """Loads a state of whole tensors, as torch's optimizers have it; each is then split as its parameter is.
 
-    What does not have the shape of its parameter is the same in every process.
+    A tensor without the shape of its parameter is the same in every process.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if any(isinstance(p, DTensor) for p in parameters):

@@ -28,13 +28,13 @@ def state_name(config: OptimConfig) -> str:
 
 @cache
 def state_size(config: OptimConfig, shapes: Shapes, device: str) -> int:
-    """Bytes that stay between steps.
+    """Bytes of an optimizer's state, which stays between steps.
 
     AdamW and schedule-free AdamW keep two tensors of the parameters' size; bitsandbytes two of a byte a value, and for
     each block of 256 values a float32. Adafactor keeps the second moment's means over the last and over the last but
     one dimension (whole for tensors of one dimension), and a first moment with beta1. Prodigy keeps AdamW's two, the
-    parameters as they were (of those that were all zeros, nothing, which is left out here) and a sum of gradients; of
-    the latter two only every slice_p-th value.
+    parameters as they were (but not those that were all zeros, a saving that is left out here) and a sum of gradients;
+    of the latter two only every slice_p-th value.
 
     Raises:
         UserError: a package.Class that does not step on tensors without data.
@@ -58,12 +58,12 @@ def state_size(config: OptimConfig, shapes: Shapes, device: str) -> int:
 
 @cache
 def workspace_size(config: OptimConfig, shapes: Shapes, device: str) -> int:
-    """Bytes on top of that while it steps.
+    """Bytes on top of the state while an optimizer steps.
 
-    AdamW writes out sqrt(v) of all parameters at once on a GPU, on a CPU of one after another, twice. Adafactor and
-    Prodigy go from parameter to parameter everywhere: the square of a gradient, its approximation and that one's
-    factors, or one tensor. Schedule-free AdamW takes all at once everywhere. On bfloat16 weights, and in the backward
-    pass, all go from parameter to parameter.
+    AdamW writes out sqrt(v): on a GPU of all parameters at once, on a CPU twice, of one parameter after another.
+    Adafactor and Prodigy go from parameter to parameter everywhere: Adafactor writes out the square of a gradient, its
+    approximation and the factors of that, Prodigy one tensor. Schedule-free AdamW takes all at once everywhere. On
+    bfloat16 weights, and in the backward pass, all go from parameter to parameter.
 
     Raises:
         UserError: as state_size.
@@ -86,10 +86,10 @@ def workspace_size(config: OptimConfig, shapes: Shapes, device: str) -> int:
 
 
 def one_step_size(config: OptimConfig, shape: tuple[int, ...], device: str) -> int:
-    """Bytes on top of that while one parameter steps by itself.
+    """Bytes on top of the state while one parameter steps by itself.
 
-    A bfloat16 weight and its gradient are there in float32 meanwhile; then, without the gradient, what rounding a piece
-    of the weight writes out.
+    Meanwhile a bfloat16 weight and its gradient are there in float32; then the weight alone, with what rounding a piece
+    of it writes out.
     """
     size = prod(shape)
     if config.is_optimi:
@@ -101,7 +101,7 @@ def one_step_size(config: OptimConfig, shape: tuple[int, ...], device: str) -> i
 
 @cache
 def _per_value(config: OptimConfig) -> tuple[float, float]:
-    """State and workspace of optimi's optimizers, which keep and write out so many bytes a value, counted on a CPU."""
+    """State and workspace of optimi's optimizers in bytes a value, counted on a CPU."""
     parameter = nn.Parameter(torch.ones(256, 256, dtype=getattr(torch, config.weights_dtype)))
     try:
         optimizer = build_optimizer([parameter], config, 1e-4)
@@ -126,7 +126,7 @@ def _factored(shape: tuple[int, ...]) -> int:
 
 @cache
 def _counted(config: OptimConfig, shapes: Shapes, device: str) -> tuple[int, int]:
-    """State and workspace of steps on tensors without data; as torch's on a GPU, they take all at once if they can."""
+    """State and workspace, counted in steps on tensors without data; for a GPU with foreach, where it exists."""
     try:
         with torch.device("meta"):
             parameters = [nn.Parameter(torch.empty(shape)) for shape in shapes]

@@ -74,7 +74,7 @@ class TrainingStep:
 
     Args:
         objective: LPL, or None for the plain diffusion objective.
-        autocast: precision of the denoiser's arithmetic where its wrapper does not see to it; None: it does.
+        autocast: precision of the denoiser's arithmetic if its wrapper does not set it; None: the wrapper does.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class TrainingStep:
     def denoise(
         self, denoiser: nn.Module, batch: Batch, noise: Tensor, levels: Tensor, device: torch.device
     ) -> StepInputs:
-        """Noises a batch and asks the model; batch, noise (B, C, h, w) and noise levels (B,) are on the CPU."""
+        """Adds noise to a batch and runs the model; batch, noise (B, C, h, w) and noise levels (B,) are on the CPU."""
         alpha, sigma = (values.float() for values in self.schedule.alpha_sigma(levels))
         latents, noise = self.latent_space.from_raw(_send(batch.raw_latents, device)), _send(noise, device)
         noisy_latents = add_noise(latents, noise, alpha, sigma)
@@ -159,8 +159,8 @@ class TrainingStep:
         """The loss of a micro-batch of an optimizer step; the batch's tensors are on the CPU."""
         draws = self.draw(batch)
         inputs = self.denoise(denoiser, batch, draws.noise, draws.levels, device)
-        # A tensor of its own: LPL differentiates with respect to it, which is not the backward pass that an engine's
-        # hooks on the output wait for.
+        # A tensor of its own: LPL differentiates with respect to it, and this must not set off an engine's hooks on the
+        # output, which are for the backward pass.
         inputs = inputs._replace(model_output=inputs.model_output.view_as(inputs.model_output))
         per_sample = self.diffusion_per_sample(inputs)
         weights = None if batch.weights is None else _send(batch.weights, device)
@@ -187,7 +187,7 @@ class TrainingStep:
 
 
 def _send(tensor: Tensor, device: torch.device) -> Tensor:
-    """To the device without waiting for it: only a copy from pinned memory does not."""
+    """Copies to the device without waiting, which only works from pinned memory."""
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 

@@ -26,14 +26,14 @@ from lpl.base.errors import StopRequestedError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 ECHO_S = 5.0
-"""Launchers send a Ctrl-C on to processes that have had it from the terminal: within this time it is the same one."""
+"""Launchers forward a Ctrl-C to processes that already got it from the terminal: for so long it is the same one."""
 
 
 class Stop:
     """Whether this run has been asked to end.
 
     Args:
-        max_minutes: it is, after so many minutes; None: only by signals.
+        max_minutes: after this many minutes it is asked; None: only by signals.
     """
 
     def __init__(self, max_minutes: float | None = None) -> None:
@@ -57,7 +57,7 @@ class Stop:
         return bool(flag)
 
     def raise_if_asked(self) -> None:
-        """Ends what can be ended anywhere, each process on its own.
+        """For work that each process can end anywhere, on its own.
 
         Raises:
             StopRequestedError: this process has been asked.
@@ -70,7 +70,7 @@ class Stop:
         now, name = time.monotonic(), signal.Signals(number).name
         if self._signal_at is None:
             self._signal_at = now
-            _say(f"{name}: stopping as soon as nothing is lost by it; once more stops at once")
+            _say(f"{name}: stopping as soon as nothing is lost; a second signal stops at once")
         elif "TORCHELASTIC_RUN_ID" not in os.environ or now - self._signal_at > ECHO_S:
             _say(f"{name} again: stopped at once; the same command continues from the last checkpoint")
             os._exit(128 + number)

@@ -33,7 +33,7 @@ class LPLTotals:
         gated: samples of these that passed the gate.
         measured: steps of which the gradients below were measured.
         lpl_square, diffusion_square: mean squared gradients at the model's output, summed over those steps.
-        since: the step that counting begins after; 0 unless --lpl_start, or a checkpoint without sums, puts it off.
+        since: counting begins after this step; 0 unless --lpl_start or a checkpoint without sums delays it.
     """
 
     steps: float = 0.0
@@ -45,11 +45,11 @@ class LPLTotals:
     since: int = 0
 
     def add(self, metrics: Mapping[str, float], step: int, steps: float, samples_per_step: int) -> None:
-        """Adds what was logged at a step, of so many steps with LPL before it.
+        """Adds what was logged at a step.
 
         Args:
-            metrics: means over these steps.
-            steps: how many of the steps since the last log had LPL.
+            metrics: means over the steps since the last log that had LPL.
+            steps: how many those are.
         """
         if not self.steps:
             self.since = step - round(steps)
@@ -64,7 +64,7 @@ class LPLTotals:
     def line(self, objective: PerceptualObjective, steps: int) -> str | None:
         """One sentence on what LPL did in a run of so many steps, or why nothing; None: nothing is known of it.
 
-        The share is that of the root mean square gradients over all steps with LPL, as the meter of a step has it.
+        The share is that of the root mean square gradients over all steps with LPL, defined as for a single step.
         """
         nothing = "LPL acted on no sample: "
         if objective.lpl_start >= steps:
@@ -118,11 +118,11 @@ class MetricWindow:
         """Of the last read: what each metric was divided by."""
 
     def add(self, metrics: Mapping[str, Tensor | float], num_lpl_samples: int) -> None:
-        """Adds one micro-batch; what describes gated samples counts by their number, the rest once."""
+        """Adds one micro-batch; metrics of gated samples are weighted by their number, others by 1."""
         for name, value in metrics.items():
             of_samples = name.startswith(("lpl/features", "lpl/snr_mean")) or name == "lpl/loss"
             weight = float(num_lpl_samples) if of_samples else 1.0
-            if name == "lpl/loss" and "lpl/cost" in metrics:  # under --lpl_budget an estimate of all gated samples'
+            if name == "lpl/loss" and "lpl/cost" in metrics:  # under --lpl_budget it stands for all gated samples
                 weight = float(metrics["lpl/num_samples"])
             value = value.detach() if isinstance(value, Tensor) else float(value)
             total, count = self._sums.get(name, (None, 0.0))
@@ -195,7 +195,7 @@ class Tracker:
         self._step = step if self._step is None else self._step
 
     def state_dict(self) -> dict[str, Any]:
-        """What is not logged yet, by process, and what the warning about the share stands on; all must call it."""
+        """What is not logged yet, by process, and what the warning about the share is based on; all must call it."""
         return {
             "windows": gather_object([self.window.state_dict()]),
             "logged_at": self._step or 0,
@@ -222,7 +222,7 @@ class Tracker:
         """Logs everything since the last log under diffusers' names; returns it.
 
         Raises:
-            TrainingStoppedError: LPL's gradient was exactly 0 in all of it, in every process.
+            TrainingStoppedError: LPL's gradient was exactly 0 in all of these steps, in every process.
         """
         metrics = self.window.read()
         fault = zero_gradient(metrics)

@@ -133,7 +133,7 @@ class Trainer:
             self.num_steps,
         )
         self.step = self.state.resume()
-        if accelerator.is_main_process:  # only now: a run that could not begin lays no claim to the folder
+        if accelerator.is_main_process:  # only now: a run that cannot begin must not claim the folder
             claim_output(config)
             write_config(config, self.folder, accelerator.num_processes)
         if (warning := self.batches.length.warning()) is not None:
@@ -189,7 +189,7 @@ class Trainer:
         run, log, accelerator = self.config.run, self.config.logging, self.accelerator
         trackers_config = {k: v for k, v in self.config.flat().items() if isinstance(v, (int, float, str, bool))}
         trackers_config.pop("hub_token", None)
-        # What a killed run has logged beyond its last checkpoint is logged again: TensorBoard drops the first.
+        # What a killed run has logged beyond its last checkpoint is logged again: TensorBoard drops the older entries.
         again = {"tensorboard": {"purge_step": self.step + 1}}
         accelerator.init_trackers("lpl", config=trackers_config, init_kwargs=again)
         self.validation.begin(self.step, self.trained.denoiser)
@@ -237,7 +237,7 @@ class Trainer:
         raise StopRequestedError(f"stopped at step {self.step}: {same} continues")
 
     def _stop_before_damage(self, error: DamagedCacheError) -> NoReturn:
-        """Stops where an entry of the cache cannot be used, and saves the steps before; not if others wait for it."""
+        """Stops at a cache entry that cannot be used; saves the steps before it, unless other processes would wait."""
         if self.step == self.state.saved_at:
             raise error
         if self.objective is not None:
@@ -248,7 +248,7 @@ class Trainer:
         raise TrainingStoppedError(f"{error}; {last_checkpoint(self.folder)}") from error
 
     def _optimizer_step(self) -> torch.Tensor | None:
-        """Does one; returns the gradient's norm, or None if the step was left out because it was not finite."""
+        """Does one step; returns the gradient's norm, or None if the step was left out because it was not finite."""
         run, accelerator = self.config.run, self.accelerator
         use_lpl = self.step >= self.config.lpl.lpl_start
         # Whatever randomness is left in the model (dropout) is a function of the step.
@@ -294,7 +294,7 @@ class Trainer:
             norm = fused(self.accelerator.backward, loss, self.step + 1)
         except TrainingStoppedError as error:
             raise self._stopped(error) from error
-        self.trained.optimizer.step()  # finds no gradient; says to accelerate and to the schedule that a step was made
+        self.trained.optimizer.step()  # without gradients; tells accelerate and the schedule of a step
         return norm
 
     def _leave_out(self, fault: str, norm: float) -> None:
@@ -317,7 +317,7 @@ class Trainer:
         return "diffusers" if self.config.model.use_dora else kind_of(self.config.model).lora_readers
 
     def _writer(self, whole_pipeline: bool) -> Callable[[Path], None]:
-        """What writes the trained weights as they are into a folder; every process must call it, one writes."""
+        """A function that writes the trained weights, as they are, into a folder; all processes call it, one writes."""
         family = self.family
         write = family.export if whole_pipeline else family.save_denoiser
 

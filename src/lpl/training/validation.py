@@ -1,7 +1,7 @@
-"""Validation: when it happens, both losses on what is held out, images of fixed prompts, and what is left of them.
+"""Validation: when it happens, both losses on what is held out, images of fixed prompts, and the files they leave.
 
 Everything is done with each kind of weights in turn, raw and averaged. Draws have keys of their own, the denoiser is in
-eval mode and no gradient is taken, so training goes on as if there had been none.
+eval mode and no gradient is taken, so training goes on as if nothing had happened.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class HeldOutLoss:
     processes, and every mean is taken in the same order, so the result is the same too.
 
     Args:
-        batch_size: samples that go through the model at once; training's own needs no more memory than training.
+        batch_size: samples that go through the model at once; with training's, no more memory is needed than there.
     """
 
     def __init__(self, accelerator: Accelerator, data: TrainingData, step_loss: TrainingStep, batch_size: int) -> None:
@@ -78,7 +78,7 @@ class HeldOutLoss:
                     "validation says nothing of LPL: none of its %d timesteps passes the gate %s; hold out more images",
                     *(len(self.items), step_loss.objective.gate),
                 )
-            self.loss_fn = step_loss.objective.loss_fn.uncropped()  # the loss itself may be an estimate of that
+            self.loss_fn = step_loss.objective.loss_fn.uncropped()  # training's loss may only estimate it
 
     def _item(self, index: int, k: int) -> Item:
         low, high = self.edges[k], self.edges[k + 1]
@@ -124,7 +124,7 @@ class HeldOutLoss:
         inputs = step.denoise(denoiser, batch, noise, levels, self.accelerator.device)
         diffusion = diffusion_loss(inputs.model_output, inputs.target, mask=inputs.mask)
         losses = torch.stack([diffusion, torch.zeros_like(diffusion)])
-        for n in self.gated[places].nonzero().flatten().tolist():  # each alone: norm `batch` is to see no other
+        for n in self.gated[places].nonzero().flatten().tolist():  # one by one: norm `batch` must not mix them
             one = StepInputs._make(None if part is None else part[n : n + 1] for part in inputs)
             losses[1, n] = self.loss_fn(one.x0(step.prediction_type), one.latents, one.mask).per_sample[0]
         return losses

@@ -19,24 +19,24 @@ from lpl.diffusion.draws import keyed_seed
 from lpl.families.base import Family
 
 MOST_PIXELS = 2**26
-"""Of a grid; cells shrink beyond it."""
+"""Most pixels of a grid; cells shrink to keep to it."""
 LETTERS, LINE, GAP = 14, 18, 4
 PROMPT_LINES = 3
 NARROWEST = 240
-"""Width of a grid at least, for its letters."""
+"""Smallest width of a grid, for its text."""
 
 
 class ImageDrawer:
     """Draws every prompt's images with the weights that the denoiser has.
 
     Memory: latents are sampled first, one image at a time. Then the denoiser makes room for the decoder and waits on
-    the CPU (unless it is sharded over processes); where LPL does not keep the VAE on the device, it is there for that
-    while alone. So the peak is training's or below it: sampling without gradients takes less than a step, and decoding
+    the CPU (unless it is sharded over processes); where LPL does not keep the VAE on the device, it is there for this
+    time only. So the peak is training's or below it: sampling without gradients takes less than a step, and decoding
     (of large images in tiles) less than the denoiser's weights. `lpl plan` counts it.
 
     Args:
         family: with the prompts prepared.
-        count: images of each.
+        count: images of each prompt.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ def label_grid(
 ) -> Image.Image:
     """One picture of all: under each prompt a row for each kind of weights, its images side by side.
 
-    Its `info` says where each of them lies (data/picture_cells.py).
+    Its `info` says where each image lies (data/sheets.py).
 
     Args:
         pictures: by kind, prompt by prompt, equally many of each, all of one size.

@@ -53,7 +53,7 @@ class Average(EMAModel):
             use_ema_warmup=config.ema_warmup,
             inv_gamma=config.ema_inv_gamma,
             power=config.ema_power,
-            # All at once needs a copy of them all in the precision of the average, which is float32's: in bfloat16 an
+            # foreach needs a copy of all parameters in the precision of the average, which is float32: in bfloat16 an
             # average with decay 0.9999 would never move.
             foreach=all(p.dtype == torch.float32 for p in parameters),
         )
@@ -62,7 +62,7 @@ class Average(EMAModel):
         self.every = config.ema_update_every
 
     def after_step(self, step: int, parameters: Iterable[nn.Parameter]) -> None:
-        """Takes over the parameters as they are after so many optimizer steps of the run."""
+        """Updates the average with the parameters after `step` optimizer steps of the run, if it is time."""
         if step % self.every:
             return
         device = self.shadow_params[0].device
@@ -81,16 +81,16 @@ class Average(EMAModel):
         return {name: value for name, value in self.state_dict().items() if name != "shadow_params"}
 
     def load(self, numbers: dict[str, Any], shadow: list[Tensor]) -> None:
-        """Goes on from another average's state; what the options say stays this one's."""
+        """Goes on from another average's state; the options stay those of this one."""
         device = self.shadow_params[0].device
         self.optimization_step = int(numbers["optimization_step"])
         self.shadow_params = [tensor.to(device) for tensor in shadow]
 
 
 class Weights:
-    """Puts one kind of weights in the place of those in training, and those back again, bit for bit.
+    """Replaces the weights in training by one kind of weights, and puts them back again, bit for bit.
 
-    "raw" is what the optimizer means to be used: the weights in training or, of a schedule-free optimizer, the average
+    "raw" is what the optimizer offers for use: the weights in training or, of a schedule-free optimizer, the average
     that it keeps of them (Defazio et al., arXiv 2405.15682: x, where gradients are taken at y). "ema" is the average
     that --use_ema keeps.
 
@@ -113,7 +113,7 @@ class Weights:
 
     @contextmanager
     def use(self, kind: str) -> Iterator[None]:
-        """These weights for a while. Those in training wait on the CPU: way and back are no rounding."""
+        """Uses these weights within the block. Those in training wait on the CPU and come back without rounding."""
         if kind == "raw" and not averages_itself(self.optimizer):
             yield
             return
@@ -123,7 +123,7 @@ class Weights:
             yield
         finally:
             if averages_itself(self.optimizer):
-                self.optimizer.train()  # leads back up to rounding only
+                self.optimizer.train()  # goes back only up to rounding
             with torch.no_grad():
                 for p, value in zip(self.parameters.values(), kept, strict=True):
                     local(p).copy_(value)
@@ -180,7 +180,7 @@ def build_trained(
     denoiser.train()
     if config.model.offload_blocks is not None:
         offload_to_host(denoiser, config.model.offload_blocks, accelerator.device)
-    if kind != DistributedType.FSDP:  # which splits it before it goes there
+    if kind != DistributedType.FSDP:  # FSDP splits it first
         denoiser.to(accelerator.device)
     whole_model = WholeModel(accelerator, denoiser)
     trained = {n: p for n, p in denoiser.named_parameters() if p.requires_grad}
@@ -196,6 +196,6 @@ def build_trained(
     stepping: FusedBackward | None = None
     if config.optim.fused_backward_pass:
         stepping = FusedBackward(parameters.values(), optimizer)
-    optimizer.train()  # says something to schedule-free optimizers only
+    optimizer.train()  # acts on schedule-free optimizers only
     weights = Weights(parameters, optimizer, ema, config.optim.final_weights)
     return Trained(wrapped, parameters, optimizer, schedule, ema, weights, stepping, whole_model)

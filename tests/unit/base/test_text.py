@@ -75,7 +75,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         ("[1]", "line 2: not a JSON object"),
         ("{", "line 2: not JSON ("),
         ('{"a": "\\ud800"}', "line 2: holds \\ud800, which is no character"),
-        ("[" * 100_000, "line 2: lists or objects within each other, too deep to be read"),
+        ("[" * 100_000, "line 2: lists or objects are nested too deep to be read"),
         ('{"a": ' + "1" * 5000 + "}", "line 2: not JSON ("),
     ],
 )

@@ -46,7 +46,7 @@ def test_the_advice_works(tmp_path: Path, bad: int, total: int) -> None:
 def test_where_none_is_sound_nothing_is_allowed(tmp_path: Path) -> None:
     told = judged(0.01, 5, 5, tmp_path / "bad")
     assert told is not None
-    assert told.endswith("lists them: mend them")
+    assert told.endswith("lists them: repair them")
 
 
 def test_a_large_source_stops_early(tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ def test_links_to_files_and_files_elsewhere(folder: Path, tmp_path: Path) -> Non
 def test_backslashes_get_a_hint(folder: Path) -> None:
     row = {"file_name": "sub\\9.png", "text": "x"}
     (folder / "metadata.jsonl").write_text(json.dumps(row))
-    with pytest.raises(UserError, match=r"sub\\9\.png \(write sub/9\.png: folders are parted by /\) does not exist"):
+    with pytest.raises(UserError, match=r"sub\\9\.png \(write sub/9\.png: / separates folders\) does not exist"):
         captions(folder)
     (folder / "metadata.jsonl").write_text(json.dumps(row | {"file_name": "a\0b.png"}))
     with pytest.raises(UserError, match=r"line 1: holds \\u0000, which is no character of a text: take it out"):

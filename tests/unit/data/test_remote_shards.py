@@ -256,7 +256,7 @@ def test_a_server_that_tells_no_version_is_named(
     server.failures["/0.tar"] = ["no length"] * 9
     for encoded in (1, 0):
         assert fill(webdataset=f"{server.url}/0.tar") == encoded
-        assert "no length, ETag or date is told, first" in caplog.text
+        assert "send no length, ETag or date, first" in caplog.text
         assert "--rehash" in caplog.text
 
 

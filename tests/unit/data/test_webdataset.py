@@ -102,7 +102,7 @@ def test_keys_and_extensions_as_webdataset_defines_them(tmp_path: Path, caplog: 
     assert [record.getMessage() for record in caplog.records] == [
         f"--webdataset {path}: 2 keys have no image and are left out (first: 9); 1 images are left out, as their names "
         "have further dots, and a key ends at the first: rename those that are to be trained on (first: a/0.seg.png); "
-        "further shards go unmentioned"
+        "further shards are not reported"
     ]
 
 

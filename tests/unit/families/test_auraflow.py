@@ -63,7 +63,7 @@ def test_sizes_are_those_that_it_is_made_for_and_has_positions_for() -> None:
         check_sizes(TrainConfig(model=model, data=DataConfig(**fits)), PUBLISHED)
     for large, longest in (({"resolution": 1552}, 1552), ({"resolution": 1536, "buckets": True}, 2112)):
         with pytest.raises(
-            UserError, match=f"sides of up to {longest} pixels, of which the model knows no more than 1536"
+            UserError, match=f"sides of up to {longest} pixels, more than the 1536 that the model knows"
         ):
             check_sizes(TrainConfig(model=model, data=DataConfig(**large)), PUBLISHED)
 

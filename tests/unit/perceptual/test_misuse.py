@@ -57,7 +57,7 @@ OBJECTIVES = [
     *(
         (
             lambda shape=shape: objective_at_a_budget().count(shape),
-            "shape must be of a sample's latents, .C, .space., not",
+            "shape must be the shape of a sample's latents, .C, .space., not",
         )
         for shape in (3, "abc", (4,), (4, 8.0, 8), (4, 0, 8), None)
     ),

@@ -117,8 +117,11 @@ def test_text_encoders_stay_as_they_are(model: Path) -> None:
 
 
 def test_what_it_does_not_go_with_is_refused() -> None:
-    with pytest.raises(UserError, match="--use_dora with --quantize_base int8: its norms are of whole weights"):
+    with pytest.raises(UserError, match="--use_dora with --quantize_base int8: a DoRA needs whole weights"):
         ModelConfig("m", rank=4, use_dora=True, quantize_base="int8")
     config = TrainConfig(model=ModelConfig("m", rank=4, quantize_base="int8"))
-    with as_launched(2, True), pytest.raises(UserError, match="--quantize_base int8: FSDP2 splits no codes"):
+    with (
+        as_launched(2, True),
+        pytest.raises(UserError, match="--quantize_base int8: FSDP2 splits no quantized weights"),
+    ):
         check_launch(config)

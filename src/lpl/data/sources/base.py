@@ -35,10 +35,10 @@ class Sample(NamedTuple):
     name: str
     """What to call it in a message."""
     read: Callable[[], bytes]
-    """The encoded image, from any thread, at least until the iterator that gave the sample moves to another shard or
-    is closed; raises BadImageError, UnreadImageError where another attempt may succeed."""
+    """Gives the encoded image, in any thread, at least until the iterator that gave the sample moves to another shard
+    or is closed; raises BadImageError, UnreadImageError where another attempt may succeed."""
     read_mask: Callable[[], bytes | None] | None = None
-    """Its encoded mask likewise; None, or what gives None: it has none."""
+    """Gives the encoded mask likewise; None, or if it gives None: there is no mask."""
     files: tuple[str, ...] = ()
     """Files and URLs that it is read from and that its stamp does not cover; Source.versions has their versions."""
 
@@ -50,12 +50,12 @@ class Piece:
     key: str
     """Names the piece within its source, the same from run to run."""
     stamp: str
-    """Where it is equal to an earlier one, nothing in the piece has changed."""
+    """As long as it stays the same, nothing in the piece has changed."""
     size: int | None
     """Number of samples, if known without opening it."""
     samples: Callable[[], Generator[Sample, None, None]]
     """The samples in order; may be called again. A generator: close() frees what it holds. Raises UserError for a
-    caption that is missing or none, or a shard that cannot be read."""
+    caption that is missing or no text, or a shard that cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Source:
     size: int | None = None
     """Number of samples; None: not known before all shards have been read."""
     versions: Versions = field(default_factory=Versions)
-    """Of the files that samples name."""
+    """The versions of the files that samples name."""
 
 
 def captions_of(
@@ -79,8 +79,8 @@ def captions_of(
     """The captions in a field that holds a string, or a list of at least one string.
 
     Args:
-        instance_prompt: what nothing, or an empty list, stands for.
-        may_have_prompt: the source takes one.
+        instance_prompt: the caption where there is none, or an empty list.
+        may_have_prompt: whether the source takes an instance prompt; for the message.
 
     Raises:
         UserError: anything else; names `where`.
@@ -121,7 +121,7 @@ def in_hand(data: bytes) -> Callable[[], bytes]:
 
 
 def digest(*parts: str) -> str:
-    """A short hash of strings, each told from the next."""
+    """A short hash of strings and of where each ends."""
     text = "".join(f"{len(part)}:{part}" for part in parts)
     return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 

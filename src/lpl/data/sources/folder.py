@@ -39,7 +39,7 @@ class Names:
         self._places: dict[str, str] | None = None
 
     def find(self, path: str) -> str | None:
-        """The name of a file, relative to the root and with / where it is below; None: it is not there."""
+        """The name of a file, relative to the root and with / if it lies below it; None: it does not exist."""
         files = self.listing.images
         path = os.path.normpath(path)
         name = path.replace(os.sep, "/")
@@ -70,8 +70,8 @@ def read_metadata(
     """Captions by image, relative to the root and with /; `file_name` is relative to its metadata.jsonl's own folder.
 
     Args:
-        may_lack: a row may have no caption; there is none of its image then.
-        may_have_prompt: --instance_prompt would make up for that.
+        may_lack: a row may have no caption; the result then has none for its image.
+        may_have_prompt: --instance_prompt could replace it; for the message.
 
     Raises:
         UserError: a line that is faulty, that names a missing file, or an image that is listed twice.
@@ -88,7 +88,7 @@ def read_metadata(
             if image is None:
                 slashed = file_name.replace("\\", "/")
                 there = slashed != file_name and names.find(os.path.join(folder, slashed)) is not None
-                missing.append(f"{where}: {file_name}" + there * f" (write {slashed}: folders are parted by /)")
+                missing.append(f"{where}: {file_name}" + there * f" (write {slashed}: / separates folders)")
             elif image in listed:
                 repeated.append(f"{where}: {file_name}")
             else:
@@ -162,16 +162,16 @@ TRAIN_FLAG = "--train_data_dir"
 
 
 def open_folder(root: str, config: DataConfig, flag: str) -> Source:
-    """A folder of images, nested as deep as one likes, in the order of their paths.
+    """A folder of images, nested to any depth, in the order of their paths.
 
     Captions come from `metadata.jsonl` files (one in any folder; `file_name` is relative to it; a list holds several
-    captions of one image) or else from a file beside the image, which holds one caption: of x.png x.txt, x.caption or
-    x.png.txt; or else they are the instance prompt, but not of regularisation images. A sample's id is its path
+    captions of one image) or else from a file beside the image, which holds one caption: for x.png x.txt, x.caption or
+    x.png.txt; or else they are the instance prompt, except for regularisation images. A sample's id is its path
     relative to the folder, with /. Hidden files and folders are left out; links to folders are followed, but no folder
     is listed twice. What else is left out is counted in the log.
 
     With --masked_loss files, x-masklabel.png beside x.jpg is its mask, or the file in --mask_dir with the training
-    image's relative path. Files of such names beside images are no images of their own, masks in use or not.
+    image's relative path. Files with such names beside images never count as images, masks in use or not.
 
     Args:
         root: the folder.
@@ -189,7 +189,7 @@ def open_folder(root: str, config: DataConfig, flag: str) -> Source:
     )
     listing = list_images(root)
     files = listing.images
-    # Regularisation images show what the others do not: a prompt for both would undo them.
+    # Regularisation images show something else than the others: one prompt for both would defeat their purpose.
     may_have = flag != "--reg_data_dir"
     prompt = config.instance_prompt if may_have else None
     captions = read_metadata(root, Names(root, listing), config.caption_column, prompt is not None, may_have)
@@ -211,7 +211,7 @@ def open_folder(root: str, config: DataConfig, flag: str) -> Source:
     for start in range(0, len(images), PIECE_SIZE):
         part, own_masks = images[start : start + PIECE_SIZE], found[start : start + PIECE_SIZE]
         own = [captions.get(image) for image in part]
-        # taken out, as memory would hold a large folder twice
+        # taken out of files: memory would hold a large folder twice
         stamps = [
             _with_captions(files.pop(image), given) + (f"|{mask[1]}" if mask else "")
             for image, given, mask in zip(part, own, own_masks, strict=True)

@@ -57,7 +57,7 @@ def open_dataset(name: str, config: DataConfig, cache_dir: str | None) -> Source
     """The train split of a data set; all rows of parquet files or of a saved data set without splits.
 
     A sample's id is the number of its row, its stamp the data set's fingerprint, which stays the same from run to run
-    for unchanged files of the data set; those that its rows name have versions of their own.
+    for unchanged files of the data set; files that its rows name have versions of their own.
 
     Raises:
         UserError: no such data set, split or column, or a column of another kind.
@@ -67,7 +67,7 @@ def open_dataset(name: str, config: DataConfig, cache_dir: str | None) -> Source
     _check_columns(dataset.features, flag, config)
     require(len(dataset) > 0, f"{flag}: its train split is empty")
     size = min(len(dataset), config.max_train_samples or len(dataset))
-    # Apart, so that reading a caption leaves the images alone, and the other way round.
+    # Separate, so that reading a caption does not read the images, and the other way round.
     captions = dataset.select_columns([column]) if column in dataset.features else None
     pictures = {
         picture: dataset.select_columns([picture]).cast_column(picture, Image(decode=False))
@@ -226,7 +226,7 @@ def _open_saved(folder: str, config_name: str | None, flag: str) -> Dataset:
 def _check_columns(features: Features, flag: str, config: DataConfig) -> None:
     """Refuses columns that are missing, or that hold no images or captions.
 
-    With --instance_prompt there need be no column of captions, unless another than the default is asked for.
+    With --instance_prompt, the column of captions may be missing if --caption_column is the default.
     """
     caption_column = config.caption_column
     there = ", ".join(features)
@@ -262,13 +262,13 @@ def _check_columns(features: Features, flag: str, config: DataConfig) -> None:
 def open_stream(name: str, config: DataConfig, cache_dir: str | None) -> Source:
     """The train split of a data set, one piece for each of its own shards, opened when its turn comes.
 
-    A sample's id is the numbers of its shard and of its row in it. Rows with an image in place hold its bytes in hand;
-    rows that name a file or URL read that when asked. Errors as of open_dataset.
+    A sample's id is the numbers of its shard and of its row in it. Rows that contain an image hold its bytes in memory;
+    rows that name a file or URL read it on demand. Errors as in open_dataset.
     """
     flag, identity = f"--dataset_name {name}", _identity("stream", name, config)
     require(
         not _was_saved(name),
-        f"--streaming: {flag} was saved by save_to_disk, so it is on this disk as it is: drop --streaming",
+        f"--streaming: {flag} was saved by save_to_disk, so it is on this disk already: drop --streaming",
     )
     arguments = _arguments(name, config.dataset_config_name, flag)
     try:

@@ -14,7 +14,7 @@ from lpl.base.terminal import progress
 from lpl.data.sources.base import IMAGE_SUFFIXES
 
 CAPTION_SUFFIXES = (".txt", ".caption")
-"""Endings of caption files, the first that is there; kohya's default is the second."""
+"""Endings of caption files; the first that exists counts. kohya's default is the second."""
 PICTURE_SUFFIXES = frozenset(
     (
         ".heic", ".heif", ".hif", ".jxl", ".jp2", ".j2k", ".jpf", ".jpx", ".jxr", ".psd", ".svg", ".ico", ".tga",
@@ -31,24 +31,24 @@ class Listing(NamedTuple):
     """The files below a folder, by relative path with /."""
 
     images: dict[str, str]
-    """With each image the size and time of change of the file, and a hash where another file has the same; after a
-    space those of the caption file beside it, if any; after another the ending of that, where it is not `.txt`."""
+    """For each image the size and time of change of the file, and a hash if another file has the same ones; after a
+    space the same for the caption file beside it, if any; after another its ending, if that is not `.txt`."""
     metadata: list[str]
     """The metadata.jsonl files."""
     folders: dict[str, str]
-    """What is put before the names in each folder, by its real path."""
+    """The prefix of the names in each folder, by its real path."""
     unread: list[str]
     """Pictures, and other files with a caption, whose endings are not read."""
     orphans: list[str]
-    """Caption files without such a file."""
+    """Caption files without an image or such a file."""
     doubled: list[str]
-    """Caption files of images that have another."""
+    """Caption files of images that already have another."""
     tables: list[str]
     """Lists of captions that other programs read."""
 
 
 def list_images(root: str) -> Listing:
-    """The files below a folder; hidden ones are left out. A folder goes by its own path rather than by a link to it.
+    """The files below a folder; hidden ones are left out. A folder is listed by its own path, not by a link to it.
 
     Raises:
         UserError: a folder that cannot be listed, or a name that is not UTF-8.
@@ -100,9 +100,9 @@ def list_images(root: str) -> Listing:
 
 
 def _tell_apart(root: str, images: dict[str, str], show: bool) -> None:
-    """Adds a hash of what is in them to the stamps of files that have the size and the time of change of another.
+    """Adds a hash of their content to the stamps of files that have the size and the time of change of another.
 
-    Archives and copies give many files one time: two of one size could else change places without anyone noticing.
+    Archives and copies give many files the same time: two of the same size could otherwise change places unnoticed.
     """
     seen: set[str] = set()
     twins: set[str] = set()
@@ -179,7 +179,7 @@ def _scan(folder: str) -> Iterator[os.DirEntry[str]]:
 
 
 def _require_utf8(root: str, prefix: str, name: str) -> None:
-    """A sample's id is a text; bytes that are none would come to light much later."""
+    """A sample's id is a text: bytes that are not UTF-8 would fail much later."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -188,7 +188,7 @@ def _require_utf8(root: str, prefix: str, name: str) -> None:
 
 
 def tell_left_out(listing: Listing, shadowed: Sequence[str] = ()) -> str:
-    """What of a folder is left out; "" if nothing is. `shadowed`: images in metadata.jsonl with a caption file, too."""
+    """What is left out of a folder; "" if nothing is. `shadowed`: images in metadata.jsonl with a caption file, too."""
     unread = sorted(name for name in listing.unread if name not in listing.images)
     endings = ", ".join(sorted({os.path.splitext(name)[1].lower() or "none" for name in unread})[:5])
     groups = (

@@ -105,7 +105,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
 THREADS = 16
 TIMEOUT = 20.0
 SILENT = ""
-"""Of a URL whose server says nothing that changes with the file."""
+"""The version of a URL whose server says nothing that changes with the file."""
 
 logger = logging.getLogger("lpl")
 
@@ -130,7 +130,7 @@ class Versions:
         return self._known[name]
 
     def note(self, name: str, version: str) -> None:
-        """Takes the version that a server told with the content itself."""
+        """Records the version that a server sent with the content itself."""
         self._known[name] = version
 
     def differ(self, names: Iterable[str], noted: Iterable[str | None]) -> bool:
@@ -154,7 +154,7 @@ class Versions:
         silent = [name for name, version in self._known.items() if version == SILENT]
         if silent:
             logger.warning(
-                "%s: of %d of its files no length, ETag or date is told, first %s: if they change it goes unnoticed, "
+                "%s: the servers of %d of its files send no length, ETag or date, first %s: changes go unnoticed, "
                 "unless --rehash reads everything again",
                 *(source, len(silent), silent[0]),
             )
@@ -170,7 +170,7 @@ class Versions:
         try:
             if not _is_http(address):
                 return _version_of(*_filesystem(address))
-            # Of one byte, since a URL that is signed for reading answers to nothing else.
+            # Asks for one byte, since a URL that is signed for reading answers no other request.
             with _ask(address, TIMEOUT, Range="bytes=0-0") as response:
                 return _version_in(response.headers)
         except urllib.error.HTTPError as error:

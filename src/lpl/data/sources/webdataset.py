@@ -1,7 +1,7 @@
 """WebDataset's shards: what --webdataset names, and the images and captions in each tar.
 
-Of a tar only headers are read to begin with, never the data of a member; members of other kinds (.npy, .pth, .pyd, .cls
-...) are left alone.
+At first only the headers of a tar are read, not the data of its members; members of other kinds (.npy, .pth, .pyd, .cls
+...) are ignored.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _MOST_SHARDS = 1_000_000
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _BLOCK = 512
 _MASK = "mask.png"
-"""What stands behind the key in the name of a mask."""
+"""What follows the key in the name of a mask, after a dot."""
 
 logger = logging.getLogger("lpl")
 
@@ -71,7 +71,7 @@ def list_shards(spec: str) -> list[str]:
     It joins paths and URLs by `::`; each may hold {000..099} or {a,b}, a path also * ? [..] and ** (sorted).
 
     Raises:
-        UserError: nothing there, braces that are none, or a shard named twice.
+        UserError: a missing shard, malformed braces, or a shard named twice.
     """
     shards: list[str] = []
     for part in spec.split("::"):
@@ -104,7 +104,7 @@ def _local(path: str, flag: str) -> list[str]:
 
 
 def expand_braces(text: str, flag: str) -> list[str]:
-    """What a text with any number of {first..last} and {one,other} stands for, the last brace running fastest.
+    """What a text with any number of {first..last} and {one,other} stands for, the last brace varying fastest.
 
     Numbers keep the width of the first one where that begins with 0.
 
@@ -183,7 +183,7 @@ class _Span(NamedTuple):
 
 @dataclass(frozen=True)
 class _Shard:
-    """A tar: a path or URL, its label among the others, and the shard of which it was told what is left out."""
+    """A tar: a path or URL, its label among the others; `told` holds the shard whose left-out files were logged."""
 
     shard: str
     label: str
@@ -218,7 +218,7 @@ class _Shard:
     def _fetched(self) -> Generator[Sample, None, None]:
         """Fetches the tar whole to a nameless temporary file, which is gone at the end; samples hold their bytes.
 
-        It is a file that each sample names, so that it has a version beside the stamp.
+        Each sample names the tar as a file, so that it has a version besides the stamp.
         """
         stamp = without_secrets(self.shard)
         with _temporary_file(self.where) as file:
@@ -232,7 +232,7 @@ class _Shard:
         keys, left_out = _index(file, self.where)
         if left_out and not self.told:
             self.told.append(self.shard)
-            logger.warning("%s: %s; further shards go unmentioned", self.where, left_out)
+            logger.warning("%s: %s; further shards are not reported", self.where, left_out)
         name, masks = os.path.basename(without_secrets(self.shard)), self.config.masked_loss == "files"
         for key, members in keys.items():
             captions = _captions_in(file, members, self.config, f"{self.where}: {key}")
@@ -337,7 +337,7 @@ def _read_span(file: BinaryIO, span: _Span) -> bytes:
 
 
 def _members(file: BinaryIO, shard: str) -> Iterator[tuple[str, _Span]]:
-    """Names and places of the files in a tar; hard links lead to what they link to."""
+    """Names and places of the files in a tar; a hard link has the place of its target."""
     start = file.read(max(map(len, _COMPRESSED)))
     for magic, kind in _COMPRESSED.items():
         require(
@@ -365,7 +365,7 @@ def _members(file: BinaryIO, shard: str) -> Iterator[tuple[str, _Span]]:
 
 
 def _check_end(file: BinaryIO, offset: int) -> None:
-    """tarfile stops without a word at a header it cannot read; only zeros may follow the last member, and must."""
+    """Checks that only zeros follow the last member: tarfile stops without an error at a header it cannot read."""
     file.seek(offset)
     block = file.read(_BLOCK)
     if len(block) < _BLOCK:
