@@ -2,7 +2,7 @@
 
 A strip of a fifth of each photograph's width or height is held out: crops for training never touch it, and its crops
 measure how well the autoencoder generalises. Captions name the subject, the scale and the place of a crop in its
-photograph, so images must not be mirrored: left and right would be wrong.
+photograph, so captioned crops are not mirrored: left and right would be wrong.
 """
 
 from __future__ import annotations
