@@ -1,10 +1,11 @@
-"""The variance and the cost of LPL at a budget (lpl_budget): samples by noise level, depth, both, and neither.
+"""The variance and the cost of LPL at a budget (lpl_budget): chosen by noise level, by depth, by both, or by neither.
 
     python benchmarks/budget.py
 
-The demo's denoiser and decoder on its photographs, every prefix of the taps for each sample: squared gradients of the
-objective at the model's output, by half octave of noise/signal and by tap, and from them, exactly, the mean squared
-gradient of a sample under each rule. Costs are SDXL's at 1024 px, counted, and the demo's own. Draws docs/budget.png.
+The demo's denoiser and decoder on its photographs, with every prefix of the taps for each sample: squared gradients of
+the objective at the model's output, by half octave of noise/signal and by tap. The mean squared gradient of a sample
+under each rule follows from them exactly. Costs are SDXL's at 1024 px, counted, and the demo's own. Draws
+docs/budget.png.
 """
 
 import random
@@ -72,7 +73,7 @@ def by_bin(bins, c):
 
 
 def fixed_budget(share, step, costs, p_gate, shares, squares):
-    """A budget that knows the mean squared gradients exactly; None where it would decode everything."""
+    """A budget fixed from the exact mean squared gradients; None where it would decode everything."""
     budget = Budget(share, step, costs, p_gate)
     if budget.fixed:
         return None
@@ -102,7 +103,7 @@ def rules(share, step, costs, p_gate, shares, c):
 
 
 def draw(points):
-    """The curves of SDXL's costs."""
+    """Draws the curves for SDXL's costs."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.4))

@@ -2,8 +2,8 @@
 
     python benchmarks/crop_bias.py [windows]
 
-Also on SDXL's shape with random weights. bias: |mean over windows - whole| / |whole|, the error of the mean taken out
-(by halves); cosine: between the two; spread: |one window's gradient - mean| / |whole|, on average.
+Also on SDXL's shape with random weights. bias: |mean over windows - whole| / |whole|, without the sampling error of the
+mean (estimated from two halves); cosine: between the two; spread: |one window's gradient - mean| / |whole|, on average.
 """
 
 import sys

@@ -4,9 +4,9 @@
 
 Entries are SDXL's at 512 px: a posterior of mean and std, (4, 64, 64), and with text also the captions' embeddings,
 (77, 2048) and (1280,), all float32. "read": the keys of a batch are looked up and its tensors gathered. "batch" is all
-that training takes: crops, flips and captions drawn, keys hashed, tensors gathered, the posterior sampled. "load": a
-dict of the same tensors, one file a sample, by torch.load; "load, sampled": and its posterior sampled with torch.randn.
-Each way takes batches of its own, so that none finds its entries in the processor's caches.
+that training does: crops, flips and captions drawn, keys hashed, tensors gathered, the posterior sampled. "load": a
+dict of the same tensors, one file per sample, by torch.load; "load, sampled": the same, and the posterior sampled with
+torch.randn. Each way reads different batches, so that none finds its entries in the processor's caches.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ WAYS = ("read", "batch", "load", "load, sampled")
 
 
 class Slice:
-    """What a catalogue asks of a piece of a source."""
+    """The attributes of a source's piece that a catalogue needs."""
 
     stamp = identity = ""
 
@@ -44,13 +44,13 @@ class Slice:
 
 
 class Keys:
-    """What the stores' folders are named for."""
+    """The keys that name the stores' folders."""
 
     latent_key, text_key = "latents", "text"
 
 
 def make(folder: Path, entries: int, text: dict[str, tuple[int, ...]]) -> tuple[TrainingData, list[Path]]:
-    """The same entries in the caches, and in files for torch.load."""
+    """Writes the same entries to the caches, and to files for torch.load."""
     config = DataConfig(resolution=512, random_flip=True)
     views, rules = Views(config), CaptionRules(config, seed=0)
     caches, catalogue = Caches.open(folder, Keys()), Catalogue(folder, Slice(""))
@@ -92,7 +92,7 @@ def make(folder: Path, entries: int, text: dict[str, tuple[int, ...]]) -> tuple[
 
 
 def keys(data: TrainingData, draws: list[tuple[int, int]]) -> tuple[list[bytes], list[bytes]]:
-    """Of the latents and texts of a batch."""
+    """Keys of the latents and texts of a batch."""
     latents, texts = [], []
     for index, count in draws:
         row = data.samples[index]

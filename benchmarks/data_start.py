@@ -40,7 +40,7 @@ BATCH = 16
 
 
 class Pooling:
-    """Pools pixels, hashes captions."""
+    """A stand-in for the encoders: pools pixels, hashes captions."""
 
     latent_key, text_key = "latents", "text"
 
@@ -60,7 +60,7 @@ class Pooling:
 
 
 def stream(size: int) -> Source:
-    """Images that are made when they are read, so that any number of them takes no room."""
+    """Images generated when they are read, so that any number of them takes no space."""
 
     def samples(numbers: range) -> Iterator[Sample]:
         for n in numbers:
@@ -82,7 +82,7 @@ def png(n: int, side: int = 8) -> bytes:
 
 
 def start(photos: str, cache: str, resolution: str) -> None:
-    """One start; photos is a folder, or how many images to make up."""
+    """One start; photos is a folder, or the number of images to generate."""
     decoded = 0
     decode = reading.decode_with_alpha
 
@@ -142,7 +142,7 @@ def memory(*counts: int) -> None:
 
 
 def million(count: int = 1_000_000) -> None:
-    """The images are empty files: with their entries in the caches nobody opens them."""
+    """The images are empty files: they are not opened, since the caches have their entries."""
     with tempfile.TemporaryDirectory() as folder:
         photos, cache = Path(folder) / "photos", Path(folder) / "cache"
         for n in range(count):

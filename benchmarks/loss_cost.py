@@ -1,4 +1,4 @@
-"""What LPL costs on SDXL's decoder, counted: FLOPs in plain decodes, bytes kept for the backward pass, peak bytes.
+"""What LPL costs with SDXL's decoder, counted: FLOPs in plain decodes, bytes kept for the backward pass, peak bytes.
 
     python benchmarks/loss_cost.py [pixels ...]
     python benchmarks/loss_cost.py cpu [pixels]
@@ -58,15 +58,15 @@ def decode_flops(vae, pixels):
 
 
 def count_lpl(pixels, samples=1, dtype=torch.float32, **options):
-    """FLOPs, bytes kept for the decoder's backward pass, and peak bytes of a call (gradient included)."""
+    """FLOPs, bytes kept for the decoder's backward pass, and peak bytes of a call, with its gradient."""
     loss_fn = LatentPerceptualLoss(sdxl_vae("meta", dtype), dtype=dtype, **options)
     return count_call(loss_fn, meta_latents(pixels, samples))
 
 
 def count_call(loss_fn, pred):
-    """The same of any loss.
+    """The same for any loss.
 
-    Kept: everything alive when that pass begins, but for the gradient that it starts from.
+    Kept: everything alive when that pass begins, except the gradient that it starts from.
     """
     kept = []
     segment = loss_fn.segments[len(loss_fn.taps) - 1]
@@ -85,8 +85,8 @@ def count_call(loss_fn, pred):
 def count_textbook(pixels, checkpointing=False):
     """FLOPs, bytes saved for backward (distinct storages, weights excluded), and peak bytes.
 
-    torch's checkpoint recomputes without the mode that keeps attention in one kernel, so that with checkpointing the
-    textbook's figures hold its scores: 1 % at 512 px.
+    torch's checkpoint recomputes outside the mode that keeps attention in one kernel, so with checkpointing the
+    textbook's numbers include attention scores: 1 % at 512 px.
     """
     vae, pred = sdxl_vae("meta"), meta_latents(pixels)
     attention = nullcontext if checkpointing else FusedAttention

@@ -1,10 +1,10 @@
-"""The pictures of docs/how_it_works.md, of the demo's model and one of its photographs.
+"""The pictures of docs/how_it_works.md, made with the demo's model and one of its photographs.
 
     python benchmarks/loss_pictures.py
 
 Draws docs/loss_errors.png (errors of one size in a channel of the latent each, decoded), docs/loss_estimates.png (what
 the model's output implies for the clean latent, by noise level, decoded) and docs/loss_features.png (what LPL compares
-of one of these at each tap of the decoder). Prints the figures that stand below them.
+of one of these at each tap of the decoder). Prints the numbers for their captions.
 """
 
 import sys
@@ -29,9 +29,9 @@ from loss_cost import DOCS
 PHOTOGRAPH = "chelsea"
 TIMESTEPS = (100, 300, 500, 650, 800, 950)
 MAPPED = 300
-"""The timestep whose estimate docs/loss_features.png is of."""
+"""The timestep of the estimate in docs/loss_features.png."""
 ERROR = 0.5
-"""Standard deviation of the error that is put into one channel, in the latents' own (about 1)."""
+"""Standard deviation of the error added to one channel; that of the latents is about 1."""
 
 
 def picture(pixels):
@@ -40,7 +40,7 @@ def picture(pixels):
 
 
 def draw_errors(vae, loss_fn, latents, noise):
-    """The same noise in one channel at a time: what of it is seen, and what LPL says."""
+    """The same noise in one channel at a time: the decoded image, and LPL."""
     decoded, found = loss_fn.latent_space.to_raw, []
     clean = vae.decode(decoded(latents)).sample
     for channel in range(latents.shape[1]):
@@ -82,7 +82,7 @@ def draw_estimates(pipeline, loss_fn, image, latents, noise, conditions):
 
 
 def draw_features(loss_fn, estimate, latents):
-    """A row a tap: lengths of target's and estimate's features, distance, mask."""
+    """One row per tap: lengths of target's and estimate's features, distance, mask."""
     cells = []
     for maps in layer_maps(loss_fn, estimate, latents):
         top, most = float(maps.target.max()), float(maps.distance.max())

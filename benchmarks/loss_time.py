@@ -4,9 +4,9 @@
     python benchmarks/loss_time.py sweep
     python benchmarks/loss_time.py memory [pixels]
 
-time: the ways alternate in one process; medians over rounds, in plain vae.decode() and in the textbook with per-block
-checkpointing. sweep: the same over sizes, samples and blocks. memory: the peak of resident memory over the loaded
-model, each way in a process of its own. Set OMP_NUM_THREADS=1 on a busy machine.
+time: the ways alternate in one process; medians over rounds, relative to a plain vae.decode() and to the textbook with
+per-block checkpointing. sweep: the same over sizes, samples and blocks. memory: the peak of resident memory beyond the
+loaded model, each way in its own process. Set OMP_NUM_THREADS=1 on a busy machine.
 """
 
 import ctypes
@@ -37,7 +37,7 @@ TEXTBOOK = "textbook, checkpointing"
 
 
 def ways(vae, pixels, samples, names, num_blocks=4):
-    """Functions by name: each does one full pass, gradient included (but for decode)."""
+    """Functions by name: each does one full pass, with the gradient (except decode)."""
     target = torch.randn(samples, 4, pixels // 8, pixels // 8, generator=torch.Generator().manual_seed(0))
     pred = (target + 0.1 * torch.randn(target.shape, generator=torch.Generator().manual_seed(1))).requires_grad_()
 
@@ -62,7 +62,7 @@ def ways(vae, pixels, samples, names, num_blocks=4):
 
 
 def measure(functions, rounds):
-    """Median seconds by name; of several rounds the first is not counted."""
+    """Median seconds by name; with several rounds the first is not counted."""
     seconds = {name: [] for name in functions}
     for i in range(rounds + 1 if rounds > 1 else 1):
         for name, function in functions.items():
@@ -100,7 +100,7 @@ def sweep(vae):
 
 
 def peak_of(name, pixels, samples):
-    """Peak resident bytes of one pass over what the loaded model takes; run in a process of its own."""
+    """Peak resident memory of one pass beyond the loaded model, in KiB; run in its own process."""
     vae = sdxl_vae("cpu")
     run = ways(vae, pixels, samples, [name])[name]
     ways(vae, 16, 1, [name])[name]()  # loads what libraries load at first use
@@ -116,7 +116,7 @@ RETURNING = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "
 
 
 def memory(pixels):
-    """Against the textbook under glibc's defaults; flatness in samples with freed memory returned to the system."""
+    """Prints peaks against the textbook with glibc's defaults, and over samples with freed memory returned."""
     print("| px | samples | way | peak over the model | of the first |\n|---|---|---|---|---|", flush=True)
     defaults = [(TEXTBOOK, 2), *((name, 2) for name in LPL)]
     returned = [("lpl", samples) for samples in (1, 2, 4, 8)]

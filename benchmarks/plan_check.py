@@ -2,11 +2,10 @@
 
     python benchmarks/plan_check.py [case ...]
 
-Each case runs in a process of its own: two steps of the trainer's own parts (denoiser, diffusion loss, LPL on every
-sample, backward, clipping, AdamW, EMA), after a step of a tiny model that loads what libraries load once. Measured is
-the peak of resident memory (VmHWM) above what was resident before the models were built. glibc is told to return
-freed memory at once (MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ below), so that it does not hide the peak's
-shape; Linux only.
+Each case runs in its own process: two steps with the trainer's own parts (denoiser, diffusion loss, LPL on every
+sample, backward, clipping, AdamW, EMA), after steps of a tiny model, so that libraries are loaded. The peak of resident
+memory (VmHWM) above the memory before the models were built is measured. glibc is told to return freed memory at once
+(MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ below), so that it does not hide the peak's shape; Linux only.
 """
 
 import json
@@ -124,7 +123,7 @@ def measure(case: Case) -> int:
     tiny = case._replace(unet=(32, 32, 64), vae=(32, 32, 32, 32))
     resolution = options(case).data.resolution
     take_steps(tiny._replace(flags=case.flags.replace(f"--resolution {resolution}", "--resolution 64")))
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before = _status("VmRSS")
     take_steps(case)
     return _status("VmHWM") - before

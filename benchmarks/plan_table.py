@@ -51,7 +51,7 @@ def main(sizes: list[float]) -> None:
 
 
 def lora_presets() -> None:
-    """Peaks of every preset of a LoRA, with and without LPL, by how the base is kept."""
+    """Peaks of every LoRA preset, with and without LPL, by how the base weights are stored."""
     print("| preset | " + " | ".join(f"{kind} | without LPL" for kind in BASES) + " |")
     print("|---|" + "---|" * 2 * len(BASES))
     for name in (name for name in presets() if name.endswith("-lora")):

@@ -2,9 +2,9 @@
 
     python benchmarks/random_depth.py
 
-For each decoder: the gradient of every layer's term on its own, the squared norms that the probabilities derive from
-(best_reach), and the variance of the gradient over samples and depths, in the full loss's over samples.
-Costs are counted on the meta device at 1024 px. Draws docs/random_depth.png.
+For each decoder: the gradient of every layer's term, the squared norms from which the probabilities are derived
+(best_reach), and the variance of the gradient over samples and depths, relative to the full loss's over samples. Costs
+are counted on the meta device at 1024 px. Draws docs/random_depth.png.
 """
 
 import itertools
@@ -24,13 +24,13 @@ from loss_cost import DOCS, count_lpl, decode_flops, sdxl_vae
 
 SAMPLES, CELLS, BUDGET = 4, 8, 1.3
 ERRORS = (0.05, 0.3)
-"""Of the clean-latent estimate, in standard deviations of the latents."""
+"""Errors of the clean-latent estimate, in standard deviations of the latents."""
 
 
 def best_reach(squares: Sequence[float], costs: Sequence[float], budget: float | None = None) -> list[float]:
     """The probabilities with the least mean squared gradient at a mean cost: p_l = min(1, t sqrt(c_l / k_l)), falling.
 
-    Neighbours whose order a falling sequence forbids are pooled: they share sqrt(sum c / sum k).
+    Neighbours that would rise are pooled: they share sqrt(sum c / sum k).
 
     Args:
         squares: c_l above, averaged over samples.

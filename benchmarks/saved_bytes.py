@@ -17,7 +17,7 @@ def count_saved_bytes(run: Callable[[], Any], exclude: Iterable[Tensor] = ()) ->
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in known:
-            seen[storage._cdata] = storage  # kept alive, so that its address is not given to another
+            seen[storage._cdata] = storage  # kept alive, so that its address is not reused
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -3,8 +3,8 @@
     git worktree add ../older COMMIT
     OMP_NUM_THREADS=1 python benchmarks/step_against.py ../older [steps]
 
-Only the command line is used. For the steps each checkout trains in a process of its own and waits after each of its
-optimizer's steps while the other makes one. The start is a run of one step whose cache is filled.
+Only the command line is used. For the steps each checkout trains in its own process and waits after each optimizer step
+while the other takes one. The start is a run of one step with a filled cache.
 """
 
 import os
@@ -35,7 +35,7 @@ runpy.run_module("lpl", run_name="__main__", alter_sys=True)
 
 
 def environment(checkout: Path) -> dict[str, str]:
-    """What lpl of a checkout is run with."""
+    """Environment variables to run a checkout's lpl."""
     return os.environ | {"PYTHONPATH": str(checkout / "src"), "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
 
 
@@ -87,7 +87,7 @@ def timed(call: Callable[[], None]) -> float:
 
 
 def report(what: str, older: Callable[[], float], now: Callable[[], float], repeats: int) -> None:
-    """Takes both times in turn, once more than asked for without counting it, and prints the median of their ratio."""
+    """Measures both times in turn, after an uncounted first pair, and prints the median of their ratio."""
     ratios = []
     for repeat in range(repeats + 1):
         first, second = (older, now) if repeat % 2 else (now, older)

@@ -1,4 +1,4 @@
-"""Where the time of an `lpl train` step goes, on the demo's model and data: shares, so the machine cancels out.
+"""Where the time of an `lpl train` step goes, on the demo's model and data, in shares: little depends on the machine.
 
 python benchmarks/step_profile.py [steps]
 """

@@ -1,9 +1,9 @@
-"""A whole optimizer step of the demo's model with LPL, in steps without: alternating in one process, medians.
+"""A whole optimizer step of the demo's model with LPL, relative to one without: alternating in one process, medians.
 
     OMP_NUM_THREADS=1 python benchmarks/step_time.py [steps]
 
-The demo's decoder is large beside its denoiser, and its gate passes 67 % of the samples; for SDXL
-see `lpl plan`.
+The demo's decoder is large compared with its denoiser, and its gate passes 67 % of the samples; for SDXL see `lpl
+plan`.
 """
 
 import sys

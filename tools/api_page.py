@@ -1,4 +1,4 @@
-"""docs/api.md, made of the docstrings of the public names: `python tools/api_page.py` writes it."""
+"""docs/api.md from the docstrings of the public names: `python tools/api_page.py` writes it."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ import lpl
 PAGE = Path(__file__).parents[1] / "docs" / "api.md"
 HEAD = """# Public names
 
-`from lpl import ...`. Made by `make api` from the docstrings; how they are used together: [library](library.md).
-Latents are (B, C, *space), in model space where nothing else is said.
+`from lpl import ...`. Made by `make api` from the docstrings; how to use them together: [library](library.md).
+Latents are (B, C, *space), in model space unless stated otherwise.
 """
 LONGEST = 110
 CALLS = {"PerceptualObjective": "objective", "LatentPerceptualLoss": "loss_fn"}
-"""What an object of a class is called where it is called."""
+"""Variable names of objects of these classes, for their calls."""
 
 
 def signature(name: str, function: Any) -> str:
-    """The call as its source has it, an argument a line where it is long."""
+    """The call as in the source, with one argument per line where it is long."""
     node = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
     assert isinstance(node, ast.FunctionDef)
     own = [*node.args.posonlyargs, *node.args.args]
@@ -44,7 +44,7 @@ def _word(argument: ast.arg, default: ast.expr | None) -> str:
 
 
 def text_of(thing: Any) -> str:
-    """Its docstring as it stands, so that formulas and arguments keep their columns."""
+    """The docstring unchanged, so that formulas and arguments keep their columns."""
     return f"```text\n{inspect.getdoc(thing)}\n```\n"
 
 
@@ -63,7 +63,7 @@ def fields_of(thing: Any) -> str:
 
 
 def entry(name: str) -> str:
-    """What the page has of a public name."""
+    """The page's entry for a public name."""
     thing, lines = getattr(lpl, name), [f"\n## {name}\n"]
     if not inspect.isclass(thing):
         return "\n".join([*lines, signature(name, thing), text_of(thing)])

@@ -1,7 +1,7 @@
-"""Builds what goes to a package index: `python tools/distribution.py https://github.com/OWNER/NAME`.
+"""Builds the files for a package index: `python tools/distribution.py https://github.com/OWNER/NAME`.
 
-The repository's address is nowhere in it, so it is given: it goes into the project's URLs, and README's links and
-pictures become links into the repository at the version's tag, which is where an index's page needs them.
+The repository does not contain its own address, so it is an argument: it goes into the project's URLs, and README's
+links and pictures become links into the repository at the version's tag, as an index's page needs them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:|#)([^)\s]+)\)")
 
 
 def with_absolute_links(text: str, files: str) -> str:
-    """Markdown whose relative links and pictures are below an address; files: that, with {} for `blob` or `raw`."""
+    """Markdown with relative links and pictures made absolute; files: their address, with {} for `blob` or `raw`."""
 
     def absolute(found: re.Match[str]) -> str:
         picture, label, target = found.groups()
@@ -30,7 +30,7 @@ def with_absolute_links(text: str, files: str) -> str:
 
 
 def with_urls(project: str, address: str, files: str) -> str:
-    """pyproject.toml with the URLs that an index shows, beside those that are in it."""
+    """pyproject.toml with the URLs that an index shows, added to those that it has."""
     urls = {
         "Repository": address,
         "Documentation": f"{files.format('tree')}/docs",
@@ -43,7 +43,7 @@ def with_urls(project: str, address: str, files: str) -> str:
 
 
 def stage(folder: Path, address: str) -> None:
-    """Writes the tracked files into an empty folder, with addresses."""
+    """Writes the tracked files into an empty folder, with the address filled in."""
     named = subprocess.run(["git", "ls-files", "-z"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     for name in filter(None, named.stdout.split("\0")):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,7 @@ def stage(folder: Path, address: str) -> None:
 
 
 def build(folder: Path, address: str, to: Path) -> None:
-    """Builds a source archive and a wheel in an empty folder, of the files that git knows."""
+    """Builds a source archive and a wheel from the files tracked by git, in an empty folder."""
     from setuptools import build_meta
 
     stage(folder, address)

@@ -1,8 +1,7 @@
 """The documentation site: `python tools/docs_site.py` lays the pages out as in the repository and builds it, strictly.
 
-Pages stay Markdown that a repository's page shows: links between them, to examples and to pictures are kept as they
-are. Notebooks become pages with their stored outputs, and ```math blocks become MathML, so no page needs a script of
-another site.
+Pages stay Markdown that a repository host can show: links between them, to examples and to pictures are kept. Notebooks
+become pages with their stored outputs, and ```math blocks become MathML, so no page needs another site's scripts.
 """
 
 from __future__ import annotations
@@ -17,16 +16,16 @@ REPOSITORY = Path(__file__).parents[1]
 CONFIG = REPOSITORY / "docs" / "zensical.toml"
 FOLDER = REPOSITORY / "build" / "docs"
 PARTS = ("docs", "examples", "benchmarks/quality")
-"""Folders with pages; beside them come the pages at the top."""
+"""Folders with pages; the pages in the top folder are added."""
 SHOWN = {".md", ".py", ".ipynb", ".png", ".css", ".yaml", ".sh"}
 
 
 class BuildError(Exception):
-    """The pages do not make a site."""
+    """The site cannot be built from the pages."""
 
 
 def lay_out(source: Path) -> None:
-    """Writes pages, and what they show or link to, in the places that they have in the repository."""
+    """Writes pages, and what they show or link to, to the same paths as in the repository."""
     for part in PARTS:
         for file in sorted((REPOSITORY / part).rglob("*")):
             if file.suffix in SHOWN:
@@ -42,7 +41,7 @@ def lay_out(source: Path) -> None:
 
 
 def write_notebook(file: Path) -> None:
-    """A page beside a notebook: its texts, its code and the outputs stored in it."""
+    """Writes a page next to a notebook: its texts, its code and its stored outputs."""
     from nbconvert import MarkdownExporter  # takes a second
 
     text, found = MarkdownExporter().from_filename(
@@ -55,7 +54,7 @@ def write_notebook(file: Path) -> None:
 
 
 def with_mathml(text: str) -> str:
-    """A page whose ```math blocks, TeX, are MathML."""
+    """A page with its ```math blocks converted from TeX to MathML."""
     from latex2mathml.converter import convert
 
     def formula(found: re.Match[str]) -> str:
@@ -65,10 +64,10 @@ def with_mathml(text: str) -> str:
 
 
 def build(folder: Path) -> Path:
-    """Builds the site in a folder that is emptied first; returns that of the pages.
+    """Builds the site in a folder that is emptied first; returns the folder of its pages.
 
     Raises:
-        BuildError: a link or an anchor leads nowhere; the builder has said which.
+        BuildError: a link or an anchor is broken; the builder has printed which.
     """
     shutil.rmtree(folder, ignore_errors=True)
     lay_out(folder / "source")

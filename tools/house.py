@@ -1,9 +1,9 @@
-"""Measures how the code is built: its size, its rooms, how far the name of an option spreads, how deep the loss lies.
+"""Measures the code: size, imports between packages ("rooms"), files per option's name, the loss's stack depth.
 
     python tools/house.py [--frames] [--options] [--edges]
 
 --frames also trains two steps of a tiny model, to count the frames of src on the stack where the loss is called;
---options lists every option, --edges every import that runs upwards and every circle.
+--options lists every option, --edges every upward import and every circle.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ROOMS = (
     "base", "diffusion", "perceptual", "presets", "config", "data", "families", "training", "evaluation", "report",
     "analysis", "comparison", "demo", "cli", "__main__",
 )  # fmt: skip
-"""Packages and modules of lpl from the ground up: none may import one to its right."""
+"""Packages and modules of lpl from low to high level: none may import one to its right."""
 OPTIONS = re.compile(r"\w+(Config|Options)")
 """Data classes whose fields are options."""
 STRUCTURE = {tokenize.NEWLINE, tokenize.NL, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING, tokenize.ENDMARKER}
@@ -52,7 +52,7 @@ runpy.run_module("lpl", run_name="__main__", alter_sys=True)
 
 
 def docstring_lines(tree: ast.Module) -> set[int]:
-    """Lines of docstrings, those of fields included: of every expression that is a text alone."""
+    """Lines of docstrings, including those of fields: every expression statement that is a string."""
     found: set[int] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
@@ -76,13 +76,13 @@ def code_lines(text: str) -> int:
 
 
 def module_of(file: Path) -> str:
-    """The module that a file is, by its dotted name."""
+    """The dotted name of a file's module."""
     parts = file.relative_to(SOURCE).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def imports(module: str, tree: ast.Module, known: set[str]) -> Iterator[str]:
-    """Modules of lpl that a module imports anywhere: at its top, in functions, for types."""
+    """Modules of lpl that a module imports, anywhere: at its top, in functions, for types."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in known)
@@ -95,7 +95,7 @@ def imports(module: str, tree: ast.Module, known: set[str]) -> Iterator[str]:
 
 
 def room_of(module: str) -> str:
-    """The room of a module; of lpl itself, which only hands out names, none."""
+    """The room of a module; empty for lpl itself, which only exports names."""
     return module.partition(".")[2].partition(".")[0]
 
 
@@ -132,11 +132,11 @@ class Edges(NamedTuple):
     module_circles: list[list[str]]
     room_circles: list[list[str]]
     upwards: list[tuple[str, str]]
-    """(importing, imported), of a room that stands later in ROOMS."""
+    """(importing, imported), where the imported room is later in ROOMS."""
 
 
 def read_edges(trees: dict[str, ast.Module]) -> Edges:
-    """What the modules, by name, import of each other; every import counts, also those within functions."""
+    """How the modules, by name, import each other; every import counts, also those in functions."""
     graph = {module: set(imports(module, tree, set(trees))) for module, tree in trees.items()}
     unplaced = {room_of(module) for module in graph} - {"", *ROOMS}
     if unplaced:
@@ -156,7 +156,7 @@ def read_trees() -> dict[str, ast.Module]:
 
 
 def option_names(trees: dict[str, ast.Module]) -> list[str]:
-    """Fields of the data classes of options, but for those that are groups of others."""
+    """Fields of the data classes of options, except those that are groups of other options."""
     found: set[str] = set()
     for tree in trees.values():
         for node in ast.walk(tree):
@@ -171,7 +171,7 @@ def option_names(trees: dict[str, ast.Module]) -> list[str]:
 
 
 def spread(name: str, texts: dict[str, str]) -> int:
-    """Files in which a name stands."""
+    """Number of files in which a name occurs."""
     word = re.compile(rf"\b{name}\b")
     return sum(bool(word.search(text)) for text in texts.values())
 

@@ -12,7 +12,7 @@ LONGEST_CELL_S = 3600
 
 
 def run(file: Path, folder: Path) -> Any:
-    """The notebook with its outputs, run in a folder; without what libraries say on stderr, times and Python's version.
+    """The notebook with its outputs, run in a folder; without libraries' stderr, times and Python's version.
 
     Raises:
         nbclient.exceptions.CellExecutionError: a cell failed.
@@ -33,7 +33,7 @@ def run(file: Path, folder: Path) -> Any:
 
 
 def _joined(outputs: list[Any]) -> list[Any]:
-    """Outputs with printed lines that follow each other as one."""
+    """Outputs, with consecutive printed lines joined."""
     joined: list[Any] = []
     for output in outputs:
         if joined and output.output_type == joined[-1].output_type == "stream":

@@ -1,4 +1,4 @@
-"""docs/options.md, made of what is declared beside each option: `python tools/options_page.py` writes it."""
+"""docs/options.md from the declarations of the options: `python tools/options_page.py` writes it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from lpl.config.help import texts_of
 PAGE = Path(__file__).parents[1] / "docs" / "options.md"
 HEAD = """# Options of `lpl train`
 
-Flags, keys of `--config` files and of `config.yaml` have the same names. Made by `make options` from what is declared
-beside each option in `src/lpl/config`. `lpl cache`, `plan`, `data`, `check` and `compare` take them, too.
+Flags, keys of `--config` files and of `config.yaml` have the same names. Made by `make options` from the
+declarations of the options in `src/lpl/config`. `lpl cache`, `plan`, `data`, `check` and `compare` take them, too.
 
-*Range*: bounds, ends included but for "between", "above" and "below". *Needs*: without which it has no effect.
+*Range*: bounds, ends included except for "between", "above" and "below". *Needs*: what it needs to have an effect.
 *Resume*: whether an unfinished run may be continued with another value: yes, or `=` where batch size, accumulation and
 processes must give the same number of samples a step; elsewhere only with `--allow_changes`.
 """

@@ -17,7 +17,7 @@ TRAIN = (
     "--train_batch_size=2", "--max_train_steps=4", "--checkpointing_steps=2", "--log_every=1", "--learning_rate=1e-3",
     "--lpl_weight=1.0", "--lpl_norm_type=channel", "--lpl_t_threshold=700",
 )  # fmt: skip
-"""Given to every command that takes the options of `lpl train`, where its line does not say otherwise."""
+"""Given to every command that takes the options of `lpl train`, unless its line overrides them."""
 DRAW = "--resolution=16 --num_inference_steps=2 --num_bootstrap=100 --output_dir={case}/eval"
 EVAL = f"--reference_dir=inputs/reference --reference_cache_dir={{case}}/reference {DRAW}"
 
@@ -108,11 +108,11 @@ CASES: dict[str, list[str]] = {
 }  # fmt: skip
 
 BUILD_MODEL = "import sys; from tiny_models import tiny_sdxl; tiny_sdxl(sys.argv[1])"
-"""Run with this working tree's source (and tests) on the path."""
+"""Runs with this working tree's source (and tests) on the path."""
 
 
 def write_inputs(folder: Path, repository: Path) -> None:
-    """Writes the model and the images that both sides are given."""
+    """Writes the model and the images that both sides get."""
     path = os.pathsep.join(str(repository / name) for name in ("src", "tests"))
     subprocess.run(
         [sys.executable, "-c", BUILD_MODEL, str(folder / "model")],

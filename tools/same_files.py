@@ -1,4 +1,4 @@
-"""How same_results.py compares two folders: each file as named values, of which few may differ."""
+"""How same_results.py compares two folders: each file as named values, only a few of which may differ."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ IGNORED = re.compile(
     r"environment|.*seconds.*|samples_per_second|header (modelspec\.date|ss_training_.*)|"
     r".*_(comfyui|kohya|lora_weights)\.safetensors"
 )
-"""Keys of JSON and YAML, of files' headers and of logs, that say when, where and how fast (the last: digests of files
-whose headers have a date or no order); that they are there is compared."""
+"""Keys of JSON and YAML, of files' headers and of logs, for times, places and speeds (the last pattern: digests of
+files whose headers have a date or no fixed order); only their presence is compared."""
 TEXT: tuple[tuple[str, str], ...] = (
     (r"\x1b\[\w|(?<=\S)\s*\n {8,}(?=\S)", " "),
     (r"\b\d+(\.\d+)? s\b", "TIME"),
@@ -25,9 +25,9 @@ TEXT: tuple[tuple[str, str], ...] = (
     (r'(<th scope="row">git</th><td>)[^<]*', r"\1COMMIT"),
     (r"<figure(?:(?!</figure>)[\s\S])*(?:over training time|per second)(?:(?!</figure>)[\s\S])*", "<figure of times"),
 )
-"""Patterns, and what stands for them when texts are compared; where a line is wrapped depends on the times in it."""
+"""Patterns and their replacements before texts are compared; line wraps are removed, since they depend on times."""
 MOMENT = re.compile(r"(?<=tfevents\.).*|\b\d{10}(\.\d+)?\b")
-"""In names of TensorBoard's files and folders."""
+"""Times in names of TensorBoard's files and folders."""
 RENAMED: dict[str, str] = {}
 """Keys, and parts of names of files, as the older commit has them -> as they are now."""
 ADDED = frozenset({
@@ -38,11 +38,11 @@ ADDED = frozenset({
 })  # fmt: skip
 """Options that the older commit lacks, which are not compared."""
 TEXTS = (".stdout", ".stderr", ".html", ".md")
-"""What people read: left out by --no_text."""
+"""Files for readers: left out by --no_text."""
 PROGRESS = re.compile(r"\d+%\||\?it/s|\d(it|s| examples)/(s|it)")
 """Lines of progress bars."""
 SHOWN = 120
-"""Characters of a value."""
+"""Characters of a value that are printed."""
 Values = dict[str, Any]
 
 
@@ -69,7 +69,7 @@ def flat(value: Any, key: str = "") -> Values:
 
 
 def read_tensors(file: Path) -> Values:
-    """The tensors of a file, and what its header says of it."""
+    """The tensors of a file, and its header's metadata."""
     from safetensors import safe_open
 
     with safe_open(file, "pt") as opened:
@@ -79,7 +79,7 @@ def read_tensors(file: Path) -> Values:
 
 
 def read_events(file: Path) -> Values:
-    """TensorBoard's values by name and step; those of times are marked."""
+    """TensorBoard's values by name and step; times are replaced by "..."."""
     from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
     found: Values = {}
@@ -91,7 +91,7 @@ def read_events(file: Path) -> Values:
 
 
 def read_lines(text: str) -> Values:
-    """Lines by number, without progress bars and what TEXT says may differ."""
+    """Lines by number, without progress bars, after the replacements of TEXT."""
     for pattern, instead in TEXT:
         text = re.sub(pattern, instead, text)
     lines = [line for line in re.split(r"[\r\n]+", text) if line.strip() and not PROGRESS.search(line)]
@@ -105,7 +105,7 @@ READERS: dict[str, Callable[[Path], Values]] = {
     ".yaml": lambda file: flat(yaml.safe_load(file.read_text())),
     ".yml": lambda file: flat(yaml.safe_load(file.read_text())),
 }
-"""By the end of a file's name; other files are texts where they can be read as such, and else bytes."""
+"""By file suffix; other files are compared as text if they can be decoded, else as bytes."""
 
 
 def read(file: Path) -> Values:
@@ -122,7 +122,7 @@ def read(file: Path) -> Values:
 
 
 def files_of(folder: Path, text: bool) -> dict[str, Path]:
-    """Files by name; names of TensorBoard's files lose moment, computer and process."""
+    """Files by name; names of TensorBoard's files without time, computer and process."""
     found: dict[str, Path] = {}
     for file in sorted(file for file in folder.rglob("*") if file.is_file()):
         name = str(file.relative_to(folder))
@@ -179,7 +179,7 @@ def differences(older: Path, newer: Path, text: bool = True) -> tuple[list[Diffe
 
 
 def self_test(folder: Path) -> bool:
-    """Writes a file of each kind, changes one value of each in a copy, and prints what was seen of it."""
+    """Writes a file of each kind, changes one value of each in a copy, and prints which changes were found."""
     import torch
     from safetensors.torch import load_file, save_file
     from torch.utils.tensorboard import SummaryWriter

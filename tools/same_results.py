@@ -32,9 +32,9 @@ from same_files import differences, self_test
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "datasets", "numpy", "pillow", "tensorboard")
 PRELOADED = (*PACKAGES[:6], "numpy", "PIL.Image", "tensorboard", "torch.utils.tensorboard", "tyro", "pyarrow.parquet")
-"""Loaded once a side, before a process is forked for each command; no part of lpl is among them."""
+"""Loaded once per side, before a process is forked for each command; no part of lpl is among them."""
 SHOWN = 10
-"""Files of a case whose first difference is printed."""
+"""Maximum number of files per case whose first difference is printed."""
 TRAINING = ("train", "cache", "check", "compare", "data")
 UNKNOWN = ("error: unknown option", "error: unknown command")
 
@@ -50,7 +50,7 @@ def expand(case: str, line: str) -> list[str]:
 
 
 def run_command(argv: list[str], log: Path, environment: dict[str, str]) -> int:
-    """Forks a process for `python -m lpl ARGV`, which writes to LOG.stdout and LOG.stderr; returns its number."""
+    """Forks a process for `python -m lpl ARGV`, which writes to LOG.stdout and LOG.stderr; returns its process id."""
     child = os.fork()
     if child:
         return child
@@ -63,7 +63,7 @@ def run_command(argv: list[str], log: Path, environment: dict[str, str]) -> int:
 
 
 def run_case(case: str) -> None:
-    """Runs the commands of a case one after the other and writes what they exit with to CASE/exit.json."""
+    """Runs the commands of a case one after the other and writes their exit codes to CASE/exit.json."""
     folder = Path(case)
     folder.mkdir()
     codes = []
@@ -83,7 +83,7 @@ def run_case(case: str) -> None:
 
 
 def run_cases(cases: list[str], jobs: int) -> None:
-    """Runs cases in the current folder, so many at a time, each in a process of its own."""
+    """Runs cases in the current folder, `jobs` at a time, each in its own process."""
     for name in PRELOADED:
         __import__(name)
     from diffusers import StableDiffusionXLPipeline  # noqa: F401  (loads what is lazy)
@@ -152,7 +152,7 @@ def results_of(commit: str, inputs: Path, work: Path, cases: list[str], jobs: in
 
 
 def lacks(case: Path) -> str | None:
-    """What a commit said of an option or command that it does not know; None where it knew all."""
+    """The error where a commit did not know an option or command; None where it knew all."""
     for log in sorted(case.glob("*.stderr")):
         for line in log.read_text(errors="replace").splitlines():
             if line.startswith(UNKNOWN):

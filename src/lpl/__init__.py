@@ -52,7 +52,7 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    """The public names, for those who press tab."""
+    """The public names, for tab completion."""
     return __all__
 
 

@@ -78,7 +78,7 @@ def test_report_table_and_pictures(check: Any, tmp_path: Path) -> None:
     assert found["suggestion"]["lpl_weight"] > 0
     assert found["step"]["peak_bytes"] > 0
     assert found["step"]["seconds"] > found["step"]["seconds_without_lpl"] > 0
-    assert found["refused"] == ["only 6 images: 16 are the least that figures should stand on"]
+    assert found["refused"] == ["only 6 images: 16 are the least for reliable figures"]
     assert found["faults"] == []
     first, *_ = out.splitlines()
     assert first.startswith(f"verdict      {found['verdict'][:60]}")

@@ -1,10 +1,10 @@
 """Make the shipped weights again: `python -m tools.demo_weights vae`, then `decoder` and `base` in either order.
 
-Each part resumes from its checkpoint; with `--steps 0` it only writes the weights of the checkpoint as it is.
+Each part resumes from its checkpoint; with `--steps 0` it only writes the checkpoint's weights.
 
 The shipped weights took two shared processor cores: vae 45 minutes (4,160 steps, the first 2,420 with batches of 16
 crops that were also turned and recoloured), decoder 36 minutes (5,040 steps) and base 57 minutes (7,680 steps, the
-first 1,900 on latents of the autoencoder halfway).
+first 1,900 on latents of the half-trained autoencoder).
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ def _save_vae(vae: AutoencoderKL, scaling_factor: float) -> None:
 
 
 def make_vae(checkpoint: Path, steps: int) -> None:
-    """Train the autoencoder, write its weights and say its held-out PSNR."""
+    """Train the autoencoder, write its weights and print its held-out PSNR."""
     vae = train_vae(checkpoint, steps)
     _save_vae(vae, 1.0 / latent_std(vae))
 
 
 def make_decoder(checkpoint: Path, steps: int) -> None:
-    """Train the shipped autoencoder's decoder on and write it; the latents stay what they are."""
+    """Continue training the shipped autoencoder's decoder and write it; the latents do not change."""
     _save_vae(refine_decoder(_load_vae(), checkpoint, steps), shipped_scaling_factor())
 
 

@@ -52,8 +52,8 @@ class BaseModel(nn.Module):
     """UNet and both text encoders, as one module to train.
 
     Args:
-        captions: all that will be seen.
-        widths: of the UNet.
+        captions: all captions that will be used.
+        widths: the UNet's widths.
     """
 
     def __init__(self, captions: tuple[str, ...], widths: tuple[int, int] = UNET_WIDTHS) -> None:
@@ -117,11 +117,11 @@ def fit_base(
     pipeline drops an empty prompt: hidden states and pooled embedding are zero.
 
     Args:
-        run: of the model.
-        captions: all of them.
+        run: the model's training run.
+        captions: all captions.
         data: the crops.
-        batch: crops a step.
-        parts: that a step is computed in, a thread each.
+        batch: crops per step.
+        parts: number of parts that a step is computed in, one thread each.
     """
     model, alphas_cumprod = run.module, build_scheduler().alphas_cumprod
     ids, ids_2 = tokenize(captions)

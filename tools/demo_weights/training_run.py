@@ -1,4 +1,4 @@
-"""A training run of so many steps: warm-up and cosine, averaged weights, checkpoints it resumes from."""
+"""A training run of fixed length: warm-up and cosine, averaged weights, and checkpoints to resume from."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 class TrainingRun(Generic[ModuleT]):
-    """Trains a module for so many steps; the same call again resumes from the last checkpoint.
+    """Trains a module for `steps` steps; the same call again resumes from the last checkpoint.
 
     Args:
         module: what is trained, all of its parameters.
         checkpoint: file that holds weights, averages, optimizer and the step.
         steps: how many, over all resumed calls.
-        learning_rate: its peak; it rises over `warmup` steps and falls to zero with a cosine.
-        decay: False keeps it at its peak after the warm-up, so that a run can be prolonged.
-        ema_decay: of the averaged copy `self.average`.
+        learning_rate: the peak; the rate rises over `warmup` steps and falls to zero with a cosine.
+        decay: False keeps the rate at its peak after the warm-up, so that a run can be extended.
+        ema_decay: decay of the averaged copy `self.average`.
         save_every: seconds between checkpoints.
     """
 
@@ -76,9 +76,9 @@ class TrainingRun(Generic[ModuleT]):
         """Train to the last step.
 
         Args:
-            loss_of: gives, for a step's number, the loss to minimise and figures to show; with several parts it is
-                called with the number of one, too, and gives that part's share of the sum.
-            parts: of a step, a thread each.
+            loss_of: gives, for a step's number, the loss to minimise and numbers to show; with several parts it also
+                gets the part's number, and gives that part's share of the sum.
+            parts: number of parts of a step, one thread each.
         """
         first_step, last_save = self.step, time.monotonic()
         with tqdm(total=self.steps, initial=self.step, unit="step", mininterval=5.0) as bar:

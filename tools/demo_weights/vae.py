@@ -1,4 +1,4 @@
-"""How the shipped autoencoder was made: reconstruction of crops, with a light look at early image features."""
+"""How the shipped autoencoder was made: reconstruction of crops, with a small weight on early image features."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def held_out_crops() -> list[Crop]:
 
 
 def random_patches(count: int, rng: random.Random) -> list[Image.Image]:
-    """Crops of the training regions for the autoencoder: from wide to one pixel a pixel, half of them mirrored."""
+    """Crops of the training regions for the autoencoder: from wide to full resolution, half of them mirrored."""
     patches = []
     for _ in range(count):
         photograph = rng.choice(PHOTOGRAPHS)
@@ -99,9 +99,9 @@ def fit_vae(run: TrainingRun[AutoencoderKL], train_encoder: bool, draw: Draw) ->
     bfloat16.
 
     Args:
-        run: of the autoencoder.
-        train_encoder: or only the decoder, on latents that stay what they are.
-        draw: gives so many training images of 64 pixels.
+        run: the autoencoder's training run.
+        train_encoder: False trains only the decoder, on latents that do not change.
+        draw: gives the requested number of training images of 64 pixels.
     """
     vae, features = run.module, EarlyFeatures()
 
@@ -135,7 +135,7 @@ def train_vae(checkpoint: Path, steps: int) -> AutoencoderKL:
 
 
 def refine_decoder(vae: AutoencoderKL, checkpoint: Path, steps: int, draw: Draw = random_patches) -> AutoencoderKL:
-    """Train the decoder on, with the same loss: the encoder stays, so a base model trained on its latents does too.
+    """Continue training the decoder with the same loss; the encoder, and so a base model on its latents, stays valid.
 
     Args:
         vae: the autoencoder to start from; changed in place.

@@ -1,4 +1,4 @@
-"""Choices around the one that was asked for, and the cheapest that fits."""
+"""Variations of a run's options, and the cheapest one that fits a device's memory."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ HALF = "--mixed_precision bf16"
 
 
 class Change(NamedTuple):
-    """Other values of options."""
+    """New values for some options."""
 
     flags: str
     values: dict[str, Any]
     cost: int = 0
-    """How dear it is: time, then rounding, then another optimizer, then an approximation, then another training."""
+    """How costly it is; rising from time, rounding, another optimizer, an approximation, another training."""
     idle: Callable[[TrainConfig], bool] = lambda config: False
-    """Where it would say nothing."""
+    """Whether the change would have no effect."""
 
     def apply(self, config: TrainConfig) -> TrainConfig:
-        """The options with these values; as they were where that says nothing, or is refused."""
+        """The options with these values; unchanged where that has no effect, or is refused."""
         try:
             changed = config if self.idle(config) else config.changed(**self.values)
-        except UserError:  # beyond a bound, such as twice the largest batch
+        except UserError:  # beyond a limit, such as twice the largest batch
             return config
         return changed if suits(changed) else config
 
 
 class Choice(NamedTuple):
-    """A set of changes and what comes of it."""
+    """A set of changes, and what the run then needs."""
 
     flags: str
     needs: Needs
@@ -47,13 +47,13 @@ class Choice(NamedTuple):
 def setting(
     cost: int = 0, flags: str = "", idle: Callable[[TrainConfig], bool] = lambda config: False, **values: Any
 ) -> Change:
-    """A change of options, by the flags that say it unless given."""
+    """A change of options; its flags follow from the values unless given."""
     told = (f"{'--' if v else '--no_'}{n}" if isinstance(v, bool) else f"--{n} {v}" for n, v in values.items())
     return Change(flags or " ".join(told), values, cost, idle)
 
 
 def savings(config: TrainConfig) -> list[Change]:
-    """What saves memory, as far as it changes anything; each is a no-op where an earlier one has said the same."""
+    """Changes that save memory, those that have an effect; one has none where an earlier one set the same."""
     batch, steps = config.run.train_batch_size, config.run.gradient_accumulation_steps
     crop = max(8, config.data.crop_size // 2)
     half = "bf16" if config.run.mixed_precision in (None, "no") else config.run.mixed_precision
@@ -73,7 +73,7 @@ def savings(config: TrainConfig) -> list[Change]:
         setting(1, idle=lambda c: c.model.train_text_encoder, offload_text_encoders=True),
         *(setting(cost, idle=unquantisable, quantize_base=kind) for kind, cost in (("int8", 3), ("nf4", 6))),
         setting(8, idle=lambda c: c.model.offload_blocks is not None, offload_blocks=1.0),
-        setting(2, train_batch_size=1, gradient_accumulation_steps=batch * steps),  # the same trajectory
+        setting(2, train_batch_size=1, gradient_accumulation_steps=batch * steps),  # trains the same way
         setting(4, idle=lambda c: c.optim.final_weights == "ema", use_ema=False),
         setting(1, idle=no_average, ema_device="cpu"),
         fused_backward(3, idle=lambda c: c.model.rank is not None),  # an adapter's gradients are small
@@ -83,19 +83,19 @@ def savings(config: TrainConfig) -> list[Change]:
 
 
 def bfloat16_weights(config: TrainConfig, cost: int = 0) -> Change:
-    """Weights in bfloat16, with the arithmetic that they need."""
+    """Weights in bfloat16, with the mixed precision that they need."""
     arithmetic = f"{HALF} " * (config.run.mixed_precision != "bf16")
     return setting(cost, f"{arithmetic}--weights_dtype bfloat16", mixed_precision="bf16", weights_dtype="bfloat16")
 
 
 def fused_backward(cost: int = 0, **more: Any) -> Change:
-    """Steps in the backward pass, without the clipping that they do not go with."""
+    """Optimizer steps in the backward pass, and no gradient clipping, which they exclude."""
     flags = "--fused_backward_pass --max_grad_norm 0"
     return setting(cost, flags, fused_backward_pass=True, max_grad_norm=0.0, **more)
 
 
 def adafactor(config: TrainConfig, cost: int = 0) -> Change:
-    """Adafactor in the place of another optimizer."""
+    """Adafactor instead of another optimizer."""
     optim = config.optim
     extra = " --no_use_8bit_adam" * optim.use_8bit_adam + " --optimizer_args=" * (optim.optimizer_args is not None)
     return setting(
@@ -141,9 +141,9 @@ def neighbours(config: TrainConfig) -> list[Change]:
 def cheapest(
     config: TrainConfig, memory: int, rehearsal: Rehearsal, processes: int = 1, fixed: tuple[str, ...] = ()
 ) -> Choice | None:
-    """The cheapest set of savings with which the run fits into so many bytes; None where none does.
+    """The cheapest set of savings with which the run fits into `memory` bytes; None where none does.
 
-    `fixed` are the flags of savings that are out of the question.
+    `fixed` are the flags of savings that must not be used.
     """
     for flags, changed in _saved(config, fixed):
         if fits(launched_floor(changed, rehearsal, processes), memory):
@@ -154,7 +154,7 @@ def cheapest(
 
 
 def smallest(config: TrainConfig, rehearsal: Rehearsal, processes: int = 1, fixed: tuple[str, ...] = ()) -> Choice:
-    """The choice with every saving, but for half precision where its copies of the weights cost more than it saves."""
+    """The choice with every saving, except half precision where its copies of the weights cost more than it saves."""
     choices: list[Choice] = []
     for without in ((), (HALF,)):
         flags: list[str] = []
@@ -168,7 +168,7 @@ def smallest(config: TrainConfig, rehearsal: Rehearsal, processes: int = 1, fixe
 
 
 def _saved(config: TrainConfig, fixed: tuple[str, ...]) -> Iterator[tuple[str, TrainConfig]]:
-    """Every set of savings, cheapest first; a set in which one says nothing is another set already."""
+    """Every set of savings, cheapest first, without sets in which one has no effect (a smaller set is the same)."""
     known = [saving for saving in savings(config) if saving.flags not in fixed]
     sets = [chosen for size in range(len(known) + 1) for chosen in combinations(known, size)]
     for chosen in sorted(sets, key=lambda c: (sum(saving.cost for saving in c), len(c))):

@@ -14,7 +14,7 @@ from lpl.training.step import run_schedule
 
 
 class Needs(NamedTuple):
-    """Of one choice of options, in bytes and FLOPs."""
+    """What a run with one choice of options needs, in bytes and FLOPs."""
 
     base: int
     """Parameters of the model itself."""
@@ -28,25 +28,25 @@ class Needs(NamedTuple):
     kept: int
     """Activations that the denoiser keeps for its backward pass."""
     lpl: int
-    """Peak of LPL, on top of what is there."""
+    """Peak of LPL, in addition to what is already on the device."""
     phases: dict[str, int]
     """The peak on the device in each phase of the run."""
     step_flops: int
-    """Of a sample, without LPL."""
+    """For one sample, without LPL."""
     lpl_flops: int
-    """Of a sample that passes the gate."""
+    """For one sample that passes the gate."""
     p_gate: float
-    """Probability that it does."""
+    """Probability that a sample passes the gate."""
     budget: float | None
     """The most that LPL costs on average, as a share of step_flops; None: no limit."""
     decoded: float
-    """Share of the samples that go through LPL's decoder: p_gate, less what --lpl_max_samples leaves out."""
+    """Share of the samples that go through LPL's decoder: p_gate, minus what --lpl_max_samples leaves out."""
     taps: list[tuple[str, int, int, float]]
     """LPL's taps: name, channels, stride and weight."""
 
     @property
     def mean_lpl_flops(self) -> float:
-        """Of LPL, of a sample on average."""
+        """LPL's FLOPs for a sample, on average."""
         whole = self.decoded * self.lpl_flops
         return whole if self.budget is None else min(whole, self.budget * self.step_flops)
 
@@ -64,8 +64,8 @@ class Needs(NamedTuple):
 def estimate(config: TrainConfig, rehearsal: Rehearsal, processes: int = 1) -> Needs:
     """Adds up what a run, with its resolution, needs on each device.
 
-    Weights, gradients and states are arithmetic; activations are counted. Several processes keep the gradients a second
-    time, in the buckets they exchange. Left out: the device's context, workspace inside kernels, fragmentation.
+    Weights, gradients and states are arithmetic; activations are counted. Several processes hold the gradients twice,
+    for the exchange in buckets. Left out: the device's context, workspace inside kernels, fragmentation.
     """
     denoiser, parameters = rehearsal.denoiser(config), rehearsal.parameters(config)
     loss = rehearsal.loss(config) if config.lpl.use_lpl else None
@@ -82,7 +82,7 @@ def estimate(config: TrainConfig, rehearsal: Rehearsal, processes: int = 1) -> N
     if not fused:
         phases["optimizer step"] = total + gradients + optimizer_workspace(config, rehearsal)
     if _averages_there(config, rehearsal):
-        # Its difference from the weights, of bfloat16 ones one after another; gradients are gone by then.
+        # Its difference from the weights; for bfloat16 weights one tensor at a time. Gradients are freed by then.
         phases["EMA update"] = total + (4 * parameters.trained if parameters.itemsize == 4 else 8 * parameters.largest)
     if config.logging.draws_images:
         # For decoding, the denoiser waits on the CPU.
@@ -114,7 +114,7 @@ def estimate(config: TrainConfig, rehearsal: Rehearsal, processes: int = 1) -> N
 
 
 def fixed_costs(config: TrainConfig, rehearsal: Rehearsal, processes: int) -> dict[str, int]:
-    """Bytes that are on the device throughout, without LPL's; arithmetic alone."""
+    """Bytes that are on the device all the time, without LPL's; only arithmetic."""
     parameters = rehearsal.parameters(config)
     state = state_size(config.optim, parameters.shapes, rehearsal.device)
     weights = f"{rehearsal.blueprint.denoiser_word} {'and text ' * bool(rehearsal.blueprint.trained_encoders)}weights"
@@ -142,7 +142,7 @@ def _averages_there(config: TrainConfig, rehearsal: Rehearsal) -> bool:
 
 
 def floor(config: TrainConfig, rehearsal: Rehearsal, processes: int = 1) -> int:
-    """A bound from below on the peak, by arithmetic alone."""
+    """A lower bound of the peak, by arithmetic only."""
     fixed = sum(fixed_costs(config, rehearsal, processes).values())
     if config.optim.fused_backward_pass:
         return fixed
@@ -151,7 +151,7 @@ def floor(config: TrainConfig, rehearsal: Rehearsal, processes: int = 1) -> int:
 
 
 def decoded_share(p_gate: float, batch: int, limit: int | None, stratified: bool = False) -> float:
-    """E[min(K, limit)] / batch for K of a batch's samples that pass the gate, each with probability p_gate.
+    """E[min(K, limit)] / batch; K: how many of a batch's samples pass the gate, each with probability p_gate.
 
     K is binomial, or, where timesteps are stratified, batch * p_gate rounded up or down.
     """
@@ -165,12 +165,12 @@ def decoded_share(p_gate: float, batch: int, limit: int | None, stratified: bool
 
 
 def launched_estimate(config: TrainConfig, rehearsal: Rehearsal, processes: int) -> Needs:
-    """What a run needs on each device as it is launched, see training.launch: whole models, or split ones."""
+    """What a run needs on each device as launched (see training.launch), with whole models or split ones."""
     return split_estimate(config, rehearsal, processes) if splits() else estimate(config, rehearsal, processes)
 
 
 def launched_floor(config: TrainConfig, rehearsal: Rehearsal, processes: int) -> int:
-    """A bound from below on its peak, by arithmetic alone."""
+    """A lower bound of launched_estimate's peak, by arithmetic only."""
     if splits():
         return sum(fixed_costs(config, rehearsal, 1).values()) // processes
     return floor(config, rehearsal, processes)
@@ -179,12 +179,11 @@ def launched_floor(config: TrainConfig, rehearsal: Rehearsal, processes: int) ->
 def split_estimate(config: TrainConfig, rehearsal: Rehearsal, processes: int) -> Needs:
     """As needs.estimate, with weights, gradients, optimizer state and average split over processes.
 
-    Every process gathers the weights of one block while it computes with them and of the next meanwhile, and keeps
-    those that belong to no block; in the backward pass a block's gradients are there whole, and again in float32 to be
-    summed. Activations and LPL are a process's own. Gathering is taken at its largest everywhere: an upper bound.
+    Every process gathers the weights of the current block and of the next one, and keeps those that belong to no block;
+    in the backward pass a block's whole gradients are there, and again in float32 to be summed. Activations and LPL are
+    not split. Gathering is counted at its largest in every phase: an upper bound.
     """
-    # Gradients that go as soon as they are there, as those of a block do once they are summed, and weights that need no
-    # copy for autocast.
+    # Gradients freed at once, like a block's once they are summed, and weights that need no copy for autocast.
     dtype = "bfloat16" if config.run.mixed_precision in HALF and config.model.rank is None else "float32"
     changed = config.changed(fused_backward_pass=True, max_grad_norm=0.0, weights_dtype=dtype)
     alone, parameters = estimate(changed, rehearsal), rehearsal.parameters(config)
@@ -208,7 +207,7 @@ def split_estimate(config: TrainConfig, rehearsal: Rehearsal, processes: int) ->
 
 
 def gathered_sizes(rehearsal: Rehearsal, config: TrainConfig) -> tuple[list[int], int]:
-    """Bytes of each block's weights as they are gathered, and of those that belong to no block."""
+    """Bytes of each block's weights as gathered, and of those that belong to no block."""
     model = rehearsal.model(config)
     itemsize = 2 if config.run.mixed_precision in HALF else 4
     blocks = {f"{name}.": 0 for name, m in model.named_modules() if type(m).__name__ in model._no_split_modules}

@@ -22,10 +22,10 @@ from lpl.training.rehearsal import Rehearsal
 
 
 def plan(config: TrainConfig, memory: int) -> str:
-    """What the run needs, what it would need with one option changed, and what fits a device of so much memory.
+    """What the run needs, what it would need with one option changed, and what fits a device with `memory` bytes.
 
     Raises:
-        UserError: a model whose configs cannot be read, or options that do not go with it.
+        UserError: a model whose configs cannot be read, or options that do not fit it.
     """
     config = replace(config, model=with_lora_weights(config.model))
     configs = plan_configs(config.model)
@@ -105,7 +105,7 @@ def _length(config: TrainConfig, checked: Checked, samples: int | None) -> tuple
 
 
 def _with_launched_precision(config: TrainConfig) -> TrainConfig:
-    """The precision that accelerate falls back to, in the place of an unset one."""
+    """The config with accelerate's default precision where none is set."""
     precision = config.run.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in ("no", "fp16", "bf16"):
         raise UserError(f"ACCELERATE_MIXED_PRECISION is {precision}: give --mixed_precision no, fp16 or bf16")

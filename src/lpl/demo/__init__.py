@@ -6,5 +6,5 @@ parameters) and a four-block autoencoder of stride 8 with 16 latent channels (1.
 scikit-image and scikit-learn ship: the autoencoder on L1, squared error and early features of a pre-trained
 EfficientNet-Lite0, then its decoder alone, and the base UNet with both text encoders on its latents. A strip of each
 photograph was held out: its crops are reconstructed at 30.7 dB PSNR on average (19.9 to over 35 dB; fine texture is
-smoothed away), which tests check against a bar of 25.
+smoothed away), tests demand at least 25.
 """

@@ -1,4 +1,4 @@
-"""The demo's StableDiffusionXLPipeline: every part of SDXL, at widths a processor can train in minutes."""
+"""The demo's StableDiffusionXLPipeline: every part of SDXL, at widths that a CPU can train in minutes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from lpl.demo.photographs import IMAGE_SIZE, all_captions
 
 LATENT_CHANNELS = 16
-TEXT_WIDTHS = (64, 96)  # different, as in SDXL: tools tell the two text encoders apart by it
+TEXT_WIDTHS = (64, 96)  # different, as in SDXL: tools distinguish the two text encoders by them
 UNET_WIDTHS = (80, 96)
 TIME_ID_WIDTH = 16
 MAX_TOKENS = 32  # the longest caption takes 18
@@ -20,7 +20,7 @@ START_TOKEN, END_TOKEN = "<|startoftext|>", "<|endoftext|>"
 
 
 def byte_characters() -> list[str]:
-    """The 256 printable characters byte-level BPE writes bytes with, in CLIP's order: "!" is the first."""
+    """The 256 printable characters that byte-level BPE uses for bytes, in CLIP's order: "!" is the first."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     return [chr(byte) for byte in printable] + [chr(256 + index) for index in range(256 - len(printable))]
 
@@ -57,7 +57,7 @@ def build_vocabulary(captions: tuple[str, ...]) -> dict[str, int]:
 
 
 def build_tokenizers(captions: tuple[str, ...] | None = None) -> tuple[CLIPTokenizer, CLIPTokenizer]:
-    """SDXL's pair with one vocabulary, of the captions' words (None: the demo's); the second pads with "!" (id 0)."""
+    """SDXL's pair with one vocabulary, from the captions' words (None: the demo's); the second pads with "!" (id 0)."""
     captions = tuple(all_captions()) if captions is None else captions
     vocabulary = build_vocabulary(captions)
     merges: list = list(learn_merges(captions))  # pairs, though the signature says strings
@@ -123,7 +123,7 @@ def build_vae(scaling_factor: float = 1.0) -> AutoencoderKL:
 def build_unet(widths: tuple[int, int] = UNET_WIDTHS) -> UNet2DConditionModel:
     """A two-level UNet, attention at the lower one, with SDXL's conditioning.
 
-    Cross attention sees both text encoders side by side; pooled embedding and six size numbers join the timestep.
+    Cross attention sees both text encoders' states, concatenated; the pooled embedding and six sizes join the timestep.
     """
     return UNet2DConditionModel(
         sample_size=IMAGE_SIZE // 8,

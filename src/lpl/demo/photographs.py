@@ -1,8 +1,8 @@
 """Photographs that scikit-image and scikit-learn ship, cut into captioned crops of 64 pixels.
 
-Each photograph keeps a strip of a fifth of its width or height aside: crops for training never touch it, crops of
-it measure how well the autoencoder carries over. Captions name the subject, the scale and the place of a crop in
-its photograph, so nothing here mirrors images: left and right stay true.
+A strip of a fifth of each photograph's width or height is held out: crops for training never touch it, and its crops
+measure how well the autoencoder generalises. Captions name the subject, the scale and the place of a crop in its
+photograph, so captioned crops are not mirrored: left and right would be wrong.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ STAGED = ".lpl-export"
 
 @contextmanager
 def replacing(folder: str | Path, flag: str) -> Iterator[Path]:
-    """Gives a folder to write into, whose content then takes the place of the export before it.
+    """Yields a folder to write into; its content then replaces the previous export.
 
     Raises:
-        UserError: something else has one of the names, and is left as it is.
+        UserError: another file has one of the names; it is left as it is.
     """
     with alone_in(Path(folder), flag):
         staged = Path(folder) / STAGED
@@ -157,7 +157,7 @@ def _place_of(box: Box, size: tuple[int, int]) -> str:
 def cut(photograph: Photograph, box: Box, scale: str) -> Crop:
     """The box of a photograph, resized and captioned."""
     image = load_photograph(photograph)
-    # cropped first: with resize(box=...) the filter would reach over the edge of the box
+    # cropped first: with resize(box=...) the filter would read beyond the edge of the box
     pixels = image.crop(box).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR)
     return Crop(pixels, caption_of(photograph, scale, _place_of(box, image.size)), photograph.name, box)
 
@@ -170,7 +170,7 @@ def random_box(region: Box, side: int, rng: random.Random) -> Box:
 
 
 def shorter_side(region: Box) -> int:
-    """Of a region, in pixels."""
+    """The shorter side of a region, in pixels."""
     return min(region[2] - region[0], region[3] - region[1])
 
 
@@ -217,7 +217,7 @@ def export_data(folder: str | Path) -> Path:
 
 
 def export_crops(crops: Mapping[str, Crop], folder: str | Path, flag: str) -> Path:
-    """Write crops as an image folder, by the names of their files.
+    """Write crops as an image folder; crops by file name.
 
     Raises:
         UserError: the folder, which the flag names, holds something else under these names.

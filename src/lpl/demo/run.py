@@ -1,4 +1,4 @@
-"""`lpl demo`: the whole of `lpl compare` on a small SDXL and photographs, without LPL and with it, and a picture."""
+"""`lpl demo`: `lpl compare` on a small SDXL and photographs, without LPL and with it, and a picture of samples."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from lpl.data.sheets import cells_note
 WITHOUT, WITH = "without-lpl", "with-lpl"
 ARMS = f"{WITHOUT}: {{use_lpl: false}}\n{WITH}: {{}}\n"
 LABELS = {WITHOUT: "without LPL", WITH: "with LPL"}
-"""In the picture."""
+"""Labels in the picture."""
 SEEDS = ("0", "1", "2")
 GUIDANCE_SCALES = (1.0, 3.0)
 SAMPLING_STEPS = 12
 NUM_SAMPLES = 256
-"""Of each run at each guidance."""
+"""Samples of each run at each guidance."""
 PICTURE, ARMS_FILE = "samples.png", "arms.yaml"
 PARTS = ("model", "data", "views", "cache", "compared")
 """Folders in --output_dir."""
@@ -89,7 +89,7 @@ def _compare_and_show(folder: Path, max_train_steps: int | None) -> None:
 
 
 def _show(models: dict[str, Path], picture: Path) -> None:
-    """Draws the picture, and puts it where the report looks, noting there what is each run's own."""
+    """Draws the picture, and saves it where the report looks, with notes on which parts belong to each run."""
     from lpl.demo.samples import REAL, draw_sheet
 
     sheet, cells = draw_sheet({LABELS[arm]: run for arm, run in models.items()})

@@ -1,4 +1,4 @@
-"""What the demo measures samples against, and its picture: real crops, samples without and with LPL from one noise."""
+"""The demo's reference images, and its picture: real crops, and samples without and with LPL from the same noise."""
 
 from __future__ import annotations
 
@@ -17,18 +17,17 @@ SEED = 7
 SAMPLING_STEPS = 25
 GUIDANCE_SCALES = (1.0, 3.0)
 SHOWN = ("astronaut", "chelsea", "coffee", "coins", "motorcycle", "rocket", "china", "flower")
-"""Photographs that a column is of: those that are more than texture at 64 pixels."""
+"""The photographs of the columns: those that show more than texture at 64 pixels."""
 SIDE, GAP, MARGIN, LETTERS = 128, 4, 96, 14
-"""Pixels of a picture in the sheet (enlarged twice, Lanczos), between pictures, of the labels' column, of letters."""
+"""Pixels of a picture in the sheet (enlarged 2 x, Lanczos), between pictures, of the column of labels, of letters."""
 REAL = "real"
 NUM_VIEWS = 512
 
 
 def export_views(folder: str | Path) -> Path:
-    """Writes other crops than those of the training, as the autoencoder reconstructs them: what a model can reach.
+    """Writes crops that are not in the training set, reconstructed by the autoencoder: the best that a model can reach.
 
-    They are of the regions that are trained on, with their captions, in random order, so that the first are of all
-    photographs.
+    They come from the training regions, with captions, in random order, so that the first ones cover all photographs.
 
     Raises:
         UserError: the folder holds something else under these names.
@@ -46,13 +45,13 @@ def export_views(folder: str | Path) -> Path:
 
 
 def draw_sheet(models: Mapping[str, Path]) -> tuple[Image.Image, list[Cell]]:
-    """The picture and where everything is in it.
+    """The picture, and the cells in it.
 
-    A column a photograph, by its first caption. Rows: a real crop, then for each guidance a sample of each model.
-    Column n of all of them is from the same noise.
+    Each column is a photograph, with its first caption. Rows: a real crop, then for each guidance a sample of each
+    model. All samples of a column start from the same noise.
 
     Args:
-        models: pipeline folders by what their rows are called.
+        models: pipeline folders by the names of their rows.
     """
     from diffusers import StableDiffusionXLPipeline
 
@@ -77,14 +76,14 @@ def draw_sheet(models: Mapping[str, Path]) -> tuple[Image.Image, list[Cell]]:
 def put_together(
     rows: Sequence[tuple[str, str, Sequence[Image.Image]]], captions: Sequence[str]
 ) -> tuple[Image.Image, list[Cell]]:
-    """Rows of images under each other, labelled, and where each is.
+    """A sheet of labelled rows of images, and its cells.
 
-    Cells have the caption with the row's setting, so that a report shows what was drawn alike side by side; the real
-    ones are noted for every setting.
+    Cells have the caption with the row's setting, so that a report shows samples of one setting side by side; real
+    images are noted for every setting.
 
     Args:
-        rows: what made them, under which setting, and an image for each caption.
-        captions: of the columns.
+        rows: name, setting, and an image for each caption.
+        captions: captions of the columns.
     """
     settings = list(dict.fromkeys(setting for _, setting, _ in rows if setting))
     step = SIDE + GAP

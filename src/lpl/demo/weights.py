@@ -1,4 +1,4 @@
-"""The shipped weights: bfloat16 safetensors of the four networks, and the pipeline made of them."""
+"""The shipped weights: bfloat16 safetensors of the four networks, and the pipeline built from them."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Random draws keyed by what they are for, not by where they happen.
 
 A draw is a function of (seed, stream, sample id, how often that sample has been drawn), made on the CPU in
-float32. Process, worker, batch position, device and LPL itself do not enter, so runs that differ in those see the
-same crops, noise and timesteps, and a resumed run needs no random state.
+float32. It does not depend on process, worker, batch position, device or LPL itself, so runs that differ in those see
+the same crops, noise and timesteps, and a resumed run needs no random state.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def draw_normal(shape: tuple[int, ...], *key: int | str) -> Tensor:
 
 
 def fill_normal(target: Tensor, *key: int | str) -> None:
-    """Puts what draw_normal gives for a key into a contiguous float32 tensor on the CPU."""
+    """Fills a contiguous float32 tensor on the CPU with what draw_normal gives for a key."""
     target.normal_(generator=keyed_generator(*key))
 
 
@@ -74,8 +74,8 @@ def timestep_probabilities(
         begin: first favoured timestep of range.
         end: timestep before which range ends.
         distribution: uniform or logit_normal.
-        logit_mean: of logit_normal; above 0 draws more noise.
-        logit_std: of logit_normal, above 0.
+        logit_mean: mean of logit_normal; above 0 draws more noise.
+        logit_std: standard deviation of logit_normal, above 0.
 
     Raises:
         ValueError: an unknown strategy or distribution, a negative multiplier, a range outside the schedule, a
@@ -110,7 +110,7 @@ def _logit_normal(num_timesteps: int, mean: float, std: float) -> Tensor:
         raise ValueError(f"logit_std must be positive, not {std}")
     edges = (torch.logit(torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps) - mean) / std
     low, high = edges[:-1], edges[1:]
-    # Of the upper tail take the complement: a difference of two numbers near 1 has few digits.
+    # In the upper tail use the complement: a difference of two numbers near 1 has few digits.
     return torch.where(low > 0, _tail(low) - _tail(high), _tail(-high) - _tail(-low))
 
 
@@ -120,7 +120,7 @@ def _tail(x: Tensor) -> Tensor:
 
 
 BINS = 10
-"""Parts of a schedule over which losses are told."""
+"""Parts of a schedule for which losses are reported."""
 
 
 def bin_edges(num_timesteps: int, bins: int = BINS) -> list[int]:
@@ -133,12 +133,12 @@ def bin_edges(num_timesteps: int, bins: int = BINS) -> list[int]:
 def balanced_order(size: int) -> tuple[int, ...]:
     """Positions 0..size - 1 in such an order that the first k, and the last k, lie evenly in every split, for every k.
 
-    A share is {i : floor(i / b) mod P = p}, b P | size. Of the first k, two shares of a split differ by one at most
-    where size is a prime or a power of two (tested to 1024). For other sizes no order need do that for all splits
-    at once (for 6 none does), and they differ by a few: by 2 at most to size 28, by 4 to 192.
+    A share is {i : floor(i / b) mod P = p}, b P | size. Of the first k, two shares of a split get numbers that differ
+    by one at most where size is a prime or a power of two (tested to 1024). For other sizes an order that does that for
+    all splits at once need not exist (for 6 none does); there they differ by 2 at most up to size 28, by 4 up to 192.
 
-    Each position is the one that keeps the sum over shares of max(0, taken - k / P)^2 least, the lowest of several; in
-    integers, so that every machine finds the same. Found once a run, in 2 seconds for 2048, in 15 for 4096.
+    Each position is the one that keeps the sum over shares of max(0, taken - k / P)^2 least (the lowest in a tie),
+    computed in integers, so that every machine finds the same. Computed once a run: 2 seconds for 2048, 15 for 4096.
 
     Args:
         size: G, at least 1.
@@ -171,13 +171,13 @@ def balanced_order(size: int) -> tuple[int, ...]:
 def strata(size: int, seed: int, step: int) -> tuple[int, ...]:
     """The stratum of each position of a step's global batch, a permutation of 0..size - 1, keyed by (seed, step).
 
-    Source: stratified sampling; the order is this package's own. Each step turns it by a map that takes the shares of
-    every split to each other: i -> i XOR x with a random x where size is a power of two, which makes every stratum of a
-    position equally likely; else i -> size - 1 - i at random. Strata are counted from the top at random, too.
+    Source: stratified sampling; the order is this package's own. Each step permutes it by a map that takes shares of a
+    split to shares: i -> i XOR x with a random x where size is a power of two, which makes every stratum of a position
+    equally likely; else, at random, i -> size - 1 - i or nothing. Strata are also counted from the top at random.
 
     Args:
         size: G, samples of an optimizer step over all processes and micro-batches.
-        seed: of the run.
+        seed: the run's seed.
         step: optimizer step.
     """
     key = keyed_seed(seed, "stratum", step)
@@ -192,12 +192,12 @@ def strata(size: int, seed: int, step: int) -> tuple[int, ...]:
 
 
 def even_draws(size: int, *key: int | str) -> tuple[float, ...]:
-    """A number in [0, 1) for each position of a step's global batch, uniform by itself: (k / size + v) mod 1.
+    """A number in [0, 1) for each position of a step's global batch, each uniform: (k / size + v) mod 1.
 
     k is the position's rank in balanced_order, v one number for a key such as (seed, stream, step). Together they lie
-    evenly in [0, 1), in every share of every split as well.
+    evenly in [0, 1), and so do those of every share of every split.
 
-    Source: Cranley and Patterson, 1976 (a lattice turned at random).
+    Source: Cranley and Patterson, 1976 (a randomly shifted lattice).
     """
     turn = keyed_uniform(*key)
     found = [0.0] * size
@@ -212,7 +212,7 @@ def pyramid_noise(noise: Tensor, iterations: int, discount: float, *key: int | s
         n = noise + sum_i discount^i * upsample(normal(C, h / r_i^i, w / r_i^i))    r_i uniform in [2, 4), i = 0, 1, ...
         n / std(n)
 
-    It ends at the first level with a side of one cell. Level 0 has the full resolution, as kohya's has.
+    Levels end at the first one with a side of one cell. Level 0 has the full resolution, as kohya's does.
 
     Source: J. Whitaker, "Multi-Resolution Noise for Diffusion Model Training" (2023), as kohya-ss/sd-scripts'
     --multires_noise_iterations does it. Differs from kohya: the standard deviation is a sample's own, not the
@@ -222,7 +222,7 @@ def pyramid_noise(noise: Tensor, iterations: int, discount: float, *key: int | s
         noise: (C, h, w), standard normal, float32, on the CPU.
         iterations: levels at most.
         discount: factor from one level to the next, in (0, 1].
-        key: of the draws, such as (seed, "pyramid", sample_id, count).
+        key: key of the draws, such as (seed, "pyramid", sample_id, count).
 
     Returns:
         (C, h, w), float32, of standard deviation 1.

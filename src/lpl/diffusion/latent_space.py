@@ -20,7 +20,7 @@ class LatentSpace:
         shift: likewise.
 
     Raises:
-        ValueError: no such tensors.
+        ValueError: they are no such tensors.
     """
 
     scale: Tensor
@@ -43,12 +43,12 @@ class LatentSpace:
 
     @staticmethod
     def standardised(mean: Any, std: Any) -> "LatentSpace":
-        """raw = latents * std + mean, of numbers per channel, whatever a config's scaling_factor says (GLM-Image)."""
+        """raw = latents * std + mean, with numbers per channel, ignoring a config's scaling_factor (GLM-Image)."""
         return LatentSpace.from_config(SimpleNamespace(latents_mean=list(mean), latents_std=list(std)))
 
     @staticmethod
     def from_vae(vae: Any) -> "LatentSpace":
-        """The rule that a VAE states: of its statistics where it holds them as buffers, else of its config.
+        """The rule that a VAE states: from its statistics where it holds them as buffers, else from its config.
 
             batch norm `bn` of 2 x 2 cells as channels (Flux.2):   raw = latents * sqrt(var + eps) + mean, per phase
             buffers latents_mean and latents_std (LTX):            raw = latents * std / scaling_factor + mean
@@ -76,7 +76,7 @@ class LatentSpace:
         """The rule that a VAE's config states.
 
             latents_mean and latents_std given:   raw = latents * std / scaling_factor + mean
-            these alone (Qwen-Image, Wan):        raw = latents * std + mean
+            no scaling_factor (Qwen-Image, Wan):  raw = latents * std + mean
             otherwise:                            raw = latents / scaling_factor + shift_factor (0 where unset)
 
         Args:
@@ -92,7 +92,7 @@ class LatentSpace:
         factor = 1.0 if factor is None else factor
         if mean is None or std is None:
             std, mean = [1.0], [getattr(config, "shift_factor", None) or 0.0]
-        # As plain numbers: a plan builds networks that hold none.
+        # Plain numbers, since the networks that a plan builds hold no values.
         if not all(is_number(x) and math.isfinite(x) for x in (factor, *mean, *std)) or not all((factor, *std)):
             raise ValueError(
                 f"vae.config: scaling_factor {factor}, means {mean} and deviations {std} map no latents: correct them "

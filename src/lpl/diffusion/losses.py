@@ -1,12 +1,12 @@
 """The diffusion loss of each sample: squared or pseudo-Huber error, its weight by SNR, and masks.
 
-The threshold c of the scheduled pseudo-Huber loss is each sample's own:
+The threshold c of the scheduled pseudo-Huber loss is set per sample:
 
     loss = 2 c (sqrt(d^2 + c^2) - c)    of each difference d: d^2 where |d| << c, 2 c |d| where |d| >> c
 
 Source: Khrapov et al. 2024, "Improving Diffusion Models's Data-Corruption Resistance using Scheduled Pseudo-Huber Loss"
 (arXiv 2403.16728), in the form of kohya-ss/sd-scripts' --loss_type huber: twice the paper's delta^2 (sqrt(1 +
-(d / delta)^2) - 1), of each value by itself, so that it meets the mean squared error for large c.
+(d / delta)^2) - 1), for each value separately, so that for large c it approaches the mean squared error.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def huber_threshold(
 
 
 DEBIASED_MAX_SNR = 1000.0
-"""Debiased estimation takes no SNR for higher than this (kohya-ss/sd-scripts' bound)."""
+"""Debiased estimation clamps the SNR to this (kohya-ss/sd-scripts' bound)."""
 
 
 def debiased_weight(snr: Tensor, prediction_type: str) -> Tensor:
@@ -60,7 +60,7 @@ def debiased_weight(snr: Tensor, prediction_type: str) -> Tensor:
     Source: Yu et al. 2023, "Debias the Training of Diffusion Models" (arXiv 2310.08442); the bound is kohya's.
 
     Raises:
-        ValueError: a prediction type that is none of epsilon, v_prediction and sample.
+        ValueError: the prediction type is not epsilon, v_prediction or sample.
     """
     # Written so that SNR = 0 gives 0 for v and sample, and no 0 * inf.
     if prediction_type == "epsilon":
@@ -88,7 +88,7 @@ def p2_weight(snr: Tensor, gamma: float, k: float, prediction_type: str) -> Tens
 
 
 def _per_snr(snr: Tensor, prediction_type: str) -> Tensor:
-    """What turns SNR * w, the weight on the error of x0, into the weight on the output's error."""
+    """The factor that turns SNR * w, the weight on the error of x0, into the weight on the output's error."""
     if prediction_type == "v_prediction":
         return 1 / (snr + 1)
     if prediction_type == "sample":
@@ -148,9 +148,9 @@ def diffusion_loss(
 
     f(d) = d^2, or with huber_c, (B,) and above 0:    f(d) = 2 c (sqrt(d^2 + c^2) - c)
 
-    With a mask m, (B, 1, ...) in [0, 1], the mean is sum(m f) / (C sum(m)), as LPL's is at each layer: however small
-    the marked part, it has the gradient of a whole image, and LPL keeps its share. 0 where the mask is 0 everywhere.
-    Differs from kohya-ss/sd-scripts and OneTrainer's default, which divide by the whole area.
+    With a mask m, (B, 1, ...) in [0, 1], the mean is sum(m f) / (C sum(m)), as LPL's at each layer: a small masked
+    region has as much gradient as a whole image, and LPL keeps its share. 0 where the mask is 0 everywhere. Differs
+    from kohya-ss/sd-scripts and OneTrainer's default, which divide by the whole area.
     """
     square = (model_output.float() - target.float()).square()
     if huber_c is not None:

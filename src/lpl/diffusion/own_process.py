@@ -1,4 +1,4 @@
-"""A process of the caller's own, x = alpha * x0 + sigma * eps, without a schedule: what a loop knows of its noise."""
+"""A process of the caller's own, x = alpha * x0 + sigma * eps, without a schedule."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ import torch
 from torch import Tensor
 
 AlphaSigma = Callable[[Any], tuple[Tensor, Tensor]]
-"""alpha and sigma, (B,) each, of what the loop calls time, (B,)."""
+"""From the loop's times, (B,), to alpha and sigma, (B,) each."""
 
 RULES: dict[str, tuple[str, Callable[[Tensor, Tensor], Tensor]]] = {
     "v_prediction": ("alpha^2 + sigma^2", lambda alpha, sigma: alpha.square() + sigma.square()),
     "flow": ("alpha + sigma", torch.add),
     "flow_to_data": ("alpha + sigma", torch.add),
 }
-"""What is 1 in the processes that a prediction type is of."""
+"""What must be 1 in a process of a prediction type."""
 ROUNDING = 1e-2
-"""Of that 1: coefficients may be of half precision."""
+"""Tolerance for that 1: coefficients may be of half precision."""
 ROUNDED = 1e-4
-"""Below 0: such as the cosine of pi / 2."""
+"""Tolerance below 0, for values such as the cosine of pi / 2."""
 
 
 @dataclass(frozen=True)
 class OwnProcess:
-    """Coefficients by a function of time, or as they are handed over.
+    """Coefficients from a function of time, or as the caller passes them.
 
     Args:
         function: alpha and sigma of times; None: levels are the pair (alphas, sigmas).
@@ -42,7 +42,7 @@ class OwnProcess:
         """The coefficients of noisy latents, (B,) float64 each, on the CPU.
 
         Raises:
-            ValueError: they are no pair of finite (B,) of 0 or more, or not of a process that prediction_type is of.
+            ValueError: they are no pair of finite (B,) of 0 or more, or break the rule of prediction_type (RULES).
         """
         source = "alphas and sigmas" if self.function is None else "alpha_sigma"
         pair = levels if self.function is None else self.function(levels)

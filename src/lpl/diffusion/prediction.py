@@ -9,9 +9,9 @@ A noisy latent is x = alpha * x0 + sigma * eps (flow matching: alpha = 1 - s, si
     flow_to_data   o = x0 - eps                x0 = x + sigma * o               |dx0/do| = sigma
     edm()          o = F of edm()              x0 = c_skip * x + c_out * o      |dx0/do| = c_out
 
-v_prediction is of processes with alpha^2 + sigma^2 = 1, flow and flow_to_data of alpha + sigma = 1, the others of any.
-Whatever else is linear in x and o is a function of alpha and sigma that gives c_skip and c_out (Convention). Time that
-runs the other way, t = 1 being data, is sigma = 1 - t.
+v_prediction needs a process with alpha^2 + sigma^2 = 1, flow and flow_to_data one with alpha + sigma = 1, the others
+any. Any other x0 that is linear in x and o is given by a function from alpha and sigma to c_skip and c_out
+(Convention). If time runs the other way, with t = 1 as data, then sigma = 1 - t.
 
 Sources: Ho et al. 2020 (epsilon), Salimans & Ho 2022 (v), Lipman et al. 2023 and Liu et al. 2023 (flow), Karras et al.
 2022 (EDM). Everything is computed in float32 from the float32 noisy latent; never by scheduler.step, which clamps.
@@ -43,13 +43,14 @@ def edm(sigma_data: float = 0.5) -> Convention:
 
         x0 = c_skip * x + c_out * F    c_skip = d^2 / (s^2 + d^2) / alpha    c_out = s * d / sqrt(s^2 + d^2)
 
-    Source: Karras et al. 2022 (arXiv 2206.00364), table 1; alpha other than 1 is ours: it is the rule for x / alpha.
+    Source: Karras et al. 2022 (arXiv 2206.00364), table 1; for alpha other than 1, not in the paper, its rule is
+    applied to x / alpha.
 
     Args:
         sigma_data: d, the standard deviation of the latents that the network was built for.
 
     Raises:
-        ValueError: no positive number.
+        ValueError: sigma_data is no positive number.
     """
     positive("sigma_data", sigma_data)
 
@@ -87,7 +88,7 @@ def add_noise(latents: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> T
 
 
 def coefficients_of(convention: Convention, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """c_skip and c_out of a convention of the caller's, (B,) each.
+    """c_skip and c_out of a caller's own convention, (B,) each.
 
     Raises:
         ValueError: it is not a function of alpha and sigma that gives two tensors (B,).
@@ -110,7 +111,7 @@ def x0_from_output(
     """The clean latent that a model output implies, by the table above.
 
     Args:
-        model_output: (B, C, ...), any float dtype; computed with as float32.
+        model_output: (B, C, ...), any float dtype; cast to noisy_latents' dtype.
         noisy_latents: (B, C, ...), float32 or float64, model space.
         alpha, sigma: (B,), the coefficients that made noisy_latents.
         prediction_type: one of PREDICTION_TYPES, or a Convention.

@@ -6,7 +6,7 @@ A noisy latent is x = alpha * x0 + sigma * eps. Levels rise with the noise:
     Flow        sigma in [0, 1]              alpha = 1 - sigma; counted in timesteps, t = T * sigma
 
 A level is drawn by inverting its distribution function at a quantile p in [0, 1), so draws can be keyed and stratified
-(draws.py). Of Flow, with Phi the normal distribution function and s the shift:
+(draws.py). For Flow, with Phi the normal distribution function and s the shift:
 
     uniform         u = p
     logit_normal    u = 1 / (1 + exp(-(mean + std * Phi^-1(p))))
@@ -14,8 +14,8 @@ A level is drawn by inverting its distribution function at a quantile p in [0, 1
     sigma = s u / (1 + (s - 1) u)
 
 Sources: Ho et al. 2020 (Discrete); Lipman et al. 2023, Liu et al. 2023 (Flow); Esser et al. 2024 (arXiv 2403.03206),
-sections 3.1 (the distributions) and 5.3.2 (the shift). Differs from diffusers' scripts: their logit_mean is that of
-1 - u, of the other sign than here and in the paper.
+sections 3.1 (the distributions) and 5.3.2 (the shift). Differs from diffusers' scripts: their logit_mean is for 1 - u,
+so its sign is opposite to the one here and in the paper.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from lpl.diffusion.draws import timestep_probabilities
 from lpl.diffusion.prediction import FLOW_TYPES, alpha_sigma_table
 
 FLOW_TIMESTEPS = 1000
-"""What timesteps of flow matching count in where nothing else is said."""
+"""Number of timesteps T for flow matching, by default."""
 MODE_SCALES = (-1.0, 2 / (math.pi - 2))
-"""Between which `mode` draws each level once."""
+"""Range of mode_scale in which the map from p to u is one-to-one."""
 BISECTIONS = 64
 
 Passes = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Of levels, alpha and sigma, (B,) each, which pass, (B,) bool: all up to some level."""
+"""From levels, alpha and sigma, (B,) each, which pass, (B,) bool; all levels up to some bound must."""
 
 
 class Distribution(NamedTuple):
@@ -55,7 +55,7 @@ class Distribution(NamedTuple):
     bias: tuple[str, float, float, int, int] = ("none", 1.0, 0.25, 0, 1000)
     """Strategy, multiplier, portion, begin and end: see timestep_probabilities."""
     shift: float | Literal["resolution"] = 1.0
-    """Of a flow: above 1 draws more noise; by the number of latent cells, see Flow.dynamic_shift."""
+    """For a flow: above 1 draws more noise; "resolution": by the number of latent cells, see Flow.dynamic_shift."""
     cells: int = 1
     """h * w of a run's usual latents, for a shift by resolution."""
 
@@ -64,7 +64,7 @@ UNIFORM = Distribution()
 
 
 def _check(distribution: Distribution) -> None:
-    """Raises a ValueError where a value is of another kind."""
+    """Raises a ValueError where a value is no number."""
     for name in ("logit_mean", "logit_std", "mode_scale"):
         if not is_number(getattr(distribution, name)):
             raise ValueError(f"Distribution: {name} must be a number, not {getattr(distribution, name)!r}")
@@ -79,7 +79,7 @@ class Schedule(Protocol):
 
     @property
     def num_timesteps(self) -> int:
-        """T: what thresholds, bins and reports count in."""
+        """T, the unit of thresholds, bins and reports."""
 
     @property
     def is_flow(self) -> bool:
@@ -87,27 +87,27 @@ class Schedule(Protocol):
 
     @property
     def shift(self) -> float | Literal["resolution"]:
-        """The model's own, of flow matching: see Distribution."""
+        """The model's own shift, for flow matching: see Distribution."""
 
     def drawing(self, distribution: Distribution) -> Schedule:
         """The same schedule with levels drawn from a distribution.
 
         Raises:
-            ValueError: a distribution that this kind of schedule has not, or with nothing left to draw.
+            ValueError: a distribution that this kind of schedule does not support, or with nothing left to draw.
         """
 
     def levels(self, quantiles: Sequence[float], cells: int | None = None) -> Tensor:
         """The levels, (B,), int64 or float64, at quantiles in [0, 1) of the distribution.
 
         Args:
-            cells: h * w of the latents, for a shift by resolution; None: the usual ones'.
+            cells: h * w of the latents, for a shift by resolution; None: Distribution.cells.
         """
 
     def at(self, timesteps: Sequence[float]) -> Tensor:
         """The levels, (B,), at timesteps in 0..T, which a discrete schedule rounds down."""
 
     def timesteps(self, levels: Tensor) -> Tensor:
-        """The timesteps that levels (B,) are at: integers of a discrete schedule."""
+        """The timesteps of levels (B,): integers for a discrete schedule."""
 
     def alpha_sigma(self, levels: Tensor) -> tuple[Tensor, Tensor]:
         """The coefficients of noisy latents, (B,) float64 each."""
@@ -175,8 +175,8 @@ class Flow:
     """Flow matching: x = (1 - sigma) * x0 + sigma * eps.
 
     Args:
-        dynamic_shift: (a, b): by resolution the shift is exp(a * cells + b). The default is Flux.1's, a line through
-            0.5 at 4 * 256 cells and 1.15 at 4 * 4096.
+        dynamic_shift: (a, b): the shift "resolution" is exp(a * cells + b). The default is Flux.1's, a line through 0.5
+            at 4 * 256 cells and 1.15 at 4 * 4096.
     """
 
     prediction_type: str = "flow"
@@ -240,7 +240,7 @@ class Flow:
         return s * u / (1 + (s - 1) * u)
 
     def _last(self, passes: Callable[[Tensor], Tensor], shape: Sequence[int]) -> Tensor:
-        """The largest quantile whose level passes, to a rounding: levels rise with it."""
+        """The largest quantile whose level passes, up to rounding; levels rise with the quantile."""
         low, high = torch.zeros(tuple(shape), dtype=torch.float64), torch.ones(tuple(shape), dtype=torch.float64)
         high = torch.where(passes(self._quantile(high)), 2.0, high)  # everything passes: low goes to 1
         for _ in range(BISECTIONS):
@@ -251,10 +251,10 @@ class Flow:
 
 
 def schedule_of(noise_scheduler: Any, prediction_type: str | None = None) -> Schedule:
-    """The schedule of a diffusers scheduler, all levels alike likely; a Schedule as it is.
+    """The schedule of a diffusers scheduler, all levels equally likely; a Schedule is returned as it is.
 
     Args:
-        noise_scheduler: with alphas_cumprod, or a flow-matching one without; None: flow matching, 1000 sigma as t.
+        noise_scheduler: with alphas_cumprod, or a flow-matching one without; None: flow matching, with t = 1000 sigma.
         prediction_type: what the model predicts; None: what the scheduler says ("flow" without alphas_cumprod).
 
     Raises:

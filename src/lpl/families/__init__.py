@@ -24,11 +24,11 @@ RESULT_NAMES = (
     "model_index.json", "unet/", "transformer/", "vae/", "scheduler/", "text_encoder/", "text_encoder_#/", "tokenizer/",
     "tokenizer_#/", "image_encoder/", "feature_extractor/", "pytorch_lora_weights.safetensors",
 )  # fmt: skip
-"""What a pipeline or an adapter is written to: names of a run's result; # stands for a number, / ends a folder's."""
+"""Names of a run's result, a pipeline's or an adapter's: # stands for a number, / ends the name of a folder."""
 
 
 def kind_of_class(name: Any) -> Kind | None:
-    """The family that a pipeline's class, by its name, belongs to."""
+    """The family of a pipeline's class, by the class's name."""
     return next((kind for kind in KINDS if isinstance(name, str) and name.startswith(kind.pipelines)), None)
 
 
@@ -47,7 +47,7 @@ def kind_of(config: ModelConfig) -> Kind:
     path = Path(name)
     known = next((kind for kind in KINDS if kind.published_as(name) and not path.exists()), None)
     if known is None and not name.endswith(".safetensors"):
-        with suppress(UserError):  # which the checks of the first will say
+        with suppress(UserError):  # the checks of the first family report it
             known = kind_of_class(reader(path, name, config)(INDEX).get("_class_name"))
     return known or KINDS[0]
 
@@ -89,14 +89,14 @@ def check_export(config: ModelConfig, single_file: bool, lora: Path | None) -> N
 
 
 def as_trained(config: ModelConfig, lora: Path) -> ModelConfig:
-    """The options of a model with those of its schedule that a run was given that trained this LoRA, if it says any."""
+    """A model's options with the schedule options of the run that trained this LoRA, if the file states any."""
     from lpl.families.schedulers import lora_options
 
     return replace(config, **lora_options(lora))
 
 
 def kohya_lora(lora: Path, config: ModelConfig, title: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """A LoRA file of diffusers' naming in kohya's, and its metadata; of a DoRA's model the weights are loaded."""
+    """A LoRA file of diffusers' naming in kohya's, and its metadata; for a DoRA the model's weights are loaded."""
     from lpl.families.lora_files import is_dora
 
     kind = kind_of(config)
@@ -112,7 +112,7 @@ def kohya_lora(lora: Path, config: ModelConfig, title: str) -> tuple[dict[str, t
 
 
 def with_lora_weights(config: ModelConfig) -> ModelConfig:
-    """The options of a model with those that --lora_weights decides; refuses a file that does not go with them."""
+    """A model's options with those that --lora_weights decides; refuses a file that does not fit them."""
     if config.lora_weights is None:
         return config
     if config.continued_lora is None:
@@ -124,7 +124,7 @@ def with_lora_weights(config: ModelConfig) -> ModelConfig:
 
 
 def lora_layers(config: ModelConfig, denoiser: Any) -> dict[str, Layer]:
-    """The layers of --lora_weights, by the denoiser's modules, if it is trained on; see lora_start.layers_of."""
+    """The layers of --lora_weights, by the denoiser's modules, if its training continues; see lora_start.layers_of."""
     if config.continued_lora is None:
         return {}
     from lpl.families.lora_start import layers_of

@@ -1,4 +1,4 @@
-"""AuraFlow: flow matching on a transformer of two streams, then one, whose captions a UMT5 reads."""
+"""AuraFlow: flow matching with a transformer of two streams, then one; a UMT5 encodes the captions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lpl.families.published import FLOW_SCHEDULER
 from lpl.families.sdxl_configs import PUBLISHED as SDXL
 
 MAX_LENGTH = 256
-"""Tokens of a text, as the pipeline has them by default; the transformer reads zeros in the place of what lacks."""
+"""Tokens of a text, as in the pipeline by default; the transformer reads zeros in place of missing ones."""
 
 PUBLISHED: dict[str, Any] = {
     "index": {"_class_name": "AuraFlowPipeline", "text_encoder": ["transformers", "UMT5EncoderModel"]},
@@ -52,7 +52,7 @@ def denoise(
     text: Mapping[str, Tensor],
     extra: Mapping[str, Tensor],
 ) -> Tensor:
-    """See families.base.Family.denoise; the time that the transformer is given is sigma."""
+    """See families.base.Family.denoise; the transformer gets sigma as its time."""
     output: Tensor = denoiser(
         hidden_states=noisy_latents,
         timestep=levels,
@@ -70,8 +70,8 @@ def whole(embeds: Tensor) -> Tensor:
 class Model(OwnLengthFamily):
     """An AuraFlowPipeline taken apart for training.
 
-    A caption's text is the UMT5's last hidden states of as many tokens as it has: to the transformer it does not matter
-    on which side of them the zeros are.
+    A caption's text is the UMT5's last hidden states of the caption's own tokens; the side on which zeros are added
+    does not matter to the transformer.
     """
 
     kind = AURAFLOW_KIND
@@ -89,7 +89,7 @@ class Model(OwnLengthFamily):
         found: dict[str, Tensor] = {}
         for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
             embeds = whole(self.prompt_row(text)[None])
-            found |= {f"{name}_embeds": embeds, f"{name}_attention_mask": torch.ones(1, MAX_LENGTH)}  # asked, not used
+            found |= {f"{name}_embeds": embeds, f"{name}_attention_mask": torch.ones(1, MAX_LENGTH)}  # asked, unused
         return found
 
 

@@ -1,4 +1,4 @@
-"""What the trainer asks of a model family. Everything that knows a model's name lives behind this."""
+"""The interface between the trainer and a model family. Only code behind it knows names of models."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from lpl.diffusion.latent_space import LatentSpace
 from lpl.diffusion.schedule import Schedule
 
 DECODED_PIXELS = 1024
-"""Side of the largest image that is decoded at once: for SDXL 3 GiB in float32, less than its UNet takes."""
+"""Side of the largest image that is decoded at once: 3 GiB in float32 for SDXL, less than its UNet takes."""
 
 
 ORIGIN = {"architectures", "dtype", "torch_dtype", "transformers_version", "name_or_path"}
-"""Keys of configs that say where a part came from: weights are hashed as they are."""
+"""Keys of configs that say where a part came from; they do not matter, since weights are hashed."""
 IDLE = ORIGIN | {"scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast", "sample_size"}
 """Keys of configs that do not act on raw latents in float32, nor on embeddings."""
 
@@ -30,17 +30,17 @@ class Family(Protocol):
     denoiser: Any
     """The network that is trained, float32 (LoRA: base weights in the run's precision).
 
-    With --train_text_encoder a module of denoiser and text encoders; what is named denoiser below is then this module,
-    and the names of its parameters begin with those of the components that have learning rates of their own.
+    With --train_text_encoder a module of denoiser and text encoders, which is then what `denoiser` means below; its
+    parameters' names begin with the names of the components that have their own learning rates.
     """
     vae: Any
     """The frozen VAE, float32, in eval mode."""
     latent_space: LatentSpace
-    """Between the VAE's raw latents and what the denoiser is trained on, of the same shape."""
+    """Maps between the VAE's raw latents and those that the denoiser is trained on, of the same shape."""
     schedule: Schedule
-    """The training schedule; how levels are drawn from it is the run's business."""
+    """The training schedule; the run decides how levels are drawn from it."""
     lora_targets: Mapping[str, tuple[str, ...]]
-    """By --lora_targets, names of the denoiser's layers that a LoRA is put on."""
+    """For each value of --lora_targets, the names of the denoiser's layers that get a LoRA."""
     latent_key: str
     """Hash of the image encoder's weights and settings."""
     latent_stride: int
@@ -48,11 +48,11 @@ class Family(Protocol):
     text_key: str
     """Hash of the text encoders' weights and settings."""
     lora_says: Mapping[str, str]
-    """What files of LoRAs are to say of their training, as metadata."""
+    """Metadata on the training to be written to LoRA files."""
 
     @property
     def text_encoders(self) -> Sequence[Any]:
-        """In eval mode; with --train_text_encoder those that it trains are parts of the denoiser."""
+        """The text encoders, in eval mode; with --train_text_encoder the trained ones are parts of the denoiser."""
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior mean and std, raw latents (B, C, h, w), float32 on the CPU, of pixels (B, 3, H, W) in [-1, 1]."""
@@ -66,7 +66,7 @@ class Family(Protocol):
         """
 
     def entry_bytes(self, height: int, width: int) -> tuple[int, int]:
-        """Bytes of what is cached in float32 of an image of this size, in pixels, and of a caption."""
+        """Bytes cached in float32 for an image of this size, in pixels, and for a caption."""
 
     def denoise(
         self,
@@ -79,16 +79,16 @@ class Family(Protocol):
         """The model's output, (B, C, h, w), in terms of the schedule's prediction type (flow: noise - latents).
 
         Args:
-            noisy_latents: (B, C, h, w), float32, model space, on the VAE's grid: packing is done here.
+            noisy_latents: (B, C, h, w), float32, model space, on the VAE's grid; this method packs them.
             levels: (B,), timesteps of a discrete schedule, int64, or sigma of flow matching, float32.
             extra: sizes, (B, 6) = original (h, w), crop (y, x), target (h, w).
         """
 
     def prepare_prompt(self, prompt: str, negative_prompt: str = "") -> None:
-        """Encodes a prompt for `sample`, while the text encoders are at hand; not with those that are trained.
+        """Encodes a prompt for `sample` while the text encoders are on the device, except with trained ones.
 
-        `sample` then does that itself, with the weights of the denoiser it is given. A negative prompt of "" is the
-        model's own idea of none.
+        With trained text encoders `sample` encodes it, with the weights in the denoiser that it gets. A negative prompt
+        of "" means the model's own default.
         """
 
     def free_encoders(self) -> None:
@@ -106,32 +106,32 @@ class Family(Protocol):
         resolution: int,
         proceed: Callable[[], None] = lambda: None,
     ) -> Tensor:
-        """Raw latents, (1, C, h, w), float32, on the CPU, of an image of a prepared prompt; denoiser in eval mode.
+        """Raw latents, (1, C, h, w), float32, on the CPU, of an image for a prepared prompt; denoiser in eval mode.
 
-        Before every sampling step and after the last `proceed` is called, which raises to stop there. The VAE may be
-        anywhere.
+        `proceed` is called before every sampling step and after the last; it raises to stop the sampling. The VAE may
+        be on any device.
         """
 
     def decode(self, raw_latents: Tensor) -> Image.Image:
-        """The image of (1, C, h, w) raw latents, in float32; of a side beyond 1024 pixels, in tiles of that."""
+        """The image of (1, C, h, w) raw latents, in float32; with a side over 1024 pixels in tiles of that size."""
 
     def export(self, denoiser: nn.Module, folder: Path) -> None:
         """Writes a pipeline with this denoiser that `from_pretrained` loads and that says its prediction type."""
 
     def save_denoiser(self, denoiser: nn.Module, folder: Path) -> None:
-        """Writes what is trained alone, in the subfolders that `from_pretrained` takes it from in a pipeline."""
+        """Writes only what is trained, in the subfolders where `from_pretrained` expects it in a pipeline."""
 
     def export_lora(self, denoiser: nn.Module, folder: Path) -> None:
-        """Writes the denoiser's adapter as `load_lora_weights` expects it, with what it was trained on."""
+        """Writes the denoiser's adapter as `load_lora_weights` expects it, with metadata on its training."""
 
     def kohya_lora(self, denoiser: nn.Module, lora: Path, title: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Tensors and metadata of a file of export_lora in kohya's naming, see lora_names.renamed_lora.
+        """A file of export_lora in kohya's naming: its tensors and metadata, see lora_names.renamed_lora.
 
         Args:
             denoiser: with the adapter.
 
         Raises:
-            UserError: no such names are known of the family.
+            UserError: kohya's names of the family's layers are not known.
         """
 
 
@@ -144,7 +144,7 @@ class Exported(Protocol):
         """Names and tensors of a single file, and its metadata.
 
         Raises:
-            UserError: a model that none is known of.
+            UserError: no single-file format is known for the model.
         """
 
     def save_folder(self, folder: Path) -> None:
@@ -152,7 +152,7 @@ class Exported(Protocol):
 
 
 class Blueprint(Protocol):
-    """What a plan asks of a model family: networks without trained weights, and inputs of their shapes."""
+    """What a plan needs of a model family: networks without trained weights, and inputs of the right shapes."""
 
     lora_targets: Mapping[str, tuple[str, ...]]
     trained_encoders: int
@@ -167,7 +167,7 @@ class Blueprint(Protocol):
     """Family.denoise."""
 
     def denoiser(self) -> Any:
-        """The network that is trained, float32, built on the device that is the default now."""
+        """The network that is trained, float32, built on the current default device."""
 
     def vae(self) -> Any:
         """The VAE, float32, frozen and in eval mode."""
@@ -176,10 +176,10 @@ class Blueprint(Protocol):
         """The text encoders, float32."""
 
     def tokens(self, batch: int) -> Sequence[Tensor]:
-        """Token ids of so many captions for each text encoder, as it takes them at once: a chunk of each caption."""
+        """Token ids of `batch` captions for each text encoder, as it takes them at once: a chunk of each caption."""
 
     def text(self, batch: int) -> dict[str, Tensor]:
-        """What encode_text gives for so many captions: values do not matter, shapes do."""
+        """What encode_text gives for `batch` captions: only shapes matter."""
 
 
 def acting(config: Mapping[str, Any], idle: set[str]) -> dict[str, Any]:
@@ -188,14 +188,14 @@ def acting(config: Mapping[str, Any], idle: set[str]) -> dict[str, Any]:
 
 
 def config_settings(config: Mapping[str, Any]) -> str:
-    """What of a module's config may act on what it makes of its input, beside its weights."""
+    """The part of a module's config that can affect its output, besides its weights."""
     return json.dumps(acting(config, IDLE), sort_keys=True, default=str)
 
 
 def tokenizer_settings(tokenizer: Any) -> list[Any]:
     """All that token ids depend on."""
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
-    rules |= {"truncation": None, "padding": None}  # of its latest call
+    rules |= {"truncation": None, "padding": None}  # left from the latest call
     sides = (tokenizer.model_max_length, tokenizer.padding_side, tokenizer.pad_token_type_id)
     ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     template = [tokenizer.chat_template] if getattr(tokenizer, "chat_template", None) else []

@@ -1,4 +1,4 @@
-"""Chroma: Flux.1's blocks without its CLIP and its guidance; a T5's tokens count, and one of padding after them."""
+"""Chroma: Flux.1's blocks without its CLIP and its guidance; it reads a T5's tokens and one of padding after them."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ PUBLISHED: dict[str, Any] = {
     "text_encoder": T5_XXL | {"dtype": "bfloat16"},
     "scheduler": FLOW_SCHEDULER | {"shift": 1.0},
 }
-"""Configs of Chroma1-HD: the class's defaults; a schedule without a shift, as that of Flux.1 schnell, its origin."""
+"""Configs of Chroma1-HD: the class's defaults, and a schedule without a shift, as in its origin Flux.1 schnell."""
 
 LORA_TARGETS = {
     "attention": flux.ATTENTION,
     "attention_mlp": (*flux.ATTENTION, *flux.MLP),
-    "all": (*flux.ATTENTION, *flux.MLP),  # what modulates is in no block
+    "all": (*flux.ATTENTION, *flux.MLP),  # no block has modulation layers
 }
 
 
 class ChromaPipeline(diffusers.ChromaPipeline):
-    """diffusers' class of that name, with a mask that masks.
+    """diffusers' class of that name, with a mask that really masks.
 
-    Differs from diffusers (0.42.1): there it is of numbers, which attention adds to its logits, so that tokens that do
-    not count are read, too, a little less than the others.
+    Differs from diffusers (0.42.1): there the mask is numeric, and attention adds it to its logits, so that masked
+    tokens are read, too, only a little less than the others.
     """
 
     def _get_t5_prompt_embeds(self, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
@@ -52,7 +52,7 @@ class ChromaPipeline(diffusers.ChromaPipeline):
 
 @contextmanager
 def masked(transformer: Any, mask: Tensor | None) -> Iterator[None]:
-    """Hands a mask on to recomputed blocks that the transformer calls without: of one stream (diffusers 0.42.1)."""
+    """Passes a mask to recomputed blocks of one stream, which the transformer calls without it (diffusers 0.42.1)."""
     if mask is None or not transformer.gradient_checkpointing:
         yield
         return
@@ -78,13 +78,13 @@ def denoise(
 ) -> Tensor:
     """See families.base.Family.denoise: cells of 2 x 2 are tokens of 4 C values, (B, h w / 4, 4 C).
 
-    Captions of one length go without a mask, which attention is faster without.
+    Captions of one length get no mask, since attention is faster without.
     """
     (batch, channels, height, width), device = noisy_latents.shape, noisy_latents.device
     embeds, counted = trimmed(text["prompt_embeds"].to(noisy_latents.dtype), text["lengths"].tolist())
     packed = ChromaPipeline._pack_latents(noisy_latents.contiguous(), batch, channels, height, width)
     mask = None if counted is None else torch.cat([counted, counted.new_ones(packed.shape[:2])], 1)
-    with device:  # made there: what is sent from the host would be waited for
+    with device:  # made on the device: a copy from the host would wait
         img_ids = ChromaPipeline._prepare_latent_image_ids(batch, height // 2, width // 2, device, torch.float32)
     with masked(getattr(denoiser, "module", denoiser), mask):  # an engine may have wrapped it
         output = denoiser(
@@ -103,8 +103,8 @@ def denoise(
 class Model(OwnLengthFamily):
     """A ChromaPipeline taken apart for training.
 
-    A caption's text is the T5's last hidden states of its tokens and of one of padding, which the model has learned to
-    read; the T5 itself reads none.
+    A caption's text is the T5's last hidden states of its tokens and of one padding token, which the model has learned
+    to read; the T5's own attention masks padding.
     """
 
     kind = CHROMA_KIND
@@ -139,7 +139,7 @@ class Plan(PipelineBlueprint):
 
     def text(self, batch: int) -> dict[str, Any]:
         embeds = torch.zeros(batch, MAX_LENGTH, self.configs["transformer"]["joint_attention_dim"])
-        return {"prompt_embeds": embeds, "lengths": np.full(batch, MAX_LENGTH)}  # read, which no fake tensor can be
+        return {"prompt_embeds": embeds, "lengths": np.full(batch, MAX_LENGTH)}  # an array: its values are read
 
 
 class Export(PipelineExport):

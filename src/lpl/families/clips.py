@@ -1,4 +1,4 @@
-"""What families share whose captions CLIPs read, which may be trained, and a T5, which stays frozen."""
+"""Shared by families whose captions are encoded by CLIPs, which may be trained, and by a T5, which stays frozen."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from lpl.families.pipeline_family import CPU, moved
 from lpl.families.sdxl_names import with_text
 
 LONG = "long_embeds"
-"""The field of the T5's hidden states, beside the tokens of CLIPs that are trained."""
+"""The field of the T5's hidden states, next to the tokens for trained CLIPs."""
 
 
 def fields(kind: Kind) -> list[str]:
-    """Those of the tokens of CLIPs that are trained: input_ids, input_ids_2."""
+    """Names of the fields with tokens for trained CLIPs: input_ids, input_ids_2."""
     return [part.replace("text_encoder", "input_ids") for part in kind.trained_text]
 
 
 class CLIPJointModel(JointModel):
-    """A transformer with its CLIPs before it, all layers of which act.
+    """A transformer with its CLIPs before it; all their layers affect the output.
 
     Args:
         family: the family's Model or Plan, whose `denoise` and `read` it runs.
@@ -44,7 +44,7 @@ class CLIPJointModel(JointModel):
         self._width = int(transformer.config.joint_attention_dim)
 
     def forward(self, noisy_latents: Tensor, levels: Tensor, text: Mapping[str, Tensor]) -> Tensor:
-        """The transformer's output, (B, C, h, w), for captions as tokens and what the T5 made of them."""
+        """The transformer's output, (B, C, h, w), for captions given as tokens and as the T5's hidden states."""
         output: Tensor = self._denoise(self.transformer, noisy_latents, levels, self.encode(text), {})
         return output
 
@@ -57,13 +57,13 @@ class CLIPJointModel(JointModel):
 class CLIPFamily(FrozenTextFamily):
     """A FrozenTextFamily whose CLIPs are trained where --train_text_encoder is given; its T5 never is.
 
-    What is cached of a caption is then tokens for the CLIPs, (B, 77), and the T5's hidden states.
+    Then tokens for the CLIPs, (B, 77), and the T5's hidden states are cached of a caption.
     """
 
     denoise: Callable[..., Tensor]
     read: Callable[[Sequence[Any], Sequence[Tensor], Tensor | None, int], dict[str, Tensor]]
-    """What the denoiser is given of tokens that CLIPs read and of the T5's hidden states, which are this wide; None: a
-    model without a T5."""
+    """The denoiser's inputs from the CLIPs, their tokens, the T5's hidden states (None: a model without a T5), and the
+    width of these."""
 
     @abstractmethod
     def embed_long(self, captions: list[str]) -> Tensor | None:
@@ -76,7 +76,7 @@ class CLIPFamily(FrozenTextFamily):
         if self.trains_text:
             clips = [encoder.float() for encoder in self._clips]
             self.lora_targets = with_text(self.lora_targets)
-            if self.denoiser is not None:  # lpl cache leaves it out
+            if self.denoiser is not None:  # lpl cache loads none
                 self.denoiser = CLIPJointModel(self, self.denoiser, clips)
 
     @property
@@ -88,7 +88,7 @@ class CLIPFamily(FrozenTextFamily):
         found = []
         for name, _ in zip(self.kind.tokenizers, self._clips, strict=False):
             tokenizer, texts = getattr(self.pipeline, name), captions
-            if isinstance(self.pipeline, TextualInversionLoaderMixin):  # embeddings of several tokens, as diffusers
+            if isinstance(self.pipeline, TextualInversionLoaderMixin):  # embeddings of several tokens, as in diffusers
                 texts = self.pipeline.maybe_convert_prompt(captions, tokenizer)
             limit = tokenizer.model_max_length
             own = tokenizer(texts, padding="max_length", max_length=limit, truncation=True, return_tensors="pt")
@@ -135,11 +135,11 @@ class CLIPBlueprint(PipelineBlueprint):
 
     @abstractmethod
     def embeds(self, batch: int) -> dict[str, Tensor]:
-        """What `read` gives for so many captions."""
+        """What `read` gives for `batch` captions."""
 
     @abstractmethod
     def long(self, batch: int) -> Tensor | None:
-        """What CLIPFamily.embed_long gives for so many captions."""
+        """What CLIPFamily.embed_long gives for `batch` captions."""
 
     def denoiser(self) -> Any:
         transformer = super().denoiser()

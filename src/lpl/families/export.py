@@ -1,4 +1,4 @@
-"""`lpl export`: checks first, then loads, merges and writes; what is half written never has the result's name."""
+"""`lpl export`: checks first, then loads, merges and writes; a half-written result never has its final name."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Request(NamedTuple):
     model: ModelConfig
     lora: Path | None
     flag: str
-    """How to call the model in an error."""
+    """The option or file that named the model, for errors."""
     said: Mapping[str, str] = {}
     """Metadata that the run was given for the files of its result."""
 
@@ -39,10 +39,10 @@ def resolve(options: ExportConfig, scratch: Path | None = None) -> Request:
     """The model and the LoRA that the options name.
 
     Args:
-        scratch: folder for the LoRA of a checkpoint; None: none is taken.
+        scratch: folder for the LoRA of a checkpoint; None: checkpoints are refused.
 
     Raises:
-        UserError: an unfinished run, a folder that is none, or options that cannot act.
+        UserError: an unfinished run, a folder that is not one of a result, or options that would have no effect.
     """
     folder = Path(options.source)
     if PATTERN.fullmatch(folder.name) and (folder.parent / CONFIG_FILE).is_file():
@@ -75,7 +75,7 @@ def resolve(options: ExportConfig, scratch: Path | None = None) -> Request:
 
 
 def _said(file: Path) -> dict[str, str]:
-    """The metadata that a run of all weights was given, by its config.yaml."""
+    """The metadata options of a run that trained all weights, from its config.yaml."""
     if not is_config_of_run(file):
         return {}
     given, _ = read_record(file)
@@ -83,13 +83,13 @@ def _said(file: Path) -> dict[str, str]:
 
 
 def _config_of(folder: Path) -> Path | None:
-    """config.yaml of the run whose result a folder holds, or which has saved this step in it."""
+    """config.yaml of the run whose result, or saved step, is in this folder."""
     above = [folder.parent.parent] if folder.parent.name.startswith(f"{SAVED}-") else []
     return next((path / CONFIG_FILE for path in (folder, *above) if (path / CONFIG_FILE).is_file()), None)
 
 
 def _of_lora(options: ExportConfig, config: ModelConfig, lora: Path, file: Path, said: Mapping[str, str]) -> Request:
-    """A LoRA with the model that a run's config names, or --base with what the run was given beside it."""
+    """A LoRA with the model that a run's config names, or with --base and the run's other options."""
     if options.base is not None:
         kept = ("prediction_type", "rescale_betas_zero_snr", "lora_weights", "merge_lora_weights")
         config = ModelConfig(options.base, **{name: getattr(config, name) for name in kept})
@@ -165,7 +165,7 @@ def _write(options: ExportConfig, request: Request, output: Path) -> str:
 
 
 def with_flag(request: Request, act: Callable[[], Any]) -> Any:
-    """Calls act; errors about the model name the option that it came by here."""
+    """Calls act; in errors about the model, names the option that gave it here."""
     try:
         return act()
     except UserError as error:
@@ -173,7 +173,7 @@ def with_flag(request: Request, act: Callable[[], Any]) -> Any:
 
 
 def _check_output(output: Path, options: ExportConfig) -> None:
-    """Refuses what cannot be written to; with --overwrite what is there may be a file or folder of the same kind."""
+    """Refuses an output that cannot be written; --overwrite allows replacing a file or folder of the same kind."""
     is_folder = options.to == "diffusers"
     if output.is_symlink() or (output.exists() and not options.overwrite):
         raise UserError(f"--output {output}: is there already; name another, or replace it with --overwrite")
@@ -181,7 +181,7 @@ def _check_output(output: Path, options: ExportConfig) -> None:
         inputs = (options.source, options.base, options.lora, options.pretrained_vae_model_name_or_path)
         for read in (Path(name).resolve() for name in inputs if name is not None):
             own = output.resolve()
-            beside = own.parent == read and own.name != LORA_FILE  # of a folder nothing else is read there
+            beside = own.parent == read and own.name != LORA_FILE  # nothing else in such a folder is read
             if own == read or own in read.parents or (read in own.parents and not beside):
                 raise UserError(f"--output {output}: --overwrite would replace what is read ({read}): name another")
         known = (output / INDEX_FILE).is_file() or not any(output.iterdir()) if output.is_dir() else output.is_file()
@@ -222,7 +222,7 @@ def _write_folder(model: Any, output: Path) -> None:
     replaced = output.with_name(f".{output.name}.lpl-old")
     shutil.rmtree(temporary, ignore_errors=True)
     if replaced.exists() and not output.exists():
-        replaced.rename(output)  # stopped in between, another time
+        replaced.rename(output)  # an earlier export was interrupted here
     shutil.rmtree(replaced, ignore_errors=True)
     try:
         model.save_folder(temporary)

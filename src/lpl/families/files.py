@@ -1,4 +1,4 @@
-"""A model's files before anything loads: JSON of a folder or the Hub, weights by their header alone."""
+"""Checks of a model's files before anything loads: JSON from a folder or the Hub, and headers of weights."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ VAE_FLAG = "--pretrained_vae_model_name_or_path"
 BESIDE_FLAG = "--single_file_config"
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 WEIGHTS = ("weight", "bias", "embedding", "projection")
-"""Endings of weights; positions and counters beside them are integers in every model."""
+"""Endings of weights; other tensors, such as positions and counters, are integers in every model."""
 SCALED = (".scale_weight", ".weight_scale", ".scale_input", ".input_scale")
-"""Endings of the factors that weights of scaled fp8 are to be multiplied by."""
+"""Endings of the factors that multiply the weights of scaled fp8."""
 INDEX = "model_index.json"
 UNET, FIRST_STAGE = "model.diffusion_model.", "first_stage_model."
 """How the names of the UNet's weights and of the VAE's begin in the original layout."""
@@ -38,13 +38,13 @@ def read_header(path: Path) -> dict[str, Any] | None:
 
 
 def check_weights(header: Mapping[str, Any], where: str) -> None:
-    """Refuses weights that would be loaded as other numbers than they stand for.
+    """Refuses weights whose stored numbers are not their values.
 
     Args:
         where: the flag and the file, for errors.
 
     Raises:
-        UserError: scaled fp8, what bitsandbytes has quantised, or weights of integers.
+        UserError: scaled fp8, weights quantised by bitsandbytes, or integer weights.
     """
     scaled = [key for key in header if key == "scaled_fp8" or key.endswith((*SCALED, ".comfy_quant"))]
     if scaled:
@@ -88,9 +88,9 @@ def checked_header(path: Path, where: str) -> dict[str, Any]:
 
 
 def transformer_entries(header: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a single file's header is of its denoiser, by the names behind the prefix that files of all parts have.
+    """The entries of a single file's header for its denoiser, without the prefix that files with all parts use.
 
-    Of a file without that prefix it is all.
+    A file without that prefix holds only the denoiser.
     """
     tensors = {key: entry for key, entry in header.items() if key != METADATA}
     inside = {key.removeprefix(UNET): entry for key, entry in tensors.items() if key.startswith(UNET)}
@@ -132,12 +132,12 @@ def check_inputs(header: Mapping[str, Any], where: str) -> None:
 
 
 def unet_parameters(header: Mapping[str, Any]) -> int:
-    """How many parameters the UNet has of a single file in the original layout."""
+    """The number of parameters of the UNet in a single file of the original layout."""
     return sum(math.prod(entry["shape"]) for key, entry in header.items() if key.startswith(UNET))
 
 
 def reader(path: Path, name: str, config: ModelConfig) -> Callable[[str], dict[str, Any]]:
-    """What reads a JSON file of the model, by its path in the model's folder."""
+    """A function that reads a JSON file of the model, by its path in the model's folder."""
     flag = FLAG if config.single_file_config is None else "--single_file_config"
     if path.is_dir():
         return lambda file: read_json(path / file, flag)
@@ -152,7 +152,7 @@ def read_hub(flag: str, name: str, file: str, revision: str | None, cache_dir: s
     """A JSON file of a model on the Hub.
 
     Raises:
-        UserError: why it cannot be had, in one line.
+        UserError: why it cannot be fetched, in one line.
     """
     from huggingface_hub import errors, hf_hub_download
 
@@ -180,11 +180,11 @@ def other_vae(config: ModelConfig, cls: str, channels: int) -> dict[str, Any] | 
     """The config of --pretrained_vae_model_name_or_path; None where it is not given.
 
     Args:
-        cls: of the family's VAEs.
-        channels: that the denoiser takes.
+        cls: class name of the family's VAEs.
+        channels: latent channels that the denoiser takes.
 
     Raises:
-        UserError: none there, one of another class or of other latents, or a folder without its weights.
+        UserError: there is no VAE, it has another class or other latents, or the folder lacks its weights.
     """
     name = config.pretrained_vae_model_name_or_path
     if name is None:
@@ -217,7 +217,7 @@ def read_json(file: Path, flag: str) -> dict[str, Any]:
 
 
 def check_complete(folder: Path, variant: str | None, networks: Sequence[str], tokenizers: Sequence[str]) -> None:
-    """Refuses a folder that lacks parts of a pipeline, whose subfolders these are.
+    """Refuses a folder that lacks one of a pipeline's parts; networks and tokenizers: the subfolders it needs.
 
     Raises:
         UserError: all that is missing, in one line.
@@ -253,13 +253,13 @@ def check_complete(folder: Path, variant: str | None, networks: Sequence[str], t
 
 
 def vae_stride(vae: Mapping[str, Any]) -> int | None:
-    """Pixels per latent by a VAE's config: every block but the last halves the size; None: it does not say."""
+    """Pixels per latent from a VAE's config: every block but the last halves the size; None: not stated."""
     widths = vae.get("block_out_channels") or vae.get("encoder_block_out_channels")
-    halving = vae.get("temperal_downsample")  # of a VAE of videos: which of the blocks that halve do so in time too
+    halving = vae.get("temperal_downsample")  # for a video VAE: which of the halving blocks also halve time
     blocks = widths or (halving and [*halving, None])
     return 2 ** (len(blocks) - 1) if isinstance(blocks, list | tuple) and 1 <= len(blocks) <= 16 else None
 
 
 def vae_channels(vae: Mapping[str, Any]) -> int:
-    """Channels of its latents by a VAE's config."""
+    """Latent channels from a VAE's config."""
     return int(vae.get("latent_channels", vae.get("z_dim", 4)))

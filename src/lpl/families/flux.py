@@ -1,4 +1,4 @@
-"""Flux.1 dev and schnell: flow matching on packed latents, with a T5 and the pooled embedding of a CLIP."""
+"""Flux.1 dev and schnell: flow matching on packed latents, with a T5 and a CLIP's pooled embedding."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lpl.families.published import CLIP_L, FLOW_SCHEDULER, T5_XXL, VAE_16
 
 DISTILLED_STEPS = 4
 TRAINED_GUIDANCE = 1.0
-"""What the guidance embedding is given in training: as the diffusers scripts do, no strengthening."""
+"""Input of the guidance embedding in training, as in diffusers' scripts: no strengthening."""
 
 PUBLISHED: dict[str, Any] = {
     "index": {
@@ -49,7 +49,7 @@ SCHNELL = PUBLISHED | {
     "transformer": PUBLISHED["transformer"] | {"guidance_embeds": False},
     "scheduler": FLOW_SCHEDULER | {"shift": 1.0},
 }
-"""The same of FLUX.1-schnell."""
+"""The same for FLUX.1-schnell."""
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 # By number: the transformer's last layer is called proj_out too.
@@ -63,7 +63,7 @@ LORA_TARGETS = {
 
 
 def text_length(transformer: Mapping[str, Any]) -> int:
-    """Tokens that the T5 reads, padding included, which the transformer reads too: 512, of schnell 256."""
+    """Tokens that the T5 reads and passes to the transformer, padding included: 512, for schnell 256."""
     return 512 if transformer.get("guidance_embeds") else 256
 
 
@@ -86,7 +86,7 @@ def denoise(
     is_guided = getattr(denoiser, "module", denoiser).config.guidance_embeds  # an engine may have wrapped it
     guidance = torch.full((batch,), TRAINED_GUIDANCE, device=device) if is_guided else None
     packed = FluxPipeline._pack_latents(noisy_latents.contiguous(), batch, channels, height, width)
-    with device:  # made there: what is sent from the host would be waited for
+    with device:  # made on the device: a copy from the host would wait
         img_ids = FluxPipeline._prepare_latent_image_ids(batch, height // 2, width // 2, device, torch.float32)
     output = denoiser(
         hidden_states=packed,

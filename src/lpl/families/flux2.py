@@ -17,7 +17,7 @@ from lpl.families.pipeline_export import PipelineExport
 from lpl.families.published import FLOW_SCHEDULER, QWEN3_4B
 
 MAX_LENGTH = 512
-"""Tokens that the Qwen3 reads, padding included, which the transformer reads too; as the pipeline does by default."""
+"""Tokens that the Qwen3 reads and passes to the transformer, padding included, as in the pipeline by default."""
 DISTILLED_STEPS = 4
 
 PUBLISHED: dict[str, Any] = {
@@ -85,7 +85,7 @@ ORIGINAL_FUSED = {
     "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
     "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
 }
-"""How the original transformer names what diffusers' has; its last modulation has the halves the other way round."""
+"""Maps diffusers' names to the original transformer's, whose last modulation has its two halves swapped."""
 
 
 def unpacked(tokens: Tensor, height: int, width: int) -> Tensor:
@@ -105,7 +105,7 @@ def denoise(
     """See families.base.Family.denoise: cells of 2 x 2 are tokens of 4 C values, (B, h w / 4, 4 C)."""
     device, embeds = noisy_latents.device, text["prompt_embeds"].to(noisy_latents.dtype)
     cells = Flux2KleinPipeline._patchify_latents(noisy_latents.contiguous())
-    with device:  # made there: what is sent from the host would be waited for
+    with device:  # made on the device: a copy from the host would wait
         txt_ids, img_ids = Flux2KleinPipeline._prepare_text_ids(embeds), Flux2KleinPipeline._prepare_latent_ids(cells)
     output = denoiser(
         hidden_states=Flux2KleinPipeline._pack_latents(cells),
@@ -122,8 +122,8 @@ def denoise(
 class Model(FrozenTextFamily):
     """A Flux2KleinPipeline taken apart for training; a caption of "" is what the pipeline uses for none.
 
-    A caption's text is what the Qwen3's layers 9, 18 and 27 give, side by side, padding included: (B, 512, 3 W).
-    Captions are encoded one by one: the states of all layers and the logits of a batch would be there at once.
+    A caption's text is the output of the Qwen3's layers 9, 18 and 27, concatenated, padding included: (B, 512, 3 W).
+    Captions are encoded one by one, since a batch would hold the states of all layers and the logits at once.
     """
 
     kind = KLEIN_KIND

@@ -1,4 +1,4 @@
-"""What families share whose text encoders are large: they stay frozen, in the precision of their files."""
+"""Shared by families with large text encoders, which stay frozen, in the precision of their files."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from lpl.families.joint import JointModel
 from lpl.families.pipeline_family import CPU, PipelineFamily, moved
 
 LENGTH_STEP = 32
-"""What lengths of text that count are rounded up to: few shapes in the cache."""
+"""Lengths of text are rounded up to a multiple of this, so that the cache has few shapes."""
 
 
 class FrozenTextFamily(PipelineFamily):
     """A PipelineFamily whose text encoders stay frozen, in the precision that they are stored in.
 
-    Fields of a caption have the names that the pipeline's call knows them by.
+    Fields of a caption are named as the arguments of the pipeline's call.
     """
 
     mask: str | None = None
-    """The field that marks the tokens that count, which are the first; None: all do."""
+    """The field that marks the tokens that count, always the first ones; None: all count."""
     chat: ClassVar[Mapping[str, Any] | None] = None
-    """What the tokenizer's chat template is given beside a caption; None: captions are read as they are."""
+    """Further arguments of the tokenizer's chat template; None: captions are read without a template."""
     max_length: int
-    """Tokens of a caption that the text encoder of the longest captions reads."""
+    """Maximum number of tokens of a caption, for the encoder that reads the longest captions."""
 
     @abstractmethod
     def embed(self, captions: list[str]) -> Mapping[str, Tensor | list[Tensor]]:
-        """What the pipeline makes of captions, (B, ...) each or B tensors, on the device."""
+        """The pipeline's embeddings of captions, (B, ...) each or B tensors, on the device."""
 
     @property
     def text_encoders(self) -> list[Any]:
@@ -49,7 +49,7 @@ class FrozenTextFamily(PipelineFamily):
         for encoder in self.text_encoders:
             encoder.eval().requires_grad_(False)
         for tokenizer in self._tokenizers:
-            # It would say of every long caption that it cannot be encoded: it is cut, which is said once.
+            # Silences a warning that a long caption cannot be encoded: it is cut, which is logged once.
             tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
         configs = [config_settings(encoder.config.to_dict()) for encoder in self.frozen_encoders]
         settings = [configs, [tokenizer_settings(tokenizer) for tokenizer in self._tokenizers], self.max_length]
@@ -70,7 +70,7 @@ class FrozenTextFamily(PipelineFamily):
         return {name: [row[:n] for row, n in zip(value, counted, strict=True)] for name, value in found.items()}
 
     def lengths(self, captions: list[str]) -> list[int]:
-        """Tokens of captions by the last tokenizer, before any are cut."""
+        """Numbers of tokens of captions by the last tokenizer, before any cut."""
         tokenizer, texts = self._tokenizers[-1], captions
         if self.chat is not None:
             chats = [[{"role": "user", "content": caption}] for caption in captions]
@@ -79,7 +79,7 @@ class FrozenTextFamily(PipelineFamily):
 
     @property
     def limit(self) -> int:
-        """Tokens of the last tokenizer's that count."""
+        """Maximum number of tokens of the last tokenizer that count."""
         return self.max_length
 
     def encode_prompt(
@@ -102,15 +102,15 @@ class FrozenTextFamily(PipelineFamily):
 
 
 class OwnLengthFamily(FrozenTextFamily):
-    """One whose denoiser reads of each caption the tokens that it has.
+    """A FrozenTextFamily whose denoiser reads only a caption's own tokens, without padding.
 
-    Fields: prompt_embeds, filled up with zeros to a multiple of LENGTH_STEP, and lengths. Captions are encoded one by
-    one: in a batch the shorter ones cost as much as the longest.
+    Fields: prompt_embeds, padded with zeros to a multiple of LENGTH_STEP, and lengths. Captions are encoded one by one:
+    in a batch the shorter ones cost as much as the longest.
     """
 
     @abstractmethod
     def embed_one(self, caption: str) -> Tensor:
-        """What the pipeline makes of a caption, (tokens, W), on the device."""
+        """The pipeline's embedding of a caption, (tokens, W), on the device."""
 
     def embed(self, captions: list[str]) -> dict[str, Tensor | list[Tensor]]:
         rows = [self.embed_one(caption) for caption in captions]
@@ -123,7 +123,7 @@ class OwnLengthFamily(FrozenTextFamily):
         return found["prompt_embeds"][0][: int(found["lengths"][0])].float()
 
     def text_bytes(self) -> int:
-        return 2 * 128 * int(self.text_encoders[0].config.get_text_config().hidden_size)  # of usual captions, two bytes
+        return 2 * 128 * int(self.text_encoders[0].config.get_text_config().hidden_size)  # of usual captions; two bytes
 
 
 def trimmed(embeds: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor | None]:
@@ -134,5 +134,5 @@ def trimmed(embeds: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor | None]:
 
 
 def widened(value: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
-    """In float32 what is no integer."""
+    """Floating-point values in float32; integers stay as they are."""
     return moved(value, torch.float32) if value[0].is_floating_point() else value

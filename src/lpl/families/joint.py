@@ -18,11 +18,11 @@ from lpl.families.sdxl_names import TEXT_ATTENTION, TEXT_MLP
 class JointModel(nn.Module, ABC):
     """A denoiser with CLIP text encoders before it: one module, so that engines wrap, shard and synchronise it once.
 
-    Weights on which no output depends never take gradients.
+    Weights on which no output depends never require gradients.
 
     Args:
         parts: by their names in a pipeline, the denoiser first.
-        used: of text encoders whose last layers do not act, how many layers do.
+        used: for text encoders whose last layers do not affect the output, how many layers do.
     """
 
     def __init__(self, parts: Mapping[str, nn.Module], used: Mapping[str, int]) -> None:
@@ -33,7 +33,7 @@ class JointModel(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, text: Mapping[str, Tensor]) -> Any:
-        """What the denoiser is given of captions as tokens, with gradient."""
+        """The denoiser's inputs from captions as tokens, with gradient."""
 
     @property
     def parts(self) -> list[Any]:
@@ -42,7 +42,7 @@ class JointModel(nn.Module, ABC):
 
     @property
     def _no_split_modules(self) -> list[str]:
-        """Classes of blocks that FSDP keeps whole, as models name them: those that are in here."""
+        """Classes of blocks that FSDP keeps whole, as the parts declare them, if this module has any."""
         known = {name for part in self.parts for name in part._no_split_modules or ()}
         return sorted(known & {type(module).__name__ for module in self.modules()})
 
@@ -52,14 +52,14 @@ class JointModel(nn.Module, ABC):
             yield from body_of(getattr(self, name)).encoder.layers[count:].parameters()
 
     def requires_grad_(self, requires_grad: bool = True) -> JointModel:
-        """As torch's, but for weights on which no output depends, which stay without."""
+        """As in torch, except that weights on which no output depends never require gradients."""
         super().requires_grad_(requires_grad)
         for parameter in self.idle():
             parameter.requires_grad_(False)
         return self
 
     def add_adapter(self, config: LoraConfig) -> None:
-        """Puts an adapter on the layers that the config names, those of the denoiser and those of encoders' layers.
+        """Adds an adapter to the layers that the config names, in the denoiser and in the text encoders.
 
         The config names kinds of layers, or layers one by one, by their whole names in this module.
         """
@@ -78,7 +78,7 @@ class JointModel(nn.Module, ABC):
                 module.add_adapter(replace(config, target_modules=of_text, layers_to_transform=acting))
         for part in encoders:
             for own in getattr(getattr(self, part), "peft_config", {}).values():
-                own.base_model_name_or_path = None  # a path of this machine would be published with the adapter
+                own.base_model_name_or_path = None  # else a local path would be published with the adapter
 
     def enable_gradient_checkpointing(self, function: Callable[..., Any] | None = None) -> None:
         """Recomputes each block, of all parts, in the backward pass, through a function like torch's checkpoint."""
@@ -87,7 +87,7 @@ class JointModel(nn.Module, ABC):
             part._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=function)
 
     def disable_gradient_checkpointing(self) -> None:
-        """Keeps all activations."""
+        """Keeps all activations again."""
         for part in self.parts:
             part._set_gradient_checkpointing(enable=False)
 
@@ -97,5 +97,5 @@ class JointModel(nn.Module, ABC):
 
 
 def body_of(encoder: Any) -> Any:
-    """What holds a text encoder's layers: transformers 5 has it in CLIPTextModel itself."""
+    """The module with a text encoder's layers: in transformers 5 CLIPTextModel itself."""
     return getattr(encoder, "text_model", encoder)

@@ -33,7 +33,7 @@ from lpl.families.files import (
 from lpl.families.schedulers import chosen_schedule, compare_lora, is_flow
 
 DORA_OF = "lpl.dora_scale"
-"""Key of a DoRA's file whose magnitudes are made for one program alone, which it names."""
+"""Metadata key of a DoRA file whose magnitudes suit only one program; the value names that program."""
 
 
 @dataclass(frozen=True)
@@ -42,31 +42,32 @@ class Kind:
 
     Attributes:
         name: in messages.
-        pipelines: how the names of its pipelines' classes begin, as model_index.json has them; the first is whole, and
-            the class that is loaded: diffusers' or, where it has own_pipeline, the module's of the same name.
-        loaded_with: what that class is given beside components.
-        module: of families/, which has its parts: the classes Model (a Family), Plan (a Blueprint) and Export (an
-            Exported), the functions to_kohya and kohya_layer, and PUBLISHED, configs by component and "index".
-        single_file_keys: names of tensors by which a single file is known: all of one of these groups are in it. Of a
-            family trained by flow matching, whose file is the transformer, the first group is of diffusers' names, the
-            others are of the original layout; else all are of the latter.
-        parameters: of the denoiser that PUBLISHED describes, by which a single file without configs is planned.
-        vae_class: of its VAE, in diffusers.
-        vae_has_frames: diffusers' class of it takes videos alone: one of the same name in the module takes images too.
+        pipelines: how the names of its pipelines' classes begin, as model_index.json has them; the first is the full
+            name of the class that is loaded: from diffusers or, with own_pipeline, from the module.
+        loaded_with: further arguments for loading that class.
+        module: its module in families/, which has its parts: the classes Model (a Family), Plan (a Blueprint) and
+            Export (an Exported), the functions to_kohya and kohya_layer, and PUBLISHED, configs by component and
+            "index".
+        single_file_keys: groups of tensors' names; a single file that has all names of one group is of this family. For
+            a family trained by flow matching, whose file is the transformer, the first group has diffusers' names, the
+            others those of the original layout; else all have the latter.
+        parameters: of the denoiser that PUBLISHED describes; a plan of a single file without configs compares them.
+        vae_class: the class of its VAE, in diffusers.
+        vae_has_frames: that class takes only videos; a class of the same name in the module takes images too.
         lora_starts: how the names of a LoRA's tensors begin, for each network it may change.
         lora_readers: the programs that read its LoRAs of diffusers' naming.
-        comfyui_folder: where ComfyUI has its single files; None: it reads none of them.
-        parts: where another module has one, or by another name: its name -> "module:name".
-        base, base_name: the published model that a plan is of where no model is given, and its Hub id.
-        others: the Hub ids of other published models whose configs are known, and what these are called in module.
+        comfyui_folder: where ComfyUI looks for its single files; None: it reads none.
+        parts: for parts in another module or under another name: name -> "module:name".
+        base, base_name: the published model that a plan uses where no model is given, and its Hub id.
+        others: the Hub ids of other published models whose configs are known, and the configs' names in module.
         networks, tokenizers: subfolders of a pipeline, the denoiser first, then the VAE.
         denoiser_word: what the denoiser is called.
         is_flow: whether it is trained by flow matching.
         patch: cells of a latent, in height and in width, that the denoiser takes as one.
-        options: of those that only some models have (config/, by_model), those that it has.
-        trained_text: its text encoders that --train_text_encoder trains, its first ones; the others stay frozen.
+        options: those of the options that only some models have (config/, by_model) that this family has.
+        trained_text: the text encoders that --train_text_encoder trains, always the first ones; the others stay frozen.
         resolution, usual_stride: pixels that it was made for, and pixels per latent, where its configs do not say.
-        steps, guidance: how images are drawn where nothing else is said.
+        steps, guidance: how images are drawn by default.
     """
 
     name: str
@@ -98,7 +99,7 @@ class Kind:
     lora_starts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def find(self, name: str) -> Any:
-        """A part of it by its name; loads its module, and with it what is heavy."""
+        """A part of it by its name; imports its module and the heavy libraries that this needs."""
         module, _, attribute = self.parts.get(name, f"{self.module}:{name}").partition(":")
         return getattr(import_module(f"lpl.families.{module}"), attribute)
 
@@ -109,17 +110,17 @@ class Kind:
         )
 
     def is_single(self, config: ModelConfig) -> bool:
-        """Whether a model is a file with its transformer, to which --single_file_config has the other parts."""
+        """Whether a model is a file with only its transformer; --single_file_config then has the other parts."""
         return self.is_flow and Path(str(config.pretrained_model_name_or_path)).suffix in SINGLE_FILES
 
     def published_as(self, name: str | None) -> str | None:
-        """What the configs of a published model are called in its module; None: they are read."""
+        """The name of a published model's configs in its module; None: they must be read."""
         if name is None or name == self.base_name:
             return "PUBLISHED"
         return self.others.get(name)
 
     def model_configs(self, config: ModelConfig) -> dict[str, Any]:
-        """Refuses a model that this trainer would not train right.
+        """Refuses a model that this trainer cannot train correctly.
 
         Returns:
             The configs that were read, by component and "index"; for a single file those of --single_file_config, or
@@ -159,7 +160,7 @@ class Kind:
             check_complete(path, config.variant, self._present(index, networks), self._present(index, self.tokenizers))
 
     def _check_transformer(self, path: Path, config: ModelConfig) -> None:
-        """Refuses, by its header alone, a file that holds no transformer of this family, or one that is not trained."""
+        """Refuses a file whose header shows no transformer of this family, or one that cannot be trained."""
         where = f"{FLAG} {path}"
         header = checked_header(path, where)
         entries = transformer_entries(header)
@@ -175,11 +176,11 @@ class Kind:
 
     @staticmethod
     def _present(index: Mapping[str, Any], parts: tuple[str, ...]) -> tuple[str, ...]:
-        """Those that model_index.json does not say to be left out, as [null, null]."""
+        """The parts that model_index.json does not mark as left out, [null, null]."""
         return tuple(part for part in parts if index.get(part) != [None, None])
 
     def plan_configs(self, config: ModelConfig) -> dict[str, Any]:
-        """The configs of a model for a plan: no weights are needed, and nothing is read where they are known.
+        """The configs of a model for a plan: no weights are needed, and configs of published models are not read.
 
         Raises:
             UserError: a model of another kind, or one whose configs cannot be read.
@@ -238,7 +239,7 @@ class Kind:
         return int(size) * self.stride(configs) if isinstance(size, int) else self.resolution
 
     def check_lora(self, config: ModelConfig, lora: Path) -> None:
-        """Refuses a LoRA file that is none of this family's, and says so where it predicts another thing."""
+        """Refuses a LoRA file of another family, and warns where its prediction type differs."""
         self.lora_parts(lora)
         known = self.model_configs(config).get("scheduler")
         if known and not self.is_flow:
@@ -271,7 +272,7 @@ class Kind:
         return parts
 
     def usual_guidance(self, config: ModelConfig) -> float | None:
-        """The guidance that a model is drawn with where nothing else is said; None: it takes none."""
+        """The default guidance for sampling from a model; None: it takes none."""
         return self.guidance
 
     def stride(self, configs: Mapping[str, Any]) -> int:
@@ -279,11 +280,11 @@ class Kind:
         return vae_stride(configs["vae"]) or 1
 
     def pixel_multiple(self, configs: Mapping[str, Any]) -> int:
-        """What the sides of images are multiples of."""
+        """The sides of images must be multiples of this."""
         return self.patch * self.stride(configs)
 
     def longest_side(self, configs: Mapping[str, Any]) -> int | None:
-        """Most pixels of an image's side, where the denoiser has learned a place for so many; None: any."""
+        """Most pixels of an image's side, where the denoiser's position embeddings limit it; None: any."""
         return None
 
 

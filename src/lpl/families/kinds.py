@@ -1,4 +1,4 @@
-"""Every family that is known here: a further one is an entry in KINDS and a file of its own."""
+"""Every known family: to add one, add an entry to KINDS and a file of its own."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ CHROMA_KIND = Kind(
         ("single_transformer_blocks.0.proj_mlp.weight", "distilled_guidance_layer.in_proj.weight"),
         ("double_blocks.0.img_attn.qkv.weight", "distilled_guidance_layer.in_proj.weight"),
     ),
-    comfyui_folder=None,  # whether it reads diffusers' names of it is not known
+    comfyui_folder=None,  # not known whether it reads diffusers' names of it
     own_pipeline=True,
     steps=40,  # both by the model's card
     guidance=3.0,
@@ -211,7 +211,7 @@ LUMINA2_KIND = Kind(
 
 
 class AuraFlowKind(Kind):
-    """AuraFlow: its pipeline draws 1024 pixels whatever sample_size is; diffusers does not refuse what is too large."""
+    """AuraFlow: its pipeline draws 1024 pixels whatever sample_size is; diffusers does not refuse larger ones."""
 
     def native_resolution(self, configs: Mapping[str, Any]) -> int:
         return self.resolution
@@ -219,7 +219,7 @@ class AuraFlowKind(Kind):
     def longest_side(self, configs: Mapping[str, Any]) -> int | None:
         positions = configs["transformer"].get("pos_embed_max_size", 1024)  # of a square
         if not isinstance(positions, int) or positions < 1:
-            return None  # which loading will say
+            return None  # loading reports it
         return math.isqrt(positions) * self.pixel_multiple(configs)
 
 
@@ -244,4 +244,4 @@ KINDS: tuple[Kind, ...] = (
     SDXL_KIND, SD_KIND, SD3_KIND, FLUX_KIND, SANA_KIND, ZIMAGE_KIND, KLEIN_KIND, QWEN_KIND, LUMINA2_KIND, AURAFLOW_KIND,
     CHROMA_KIND,
 )  # fmt: skip
-"""The first is that of a plan without a model, and the one whose checks judge what belongs to none."""
+"""The first is used for a plan without a model, and its checks apply to models of no known family."""

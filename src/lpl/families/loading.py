@@ -1,4 +1,4 @@
-"""Loads a diffusers pipeline whole: what its files lack, or what does not go together, is an error of one line."""
+"""Loads a complete diffusers pipeline: missing weights, or parts that do not fit each other, give a one-line error."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from lpl.families.transformer_file import load_transformer
 def load_whole(
     kind: Kind, config: ModelConfig, encoders_only: bool = False, dtypes: Mapping[str, torch.dtype] | None = None
 ) -> Any:
-    """A family's pipeline, with or without its denoiser, and the schedule that model and options say, on the CPU.
+    """A family's pipeline, with or without its denoiser, with the schedule that model and options give, on the CPU.
 
     Args:
-        encoders_only: leave the denoiser out, where its files are apart from the others.
-        dtypes: precision by component, unset: float32, and of the text encoders of a family trained by flow matching,
-            which are large, that of their files; a single file of all parts has one, the denoiser's.
+        encoders_only: leave the denoiser out, where it has its own files.
+        dtypes: precision by component. By default float32, and for the text encoders of a family trained by flow
+            matching, which are large, that of their files. A single file with all parts has one, the denoiser's.
 
     Raises:
         UserError: the model cannot be loaded, or lacks weights.
@@ -68,7 +68,7 @@ def load_whole(
 
 
 def of_images(vae: Any, kind: Kind) -> Any:
-    """A VAE, which takes and gives images from now on, where diffusers' class of it takes and gives videos alone."""
+    """Makes a VAE take and give images where diffusers' class of it takes and gives only videos; returns it."""
     if kind.vae_has_frames and type(vae).__name__ == kind.vae_class:
         vae.__class__ = kind.find(kind.vae_class)
     return vae
@@ -91,19 +91,19 @@ def _merge_own(kind: Kind, config: ModelConfig, pipeline: Any) -> None:
 def _load_folder(
     cls: Any, config: ModelConfig, parts: dict[str, Any], dtypes: Mapping[str, Any], **options: Any
 ) -> Any:
-    """A pipeline of a diffusers folder or a Hub id, of which some parts are there."""
+    """A pipeline from a diffusers folder or a Hub id; `parts` are used as given."""
     name = str(config.pretrained_model_name_or_path)
     common: dict[str, Any] = {"cache_dir": config.cache_dir, "revision": config.revision, "variant": config.variant}
     common["use_safetensors"] = True
     with named(FLAG, name):
         index = reader(Path(name), name, config)(INDEX)
-        # diffusers takes a model without a text encoder only where that is said of it.
+        # diffusers loads a model without a text encoder only if None is passed for it.
         text = ("text_encoder", "tokenizer")
         parts |= {part: None for part, found in index.items() if found == [None, None] and part.startswith(text)}
         for part, (library, found) in ((k, v) for k, v in index.items() if isinstance(v, list)):
             if library != "transformers" or not part.startswith("text_encoder") or part in parts:
                 continue
-            # On its own: a pipeline would fill weights that are missing with random numbers, and say nothing.
+            # Loaded separately: a pipeline would silently fill missing weights with random numbers.
             encoder, info = getattr(transformers, found).from_pretrained(
                 name, subfolder=part, output_loading_info=True, dtype=dtypes[part], **common
             )
@@ -129,10 +129,10 @@ def merge_lora(pipeline: Any, lora: Path, scale: float, parts: Sequence[str], fl
     """Merges a LoRA file into the networks of a pipeline: all of it, or none.
 
     Raises:
-        UserError: a file of which diffusers does not load every tensor.
+        UserError: diffusers does not load every tensor of the file.
     """
     expected = sum(not key.endswith(".alpha") for key in read_header(lora) if key != METADATA)
-    # diffusers warns of every network that the file has nothing for; what arrives is counted below.
+    # diffusers warns of every network that the file has nothing for; loaded tensors are counted below.
     with named(flag, str(lora)), quiet("diffusers.loaders.lora_base"), quiet("diffusers.loaders.peft"):
         pipeline.load_lora_weights(str(lora.parent.resolve()), weight_name=lora.name, local_files_only=True)
     arrived = sum("lora_" in name for part in parts for name, _ in getattr(pipeline, part).named_parameters())
@@ -147,7 +147,7 @@ def merge_lora(pipeline: Any, lora: Path, scale: float, parts: Sequence[str], fl
 
 
 def require_weights(pipeline: Any, parts: Iterable[str]) -> None:
-    """Refuses networks that the model's files lack weights of."""
+    """Refuses networks with weights that the model's files lack."""
     for part in parts:
         absent = [key for key, weight in getattr(pipeline, part).named_parameters() if weight.is_meta]
         if absent:
@@ -155,7 +155,7 @@ def require_weights(pipeline: Any, parts: Iterable[str]) -> None:
 
 
 def check_tokenizers(pipeline: Any, names: Iterable[str]) -> None:
-    """Refuses tokenizers that make more or other tokens than their text encoders know."""
+    """Refuses tokenizers whose token ids or number of tokens their text encoders do not support."""
     for name in (name.removeprefix("tokenizer") for name in names):
         tokenizer, encoder = getattr(pipeline, f"tokenizer{name}"), getattr(pipeline, f"text_encoder{name}")
         if encoder is None:

@@ -1,4 +1,4 @@
-"""What libraries raise of configs and weights that do not go together, as errors of one line."""
+"""Turns what libraries raise for configs and weights that do not fit each other into one-line errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LOADING_ERRORS = (
     OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, ArithmeticError, AssertionError,
     ImportError, SafetensorError, SingleFileComponentError,
 )  # fmt: skip
-"""What the libraries raise of configs and weights that do not go together."""
+"""What the libraries raise for configs and weights that do not fit each other."""
 
 
 @contextmanager
@@ -25,10 +25,10 @@ def named(flag: str, name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if type(error) is not Exception and not isinstance(error, LOADING_ERRORS):  # tokenizers raises no other class
+        if type(error) is not Exception and not isinstance(error, LOADING_ERRORS):  # tokenizers raises plain Exception
             raise
         said = on_one_line(error, 400)
-        if isinstance(error, NotImplementedError):  # a network is moved whose weights are not all there
+        if isinstance(error, NotImplementedError):  # raised on moving a network that lacks weights
             said = f"lacks weights of a network that its configs describe ({said.partition('.')[0]})"
         elif isinstance(error.__context__, LocalEntryNotFoundError) and not Path(name).exists():
             said = "no such folder, and the Hub cannot be reached"

@@ -1,4 +1,4 @@
-"""A checkpoint of a run that trains a LoRA, as the file that the run leaves at its end."""
+"""Writes a checkpoint of a LoRA run as the file that the run would write at its end."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ TRAINED = re.compile(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)\.default\.wei
 
 
 def write_lora(checkpoint: Path, config: TrainConfig, kind: Kind, result: Path, to: Path) -> None:
-    """Writes a checkpoint's adapter in diffusers' naming, of the weights that --final_weights names.
+    """Writes a checkpoint's adapter in diffusers' naming, from the weights that --final_weights names.
 
     Args:
-        config: the run's.
-        result: the LoRA file of the run, whose metadata are taken over where it is there.
+        config: the run's options.
+        result: the run's LoRA file; its metadata are copied if it exists.
 
     Raises:
-        UserError: a damaged checkpoint, one without an adapter, or of an optimizer whose result is not in it.
+        UserError: a damaged checkpoint, one without an adapter, or of an optimizer that does not store its result in
+            it.
     """
     require(config.model.rank is not None, f"{checkpoint}: of a full fine-tune; only LoRAs are taken from those")
     require(
@@ -74,7 +75,7 @@ def write_lora(checkpoint: Path, config: TrainConfig, kind: Kind, result: Path, 
 
 
 def _configuration(tensors: dict[str, Tensor], config: TrainConfig) -> dict[str, Any]:
-    """peft's configuration of an adapter with these tensors, of which it matches the ends of modules' names."""
+    """peft's configuration of an adapter with these tensors; peft matches the ends of modules' names."""
     end = ".lora_A.weight"
     found = {name.removesuffix(end): value.shape[0] for name, value in tensors.items() if name.endswith(end)}
     ranks = {name.removeprefix(TEXT_MODEL): rank for name, rank in found.items()}

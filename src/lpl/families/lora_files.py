@@ -1,4 +1,4 @@
-"""What is in a LoRA's file of diffusers' naming: its tensors, and what it says of its training."""
+"""The content of a LoRA file in diffusers' naming: its tensors, and metadata on its training."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ TEXT_MODEL = "text_model."
 
 
 def text_module(name: str) -> str:
-    """The name in files of a text encoder's module, which begins with text_model.
+    """The name of a text encoder's module in files, which begins with text_model.
 
-    transformers 5 has dropped that prefix for CLIP-L. ComfyUI and earlier versions know the layers by it only, and
-    diffusers takes it away where it must.
+    transformers 5 has dropped that prefix for CLIP-L. ComfyUI and earlier versions need it, and diffusers removes it
+    where necessary.
     """
     return f"{TEXT_MODEL}{name.removeprefix(TEXT_MODEL)}"
 
 
 def adapter_of(name: str, part: Any) -> dict[str, Tensor]:
-    """An adapter's tensors under peft's names, those of text encoders as text_module has them."""
+    """An adapter's tensors under peft's names, those of text encoders named by text_module."""
     tensors = get_peft_model_state_dict(part, save_embedding_layers=False)
     if not name.startswith("text_encoder"):
         return tensors
@@ -42,7 +42,7 @@ def is_dora(file: Path) -> bool:
 
 
 def fold_alpha(tensors: dict[str, Tensor], adapter: dict[str, Any], name: str) -> None:
-    """Multiplies B by alpha / rank, and says that alpha is each layer's rank: W + (alpha / rank) B A stays what it is.
+    """Multiplies B by alpha / rank, and sets alpha to each layer's rank: W + (alpha / rank) B A does not change.
 
     Args:
         adapter: peft's configuration, its keys behind the component's name and a dot.
@@ -57,10 +57,10 @@ def fold_alpha(tensors: dict[str, Tensor], adapter: dict[str, Any], name: str) -
 
 
 def lora_metadata(config: ModelConfig, scheduler: Mapping[str, Any]) -> dict[str, str]:
-    """What a LoRA's files say of its model, under the keys of modelspec and of kohya's programs, which others show.
+    """Metadata on the model for a LoRA's files, under the keys of modelspec and kohya's programs, which others display.
 
-    Beside that the options that decide the schedule, as they were given: what a run only took from its model is the
-    business of the model that the LoRA is merged into.
+    Also the schedule options, if they were given: a schedule that the run only took from its model is decided by the
+    model that the LoRA is merged into.
     """
     model = str(config.pretrained_model_name_or_path)
     name = Path(model).resolve().name if Path(model).exists() else model

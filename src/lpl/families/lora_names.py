@@ -21,17 +21,17 @@ UP = (".lora_B.weight", ".lora_up.weight", ".lora.up.weight")
 MAGNITUDE = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")
 ALPHA = (".alpha",)
 ENDS = {end: side for side, ends in enumerate((DOWN, UP, MAGNITUDE, ALPHA)) for end in ends}
-"""How the names of a layer's tensors end, and which of a Layer's fields each is."""
+"""How the names of a layer's tensors end, and the index of the Layer's field that each is."""
 KEPT = ("modelspec.", "ss_", "lpl.")
-"""How the metadata begin that both files of a LoRA have."""
+"""How the keys of metadata begin that both files of a LoRA have."""
 LayerOf = Callable[[str, str], str]
-"""kohya's name of a layer, of a component's name and the module's in it."""
+"""kohya's name of a layer, from a component's name and the name of the module in it."""
 WeightOf = Callable[[str, str], Tensor]
-"""The weight, before training, of a component's module."""
+"""The weight before training, from the names of a component and of its module."""
 
 
 class Layer(NamedTuple):
-    """What a LoRA adds to a layer: W + (alpha / rank) up down, or for DoRA m times that by the norm of its rows."""
+    """A layer's LoRA: W + (alpha / rank) up down, or for DoRA m times that divided by the norm of its rows."""
 
     down: Tensor
     """(rank, inputs), or (rank, inputs, height, width) of a convolution."""
@@ -59,10 +59,10 @@ def underscored(prefix: str, module: str) -> str:
 def read_layers(file: Path, flag: str = "--lora") -> tuple[dict[str, Layer], dict[str, str]]:
     """The layers of a LoRA file by their names in it (unet.mid_block..., lora_unet_mid_block_...), and its metadata.
 
-    alpha is that of the layer's own tensor, or else what the adapter's configuration says, or else the rank.
+    alpha comes from the layer's own tensor, else from the adapter's configuration, else it is the rank.
 
     Raises:
-        UserError: no safetensors file, tensors of something else than LoRA or DoRA, or a part that is missing.
+        UserError: no safetensors file, tensors that are not of a LoRA or DoRA, or a missing part.
     """
     tensors, said = _read(file)
     adapter = parse_json(said.get(ADAPTER, "{}"), f"{file}: {ADAPTER}")
@@ -118,13 +118,13 @@ def renamed_lora(
     (alpha / rank) up down to its weight.
 
     A DoRA's layers also have a .dora_scale s, (outputs, 1) or (outputs, 1, 1, 1). ComfyUI and Forge make s V / |W| of
-    it, V = W + (alpha / rank) up down, where the DoRA is m V / |V|, norms of rows: so s = m |W| / |V|, which is theirs
-    alone. A1111 divides by the norms of columns, kohya's programs and diffusers drop it or divide by |V|.
+    it, V = W + (alpha / rank) up down, where the DoRA is m V / |V|, norms of rows: so s = m |W| / |V|, which suits only
+    these two. A1111 divides by the norms of columns, kohya's programs and diffusers drop it or divide by |V|.
 
     Args:
         layer_of: kohya's name of a component's module.
-        metadata: of the file, beside what is said of the training and of the adapter.
-        weight_of: W, which a DoRA needs; None: it is not at hand.
+        metadata: further metadata of the file, besides that on training and adapter.
+        weight_of: W, which a DoRA needs; None: not available.
 
     Raises:
         UserError: a file that holds something else, or a DoRA without weights.
@@ -151,7 +151,7 @@ def renamed_lora(
     }
     if some.magnitude is not None:
         own |= {"ss_network_args": '{"dora_wd": "True"}', DORA_OF: "ComfyUI"}
-    # What the run was given, its title among it, goes before what is the same for every file.
+    # The run's own metadata, such as its title, override those that are the same for every file.
     return found, dict(metadata) | {key: text for key, text in said.items() if key.startswith(KEPT)} | own
 
 

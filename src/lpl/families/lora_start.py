@@ -1,4 +1,4 @@
-"""A LoRA that a run goes on from: what its file decides of the options, and its layers put on a model's."""
+"""A LoRA that a run continues: the options that its file decides, and its layers matched to a model's."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ DECIDED = ("rank", "lora_alpha", "use_dora", "train_text_encoder", "lora_targets
 
 
 def with_file(config: ModelConfig, kind: Kind) -> ModelConfig:
-    """The options with those that the file decides: of layers of several ranks, the most frequent.
+    """The options with those that the file decides; where layers differ in rank, the most frequent one.
 
     Raises:
-        UserError: a file that cannot be trained on, or an option that contradicts it.
+        UserError: a file that cannot be trained further, or an option that contradicts it.
     """
     file = Path(str(config.lora_weights))
     require(file.is_file() and file.suffix == ".safetensors", f"{FLAG} {file}: no .safetensors file")
@@ -67,7 +67,7 @@ def with_file(config: ModelConfig, kind: Kind) -> ModelConfig:
 
 
 def layers_of(config: ModelConfig, kind: Kind, denoiser: Any) -> dict[str, Layer]:
-    """The layers of the file by the modules of a denoiser, less those on which no output depends.
+    """The layers of the file by the modules of a denoiser, without those on which no output depends.
 
     Raises:
         UserError: a layer that the model does not have, or has in another size.
@@ -105,7 +105,7 @@ def layers_of(config: ModelConfig, kind: Kind, denoiser: Any) -> dict[str, Layer
 
 
 def _shape(module: Any) -> tuple[int, ...]:
-    """Of a layer's matrix, also where its weights are kept in codes."""
+    """The shape of a layer's matrix, also where its weights are quantised."""
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features
     return tuple(module.weight.shape)

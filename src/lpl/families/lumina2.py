@@ -1,4 +1,4 @@
-"""Lumina2: flow matching on a transformer of one stream, whose captions a Gemma 2 reads after a system prompt."""
+"""Lumina2: flow matching with a transformer of one stream; a Gemma 2 encodes captions after a system prompt."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lpl.families.pipeline_export import PipelineExport
 from lpl.families.published import FLOW_SCHEDULER, GEMMA2_2B, VAE_16
 
 MAX_LENGTH = 256
-"""Tokens of a text, system prompt included, as the pipeline has them by default."""
+"""Tokens of a text, system prompt included, as in the pipeline by default."""
 START = " <Prompt Start> "
 """What the pipeline puts between its system prompt and a prompt; a negative prompt has neither."""
 
@@ -63,11 +63,11 @@ ORIGINAL_NAMES = (
     (r"\.feed_forward\.linear_", ".feed_forward.w"),
 )
 ORIGINAL_FUSED = {"attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v")}
-"""How the original transformer names what diffusers' has."""
+"""Maps diffusers' names to the original transformer's."""
 
 
 class CaptionMask:
-    """What the transformer asks of a mask, (B, n): it reads the lengths, which are at hand without the device here."""
+    """Has the methods of a mask, (B, n), that the transformer calls; it gives lengths without reading the device."""
 
     def __init__(self, lengths: list[int], device: torch.device) -> None:
         self.lengths, self.device, self.shape = np.array(lengths), device, (len(lengths), max(lengths))
@@ -103,10 +103,10 @@ def denoise(
 class Model(OwnLengthFamily):
     """A Lumina2Pipeline taken apart for training.
 
-    A caption's text is the Gemma 2's last hidden states but one, of as many tokens as it has, system prompt included; a
-    caption of "" has none, as what the pipeline uses for none.
+    A caption's text is the Gemma 2's second to last hidden states of its own tokens, system prompt included; a caption
+    of "" gets no system prompt, like the pipeline's empty prompt.
 
-    Guidance is the pipeline's: none + scale (text - none), of the norm that text has in each row, of which 1 is none.
+    Guidance is the pipeline's: none + scale (text - none), scaled to text's norm in each row; a scale of 1 is none.
     """
 
     kind = LUMINA2_KIND
@@ -129,7 +129,7 @@ class Model(OwnLengthFamily):
         return self._embedded(self._worded(caption))
 
     def _embedded(self, text: str) -> Tensor:
-        """Tokens (n, W) of a text as it is."""
+        """Hidden states (n, W) of a text without changes."""
         count = min(len(self.pipeline.tokenizer(text).input_ids), MAX_LENGTH)
         row: Tensor = self.pipeline._get_gemma_prompt_embeds(text, self.device, count)[0][0]
         return row
@@ -138,7 +138,7 @@ class Model(OwnLengthFamily):
     def encode_prompt(self, prompt: str, negative_prompt: str, joint: Any = None) -> Mapping[str, Tensor]:
         texts = self.pipeline.system_prompt + START + prompt, negative_prompt
         rows = [self._embedded(text).float() for text in texts]
-        length = max(map(len, rows))  # which the pipeline asks to be the same
+        length = max(map(len, rows))  # the pipeline needs equal lengths
         found = {}
         for name, row in zip(("prompt", "negative_prompt"), rows, strict=True):
             found[f"{name}_embeds"] = nn.functional.pad(row, (0, 0, 0, length - len(row)))[None]
@@ -158,7 +158,7 @@ class Plan(PipelineBlueprint):
 
     def text(self, batch: int) -> dict[str, Any]:
         embeds = torch.zeros(batch, MAX_LENGTH, self.configs["transformer"]["cap_feat_dim"])
-        return {"prompt_embeds": embeds, "lengths": np.full(batch, MAX_LENGTH)}  # read, which no fake tensor can be
+        return {"prompt_embeds": embeds, "lengths": np.full(batch, MAX_LENGTH)}  # an array: its values are read
 
 
 class Export(PipelineExport):

@@ -1,4 +1,4 @@
-"""Networks with random weights that a model's configs describe, for a plan: on the meta device they take no memory."""
+"""Networks with random weights from a model's configs, for a plan: on the meta device they take no memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class PipelineBlueprint(ABC):
 
     kind: ClassVar[Kind]
     text_classes: ClassVar[tuple[str, ...]] = ()
-    """Of the text encoders, where configs has no "index"."""
+    """Classes of the text encoders, where configs has no "index"."""
     lora_targets: Mapping[str, tuple[str, ...]]
     trains_text = False
 
@@ -72,7 +72,7 @@ class PipelineBlueprint(ABC):
     def text_encoders(self) -> list[nn.Module]:
         with named(FLAG, "the text encoders of its configs"):
             pairs = zip(self._text_classes, self.text_configs, strict=True)
-            # Of flow matching in the precision of their files, see load_whole.
+            # In families of flow matching in the precision of their files, see load_whole.
             dtypes = [config.dtype if self.kind.is_flow else None for config in self.text_configs]
             built = [cls(config).eval() for cls, config in pairs]
             return [network.to(dtype or torch.float32) for network, dtype in zip(built, dtypes, strict=True)]

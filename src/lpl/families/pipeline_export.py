@@ -31,8 +31,8 @@ class PipelineExport(ABC):
     its rows; only then is the result rounded to the precision it is written in.
 
     Args:
-        config: which model; its prediction_type and rescale_betas_zero_snr, if given, are what the result says.
-        dtype: precision of the result; None: as each component's files have it, a model on the Hub float32.
+        config: which model; its prediction_type and rescale_betas_zero_snr, if given, are written to the result.
+        dtype: precision of the result; None: that of each component's files, for a model on the Hub float32.
         lora: a LoRA file of diffusers' or kohya's, or None.
 
     Raises:
@@ -41,9 +41,9 @@ class PipelineExport(ABC):
 
     kind: ClassVar[Kind]
     architecture: str
-    """modelspec's word for it."""
+    """modelspec's name of the architecture."""
     original_names: ClassVar[tuple[tuple[str, str], ...]] = ()
-    """How a single file names the transformer's tensors, where not as diffusers does; see original_tensors."""
+    """How a single file names the transformer's tensors, if not as diffusers does; see original_tensors."""
     original_fused: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     original_swapped: ClassVar[str | None] = None
 
@@ -63,7 +63,7 @@ class PipelineExport(ABC):
                 parameter.data = parameter.data.to(found[part])
 
     def single_file(self, title: str) -> tuple[Any, dict[str, str]]:
-        """Names and tensors of a single file, and its metadata: here the transformer alone."""
+        """Names and tensors of a single file, and its metadata; by default only the transformer."""
         weights = getattr(self.pipeline, self.kind.networks[0]).state_dict()
         side = self.kind.native_resolution(self.configs)
         said = modelspec(title, self.architecture, IMPLEMENTATION) | {"modelspec.resolution": f"{side}x{side}"}

@@ -1,4 +1,4 @@
-"""What all families share: a diffusers pipeline taken apart for training, sampled from and written again."""
+"""Shared by all families: a diffusers pipeline taken apart for training, sampled from and written again."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ CPU = torch.device("cpu")
 
 
 class PipelineFamily(ABC):
-    """Implements families.base.Family, but for what a family does in its own way.
+    """Implements families.base.Family, except for what differs between families.
 
-    A family's own class loads the pipeline, encodes text, says what its call is given of a prompt, and runs its
-    denoiser on what the step hands over.
+    A family's own class encodes text, turns a prompt into arguments of the pipeline's call, and runs its denoiser in
+    the training step.
 
     Args:
         weight_dtype: precision of the run's arithmetic; validation images are drawn in it.
-        encoders_only: leave the denoiser out, where its files are apart from the others.
+        encoders_only: leave the denoiser out, where it has its own files.
 
     Raises:
         UserError: the model cannot be loaded.
@@ -61,13 +61,13 @@ class PipelineFamily(ABC):
     ) -> None:
         self.device, self.weight_dtype, self.config = device, weight_dtype, config
         self.lora_says: Mapping[str, str] = {}
-        # Of large models never all in float32 for a LoRA.
+        # Large models are never held whole in float32 for a LoRA.
         own = {self.kind.networks[0]: weight_dtype} if self.kind.is_flow and config.rank is not None else None
         self.pipeline = load_whole(self.kind, config, encoders_only, own)
         self.vae = self.pipeline.vae.float().eval().requires_grad_(False)
         self.denoiser = getattr(self.pipeline, self.kind.networks[0])
         self.schedule = training_schedule(self.pipeline.scheduler.config)
-        # All that encodes: whatever of the VAE does not decode.
+        # All parts that encode: every part of the VAE that does not decode.
         encoder = [part for name, part in self.vae.named_children() if name not in ("decoder", "post_quant_conv")]
         settings = f"{type(self.vae).__name__} {config_settings(self.vae.config)}"
         self.latent_key = weights_hash(*encoder, settings=settings)
@@ -104,15 +104,15 @@ class PipelineFamily(ABC):
     def encode_prompt(
         self, prompt: str, negative_prompt: str, joint: JointModel | None = None
     ) -> Mapping[str, Tensor | list[Tensor]]:
-        """What the pipeline's call is given of a prompt and a negative one, by its keyword.
+        """Arguments of the pipeline's call for a prompt and a negative prompt, by keyword.
 
         Args:
-            joint: whose text encoders do it, where they are trained.
+            joint: the module whose text encoders to use, where they are trained.
         """
 
     @abstractmethod
     def text_bytes(self) -> int:
-        """Bytes of what is cached of a caption, in float32."""
+        """Bytes cached for a caption, in float32."""
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,7 +129,7 @@ class PipelineFamily(ABC):
             self._prompts[prompt, negative_prompt] = {name: moved(value, CPU) for name, value in found.items()}
 
     def prompt_of(self, denoiser: nn.Module, prompt: str, negative_prompt: str) -> dict[str, Tensor | list[Tensor]]:
-        """What encode_prompt gives of a prepared prompt, on the device; where encoders are trained, as they are now."""
+        """What encode_prompt gives for a prepared prompt, on the device; trained encoders run with current weights."""
         if isinstance(denoiser, JointModel):
             with self.autocast():
                 found = self.encode_prompt(prompt, negative_prompt, denoiser)
@@ -138,7 +138,7 @@ class PipelineFamily(ABC):
         return {name: moved(value, self.device) for name, value in found.items()}
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The run's arithmetic."""
+        """Autocast to the run's precision."""
         half = self.weight_dtype != torch.float32
         return torch.autocast(self.device.type, self.weight_dtype) if half else nullcontext()
 
@@ -153,35 +153,35 @@ class PipelineFamily(ABC):
             encoder.to("cpu")
 
     def pipeline_options(self) -> dict[str, Any]:
-        """Options of the pipeline's class beside its components, as the model has them."""
+        """Options of the pipeline's class besides its components, as the model has them."""
         return {}
 
     def sampling_parts(self, denoiser: nn.Module) -> dict[str, Any]:
-        """Networks that the pipeline needs to draw latents; it runs where the first of them is, so no others."""
+        """Networks that the pipeline needs to draw latents; no others, as it runs on the device of its first one."""
         name = self.kind.networks[0]
         return {name: self.parts(denoiser)[name]}
 
     def sampling_kwargs(self) -> dict[str, Any]:
-        """What else the pipeline's call is given."""
+        """Further arguments of the pipeline's call."""
         return self.guided(self.guidance, None)
 
     @staticmethod
     def guided(scale: float, count: int | None) -> dict[str, Any]:
-        """What the pipeline's call is given for guidance of a scale.
+        """Arguments of the pipeline's call for guidance of this scale.
 
         Args:
-            count: of prompts in words; None: it is given embeddings, of negative prompts too.
+            count: number of prompts passed as text; None: prompts and negative prompts are passed as embeddings.
         """
         return {"guidance_scale": scale}
 
     @staticmethod
     def call_options(pipeline: Any) -> dict[str, Any]:
-        """What else the pipeline's call is given with a prompt in words, so that it encodes it as is done here."""
+        """Further arguments for prompts passed as text, so that the pipeline encodes them as this class does."""
         return {}
 
     @staticmethod
     def to_raw(vae: Any, latents: Tensor, height: int, width: int) -> Tensor:
-        """Raw latents of what the pipeline gives as latents of images of this size, in pixels."""
+        """Raw latents from the latents that the pipeline gives for images of this size, in pixels."""
         return LatentSpace.from_vae(vae).to_raw(latents)
 
     @torch.no_grad()
@@ -231,12 +231,12 @@ class PipelineFamily(ABC):
         return image
 
     def tile(self) -> None:
-        """Has the VAE decode what is larger than DECODED_PIXELS in tiles of that."""
+        """Makes the VAE decode images larger than DECODED_PIXELS in tiles of that size."""
         if hasattr(self.vae, "tile_sample_min_height"):
             overlapping = DECODED_PIXELS * 7 // 8
             self.vae.enable_tiling(DECODED_PIXELS, DECODED_PIXELS, overlapping, overlapping)
             return
-        # Not the size that its config states: some state a tenth of what they decode.
+        # Not the size in its config: some configs state a tenth of what the VAE can decode.
         self.vae.tile_sample_min_size = DECODED_PIXELS
         self.vae.tile_latent_min_size = DECODED_PIXELS // self.latent_stride
         self.vae.enable_tiling()
@@ -265,7 +265,7 @@ class PipelineFamily(ABC):
             for name in parts
             for key, value in adapters[f"{name}_lora_adapter_metadata"].items()
         }
-        if self.kind.is_flow:  # most readers of such files take alpha for the rank
+        if self.kind.is_flow:  # most readers of such files assume that alpha is the rank
             for name in parts:
                 fold_alpha(tensors[f"{name}_lora_layers"], packed, name)
         facts = lora_metadata(self.config, self.pipeline.scheduler.config) | dict(self.lora_says)

@@ -62,7 +62,7 @@ VAE_16: dict[str, Any] = {
     "use_quant_conv": False,
     "use_post_quant_conv": False,
 }
-"""The VAE of 16 channels, less its scaling_factor and shift_factor."""
+"""The VAE of 16 channels, without its scaling_factor and shift_factor."""
 FLOW_SCHEDULER: dict[str, Any] = {
     "_class_name": "FlowMatchEulerDiscreteScheduler",
     "num_train_timesteps": 1000,

@@ -22,11 +22,11 @@ from lpl.families.pipeline_export import PipelineExport
 from lpl.families.published import FLOW_SCHEDULER
 
 MAX_LENGTH = 1024
-"""Tokens of a caption that count, and what ends the template after it; as the pipeline does by default."""
+"""Maximum number of tokens of a caption and the template's end after it, as in the pipeline by default."""
 USUAL_LENGTH = 512
-"""Tokens that a plan counts with: captions are rarely longer, and what is not there costs nothing."""
+"""Tokens that a plan assumes: captions are rarely longer, and there is no padding."""
 NONE = " "
-"""What no caption and no negative prompt are, as the model's card has it."""
+"""The text of an empty caption or negative prompt, as in the model's card."""
 
 PUBLISHED: dict[str, Any] = {
     "index": {
@@ -107,7 +107,7 @@ def denoise(
 ) -> Tensor:
     """See families.base.Family.denoise: cells of 2 x 2 are tokens of 4 C values, (B, h w / 4, 4 C).
 
-    Captions of one length go without a mask, which attention is faster without.
+    Captions of one length get no mask, since attention is faster without.
     """
     batch, channels, height, width = noisy_latents.shape
     embeds, mask = trimmed(text["prompt_embeds"].to(noisy_latents.dtype), text["lengths"].tolist())
@@ -126,10 +126,9 @@ def denoise(
 class Model(OwnLengthFamily):
     """A QwenImagePipeline taken apart for training.
 
-    A caption's text is the Qwen2.5-VL's last hidden states, in a template of which the beginning is dropped, of as many
-    tokens as it has.
+    A caption's text is the Qwen2.5-VL's last hidden states of its own tokens, in a template whose beginning is dropped.
 
-    Guidance is the pipeline's: none + scale (text - none), of the norm that text has in each token, of which 1 is none.
+    Guidance is the pipeline's: none + scale (text - none), scaled to text's norm in each token; a scale of 1 is none.
     """
 
     kind = QWEN_KIND
@@ -182,7 +181,7 @@ class Plan(PipelineBlueprint):
 
     def text(self, batch: int) -> dict[str, Any]:
         embeds = torch.zeros(batch, USUAL_LENGTH, self.configs["transformer"]["joint_attention_dim"])
-        return {"prompt_embeds": embeds, "lengths": np.full(batch, USUAL_LENGTH)}  # read, which no fake tensor can be
+        return {"prompt_embeds": embeds, "lengths": np.full(batch, USUAL_LENGTH)}  # an array: its values are read
 
 
 class Export(PipelineExport):

@@ -1,4 +1,4 @@
-"""Loads any text-to-image pipeline to draw samples from it: what each sample is does not depend on its batch."""
+"""Loads any text-to-image pipeline to draw samples from it; a sample does not depend on the batch it is drawn in."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ GUIDANCE = 5.0
 CLASSIFIER_FREE = (
     "CogView4Pipeline", "HunyuanDiTPipeline", "KolorsPipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline",
 )  # fmt: skip
-"""Pipelines of no family here that take guidance_scale g as none + g (text - none), g up to 1 being no guidance,
-without a negative prompt too (read in diffusers 0.42.1)."""
+"""Pipelines of no known family that use guidance_scale g as none + g (text - none), with no guidance for g up to 1,
+also without a negative prompt (as read in diffusers 0.42.1)."""
 DECODED_PIXELS = 16 * 64 * 64
-"""Pixels that are decoded together, or one image: more leave a CPU's caches, and a GPU's memory at 1024 pixels."""
+"""Pixels that are decoded together, or one image: more exceed a CPU's caches, and at 1024 pixels a GPU's memory."""
 
 
 class PipelineSampler:
-    """Samples of a diffusers pipeline, in whatever way it makes them.
+    """Samples of a diffusers pipeline, made by its own call.
 
     Args:
         spacing: diffusers' timestep_spacing, or "model": the pipeline's own.
@@ -81,9 +81,9 @@ class PipelineSampler:
         return [part for _, part in parts if isinstance(part, torch.nn.Module)]
 
     def configuration(self, prompts: Sequence[str]) -> dict[str, str]:
-        """A hash of what decides the samples beside weights, by part: its class, its config, a tokenizer's ids.
+        """Hashes, by part, of all that decides the samples besides weights: class, config, a tokenizer's ids.
 
-        Versions and places in configs do not count.
+        Versions and paths in configs do not count.
         """
         settings = {name: _settings(part, prompts) for name, part in sorted(self.pipeline.components.items())}
         own = {key: value for key, value in self.pipeline.config.items() if key not in settings}
@@ -105,8 +105,8 @@ class PipelineSampler:
         """Images (B, 3, resolution, resolution), uint8 on the CPU.
 
         Args:
-            generators: one a sample, on the CPU; all noise of the sample comes from it.
-            guidance_scale: of classifier-free guidance; 1: none. None: what the pipeline takes by itself.
+            generators: one per sample, on the CPU; all noise of the sample comes from it.
+            guidance_scale: of classifier-free guidance; 1: none. None: the pipeline's default.
 
         Raises:
             UserError: images that are not finite.
@@ -131,7 +131,7 @@ class PipelineSampler:
 
 
 def _settings(part: Any, prompts: Sequence[str]) -> list[Any]:
-    """What of a pipeline's part decides samples, for a hash."""
+    """The settings of a pipeline's part that decide samples, for a hash."""
     from transformers import PreTrainedTokenizerBase
 
     kind = type(part).__name__
@@ -143,7 +143,7 @@ def _settings(part: Any, prompts: Sequence[str]) -> list[Any]:
 
 
 class FamilySampler(PipelineSampler):
-    """Samples of a family that is known; the VAE decodes in float32, whatever the precision of the others."""
+    """Samples of a known family; the VAE decodes in float32, whatever the other parts' precision."""
 
     def __init__(
         self,
@@ -176,15 +176,15 @@ class FamilySampler(PipelineSampler):
 
 
 class Sides(NamedTuple):
-    """Pixels of a side of a model's images; None: its configs do not say, or there is no bound."""
+    """Pixels of a side of a model's images; None: its configs do not say, or there is no limit."""
 
     native: int | None
-    """What it was made for."""
+    """The side that it was made for."""
     longest: int | None = None
 
 
 def check_sampling(config: ModelConfig, lora: Path | None) -> Sides:
-    """Refuses, before anything heavy loads, a model that cannot be sampled; returns what sizes it knows.
+    """Refuses, before anything heavy loads, a model that cannot be sampled; returns the sizes that it states.
 
     Raises:
         UserError: no such model or LoRA, or no text-to-image pipeline.
@@ -199,7 +199,7 @@ def check_sampling(config: ModelConfig, lora: Path | None) -> Sides:
     name, folder = config.pretrained_model_name_or_path, _folder(config)
     require(
         config.prediction_type is None and not config.rescale_betas_zero_snr,
-        f"--lora {lora}: was trained on an SDXL model; {name} is a {kind}",
+        f"--lora {lora}: was trained on a Stable Diffusion model; {name} is a {kind}",
     )
     if str(name).endswith(".safetensors"):
         header = read_header(Path(str(name)))
@@ -207,7 +207,7 @@ def check_sampling(config: ModelConfig, lora: Path | None) -> Sides:
         check_weights(header or {}, f"{FLAG} {name}")
     require(
         config.pretrained_vae_model_name_or_path is None,
-        f"--pretrained_vae_model_name_or_path: another VAE can be put into an SDXL model only; {name} is a {kind}",
+        f"--pretrained_vae_model_name_or_path: only models of a known family take another VAE; {name} is a {kind}",
     )
     assert folder is not None
     configs = {}
@@ -221,9 +221,9 @@ def check_sampling(config: ModelConfig, lora: Path | None) -> Sides:
 
 
 def check_guidance(config: ModelConfig, guidance_scale: float | None) -> float | None:
-    """The guidance to sample a model with; None: none is passed, so that the pipeline's own default acts, if any.
+    """The guidance to sample a model with; None: none is passed, and the pipeline uses its own default, if any.
 
-    That is so of models that take no guidance, and of pipelines of which it is not known what a scale means.
+    None is for models that take no guidance, and for pipelines where the meaning of a scale is not known.
 
     Args:
         guidance_scale: as given; None: not given.
@@ -248,10 +248,10 @@ def check_guidance(config: ModelConfig, guidance_scale: float | None) -> float |
 
 
 def check_sampler(config: ModelConfig, scheduler: SchedulerName, spacing: SpacingName) -> None:
-    """Refuses, before anything heavy loads, what only a schedule of discrete timesteps has.
+    """Refuses, before anything heavy loads, options that only a schedule of discrete timesteps has.
 
     Raises:
-        UserError: for a model of a family trained by flow matching; others are asked once they are loaded.
+        UserError: for a model of a family trained by flow matching; others are checked once they are loaded.
     """
     if _foreign(config) is None and kind_of(config).is_flow:
         for flag, value in (("--scheduler", scheduler), ("--timestep_spacing", spacing)):
@@ -259,9 +259,9 @@ def check_sampler(config: ModelConfig, scheduler: SchedulerName, spacing: Spacin
 
 
 def vae_stride(config: ModelConfig) -> int | None:
-    """Pixels per latent of a model's VAE, or of a VAE alone; None where its config is not here or does not say.
+    """Pixels per latent of a model's VAE, or of the VAE given beside it; None where no local config says.
 
-    Of a model whose configs are not here it is its family's usual one.
+    For a model without local configs it is its family's usual one.
     """
     name, folder = config.pretrained_vae_model_name_or_path, _folder(config)
     if name is None and folder is None:
@@ -272,7 +272,7 @@ def vae_stride(config: ModelConfig) -> int | None:
     try:
         return stride_of(read_object(file))
     except UserError:
-        return None  # loading it will say more
+        return None  # loading reports it
 
 
 def load_for_sampling(
@@ -287,8 +287,9 @@ def load_for_sampling(
     """Loads a model whole, with a LoRA merged into it; check_sampling has passed.
 
     Args:
-        config: which model: a folder or single file of any family that diffusers knows, or an SDXL on the Hub.
-        dtype: precision of the denoiser and the text encoders; of an SDXL the VAE stays float32.
+        config: which model: a folder or single file of any pipeline that diffusers knows, or a known family's on the
+            Hub.
+        dtype: precision of the denoiser and the text encoders; the VAE of a known family stays float32.
 
     Raises:
         UserError: a model or LoRA that cannot be loaded whole.
@@ -308,7 +309,7 @@ def _folder(config: ModelConfig) -> Path | None:
 
 
 def _foreign(config: ModelConfig) -> str | None:
-    """The class of a pipeline of no family here; None for one of a family, or what the checks are to judge."""
+    """The class name of a pipeline of no known family; None for a known one, or where the other checks decide."""
     folder = _folder(config)
     if folder is None or not (folder / INDEX).is_file():
         return None
@@ -320,7 +321,7 @@ def _foreign(config: ModelConfig) -> str | None:
 
 
 def _obey(pipeline: Any, said: Mapping[str, Any]) -> None:
-    """Gives a pipeline the schedule that its single file says, where it is one of those that have prediction types."""
+    """Gives a pipeline the schedule that its single file states, if its scheduler has a prediction type."""
     if said and "prediction_type" in pipeline.scheduler.config:
         pipeline.scheduler = build_scheduler(type(pipeline.scheduler), pipeline.scheduler.config, **said)
 
@@ -334,7 +335,7 @@ def _load_foreign(config: ModelConfig, dtype: torch.dtype, lora: Path | None, sc
     cls: Any = getattr(diffusers, kind, None)
     require(cls is not None, f"{FLAG} {name}: model_index.json says {kind}, which this diffusers does not have")
     taken = inspect.signature(cls).parameters
-    # A checker paints images black that it dislikes: metrics would be of that.
+    # A safety checker paints images black, which would distort metrics.
     extra = {part: None for part in ("safety_checker", "feature_extractor", "image_encoder") if part in taken}
     if "requires_safety_checker" in taken:
         extra["requires_safety_checker"] = False  # type: ignore[assignment]

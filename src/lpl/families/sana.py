@@ -21,9 +21,9 @@ from lpl.families.pipeline_export import PipelineExport
 from lpl.families.published import GEMMA2_2B
 
 MAX_LENGTH = 300
-"""Tokens of a text, its start included, as the pipeline has them by default."""
+"""Tokens of a text, start token included, as in the pipeline by default."""
 INSTRUCTED_LENGTH = 512
-"""About the tokens of a caption with the instruction before it, for a plan."""
+"""About as many tokens as a caption has with the instruction before it, for a plan."""
 INSTRUCTION: list[str] = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
 """What the pipeline's call puts before each prompt, but not before a negative one."""
 
@@ -70,7 +70,7 @@ PUBLISHED: dict[str, Any] = {
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 MLP = ("ff.conv_inverted", "ff.conv_point")
 LORA_TARGETS = {"attention": ATTENTION, "attention_mlp": (*ATTENTION, *MLP), "all": (*ATTENTION, *MLP)}
-"""peft puts no LoRA on the depthwise convolutions, ff.conv_depth."""
+"""Without the depthwise convolutions, ff.conv_depth: peft puts no LoRA on them."""
 
 
 def denoise(
@@ -80,7 +80,7 @@ def denoise(
     text: Mapping[str, Tensor],
     extra: Mapping[str, Tensor],
 ) -> Tensor:
-    """See families.base.Family.denoise; the time that the transformer is given is 1000 sigma by its own scale."""
+    """See families.base.Family.denoise; the transformer gets 1000 sigma, times its own scale, as its time."""
     scale = 1000 * getattr(denoiser, "module", denoiser).config.timestep_scale  # an engine may have wrapped it
     output: Tensor = denoiser(
         noisy_latents,
@@ -95,14 +95,14 @@ def denoise(
 class Model(FrozenTextFamily):
     """A SanaPipeline taken apart for training.
 
-    A caption is encoded with the pipeline's instruction before it, one of "" without, as what the pipeline uses for
-    none. Its VAE's posterior has no width: its latents are what they are.
+    A caption is encoded with the pipeline's instruction before it, one of "" without it, like the pipeline's empty
+    prompt. The VAE is deterministic: its posterior has a standard deviation of 0.
     """
 
     kind = SANA_KIND
     steps, guidance = SANA_KIND.steps, SANA_KIND.guidance
     lora_targets = LORA_TARGETS
-    max_length = MAX_LENGTH - 1  # one is the instruction's last
+    max_length = MAX_LENGTH - 1  # one token is the instruction's last
     mask = "prompt_attention_mask"
     denoise = staticmethod(denoise)
 

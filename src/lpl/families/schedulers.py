@@ -1,4 +1,4 @@
-"""Schedulers of diffusers that follow what a model's files and the options say, and the schedule to train with."""
+"""Schedulers of diffusers that follow a model's files and the options, and the schedule to train with."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ logger = logging.getLogger("lpl")
 
 ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 WORDS = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
-"""What modelspec.prediction_type says, and diffusers' word for it."""
+"""From values of modelspec.prediction_type to diffusers' names."""
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
-"""modelspec's words for what a model predicts."""
+"""From diffusers' prediction types to modelspec's names."""
 PREDICTION, RESCALED = "lpl.prediction_type", "lpl.rescale_betas_zero_snr"
-"""Metadata of a LoRA file: the options of these names that the run was given, whatever its model said."""
+"""Metadata keys of a LoRA file: the run's options of these names, if they were given."""
 
 NOISE = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
     "rescale_betas_zero_snr", "timestep_spacing", "steps_offset",
 )  # fmt: skip
-"""What must be the same in every scheduler of a model; what else a config says is its own class's business."""
+"""Keys whose values must be the same in every scheduler of a model; other keys concern only their own class."""
 
 
 def file_schedule(path: Path, config: ModelConfig | None = None) -> dict[str, Any]:
-    """What a single file says of its schedule, as keys of a scheduler's config; of what it does not say, nothing.
+    """What a single file states of its schedule, as keys of a scheduler's config; unstated keys are absent.
 
-    The empty tensors v_pred and ztsnr, by which ComfyUI goes (supported_models.SDXL), count more than the text
+    The empty tensors v_pred and ztsnr, which ComfyUI reads (supported_models.SDXL), override the text
     modelspec.prediction_type.
 
     Args:
-        config: whose --prediction_type, if any, goes before what the file says; a difference is said once. None: the
-            file alone is asked.
+        config: its --prediction_type, if any, overrides what the file says; a difference is logged once. None: only the
+            file counts.
 
     Raises:
-        UserError: a prediction type by modelspec that is not known, where the options name none.
+        UserError: modelspec states an unknown prediction type, and the options give none.
     """
     header = read_header(path) or {}
     word = header.get(METADATA, {}).get("modelspec.prediction_type")
@@ -66,12 +66,12 @@ def file_schedule(path: Path, config: ModelConfig | None = None) -> dict[str, An
 
 @functools.cache
 def warn(message: str) -> None:
-    """Once, though a file is looked at before and at loading."""
+    """Warns once, though a file is read both before and while loading."""
     logger.warning("%s", message)
 
 
 def lora_options(file: Path) -> dict[str, Any]:
-    """The options that decide a schedule as the run was given them that made a LoRA file; of other files nothing.
+    """The schedule options of the run that made a LoRA file, from its metadata; none for other files.
 
     Raises:
         UserError: metadata that no run has written.
@@ -88,7 +88,7 @@ def lora_options(file: Path) -> dict[str, Any]:
 
 
 def compare_lora(file: Path, scheduler: Mapping[str, Any]) -> None:
-    """Says so where a LoRA was trained to predict another thing than the model that it is merged into."""
+    """Warns where a LoRA's prediction type differs from that of the model that it is merged into."""
     word = WORDS.get((read_header(file) or {}).get(METADATA, {}).get("modelspec.prediction_type"))
     kind = scheduler.get("prediction_type", "epsilon")
     if word not in (None, kind):
@@ -96,10 +96,10 @@ def compare_lora(file: Path, scheduler: Mapping[str, Any]) -> None:
 
 
 def prediction_of(scheduler: Any) -> str:
-    """modelspec's word for what a model with this schedule predicts.
+    """modelspec's name of the prediction type of a model with this schedule.
 
     Raises:
-        UserError: something that programs for single files do not know.
+        UserError: a prediction type that programs for single files do not know.
     """
     kind = str(scheduler.get("prediction_type", "epsilon"))
     if kind not in PREDICTIONS:
@@ -108,9 +108,9 @@ def prediction_of(scheduler: Any) -> str:
 
 
 def chosen_schedule(scheduler: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
-    """A scheduler's config under what a single file says of itself, --prediction_type and --rescale_betas_zero_snr.
+    """A scheduler's config, changed by what a single file states, --prediction_type and --rescale_betas_zero_snr.
 
-    The options go before the file, the file before the scheduler's config, which is that of --single_file_config.
+    The options override the file, and the file overrides the scheduler's config (that of --single_file_config).
 
     Zero terminal SNR: sqrt(alphas_cumprod) is shifted and scaled so that its last value is 0 and its first stays; then
     samplers must start at the last timestep (timestep_spacing trailing).
@@ -153,17 +153,16 @@ def chosen_schedule(scheduler: Mapping[str, Any], config: ModelConfig) -> dict[s
 
 
 def build_scheduler(cls: Any, config: Mapping[str, Any], **changes: Any) -> Any:
-    """A scheduler of a class, made of a scheduler's config and changes, of which nothing is lost.
+    """A scheduler of a class, made from a scheduler's config and changes, none of which is lost.
 
-    diffusers' `from_config` drops every key that its config names in `_use_default_values`, as those are that the
-    config's file lacks, whatever they have been set to since. What the file lacks and is not changed is the business of
-    the new class.
+    diffusers' `from_config` drops every key listed in `_use_default_values`, that is every key that the config's file
+    lacks, even if it has been set since. Keys that the file lacks and that are not changed get the new class's default.
 
     Args:
-        config: of a scheduler of this class or another, or what its file says.
+        config: the config of a scheduler of this class or another, or the content of its file.
 
     Raises:
-        UserError: a config that the class cannot be made of, or that it does not follow in what it is compared by.
+        UserError: the class cannot be built from the config, or does not follow it in changes or in NOISE.
     """
     missing = set(config.get("_use_default_values", ())) - changes.keys()
     asked = {k: v for k, v in config.items() if k not in missing and k != "_use_default_values"} | changes
@@ -183,7 +182,7 @@ def build_scheduler(cls: Any, config: Mapping[str, Any], **changes: Any) -> Any:
 
 
 def set_schedule(pipeline: Any, config: ModelConfig) -> None:
-    """Gives a pipeline the schedule that its model and the options say."""
+    """Gives a pipeline the schedule that its model and the options state."""
     cls = type(pipeline.scheduler)
     own = {**pipeline.scheduler.config, "_class_name": cls.__name__}
     chosen = chosen_schedule(own, config)
@@ -205,7 +204,8 @@ def training_schedule(scheduler: Mapping[str, Any]) -> Schedule:
 
     if not is_flow(scheduler):
         return schedule_of(build_scheduler(DDPMScheduler, scheduler))
-    # By tokens of 2 x 2 cells, in a line through (base_image_seq_len, base_shift) and (max_image_seq_len, max_shift).
+    # The shift by tokens of 2 x 2 cells: a line through (base_image_seq_len, base_shift), (max_image_seq_len,
+    # max_shift).
     low, high = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
     base, most = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
     slope = (most - base) / (high - low)

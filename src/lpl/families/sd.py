@@ -1,4 +1,4 @@
-"""Stable Diffusion 1 and 2, of epsilon and v-prediction: SDXL without sizes, with one text encoder."""
+"""Stable Diffusion 1 and 2, with epsilon or v-prediction: like SDXL without sizes, with one text encoder."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lpl.families.sdxl_names import LORA_TARGETS, WITH_TEXT, modelspec
 CLIP_L, CLIP_H = "cond_stage_model.transformer.text_model.", "cond_stage_model.model."
 """How the names of text encoders' weights begin in the original layout, of Stable Diffusion 1 and 2."""
 ARCHITECTURES = ("stable-diffusion-v1", "stable-diffusion-v2")
-"""modelspec's words for them."""
+"""modelspec's names of the architectures."""
 
 PUBLISHED: dict[str, Any] = {
     "index": {"_class_name": "StableDiffusionPipeline", "text_encoder": ["transformers", "CLIPTextModel"]},
@@ -53,7 +53,7 @@ PUBLISHED: dict[str, Any] = {
 
 
 class SDJointModel(JointModel):
-    """The UNet with the text encoder before it; with --clip_skip, its last layers do not act."""
+    """The UNet with the text encoder before it; with --clip_skip the encoder's last layers are not used."""
 
     unet: Any
     text_encoder: Any
@@ -75,7 +75,7 @@ class SDJointModel(JointModel):
 
 
 def embed(encoder: Any, text: Mapping[str, Tensor], skip: int) -> Tensor:
-    """Hidden states (B, length, C) of tokens, after the last norm, of so many layers before the last one."""
+    """Hidden states (B, length, C) of tokens, after the last norm, from `skip` layers before the last one."""
     output = encoder(text["input_ids"].long(), attention_mask=text.get("mask"), output_hidden_states=skip > 0)
     found: Tensor = body_of(encoder).final_layer_norm(output.hidden_states[-1 - skip]) if skip else output[0]
     return found
@@ -108,13 +108,13 @@ class Model(PipelineFamily):
         (encoder,), config, tokenizer = self.text_encoders, self.config, self.pipeline.tokenizer
         encoder.float().eval().requires_grad_(False)
         self.skip, self.trains_text = config.clip_skip or 0, config.train_text_encoder
-        # It would say of every long caption that it cannot be encoded: it is cut, which is said once.
+        # Silences a warning that a long caption cannot be encoded: it is cut, which is logged once.
         tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
         self._cut: list[str] = []
         self.lora_targets: Mapping[str, tuple[str, ...]] = WITH_TEXT if self.trains_text else LORA_TARGETS
         if self.trains_text:
             self.text_key = weights_hash(settings=json.dumps(["tokens", tokenizer_settings(tokenizer)]))
-            if self.denoiser is not None:  # lpl cache leaves it out
+            if self.denoiser is not None:  # lpl cache loads none
                 self.denoiser = SDJointModel(self.denoiser, encoder, self.skip)
         else:
             settings = [config_settings(encoder.config.to_dict()), tokenizer_settings(tokenizer), self.skip]
@@ -190,7 +190,7 @@ class Plan(PipelineBlueprint):
 
 
 def is_second(unet: Mapping[str, Any]) -> bool:
-    """Whether a UNet with this config is of Stable Diffusion 2."""
+    """Whether a UNet with this config belongs to Stable Diffusion 2."""
     return bool(unet.get("use_linear_projection"))
 
 
@@ -228,8 +228,8 @@ class Export(PipelineExport):
 def original_tensors(pipeline: Any, second: bool) -> Iterator[tuple[str, Tensor]]:
     """Every tensor under its original name.
 
-    The original text encoder of Stable Diffusion 2 has one layer more, of which no program uses the output: a copy of
-    the last one is there in its place.
+    The original text encoder of Stable Diffusion 2 has one more layer, whose output no program uses: a copy of the last
+    layer is written in its place.
 
     Raises:
         UserError: a weight that the layout has no place for.

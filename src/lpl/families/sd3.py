@@ -14,7 +14,7 @@ from lpl.families.pipeline_export import PipelineExport
 from lpl.families.published import CLIP_G, CLIP_L, FLOW_SCHEDULER, T5_XXL, VAE_16
 
 MAX_LENGTH = 256
-"""Tokens that the T5 reads, as the pipeline does by default."""
+"""Tokens that the T5 reads, as in the pipeline by default."""
 
 PUBLISHED: dict[str, Any] = {
     "index": {
@@ -63,7 +63,7 @@ def denoise(
     text: Mapping[str, Tensor],
     extra: Mapping[str, Tensor],
 ) -> Tensor:
-    """See families.base.Family.denoise; the time that the transformer is given is 1000 sigma."""
+    """See families.base.Family.denoise; the transformer gets 1000 sigma as its time."""
     if "input_ids" in text:
         trained: Tensor = denoiser(noisy_latents, levels, text)
         return trained
@@ -81,8 +81,8 @@ def denoise(
 def read(clips: Sequence[Any], ids: Sequence[Tensor], long: Tensor | None, width: int) -> dict[str, Tensor]:
     """See families.clips.CLIPFamily.read.
 
-    A caption's text is CLIP-L's and CLIP-G's last hidden states but one, side by side, with zeros up to T5's width, and
-    T5's after them: (B, 77 + 256, 4096); without a T5, as the model may leave it out, zeros are in its place.
+    A caption's text is CLIP-L's and CLIP-G's second to last hidden states, concatenated and padded with zeros to T5's
+    width, then T5's: (B, 77 + 256, 4096); a model may leave the T5 out, and then zeros replace it.
     """
     found = [clip(own, output_hidden_states=True) for clip, own in zip(clips, ids, strict=True)]
     hidden = torch.cat([output.hidden_states[-2] for output in found], -1)

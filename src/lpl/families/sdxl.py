@@ -23,8 +23,8 @@ class SDXL(PipelineFamily):
     Differs from the diffusers scripts: a dropped caption is what the pipeline uses for no caption (zeros where the
     model says force_zeros_for_empty_prompt), not the encoding of "". See also PromptEncoder.
 
-    With --train_text_encoder the denoiser is an SDXLJointModel: what is cached of a caption are its tokens, and prompts
-    are encoded when images are made of them, with the weights of then.
+    With --train_text_encoder the denoiser is an SDXLJointModel: a caption's tokens are cached, and prompts are encoded
+    when their images are sampled, with the current weights.
     """
 
     kind = SDXL_KIND
@@ -33,7 +33,7 @@ class SDXL(PipelineFamily):
 
     def prepare_text(self) -> None:
         for encoder in self.text_encoders:
-            # Float32 whatever the run's precision: they encode once, and the result is saved in float32.
+            # In float32 for any run's precision: they encode once, and the result is saved in float32.
             encoder.float().eval().requires_grad_(False)
         config = self.config
         self.force_zeros = bool(self.pipeline.config.force_zeros_for_empty_prompt)
@@ -44,7 +44,7 @@ class SDXL(PipelineFamily):
         if self.trains_text:
             layer, settings = self._encode_prompts.layer, self._encode_prompts.token_settings
             self.text_key = weights_hash(settings=settings)
-            if self.denoiser is not None:  # lpl cache leaves it out
+            if self.denoiser is not None:  # lpl cache loads none
                 self.denoiser = SDXLJointModel(self.denoiser, *self.text_encoders, layer, self.force_zeros)
         else:
             settings = f"{self.force_zeros} {self._encode_prompts.settings}"

@@ -1,4 +1,4 @@
-"""Whether an SDXL model can be trained right here: its files, and configs of sizes that a network can have."""
+"""Checks whether an SDXL model can be trained correctly: its files, and the values in its configs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ FIRST_TEXT, SECOND_TEXT = "conditioner.embedders.0.transformer.", "conditioner.e
 
 
 def model_configs(config: ModelConfig) -> dict[str, Any]:
-    """Refuses a model that this trainer would not train right.
+    """Refuses a model that this trainer cannot train correctly.
 
     Returns:
         The configs that were read, by component ("unet", "vae", "scheduler", "text_encoder", "text_encoder_2"); for a
@@ -64,9 +64,10 @@ def model_configs(config: ModelConfig) -> dict[str, Any]:
 
 
 def plan_configs(config: ModelConfig) -> dict[str, Any]:
-    """The configs of a model for `lpl plan`: no weights are needed, and nothing is read where they are known.
+    """The configs of a model for `lpl plan`: no weights are needed, and configs of the published model are not read.
 
-    No model, SDXL base 1.0 by its Hub id, and a single file with as many parameters as its UNet: its published configs.
+    The published configs of SDXL base 1.0 are used for no model, for its Hub id, and for a single file whose UNet has
+    as many parameters.
 
     Raises:
         UserError: a model of another kind, or one whose configs cannot be read.
@@ -98,7 +99,7 @@ def _read(read: Any, name: str) -> dict[str, Any]:
     index = read("model_index.json")
     check_shape("model_index.json", index, f"{FLAG} {name}: model_index.json")
     cls = index.get("_class_name")
-    if cls is None or cls.startswith("StableDiffusionXL"):  # of others these are not there
+    if cls is None or cls.startswith("StableDiffusionXL"):  # other classes lack these files
         configs = {part: read(files[part]) for part in ("unet", "vae", "scheduler")}
     if index.get("requires_aesthetics_score") or (index.get("text_encoder") or [None])[0] is None:
         raise UserError(f"{FLAG} {name}: an SDXL refiner (no first text encoder); train the base model")
@@ -161,7 +162,7 @@ def _with_vae(configs: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
 
 
 def check_single_file(path: Path, config: ModelConfig) -> None:
-    """Refuses a single file that is no whole SDXL checkpoint, or one that is not trained right here.
+    """Refuses a single file that is no complete SDXL checkpoint, or that cannot be trained correctly.
 
     Raises:
         UserError: what it is, in one line.
@@ -180,7 +181,7 @@ def check_single_file(path: Path, config: ModelConfig) -> None:
 
 
 def _what_else(header: Mapping[str, Any]) -> str:
-    """What a file is that is no SDXL checkpoint."""
+    """Says what a file is that is no SDXL checkpoint."""
     keys = list(header)
     if "conditioner.embedders.0.model.ln_final.weight" in header:
         return "an SDXL refiner; train the base model"
@@ -227,7 +228,7 @@ class SDXLKind(Kind):
         compare_lora(lora, self._scheduler(config))
 
     def _scheduler(self, config: ModelConfig) -> dict[str, Any]:
-        """The scheduler's config of a model that is checked, by its files and the options."""
+        """The scheduler's config of a checked model, by its files and the options."""
         known = model_configs(config)
         return dict((known or _with_options(sdxl_configs.PUBLISHED, config))["scheduler"])
 

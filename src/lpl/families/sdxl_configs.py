@@ -1,4 +1,4 @@
-"""SDXL's configs: what their values may be, and those of the published model, for plans that need no download."""
+"""SDXL's configs: their allowed values, and the configs of the published model, for plans without a download."""
 
 from __future__ import annotations
 
@@ -138,9 +138,9 @@ def check_shape(file: str, found: dict[str, Any], where: str) -> None:
     """Refuses a config with a value that no such model has.
 
     Args:
-        file: by its path in the model's folder.
-        found: what it holds.
-        where: what errors call it.
+        file: its path in the model's folder.
+        found: its content.
+        where: its name in errors.
 
     Raises:
         UserError: the key, what it is, and what it must be.

@@ -1,4 +1,4 @@
-"""An SDXL model for export: with a LoRA merged into it, and in the original layout, which ComfyUI and A1111 read."""
+"""An SDXL model for export, with a LoRA merged into it if given, also in the original layout for ComfyUI and A1111."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def original_tensors(pipeline: Any) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a pipeline under its original name, sharing memory where it can.
 
     As in Stability's own files there are also CLIP-L's position_ids, and CLIP-G's logit_scale, which no program uses
-    and diffusers does not keep: ln 100, the bound of its training. A model of v-prediction has an empty v_pred, and an
-    empty ztsnr where its schedule ends without signal: by these keys ComfyUI knows it (supported_models.SDXL).
+    and diffusers drops: ln 100, its upper limit in training. A model of v-prediction has an empty v_pred, and an empty
+    ztsnr where its schedule ends without signal: ComfyUI recognises it by these keys (supported_models.SDXL).
 
     Raises:
         UserError: a weight or a prediction type that the layout has no place for.
@@ -41,7 +41,7 @@ def original_tensors(pipeline: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def modelspec(pipeline: Any, title: str, resolution: int, architecture: str = names.ARCHITECTURE) -> dict[str, str]:
-    """Metadata after Stability AI's model specification 1.0.0, but for the hash.
+    """Metadata by Stability AI's model specification 1.0.0, without the hash.
 
     Raises:
         UserError: see prediction_of.
@@ -66,7 +66,7 @@ def vae_tensors(vae: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def clip_l_tensors(encoder: Any, prefix: str = names.CLIP_L) -> Iterator[tuple[str, Tensor]]:
-    """CLIP-L's tensors under transformers' names of old."""
+    """CLIP-L's tensors under the names of earlier versions of transformers."""
     for name, value in encoder.state_dict().items():
         plain = name.removeprefix("text_model.")
         if plain != "embeddings.position_ids":
@@ -76,7 +76,7 @@ def clip_l_tensors(encoder: Any, prefix: str = names.CLIP_L) -> Iterator[tuple[s
 
 
 def clip_g_tensors(encoder: Any, prefix: str = names.CLIP_G) -> Iterator[tuple[str, Tensor]]:
-    """OpenCLIP's names of CLIP-G's tensors; so they are those of CLIP-H."""
+    """CLIP-G's tensors under OpenCLIP's names; also for CLIP-H."""
     weights = encoder.state_dict()
     for name, value in weights.items():
         new = names.clip_g_weight(name)
@@ -91,7 +91,7 @@ def clip_g_tensors(encoder: Any, prefix: str = names.CLIP_G) -> Iterator[tuple[s
 
 
 def warn_of_scale(own: float, usual: float) -> None:
-    """Says that a single file cannot say the scale of its latents, where it is not the usual one."""
+    """Warns that a single file cannot state the scale of its latents, where it is not the usual one."""
     if own != usual:
         logger.warning("programs for single files take a VAE's scaling_factor to be %g; this one's is %g", usual, own)
 

@@ -1,6 +1,6 @@
-"""Names of SDXL's weights and of its LoRAs': diffusers' and peft's, and what others call them.
+"""Names of the weights of SDXL and its LoRAs: from diffusers' and peft's to those of other programs.
 
-The original layout of Stability's own release is what ComfyUI, A1111 and kohya's trainers know. Rules, not lists: for
+ComfyUI, A1111 and kohya's trainers use the original layout of Stability's own release. The names are made by rules, for
 any depth and width.
 """
 
@@ -64,14 +64,13 @@ _CLIP_G = (
 def unet_module(name: str, config: Mapping[str, Any]) -> str:
     """The original name of one of the UNet's modules, or of a weight in it, without the prefix.
 
-    The original numbers the parts of all blocks through. With L = layers_per_block, block i down holds parts
-    1 + i (L + 1) to (i + 1)(L + 1), the last of them its downsampler; block i up holds parts i (L + 1) to
-    i (L + 1) + L, its upsampler being a further layer of the last of them. In a part the resnet is layer 0, the
-    attention layer 1.
+    The original numbers the parts of all blocks consecutively. With L = layers_per_block, block i down holds parts 1 +
+    i (L + 1) to (i + 1)(L + 1), the last of them its downsampler; block i up holds parts i (L + 1) to i (L + 1) + L,
+    its upsampler being a further layer of the last of them. In a part the resnet is layer 0, the attention layer 1.
 
     Args:
-        name: as `named_modules` or `state_dict` of a UNet2DConditionModel has it.
-        config: that model's, of which layers_per_block and up_block_types count.
+        name: as in `named_modules` or `state_dict` of a UNet2DConditionModel.
+        config: that model's config; layers_per_block and up_block_types are used.
 
     Raises:
         UserError: a name that the original UNet has no place for.
@@ -105,9 +104,9 @@ def unet_module(name: str, config: Mapping[str, Any]) -> str:
 
 
 def vae_weight(name: str, num_blocks: int) -> str:
-    """The original name of a weight of an AutoencoderKL of so many blocks, without the prefix.
+    """The original name of a weight of an AutoencoderKL with num_blocks blocks, without the prefix.
 
-    The original counts the decoder's blocks from the image, diffusers from the latent.
+    The original counts the decoder's blocks from the image, diffusers from the latents.
     """
     new = re.sub(r"^encoder\.down_blocks\.(\d+)\.resnets\.", r"encoder.down.\1.block.", name)
     new = re.sub(r"^encoder\.down_blocks\.(\d+)\.downsamplers\.0\.", r"encoder.down.\1.downsample.", new)
@@ -170,7 +169,7 @@ def kohya_layer(part: str, module: str, unet: Mapping[str, Any]) -> str:
     So lora_unet_input_blocks_4_1_proj_in, lora_te1_text_model_encoder_layers_0_mlp_fc1, and lora_te2_ for CLIP-G.
 
     Args:
-        unet: the UNet's config, of which the blocks count.
+        unet: the UNet's config; its blocks are used.
     """
     if part == "unet":
         return underscored("lora_unet", unet_module(module, unet))
@@ -184,18 +183,18 @@ def to_kohya(
     """A LoRA file of SDXL in kohya's naming: see renamed_lora.
 
     Args:
-        configs: of the model it belongs to, of which the UNet's blocks count.
+        configs: configs of its model; the UNet's blocks are used.
 
     Raises:
         UserError: see renamed_lora.
     """
-    version = {"ss_base_model_version": "sdxl_base_v1-0"}  # by this A1111 knows whose LoRA it is
+    version = {"ss_base_model_version": "sdxl_base_v1-0"}  # A1111 finds the LoRA's model by this
     layer = partial(kohya_layer, unet=configs["unet"])
     return renamed_lora(lora, layer, version | modelspec(title, f"{ARCHITECTURE}/lora"), weight_of)
 
 
 def modelspec(title: str, architecture: str, implementation: str = IMPLEMENTATION) -> dict[str, str]:
-    """What every file says by Stability AI's model specification 1.0.0."""
+    """Metadata for every file, by Stability AI's model specification 1.0.0."""
     return {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": architecture,

@@ -19,11 +19,11 @@ from lpl.families.sdxl_text import TOKENS_PER_CHUNK, embed, usual_layer
 class SDXLJointModel(JointModel):
     """The UNet with both text encoders before it.
 
-    CLIP-L's last layers and its last norm do not act, since the UNet sees the hidden states before them. All of CLIP-G
-    acts, on the pooled embedding.
+    CLIP-L's last layers and its last norm have no effect, since the UNet sees the hidden states before them. All layers
+    of CLIP-G have one, through the pooled embedding.
 
     Args:
-        layer: of the hidden states that are used, see PromptEncoder.
+        layer: index of the hidden states that are used, see PromptEncoder.
         force_zeros: whether an empty caption is zeros instead of its encoding.
     """
 
@@ -57,7 +57,7 @@ class SDXLJointModel(JointModel):
 
 
 def token_fields(ids: Tensor, ids_2: Tensor, captions: list[str]) -> dict[str, Tensor]:
-    """What a training step encodes its captions from: token ids (B, chunks, length), and which captions are empty."""
+    """Fields to encode captions from in a training step: token ids (B, chunks, length), and which are empty."""
     is_empty = torch.tensor([caption == "" for caption in captions])
     return {"input_ids": ids.int(), "input_ids_2": ids_2.int(), "is_empty": is_empty.int()}
 

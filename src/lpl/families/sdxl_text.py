@@ -1,4 +1,4 @@
-"""SDXL's text encoding, for captions of one chunk of tokens as diffusers' pipeline does it, and of several."""
+"""SDXL's text encoding, for captions of one chunk of tokens, as in diffusers' pipeline, or of several."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from torch import Tensor
 from lpl.families.base import config_settings, tokenizer_settings
 
 TOKENS_PER_CHUNK = 75
-"""Tokens of a chunk, less its start and end: what --max_token_length counts in."""
+"""Tokens of a chunk without its start and end: the unit of --max_token_length."""
 
 
 class PromptEncoder:
-    """Both text encoders of a StableDiffusionXLPipeline, side by side.
+    """Both text encoders of a StableDiffusionXLPipeline, whose hidden states are concatenated.
 
     One chunk is StableDiffusionXLPipeline.encode_prompt. For several, the tokens are cut into chunks, each is given its
     own start, end and padding and is encoded on its own, and hidden states are joined along the sequence, as A1111 and
     ComfyUI do; the pooled embedding is the first chunk's. Every caption has all the chunks, the last ones empty.
 
-    Differs from diffusers: with clip_skip, the pipeline takes the negative prompt's usual layer; here every text's
-    layer is the same, as in A1111 and ComfyUI.
+    Differs from diffusers: with clip_skip, the pipeline still uses the usual layer for negative prompts; here the layer
+    is the same for every text, as in A1111 and ComfyUI.
 
     Args:
-        pipeline: whose tokenizers and text encoders these are.
-        clip_skip: layers before the usual one, which is the last but one; None is 0.
-        max_token_length: 75, or so many times it as there are chunks. With tokenizers of other lengths than SDXL's 77,
-            a chunk has model_max_length - 2 tokens, and there are as many chunks as with 77.
+        pipeline: the owner of the tokenizers and text encoders.
+        clip_skip: layers before the usual one, which is the second to last; None is 0.
+        max_token_length: 75 times the number of chunks. With tokenizers of other lengths than SDXL's 77, a chunk has
+            model_max_length - 2 tokens, and there are as many chunks as with 77.
     """
 
     def __init__(self, pipeline: Any, clip_skip: int | None = None, max_token_length: int = TOKENS_PER_CHUNK) -> None:
         self._pipeline = pipeline
         for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2):
-            # It would say of every long caption that it cannot be encoded: it can, chunk by chunk, or is cut.
+            # Silences a warning that a long caption cannot be encoded: it is encoded chunk by chunk, or cut.
             tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
         self.max_token_length = max_token_length
         self.layer = usual_layer(clip_skip)
@@ -43,7 +43,7 @@ class PromptEncoder:
 
     @property
     def settings(self) -> str:
-        """All that embeddings depend on beside weights: configs, tokenizers, layer and chunks."""
+        """All that embeddings depend on besides weights: configs, tokenizers, layer and chunks."""
         encoders = self._pipeline.text_encoder, self._pipeline.text_encoder_2
         configs = [config_settings(encoder.config.to_dict()) for encoder in encoders]
         return json.dumps([configs, self.layer, self.token_settings])
@@ -55,13 +55,13 @@ class PromptEncoder:
 
     @property
     def token_settings(self) -> str:
-        """All that token ids depend on: the tokenizers, whole, and how many chunks there are."""
+        """All that token ids depend on: the complete tokenizers, and the number of chunks."""
         settings: list[Any] = ["tokens", self.chunks]
         settings += map(tokenizer_settings, (self._pipeline.tokenizer, self._pipeline.tokenizer_2))
         return json.dumps(settings, sort_keys=True)
 
     def entry_bytes(self, of_tokens: bool = False) -> int:
-        """Bytes of what __call__ gives for one caption, in float32, or of its tokens and whether it is empty."""
+        """Bytes of __call__'s result for one caption, in float32, or of its tokens and the mark of an empty one."""
         encoders = self._pipeline.text_encoder.config, self._pipeline.text_encoder_2.config
         length = self.chunks * int(self._pipeline.tokenizer.model_max_length)
         if of_tokens:
@@ -74,7 +74,7 @@ class PromptEncoder:
         return [caption for caption, ids in zip(captions, tokens, strict=True) if len(ids) > self.limit]
 
     def tokens(self, captions: list[str]) -> tuple[Tensor, Tensor]:
-        """Token ids for each encoder, (B, chunks, length), of which a chunk has its own start, end and padding."""
+        """Token ids for each encoder, (B, chunks, length); each chunk has its own start, end and padding."""
         first, second = (self._ids(t, captions) for t in (self._pipeline.tokenizer, self._pipeline.tokenizer_2))
         return first, second
 
@@ -99,7 +99,7 @@ class PromptEncoder:
 
 
 def usual_layer(clip_skip: int | None) -> int:
-    """Which hidden states are used, counted from the last one's -1."""
+    """Index of the hidden states that are used; -1 is the last."""
     return -2 - (clip_skip or 0)
 
 
@@ -117,7 +117,7 @@ def embed(text_encoder: Any, text_encoder_2: Any, ids: Tensor, ids_2: Tensor, la
 def guided(
     prompt: str, negative: str, encode: Callable[[str], tuple[Tensor, Tensor]], force_zeros: bool
 ) -> tuple[Tensor, ...]:
-    """Embeddings of a prompt and of a negative one ("": zeros, if so forced), and the pooled ones of both."""
+    """Embeddings of a prompt and a negative prompt ("": zeros with force_zeros), and the pooled ones of both."""
     embeds, pooled = encode(prompt)
     if force_zeros and negative == "":
         return embeds, torch.zeros_like(embeds), pooled, torch.zeros_like(pooled)
@@ -126,9 +126,9 @@ def guided(
 
 
 def _embed(encoder: Any, ids: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-    """Hidden states of all chunks, and of the first chunk what the encoder is for (pooled, of the second one)."""
+    """Hidden states of all chunks, and the encoder's own output for the first chunk (the second one's: pooled)."""
     hidden, results = [], []
-    # Chunk by chunk: numbers do not depend on how many there are, and memory hardly grows with them.
+    # Chunk by chunk: results do not depend on the number of chunks, and memory hardly grows with it.
     for chunk in ids.unbind(1):
         output = encoder(chunk, output_hidden_states=True)
         hidden.append(output.hidden_states[layer])

@@ -1,6 +1,6 @@
 """One file with the transformer of a model trained by flow matching, under diffusers' names or in the original layout.
 
-The original layout, which ComfyUI reads too, is read by what diffusers converts it with.
+The original layout, which ComfyUI reads too, is converted by diffusers' functions.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from lpl.families.loading_errors import named
 logger = logging.getLogger("lpl")
 
 UNUSED = ("norm_final.weight", "pos_embed", "y_embedder.y_embedding")
-"""What some original layouts have beside what a transformer of diffusers needs: a norm that nothing calls, positions
-that are computed, an embedding of no caption."""
+"""Tensors of some original layouts that diffusers' transformers do not need: a norm that is never called, positions
+that are computed, an embedding of the empty caption."""
 SHOWN = 3
-"""Names in an error."""
+"""Maximum number of names in an error."""
 
 
 def load_transformer(kind: Kind, config: ModelConfig, dtype: torch.dtype) -> Any:
     """The transformer of a single file, in a precision, on the CPU, in eval mode.
 
     Raises:
-        UserError: a file whose tensors are not all that the transformer has, and no other; nothing is loaded then.
+        UserError: the file's tensors are not exactly the transformer's; nothing is loaded then.
     """
     path, part = Path(str(config.pretrained_model_name_or_path)), kind.networks[0]
     own_config = kind.plan_configs(config)[part]
@@ -57,7 +57,7 @@ def load_transformer(kind: Kind, config: ModelConfig, dtype: torch.dtype) -> Any
         weights = {key: file.get_tensor(prefix + key) for key in transformer_entries(header)}
         own = {id(value) for value in weights.values()}
         found = _arranged(kind, weights, network, str(path))
-        # What is cut out of a tensor would keep the whole, and be no tensor of its own to what saves it.
+        # A view would keep its whole tensor in memory, and could not be saved as a separate tensor.
         found = {key: value.to(dtype, copy=id(value) not in own) for key, value in found.items()}
         network.load_state_dict(found, assign=True)
     return network.eval()
@@ -99,13 +99,13 @@ def check_fits(kind: Kind, config: ModelConfig, network: Any) -> None:
 
 
 def _told(what: str, names: list[str]) -> str:
-    """How many tensors are so, and the first of them; nothing where there are none."""
+    """The number of these tensors and the first names; empty where there are none."""
     more = ", ..." if len(names) > SHOWN else ""
     return f"{count(len(names), 'tensor')} {what} ({', '.join(names[:SHOWN])}{more})" if names else ""
 
 
 def _arranged(kind: Kind, weights: dict[str, Tensor], network: Any, where: str) -> dict[str, Tensor]:
-    """Weights under diffusers' names, what of the original layout has no place among them under its own."""
+    """Weights under diffusers' names; tensors of the original layout without such a name keep their own."""
     if all(key in weights for key in kind.single_file_keys[0]):
         return weights
     left = dict(weights)
@@ -129,10 +129,10 @@ def original_tensors(
 
     Args:
         weights: by diffusers' names.
-        names: expressions that are replaced in them, one after the other, and what by.
-        fused: modules of the original that are several of diffusers', one below the other: its name before that -> the
-            names of these.
-        swapped: the module of which diffusers has the upper half below the lower one.
+        names: regular expressions and their replacements, applied to names one after the other.
+        fused: for modules of the original whose rows are those of several modules of diffusers, one after the other:
+            name before the replacements -> the names of those modules.
+        swapped: a module whose two halves of rows are in the opposite order in diffusers.
     """
     for name, value in weights.items():
         module, _, end = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""Z-Image: flow matching on a transformer of one stream, whose captions a Qwen3 reads."""
+"""Z-Image: flow matching with a transformer of one stream; a Qwen3 encodes the captions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lpl.families.pipeline_export import PipelineExport
 from lpl.families.published import FLOW_SCHEDULER, QWEN3_4B, VAE_16
 
 MAX_LENGTH = 512
-"""Tokens that the Qwen3 reads, template included, as the pipeline does by default."""
+"""Tokens that the Qwen3 reads, template included, as in the pipeline by default."""
 
 PUBLISHED: dict[str, Any] = {
     "index": {"_class_name": "ZImagePipeline", "text_encoder": ["transformers", "Qwen3Model"]},
@@ -30,7 +30,7 @@ PUBLISHED: dict[str, Any] = {
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 MLP = ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
-# By number: of the final layer it is no matrix.
+# By number: the same name in the final layer is no matrix.
 BLOCKS = (*(f"layers.{n}" for n in range(64)), *(f"noise_refiner.{n}" for n in range(8)))
 LORA_TARGETS = {
     "attention": ATTENTION,
@@ -44,7 +44,7 @@ ORIGINAL_NAMES = (
     (r"\.attention\.norm_([qk])\.", r".attention.\1_norm."),
 )
 ORIGINAL_FUSED = {"attention.qkv": ("attention.to_q", "attention.to_k", "attention.to_v")}
-"""How the original transformer names what diffusers' has."""
+"""Maps diffusers' names to the original transformer's."""
 
 
 def denoise(
@@ -65,9 +65,9 @@ def denoise(
 class Model(OwnLengthFamily):
     """A ZImagePipeline taken apart for training; a caption of "" is what the pipeline uses for none.
 
-    A caption's text is the Qwen3's last hidden states but one, of as many tokens as it has, in a chat template.
+    A caption's text is the Qwen3's second to last hidden states of its own tokens, in a chat template.
 
-    Guidance is the pipeline's: text + scale (text - none), of which 0 is none.
+    Guidance is the pipeline's: text + scale (text - none); a scale of 0 is none.
     """
 
     kind = ZIMAGE_KIND
@@ -84,7 +84,7 @@ class Model(OwnLengthFamily):
 
     def embed_one(self, caption: str) -> Tensor:
         count = min(self.lengths([caption])[0], MAX_LENGTH)
-        # In a list of its own: the pipeline writes the template into it.
+        # In a new list, since the pipeline writes the template into it.
         row: Tensor = self.pipeline.encode_prompt([caption], self.device, False, max_sequence_length=count)[0][0]
         return row
 
@@ -107,7 +107,7 @@ class Plan(PipelineBlueprint):
 
     def text(self, batch: int) -> dict[str, Any]:
         embeds = torch.zeros(batch, MAX_LENGTH, self.text_configs[0].hidden_size)
-        return {"prompt_embeds": embeds, "lengths": np.full(batch, MAX_LENGTH)}  # read, which no fake tensor can be
+        return {"prompt_embeds": embeds, "lengths": np.full(batch, MAX_LENGTH)}  # an array: its values are read
 
 
 class Export(PipelineExport):

@@ -1,7 +1,8 @@
-"""The weight "auto", by LPL's share of the gradient, and what a gradient of exactly 0 says.
+"""The weight "auto", set by LPL's share of the gradient, and a check for gradients of exactly 0.
 
-Such a gradient means that LPL is computed, logged, and trains nothing. It is what features give that are detached from
-the prediction, and what a half-precision decoder gives whose gradients underflow. Nothing else of a run shows it.
+A gradient of exactly 0 means that LPL is computed and logged, but trains nothing. It comes from features that are
+detached from the prediction, or from a half-precision decoder whose gradients underflow. Nothing else in a run shows
+it.
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ logger = logging.getLogger(__name__)
 
 
 def gradient_of(out: Any, pred: Tensor, needed: bool) -> Tensor | None:
-    """d per_sample / d pred of what a loss returned, like pred, detached; None without gradients.
+    """d per_sample / d pred of a loss's output, shaped like pred, detached; None where gradients are off.
 
     Args:
         out: an LPLOutput.
         pred: what it was computed from, (B, C, ...).
-        needed: differentiate where the loss states no gradient.
+        needed: differentiate where out.gradient is None.
 
     Raises:
-        ValueError: no (B,) values.
-        RuntimeError: values that do not depend on pred, as their graph says.
+        ValueError: out has no per_sample (B,).
+        RuntimeError: per_sample has no graph, so it does not depend on pred.
     """
     values = out.per_sample if isinstance(out, LPLOutput) else None
     if not isinstance(values, Tensor) or values.shape != (len(pred),):
@@ -51,11 +52,11 @@ def gradient_of(out: Any, pred: Tensor, needed: bool) -> Tensor | None:
 def count_zero_gradients(
     per_sample: Tensor, gradient: Tensor, coefficient: Tensor, mask: Tensor | None
 ) -> dict[str, Tensor | float]:
-    """How many samples have a value that counts, and how many of these a gradient of exactly 0, as metrics.
+    """Metrics: how many samples have a value that counts, and how many of these have a gradient of exactly 0.
 
     Args:
-        per_sample, coefficient: (B,), values and what they are multiplied by.
-        gradient: (B, ...), each value's own.
+        per_sample, coefficient: (B,), values and the factors they are multiplied by.
+        gradient: (B, ...), of each value.
         mask: (B, 1, ...), where values count.
     """
     counts = (per_sample.detach().abs() > 0) & (coefficient.detach() != 0)
@@ -66,10 +67,11 @@ def count_zero_gradients(
 
 
 def zero_gradient(metrics: Mapping[str, float]) -> str | None:
-    """What is wrong where every sample with a value that counts has a gradient of exactly 0; None: nothing.
+    """The message where every sample with a value that counts has a gradient of exactly 0; else None.
 
     Args:
-        metrics: count_zero_gradients' of one micro-batch, or their sums or means over several and over processes.
+        metrics: from count_zero_gradients, of one micro-batch, or sums or means over several micro-batches and
+            processes.
     """
     expected = metrics.get("lpl/samples_with_loss", 0.0)
     if not expected or metrics["lpl/samples_without_gradient"] < expected:
@@ -131,7 +133,7 @@ class AutoWeight:
 
         Args:
             lpl_square, diffusion_square: squared gradients at the model's output of LPL at weight 1 and of the
-                diffusion loss, each sample's of its own loss, summed over the micro-batch.
+                diffusion loss, for each sample of its own loss, summed over the micro-batch.
             gated: its gated samples.
             step: the optimizer step, if the caller knows it.
 
@@ -148,7 +150,7 @@ class AutoWeight:
         self._step_samples += gated
 
     def _expect_end_step(self, step: int | None) -> None:
-        """Says that a step has measured all that is needed and does not end; many micro-batches may be one step."""
+        """Reports a missing end_step(): the step has measured enough. Many micro-batches may be one step."""
         needed = "lpl_weight 'auto' needs objective.end_step() after each optimizer step"
         if step != self._step or self._step_samples >= 64 * MEASURED_SAMPLES:
             raise RuntimeError(f"{needed}: it has measured {self._step_samples} gated samples since the last")
@@ -185,13 +187,13 @@ class AutoWeight:
         if not self.fixed:
             logger.warning(
                 "lpl_weight 'auto' measured %d gated samples and found a weight of %g: the gradient of LPL (%g) or of "
-                "the diffusion loss (%g) is 0 or not finite, as where every sample_weight or mask is 0; it measures on",
+                "the diffusion loss (%g) is 0 or not finite, as where all sample_weights are 0; it measures anew",
                 self.measured, self.weight, float(lpl.sqrt()), float(diffusion.sqrt()),
             )  # fmt: skip
             self.weight, self.measured, self._squares = 0.0, 0, None
 
     def discard_step(self) -> None:
-        """Forgets what the optimizer step under way has measured; instead of end_step() where the step is left out."""
+        """Forgets what the optimizer step under way has measured; call it instead of end_step() for a skipped step."""
         self._step_squares, self._step_samples = None, 0
 
     def state_dict(self) -> dict[str, Any]:

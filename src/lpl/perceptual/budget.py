@@ -1,6 +1,6 @@
 """LPL at a share of the step's cost: which gated samples are decoded and how deep, with the full gradient on average.
 
-A gated sample lies in the bin b of its noise/signal. With one number u of its own, uniform in [0, 1), its term of tap l
+A gated sample lies in the bin b of its noise/signal. It has one random number u, uniform in [0, 1); its term of tap l
 is computed where u < r_bl and divided by r_bl:
 
     E_u[ sum_l 1[u < r_bl] / r_bl * w_l d_l ] = sum_l w_l d_l,    r_bl = min(1, t_b s_l), s_0 >= s_1 >= ... > 0
@@ -38,12 +38,12 @@ from lpl.perceptual.loss import LPLOutput
 logger = logging.getLogger(__name__)
 
 FALL = 0.4
-"""About c_(l+1) / c_l with norm channel, of SDXL's shape and of the demo's decoder."""
+"""About c_(l+1) / c_l with norm channel, for a decoder of SDXL's shape and for the demo's."""
 BINS = 20
-"""Half octaves of noise/signal, from 2^-6 to 2^4; what lies outside belongs to the first or to the last."""
+"""Half octaves of noise/signal, from 2^-6 to 2^4; values outside belong to the first or the last bin."""
 LOWEST = -6
 ROUNDED = 64
-"""t_b is a multiple of 1 / 64, so that sums in another order do not decide it, and at least that."""
+"""t_b is a multiple of 1 / 64, so that it does not depend on the order of sums, and at least 1 / 64."""
 MEASURED_RATE = 0.5
 """The least probability with which gated samples are decoded while gradients are measured."""
 
@@ -71,7 +71,7 @@ def depth_profile(costs: Sequence[float], squares: Sequence[float] | None = None
 
 
 class Spread(NamedTuple):
-    """What becomes of gated samples; tensors on the CPU."""
+    """Which gated samples are decoded, and how deep; tensors on the CPU."""
 
     bins: Tensor
     """(G,), of every gated sample."""
@@ -83,7 +83,7 @@ class Spread(NamedTuple):
     """(D, taps), the probabilities by which their terms are divided."""
 
     def first(self, count: int) -> Spread:
-        """With so many decoded samples alone."""
+        """The same with only the first `count` decoded samples."""
         return Spread(self.bins, self.decoded[:count], self.depths[:count], self.reach[:count])
 
 
@@ -91,12 +91,12 @@ class Budget:
     """Decides how likely each tap of a gated sample is computed, so that LPL costs a share of the step on average.
 
     Until the gradients of 256 decoded samples are measured, gated samples are decoded to the end, with one probability
-    for all: that of the budget, or a half where this is more. Then t_b is set once, and belongs in the checkpoint.
-    Where the whole loss costs no more than the share, every sample is decoded.
+    for all: the budget's, or 0.5 if that is larger. Then t_b is set once, and belongs in the checkpoint. Where the
+    whole loss costs no more than the share, every sample is decoded.
 
     Args:
         share: LPL's mean cost as a share of step_cost, above 0.
-        step_cost: of a sample's training step without LPL, in the unit of costs (FLOPs, say).
+        step_cost: cost of a sample's training step without LPL, in the unit of costs (FLOPs, say).
         costs: k_l, one per tap.
         p_gate: probability that a sample passes the gate.
 
@@ -105,7 +105,7 @@ class Budget:
 
     Attributes:
         fixed: whether the reach is set for good.
-        measured: decoded samples that were measured.
+        measured: number of decoded samples that were measured.
     """
 
     STATE: ClassVar = {"fixed": bool, "measured": int, "sums": list | None, "reach": list}
@@ -127,12 +127,12 @@ class Budget:
         self._sums: Tensor | None = None
         self._step_sums: Tensor | None = None
         self._step_samples = 0
-        """Decoded ones of the step under way, as the host knows them."""
+        """Decoded samples of the step under way, as counted on the host."""
         self._warned = False
 
     @property
     def _allowed(self) -> float:
-        """Mean cost of a gated sample."""
+        """Mean cost that a gated sample may have."""
         return self.share * self.step_cost / self.p_gate
 
     def spread(self, alpha: Tensor, sigma: Tensor, draws: Tensor, measuring: bool) -> Spread:
@@ -141,7 +141,7 @@ class Budget:
         Args:
             alpha, sigma: (G,), the coefficients of their noisy latents.
             draws: (G,), uniform in [0, 1), independent of the noise levels.
-            measuring: decode to the end, with one probability for all: what squared gradients are measured of.
+            measuring: decode to the end, with one probability for all, as measuring squared gradients needs.
         """
         bins = bins_of(alpha, sigma)
         reach = torch.full_like(self._table, self.rate)[bins] if measuring or not self.fixed else self._table[bins]
@@ -154,7 +154,7 @@ class Budget:
         return float(self.costs.cumsum(0)[[depth - 1 for depth in spread.depths]].sum()) / self.step_cost
 
     def mean_cost(self) -> float:
-        """LPL's mean cost as a share of the step; of a fixed reach, by the bins of the samples that were measured."""
+        """LPL's mean cost as a share of the step; once the reach is fixed, over the bins of the measured samples."""
         if self._sums is None or not self.fixed:
             return float(self._table[0] @ self.costs) * self.p_gate / self.step_cost
         shares = self._sums[1].cpu().double()
@@ -164,7 +164,7 @@ class Budget:
         """Adds one micro-batch to what is measured.
 
         Args:
-            squares: (D,), the decoded samples' squared gradients: of the terms as they were divided, times the
+            squares: (D,), the decoded samples' squared gradients: of the terms after the division, times the
                 probability of being decoded.
         """
         if self.fixed:
@@ -198,7 +198,7 @@ class Budget:
             self._fix()
 
     def discard_step(self) -> None:
-        """Forgets what the optimizer step under way has measured, where it is left out."""
+        """Forgets what the optimizer step under way has measured, where that step is skipped."""
         self._step_sums, self._step_samples = None, 0
 
     def _fix(self) -> None:
@@ -207,7 +207,7 @@ class Budget:
         roots = (squares / counts.clamp(min=1)).sqrt()
         known = (numbers > 0).nonzero().flatten()
         if not known.numel() or not roots[known].max() > 0 or not roots.isfinite().all():
-            logger.warning("LPL's budget measured gradients of 0 or none: it measures on")
+            logger.warning("LPL's budget measured gradients of 0 or none: it measures again from the start")
             self._sums, self.measured = None, 0
             return
         nearest = (torch.arange(BINS)[:, None] - known).abs().argmin(1)  # a bin without samples is like the next one
@@ -219,7 +219,7 @@ class Budget:
             low, high = (middle, high) if cost <= self._allowed else (low, middle)
         self._table, self.fixed = self._reach_of(low * roots), True
         logger.info(
-            "LPL's budget is set: %.3g of a step on average, of samples that pass the gate %.3g are decoded",
+            "LPL's budget is set: %.3g of a step on average, a share of %.3g of gated samples is decoded",
             self.mean_cost(), float(shares @ self._table[:, 0]),
         )  # fmt: skip
 
@@ -237,7 +237,7 @@ class Budget:
         """Restores what state_dict gave: a dict of STATE.
 
         Raises:
-            ValueError: it is of another decoder.
+            ValueError: the state is of another number of taps.
         """
         self.fixed, self.measured = bool(state["fixed"]), int(state["measured"])
         self._sums = None if state["sums"] is None else torch.tensor(state["sums"], dtype=torch.float32)
@@ -253,12 +253,12 @@ class Budget:
 def compare_spread(
     loss_fn: Any, pred: Tensor, target: Tensor, mask: Tensor | None, windows: Tensor | None, spread: Spread
 ) -> LPLOutput:
-    """The loss of the decoded samples, each to its depth, terms divided by the probabilities of reaching them.
+    """The loss of the decoded samples, each to its depth, each term divided by the probability of reaching it.
 
     Args:
         loss_fn: a LatentPerceptualLoss.
         pred, target, mask, windows: of the decoded samples, as the loss takes them.
-        spread: what became of them.
+        spread: from Budget.spread.
     """
     groups: dict[tuple[float, ...], list[int]] = {}
     for sample, (depth, reach) in enumerate(zip(spread.depths, spread.reach.tolist(), strict=True)):
@@ -291,7 +291,7 @@ def compare_spread(
 
 
 def tap_flops(loss_fn: Any, shape: Sequence[int]) -> list[float]:
-    """FLOPs of a sample's loss and gradient up to each tap, less those up to the one before; counted without computing.
+    """FLOPs of a sample's loss and gradient from each tap's predecessor to it; counted without computing.
 
     Args:
         loss_fn: a LatentPerceptualLoss.

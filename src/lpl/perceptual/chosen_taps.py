@@ -15,20 +15,20 @@ from lpl.perceptual.sweep import Segment
 logger = logging.getLogger("lpl.perceptual.loss")
 
 NUM_BLOCKS = 4
-"""Up blocks compared where nothing is said."""
+"""Up blocks compared by default."""
 
 
 def chosen_taps(every: Sequence[Tap], num_blocks: int | None, names: Sequence[str] | None, own: bool) -> list[int]:
     """Numbers of the compared taps, first to last.
 
     Args:
-        every: the decoder's.
-        num_blocks: how many after the first one; None: NUM_BLOCKS, of one's own decoder all.
-        names: of the compared ones, instead.
-        own: it is the caller's.
+        every: the decoder's taps.
+        num_blocks: how many after the first one; None: NUM_BLOCKS, or all of a caller's own decoder.
+        names: names of the compared taps, instead of num_blocks.
+        own: the decoder is the caller's own.
 
     Raises:
-        ValueError: both are given, or names that the decoder has none of, or one of them twice.
+        ValueError: both num_blocks and names are given, or a name is unknown or given twice.
     """
     known = [tap.name for tap in every]
     if names is None:
@@ -51,15 +51,15 @@ def layer_weights_of(
     pow_law: bool,
     given: Sequence[float] | Mapping[str, float] | None,
 ) -> list[float]:
-    """The weight of each compared tap; empty where it takes the maps' sizes to tell.
+    """The weight of each compared tap; empty where the maps' sizes must be known first.
 
     Args:
         every, compared: the decoder's taps, and those that are compared.
-        pow_law: by resolution, stride / stride of the decoder's first tap; off: 1.
-        given: instead of these, in order or by name.
+        pow_law: weights by resolution, stride / stride of the decoder's first tap; off: 1.
+        given: weights to use instead, in order or by name.
 
     Raises:
-        ValueError: not one for each compared tap, negative or infinite ones, or nothing but zeros.
+        ValueError: given has not one weight for each compared tap, negative or infinite ones, or only zeros.
     """
     if given is not None:
         names = [tap.name for tap in compared]
@@ -80,7 +80,7 @@ def layer_weights_of(
 
 
 def merged(segments: Sequence[Segment], chosen: Sequence[int]) -> list[Segment]:
-    """The segments between chosen taps alone: those of taps in between are run through.
+    """The segments between chosen taps: segments of the taps in between are joined.
 
     Args:
         segments: one more than the decoder has taps.

@@ -1,4 +1,4 @@
-"""What LPL does where nothing is said, for the library and the command line alike; nothing heavy is imported here.
+"""LPL's defaults, for the library and the command line alike; nothing heavy is imported here.
 
 From what was measured: these help without guidance, and do no harm with it (docs/results.md).
 """
@@ -9,8 +9,8 @@ NORM_TYPE: Final = "channel"
 SIGMA_THRESHOLD = 3.0
 """The gate: noise/signal, sigma / alpha, at most this; for flow matching sigma / (1 - sigma), so sigma <= 0.75."""
 TARGET_SHARE = 0.5
-"""For the weight "auto": LPL's share of the gradient at the model's output; about what a fifth of the loss gives."""
+"""For the weight "auto": LPL's share of the gradient at the model's output; LPL is then about a fifth of the loss."""
 LOW_SHARE, HIGH_SHARE = 0.05, 0.80
 """Shares of the gradient below which LPL idles, and above which it dominates."""
 WALK_TOLERANCE = 2e-2
-"""Largest difference of LPL's walk from vae.decode, of images that span 2: TF32 on a GPU stays below."""
+"""Largest allowed difference of LPL's walk from vae.decode, for images that span 2; TF32 on a GPU stays below it."""

@@ -10,9 +10,9 @@ from torch import Tensor
 from lpl.diffusion.prediction import Convention, expand, target_of
 
 AGAINST = -0.5
-"""A cosine below this is of a loss that draws away."""
+"""A cosine below this means that the loss moves the output away from the target."""
 FOLLOWS, CLEARLY = 0.9, 0.1
-"""Cosine to a target that a loss has which trains it; what it is above another one's."""
+"""Cosine (see alignment) to a target that a loss trains, at least; and its lead over the declared target's."""
 
 
 @torch.no_grad()
@@ -25,12 +25,12 @@ def alignment(
     sigma: Tensor,
     prediction_type: str | Convention,
 ) -> Tensor:
-    """The cosine of the diffusion loss's gradient and output - target, (B,): above 0 where it draws to that target.
+    """The cosine of the diffusion loss's gradient and output - target, (B,): above 0 where it trains that target.
 
     Args:
         diffusion_gradient, model_output, noisy_latents, latents: (B, C, ...).
         alpha, sigma: (B,), sigma above 0.
-        prediction_type: what says the target, see prediction.py.
+        prediction_type: determines the target, see prediction.py.
     """
     alpha, sigma, x0 = alpha.to(noisy_latents.dtype), sigma.to(noisy_latents.dtype), latents.to(noisy_latents.dtype)
     noise = (noisy_latents - expand(alpha, x0) * x0) / expand(sigma, x0)
@@ -41,15 +41,15 @@ def alignment(
 def direction_fault(
     tensors: Sequence[Tensor], alpha: Tensor, sigma: Tensor, prediction_type: str | Convention, known: Sequence[str]
 ) -> str | None:
-    """What is wrong where a diffusion loss trains another prediction than was declared, or none; None: nothing.
+    """The message where a diffusion loss trains another target than prediction_type's, or none; else None.
 
-    A squared error's gradient has the direction of output - target, whatever weighs it; an absolute one's nearly so.
+    A squared error's gradient has the direction of output - target, whatever its weight; an absolute error's nearly.
 
     Args:
         tensors: the gradient, the model's output, noisy latents and latents, see alignment.
         alpha, sigma: (B,), on the CPU.
         prediction_type: the declared one.
-        known: those that it could be.
+        known: the prediction types to compare.
     """
 
     def along(kind: str | Convention) -> float:

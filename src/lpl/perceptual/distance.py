@@ -22,7 +22,7 @@ MAX_STRIDE = 2
 SAMPLE = 2**16
 """Order statistics of a larger map are estimated from a regular grid of at least this many of its values."""
 HALO = 4
-"""Rows around a strip that its mask depends on, rounded up to an even number."""
+"""Rows on either side of a strip that its mask depends on, rounded up to an even number."""
 
 
 def inlier_range(y: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,8 +74,8 @@ def inlier_mask(y: Tensor, low: Tensor, high: Tensor, stride: float) -> Tensor:
     """True where a target feature is no outlier, (B, C, H, W).
 
     The inliers low < y < high are dilated with a window of ceil(3 / stride) and eroded with one of ceil(5 / stride),
-    each made odd (2 -> 1, 2 -> 3): at stride 1 holes of up to 2 values close and larger ones grow a margin; at stride 2
-    all grow. Beyond the map's edge there is nothing to spread.
+    each made odd (2 -> 1, 2 -> 3): at stride 1 holes of up to 2 values close and larger ones gain a margin; at stride 2
+    all holes grow. Nothing spreads in from beyond the map's edge.
 
     Differs from the paper: windows follow the stride in pixels, not the index of the block.
 
@@ -94,7 +94,7 @@ def _odd(width: int, down: bool) -> int:
 
 
 def _dilate(mask: Tensor, width: int) -> Tensor:
-    """True where any value of a window of so many cells along every axis is."""
+    """True where any value is True in a window of `width` cells along every axis."""
     for axis in space(mask):
         out, size = mask.clone(), mask.shape[axis]
         for shift in range(1, min(width // 2, size - 1) + 1):
@@ -109,15 +109,15 @@ NORM_TYPES = ("default", "shared", "batch", "channel", "channel_detached", "own"
 
 
 class TargetStatistics(NamedTuple):
-    """What is known of the target's map at a tap once it has been seen whole. (B, C, 1, 1) or, for logs, (B,)."""
+    """Statistics of the target's whole map at a tap, (B, C, 1, 1); those for logs (B,)."""
 
     inlier_range: tuple[Tensor, Tensor] | None
     counted: Tensor
-    """Sum of the values that count."""
+    """Number of values that count, or the sum of their mask."""
     moments: tuple[Tensor, Tensor] | None
     """For `batch` and `own`: mean and sum of squared deviations of the masked map."""
     size: int
-    """Values of a channel, H * W; with more or fewer axes of space, all of theirs."""
+    """Values of a channel: H * W, or the product of all axes of space."""
     outlier_fraction: Tensor
     mean: Tensor
     std: Tensor
@@ -131,7 +131,7 @@ class FeatureDistance:
         loss_type: mse or l1.
         stride: pixels of the image per cell of the map.
         remove_outliers: mask the target's outliers, where the stride is at most MAX_STRIDE.
-        fuse: applied to the pointwise arithmetic: torch.compile, or nothing.
+        fuse: applied to the pointwise functions: torch.compile, or the identity.
     """
 
     def __init__(self, norm_type: str, loss_type: str, stride: float, remove_outliers: bool, fuse: Fuse) -> None:
@@ -140,7 +140,7 @@ class FeatureDistance:
         self.error = fuse(_error)
 
     def statistics(self, y: Tensor, inside: Tensor | None) -> TargetStatistics:
-        """Of the whole map y (B, C, H, W); inside: (B, 1, H, W), the caller's mask.
+        """Statistics of the whole map y (B, C, H, W); inside: (B, 1, H, W), the caller's mask.
 
         Raises:
             ValueError: too few values for a standard deviation that the norm needs.
@@ -293,12 +293,12 @@ class FeatureDistance:
 
 
 def _seen(statistics: TargetStatistics) -> Tensor:
-    """NaN where the target is not finite, else 0, (B,): it may lie under the mask, and is to be seen all the same."""
+    """NaN where the target is not finite, else 0, (B,): a value under the mask must show, too."""
     return torch.where(statistics.std.isfinite() & statistics.mean.isfinite(), 0.0, torch.nan)
 
 
 def batch_scale(targets: list[TargetStatistics]) -> Tensor:
-    """1 / (std + 1e-6) per channel over all samples of all of these and space, (1, C, 1, 1)."""
+    """1 / (std + 1e-6) per channel, over space and all samples of all targets, (1, C, 1, 1)."""
     n = targets[0].size
     means = torch.cat([t.moments[0] for t in targets if t.moments is not None])
     squares = torch.cat([t.moments[1] for t in targets if t.moments is not None])

@@ -1,4 +1,4 @@
-"""What LPL wants of the model's output beside the diffusion loss; 95 % intervals, by bootstrap over samples."""
+"""LPL's gradient at the model's output against the diffusion loss's; 95 % intervals, by bootstrap over samples."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor
 from lpl.diffusion.draws import keyed_generator
 
 INFORMED = 0.5
-"""LPL's distance, relative to that of an estimate that knows nothing, below which an estimate says something."""
+"""LPL's distance, relative to that of an estimate that knows nothing, below which an estimate counts as informative."""
 RESAMPLES = 1000
 LEAST = 5
-"""Samples; of fewer a bootstrap says nothing: of one it is always that one."""
+"""Fewest samples for a bootstrap: with one, it would draw that one each time."""
 LOW, HIGH = 0.025, 0.975
 
 
 class Gradients(NamedTuple):
-    """Of some samples, at the model's output; (B,), float64, on the CPU."""
+    """Two losses' gradients at the model's output, per sample; (B,), float64, on the CPU."""
 
     lpl_square: Tensor
     """|g|^2 of scale * L, at weight 1."""
@@ -38,7 +38,7 @@ def compared(lpl: Tensor, diffusion: Tensor) -> Gradients:
 
 
 class Weight(NamedTuple):
-    """A weight with its 95 % interval; NaN where LPL has no gradient, the interval also of too few samples."""
+    """A weight with its 95 % interval; all NaN where LPL has no gradient, the interval also with too few samples."""
 
     value: float
     low: float
@@ -48,7 +48,7 @@ class Weight(NamedTuple):
 
     @property
     def interval(self) -> list[float] | None:
-        """As JSON has it."""
+        """[low, high] for JSON; None without an interval."""
         return None if math.isnan(self.low) else [self.low, self.high]
 
     def __str__(self) -> str:
@@ -58,7 +58,7 @@ class Weight(NamedTuple):
 
 
 def resampled(count: int, seed: int) -> Tensor:
-    """Numbers of the samples of each bootstrap sample, (RESAMPLES, count)."""
+    """Indices of the samples in each bootstrap sample, (RESAMPLES, count)."""
     generator = keyed_generator(seed, "check_bootstrap")
     return torch.randint(count, (RESAMPLES, count), generator=generator)
 
@@ -75,6 +75,6 @@ def mean_interval(values: Tensor, seed: int) -> tuple[float, float, float]:
 
 
 def ratio_interval(own: Tensor, of: Tensor, seed: int) -> tuple[float, float, float]:
-    """The ratio of two means, of values (N,) each of the same samples, with its 95 % interval."""
+    """The ratio of two means, of values (N,) of the same N samples, with its 95 % interval."""
     chosen = resampled(len(own), seed)
     return float(own.mean() / of.mean()), *interval(own[chosen].mean(1) / of[chosen].mean(1))

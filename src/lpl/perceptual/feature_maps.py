@@ -1,8 +1,8 @@
-"""What goes from stage to stage of a decoder, the map in it that is compared, and a mask at that map's size.
+"""What one stage of a decoder passes to the next, the map in it that is compared, and a mask at that map's size.
 
-A stage hands on its feature map, or a tuple that begins with it where more is carried beside it (class tokens of a ViT,
-latents that later stages read too). A map is (B, C, H, W), (B, C, L) or (B, C, D, H, W). Video decoders hand on
-(B, C, T, H, W): each of its frames is compared as a map of its own, so that a sample has T rows.
+A stage passes on its feature map, or a tuple that begins with it where more is carried along (class tokens of a ViT,
+latents that later stages read too). A map is (B, C, H, W), (B, C, L) or (B, C, D, H, W). Video decoders pass on (B, C,
+T, H, W): each frame is compared as a map of its own, so that a sample has T rows.
 """
 
 import torch
@@ -10,17 +10,17 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 State = Tensor | tuple[Tensor, ...]
-"""What a stage hands on: its map, or its map and what is carried beside it."""
+"""What a stage passes on: its map, or its map and what is carried along."""
 
 
 def map_of(state: State, frames: bool = False) -> Tensor:
-    """The map that is compared; frames: of (B, C, T, H, W) the frames, (B * T, C, H, W)."""
+    """The map that is compared; with frames, (B, C, T, H, W) becomes (B * T, C, H, W)."""
     x = state if isinstance(state, Tensor) else state[0]
     return x.transpose(1, 2).flatten(0, 1) if frames and x.dim() == 5 else x
 
 
 def with_map(state: State, x: Tensor) -> State:
-    """The state with another map, as map_of gave it."""
+    """The state with another map, shaped as map_of returns it."""
     old = map_of(state)
     if x.dim() != old.dim():
         x = x.unflatten(0, (len(old), -1)).transpose(1, 2)
@@ -28,12 +28,12 @@ def with_map(state: State, x: Tensor) -> State:
 
 
 def version_of(x: Tensor) -> int:
-    """How often it was changed in place; of tensors of torch.inference_mode() that is not known."""
+    """How often x was changed in place; 0 for tensors of torch.inference_mode(), which do not count it."""
     return 0 if x.is_inference() else x._version
 
 
 def zeros_like(state: State) -> State:
-    """Zeros of a state's shapes: a gradient to add to."""
+    """Zeros with a state's shapes, to accumulate a gradient in."""
     return torch.zeros_like(state) if isinstance(state, Tensor) else tuple(map(torch.zeros_like, state))
 
 
@@ -47,12 +47,12 @@ def mask_at(mask: Tensor, features: Tensor, frames: bool = False) -> Tensor:
 
     Args:
         mask: (B, 1, *space), how much each location of the latents counts. For frames (B, 1, T, h, w).
-        features: the map, (B, C, *space), or the frames of T' = T, T * r or 1 + (T - 1) * r, as a causal decoder makes
-            them of a first frame and r of each other.
-        frames: the mask has some.
+        features: the map, (B, C, *space), or its T' frames as rows, (B * T', C, H, W), with T' = T, T * r or
+            1 + (T - 1) * r: a causal decoder makes one frame of the first and r of each other.
+        frames: features are frames; a mask of 5 axes then has T of its own.
 
     Raises:
-        ValueError: other axes of space than the map's, or frames that are none of these.
+        ValueError: the mask has other axes of space than the map, or T' is none of these.
     """
     if frames and mask.dim() == 5:
         mask = _frames_at(mask, len(features) // len(mask))

@@ -1,9 +1,9 @@
 """Exact, memory-lean operations of a decoder whose weights are frozen.
 
-Each has a forward pass and the backward pass to its input, and keeps for the latter only what the mathematics needs: a
-convolution nothing, a fused GroupNorm + SiLU its input and two statistics per group, an RMS norm + SiLU its input.
-(Plain autograd keeps the input of every convolution, norm and SiLU.) The result of norm + SiLU exists only strip by
-strip, on its way into the convolution behind it.
+Each has a forward pass and a backward pass to its input, and keeps for the latter only what the mathematics needs: a
+convolution keeps nothing, a fused GroupNorm + SiLU its input and two statistics per group, an RMS norm + SiLU its
+input. (Plain autograd keeps the input of every convolution, norm and SiLU.) The result of norm + SiLU exists only strip
+by strip, on its way into the convolution behind it.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from lpl.perceptual.feature_maps import State, map_of, version_of
 from lpl.perceptual.strips import arithmetic, assemble, channel_moments, layout, spans, strip_bytes, window
 
 Fuse = Callable[[Callable[..., Any]], Callable[..., Any]]
-"""What is done to pointwise functions before use: nothing, or torch.compile."""
+"""Applied to pointwise functions before use: the identity, or torch.compile."""
 
 
 def _unfused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -31,7 +31,7 @@ def _norm_silu(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 
 def _norm_silu_backward(grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """dL/d(norm); grad, which is nobody else's, may be overwritten."""
+    """dL/d(norm); grad, which nothing else uses, may be overwritten."""
     grad = grad.to(scale.dtype)
     return torch.ops.aten.silu_backward.grad_input(grad, torch.addcmul(shift, x, scale), grad_input=grad)
 
@@ -220,7 +220,7 @@ class Resnet(Operation):
 class Attention(Operation):
     """y = x + W_o attention(q, k, v) + b_o, with q, k and v linear in GroupNorm(x). Keeps x and its statistics.
 
-    Queries are taken in strips, so that no more of the attention matrix exists at a time, whatever kernel
+    Queries are taken in strips, so that only one strip of the attention matrix exists at a time, whichever kernel
     scaled_dot_product_attention picks.
     """
 
@@ -266,7 +266,7 @@ class Attention(Operation):
         return [_heads(linear(tokens, layer.weight, layer.bias), self.module.heads) for layer in layers]
 
     def _queries(self, k: Tensor) -> int:
-        """Queries in a strip; a GPU's kernels write no scores out, and few queries leave most of it idle."""
+        """Queries in a strip; more on a GPU, whose kernels write no scores out and idle with few queries."""
         scores = (32 if k.device.type == "cuda" else 4) * strip_bytes(k)
         return max(1, scores // (k.element_size() * k.shape[0] * k.shape[1] * k.shape[2]))
 
@@ -294,11 +294,11 @@ class Identity(Head):
 
 
 class Plain(Operation):
-    """Any function from state to state, through autograd; keeps what autograd keeps. Activations that work in place
-    are given a copy.
+    """Any function from state to state, through autograd; keeps what autograd keeps. Activations that work in place get
+    a copy.
 
     Raises:
-        ValueError: of a function whose output has no graph, or which changes in place what it is given.
+        ValueError: in use, where the function's output has no graph, or it changes its input in place.
     """
 
     def __init__(self, function: Callable[..., State], name: str = "a stage") -> None:
@@ -347,7 +347,7 @@ def _parts(state: State) -> tuple[Tensor, ...]:
 
 
 def _own(gradient: Tensor) -> Tensor:
-    """A gradient that may be added to in place: no expanded one."""
+    """The gradient as a tensor that can be added to in place: an expanded one is copied."""
     return gradient.clone() if 0 in gradient.stride() else gradient
 
 
@@ -368,5 +368,5 @@ class _Differentiable(torch.autograd.Function):
 
 
 def differentiable(operation: Operation) -> Callable[[Tensor], Tensor]:
-    """An operation of frozen weights as a function for autograd: x in the weights' dtype, also under autocast."""
+    """An operation with frozen weights, for autograd; x must have the weights' dtype, also under autocast."""
     return lambda x: _Differentiable.apply(x, operation)

@@ -17,37 +17,37 @@ from lpl.perceptual.input_checks import check_sigmas, check_timesteps
 
 DEFAULT_SNR_GAMMA = 5.0
 DRAWS = 200_000
-"""Levels drawn for a probability: it is within 0.003 of the true one."""
+"""Levels drawn to estimate a probability, which is then within 0.003 of the true one."""
 
 Sampler = Callable[[int], Any]
-"""n noise levels, (n,), as a training loop draws them: what its calls pass as timesteps, or as sigmas of a flow; for
-values handed over with each call the pair (alphas, sigmas)."""
+"""Draws n noise levels, (n,), as a training loop does: what its calls pass as timesteps, or as sigmas for flow
+matching; where each call passes both alphas and sigmas, the pair of them."""
 
 
 class Gate:
     """Passes a sample whose noise level is low enough for its clean estimate to mean something.
 
-    One of three statements of x = alpha * x0 + sigma * eps:
+    One of three conditions, with x = alpha * x0 + sigma * eps:
 
         t < t_threshold                     timesteps of the schedule, 0 the least noise; for flow matching T * sigma
         SNR >= snr_threshold                SNR = (alpha / sigma)^2
         noise/signal <= sigma_threshold     noise/signal = sigma / alpha = 1 / sqrt(SNR); EDM's sigma, where alpha is 1
 
-    Without any, noise/signal <= 3: SNR >= 1/9 (not 3), and t < 674 on SDXL's schedule. For flow matching that is
-    sigma <= 0.75 (noise/signal is sigma / (1 - sigma)). Where sigma = s u / (1 + (s - 1) u) with a shift s, it passes
-    75 % of uniform u at shift 1 and 50 % at shift 3; of logit-normal u 86 % and 50 %.
+    By default noise/signal <= 3: SNR >= 1/9 (not 3), and t < 674 on SDXL's schedule. For flow matching that is sigma <=
+    0.75 (noise/signal is sigma / (1 - sigma)). Where sigma = s u / (1 + (s - 1) u) with a shift s, it passes 75 % of
+    uniform u at shift 1 and 50 % at shift 3; of logit-normal u 86 % and 50 %.
 
     Source: Berrada et al., ICLR 2025, section 3.2, where it is sigma <= tau; the diffusers project has t < 200.
 
     Args:
         noise_scheduler: a Schedule, or what schedule_of takes: a diffusers scheduler with alphas_cumprod, or a
             flow-matching one without; None: flow matching, with sigma * 1000 as t.
-        alpha_sigma: instead of it, a process of the caller's own: its function, or an OwnProcess.
+        alpha_sigma: instead of noise_scheduler, a process of the caller's own: its function, or an OwnProcess.
         t_threshold, snr_threshold, sigma_threshold: at most one of them.
 
     Raises:
-        ValueError: more than one statement, one outside the schedule, or one that no timestep passes; a scheduler that
-            is neither.
+        ValueError: more than one threshold, one outside the schedule, or one that no timestep passes; a scheduler of
+            neither kind.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Gate:
             raise ValueError(f"no timestep of the schedule passes the gate {self}")
 
     def opens(self, levels: Tensor) -> Tensor:
-        """Whether it is open at levels of its schedule, any shape; bool."""
+        """Whether the gate is open at levels of its schedule, any shape; bool."""
         return self._open(self.schedule.timesteps(levels), *self.schedule.alpha_sigma(levels))
 
     def passes(self, timesteps: Tensor | None, alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -108,8 +108,8 @@ class Gate:
                 by drawing; or the probability itself.
 
         Raises:
-            ValueError: what does not go with the schedule, none for a process of the caller's own, or a probability
-                outside (0, 1].
+            ValueError: p_gate does not go with the schedule, is None for a process of the caller's own, or is a
+                probability outside (0, 1].
         """
         if p_gate is None or isinstance(p_gate, Distribution):
             if self.process is not None:
@@ -128,7 +128,7 @@ class Gate:
                 raise ValueError(f"p_gate as weights needs one per timestep of a discrete schedule, not {p_gate.shape}")
             weights = p_gate.detach().cpu().double()
             if not (weights >= 0).all():
-                raise ValueError("p_gate has weights that are negative or no numbers: pass those of your draws")
+                raise ValueError("p_gate has weights that are negative or NaN: pass those of your draws")
             probability = float(weights[self.table].sum() / weights.sum())
         elif isinstance(p_gate, Real):
             probability = float(p_gate)
@@ -161,14 +161,14 @@ class Gate:
 
 
 def probability_of(gate: Gate, sampler: Sampler) -> float:
-    """The probability that a drawn level passes a gate, by drawing 200,000.
+    """The probability that a drawn level passes a gate, from 200,000 draws.
 
     Args:
         gate: on the schedule or process that the levels are of.
         sampler: draws n levels; called with n.
 
     Raises:
-        ValueError: it does not take n, or return n levels of the gate's schedule.
+        ValueError: the sampler does not take n, or does not return n levels of the gate's schedule.
     """
     if not isinstance(gate, Gate):
         raise ValueError(f"gate is a {type(gate).__name__}: pass a Gate, such as Gate(sigma_threshold=3.0)")

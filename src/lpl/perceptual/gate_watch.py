@@ -1,4 +1,4 @@
-"""Whether as many samples pass the gate as their probability says: warnings, each once."""
+"""Warns, once each, where no sample passes the gate, or another share than p_gate says."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from lpl.perceptual.noise_levels import source_of
 logger = logging.getLogger(__name__)
 
 IDLE_SAMPLES = 100
-"""Samples that should have passed the gate by its probability, before none having passed is a warning."""
+"""Where p_gate says that so many samples should have passed and none has, there is a warning."""
 COUNTED_SAMPLES = 1000
-"""Samples after which the share that passed is held against p_gate, once."""
+"""Samples after which the share that passed is compared with p_gate, once."""
 DEVIATIONS = 6
-"""Standard deviations of that share which chance does not explain."""
+"""Standard deviations of that share beyond which chance does not explain the difference."""
 
 
 class GateWatch:
-    """Counts samples, and warns where what has passed by now does not fit the probability.
+    """Counts samples, and warns where the share that has passed does not fit the probability.
 
     Args:
         p_gate: the probability of passing.
-        held: whether a share that differs is worth a warning, too: whether the weight follows from p_gate.
+        held: whether to warn of a differing share, too: whether LPL's weight depends on p_gate.
     """
 
     def __init__(self, gate: Gate, p_gate: float, held: bool) -> None:
@@ -30,7 +30,7 @@ class GateWatch:
         self._seen = self._passed = 0
 
     def __call__(self, size: int, gated: int) -> None:
-        """Counts a micro-batch and what passed of it."""
+        """Counts a micro-batch and its samples that passed."""
         before, self._seen, self._passed = self._seen, self._seen + size, self._passed + gated
         p = self.p_gate
         if not self._passed and before * p < IDLE_SAMPLES <= self._seen * p:

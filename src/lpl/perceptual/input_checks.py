@@ -1,8 +1,7 @@
-"""Whether an objective is called with what it takes: each check raises a ValueError that says what was given and what
-to do.
+"""Checks of what an objective is built and called with; each ValueError says what was given and what to do.
 
-What the host knows (shapes, dtypes, devices, graphs, timesteps and sigmas) is checked at every call. What lies on the
-device is read at the first calls alone (FirstCalls): each reading waits for the device.
+What the host knows (shapes, dtypes, devices, graphs, timesteps and sigmas) is checked at every call. Values on the
+device are read only in the first calls (FirstCalls): each reading waits for the device.
 """
 
 import logging
@@ -23,21 +22,22 @@ from lpl.perceptual.direction import direction_fault
 logger = logging.getLogger(__name__)
 
 CLEAR_SIGMA = (0.05, 0.3)
-"""Noise fractions at which the noise that noisy and clean latents imply tells right from wrong. Below, rounding counts;
-in between, reversed time implies a standard deviation over 2 whatever the latents, at least (1 - sigma) / sigma."""
+"""Noise fractions at which the noise implied by noisy and clean latents tells right from wrong. Below them rounding
+matters; within them reversed time implies a standard deviation over 2, at least (1 - sigma) / sigma, for any
+latents."""
 NOISE_STD = (0.1, 2.0)
-"""A standard deviation of implied noise outside of this is an error. Noise of any use has about 1; where it is added
-inside a mask alone, less."""
+"""A standard deviation of implied noise outside this range is an error. Usual noise has about 1, or less where it is
+added only inside a mask."""
 MIN_PLACES = 16
-"""Places of a channel that a standard deviation needs to mean something."""
+"""Fewest values of a channel for a meaningful standard deviation."""
 REVERSED = {"sigmas": "pass sigmas=1 - t where t = 1 is data", "timesteps": "timestep 0 is the least noise"}
-"""What sets time right, by the argument that it comes from."""
+"""How to undo reversed time, by the argument that the noise level comes from."""
 ROUNDING = 1e-4
-"""Of sigmas beyond [0, 1]."""
+"""How far rounding may take sigmas beyond [0, 1]."""
 
 
 def given(value: Any) -> str:
-    """What was handed over, in words: dtype, shape and device of a tensor, else the type."""
+    """What was passed, in words: dtype, shape and device of a tensor, else the type."""
     if not isinstance(value, Tensor):
         return f"a {type(value).__name__}"
     return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)} on {value.device}"
@@ -47,7 +47,7 @@ def check_options(
     loss_fn: Any, lpl_weight: Any, lpl_scale: Any, lpl_reduction: Any, lpl_max_samples: Any, lpl_target_share: Any,
     snr_gamma: Any, **counts: Any,
 ) -> None:  # fmt: skip
-    """What an objective's options can be."""
+    """Checks an objective's options."""
     if not callable(loss_fn) or hasattr(loss_fn, "decode"):
         raise ValueError(f"loss_fn is {given(loss_fn)}: pass LatentPerceptualLoss(vae)")
     one = is_number(lpl_weight) or (isinstance(lpl_weight, Tensor) and lpl_weight.numel() == 1)
@@ -69,10 +69,10 @@ def check_options(
 
 
 def check_process(noise_scheduler: Any, alpha_sigma: Any, prediction_type: Any) -> None:
-    """Whether something says what process there is and what is predicted of it."""
+    """Checks that process and prediction type are known."""
     if noise_scheduler is None and prediction_type is None:
         raise ValueError(
-            "noise_scheduler is None and prediction_type too: say what the model predicts, such as 'flow' (noise - "
+            "noise_scheduler and prediction_type are both None: say what the model predicts, such as 'flow' (noise - "
             "latents), 'flow_to_data' (latents - noise) or 'epsilon' (noise)"
         )
     if alpha_sigma is not None:
@@ -80,7 +80,7 @@ def check_process(noise_scheduler: Any, alpha_sigma: Any, prediction_type: Any) 
 
 
 def check_budget(lpl_budget: Any, lpl_reduction: str, loss_fn: Any) -> None:
-    """What a budget can be, and what it goes with."""
+    """Checks lpl_budget, and the options that it excludes."""
     if not isinstance(lpl_budget, Real) or not 0 < float(lpl_budget) < math.inf:
         raise ValueError(f"lpl_budget must be a positive number, a share of a step's cost, not {lpl_budget!r}")
     if lpl_reduction == "gated":
@@ -90,18 +90,18 @@ def check_budget(lpl_budget: Any, lpl_reduction: str, loss_fn: Any) -> None:
             "lpl_budget does not go with norm_type 'batch', whose scale depends on which samples are decoded"
         )
     if getattr(loss_fn, "reach", None) is not None:
-        raise ValueError("lpl_budget draws depths of its own: drop random_depth")
+        raise ValueError("lpl_budget draws its own depths: drop random_depth")
     if not hasattr(loss_fn, "on_meta"):
         raise ValueError(f"lpl_budget needs a LatentPerceptualLoss, not {given(loss_fn)}")
     if is_own(loss_fn.decoder):
-        raise ValueError("lpl_budget counts what a decoder costs, and one's own is not counted: use lpl_max_samples=")
+        raise ValueError("lpl_budget needs a decoder's cost, and your own is not counted: use lpl_max_samples=")
 
 
 def check_latents(model_output: Tensor, noisy_latents: Tensor, latents: Tensor, channels: int | None = None) -> None:
     """Three floating-point tensors of one shape (B, C, *space) on one device, noisy_latents in full precision.
 
     Args:
-        channels: of the latents that the loss takes, where known.
+        channels: those of the latents that the loss takes, where known.
     """
     every = {"model_output": model_output, "noisy_latents": noisy_latents, "latents": latents}
     for name, value in every.items():
@@ -119,7 +119,7 @@ def check_latents(model_output: Tensor, noisy_latents: Tensor, latents: Tensor, 
     if not model_output.shape == noisy_latents.shape == latents.shape:
         shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in every.items())
         variance = model_output.shape[1] == 2 * latents.shape[1]
-        hint = "; of a model that predicts a variance too pass model_output.chunk(2, dim=1)[0]" if variance else ""
+        hint = "; for a model that also predicts a variance pass model_output.chunk(2, dim=1)[0]" if variance else ""
         raise ValueError(f"shapes differ: {shapes}{hint}")
     if not model_output.device == noisy_latents.device == latents.device:
         devices = ", ".join(f"{name} on {value.device}" for name, value in every.items())
@@ -147,7 +147,7 @@ def unpacking(tokens: Tensor, latents: Tensor) -> str:
 
 
 def unpacked(unpack: Callable[[Tensor], Tensor] | None, packed: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    """Latents (B, C, *space) of packed ones, and of others that are packed alike; None: they are latents."""
+    """Latents (B, C, *space) from packed ones, and from others with as many axes; unpack None: not packed."""
     tensors = (packed, *others)
     if unpack is None:
         return tensors
@@ -156,7 +156,7 @@ def unpacked(unpack: Callable[[Tensor], Tensor] | None, packed: Tensor, *others:
 
 
 def per_sample(value: Any, batch: int, name: str) -> Tensor:
-    """One value a sample as (B,); (B, 1), (B, 1, 1, 1) and the like mean the same and are flattened."""
+    """One value per sample as (B,); (B, 1), (B, 1, 1, 1) and the like mean the same and are flattened."""
     if isinstance(value, Tensor) and value.dim() and len(value) == batch == value.numel() and not value.is_complex():
         return value.reshape(batch)
     raise ValueError(f"{name}: {given(value)}; pass one value a sample, a tensor of shape ({batch},)")
@@ -208,7 +208,7 @@ def check_draws(draws: Any, batch: int) -> Tensor:
 
 
 def check_mask(mask: Any, latents: Tensor) -> None:
-    """A mask (B, 1, *space) for latents (B, C, *space), on their device; its values are the loss's to check."""
+    """A mask (B, 1, *space) for latents (B, C, *space), on their device; the loss checks its values."""
     wanted = (len(latents), 1, *latents.shape[2:])
     fits = isinstance(mask, Tensor) and mask.shape == wanted and mask.device == latents.device
     if not fits or mask.is_complex():
@@ -216,7 +216,7 @@ def check_mask(mask: Any, latents: Tensor) -> None:
 
 
 def check_mask_values(mask: Tensor) -> None:
-    """Finite values of 0 or more; over 1 too, since they are the weights of a mean. Synchronises."""
+    """Finite values of 0 or more, also over 1, since they are the weights of a mean. Synchronises."""
     if not mask.numel():
         return
     low, high = torch.stack(mask.aminmax()).tolist()
@@ -239,7 +239,7 @@ def diffusion_gradient(diffusion_loss: Any, model_output: Tensor) -> Tensor | No
     """d diffusion_loss / d model_output, see scaled_gradient; None where gradients are off and the loss has no graph.
 
     Raises:
-        ValueError: no scalar, or one that does not depend on model_output.
+        ValueError: diffusion_loss is no scalar, or does not depend on model_output.
     """
     if not isinstance(diffusion_loss, Tensor) or diffusion_loss.numel() != 1:
         raise ValueError(f"diffusion_loss: {given(diffusion_loss)}; pass the scalar that LPL is added to")
@@ -250,8 +250,8 @@ def diffusion_gradient(diffusion_loss: Any, model_output: Tensor) -> Tensor | No
     gradient = scaled_gradient(diffusion_loss, model_output)
     if gradient is None:
         raise ValueError(
-            "diffusion_loss does not depend on model_output: compute it from the very tensor that is passed as "
-            "model_output (the unpacked one, after any cast), and not inside of a function of torch.compile that holds "
+            "diffusion_loss does not depend on model_output: compute it from the same tensor that is passed as "
+            "model_output (the unpacked one, after any cast), and not inside a function of torch.compile that holds "
             "the model"
         )
     return gradient
@@ -263,8 +263,8 @@ FLOAT16_SCALE = 2.0**10
 def scaled_gradient(loss: Tensor, model_output: Tensor) -> Tensor | None:
     """d loss / d model_output, the graph kept; None where it does not depend on it.
 
-    Of a float16 output in float32: a mean over many values has gradients below float16's smallest numbers, which are
-    kept by a power of two, as a gradient scaler does.
+    For a float16 output the result is float32: a mean over many values has gradients below float16's smallest numbers,
+    so the loss is scaled by a power of two, as a gradient scaler does.
     """
     is_half = model_output.dtype == torch.float16
     scaled = FLOAT16_SCALE * loss if is_half else loss
@@ -273,7 +273,7 @@ def scaled_gradient(loss: Tensor, model_output: Tensor) -> Tensor | None:
 
 
 class FirstCalls:
-    """Reads values on the device, at the first `calls` calls that have something to check; none after them.
+    """Reads values on the device in the first `calls` calls that have something to check, and in none after them.
 
     Args:
         calls: how many, for each check.
@@ -293,7 +293,7 @@ class FirstCalls:
         return is_open
 
     def weights(self, sample_weight: Tensor) -> None:
-        """Finite weights of samples."""
+        """Raises a ValueError where weights of samples are not finite."""
         if self.due("weight") and not bool(sample_weight.isfinite().all()):
             raise ValueError(f"sample_weight is not finite: {sample_weight.tolist()}")
 
@@ -301,8 +301,8 @@ class FirstCalls:
     def noise(self, noisy_latents: Tensor, latents: Tensor, alpha: Tensor, sigma: Tensor, source: str) -> None:
         """Whether eps = (x - alpha * x0) / sigma looks like noise, by its standard deviation within channels.
 
-        Only where CLEAR_SIGMA holds, which the CPU knows, and maps are large enough. What means add (noise offset) is
-        left out.
+        Checks only samples whose sigma lies in CLEAR_SIGMA, known on the CPU, and maps that are large enough. The mean
+        of a channel (noise offset) does not count.
 
         Args:
             noisy_latents, latents: (B, C, ...).
@@ -310,7 +310,7 @@ class FirstCalls:
             source: the argument that they come from.
 
         Raises:
-            ValueError: it does not: time is reversed, the latents are others, or of another space.
+            ValueError: it does not: time is reversed, or the latents are other ones, or of another space.
         """
         low, high = CLEAR_SIGMA
         rows = ((sigma >= low) & (sigma <= high)).nonzero().flatten()
@@ -323,7 +323,7 @@ class FirstCalls:
         if not max(changes):
             raise ValueError("noisy_latents equal latents: pass the noisy ones that the model saw, and the clean ones")
         least, most = NOISE_STD
-        # A sample apart (padding, a mask) may have little noise; none has too much.
+        # A single sample may have little noise (padding, a mask); none may have too much.
         worst = max(range(len(spreads)), key=lambda i: spreads[i] if math.isfinite(spreads[i]) else math.inf)
         if not least <= spreads[worst] <= most:
             hint = REVERSED.get(source, "sigma rises with the noise, alpha falls or stays 1")
@@ -341,9 +341,9 @@ class FirstCalls:
         prediction_type: str | Convention,
         known: Sequence[str],
     ) -> None:
-        """Warns, once, where the diffusion loss trains another prediction than prediction_type, or draws away from it.
+        """Warns, once, where the diffusion loss trains another target than prediction_type's, or moves away from it.
 
-        A warning alone: a loss may be meant to repel.
+        Only a warning, since a loss may be meant to repel.
 
         Args:
             tensors: the diffusion loss's gradient, model_output, noisy_latents and latents, (B, C, ...) each.

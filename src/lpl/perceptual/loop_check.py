@@ -1,13 +1,13 @@
 """lpl.check: whether LPL acts in a training loop, measured on batches as the loop makes them, before it trains.
 
-With g the gradients at the model's output of one sample's losses, the objective's scale by SNR included, its gate and
-weight left out,
+With g the gradient of one sample's loss at the model's output, including the objective's scale by SNR but not its gate
+and weight,
 
     ratio = sqrt(mean |g_lpl|^2) / sqrt(mean |g_diffusion|^2)
     cosine = mean of <g_lpl, g_diffusion> / (|g_lpl| |g_diffusion|)
 
-by noise level, sigma / alpha, and by layer: of a layer's term alone. The uninformed distance is LPL of a sample against
-the mean latent of its batch: of an estimate that knows nothing of the sample.
+by noise level, sigma / alpha, and by layer, for one layer's term alone. The uninformed distance is LPL between a sample
+and the mean latent of its batch, one value per channel: that of an estimate that knows nothing of the sample.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ PRECISION_SAMPLES = 2
 
 
 class CheckResult(NamedTuple):
-    """What lpl.check found."""
+    """The result of lpl.check."""
 
     numbers: dict[str, Any]
     """Plain numbers, texts, lists and dicts."""
@@ -64,24 +64,24 @@ def check(
     """Measures LPL on a loop's own batches; neither the model, the objective nor the loss is changed.
 
     Args:
-        loss: what the objective was built with.
+        loss: the loss that the objective was built with.
         objective: as the loop has it.
-        batches: the arguments of the objective's calls by name, diffusion_loss among them, with the model's graph. One
-            is held at a time. 32 samples or more, of all noise levels, tell most; a gate is suggested from levels of 5
-            samples or more, so from about 200 of them.
-        vae: whose decoder the loss compares features of; then its decode is run in every precision, and the loss's walk
-            through it is held against it.
-        seed: of the bootstrap.
+        batches: the arguments of the objective's calls by name, with the model's graph and with diffusion_loss. One
+            batch is held at a time. Use 32 samples or more, of all noise levels; a gate is suggested from levels of 5
+            samples or more, which takes about 200 samples.
+        vae: the VAE whose decoder the loss uses; its decode is then run in every precision, and compared with the
+            loss's walk through it.
+        seed: seed of the bootstrap.
 
     Returns:
-        By noise level and by layer LPL's distance, the length and the direction of its gradient against the diffusion
-        loss's; the share of samples that passed the gate and p_gate; a gate and a weight that these suggest; warnings.
+        By noise level and by layer: LPL's distance, and length and direction of its gradient against the diffusion
+        loss's. Also the share of samples that passed the gate, p_gate, a suggested gate and weight, and warnings.
 
     Raises:
-        ValueError: what the objective's calls refuse, time that runs the other way, a diffusion loss that draws away
-            from what prediction_type says, a decoder in training mode, batches without samples or diffusion_loss.
+        ValueError: what the objective's calls refuse, reversed time, a diffusion loss that does not train the target
+            that prediction_type gives, a decoder in training mode, batches without samples or diffusion_loss.
         RuntimeError: features that are detached, a gradient of exactly 0, values that are not finite in float32, or a
-            walk that is not the decoder's.
+            walk whose image differs from decode's.
     """
     if not isinstance(objective, PerceptualObjective):
         raise ValueError(f"objective is {given(objective)}: pass the PerceptualObjective of the loop")
@@ -148,7 +148,7 @@ def _measure_batch(
     if wanted is None:
         raise ValueError("diffusion_loss has no graph: make the batches outside of torch.no_grad()")
     _check_direction(objective, (unpacked(unpack, wanted)[0], output, noisy, latents), alpha, looked_at)
-    # pure noise says nothing of x0
+    # pure noise holds nothing about x0
     rows = (active & ((alpha > 0) | (kind != "epsilon"))).nonzero().flatten()
     if not len(rows):
         return latents
@@ -170,9 +170,9 @@ def _measure_batch(
     layers, outliers, total, values = [], [], torch.zeros_like(diffusion), torch.zeros(())
     for part in _parts(loss):
         out = part(x0, target, mask)
-        gradient_of(out, x0, needed=False)  # an error where it has no graph
+        gradient_of(out, x0, needed=False)  # raises where it has no graph
         gradient = scaled_gradient((scale * out.per_sample).sum(), packed)
-        assert gradient is not None  # gradient_of has seen that there is one
+        assert gradient is not None  # gradient_of has checked that there is one
         gradient = gradient[index]
         layers.append(compared(gradient, diffusion))
         total, values = total + gradient, values.to(index.device) + out.per_sample.detach()
@@ -190,7 +190,7 @@ def _measure_batch(
 
 
 def _check_direction(objective: PerceptualObjective, tensors: Sequence[Tensor], alpha: Tensor, sigma: Tensor) -> None:
-    """Raises a ValueError where the diffusion loss trains another prediction than the objective was told."""
+    """Raises a ValueError where the diffusion loss trains another target than the objective's prediction_type."""
     clear = (sigma >= CLEAR_SIGMA[0]).nonzero().flatten()
     looked_at, kind = [x[clear.to(x.device)] for x in tensors], objective.prediction_type
     known = prediction_types(objective.gate)
@@ -199,7 +199,7 @@ def _check_direction(objective: PerceptualObjective, tensors: Sequence[Tensor], 
 
 
 def _parts(loss: Any) -> list[Any]:
-    """The loss as losses of one layer each, which add up to it; one of an unknown kind as it is."""
+    """The loss split into losses of one layer each, which add up to it; a loss of an unknown kind is not split."""
     if not isinstance(loss, LatentPerceptualLoss):
         return [loss]
     parts = []
@@ -212,7 +212,7 @@ def _parts(loss: Any) -> list[Any]:
 
 @torch.no_grad()
 def _decoder(loss: Any, vae: Any, latents: Tensor) -> dict[str, Any]:
-    """What is found of a VAE's decoder, of some latents."""
+    """What the checks of a VAE's decoder find, on some latents."""
     raw = latents.float() if getattr(loss, "latent_space", None) is None else loss.latent_space.to_raw(latents.float())
 
     def decode(module: Any, dtype: torch.dtype) -> list[Tensor]:

@@ -1,12 +1,13 @@
 """What lpl.check measured, as numbers with a suggestion and warnings, and as a table.
 
-The gate that is suggested is the end of the last noise level up to which, throughout, LPL's distance is less than
-INFORMED of an estimate that knows nothing, and the cosine of both gradients is above 0, each by the 95 % interval over
-samples. The weight is auto_weight.py's, of the measured samples:
+The suggested gate is the upper edge of the last noise level up to which, at every level, LPL's distance is less than
+INFORMED of that of an estimate that knows nothing, and the cosine of both gradients is above 0, each judged by its 95 %
+interval over samples. The weight is that of auto_weight.py, from the measured samples:
 
     weight = share / (1 - share) * sqrt(sum |w_i g_diffusion|^2 / sum |w_i f_i g_lpl|^2)
 
-with w_i the samples' own weights, and f_i = gate_i scale_i / p_gate.
+with w_i the samples' own weights, and f_i = gate_i scale_i / p_gate (for lpl_reduction "gated": times B / gated samples
+instead of 1 / p_gate).
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ from lpl.perceptual.objective import PerceptualObjective
 from lpl.perceptual.term import gradient_share
 
 LEVELS = (0.0, 0.1, 0.3, 1.0, 3.0, 6.0, math.inf)
-"""Edges of noise/signal between which samples are taken together."""
+"""Edges of noise/signal between which samples are grouped."""
 DEVIATIONS = 4
-"""Standard deviations between p_gate and the share that passed, which chance does not explain."""
+"""Standard deviations between p_gate and the share that passed beyond which chance does not explain the difference."""
 
 
 class Measured:
-    """Of N samples, float64, on the CPU, joined over batches."""
+    """Measured values of N samples, float64, on the CPU, joined over batches."""
 
     def __init__(self, objective: PerceptualObjective) -> None:
         self.objective = objective
@@ -61,7 +62,7 @@ class Measured:
 
 
 def numbers_of(found: Measured, decoder: dict[str, Any], seed: int) -> dict[str, Any]:
-    """What lpl.check returns; `decoder` is what was found of it."""
+    """What lpl.check returns; `decoder`: the findings on the VAE's decoder."""
     objective = found.objective
     passes = found.joined("passes").bool()
     level = found.joined("sigma") / found.joined("alpha")
@@ -117,7 +118,7 @@ def _range(row: dict[str, Any]) -> str:
 
 
 def _layers(found: Measured, passes: Tensor) -> list[dict[str, Any]]:
-    """Of the samples that pass the gate; of all where none does."""
+    """Each layer's part, over the samples that pass the gate; over all samples where none does."""
     if not found.has("layer_square"):
         return []
     chosen = passes if passes.any() else torch.ones_like(passes)
@@ -137,7 +138,7 @@ def _layers(found: Measured, passes: Tensor) -> list[dict[str, Any]]:
 
 
 def _squares(found: Measured, passes: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each sample, LPL's squared gradient at weight 1, reduction and gate included, and the diffusion loss's."""
+    """Each sample's squared gradient of LPL at weight 1, with reduction and gate, and of the diffusion loss."""
     own = found.joined("own").square()
     lpl = torch.where(passes, found.joined("lpl_square") * found.joined("factor").square(), 0)
     return lpl * own, found.joined("diffusion_square") * own
@@ -203,8 +204,8 @@ def _warnings(numbers: dict[str, Any], found: Measured, passes: Tensor, seed: in
     least = numbers["levels"][0]
     if least["uninformed"] > INFORMED:
         lines.append(
-            f"even where noise is least the estimate is as far from the sample as {least['uninformed']:.2f} of one "
-            "that knows nothing of it: see that model, decoder, latent space and prediction_type belong together, or "
+            f"even where noise is least the estimate's distance is {least['uninformed']:.2f} of that of one that knows "
+            "nothing of the sample: check that model, decoder, latent space and prediction_type belong together, or "
             "train the model first"
         )
     if int(passes.sum()) >= LEAST:

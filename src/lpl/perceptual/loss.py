@@ -30,7 +30,7 @@ from lpl.perceptual.random_depth import reach_probabilities
 from lpl.perceptual.sweep import Crop, Segment, Target, Way, WithGradient, compare, see_target
 
 CHUNK_PIXELS = 256 * 256
-"""Pixels that `chunk=None` sends through the decoder at once, where one sample has fewer."""
+"""Pixels that `chunk=None` sends through the decoder at once (one sample, where that has more)."""
 
 READ_MASKS = 3
 """Calls with a mask whose values are checked; reading them waits for the device."""
@@ -55,29 +55,29 @@ class LPLOutput(NamedTuple):
 class LatentPerceptualLoss:
     """LPL per sample.
 
-    It owns no weights: the VAE stays the caller's to place and to save. The decoder's parameters are frozen
-    (requires_grad False) here, but for HookTaps, whose model may be one that is trained. The decoder runs outside
-    autocast in `dtype`; distances are float32. The gradient is computed in the forward pass, `chunk` samples at a time,
-    and only it is kept: no feature map outlives the call, and memory does not grow with the batch.
+    It owns no weights: the caller places and saves the VAE. The decoder's parameters are frozen (requires_grad False)
+    here, except with HookTaps, whose model may be one that is trained. The decoder runs outside autocast in `dtype`;
+    distances are float32. The gradient is computed in the forward pass, `chunk` samples at a time, and only it is kept:
+    no feature map outlives the call, and memory does not grow with the batch.
 
     Args:
         vae: a diffusers VAE in eval mode, of a class that decoders.DECODERS names; or a DecoderTaps or HookTaps.
-        num_blocks: up blocks compared after the middle block; the decoder is not run past the last one. None: 4 of a
-            VAE, all of one's own stages.
+        num_blocks: up blocks compared after the middle block; the decoder is not run past the last one. None: 4 for a
+            VAE, all for one's own stages.
         norm_type: see distance.py.
         loss_type: mse or l1, on normalised features.
         pow_law: weigh layers by w_l above; off: 1.
         remove_outliers: mask the target's outliers, see distance.py.
-        checkpointing: keep only what goes in at the stages and recompute the rest for the gradient.
-        dtype: precision of the decoder; where the VAE's weights have another, a private copy is made.
-        latent_space: how model space maps to raw latents; None: what the VAE states, and for one's own decoder that
-            model space is what its first stage takes.
-        stages: instead of a VAE, one's own decoder as callables, each from what the one before returned, the first one
-            from raw latents: a feature map (B, C, *space) of 1, 2 or 3 axes of space, or a tuple that begins with it
-            and carries more to the next stage. It runs as it is, in eval mode and in `dtype`.
-        strides: of the stages, in pixels (cells) of the decoder's output; None: layer weights come of the maps' sizes,
-            and remove_outliers must be off.
-        taps: names of the taps to compare, instead of num_blocks; of one's own stages "stage_0", "stage_1", ...
+        checkpointing: keep only the inputs of the stages and recompute the rest for the gradient.
+        dtype: precision of the decoder; if the VAE's weights have another, a private copy is made.
+        latent_space: how model space maps to raw latents; None: as the VAE's config says; for one's own decoder, the
+            identity.
+        stages: instead of a VAE, one's own decoder as callables. The first takes raw latents, each other what the one
+            before returned: a feature map (B, C, *space) with 1, 2 or 3 axes of space, or a tuple that begins with it
+            and carries more to the next stage. They run as they are; they must be in eval mode and in `dtype`.
+        strides: of the stages, in pixels (cells) of the decoder's output; None: layer weights follow from the maps'
+            sizes, and remove_outliers must be off.
+        taps: names of the taps to compare, instead of num_blocks; one's own stages are "stage_0", "stage_1", ...
         layer_weights: w_l instead of pow_law's, one per compared tap, in order or by name.
         chunk: samples that go through the decoder at once; None: as many as fill CHUNK_PIXELS, at least one. With
             norm batch and more samples than that, the targets are decoded once more, for their statistics.
@@ -85,9 +85,9 @@ class LatentPerceptualLoss:
         compile: fuse pointwise arithmetic with torch.compile.
         crop: compare a random window of this many pixels, cut after the middle block. An approximation: group norms
             see the window alone, and values at the image's edge are seen less often. Calls then need `windows`.
-        random_depth: calls may stop at a `depth`; then terms are divided by the probability of reaching them, which
-            makes the expectation over depths the full loss. True: reach_probabilities(); or the probabilities, one per
-            tap, falling from 1.
+        random_depth: calls may stop at a `depth`; then terms are divided by the probability of reaching them, so that
+            the expectation over depths is the full loss. True: those of reach_probabilities(); or the probabilities,
+            one per tap, falling from 1.
 
     Raises:
         ValueError: an unknown option value, or a VAE that cannot be walked.
@@ -145,7 +145,7 @@ class LatentPerceptualLoss:
         self.segments = self.clip_segments = []
         if isinstance(self.decoder, DecoderTaps):
             self.segments = merged(self.decoder.segments(fuse), self.chosen)
-            # Frozen operations are of one frame: several run as plain blocks.
+            # Frozen operations take one frame: several frames run as plain blocks.
             self.clip_segments = merged(self.decoder.plain_segments(), self.chosen)
         self.distances = [FeatureDistance(norm_type, loss_type, t.stride, remove_outliers, fuse) for t in self.taps]
         self.stride = decoder.taps[0].stride
@@ -169,17 +169,17 @@ class LatentPerceptualLoss:
             pred_latents: (B, C, h, w), model space, any float dtype; (B, C, T, h, w) for decoders of videos, whose
                 frames are compared one by one and averaged; (B, C, *space) for one's own.
             target_latents: like pred_latents; no gradient flows into it.
-            mask: (B, 1, h, w), 0 or more: how much each location counts, in a mean of that weight. None: everywhere
-                alike. It has the latents' axes of space.
+            mask: (B, 1, h, w), 0 or more: the weight of each location in the mean. None: the same everywhere. It has
+                the latents' axes of space.
             depth: with random_depth, how many taps are compared. None: all, each with its full weight.
             windows: with crop, (B, 2) numbers in [0, 1), on the CPU: where each sample's window lies, from top left
                 to bottom right.
-            reach: compare as many taps as this has probabilities, dividing each term by its own; instead of depth.
+            reach: instead of depth: probabilities, one per compared tap; each term is divided by its own.
 
         Raises:
-            ValueError: shapes or devices that do not fit each other or the VAE, a depth or windows without the option
-                or the option without windows, a decoder in training mode or changed dtype, or, in the first calls, a
-                mask with negative values.
+            ValueError: shapes or devices that do not fit each other or the VAE, a depth without random_depth, windows
+                without crop or crop without windows, a decoder in training mode or whose dtype was changed, or, in the
+                first calls, a mask with negative or infinite values.
         """
         return self._evaluate(pred_latents, target_latents, mask, depth, windows, reach)
 
@@ -217,15 +217,15 @@ class LatentPerceptualLoss:
         return out._replace(per_sample=WithGradient.apply(pred, out.per_sample, out.gradient))
 
     def uncropped(self) -> "LatentPerceptualLoss":
-        """The same loss of whole images, whatever its crop; called without a depth it goes all the way."""
+        """The same loss without crop, on whole images; called without a depth it compares all taps."""
         other = copy.copy(self)
         other.crop = None
         return other
 
     def on_meta(self) -> "LatentPerceptualLoss":
-        """The same loss with a decoder that computes shapes alone, on the meta device: for counting."""
+        """The same loss with a decoder on the meta device, which computes only shapes: for counting FLOPs."""
         if not isinstance(self.decoder, VaeTaps):
-            raise ValueError("what one's own decoder costs is not counted: pass a VAE of diffusers")
+            raise ValueError("the cost of your own decoder is not counted: pass a VAE of diffusers")
         other = copy.copy(self)
         other.decoder = decoder = self.decoder.copy_to(self.dtype)
         for module in decoder.modules():
@@ -262,7 +262,7 @@ class LatentPerceptualLoss:
         return [first, Segment(second.head, [crop, *second.operations]), *rest]
 
     def _way(self, chunk: "Chunk", depth: int | None) -> Way:
-        """The decoder up to so many taps, None: to the last."""
+        """The decoder up to the tap number `depth`; None: to the last."""
         if not isinstance(self.decoder, HookTaps):
             return chunk.segments[: None if depth is None else depth + 1]
         return partial(self.decoder.features, chosen=self.chosen[:depth])
@@ -294,7 +294,7 @@ class LatentPerceptualLoss:
         depth = depth or len(self.taps)
         probabilities = [1.0] * depth if reach is None else reach[:depth]
         weights = [w / (len(self.taps) * p) for w, p in zip(self.weights, probabilities, strict=False)]
-        # float16 features have gradients below its smallest number: scale them by a power of two, exactly undone.
+        # gradients of float16 features can be below float16's smallest number: scale by a power of two, undone exactly
         factor = 2.0**16 if self.dtype == torch.float16 else 1.0
         found = compare(
             self._way(chunk, depth),

@@ -1,4 +1,4 @@
-"""Whether a loss is built and called with what it takes: each check raises a ValueError that says what to do."""
+"""Checks of what a loss is built and called with: each raises a ValueError that says what to do."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -19,7 +19,7 @@ def check_options(
     checkpointing: bool,
     crop: int | None,
 ) -> None:
-    """What a decoder allows."""
+    """Checks options that not every decoder allows."""
     unknown = [tap.name for tap in compared if not tap.stride]
     if remove_outliers and unknown:
         raise ValueError(
@@ -36,7 +36,7 @@ def check_options(
 
 
 def check_latent_space(space: Any, decoder: Decoder) -> None:
-    """Whether it maps latents of as many channels as the decoder takes, where that is known."""
+    """Checks that it maps latents with the decoder's number of channels, where that is known."""
     if isinstance(space, type) or not hasattr(space, "to_raw"):
         raise ValueError(f"latent_space is {given(space)}: pass a LatentSpace, such as LatentSpace.scaled(0.18215)")
     channels = len(getattr(space, "scale", " "))
@@ -45,7 +45,7 @@ def check_latent_space(space: Any, decoder: Decoder) -> None:
 
 
 def check_depth(depth: Any, reach: Any, taps: int, random: bool) -> None:
-    """How far a call goes: not at all said, a depth where it is random, or a probability for each tap it reaches."""
+    """Checks how far a call goes: all taps, a depth with random_depth, or a probability for each tap it reaches."""
     if depth is not None and (not random or not 1 <= integer("depth", depth) <= taps):
         raise ValueError(f"depth {depth} needs random_depth and must lie in 1..{taps}")
     if reach is None:
@@ -56,7 +56,7 @@ def check_depth(depth: Any, reach: Any, taps: int, random: bool) -> None:
 
 
 def check_pair(pred: Tensor, target: Tensor, decoder: Decoder) -> None:
-    """Two latents of one shape, on one device, as the decoder takes them."""
+    """Checks two latents: of one shape, on one device, as the decoder takes them."""
     tensors = isinstance(pred, Tensor) and isinstance(target, Tensor)
     axes = decoder.axes
     spaces = {1: "(B, C, w)", 2: "(B, C, h, w)", 3: "(B, C, T, h, w)" if decoder.frames else "(B, C, d, h, w)"}
@@ -83,7 +83,7 @@ def check_pair(pred: Tensor, target: Tensor, decoder: Decoder) -> None:
 
 
 def check_modules(decoder: Decoder, dtype: torch.dtype, device: torch.device, copied: bool) -> None:
-    """The decoder's modules in eval mode, on the latents' device and in the loss's dtype; moves a private copy."""
+    """Checks the decoder's modules: eval mode, the latents' device (moves a private copy to it), the loss's dtype."""
     if training := decoder.in_training():
         raise ValueError(f"the VAE, or a part of its decoder, is in training mode ({training}): call .eval() on it")
     for module in decoder.modules():

@@ -1,4 +1,4 @@
-"""The noise levels of a call: alpha and sigma of its samples, from what a loop hands over."""
+"""The noise levels of a call: alpha and sigma of its samples, from what a loop passes."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from lpl.perceptual.input_checks import check_sigmas, check_timesteps, per_sampl
 
 
 def prediction_types(gate: Gate) -> tuple[str, ...]:
-    """Those that there can be of a gate's process."""
+    """The prediction types that a gate's process allows."""
     if gate.process is not None:
         return PREDICTION_TYPES
     return (*FLOW_TYPES, "sample") if gate.is_flow else DISCRETE_TYPES
 
 
 def check_prediction_type(gate: Gate, prediction_type: Any) -> None:
-    """Raises a ValueError where it is not of the gate's process."""
+    """Raises a ValueError where the gate's process does not allow it."""
     fits = prediction_types(gate)
     if gate.process is not None:
         process, hint = "a process of your own", ", or pass a function such as edm()"
@@ -32,7 +32,7 @@ def check_prediction_type(gate: Gate, prediction_type: Any) -> None:
         raise ValueError(
             f"prediction type {prediction_type!r} does not go with {process}, which has {', '.join(fits)}{hint}"
         )
-    if callable(prediction_type) and prediction_type is not edm:  # of which coefficients_of says more
+    if callable(prediction_type) and prediction_type is not edm:  # coefficients_of has more to say on edm
         function("prediction_type", prediction_type, "alpha, sigma")
     if prediction_type == "epsilon" and gate.process is None:
         levels = gate.schedule.at(range(gate.num_timesteps))
@@ -52,14 +52,14 @@ def source_of(gate: Gate) -> str:
 def noise_levels(
     gate: Gate, size: int, timesteps: Tensor | None, sigmas: Tensor | None, alphas: Tensor | None
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Timesteps (of a discrete schedule alone), alpha and sigma, (B,), on the CPU.
+    """Timesteps (only of a discrete schedule, else None), alpha and sigma, (B,), on the CPU.
 
     Args:
         size: B.
-        timesteps, sigmas, alphas: as a call of an objective has them.
+        timesteps, sigmas, alphas: as passed to an objective.
 
     Raises:
-        ValueError: what does not go with the gate's process.
+        ValueError: one of them is missing, wrong, or not for the gate's process.
     """
     own = gate.process
     if alphas is not None and (own is None or own.function is not None):

@@ -2,9 +2,9 @@
 
     total = L_diffusion + lpl_weight * sum_i gate_i * scale_i * L_i / (B * p_gate)
 
-Source: Berrada et al., ICLR 2025. Differs from the paper: it averages over all samples, zeros included, so its weight
-is lpl_weight / p_gate. Differs from the diffusers project: that divides by the gated samples of each micro-batch
-(lpl_reduction="gated"), which makes the weight depend on the batch size.
+Source: Berrada et al., ICLR 2025. Differs from the paper, which averages over all samples, zeros included: its weight
+is lpl_weight / p_gate. Differs from the diffusers project, which divides by the gated samples of each micro-batch
+(lpl_reduction="gated"): its weight depends on the batch size.
 """
 
 from __future__ import annotations
@@ -57,42 +57,41 @@ class PerceptualObjective:
 
     Pass timesteps and sigmas on the CPU where they were drawn there: the gate then costs no synchronisation.
 
-    What is handed over is checked: shapes, devices, graphs, timesteps and sigmas at every call; what lies on the device
-    (whether sigma is the noise fraction of noisy_latents, finite weights, a gradient of exactly 0) at the first
-    `checked_calls` calls and where PerceptualTerm.read() is called.
+    Arguments are checked: shapes, devices, graphs, timesteps and sigmas at every call; values on the device (whether
+    sigma is the noise fraction of noisy_latents, finite weights, a gradient of exactly 0) in the first `checked_calls`
+    calls. PerceptualTerm.read() also checks for a gradient of exactly 0.
 
     Args:
         loss_fn: the loss, or another callable of its signature that returns an LPLOutput.
         noise_scheduler: a diffusers scheduler: one with alphas_cumprod, or a flow-matching one (then pass sigmas); or a
-            Schedule of diffusion/schedule.py. None: without alpha_sigma flow matching where prediction_type is flow,
-            flow_to_data or sample, and else a process whose alphas and sigmas every call hands over.
-        lpl_weight: against the diffusion loss; "auto" sets it from measured gradients (AutoWeight): pass
+            Schedule of diffusion/schedule.py. None, and no alpha_sigma: flow matching where prediction_type is flow,
+            flow_to_data or sample, else a process whose alphas and sigmas are passed with every call.
+        lpl_weight: weight relative to the diffusion loss; "auto" sets it from measured gradients (AutoWeight): pass
             diffusion_loss with every call and call end_step() after every optimizer step.
-        lpl_t_threshold, lpl_snr_threshold, lpl_sigma_threshold: the gate, one; none: sigma / alpha of at most 3.
+        lpl_t_threshold, lpl_snr_threshold, lpl_sigma_threshold: the gate; pass at most one. None: sigma / alpha <= 3.
         lpl_scale: multiply by min(1, g / SNR), g = snr_gamma or 5.
         lpl_reduction: "expected" divides by B * p_gate, "gated" by the gated samples of the micro-batch.
         p_gate: probability of passing the gate (and of being active): None for levels as a Schedule draws them, with a
             diffusers scheduler for uniform timesteps (for flow matching: uniform sigma, which a shift is not: see
             Gate); a Distribution, such as Distribution("logit_normal", shift=3); a function that draws n levels; a
-            number; or weights per timestep (T,). Where the weight is a number and the reduction "expected", a share of
-            passed samples that does not fit it warns once.
+            number; or weights per timestep (T,). If the weight is a number and the reduction "expected", a share of
+            passed samples that does not fit p_gate gives one warning.
         snr_gamma: g of lpl_scale.
         lpl_max_samples: decode at most this many gated samples a call (the first ones; rescaled, so unbiased where
             batches are shuffled).
         lpl_target_share: for "auto", LPL's share of the gradient at the model's output.
-        prediction_type: one of diffusion.prediction.PREDICTION_TYPES, or a function such as edm(), see there; None: the
-            scheduler's ("flow" without alphas_cumprod).
-        alpha_sigma: instead of noise_scheduler: alpha and sigma, (B,) each, of the times (B,) that calls pass as
-            timesteps, whatever these are.
-        seed: of the depths that a loss with random_depth stops at.
+        prediction_type: one of diffusion.prediction.PREDICTION_TYPES, or a function such as edm() (see that module);
+            None: the scheduler's ("flow" without alphas_cumprod).
+        alpha_sigma: instead of noise_scheduler, a function from times (B,), passed as timesteps, to alpha and sigma.
+        seed: for the depths that a loss with random_depth stops at, and the draws of lpl_budget.
         lpl_start, lpl_warmup_steps: where one of them is above 0 the weight of optimizer step s (pass step with every
             call) is multiplied by min(1, (s - lpl_start + 1) / (n + 1)), n = lpl_warmup_steps, and is 0 before
-            lpl_start: n steps of a linear ramp. "auto" measures without the ramp, so its weight is that of the whole
-            run, and what acts is the product of both.
+            lpl_start: n steps of a linear ramp. "auto" measures without the ramp; the effective weight is the product
+            of its weight and the ramp.
         lpl_budget: LPL's mean cost as a share of step_flops. Which gated samples are decoded, and how deep, is then
-            drawn, and terms are divided by the probability, so that value and gradient are the full ones on average
-            (see Budget). Pass step_flops, and call end_step() after every optimizer step.
-        step_flops: FLOPs of a sample's training step without LPL; an attribute, too, to be set before the first call.
+            random, and terms are divided by their probabilities, so that value and gradient are the full ones on
+            average (see Budget). Pass step_flops, and call end_step() after every optimizer step.
+        step_flops: FLOPs of a sample's training step without LPL; also an attribute, to be set before the first call.
         checked_calls: calls whose values on the device are checked, a synchronisation or a few each; 0: none.
 
     Raises:
@@ -152,7 +151,7 @@ class PerceptualObjective:
 
     @property
     def weight(self) -> Tensor | float:
-        """The weight where the ramp has ended."""
+        """The weight without the ramp."""
         return self._weight if self.auto is None else self.auto.weight
 
     def __call__(
@@ -190,19 +189,19 @@ class PerceptualObjective:
             step: the optimizer step, the same on every process: with the seed it decides how deep a loss with
                 random_depth goes. While "auto" measures, that is all the way. Needed for lpl_warmup_steps, too.
             windows: (B, 2) in [0, 1), for a loss with crop: where each sample's window lies.
-            active: (B,) booleans: samples that LPL may apply to, such as those of MeanFlow with r == t. Others are as
-                those that do not pass the gate; B counts them.
-            alphas: (B,), the signal's factor, with sigmas: for a process of which nothing else is known.
-            unpack: makes (B, C, *space) of a packed model_output (B, N, D), and of noisy_latents and latents where they
-                are packed, too; diffusion_loss may be of either.
-            draws: (B,) in [0, 1), uniform and independent of the noise levels, for lpl_budget: what decides whether a
-                sample is decoded, and how deep. None: by seed and the number of calls before; with several processes
-                pass some, or give each another seed.
+            active: (B,) booleans: samples that LPL may apply to, such as those of MeanFlow with r == t. Others are
+                treated as not passing the gate; B counts them.
+            alphas: (B,), the signal's factor; with sigmas, for a process without noise_scheduler and alpha_sigma.
+            unpack: function from a packed model_output (B, N, D) to (B, C, *space); also applied to noisy_latents and
+                latents where they are packed. diffusion_loss may be computed from either form.
+            draws: (B,) in [0, 1), uniform and independent of the noise levels, for lpl_budget: they decide whether a
+                sample is decoded, and how deep. None: drawn from seed and the number of calls before; with several
+                processes pass draws, or give each process its own seed.
 
         Per-sample values may be (B, 1) or (B, 1, 1, 1), too.
 
         Raises:
-            ValueError: what does not fit the above or one another, a scheduler's timesteps or sigmas outside of its
+            ValueError: arguments that do not fit the above or one another, timesteps or sigmas outside the scheduler's
                 range, "auto" without diffusion_loss, random_depth, lpl_start or lpl_warmup_steps without step, or crop
                 without windows; in the first calls, values on the device that cannot be right.
             RuntimeError: LPL's gradient is exactly 0 in the first calls, or "auto" without end_step().
@@ -231,7 +230,7 @@ class PerceptualObjective:
         passed = passes.nonzero().flatten()
         gated = len(passed)
         self._watch(size, gated)
-        if self.auto is None and torch.is_grad_enabled() and not self._ramp(step):  # not begun: nothing is decoded
+        if self.auto is None and torch.is_grad_enabled() and not self._ramp(step):  # before lpl_start: no decoding
             passed, gated = passed[:0], 0
         metrics: dict[str, Tensor | float] = {
             "lpl/num_samples": float(gated),
@@ -239,15 +238,15 @@ class PerceptualObjective:
             "lpl/weight": weight,
         }
         diffusion_square = None
-        if diffusion_loss is not None and not size:  # a mean over nothing; "auto" takes part in its sum all the same
+        if diffusion_loss is not None and not size:  # an empty batch: "auto" still needs its sum
             diffusion_square = torch.zeros((), device=model_output.device)
         elif diffusion_loss is not None and (g := diffusion_gradient(diffusion_loss, packed)) is not None:
-            # Of each sample's own loss, whatever the size of the micro-batch that its mean is taken over.
+            # Gradients of each sample's own loss, undoing the mean over the micro-batch.
             diffusion_square = g.float().square().sum() * size**2
             tensors = (*unpacked(unpack, g), model_output, noisy_latents, latents)
             self._first.direction(tensors, alpha, looked_at, self.prediction_type, prediction_types(self.gate))
         if diffusion_square is not None:
-            # LPL's is 0 unless samples pass: the share is one of means over all samples.
+            # LPL's is 0 unless samples pass: the share compares means over all samples.
             metrics |= {"diffusion/gradient_square": diffusion_square / max(size, 1), "lpl/gradient_square": 0.0}
         spread, decoded = None, passed
         if self.lpl_budget is not None:
@@ -300,7 +299,7 @@ class PerceptualObjective:
             squares = (expand(factor, gradient) * gradient).float().square()
             if spread is not None and self.budget is not None:
                 decoded_with = spread.reach[:, 0].to(squares, non_blocking=True)
-                squares = squares.flatten(1).sum(1) * decoded_with  # what is divided by p counts with p
+                squares = squares.flatten(1).sum(1) * decoded_with  # terms divided by p are weighted with p
                 self.budget.measure(spread, squares)
             unit_square = squares.sum() * size**2
             if diffusion_square is not None:
@@ -310,23 +309,23 @@ class PerceptualObjective:
         return PerceptualTerm(loss, metrics, len(chosen))
 
     def weight_at(self, step: int | None) -> Tensor | float:
-        """The weight in an optimizer step: of lpl_weight or "auto", times the ramp."""
+        """The weight in an optimizer step: that of lpl_weight or "auto", times the ramp."""
         return self.weight * self._ramp(step)
 
     def end_step(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
-        """Says that an optimizer step is done, for "auto" and lpl_budget. `reduce` sums over processes."""
+        """Call it after each optimizer step, for "auto" and lpl_budget. `reduce` sums a tensor over processes."""
         for measured in (self.auto, self.budget):
             if measured is not None:
                 measured.end_step(reduce)
 
     def discard_step(self) -> None:
-        """Forgets what the optimizer step under way has measured; instead of end_step() where the step is left out."""
+        """Forgets what the optimizer step under way has measured; call it instead of end_step() for a skipped step."""
         for measured in (self.auto, self.budget):
             if measured is not None:
                 measured.discard_step()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs after end_step(): of "auto" and lpl_budget, and how many draws were made."""
+        """The state for a checkpoint, after end_step(): of "auto", of lpl_budget, and the number of draws."""
         budget = self._loaded_budget if self.budget is None else self.budget.state_dict()
         return {"auto": self.auto and self.auto.state_dict(), "budget": budget, "calls": self._calls}
 
@@ -334,13 +333,13 @@ class PerceptualObjective:
         """Restores what state_dict gave, of an objective with the same options.
 
         Raises:
-            ValueError: it is of an objective with other options, or no such state.
+            ValueError: the state is of an objective with other options, or of another kind.
         """
         check_state("an objective", state, {"auto": AutoWeight.STATE, "budget": Budget.STATE, "calls": int})
         for name, has in (("auto", self.auto is not None), ("budget", self.lpl_budget is not None)):
             if state[name] is not None and not has:
                 option = "lpl_weight 'auto'" if name == "auto" else "lpl_budget"
-                raise ValueError(f"the state is of an objective with {option}, which this one has not: build it alike")
+                raise ValueError(f"the state is of an objective with {option}, which this one lacks: build it alike")
         if self.auto is not None and state["auto"] is not None:
             self.auto.load_state_dict(state["auto"])
         self._calls, self._loaded_budget = state["calls"], state["budget"]
@@ -348,10 +347,10 @@ class PerceptualObjective:
             self.budget.load_state_dict(self._loaded_budget)
 
     def count(self, shape: Sequence[int]) -> None:
-        """Counts what lpl_budget spends for a sample's latents of this shape, (C, *space); else the first call does.
+        """Counts the FLOPs that lpl_budget needs for latents of this shape, (C, *space); else the first call does.
 
         Raises:
-            ValueError: step_flops is not set, or not a positive number; or no such shape.
+            ValueError: step_flops is not set, or not a positive number; or the shape is none.
         """
         if self.lpl_budget is not None and self.budget is None:
             if self.step_flops is None:
@@ -387,7 +386,7 @@ class PerceptualObjective:
         return min(1.0, max(0, step - self.lpl_start + 1) / (self.lpl_warmup_steps + 1))
 
     def scale(self, snr: Tensor) -> Tensor:
-        """What a sample's LPL is multiplied by for its noise level; snr: (B,)."""
+        """The factor of each sample's LPL for its noise level; snr: (B,)."""
         return snr_scale(snr, self.snr_gamma) if self.lpl_scale else torch.ones_like(snr)
 
     @property
@@ -396,5 +395,5 @@ class PerceptualObjective:
 
 
 def channels_of(loss_fn: Any) -> int | None:
-    """Of the latents that a loss takes, where it says."""
+    """Channels of the latents that a loss takes, where it states them."""
     return getattr(getattr(loss_fn, "decoder", None), "latent_channels", None)

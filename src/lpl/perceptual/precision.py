@@ -1,4 +1,4 @@
-"""A module in each precision: finite, how large, how far from float32; LPL's walk against the decoder's own."""
+"""A module in each precision: is it finite, how large, how far from float32; and LPL's walk against vae.decode."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def compare(
 
     Args:
         module: in eval mode; left as it is.
-        run: runs it in a precision; returns what it puts out.
-        cast: whether it is given a copy with weights in that precision.
-        only: the one precision that it can be run in, and why; then no error is known.
+        run: runs the module in a precision; returns its outputs.
+        cast: whether run gets a copy with weights in that precision.
+        only: the one precision that it can be run in, and why; if that is not float32, no error is known.
     """
     found: dict[str, Any] = {}
     reference: list[Tensor] | None = None

@@ -17,7 +17,8 @@ def reach_probabilities(taps: int, given: bool | Sequence[float]) -> tuple[float
         given: False; True for REACH (a decoder with more taps keeps its last value); or the probabilities.
 
     Raises:
-        ValueError: something else, or probabilities that are not one per tap, do not start at 1, rise, or reach 0.
+        ValueError: given is none of these, or has not one probability per tap, does not start at 1, rises, or reaches
+            0.
     """
     if given is False:
         return None

@@ -1,7 +1,7 @@
-"""Feature maps worked through in strips of rows: temporaries stay small, in cache, and out of the allocator's way.
+"""Feature maps are processed in strips of rows: temporaries stay small and in cache.
 
-A strip's arithmetic is float32 for half-precision maps. Every function here is for a map (B, C, H, W); all but `window`
-are for other numbers of axes of space too, the first of which is called rows.
+A strip's arithmetic is float32 for half-precision maps. Functions take maps (B, C, H, W); all but `window` also take
+maps with another number of axes of space, the first of which is called rows.
 """
 
 import math
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 STRIP_BYTES = {"cpu": 2**23}
-"""Bytes of a strip: what stays in cache while it is worked on."""
+"""Bytes of a strip: small enough to stay in cache."""
 STRIP_BYTES_ELSEWHERE = 2**24
-"""On other devices: enough to keep them busy, little beside a map of a 1024-pixel image."""
+"""The same on other devices: enough to keep them busy, little compared with a map of a 1024-pixel image."""
 
 
 def space(x: Tensor) -> tuple[int, ...]:
@@ -34,7 +34,7 @@ def strip_bytes(x: Tensor) -> int:
 def spans(x: Tensor, channels: int | None = None) -> list[tuple[int, int]]:
     """The strips (first row, row after the last) of a map; channels: the widest of its temporaries, if not x itself.
 
-    All but the last are of an even number of rows.
+    All but the last have an even number of rows.
     """
     batch, own, height, *width = x.shape
     rows = max(2, strip_bytes(x) // (x.element_size() * batch * max(own, channels or 0) * math.prod(width)) // 2 * 2)
@@ -42,11 +42,11 @@ def spans(x: Tensor, channels: int | None = None) -> list[tuple[int, int]]:
 
 
 Make = Callable[[int, int, Tensor | None], Tensor]
-"""Makes rows first to last of a map, in the place that is given for them or in a new one."""
+"""Makes rows first to last of a map, in the given tensor or in a new one."""
 
 
 def assemble(strips: list[tuple[int, int]], shape: tuple[int, ...], like: Tensor, make: Make) -> Tensor:
-    """The map (B, C, H, W) whose strips are made, in a precision and layout like another's."""
+    """The map (B, C, H, W) put together from strips, with the precision and layout of `like`."""
     if len(strips) == 1:
         return make(0, shape[2], None)
     out = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout(like))
@@ -84,7 +84,7 @@ def channel_moments(x: Tensor, rows: Callable[[int, int], Tensor] | None = None)
 
     Args:
         x: the map; only its shape matters where rows are given.
-        rows: rows first to last of the map that is meant, in its arithmetic precision.
+        rows: gives rows first to last of the map to use instead of x, in its arithmetic precision.
     """
     dtype = arithmetic(x)
     take = rows or (lambda first, last: x[:, :, first:last].to(dtype))
@@ -96,7 +96,7 @@ def channel_moments(x: Tensor, rows: Callable[[int, int], Tensor] | None = None)
         squares.append((part - means[-1]).square_().sum(space(part), keepdim=True))
     if len(sizes) == 1:
         return means[0], squares[0]
-    # Strips are put together by their own means: nothing cancels.
+    # Strips are combined through their own means, so that nothing cancels.
     share = torch.tensor(sizes, dtype=dtype).to(x.device, non_blocking=True).view(-1, *[1] * x.dim())
     each = torch.stack(means)
     mean = (share * each).sum(0)

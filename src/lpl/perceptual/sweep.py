@@ -17,7 +17,7 @@ from lpl.perceptual.feature_maps import State, map_of, mask_at, with_map, zeros_
 class WithGradient(torch.autograd.Function):
     """values (B,) with dvalues_i/dx_i = gradient_i for x and gradient (B, C, h, w): one opaque operation for autograd.
 
-    Nothing but the gradient is kept for the backward pass. Differentiable once.
+    Only the gradient is kept for the backward pass. Differentiable once.
     """
 
     @staticmethod
@@ -35,13 +35,13 @@ class WithGradient(torch.autograd.Function):
 class Segment:
     """From one tap to the next: the upsampling that makes the earlier tap's map, then operations up to the next one.
 
-    A tap's map may be the output of an upsampling, four times the size of its input. What is handed from segment to
-    segment (a "boundary") is that input: it is what is worth keeping, and the map is made again where it is needed.
-    A state (feature_maps.py) is a map, or one with what a stage carries beside it.
+    A tap's map may be the output of an upsampling, four times the size of its input. What is passed from segment to
+    segment (a "boundary") is that input: it is kept, and the map is computed again where it is needed. A state
+    (feature_maps.py) is a map, or a map and what a stage carries along.
 
     Args:
         head: from the boundary to the tap's state.
-        operations: from there to the next boundary.
+        operations: from that state to the next boundary.
     """
 
     def __init__(self, head: Head, operations: Sequence[Operation]) -> None:
@@ -61,8 +61,8 @@ class Segment:
         """The next boundary, and what `backward` needs.
 
         Args:
-            checkpoint: "none" keeps what the operations need; "segment" keeps the boundary alone and runs forward once
-                more in backward; "operation" keeps the input of every operation, to do the same one at a time.
+            checkpoint: "none" keeps what the operations need; "segment" keeps only the boundary and runs forward again
+                in backward; "operation" keeps the input of every operation and runs one at a time again.
         """
         if checkpoint == "segment":
             return self.run(self.open(boundary)), [boundary]
@@ -82,9 +82,9 @@ class Segment:
 
         Args:
             saved: from run_and_keep; emptied.
-            grads: the gradient with respect to the next boundary, alone in a list that is emptied, so that it is freed
-                on the way.
-            checkpoint: as there.
+            grads: the gradient with respect to the next boundary, the only item of a list that is emptied, to free it
+                early.
+            checkpoint: as in run_and_keep.
         """
         grad, remaining = grads.pop(), self.operations
         if checkpoint == "operation":
@@ -142,13 +142,13 @@ class Crop(Operation):
 
 
 class Comparison(NamedTuple):
-    """What a sweep finds."""
+    """The result of a sweep."""
 
     distances: list[Tensor]
     """Per tap, (B,), or with frames (B * T,)."""
     statistics: list[TargetStatistics]
     gradient: Tensor | None
-    """Of sum over taps of weight * distance with respect to the prediction, (B, C, h, w); None where not asked for."""
+    """Gradient of sum over taps of weight * distance with respect to the prediction, (B, C, h, w), if asked for."""
 
 
 Way = Sequence[Segment] | Callable[[Tensor], Sequence[State]]
@@ -157,10 +157,10 @@ function from raw latents to the maps of all taps, for autograd."""
 
 
 class Target(NamedTuple):
-    """What is known of the target, per tap."""
+    """The target's part of a comparison, per tap."""
 
     boundaries: list[State | None]
-    """What the map is made of again; for a function, the map."""
+    """What the map is computed from again; for a function, the map."""
     statistics: list[TargetStatistics]
     insides: list[Tensor | None]
     """The caller's mask at the map's size."""

@@ -1,4 +1,4 @@
-"""What an objective returns for a micro-batch, and the metrics in it."""
+"""What an objective returns for a micro-batch, with its metrics."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class PerceptualTerm(NamedTuple):
         """The metrics as numbers, for where they are logged. Synchronises.
 
         Raises:
-            RuntimeError: LPL's gradient is exactly 0 for every gated sample that has a weight, a mask and a value
-                that are not: it trains nothing.
+            RuntimeError: LPL's gradient is exactly 0 for every gated sample whose weight, mask and value are not 0: it
+                trains nothing.
         """
         numbers = {name: float(value) for name, value in self.metrics.items()}
         if fault := zero_gradient(numbers):

@@ -1,4 +1,4 @@
-"""The definition of the loss, the plain way: what the fast path is tested against, and measured by.
+"""The definition of the loss, written plainly: the fast path is tested and measured against it.
 
     L_i = 1/N sum_l w_l sum(m_l d_l) / sum(m_l),    d_l = |n(phi_l(pred_i)) - n(phi_l(target_i))|^2
 

@@ -1,4 +1,4 @@
-"""What ships with the package to begin with: options for --config, and configurations for `accelerate launch`."""
+"""Files shipped as starting points: options for --config, and configurations for `accelerate launch`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def presets() -> list[str]:
 
 
 def preset_text(name: str) -> str:
-    """A preset as it is written.
+    """The text of a preset.
 
     Raises:
         UserError: no such preset.
@@ -25,7 +25,7 @@ def preset_text(name: str) -> str:
 
 
 def list_presets() -> str:
-    """All presets, with what each says of itself."""
+    """All presets, with the first line of each."""
     lines = []
     for folder, flag in (("lpl.presets", "lpl train --config NAME"), ("lpl.presets.accelerate", "accelerate launch")):
         lines.append(f"{flag}:")

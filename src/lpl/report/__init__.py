@@ -1,1 +1,1 @@
-"""The report page: what runs, comparisons, evaluations and checks have found, as one HTML file without network."""
+"""The report page: results of runs, comparisons, evaluations and checks as one HTML file that needs no network."""

@@ -1,4 +1,4 @@
-"""What charts and tables of the page hold."""
+"""The data of the page's charts and tables."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Line(NamedTuple):
     """With high: the edges of a band around the line."""
     high: Sequence[float | None] | None = None
     best: float | None = None
-    """Where its best point is, to be marked."""
+    """x of its best point, which is marked."""
 
 
 class IntervalRow(NamedTuple):
@@ -34,24 +34,24 @@ class IntervalRow(NamedTuple):
     low: float | None = None
     high: float | None = None
     text: str = ""
-    """What stands beside the label; empty: the numbers."""
+    """Text beside the label; empty: the numbers."""
     points: Sequence[float] = ()
-    """Single values behind it."""
+    """The single values that it summarises."""
     noise: float | None = None
     noise_is: str = "what another seed alone changes"
-    """Half the width of a band around the zero line: what chance alone does; and that in words."""
+    """Half the width of a band around the zero line, for differences by chance alone; and its description."""
     mark: float | None = None
     mark_is: str = "the VAE's own floor"
-    """A place to set against; and that in words."""
+    """A value to compare with; and its description."""
 
     @property
     def interval(self) -> str:
-        """In square brackets."""
+        """The interval in square brackets."""
         return "–" if self.low is None or self.high is None else f"[{short(self.low)}, {short(self.high)}]"
 
     @property
     def numbers(self) -> str:
-        """What stands beside the label."""
+        """The text beside the label."""
         return self.text or short(self.value) + ("" if self.interval == "–" else f"  {self.interval}")
 
 
@@ -73,7 +73,7 @@ class IntervalPlot(NamedTuple):
     rows: Sequence[IntervalRow]
     x_label: str
     zero: bool
-    """A line at 0, which the axis holds."""
+    """Draws a line at 0, which the axis then includes."""
 
 
 @dataclass(frozen=True)
@@ -88,11 +88,11 @@ class Chart:
     header: list[str]
     rows: list[list[str]]
     thinned: str
-    """What the table leaves out, or nothing."""
+    """Which points the table leaves out; empty: none."""
     drawn: LinePlot | IntervalPlot
-    """What it was drawn of, to draw or write it elsewhere."""
+    """The data it was drawn from, for other formats."""
     key: list[tuple[str, str]] = field(default_factory=list)
-    """(class, text) of marks that are no line."""
+    """(class, text) of marks other than lines."""
 
 
 class Table(NamedTuple):

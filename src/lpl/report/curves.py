@@ -1,4 +1,4 @@
-"""Charts of what was logged and validated over a run: losses, by timestep bin too, and LPL's share."""
+"""Charts of logged values and validation over a run: losses, also by timestep bin, and LPL's share."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from lpl.report.sources import Group
 LOSSES = {"diffusion_loss": "Diffusion loss", "lpl": "LPL"}
 STEPS = "optimizer steps"
 UNITS = ((2 * 3600.0, 3600.0, "h"), (120.0, 60.0, "min"), (0.0, 1.0, "s"))
-"""From so many seconds on, so many of them are one of the unit."""
+"""(seconds from which a unit is used, seconds per unit, unit)."""
 SHARES = (
     (
         "lpl/gradient_share",
         "LPL's share of the gradient",
-        "LPL's part of the gradient at the denoiser's output. Below 1 % it idles; above 60 % it dominates.",
+        "LPL's part of the gradient at the denoiser's output. Below 5 % it idles; above 80 % it dominates.",
     ),
     ("lpl/loss_share", "LPL's share of the loss", "LPL's weighted part of the training loss."),
 )
@@ -63,7 +63,7 @@ def share_charts(groups: Sequence[Group]) -> list[Chart]:
 
 
 def final_kind(run: RunFolder) -> str | None:
-    """The weights whose validation counts: those of the result, else averaged ones where there are some."""
+    """The weights whose validation counts: those of the result, else averaged ones if any."""
     kinds = _kinds(run)
     return run.final_weights if run.final_weights in kinds else (kinds[-1] if kinds else None)
 
@@ -78,7 +78,7 @@ def validation_rows(run: RunFolder, kind: str | None) -> list[dict[str, Any]]:
 
 
 def _over_both(title: str, note: str, lines: Sequence[tuple[Group, Line]], y_label: str) -> list[Chart]:
-    """A chart over steps, and the same over training time where that is known."""
+    """A chart over steps, and the same over training time if known."""
     charts = [line_chart(title, note, [line for _, line in lines], STEPS, y_label)]
     timed = [line for line in (_over_seconds(group, line) for group, line in lines) if line.x]
     if timed:
@@ -91,7 +91,7 @@ def _over_both(title: str, note: str, lines: Sequence[tuple[Group, Line]], y_lab
 
 
 def _over_seconds(group: Group, line: Line) -> Line:
-    """A group's line over steps as one over seconds of training, on average over its runs, as far as all know them."""
+    """A group's line over steps, drawn over seconds of training: the mean over its runs, as far as all have them."""
     clocks = [training_clock(run) for run in group.runs]
     if any(len(clock) < 2 for clock in clocks):
         return line._replace(x=[], y=[], low=None, high=None)
@@ -116,7 +116,7 @@ def _validation_lines(groups: Sequence[Group], name: str) -> list[tuple[Group, L
 
 
 def _change_lines(groups: Sequence[Group], name: str) -> list[tuple[Group, Line]]:
-    """In per cent of each run's own start, where arms have several seeds, whose validation draws differ; else none."""
+    """Changes in per cent of each run's start, if arms have several seeds (with other validation draws); else none."""
     lines: list[tuple[Group, Line]] = []
     if all(len(group.runs) < 2 for group in groups):
         return lines
@@ -130,7 +130,7 @@ def _change_lines(groups: Sequence[Group], name: str) -> list[tuple[Group, Line]
 
 
 def _final_curves(group: Group, name: str) -> list[Points]:
-    """A validation loss over steps of every run, of the weights that count."""
+    """A validation loss over steps for every run, of the weights that count."""
     return [_curve(run, final_kind(run), name) for run in group.runs]
 
 
@@ -139,10 +139,10 @@ def _curve(run: RunFolder, kind: str | None, name: str) -> Points:
 
 
 def _bin_charts(groups: Sequence[Group], name: str, title: str) -> list[Chart]:
-    """By timestep bin at the end, and for each comparison against its baseline.
+    """Losses by timestep bin at the end, and their changes against the baseline for each comparison.
 
-    Runs of no comparison are set against the first of them, one alone against its start. Arms whose loss has another
-    definition than the baseline's are left out.
+    Runs without a comparison are compared with the first of them, a single run with its start. Arms whose loss is
+    defined otherwise than the baseline's are left out.
     """
     groups = [group for group in groups if name not in group.redefined]
     lines = [_over(ends, g.name, g.slot) for g in groups if (ends := _bins(g.runs, name, -1))]
@@ -163,7 +163,7 @@ def _bin_charts(groups: Sequence[Group], name: str, title: str) -> list[Chart]:
 
 
 def _bin_changes(groups: Sequence[Group], name: str) -> tuple[str, list[Line]]:
-    """What runs of one comparison, or of none, are set against, and the changes to it in per cent."""
+    """The name of the reference for runs of one comparison, or of none, and the changes to it in per cent."""
     ends = {g.name: _bins(g.runs, name, -1) for g in groups}
     baseline = next((g for g in groups if g.baseline), groups[0])
     reference, against = ends[baseline.name], baseline.name
@@ -184,7 +184,7 @@ def _bins(runs: Sequence[RunFolder], name: str, place: int) -> list[Points]:
 
 
 def _changes(ends: Sequence[Points], reference: Sequence[Points]) -> list[Points]:
-    """In per cent: each run against the reference's run of the same place, or its first."""
+    """Changes in per cent: each run against the reference's run at the same position, or its first."""
     found = []
     for place, points in enumerate(ends):
         base = dict(reference[place if len(reference) == len(ends) else 0])

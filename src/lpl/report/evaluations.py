@@ -1,4 +1,4 @@
-"""What evaluations measured: metrics, spectra and curves over guidance as charts, and tables of what was compared."""
+"""Results of evaluations: metrics, spectra and curves over guidance as charts, and tables of what was compared."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from lpl.report.sources import Group, Inputs, Result, shortest_ends
 
 
 class Against(NamedTuple):
-    """The words for what samples are set against."""
+    """The names of what samples are compared with."""
 
     table: str
     reference: str
     floor: str
     spectrum: str
-    """Of the floor, whose power it is."""
+    """Name of the floor's images, for its spectrum."""
 
 
 AGAINST = {
@@ -40,7 +40,7 @@ AGAINST = {
 
 
 class Setting(NamedTuple):
-    """What metrics depend on beside the model: only those of one setting are drawn on one axis."""
+    """What metrics depend on besides the model: only metrics of one setting are drawn on one axis."""
 
     samples: int | None
     reference: str
@@ -49,9 +49,9 @@ class Setting(NamedTuple):
     against: str
     features: str
     digest: str
-    """Of the reference's images; empty: not known, as of an older eval.json."""
+    """Digest of the reference's images; empty: not known, as in an older eval.json."""
     alike: bool
-    """False: the metrics of the arm's samples have another definition than the baseline's."""
+    """False: the metrics of the arm's samples are defined otherwise than the baseline's."""
 
 
 UNITS = {"samples": "{} samples", "images": "{} images", "resolution": "{} px", "features": "in {}"}
@@ -59,7 +59,7 @@ Drawn = list[tuple[Group, list[Result]]]
 
 
 def evaluation_table(groups: Sequence[Group]) -> Table:
-    """What was set against what, a row for each group and setting."""
+    """What was compared with what, a row for each group and setting."""
     rows = []
     for setting, drawn in by_setting(groups).items():
         numbers = ["–" if n is None else f"{n:,}" for n in (setting.samples, setting.images)]
@@ -74,7 +74,7 @@ def evaluation_table(groups: Sequence[Group]) -> Table:
 
 
 def metric_charts(groups: Sequence[Group]) -> list[Chart]:
-    """A chart for each metric and setting: every model's value with its interval, beside the floor."""
+    """A chart for each metric and setting: every model's value with its interval, and the floor."""
     settings = by_setting(groups)
     told = told_apart(list(settings))
     names = dict.fromkeys(name for drawn in settings.values() for _, rs in drawn for r in rs for name in _metrics(r))
@@ -104,7 +104,7 @@ def _metrics(result: Result) -> dict[str, dict[str, Any]]:
 
 
 def _metric_row(group: Group, found: Sequence[dict[str, Any]], floor: str) -> IntervalRow:
-    """A group's value; with evaluations of several runs their mean, with Student's t interval over the runs."""
+    """A group's value; for evaluations of several runs their mean, with Student's t interval over the runs."""
     values = [float(m["value"]) for m in found]
     low, high = (t_interval(values) if len(values) > 1 else found[0].get("interval")) or (None, None)
     mark = next((m["floor"] for m in found if m.get("floor") is not None), None)
@@ -113,7 +113,7 @@ def _metric_row(group: Group, found: Sequence[dict[str, Any]], floor: str) -> In
 
 
 def refused_metrics(groups: Sequence[Group]) -> list[str]:
-    """Lines on the metrics that evaluations name without a value."""
+    """Lines on the metrics that evaluations list without a value."""
     metrics = [(name, m) for g in groups for e in g.evals for name, m in _metrics(e).items()]
     lines = [f"{metric_name(name)}: {m.get('note') or 'no value'}" for name, m in metrics if m.get("value") is None]
     return list(dict.fromkeys(lines))
@@ -159,7 +159,7 @@ def _ratio(power: Sequence[float], reference: Sequence[float]) -> list[float | N
 
 
 def by_setting(groups: Sequence[Group]) -> dict[Setting, Drawn]:
-    """The evaluations of each setting, by group. References of one content go by the name of the first."""
+    """The evaluations of each setting, by group. References with the same content get the name of the first."""
     found: dict[Setting, dict[str, tuple[Group, list[Result]]]] = {}
     references: dict[str, str] = {}
     for group in groups:
@@ -181,7 +181,7 @@ def by_setting(groups: Sequence[Group]) -> dict[Setting, Drawn]:
 
 
 def told_apart(settings: Sequence[Setting]) -> dict[Setting, str]:
-    """What titles say of a setting: the parts in which settings differ."""
+    """The text for a setting in titles: the parts in which settings differ."""
     differs = [name for name in Setting._fields if len({getattr(s, name) for s in settings}) > 1]
     if not differs:
         return dict.fromkeys(settings, "")
@@ -210,7 +210,7 @@ DIRECTION = {
 }
 COLUMNS = {"precision": "Precision", "recall": "Recall", "high_band_log_error": "High band's log error"}
 FEWEST_SEEDS = 3
-"""Below, a band reaches from the lowest to the highest seed: Student's interval of two would hide the lines."""
+"""With fewer, a band reaches from the lowest to the highest seed: Student's interval of two would hide the lines."""
 
 
 class GuidanceCurve(NamedTuple):
@@ -219,7 +219,7 @@ class GuidanceCurve(NamedTuple):
     group: Group
     steps: int
     rows: dict[float | None, list[Row]]
-    """By guidance, one of each run."""
+    """By guidance, one row per run."""
 
     @property
     def best(self) -> float | None:
@@ -263,7 +263,7 @@ def point_tables(inputs: Inputs) -> list[tuple[str, Table]]:
 
 
 def _guidance_curves(inputs: Inputs) -> dict[Setting, list[GuidanceCurve]]:
-    """What was measured at several points, by setting; of arms whose evaluations are gone, by the comparison."""
+    """Curves of evaluations at several points, by setting; for arms without evaluations, from the comparison."""
     found: dict[Setting, list[GuidanceCurve]] = {}
     for setting, drawn in by_setting(inputs.groups).items():
         for group, results in drawn:
@@ -297,7 +297,7 @@ def _rows_with_intervals(result: Result) -> list[Row]:
 
 
 def _by_steps(group: Group, rows: Sequence[Row], runs: int) -> list[GuidanceCurve]:
-    """Points that all runs have."""
+    """Curves by number of steps, with the points that all runs have."""
     found: dict[int, dict[float | None, list[Row]]] = {}
     for row in rows:
         found.setdefault(row["sampling_steps"], {}).setdefault(row["guidance"], []).append(row)
@@ -310,7 +310,7 @@ def _by_steps(group: Group, rows: Sequence[Row], runs: int) -> list[GuidanceCurv
 
 
 def _mean(rows: Sequence[Row], metric: str) -> float | None:
-    """Over runs; None: one lacks it."""
+    """The mean over runs; None: a run lacks it."""
     values = [row[metric] for row in rows]
     return None if None in values else fmean(values)
 

@@ -44,10 +44,10 @@ PAIRED = ["Arm", "Figure", "Compared", "Baseline", "Difference", "95 % (t)", "95
 
 
 def check_export(folder: Path) -> None:
-    """Refuses before anything is read: matplotlib missing, or something else in the way of what is written.
+    """Refuses, before anything is read, where matplotlib is missing or other files are in the way of the output.
 
     Raises:
-        UserError: with what to do.
+        UserError: says what to do.
     """
     require(
         importlib.util.find_spec("matplotlib") is not None,
@@ -63,13 +63,13 @@ def _output(folder: Path) -> OutputFolder:
 
 
 def export(inputs: Inputs, page: dict[str, Any], folder: Path) -> int:
-    """Writes the files, in the place of an earlier export; returns how many.
+    """Writes the files, replacing an earlier export; returns how many.
 
     figures/NAME.svg, .pdf and .csv (the numbers drawn, in full), tables/NAME.csv and .tex (booktabs),
-    samples/ROW/COLUMN.png as large as they are, and export.json with titles, notes and the versions it stands on.
+    samples/ROW-PROMPT/COLUMN.png in full size, and export.json with titles, notes and versions of packages.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the files cannot be written.
     """
     from lpl.report.figures import draw
 
@@ -92,7 +92,7 @@ def export(inputs: Inputs, page: dict[str, Any], folder: Path) -> int:
     with writing(f"--export {folder}:", "; name another folder"), alone_in(folder, "--export"):
         staged = folder / STAGED
         shutil.rmtree(staged, ignore_errors=True)
-        for name in FOLDERS:  # also those of which there is nothing now, in the place of what there was
+        for name in FOLDERS:  # empty ones, too, so that they replace earlier ones
             (staged / name).mkdir(parents=True)
         for name, content in made.items():
             (staged / name).parent.mkdir(exist_ok=True)
@@ -112,7 +112,7 @@ def charts_of(page: dict[str, Any]) -> Iterator[Chart]:
 
 
 def tables_of(page: dict[str, Any]) -> Iterator[tuple[str, Table, Table]]:
-    """Caption, table as it is read, and the same for a program: all there is, in full where it is known so."""
+    """Caption, the table for readers, and the same for programs: all rows, with full digits where known."""
     for comparison in page["comparisons"]:
         if paired := comparison["paired"]:
             names = list(dict.fromkeys(name for entry in paired for name in entry))
@@ -153,7 +153,7 @@ def _paired(entry: dict[str, Any]) -> list[str]:
 
 
 def _numbers_of(chart: Chart) -> tuple[list[str], list[list[str]]]:
-    """What a chart draws, a row for each point or value."""
+    """The numbers of a chart, a row for each point or value."""
     drawn = chart.drawn
     if isinstance(drawn, LinePlot):
         rows = []
@@ -181,7 +181,7 @@ def _csv(header: Sequence[str], rows: Sequence[Sequence[str]]) -> bytes:
 def _samples(
     inputs: Inputs, taken: dict[str, bytes], left_out: list[str]
 ) -> Iterator[tuple[str, dict[str, Any], bytes]]:
-    """File, what it shows, and bytes of every picture of the page."""
+    """File name, description and bytes of every picture of the page."""
     table = gather_pictures(inputs)
     parts: list[tuple[str, str, dict[str, Any], Any]] = []
     for number, (key, row) in enumerate(table.rows.items(), 1):
@@ -205,7 +205,7 @@ def _by_column(versions: Table) -> dict[str, dict[str, str]]:
 
 
 def _free(taken: dict[str, bytes], folder: str, title: str, ending: str) -> str:
-    """A name that no file has yet."""
+    """A file name that is not taken yet."""
     name, number = f"{folder}/{_slug(title)}", 2
     while f"{name}{ending}" in taken:
         name, number = f"{folder}/{_slug(title)}-{number}", number + 1

@@ -1,4 +1,4 @@
-"""The page's charts as a paper takes them: vector files of a column's width, with letters and colours inside."""
+"""The page's charts for a paper: vector files of a column's width, with fonts and colours inside."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lpl.report.charts import Chart, IntervalPlot, LinePlot
 
 FORMATS = ("svg", "pdf")
 WIDTH, HEIGHT, ROW = 3.4, 2.3, 0.32
-"""Of a figure, and the height of a row, in inches."""
+"""Size of a figure, and height of a row, in inches."""
 STYLE: Any = {
     "font.size": 8,
     "font.family": "DejaVu Sans",  # matplotlib's own: the same on every machine
@@ -33,11 +33,11 @@ STYLE: Any = {
     "pdf.fonttype": 42,
 }
 UNDATED = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
-"""Metadata, so that the same figures give the same files."""
+"""Metadata without dates, so that the same figures give the same files."""
 
 
 def draw(chart: Chart) -> dict[str, bytes]:
-    """A chart as a file of each format; its title and note are for the caption and not in it."""
+    """A chart as a file of each format, without its title and note, which are for the caption."""
     with matplotlib.rc_context(STYLE):
         drawn = chart.drawn
         figure = _lines(drawn) if isinstance(drawn, LinePlot) else _intervals(drawn)
@@ -123,6 +123,6 @@ def _numbers(values: Sequence[float | None]) -> list[float]:
 
 
 def _plain(text: str) -> str:
-    """A user's text, of which matplotlib makes no formula, nor leaves it out of the legend (as what begins with _)."""
+    """A user's text, escaped: matplotlib reads $ as a formula, and hides labels that begin with _ in the legend."""
     text = text.replace("$", r"\$")
     return f"\u200a{text}" if text.startswith("_") else text

@@ -1,4 +1,4 @@
-"""What comparisons and checks found: charts, verdict cards, and the words for it."""
+"""Results of comparisons and checks: charts, verdict cards and their texts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lpl.report.sources import Group, Result
 
 
 class NoiseSource(NamedTuple):
-    """The words for what the noise of a metric was measured by."""
+    """Texts for how the noise of a metric was measured."""
 
     cause: str
     in_chart: str
@@ -60,9 +60,9 @@ def paired_charts(
     """A chart for each arm and abscissa: every metric's paired difference to the baseline in per cent.
 
     Args:
-        paired: of compare.json, what is to be drawn.
-        arms: the comparison's, by name.
-        unpaired: why an arm's runs do not see what the baseline's see; None where they do.
+        paired: the entries of compare.json to draw.
+        arms: the comparison's arms, by name.
+        unpaired: why an arm's runs do not get the same draws as the baseline's; None where they do.
     """
     charts = []
     for arm in dict.fromkeys(entry["arm"] for entry in paired):
@@ -120,16 +120,16 @@ def _middles(bins: Sequence[dict[str, Any]]) -> list[float]:
 
 
 OUTCOMES = ("better", "worse", "below", "none", "unknown")
-"""Of a metric; "below": a difference smaller than the noise."""
+"""Outcomes of a metric; "below": a difference smaller than the noise."""
 
 TONES = {"helps": "good", "harms": "bad", "mixed": "mixed"}
-"""How an arm is coloured, by the outcome of its sentence."""
+"""An arm's colour, by the outcome of its sentence."""
 
 
 def shown_entries(content: dict[str, Any], final: str | None) -> list[dict[str, Any]]:
-    """The paired metrics that the page draws: of validation, those of the weights that the results are made of.
+    """The paired metrics that the page draws; validation losses only of the weights that the results contain.
 
-    `final` is "raw" or "ema"; None: not known, all are shown.
+    `final` is "raw" or "ema"; None: not known, so all are shown.
     """
     paired: list[dict[str, Any]] = content.get("paired", [])
     kept = [e for e in paired if not e["metric"].startswith("validation/") or e["metric"].split("/")[1] == final]
@@ -141,7 +141,7 @@ def verdicts(
 ) -> list[dict[str, Any]]:
     """For each arm of a compare.json against the baseline: a headline, the metrics behind it and the options.
 
-    `paired` are its metrics that count.
+    `paired`: the metrics that count.
     """
     found, told = [], {entry["arm"]: entry["outcome"] for entry in content.get("verdicts", [])}
     for arm in content.get("arms", []):
@@ -189,7 +189,7 @@ def tone(entries: Sequence[dict[str, Any]]) -> str:
 
 
 def headline(entries: Sequence[dict[str, Any]], repeats: bool = False) -> str:
-    """The outcomes of an arm's metrics at one abscissa, counted; `repeats`: it has the options of the baseline."""
+    """Counts of the outcomes of an arm's metrics at one abscissa; `repeats`: the arm has the baseline's options."""
     outcomes = [outcome_of(entry) for entry in entries]
     number = {outcome: outcomes.count(outcome) for outcome in OUTCOMES}
     if number["unknown"] == len(entries):
@@ -213,7 +213,7 @@ def headline(entries: Sequence[dict[str, Any]], repeats: bool = False) -> str:
 
 
 def _noise(entries: Sequence[dict[str, Any]]) -> str:
-    """What differences are below, in words."""
+    """The noise that differences are below, in words."""
     sources = dict.fromkeys(e.get("noise_from") or "seeds" for e in entries if outcome_of(e) == "below")
     return " or ".join(NOISE[source].in_chart for source in sources)
 
@@ -236,7 +236,7 @@ def _details(entries: Sequence[dict[str, Any]], at: str, repeats: bool) -> list[
 
 
 def chance_line(paired: Sequence[dict[str, Any]]) -> str:
-    """How many verdicts would find a difference where there is none: one in 20, as intervals are of 95 %.
+    """How many verdicts would find a difference where there is none: one in 20, as intervals cover 95 %.
 
     Empty where none of compare.json's "paired" has a verdict.
     """
@@ -246,6 +246,6 @@ def chance_line(paired: Sequence[dict[str, Any]]) -> str:
 
 
 def best_scales(entry: dict[str, Any]) -> str:
-    """The guidance of an entry of "at_best", of the baseline and of the arm."""
+    """The guidances in an entry of "at_best": the baseline's, then the arm's."""
     sides = [sorted(set(entry[side]) - {None}) for side in ("baseline_guidance", "guidance")]
     return " → ".join("/".join(map(plain, side)) or "its own" for side in sides)

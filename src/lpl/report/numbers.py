@@ -10,7 +10,7 @@ def short(value: float | None, digits: int = 3) -> str:
     """A number for readers: three digits, a true minus sign, thousands as k from 10,000 on."""
     if value is None or not math.isfinite(value):
         return "–"
-    # Rounded first: what rounds up to the next power of ten is written as that.
+    # Rounded first, so that a number that rounds up to the next power of ten is written as that.
     value = float(f"{value:.0f}" if 10**digits <= abs(value) < 10_000 else f"{value:.{digits - 1}e}")
     size = abs(value)
     if 10_000 <= size < 1e15:

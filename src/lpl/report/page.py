@@ -45,11 +45,11 @@ from lpl.report.runs import training_clock
 from lpl.report.sources import Group, Inputs, Result, read_inputs
 
 GENERATOR, HEAD = b'<meta name="generator" content="lpl ', 4096
-"""How a page says what it is, and within how many bytes."""
+"""The mark that identifies a page, and within how many bytes it must be."""
 TEXT_SHARE = 0.2
 """Part of the page's size that is kept for text and plots."""
 PLACES = {"output_dir", "logging_dir", "seed", "latent_cache_dir"}
-"""Options that name places or draws: no difference worth a row."""
+"""Options for paths or draws, whose differences are not shown."""
 FINITE = {True: "finite", False: "NOT FINITE", None: "not on this device"}
 
 
@@ -57,8 +57,8 @@ def write_report(options: ReportConfig, announce: bool = True) -> Path:
     """Writes the page; returns its path.
 
     Args:
-        options: of `lpl report`.
-        announce: print where it is.
+        options: the options of `lpl report`.
+        announce: print the page's path.
 
     Raises:
         UserError: a folder without anything to report on, a file in the way, or a page that cannot be written.
@@ -95,20 +95,20 @@ def as_html(found: dict[str, Any], live: str | None = None) -> str:
     """The page.
 
     Args:
-        found: of `gather`.
-        live: what the page is made of, as `lpl report --serve` names it: the page asks for it and reloads itself when
-            it is another; None: nothing is asked.
+        found: the result of `gather`.
+        live: for `lpl report --serve`, the state of the folders: the page polls it and reloads itself when it changes.
+        None: no polling.
     """
     return _environment().get_template("page.html.j2").render(found, live=live)
 
 
 def encoded(page: str) -> bytes:
-    """Its bytes; what Unicode has no letter for, as of odd file names, is written as an escape."""
+    """The page's bytes; characters that cannot be encoded, as in odd file names, become escapes."""
     return page.encode("utf-8", "backslashreplace")
 
 
 def gather(inputs: Inputs, most_bytes: int = 7_500_000) -> dict[str, Any]:
-    """What the page shows, of that many bytes at most as long as text and plots stay within their share."""
+    """The content of the page, at most most_bytes as long as text and plots stay within their share."""
     groups = inputs.groups
     gallery = build_gallery(inputs, int(most_bytes * (1 - TEXT_SHARE)))
     shares = share_charts(groups)
@@ -185,7 +185,7 @@ def _environment() -> Environment:
 
 
 def _shown(value: Any) -> Any:
-    """Text of users without characters that turn the direction of what stands around it; markup as it is."""
+    """Users' text without characters that change the direction of the text around it; markup as it is."""
     return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
@@ -200,7 +200,7 @@ class Tile(NamedTuple):
 
 
 def title(inputs: Inputs) -> str:
-    """What the page is about."""
+    """The page's title."""
     if len(inputs.comparisons) > 1:
         return "Comparisons: " + " · ".join(result.file.parent.resolve().name for result in inputs.comparisons)
     if inputs.comparisons:
@@ -217,7 +217,7 @@ def title(inputs: Inputs) -> str:
 
 
 def tiles(inputs: Inputs) -> list[Tile]:
-    """Numbers of a single run at a glance; nothing for more, whose verdicts or charts say it."""
+    """Key numbers of a single run; none for several, whose verdicts and charts show them."""
     runs = inputs.runs
     if len(runs) != 1:
         return []
@@ -265,7 +265,7 @@ def duration(seconds: float) -> str:
 
 
 def configuration(groups: Sequence[Group]) -> dict[str, Table]:
-    """The options: which differ between runs, which are no defaults, and all of them."""
+    """Tables of options: those that differ between runs, those that are not the default, and all."""
     shown = [(group.name, group.runs[0]) for group in groups if group.runs]
     if not shown:
         return {}
@@ -303,7 +303,7 @@ def written(value: Any) -> str:
 
 
 def versions(inputs: Inputs) -> Table:
-    """What every run and result stands on; columns that are equal are shown once."""
+    """The versions of packages of every run and result; equal columns are shown once."""
     found: dict[str, dict[str, Any]] = {}
     for group in inputs.groups:
         for run in group.runs[:1]:

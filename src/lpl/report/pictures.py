@@ -23,13 +23,13 @@ TRIES = ((1024, 88), (768, 86), (640, 84), (512, 82), (384, 80), (256, 78), (160
 LOSSLESS_BELOW = 128 * 128 + 1
 """Pixels; small pictures are kept exactly."""
 SHEET = 2
-"""A whole sheet may be so many times larger than a single picture."""
+"""A whole sheet's side may be so many times as long as a single picture's."""
 
 
 MOST_ROWS = 16
 BEFORE = "before"
 LONG = 10**7
-"""Seeds from here on were drawn, not given."""
+"""Larger seeds were drawn, not given."""
 SMALL = 160
 """Pictures up to so many pixels wide are shown enlarged, pixel by pixel."""
 
@@ -49,12 +49,12 @@ class ImagePart(NamedTuple):
     """One picture: a file, or a part of one."""
 
     file: Path
-    """In the folder of what names it: see inside."""
+    """Checked to lie in the folder of the file that names it: see inside."""
     box: tuple[int, int, int, int] | None = None
     """None: all of it."""
 
     def read(self) -> Image.Image:
-        """The pixels as lpl eval takes them: upright, sRGB, 8 bits, on white.
+        """The pixels as lpl eval reads them: upright, sRGB, 8 bits, on white.
 
         Raises:
             OSError: it is gone.
@@ -133,10 +133,10 @@ class PictureTable:
     """Names, from left to right."""
     rows: dict[RowKey, dict[str, ImagePart]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    """What of them is not shown."""
+    """Lines on pictures that are not shown."""
 
     def add(self, key: RowKey, column: str, picture: ImagePart) -> None:
-        """Puts a picture into its place; the first one there stays."""
+        """Adds a picture, unless its place has one already."""
         if column not in self.columns:
             self.columns.append(column)
         self.rows.setdefault(key, {}).setdefault(column, picture)
@@ -145,7 +145,7 @@ class PictureTable:
 def gather_pictures(inputs: Inputs) -> PictureTable:
     """The pictures of all runs and evaluations.
 
-    Of a run, the first sheet (before) and the last; of an arm with several seeds, those of its first run. Rows that
+    From a run, the first sheet (before) and the last; from an arm with several seeds, those of its first run. Rows that
     most columns share come first.
     """
     table = PictureTable()
@@ -221,7 +221,7 @@ def _cells(table: PictureTable, file: Path) -> list[Cell] | None:
 
 
 def _add_eval(table: PictureTable, group: Group, result: Result) -> None:
-    """Its images, from beside eval.json where they were drawn, else from where --images was."""
+    """Adds an evaluation's images: next to eval.json if it drew them, else from the folder given by --images."""
     images, home = result.content.get("images") or [], result.file.parent
     root, gone = Path(result.content.get("image_root") or home), 0
     if result.content.get("points"):
@@ -268,14 +268,14 @@ class Gallery:
     columns: list[str] = field(default_factory=list)
     rows: list[GalleryRow] = field(default_factory=list)
     left: int = 0
-    """Column that the slider's left half shows at first."""
+    """Column that the slider's left half shows initially."""
     right: int = 0
     slides: bool = False
     """Whether any row has two pictures to slide between."""
     of_checks: list[tuple[str, Embedded]] = field(default_factory=list)
-    """What lpl check drew, with captions."""
+    """Pictures of lpl check, with captions."""
     notes: list[str] = field(default_factory=list)
-    """What is not shown."""
+    """Lines on what is not shown."""
 
 
 def build_gallery(inputs: Inputs, budget: int) -> Gallery:

@@ -16,9 +16,9 @@ WIDTH, HEIGHT = 440, 270
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 24, 42
 MOST_POINTS = 240
 MARKED = 16
-"""Lines of at most so many points have a mark at each."""
+"""Lines with at most so many points have a mark at each."""
 ROW, BAR = 38, 26
-"""Height of a row, and where in it the interval is."""
+"""Height of a row, and the interval's vertical position in it."""
 _number = count(1)
 
 
@@ -80,8 +80,8 @@ def interval_chart(
         note: what it shows, a sentence.
         rows: from top to bottom.
         x_label: of the axis, with units.
-        zero: a line at 0, which the axis holds.
-        value_header: of the column of values in the table.
+        zero: draw a line at 0, which the axis then includes.
+        value_header: header of the column of values in the table.
     """
     held = [v for row in rows for v in (row.value, row.low, row.high, *row.points) if v is not None]
     held += [s * row.noise for row in rows if row.noise is not None for s in (-1, 1)]
@@ -116,7 +116,7 @@ def interval_chart(
 
 
 def escape(text: str) -> str:
-    """A text as markup; what would turn the direction of the text around it is shown as an escape."""
+    """A text as markup; characters that would change the direction of the text around it become escapes."""
     return html.escape(printable(text))
 
 
@@ -234,7 +234,7 @@ def _thinned(line: Line) -> Line:
 
 @dataclass(frozen=True)
 class Scale:
-    """Maps [low, high] to places [start, end], straight or by the logarithm."""
+    """Maps [low, high] to places [start, end], linearly or logarithmically."""
 
     low: float
     high: float
@@ -248,7 +248,7 @@ class Scale:
         return self.start + (value - low) / (high - low) * (self.end - self.start)
 
     def ticks(self, number: int) -> list[float]:
-        """Round values within the scale, about so many."""
+        """Round values within the scale, about `number` of them."""
         low, high = self.low, self.high
         if self.log:
             decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
@@ -264,7 +264,7 @@ class Scale:
         return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
     def labels(self, number: int) -> list[tuple[float, str]]:
-        """The same with their texts, of as few digits as tell them apart."""
+        """Ticks with their texts, of as few digits as tell them apart."""
         ticks = self.ticks(number)
         for digits in range(2, 7):
             labels = [short(tick, digits) for tick in ticks]
@@ -279,8 +279,8 @@ def scale_for(values: Sequence[float], start: float, end: float, log: bool = Fal
     Args:
         values: finite; above 0 with log.
         start, end: places of its ends.
-        log: by the logarithm.
-        zero: 0 is to be on it.
+        log: logarithmic.
+        zero: include 0.
     """
     low, high = (min(values), max(values)) if values else (0.1, 1.0)
     if log:

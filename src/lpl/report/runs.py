@@ -1,4 +1,4 @@
-"""What a folder of `lpl train` says: options, versions, logged values by step, validation and how long it took."""
+"""Reads a folder of `lpl train`: options, versions, logged values by step, validation and training time."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ Curve = list[tuple[float, float]]
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run, as far as its folder tells."""
+    """The data of a run that its folder holds."""
 
     path: Path
     options: dict[str, Any]
-    """By the names of the flags."""
+    """By flag name."""
     environment: dict[str, Any]
     """Versions, git state and the number of processes."""
     finished_step: int | None
-    """Optimizer steps of the finished run; None: it has not ended."""
+    """Optimizer steps of the finished run; None: the run has not ended."""
     final_weights: str | None
-    """Which weights the result is made of, "raw" or "ema"; None: it has not ended."""
+    """Which weights the result contains, "raw" or "ema"; None: the run has not ended."""
     validation: list[dict[str, Any]]
     """Rows of validation.jsonl, by step."""
     scalars: dict[str, list[tuple[int, float]]]
@@ -38,17 +38,17 @@ class RunFolder:
 
     @property
     def last_step(self) -> int:
-        """The last step that anything is known of."""
+        """The last step with any data."""
         logged = [points[-1][0] for points in self.scalars.values() if points]
         return self.finished_step or max([*logged, *(row["step"] for row in self.validation), 0])
 
 
 def inside(folder: Path, name: str) -> Path | None:
-    """What a file in a folder calls by a name, where that is in the folder too: links followed, no way up or out."""
+    """The path of a name that a file in a folder refers to, if it is inside the folder, also after following links."""
     try:
         found = (folder / name).resolve()
         return folder / name if found.is_relative_to(folder.resolve()) and found.exists() else None
-    except (OSError, ValueError, RuntimeError):  # a name that no file can have, or links in a circle
+    except (OSError, ValueError, RuntimeError):  # a name that no file can have, or a loop of links
         return None
 
 
@@ -61,7 +61,7 @@ def read_run(path: Path) -> RunFolder:
     """Reads a run's folder.
 
     Raises:
-        UserError: a config.yaml that is none of a run.
+        UserError: config.yaml is not that of a run.
     """
     options, environment = read_record(path / CONFIG_FILE)
     skipped: list[str] = []
@@ -77,8 +77,8 @@ def training_clock(run: RunFolder) -> Curve:
     """(optimizer steps, seconds of training until then), without validation, checkpoints and the time between sessions.
 
     seconds(s_k) = seconds(s_{k-1}) + (s_k - s_{k-1}) n / r_k, with the n samples of a step and the logged rate r_k of
-    samples a second between two logs. The first rate, which has the start in it (memory, kernels, compilation), is
-    taken for the second. Without rates it has its beginning alone.
+    samples a second between two logs. The first rate, which includes the start (memory, kernels, compilation), is
+    replaced by the second. Without rates the clock has only its beginning.
     """
     rates = [(step, rate) for step, rate in run.scalars.get(RATE, []) if rate > 0]
     if len(rates) > 1:
@@ -95,7 +95,7 @@ def training_clock(run: RunFolder) -> Curve:
 
 
 def interpolate(curve: Curve, place: float) -> float | None:
-    """The value at a place, by a straight line between its neighbours; None: outside of what was measured."""
+    """The value at a place, linear between its neighbours; None: outside the measured range."""
     for (x0, y0), (x1, y1) in pairwise(curve):
         if x0 < place < x1:
             return y0 + (place - x0) / (x1 - x0) * (y1 - y0)
@@ -109,7 +109,7 @@ def _validation(path: Path, skipped: list[str]) -> list[dict[str, Any]]:
 
 
 def _scalars(path: Path, name: str, skipped: list[str]) -> dict[str, list[tuple[int, float]]]:
-    """TensorBoard's scalars; of a step that was done twice, the later value."""
+    """TensorBoard's scalars; for a step that ran twice, the later value."""
     logs = inside(path, name)
     if logs is None or not any(logs.glob("**/events.out.tfevents.*")):
         skipped.append(f"{path}: no TensorBoard logs in {name}/: curves of training are left out")

@@ -1,4 +1,4 @@
-"""`lpl report --serve RUN`: the page on this machine's loopback address, made anew while the runs go on."""
+"""`lpl report --serve RUN`: the page on this machine's loopback address, updated while the runs go on."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WAITING = Template(
 
 
 class LivePage:
-    """The page of some folders, made when what they hold has changed."""
+    """The page of some folders, made again when their content has changed."""
 
     def __init__(self, options: ReportConfig) -> None:
         self.options = options
@@ -33,11 +33,11 @@ class LivePage:
         self._made: tuple[str, int, bytes] = ("", 0, b"")
 
     def state(self) -> str:
-        """Names what the folders hold, by names, sizes and times of their files."""
+        """A digest of the folders' content, from names, sizes and times of their files."""
         return folder_state([Path(name) for name in self.options.runs])
 
     def page(self) -> tuple[int, bytes]:
-        """HTTP's status and the page; in its place one line while there is nothing to show."""
+        """HTTP status and the page; one line instead while there is nothing to show."""
         with self._lock:
             state = self.state()
             if self._made[0] != state:
@@ -50,7 +50,7 @@ class LivePage:
 
 
 def folder_state(folders: Sequence[Path]) -> str:
-    """A digest of the files in folders; checkpoints, of which the page shows nothing, are left out."""
+    """A digest of the files in folders, without checkpoints, which the page does not show."""
     digest = hashlib.sha256()
     for folder in folders:
         waiting = [folder]
@@ -73,17 +73,17 @@ def folder_state(folders: Sequence[Path]) -> str:
 
 
 def make_server(options: ReportConfig) -> ThreadingHTTPServer:
-    """A server of the page, which listens.
+    """A listening server of the page.
 
     Raises:
-        UserError: a folder that is not there, or a port that is taken.
+        UserError: a folder does not exist, or the port is taken.
     """
     read_inputs(options.runs)
     live = LivePage(options)
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            # Another site's page may have its name point here: it may not read what this one says.
+            # Another site may point its name to this address; its pages must not read this one.
             if self.headers.get("Host", "").rsplit(":", 1)[0] not in (ADDRESS, "localhost"):
                 self.answer(403, b"ask by 127.0.0.1 or localhost\n", "text/plain")
             elif self.path == "/":
@@ -105,7 +105,7 @@ def make_server(options: ReportConfig) -> ThreadingHTTPServer:
                 self.close_connection = True
 
         def log_message(self, *_: object) -> None:
-            """Says nothing: a line for every question of an open page helps nobody."""
+            """Logs nothing: an open page sends many requests."""
 
     try:
         return ThreadingHTTPServer((ADDRESS, options.port), Handler)

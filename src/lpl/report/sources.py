@@ -1,4 +1,4 @@
-"""Finds what the named folders hold: runs, comparisons, evaluations and checks."""
+"""Finds the runs, comparisons, evaluations and checks in the named folders."""
 
 from __future__ import annotations
 
@@ -29,28 +29,28 @@ class Group:
     """Runs and evaluations that are drawn in one colour: an arm with all its seeds, or a single folder."""
 
     name: str
-    """No other group of the page has it."""
+    """Unique on the page."""
     slot: str
     runs: list[RunFolder] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
-    """Of the runs of an arm."""
+    """Seeds of an arm's runs."""
     evals: list[Result] = field(default_factory=list)
-    """One of each run at most."""
+    """At most one per run."""
     baseline: bool = False
     folder: Path | None = None
     arm: str | None = None
-    """Of an arm, its name in its comparison."""
+    """For an arm, its name in its comparison."""
     comparison: Path | None = None
-    """Of an arm, the compare.json that it is of."""
+    """For an arm, its compare.json."""
     further: bool = False
-    """Evaluations of runs that have another one too, and are groups of their own."""
+    """Further evaluations of runs that are in another group."""
     redefined: tuple[str, ...] = ()
-    """Kinds of metric that have another definition than the baseline's, as options that define them differ."""
+    """Kinds of metric that are defined otherwise than the baseline's, since options that define them differ."""
 
 
 @dataclass
 class Inputs:
-    """Everything that the page is about."""
+    """Everything that the page shows."""
 
     groups: list[Group] = field(default_factory=list)
     comparisons: list[Result] = field(default_factory=list)
@@ -73,10 +73,10 @@ class Inputs:
 
 
 def read_inputs(names: Sequence[str]) -> Inputs:
-    """Reads every named folder (or JSON file); results in a folder of a run are taken with it.
+    """Reads every named folder (or JSON file); results in a run's folder are read with it.
 
     Raises:
-        UserError: one that is not there, or that holds nothing to report on.
+        UserError: a folder does not exist, or holds nothing to report on.
     """
     inputs = Inputs()
     folders = [_folder(name) for name in names]
@@ -157,11 +157,10 @@ def _read_comparison(inputs: Inputs, comparison: Result) -> None:
 
 
 def _read_beside(inputs: Inputs, group: Group, folders: Sequence[Path]) -> None:
-    """Results in folders within the folders of a group's runs.
+    """Reads results in subfolders of a group's runs.
 
-    What is drawn as one is one evaluation of each run, that in EVAL_FOLDER where there are several; the others are
-    groups of their own, by their folders' names: different evaluations of a run say nothing of what another seed
-    changes.
+    The group gets one evaluation per run, the one in EVAL_FOLDER if there are several; the others become groups of
+    their own, named by their folders: different evaluations of one run do not show what another seed changes.
     """
     found: dict[str, list[Result]] = {}
     for folder in folders:
@@ -179,12 +178,12 @@ def _read_beside(inputs: Inputs, group: Group, folders: Sequence[Path]) -> None:
 
 
 def _free_name(inputs: Inputs, names: Sequence[str], folder: Path) -> list[str]:
-    """The names, or where another group has one of them, all with as much of the folder's path before them as it takes.
+    """The names, all prefixed with as much of the folder's path as is needed to differ from other groups' names.
 
     Args:
-        inputs: what is read so far.
-        names: of groups.
-        folder: above what is so named.
+        inputs: read so far.
+        names: names of groups.
+        folder: the folder above the named ones.
     """
     taken, parts = {group.name for group in inputs.groups}, folder.resolve().parts[1:]
     for length in range(len(parts) + 1):
@@ -209,7 +208,7 @@ def _slot(inputs: Inputs) -> str:
 
 
 def shortest_ends(folders: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that tell them apart."""
+    """The shortest ends of the paths that distinguish them."""
     whole = [folder.resolve().parts for folder in folders]
     for length in range(1, max(map(len, whole)) + 1):
         labels = ["/".join(parts[-length:]) for parts in whole]

@@ -215,7 +215,7 @@ def test_nothing_is_said_of_a_sound_model() -> None:
 @pytest.mark.parametrize(
     ("changed", "config", "said"),
     [
-        ({"reconstruction": {"psnr_mean": 22.0}}, LONG, "the VAE gives images back with 22.0 dB"),
+        ({"reconstruction": {"psnr_mean": 22.0}}, LONG, "the VAE reconstructs images at 22.0 dB"),
         (
             {"layers": [{"tap": "up_2", "bins": [{"outlier_fraction": 0.4}]}]},
             LONG,

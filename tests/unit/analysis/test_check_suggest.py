@@ -209,7 +209,7 @@ def test_verdict_on_a_run_where_lpl_acts() -> None:
             Gate(SCHEDULER, 500),
             {},
             "harms",
-            "even where noise is least the model's estimate is as far from the picture as 0.90 of one that knows",
+            "even where noise is least the model's distance to the picture is 0.90 of that of an estimate that knows",
         ),
     ],
 )

@@ -234,7 +234,7 @@ def test_step_flops_is_named(vae, flops):
 
 def test_ones_own_decoder_is_refused_where_the_objective_is_built():
     loss_fn = LatentPerceptualLoss(stages=[torch.nn.Tanh().eval()], strides=(1,))
-    with pytest.raises(ValueError, match="one's own is not counted"):
+    with pytest.raises(ValueError, match="your own is not counted"):
         PerceptualObjective(loss_fn, DDPMScheduler(), lpl_budget=0.1, step_flops=STEP_FLOPS)
 
 
@@ -269,7 +269,7 @@ def test_a_loop_goes_on_from_the_state_as_if_it_had_not_stopped(vae):
     assert second.state_dict() == first.state_dict()
     assert run(second, range(3, 6)) == losses[3:]
     assert second.state_dict() == straight.state_dict()
-    with pytest.raises(ValueError, match="lpl_budget, which this one has not"):
+    with pytest.raises(ValueError, match="lpl_budget, which this one lacks"):
         objective_of(vae).load_state_dict(first.state_dict() | {"auto": None})
     fewer = PerceptualObjective(
         LatentPerceptualLoss(vae, num_blocks=1), DDPMScheduler(), "auto", lpl_budget=0.1, step_flops=STEP_FLOPS

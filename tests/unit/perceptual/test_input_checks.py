@@ -164,7 +164,7 @@ WRONG_OPTIONS = [
     ({"lpl_reduction": "mean"}, "'mean' is neither expected nor gated"),
     ({"prediction_type": "velocity"}, "'velocity' does not go with a process of your own, which has epsilon.*edm"),
     ({"prediction_type": "v", "noise_scheduler": FlowMatchEulerDiscreteScheduler()}, "'v' .* which has flow, flow_to"),
-    ({"noise_scheduler": None, "prediction_type": None}, "noise_scheduler is None .* say what"),
+    ({"noise_scheduler": None, "prediction_type": None}, "noise_scheduler and prediction_type are both None: say what"),
     ({"noise_scheduler": None, "prediction_type": "epsilon"}, "process of your own has no schedule .*pass p_gate="),
     ({"noise_scheduler": EDMEulerScheduler()}, "EDMEulerScheduler has no alphas_cumprod, and sigmas of up to 80"),
     ({"noise_scheduler": types.SimpleNamespace(scheduler=None)}, "SimpleNamespace: pass its .scheduler"),

@@ -237,7 +237,7 @@ def test_decoder_in_training_mode_and_no_batches_are_refused():
         ({"lpl_weight": 1e-9}, 0.3, "LPL will idle: it gets"),
         ({"lpl_weight": 1e9}, 0.3, "LPL will dominate: it gets"),
         ({"lpl_sigma_threshold": 1e-3, "p_gate": 0.001}, 0.3, "LPL will idle: no sample passed the gate"),
-        ({}, 100.0, "even where noise is least the estimate is as far"),
+        ({}, 100.0, "even where noise is least the estimate's distance is"),
     ],
 )
 def test_what_is_to_be_looked_at_is_a_warning(latent_distance, options, error, warning):

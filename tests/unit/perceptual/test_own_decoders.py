@@ -372,9 +372,9 @@ class Decoder(nn.Module):
     [
         (["a", "x"], None, "names .'x'.: pass names of model.named_modules"),
         ([], None, "pass names of model.named_modules"),
-        (["c", "a"], None, "names in the order they run are a, c: pass them so"),
+        (["c", "a"], None, "names in the order they run are a, c: pass them in that order"),
         (["a", "unused"], None, "unused: not run by decode"),
-        (["b"], None, "b: its output is changed in place behind it: name the module behind"),
+        (["b"], None, "b: its output is changed in place by a later module: name that one"),
         (["a"], "train", "decode runs a Conv2d in training mode: call .eval.. on the decoder"),
         (["a"], "no_grad", "a: features without a graph.*no_grad"),
         (["a"], "twice", "a runs twice in a decode"),

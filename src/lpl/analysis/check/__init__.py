@@ -1,1 +1,1 @@
-"""`lpl check`: what can be known before a run of the model, its VAE, the gate, the weight and the cost of a step."""
+"""`lpl check`: what can be known of the model, its VAE, the gate, the weight and a step's cost before a run."""

@@ -1,4 +1,4 @@
-"""What a step of the run takes: memory and arithmetic counted as `lpl plan` does, time measured where it fits."""
+"""What a step of the run takes: memory and FLOPs counted as in `lpl plan`, time measured where it fits."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ from lpl.training.step import TrainingStep
 
 REPEATS = 2
 FLOAT32_SHARE = 0.75
-"""Of a GPU's memory: with more, float32 weights leave too little for activations and LPL."""
+"""Share of a GPU's memory for float32 weights: with more, too little is left for activations and LPL."""
 
 
 def count(config: TrainConfig, configs: dict[str, Any], device: torch.device) -> Needs:
-    """Counts what the run needs on one device of this kind, by the configs of the model's components."""
+    """Counts what the run needs on one device of this kind, from the configs of the model's components."""
     kind: Device = "cpu" if device.type == "cpu" else "cuda"
     return estimate(config, Rehearsal(blueprint(configs, config.model), kind))
 
 
 def step_row(needs: Needs, config: TrainConfig, seconds: float | None, lpl_seconds: float) -> dict[str, Any]:
-    """What check.json has under "step": of an optimizer step of one process.
+    """The entry "step" of check.json, for an optimizer step of one process.
 
-    Seconds are of a micro-batch forward and backward without LPL (None: not measured), lpl_seconds of LPL for a sample.
+    seconds: a micro-batch's forward and backward pass without LPL (None: not measured); lpl_seconds: LPL for one
+    sample.
     """
     run = config.run
     samples = config.samples_per_step(1)
@@ -53,15 +54,15 @@ def step_row(needs: Needs, config: TrainConfig, seconds: float | None, lpl_secon
 
 
 def gpu_memory(device: torch.device) -> int | None:
-    """Bytes that a GPU has; None: it is none."""
+    """Bytes of a GPU's memory; None: the device is no GPU."""
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
 def no_float32(denoiser: torch.nn.Module, device: torch.device, config: TrainConfig) -> str | None:
-    """Why a denoiser's float32 weights have no place on a GPU beside all else; None: they have.
+    """Why a denoiser's float32 weights do not fit a GPU beside everything else; None: they fit.
 
     Raises:
-        UserError: they have none, and the run's arithmetic is float32.
+        UserError: they do not fit, and the run's precision is float32.
     """
     memory, size = gpu_memory(device), 4 * sum(parameter.numel() for parameter in denoiser.parameters())
     if memory is None or size <= FLOAT32_SHARE * memory:
@@ -77,7 +78,7 @@ def measure_step(
 ) -> tuple[float | None, str | None]:
     """Seconds of a micro-batch's forward and backward pass without LPL, or why they were not measured.
 
-    The denoiser is left prepared for training: nothing else may follow.
+    The denoiser is left prepared for training, so this must be the last measurement.
     """
     memory = gpu_memory(device)
     if memory is not None and not fits(needs.peak, memory):
@@ -92,7 +93,7 @@ def measure_step(
     if config.run.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
     denoiser.train().to(device)
-    for parameter in denoiser.parameters():  # kept, gradients would take what the run may not have
+    for parameter in denoiser.parameters():  # kept gradients would take memory that the run may not have
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(_drop_gradient)
     group = same_size(encoded.pictures)[0]

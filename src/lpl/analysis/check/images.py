@@ -30,11 +30,11 @@ from lpl.diffusion.draws import fill_normal
 from lpl.families.base import Family
 
 MOST_PIECES = 16
-"""Pieces of a source that are opened: a shard may have to be fetched."""
+"""Most pieces of a source that are opened, since a shard may have to be fetched."""
 
 
 class Picture(NamedTuple):
-    """One image as the first draw of it would be."""
+    """One image as in a run's first draw of it."""
 
     id: str
     name: str
@@ -47,10 +47,10 @@ class Picture(NamedTuple):
 
 
 def read_pictures(config: TrainConfig, source: Source, count: int, stride: int) -> tuple[list[Picture], list[str]]:
-    """Reads at most `count` images from all over a source, with crop, mirroring and caption of a run's first draw.
+    """Reads at most `count` images, spread over a source, with crop, mirroring and caption of a run's first draw.
 
     Returns:
-        The pictures, with masks of a cell for `stride` pixels, and one line for each image that cannot be used.
+        The pictures, with masks at one cell per `stride` pixels, and one line for each image that cannot be used.
 
     Raises:
         UserError: none can be used.
@@ -87,9 +87,9 @@ def read_pictures(config: TrainConfig, source: Source, count: int, stride: int) 
 
 
 def spread(source: Source, count: int) -> list[tuple[Piece, list[int]]]:
-    """Which samples of which pieces to take: at most so many, evenly from MOST_PIECES pieces at most.
+    """Which samples of which pieces to take: at most `count`, evenly from at most MOST_PIECES pieces.
 
-    Of each piece its first PIECE_SIZE samples are considered, of pieces that do not say their size the very first.
+    Only a piece's first PIECE_SIZE samples are considered; of pieces of unknown size only as many as are needed.
     """
     pieces = list(source.pieces)
     pieces = [pieces[i] for i in _even(len(pieces), min(MOST_PIECES, count))]
@@ -106,7 +106,7 @@ def spread(source: Source, count: int) -> list[tuple[Piece, list[int]]]:
 
 
 def same_size(pictures: Sequence[Picture]) -> list[list[int]]:
-    """Numbers of pictures of one size each, as many as go through a network at once."""
+    """Groups of numbers of pictures of the same size, each as large as may go through a network at once."""
     by_size: dict[tuple[int, ...], list[int]] = {}
     for number, picture in enumerate(pictures):
         by_size.setdefault(tuple(picture.pixels.shape), []).append(number)
@@ -118,21 +118,21 @@ def same_size(pictures: Sequence[Picture]) -> list[list[int]]:
 
 
 def _even(total: int, count: int) -> list[int]:
-    """min(count, total) numbers below total, evenly apart."""
+    """min(count, total) numbers below total, evenly spaced."""
     count = min(count, total)
     return [(2 * i + 1) * total // (2 * count) for i in range(count)]
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Pictures with what the encoders make of them.
+    """Pictures with their latents and text embeddings.
 
     Attributes:
         pictures: N of them.
-        mean, std: of each one's posterior, (1, C, h, w), raw latents, float32 on the CPU.
-        text: of each one's caption, by field, (1, ...), on the CPU.
-        seed: of the run.
-        unmasked_weight: of what masks leave out.
+        mean, std: of each picture's posterior, (1, C, h, w), raw latents, float32 on the CPU.
+        text: the encoded captions, by field, (1, ...), on the CPU.
+        seed: the run's seed.
+        unmasked_weight: weight of the area outside masks.
     """
 
     pictures: Sequence[Picture]
@@ -163,7 +163,7 @@ class Encoded:
         return len(self.pictures)
 
     def batch(self, numbers: Sequence[int], count: int) -> Batch:
-        """What a training step gets of pictures of one size, at draw number `count` of each of them.
+        """The batch that a training step gets for pictures of one size, at draw number `count` of each.
 
         Crop and caption are those of draw 0; the posterior sample is the draw's own.
         """

@@ -1,14 +1,14 @@
-"""Both losses at every noise level: LPL's distance by layer, and what each loss wants of the model's output.
+"""Both losses at every noise level: LPL's distance by layer, and each loss's gradient at the model's output.
 
 Each picture is measured once in each of BINS equal parts of the schedule, whether or not LPL's gate passes there; the
-timestep is uniform in the part. With g the gradients at the model's output of one sample's losses, min-SNR and the
-like, lpl_scale and masks included, the gate and lpl_weight left out:
+timestep is uniform in the part. With g the gradient of one sample's loss at the model's output, including weights such
+as min-SNR, lpl_scale and masks, but not the gate and lpl_weight:
 
     ratio = sqrt(mean |g_lpl|^2) / sqrt(mean |g_diffusion|^2)
     cosine = mean of <g_lpl, g_diffusion> / (|g_lpl| |g_diffusion|)
 
-The uninformed distance is LPL of a picture against the mean latent of all pictures and places: of an estimate that
-knows nothing of the picture. The denoiser is as it was loaded, its output without gradient of its own.
+The uninformed distance is LPL between a picture and the mean latent of all pictures and places: that of an estimate
+that knows nothing of the picture. The denoiser is used as loaded, and gradients stop at its output.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from lpl.training.step import StepInputs, TrainingStep
 
 @dataclass
 class Levels:
-    """What was measured of N pictures in K parts of the schedule, float64, on the CPU; NaN where x0 is undefined."""
+    """Measurements of N pictures in K parts of the schedule, float64, on the CPU; NaN where x0 is undefined."""
 
     edges: list[int]
     """Part k holds edges[k] <= t < edges[k + 1]."""
@@ -56,12 +56,12 @@ class Levels:
     weights: Tensor
     """(N,), loss weight of each picture."""
     lpl_seconds: list[float] = field(default_factory=list)
-    """Of LPL with its gradient, per sample, by batch."""
+    """Time of LPL with its gradient, per sample, for each batch."""
 
 
 @torch.no_grad()
 def estimate(step: TrainingStep, denoiser: nn.Module, batch: Batch, levels: Tensor, device: torch.device) -> StepInputs:
-    """Noises a batch as training would, to given noise levels (B,), and asks the model; its output takes gradients."""
+    """Noises a batch as in training, to given noise levels (B,), and runs the model; its output requires gradients."""
     inputs = step.denoise(denoiser, batch, step.draw(batch).noise, levels, device)
     inputs.model_output.requires_grad_()
     return inputs
@@ -85,13 +85,13 @@ def measure(step: TrainingStep, denoiser: nn.Module, encoded: Encoded, device: t
     """Measures every picture at every noise level.
 
     Args:
-        step: of the run, with its objective.
+        step: the run's, with its objective.
         denoiser: in eval mode, on the device.
         encoded: the pictures.
         device: where the model is.
     """
     assert step.objective is not None
-    loss_fn = step.objective.loss_fn.uncropped()  # whatever --lpl_crop and --lpl_random_depth say
+    loss_fn = step.objective.loss_fn.uncropped()  # ignores --lpl_crop and --lpl_random_depth
     edges, n = bin_edges(step.schedule.num_timesteps), len(encoded)
     taps = [tap.name for tap in loss_fn.taps]
     shape = (n, len(edges) - 1)
@@ -120,7 +120,7 @@ def measure(step: TrainingStep, denoiser: nn.Module, encoded: Encoded, device: t
                 blank = loss_fn(average.expand_as(seen.latents), seen.latents, seen.mask)
             found.uninformed[numbers] = blank.per_sample.cpu().double()
         if step.prediction_type == "epsilon" and bool((seen.alpha == 0).any()):
-            continue  # pure noise says nothing of x0
+            continue  # pure noise holds nothing about x0
         _measure_batch(found, step, loss_fn, seen, numbers, k)
     return found
 
@@ -153,13 +153,13 @@ def _measure_batch(
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done what it was given."""
+    """Waits until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def layer_rows(found: Levels, loss_fn: LatentPerceptualLoss) -> list[dict[str, Any]]:
-    """What check.json has under "layers"."""
+    """The entry "layers" of check.json."""
     return [
         {
             "tap": tap.name,
@@ -181,7 +181,7 @@ def layer_rows(found: Levels, loss_fn: LatentPerceptualLoss) -> list[dict[str, A
 
 
 def gradient_rows(found: Levels) -> list[dict[str, Any]]:
-    """What check.json has under "gradients"."""
+    """The entry "gradients" of check.json."""
     rows = []
     for k, (low, high) in enumerate(zip(found.edges, found.edges[1:], strict=False)):
         cosine = found.cosine[:, k]
@@ -203,5 +203,5 @@ def gradient_rows(found: Levels) -> list[dict[str, Any]]:
 
 
 def _mean(values: Tensor) -> float:
-    """Over what is defined; NaN if nothing is."""
+    """The mean over values that are no NaN; NaN if there are none."""
     return float(values.nanmean())

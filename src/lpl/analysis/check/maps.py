@@ -20,16 +20,16 @@ ANCHORS = (
     (68, 1, 84), (72, 40, 120), (62, 74, 137), (49, 104, 142), (38, 130, 142), (31, 158, 137), (53, 183, 121),
     (110, 206, 88), (181, 222, 43), (253, 231, 37),
 )  # fmt: skip
-"""Dark to bright, even to the eye and to eyes without red or green: matplotlib's viridis, by ten of its colours."""
+"""Dark to bright, perceptually uniform, also for red-green colour blindness: ten colours of matplotlib's viridis."""
 
 
 class LayerMaps(NamedTuple):
-    """Of one picture at one tap; (H, W), float32, on the CPU."""
+    """The maps of one picture at one tap; (H, W), float32, on the CPU."""
 
     tap: str
     stride: float
     target: Tensor
-    """Length over channels of the target's features; of the prediction's likewise."""
+    """Length over channels of the target's features; `prediction` likewise."""
     prediction: Tensor
     distance: Tensor
     """What each location adds to the tap's distance."""
@@ -41,7 +41,7 @@ class LayerMaps(NamedTuple):
 def layer_maps(loss_fn: LatentPerceptualLoss, pred: Tensor, target: Tensor) -> list[LayerMaps]:
     """Walks one prediction and its target (1, C, h, w), model space, through the decoder.
 
-    The distances sum up to the loss's own of the pair, without a mask.
+    A map of distances sums up to the loss's distance of the pair at that tap, without a mask.
     """
     space, wide, dtype = loss_fn.latent_space, loss_fn.arithmetic, loss_fn.dtype
     x, y = (space.to_raw(latents.to(wide)).to(dtype) for latents in (pred, target))
@@ -71,7 +71,7 @@ def _compare(rule: FeatureDistance, x: Tensor, y: Tensor) -> tuple[Tensor, Tenso
     for first, last in spans(x):
         part = slice(first, last)
         mask = inliers[:, :, part].to(share)
-        # Each location as a sample of its own, since the rule sums over space.
+        # Each location is a separate sample, since the rule sums over space.
         values = [
             v[0].flatten(1).T[..., None, None]  # (1, C, H, W) to (H * W, C, 1, 1)
             for v in (x[:, :, part].to(share), y[:, :, part].to(share) * mask, share * mask)
@@ -99,7 +99,7 @@ def draw_maps(maps: LayerMaps, timestep: int, name: str) -> Image.Image:
 
 
 def draw_estimates(images: list[tuple[str, Tensor]], name: str) -> Image.Image:
-    """Decoded images, (3, H, W) in [-1, 1], with what to say of each."""
+    """Decoded images, (3, H, W) in [-1, 1], with their labels."""
     cells = [Cell(fit(to_image(pixels)), [(label, INK)]) for label, pixels in images]
     about = (
         f"{name}: what the model's output at each timestep t implies for the clean image, decoded; LPL compares these."
@@ -108,7 +108,7 @@ def draw_estimates(images: list[tuple[str, Tensor]], name: str) -> Image.Image:
 
 
 def heat(values: Tensor, top: float) -> Image.Image:
-    """(H, W), 0 to top, from dark to bright."""
+    """Draws (H, W), 0 to top, from dark to bright."""
     scaled = (values / top).nan_to_num(0).clamp(0, 1).numpy() * (len(ANCHORS) - 1)
     colors = np.array(ANCHORS, dtype=np.float64)
     channels = [np.interp(scaled, range(len(ANCHORS)), colors[:, i]) for i in range(3)]
@@ -116,6 +116,6 @@ def heat(values: Tensor, top: float) -> Image.Image:
 
 
 def _few(values: Tensor) -> Tensor:
-    """At most so many of the values as quantile takes."""
+    """As many of the values as torch.quantile can take."""
     flat = values.flatten().nan_to_num(0)
     return flat[:: max(1, len(flat) // 2**20)]

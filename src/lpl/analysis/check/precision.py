@@ -1,4 +1,4 @@
-"""Each component in each precision: what is replayed, what a figure advises; what the VAE loses."""
+"""Each component in each precision: replayed calls and the advice that follows; and what the VAE loses."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
 
 @contextmanager
 def recording(modules: Iterable[nn.Module], calls: dict[int, Calls], most: int) -> Iterator[None]:
-    """Keeps the arguments of the first calls of some modules, by the module's number."""
+    """Keeps the arguments of each module's first calls, by the module's number."""
 
     def keep(number: int, _module: nn.Module, args: Any, kwargs: Any) -> None:
         own = calls.setdefault(number, [])
@@ -41,8 +41,8 @@ def recording(modules: Iterable[nn.Module], calls: dict[int, Calls], most: int) 
 
 
 def replay(calls: Calls) -> Callable[[nn.Module, torch.dtype], list[Tensor]]:
-    """Runs recorded calls again, in any precision; of what a call returns, its first tensor counts."""
-    calls = list(calls)  # running them may be recorded in turn
+    """Runs recorded calls again, in any precision; only the first tensor that a call returns counts."""
+    calls = list(calls)  # a copy: running them may be recorded, too
 
     def cast(value: Any, dtype: torch.dtype) -> Any:
         return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
@@ -91,13 +91,13 @@ def _advice(component: str, dtype: str, by_dtype: dict[str, Any], mixed_precisio
 
 
 AMPLIFIED = 4
-"""How many times as large differences are shown."""
+"""Factor by which differences are amplified in the picture."""
 SHOWN = 4
 """Worst and typical images in the picture, half of each."""
 
 
 class Reconstructions(NamedTuple):
-    """The VAE's own of some pictures."""
+    """The VAE's reconstructions of some pictures."""
 
     decoded: list[Tensor]
     """(3, H, W), float32, [-1, 1], on the CPU."""
@@ -106,7 +106,7 @@ class Reconstructions(NamedTuple):
 
     @property
     def typical(self) -> list[int]:
-        """Numbers of the pictures, the nearest to the median PSNR first."""
+        """Numbers of the pictures, the one nearest to the median PSNR first."""
         order = sorted(range(len(self.psnr)), key=self.psnr.__getitem__)
         middle = (len(order) - 1) // 2
         return sorted(order, key=lambda n: abs(order.index(n) - middle))
@@ -125,7 +125,7 @@ def reconstruct(vae: Any, encoded: Encoded, device: torch.device) -> Reconstruct
 
 
 def draw_losses(encoded: Encoded, found: Reconstructions) -> Image.Image:
-    """The worst and the typical pictures: the crop, what the VAE makes of it, and the difference, amplified."""
+    """The worst and the typical pictures: the crop, its reconstruction, and the amplified difference."""
     worst = sorted(range(len(encoded)), key=found.psnr.__getitem__)[: SHOWN // 2]
     typical = [n for n in found.typical if n not in worst][: SHOWN // 2]
     cells = []

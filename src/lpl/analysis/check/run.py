@@ -45,7 +45,7 @@ def run_check(options: CheckConfig) -> None:
     """Measures, writes the report with its page and prints its table.
 
     Raises:
-        UserError: bad input; a model that no run should start with, only after the report.
+        UserError: bad input; or, after the report is written, a model that no run should start with.
     """
     if processes() > 1:
         raise UserError("lpl check runs in one process: start it without a launcher")
@@ -79,8 +79,8 @@ class Check:
 
     Args:
         checked: the options and the data.
-        num_images: how many to measure on.
-        folder: where pictures go.
+        num_images: how many images to measure on.
+        folder: where pictures are written.
     """
 
     def __init__(self, checked: Checked, num_images: int, folder: Path) -> None:
@@ -103,12 +103,12 @@ class Check:
             self.refused.append("--lpl_random_depth: measured at full depth")
 
     def run(self) -> dict[str, Any]:
-        """Everything that check.json holds."""
+        """The content of check.json."""
         config, family = self.config, self.family
         pictures, unusable = read_pictures(config, self.source, self.num_images, family.latent_stride)
         self.refused += unusable
         if len(pictures) < FEWEST:
-            self.refused.append(f"only {len(pictures)} images: {FEWEST} are the least that figures should stand on")
+            self.refused.append(f"only {len(pictures)} images: {FEWEST} are the least for reliable figures")
         found: dict[str, Any] = {
             "lpl": __version__,
             "kind": "check",
@@ -226,7 +226,7 @@ class Check:
 
     @torch.no_grad()
     def _maps(self, encoded: Encoded, shown: int, reconstructed: torch.Tensor) -> list[dict[str, Any]]:
-        """Draws a typical picture's estimates and maps: inside the gate, and outside it if anything is."""
+        """Draws a typical picture's estimates, and its maps at a timestep inside the gate and, if any, outside."""
         gate, schedule = self.objective.gate.table, self.step.schedule
         picture = encoded.pictures[shown]
         name = printable(picture.id)
@@ -259,7 +259,7 @@ class Check:
 
 
 def _most_detailed(encoded: Encoded, typical: list[int]) -> int:
-    """Of the half of the pictures that the VAE treats most typically, the one with the largest steps between pixels."""
+    """Among the half of the pictures with the most typical PSNR, the one with most contrast between pixels."""
 
     def detail(number: int) -> float:
         pixels = encoded.pictures[number].pixels.float()
@@ -269,7 +269,7 @@ def _most_detailed(encoded: Encoded, typical: list[int]) -> int:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can say: numbers that are not finite become null."""
+    """A value for JSON: numbers that are not finite become null."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list):

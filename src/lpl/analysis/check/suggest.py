@@ -1,15 +1,15 @@
 """The gate and the weight that the measurements suggest, and why.
 
-The gate: the estimate says something of the picture where LPL's distance is less than INFORMED of an estimate that
-knows nothing (for mse about the share of the features' variance that it leaves unexplained), and both losses pull the
-same way where the cosine of their gradients is above 0. Both by the 95 % interval over pictures. The threshold is the
-end of the last part of the schedule up to which both hold throughout.
+The gate: the estimate is informative where LPL's distance is less than INFORMED of that of an estimate that knows
+nothing (for mse about the share of the features' variance left unexplained), and both losses pull the same way where
+the cosine of their gradients is above 0, each judged by its 95 % interval over pictures. The threshold is the end of
+the last part of the schedule up to which both hold in every part.
 
 The weight: with p_t how likely a timestep is, w_i the pictures' own weights, and f_t = gate_t scale_t / p_gate,
 
     weight = share / (1 - share) * sqrt(sum_t p_t |w_i g_diffusion|^2 / sum_t p_t |w_i f_t g_lpl|^2)
 
-as perceptual/auto_weight.py, which measures the same over the first samples of a run; the interval is a bootstrap over
+as in perceptual/auto_weight.py, which measures the same over a run's first samples; the interval is a bootstrap over
 pictures. For --lpl_reduction gated and --lpl_max_samples 1 / p_gate^2 is replaced by its mean over the number of gated
 samples in a micro-batch, taken as binomial.
 """
@@ -43,7 +43,7 @@ def cosine_interval(found: Levels, k: int, seed: int) -> tuple[float, float, flo
 
 
 def gate_cosine(found: Levels, gate: Gate, seed: int) -> tuple[float, list[float] | None]:
-    """The mean cosine over the samples that pass a gate, and its 95 % interval; None: of too few pictures."""
+    """The mean cosine over the samples that pass a gate, and its 95 % interval; None: too few pictures."""
     chance = torch.where(gate.opens(found.levels), _chance(found, gate), 0)
     chance = torch.where(found.cosine.isfinite(), chance, 0)
     pulls = torch.where(chance > 0, found.cosine * chance, 0).sum(1)
@@ -55,7 +55,7 @@ def gate_cosine(found: Levels, gate: Gate, seed: int) -> tuple[float, list[float
 
 
 def supported_threshold(found: Levels, seed: int) -> tuple[int, str]:
-    """The timestep up to which LPL is supported, 0 if nowhere, and what ends it there."""
+    """The timestep up to which the measurements support LPL, 0 if nowhere, and the reason why it ends there."""
     if len(found.lpl) < LEAST:
         return 0, f"{len(found.lpl)} pictures are too few, at least {LEAST} are needed"
     for k, (low, high) in enumerate(zip(found.edges, found.edges[1:], strict=False)):
@@ -74,7 +74,7 @@ def supported_threshold(found: Levels, seed: int) -> tuple[int, str]:
 
 
 def reduction_factor(config: TrainConfig, p_gate: float) -> float:
-    """Mean square of a gated sample's factor beside scale and weight: 1 / p_gate^2 for reduction expected."""
+    """Mean square of a gated sample's factor besides scale and weight: 1 / p_gate^2 for reduction expected."""
     batch, limit, expected = config.run.train_batch_size, config.lpl.lpl_max_samples, config.lpl.lpl_reduction
     total = 0.0
     for others in range(batch):
@@ -86,12 +86,12 @@ def reduction_factor(config: TrainConfig, p_gate: float) -> float:
 
 
 def _chance(found: Levels, gate: Gate) -> Tensor:
-    """How likely a drawn level is in each part, as far as its density at the measured one tells, (N, K)."""
+    """The probability that a drawn level lies in each part, (N, K), estimated from the density at the measured one."""
     return gate.schedule.density(found.levels) * torch.tensor(found.edges).diff()
 
 
 def _probability(gate: Gate) -> float:
-    """How likely a gate passes, summed over timesteps."""
+    """The probability of passing a gate, summed over timesteps."""
     levels = gate.schedule.at([t + 0.5 for t in range(gate.num_timesteps)])
     return float(gate.schedule.density(levels)[gate.opens(levels)].sum())
 
@@ -113,7 +113,7 @@ def share_at(found: Levels, gate: Gate, config: TrainConfig, weight: float) -> f
 
 
 def _squares(found: Levels, gate: Gate, config: TrainConfig) -> tuple[Tensor, Tensor]:
-    """Of each picture, LPL's mean squared gradient at weight 1 and the diffusion loss's, (N,)."""
+    """Each picture's mean squared gradient, of LPL at weight 1 and of the diffusion loss, (N,)."""
     chance, open_ = _chance(found, gate), gate.opens(found.levels)
     p_gate = _probability(gate)
     own = found.weights[:, None].square()
@@ -123,7 +123,7 @@ def _squares(found: Levels, gate: Gate, config: TrainConfig) -> tuple[Tensor, Te
 
 
 def suggestion(found: Levels, own_gate: Gate, config: TrainConfig) -> dict[str, Any]:
-    """What check.json has under "suggestion"; own_gate is on the run's schedule."""
+    """The entry "suggestion" of check.json; own_gate is on the run's schedule."""
     seed, share = config.run.seed, config.lpl.lpl_target_share
     own = weight_for(found, own_gate, config, share, seed)
     passed = found.lpl_square[own_gate.opens(found.levels)]

@@ -17,9 +17,9 @@ from lpl.perceptual.auto_weight import MEASURED_SAMPLES
 from lpl.perceptual.defaults import HIGH_SHARE, LOW_SHARE, WALK_TOLERANCE
 
 LEAST_PSNR = 25.0
-"""In dB; below, what the VAE loses is plainly seen."""
+"""In dB; below it, the VAE's losses are clearly visible."""
 MOST_OUTLIERS = 0.1
-"""Share of a layer's values; more is no few extreme activations."""
+"""Share of a layer's values; more are not just a few extreme activations."""
 
 
 def faults_of(found: dict[str, Any]) -> list[str]:
@@ -39,14 +39,14 @@ def faults_of(found: dict[str, Any]) -> list[str]:
 
 
 def warnings_of(found: dict[str, Any], config: TrainConfig, samples: int | None) -> list[str]:
-    """What to look at before a run, by check.json so far; `samples` are the images of the data, if known."""
+    """What to look at before a run, from check.json so far; `samples`: number of images in the data, if known."""
     lines = precision.warnings_of(found["components"], str(config.run.mixed_precision), config.lpl.lpl_dtype)
     if "reconstruction" not in found:
         return lines
     psnr = found["reconstruction"]["psnr_mean"]
     if psnr < LEAST_PSNR:
         lines.append(
-            f"the VAE gives images back with {psnr:.1f} dB: what it loses outweighs what LPL can sharpen; another VAE "
+            f"the VAE reconstructs images at {psnr:.1f} dB: what it loses outweighs what LPL can sharpen; another VAE "
             "(--pretrained_vae_model_name_or_path) or a larger --resolution helps more"
         )
     for layer in found["layers"]:
@@ -70,11 +70,11 @@ def warnings_of(found: dict[str, Any], config: TrainConfig, samples: int | None)
 
 
 LEAST_GATED = 0.05
-"""Probability of passing the gate."""
+"""Least probability of passing the gate."""
 
 
 def verdict_of(found: dict[str, Any], config: TrainConfig) -> tuple[str, str]:
-    """The outcome of a run, acts, idles or harms, and a sentence; where pictures were not measured, faults say why."""
+    """The outcome of a run, acts, idles or harms, and a sentence; with faults the first of them is the reason."""
     if found["faults"]:
         return _harms(found["faults"][0])
     lpl, gate, p_gate, own = config.lpl, found["gate"], found["p_gate"], found["suggestion"]["own_gate"]
@@ -98,8 +98,8 @@ def verdict_of(found: dict[str, Any], config: TrainConfig) -> tuple[str, str]:
     least = found["suggestion"]["uninformed"]
     if least is not None and least["interval"][0] > INFORMED:
         return _harms(
-            f"even where noise is least the model's estimate is as far from the picture as {least['share']:.2f} of one "
-            "that knows nothing of it; see that model, VAE and --prediction_type belong together"
+            f"even where noise is least the model's distance to the picture is {least['share']:.2f} of that of an "
+            "estimate that knows nothing of it; check that model, VAE and --prediction_type belong together"
         )
     if own["cosine_interval"] is not None and own["cosine_interval"][1] < 0:
         narrower = found["suggestion"]["lpl_t_threshold"]
@@ -136,7 +136,7 @@ WIDTH = 118
 
 
 def table(found: dict[str, Any]) -> str:
-    """The verdict of check.json, what it costs and what to do; the page has the figures behind it."""
+    """The verdict of check.json, a step's cost and what to do; the page has the measurements behind them."""
     lines = _labelled("verdict", [found["verdict"]])
     lines += _labelled("images", [f"{found['num_images']} on {found['device']}, {found['seconds']:.0f} s"])
     if "reconstruction" in found:

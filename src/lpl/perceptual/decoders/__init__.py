@@ -67,7 +67,7 @@ def any_decoder(
 
     Args:
         vae: a VAE of diffusers in eval mode, a DecoderTaps or a HookTaps; None where stages are given.
-        stages, strides: of StageTaps.
+        stages, strides: as StageTaps takes them.
 
     Raises:
         ValueError: not exactly one of vae and stages, strides without stages, or a decoder that is not walked.
@@ -82,7 +82,7 @@ def any_decoder(
 
 
 def is_own(decoder: Decoder) -> bool:
-    """Whether it is no VAE of diffusers."""
+    """Whether it is the caller's own, not one of diffusers' VAEs."""
     return not isinstance(decoder, VaeTaps)
 
 

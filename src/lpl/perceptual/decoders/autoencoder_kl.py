@@ -1,4 +1,4 @@
-"""The walk through AutoencoderKL and what is built like it: post_quant_conv, conv_in, middle block, up blocks."""
+"""The walk through AutoencoderKL and similar VAEs: post_quant_conv, conv_in, middle block, up blocks."""
 
 from typing import Any, cast
 
@@ -40,7 +40,7 @@ class AutoencoderKLTaps(VaeTaps):
         return decoder.conv_out(decoder.conv_act(decoder.conv_norm_out(x)))
 
     def segments(self, fuse: Fuse) -> list[Segment]:
-        """Frozen operations; a stage of another build than SDXL's runs as plain blocks, which the log says."""
+        """Frozen operations; a stage built otherwise than SDXL's runs as plain blocks, and the log says so."""
         blocks = [frozen_block(block, fuse) for block in self.decoder.up_blocks]
         return self.frozen_segments([self._frozen_middle(fuse), *blocks])
 
@@ -58,9 +58,9 @@ class AutoencoderKLTaps(VaeTaps):
 
 
 class VQTaps(AutoencoderKLTaps):
-    """VQModel, of latents that are not quantised: `decode(latents, force_not_quantize=True)`.
+    """VQModel, with latents that are not quantised: `decode(latents, force_not_quantize=True)`.
 
-    With norm_type "spatial" every block reads the latents too, which are carried beside the map.
+    With norm_type "spatial" every block reads the latents too, which are carried along with the map.
     """
 
     def check(self) -> None:

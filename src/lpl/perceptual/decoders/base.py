@@ -1,4 +1,4 @@
-"""What the loss needs to know of a decoder: its stages in order, and how to run them."""
+"""What the loss needs of a decoder: its stages in order, and how to run them."""
 
 import copy
 import logging
@@ -24,7 +24,7 @@ class Tap(NamedTuple):
 
     name: str
     channels: int
-    """0: not known before features are made."""
+    """0: not known before features are computed."""
     stride: float
     """Pixels of the image per cell of this feature map; 0: not known."""
 
@@ -34,11 +34,11 @@ class Decoder(ABC):
 
     Attributes:
         taps: first to last.
-        latent_channels: of the latents; None: whatever the first stage takes.
-        axes: numbers of axes of space that latents may have.
+        latent_channels: channels of the latents; None: whatever the first stage takes.
+        axes: how many axes of space latents may have.
         frames: the maps (B, C, T, H, W) of latents (B, C, T, h, w) are compared frame by frame; latents (B, C, h, w)
             are one frame.
-        max_frames: of latents; None: any number.
+        max_frames: maximum number of frames of latents; None: any number.
         croppable: the first tap's map is of the latents' size, and a window of it may be decoded alone.
     """
 
@@ -51,26 +51,26 @@ class Decoder(ABC):
 
     @property
     def latent_space(self) -> LatentSpace:
-        """How model space maps to raw latents, where nothing else is said.
+        """How model space maps to raw latents by default.
 
         Raises:
-            ValueError: it is not stated.
+            ValueError: the decoder does not state it.
         """
         raise ValueError("pass latent_space=, how model space maps to what the decoder takes")
 
     @abstractmethod
     def modules(self) -> list[nn.Module]:
-        """The modules that the walk runs: what is frozen, checked and, for another precision, copied."""
+        """The modules that the walk runs: they are frozen, checked and, for another precision, copied."""
 
     def in_training(self) -> str:
-        """The class of a module in training mode that the walk runs; empty: there is none."""
+        """The class name of a module in training mode that the walk runs; empty if there is none."""
         return next((type(part).__name__ for m in self.modules() for part in m.modules() if part.training), "")
 
     def try_out(self, raw_latents: Tensor, chosen: Sequence[int]) -> None:  # noqa: B027
-        """Walks raw latents of one sample, before all others, where it is not known to run; chosen: the compared taps.
+        """A trial on one sample's raw latents, for decoders not known to run; chosen: the compared taps' numbers.
 
         Raises:
-            ValueError: it does not.
+            ValueError: the decoder does not run.
         """
 
     @abstractmethod
@@ -81,8 +81,8 @@ class Decoder(ABC):
 class DecoderTaps(Decoder):
     """A decoder as a walk: raw latents -> begin -> stage 0 -> stage 1 -> ... ; each stage's output is a tap.
 
-    Running every stage and then `finish` equals `vae.decode(raw_latents)`. What goes from stage to stage is a feature
-    map (B, C, H, W), (B, C, L) or (B, C, D, H, W), or a tuple that begins with it (feature_maps.py).
+    Running every stage and then `finish` equals `vae.decode(raw_latents)`. What a stage passes on is a feature map (B,
+    C, H, W), (B, C, L) or (B, C, D, H, W), or a tuple that begins with it (feature_maps.py).
     """
 
     @abstractmethod
@@ -91,17 +91,17 @@ class DecoderTaps(Decoder):
 
     @abstractmethod
     def run(self, stage: int, x: State) -> State:
-        """The output of a stage for the output of the one before."""
+        """A stage's output, from the output of the stage before it."""
 
     @abstractmethod
     def finish(self, x: State) -> Tensor:
         """The last stage's output to the image, (B, 3, H, W), about [-1, 1]."""
 
     def segments(self, fuse: Fuse) -> list[Segment]:
-        """The stages as segments (the first one with `begin`) that run forward and backward by hand.
+        """The stages as segments (the first includes `begin`), each with its own forward and backward pass.
 
-        Here: plain blocks, through autograd. A decoder overrides it with the operations of frozen.py. The heads follow
-        the taps: tap i is the output of the head of segment i + 1, and the list ends with the last tap's head.
+        By default plain blocks, through autograd; a decoder may override it with the operations of frozen.py. The heads
+        follow the taps: tap i is the output of the head of segment i + 1, and the list ends with the last tap's head.
 
         Args:
             fuse: applied to pointwise functions.
@@ -114,7 +114,7 @@ class DecoderTaps(Decoder):
         return [*plain, Segment(Identity(), [])]
 
     def plain(self, stage: int) -> Plain:
-        """A stage (the first one with `begin`) as plain blocks."""
+        """A stage (the first includes `begin`) as plain blocks."""
         return Plain(lambda x: self.run(stage, x if stage else self.begin(x)), self.taps[stage].name)
 
 
@@ -127,11 +127,11 @@ class VaeTaps(DecoderTaps):
         vae: the VAE, in eval mode.
 
     Raises:
-        ValueError: not built like diffusers' class of that name, or built in a way that is not walked.
+        ValueError: the VAE is not built like diffusers' class of that name, or in a way that is not supported.
     """
 
     parts: ClassVar[tuple[str, ...]] = ("conv_in", "mid_block", "up_blocks")
-    """What the decoder of diffusers' class has, and others of that name have not."""
+    """Attributes that tell diffusers' class from others of the same name."""
     channels_key: ClassVar[str] = "latent_channels"
     first_name: ClassVar[str] = "mid"
 
@@ -150,10 +150,10 @@ class VaeTaps(DecoderTaps):
         self.taps = self.measure()
 
     def check(self) -> None:
-        """Raises a ValueError where the VAE is built in a way that is not walked."""
+        """Raises a ValueError where the VAE is built in a way that is not supported."""
 
     def refuse(self, why: str) -> None:
-        """Raises it."""
+        """Raises that ValueError."""
         raise ValueError(f"{type(self._vae).__name__}: {why}")
 
     @property
@@ -185,7 +185,7 @@ class VaeTaps(DecoderTaps):
         return self.decoder.conv_in(self.quantised(raw_latents))
 
     def quantised(self, raw_latents: Tensor) -> Tensor:
-        """What post_quant_conv makes of them, where the VAE has one; for video decoders with an axis of frames."""
+        """The latents after post_quant_conv, where the VAE has one; for video decoders with an axis of frames."""
         if self.frames and raw_latents.dim() == 4:
             raw_latents = raw_latents.unsqueeze(2)
         convolution = getattr(self._vae, "post_quant_conv", None)
@@ -197,7 +197,7 @@ class VaeTaps(DecoderTaps):
         """Segments of each stage's operations and the head behind them.
 
         Args:
-            stages: None: a stage of another build, which runs as plain blocks; the log says so.
+            stages: None for a stage that is built otherwise: it runs as plain blocks, and the log says so.
             plain: a stage as plain blocks; None: `self.plain`.
         """
         heads: list[Head] = [Identity()]
@@ -211,7 +211,7 @@ class VaeTaps(DecoderTaps):
         return [Segment(head, body) for head, body in zip(heads, [*bodies, []], strict=True)]
 
     def _as_built(self, stage: int) -> bool:
-        """Whether the modules of a stage (the first one with `begin`) compute what their classes do."""
+        """Whether the modules of a stage (the first includes `begin`) are unchanged, see as_built."""
         own: list[Any] = [self.stages()[stage]]
         if not isinstance(own[0], nn.Module):
             own = self.modules()

@@ -1,4 +1,4 @@
-"""Which blocks of diffusers have frozen operations: told by their structure, not by the class they stand in."""
+"""Which blocks of diffusers have frozen operations: recognised by their structure, not by the class that holds them."""
 
 from typing import Any
 
@@ -9,9 +9,9 @@ from lpl.perceptual.frozen import Attention, Fuse, Identity, NormSiLUConvolution
 
 
 def frozen_stage(stage: Any, fuse: Fuse) -> tuple[list[Operation], Head | None, int]:
-    """A stage's operations, the upsampling that ends it, if one does, and how many of all these are frozen ones.
+    """A stage's operations, the upsampling at its end, if any, and how many operations are frozen ones.
 
-    Modules of a nn.Sequential are taken in turn; what has no frozen operations runs as plain blocks.
+    Modules of a nn.Sequential are taken in turn; those without frozen operations run as plain blocks.
     """
     operations: list[Operation] = []
     modules = _flat(stage)
@@ -27,7 +27,7 @@ def frozen_stage(stage: Any, fuse: Fuse) -> tuple[list[Operation], Head | None, 
 
 
 def _flat(stage: Any) -> list[Any]:
-    """The modules of nested nn.Sequentials that nothing listens to, in order, but for those that change nothing."""
+    """The modules of nested nn.Sequentials (those without hooks), in order, without nn.Identity."""
     if type(stage) is nn.Identity and not _changed(stage):
         return []
     if type(stage) is nn.Sequential and not _changed(stage):
@@ -36,7 +36,7 @@ def _flat(stage: Any) -> list[Any]:
 
 
 def as_built(module: Any) -> bool:
-    """Whether a module and its parts compute what their classes do: nothing listens to them or replaces a forward."""
+    """Whether a module and its parts compute what their classes do: no hooks, no forward set on an instance."""
     return isinstance(module, nn.Module) and not any(map(_changed, module.modules()))
 
 
@@ -46,7 +46,7 @@ def _changed(module: nn.Module) -> bool:
 
 
 def _next(modules: list[Any], fuse: Fuse) -> tuple[int, list[Operation]]:
-    """The operations of the first few modules, and how many these are."""
+    """The operations of the first module or modules, after the number of modules that they cover."""
     looked_at: list[Any] = [module if as_built(module) else None for module in [*modules, None, None][:3]]
     first, second, third = looked_at
     if is_plain(first):
@@ -65,7 +65,7 @@ def _next(modules: list[Any], fuse: Fuse) -> tuple[int, list[Operation]]:
 
 
 def frozen_block(block: Any, fuse: Fuse) -> tuple[list[Operation], Head] | None:
-    """An up block's operations and the upsampling behind them; None: it has others."""
+    """An up block's operations and the upsampling behind them; None if it is built otherwise."""
     upsamplers = list(block.upsamplers or [])
     known = type(block).__name__ == "UpDecoderBlock2D" and all(map(is_resnet, block.resnets))
     if not known or len(upsamplers) > 1 or not all(map(is_upsampling, upsamplers)):
@@ -75,7 +75,7 @@ def frozen_block(block: Any, fuse: Fuse) -> tuple[list[Operation], Head] | None:
 
 
 def frozen_attention(module: Any, fuse: Fuse) -> Operation:
-    """A middle block's attention, plain where it is of another build than SDXL's."""
+    """A middle block's attention, as a plain block where it is built otherwise than SDXL's."""
     return Attention(module, fuse) if is_attention(module) else Plain(module)
 
 

@@ -20,8 +20,8 @@ CACHED = 2
 class CausalTaps(VaeTaps):
     """AutoencoderKLQwenImage, AutoencoderKLWan (2.1 and 2.2).
 
-    One frame runs as it stands, without caches. Of several, each block gets the first frame's map, then those of each
-    further latent frame in turn, and a cache of its own. One frame has frozen operations (folding.py).
+    One frame runs directly, without caches and with frozen operations (folding.py). With several, each block gets the
+    first frame's map, then those of each further latent frame in turn, and has its own cache.
     """
 
     parts = ("conv_in", "mid_block", "up_blocks", "norm_out", "conv_out")
@@ -45,7 +45,7 @@ class CausalTaps(VaeTaps):
         return y.clamp(-1, 1)
 
     def segments(self, fuse: Fuse) -> list[Segment]:
-        """Of one frame, on maps (B, C, H, W): frozen operations; a stage of another build runs as plain blocks."""
+        """For one frame, on maps (B, C, H, W): frozen operations; a stage built otherwise runs as plain blocks."""
         blocks = [folded_block(block, fuse) for block in self.decoder.up_blocks]
         return self.frozen_segments(
             [folded_middle(self._vae, fuse), *blocks],
@@ -56,7 +56,7 @@ class CausalTaps(VaeTaps):
         return map_of(self.run(stage, x.unsqueeze(2) if stage else self.begin(x))).squeeze(2)
 
     def _ratio(self, blocks: int) -> int:
-        """Frames that the first so many up blocks make of each latent frame but the first."""
+        """Frames that the first `blocks` up blocks make of each latent frame after the first."""
         return 2 ** sum(
             getattr(upsampler_of(block), "mode", "") == "upsample3d" for block in self.decoder.up_blocks[:blocks]
         )
@@ -91,11 +91,11 @@ class CausalTaps(VaeTaps):
 
 
 class QwenImage21Taps(CausalTaps):
-    """AutoencoderKLQwenImage21: images alone."""
+    """AutoencoderKLQwenImage21: images only."""
 
     max_frames = 1
 
 
 def _pieces(x: Tensor, ratio: int) -> list[Tensor]:
-    """The first frame, then those that come of each further latent frame."""
+    """The first frame, then the frames made of each further latent frame."""
     return [x[:, :, :1], *x[:, :, 1:].split(ratio, 2)]

@@ -22,11 +22,11 @@ from lpl.perceptual.decoders.shortcuts import Duplicate, WithShortcut
 from lpl.perceptual.frozen import Fuse, Identity, Plain, Resnet
 
 DIRECT_CELLS = 512
-"""Cells of a map (all samples) below which putting an upsampling's weights together costs more than it saves."""
+"""Cells of a map (all samples) below which combining an upsampling's weights costs more than it saves."""
 
 
 class SmallUpsampling(Upsampling):
-    """The same for the small, wide maps of these decoders: the plain way, doubling and 3 x 3."""
+    """Upsampling; for the small, wide maps of these decoders as two steps, doubling and a 3 x 3 convolution."""
 
     def rows(self, x: Tensor) -> Rows:
         return rows_of(self.forward(x, keep=False)[0]) if _is_small(x) else super().rows(x)
@@ -47,7 +47,7 @@ def _is_small(x: Tensor) -> bool:
 
 
 def folded_middle(vae: Any, fuse: Fuse) -> tuple[list[Operation], Head] | None:
-    """From raw latents (B, C, h, w) to the middle block's map; None: it is of another build."""
+    """From raw latents (B, C, h, w) to the middle block's map; None if it is built otherwise."""
     convolutions = [vae.post_quant_conv, vae.decoder.conv_in]
     block = vae.decoder.mid_block
     if not all(map(is_causal, convolutions)) or not all(map(is_causal_resnet, block.resnets)):
@@ -63,7 +63,7 @@ def folded_middle(vae: Any, fuse: Fuse) -> tuple[list[Operation], Head] | None:
 
 
 def folded_block(block: Any, fuse: Fuse) -> tuple[list[Operation], Head] | None:
-    """An up block's operations and the upsampling behind them; None: it is of another build."""
+    """An up block's operations and the upsampling behind them; None if it is built otherwise."""
     upsampler = upsampler_of(block)
     shortcut = getattr(block, "avg_shortcut", None)
     if not all(map(is_causal_resnet, block.resnets)) or not (upsampler is None or is_doubling(upsampler)):
@@ -78,7 +78,7 @@ def folded_block(block: Any, fuse: Fuse) -> tuple[list[Operation], Head] | None:
 
 
 def duplicate(shortcut: Any) -> Duplicate:
-    """The shortcut of Wan 2.2's up blocks, of one frame.
+    """The shortcut of Wan 2.2's up blocks, for one frame.
 
     Of C * r channels that repeat C, number ((o * t + t - 1) * s + i) * s + j is cell (i, j) of output channel o.
     """
@@ -130,7 +130,7 @@ def is_causal_resnet(module: Any) -> bool:
 
 
 def is_doubling(module: Any) -> bool:
-    """Nearest-neighbour doubling and a convolution of 3 x 3; in time it doubles further frames alone."""
+    """Nearest-neighbour doubling and a convolution of 3 x 3; in time it doubles only further frames."""
     upsample, convolution = module.resample
     factor: Any = upsample.scale_factor if isinstance(upsample, nn.Upsample) else None
     return (

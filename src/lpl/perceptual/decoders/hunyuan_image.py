@@ -41,7 +41,7 @@ class HunyuanImageTaps(VaeTaps):
         return decoder.conv_out(decoder.nonlinearity(decoder.norm_out(x)))
 
     def segments(self, fuse: Fuse) -> list[Segment]:
-        """Frozen operations; a stage of another build runs as plain blocks, which the log says."""
+        """Frozen operations; a stage that is built otherwise runs as plain blocks, and the log says so."""
         found = [self._middle(fuse), *(_level(level, fuse) for level in self._levels())]
         return self.frozen_segments([None if operations is None else (operations, Identity()) for operations in found])
 
@@ -68,7 +68,7 @@ def _level(blocks: list[Any], fuse: Fuse) -> list[Operation] | None:
 
 
 def _upsampling(module: Any) -> Operation:
-    """Convolution and shortcut give four channels for one, the four cells varying slowest."""
+    """Convolution and shortcut give four channels for each output channel, the four cells varying slowest."""
     given, made = module.conv.in_channels, module.conv.out_channels
     order = torch.arange(made).view(4, -1).T.flatten()
     return WithShortcut(
@@ -97,9 +97,9 @@ class _Linear:
 
 
 def _is_resnet(module: Any) -> bool:
-    """A residual block of group norms, SiLU and convolutions, of as many channels as it is given.
+    """A residual block of group norms, SiLU and convolutions, with as many channels out as in.
 
-    (diffusers' class applies a shortcut's convolution to what the block has computed, which no published one has.)
+    (diffusers' class applies a shortcut's convolution to the block's result; no published VAE has one.)
     """
     return (
         all(type(getattr(module, name, None)) is nn.GroupNorm for name in ("norm1", "norm2"))

@@ -34,7 +34,7 @@ class TinyTaps(VaeTaps):
 
 
 class DCTaps(VaeTaps):
-    """AutoencoderDC, which has no middle block: the first tap is its lowest level, levels without blocks have none."""
+    """AutoencoderDC, which has no middle block: taps start at the lowest level; levels without blocks have none."""
 
     parts = ("conv_in", "up_blocks", "norm_out", "in_shortcut")
 
@@ -53,7 +53,7 @@ class DCTaps(VaeTaps):
 
 
 class KVAETaps(VaeTaps):
-    """AutoencoderKLKVAE: every block reads the latents too, which are carried beside the map."""
+    """AutoencoderKLKVAE: every block reads the latents too, which are carried along with the map."""
 
     parts = ("conv_in", "mid", "up", "num_resolutions")
     channels_key = "z_channels"
@@ -87,7 +87,7 @@ class KVAETaps(VaeTaps):
 
 
 class RAETaps(VaeTaps):
-    """AutoencoderRAE: a tap per transformer layer; the class token is carried beside the grid of patches.
+    """AutoencoderRAE: a tap per transformer layer; the class token is carried along with the grid of patches.
 
     Model space is what `decode` takes: it scales latents itself.
     """

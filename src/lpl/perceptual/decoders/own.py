@@ -1,4 +1,4 @@
-"""Anyone's decoder: as a list of stages, or as names of modules that hooks listen to."""
+"""The caller's own decoder: as a list of stages, or as names of modules whose outputs hooks catch."""
 
 import logging
 import math
@@ -24,18 +24,19 @@ logger = logging.getLogger("lpl")
 
 
 class StageTaps(DecoderTaps):
-    """A decoder as a list of callables, each from what the one before returned, the first one from raw latents.
+    """A decoder as a list of callables: the first takes raw latents, each other what the one before returned.
 
-    A stage returns a feature map (B, C, *space) of 1, 2 or 3 axes of space, or a tuple that begins with it and carries
-    more. It runs as it is: in eval mode, in the precision and on the device of the latents that the loss sends.
+    A stage returns a feature map (B, C, *space) with 1, 2 or 3 axes of space, or a tuple that begins with it and
+    carries more to the next stage. It runs as it is: in eval mode, in the precision and on the device of the latents
+    that the loss sends.
 
     Args:
         stages: first to last; the decoder is not run past the last one, so the convolution to the output is left out.
         strides: of their maps, in cells of the decoder's output; None: not known.
 
     Raises:
-        ValueError: no callables of one argument, modules in training mode, or not one positive stride a stage; in a
-            walk, stages that do not take what they are given, change it in place, or run a module in training mode.
+        ValueError: stages that are not callables of one argument, modules in training mode, or not one positive stride
+            per stage; in use, stages that fail on their input, change it in place, or run a module in training mode.
     """
 
     axes = (1, 2, 3)
@@ -88,12 +89,12 @@ class StageTaps(DecoderTaps):
         shown = out[0] if isinstance(out, tuple | list) and len(out) else out
         _check_map(shown, name)
         if len(shown) != len(given):
-            raise ValueError(f"{name} makes {len(shown)} samples of {len(given)}: keep each apart")
+            raise ValueError(f"{name} makes {len(shown)} samples of {len(given)}: keep samples separate")
         return out
 
     @torch.no_grad()
     def try_out(self, raw_latents: Tensor, chosen: Sequence[int]) -> None:
-        """Runs the stages as they are, and notes the modules that functions among them hide."""
+        """Runs the stages once, and notes the modules that plain functions among them call."""
         x: State = raw_latents
         with _modules_that_run(self._ran):
             for stage in range(len(self._stages)):
@@ -122,21 +123,21 @@ class StageTaps(DecoderTaps):
 
 
 class HookTaps(Decoder):
-    """A decoder whose taps are outputs of modules, by dotted names: hooks catch them while `decode` runs.
+    """A decoder whose taps are outputs of modules, given by dotted names: hooks catch them while `decode` runs.
 
-    Stages are better where they can be had: a hook's features are kept whole for the gradient. Slicing, tiling and
-    gradient checkpointing of the model are switched off for the call; nothing of it is frozen.
+    Prefer stages where possible: a hook's features are kept whole for the gradient. Slicing, tiling and gradient
+    checkpointing of the model are switched off during the call; none of its parameters are frozen.
 
     Args:
-        model: holds the modules, and may hold more than the decoder, which is in eval mode.
-        names: of modules in `model`, in the order in which they run, such as "decoder.up.3.block.2".
-        decode: from raw latents to the output; it must run in autograd.
-        example: raw latents, a small batch, that are decoded once to see that all is well.
+        model: holds the decoder, which must be in eval mode, and may hold more.
+        names: names of modules in `model`, in the order in which they run, such as "decoder.up.3.block.2".
+        decode: from raw latents to the output; it must support autograd.
+        example: a small batch of raw latents, decoded once as a check.
         to_map: from a module's output to its feature map (B, C, *space); None: the output, or the first of a tuple.
 
     Raises:
-        ValueError: unknown names, modules that do not run, run twice or in another order, change their output in
-            place afterwards, or whose output has no graph; a decode that runs one in training mode, or fails.
+        ValueError: unknown names, modules that do not run, or run twice or in another order, whose output is changed in
+            place afterwards or has no graph; a decode that runs a module in training mode, or fails.
     """
 
     axes = (1, 2, 3)
@@ -190,7 +191,7 @@ class HookTaps(Decoder):
         return list(found.values())
 
     def _run(self, raw_latents: Tensor, names: Sequence[str], stop: bool) -> tuple[dict[str, Tensor], Any]:
-        """Maps by name in the order they came, and what decode returned."""
+        """Maps by name in the order in which they were made, and what decode returned."""
         found: dict[str, Tensor] = {}
         versions: dict[str, tuple[Tensor, int]] = {}
 
@@ -221,7 +222,7 @@ class HookTaps(Decoder):
             raise ValueError(f"{', '.join(missing)}: not run by decode; name modules that are (without torch.compile)")
         changed = [name for name, (x, version) in versions.items() if version_of(x) != version]
         if changed:
-            raise ValueError(f"{', '.join(changed)}: its output is changed in place behind it: name the module behind")
+            raise ValueError(f"{', '.join(changed)}: its output is changed in place by a later module: name that one")
         return found, result
 
     def _try(self, example: Tensor) -> tuple[Tap, ...]:
@@ -235,7 +236,7 @@ class HookTaps(Decoder):
         if name := self.in_training():
             raise ValueError(f"decode runs a {name} in training mode: call .eval() on the decoder")
         if list(found) != self.names:
-            raise ValueError(f"names in the order they run are {', '.join(found)}: pass them so")
+            raise ValueError(f"names in the order they run are {', '.join(found)}: pass them in that order")
         _check_graph(found)
         for name, x in found.items():
             _check_axes(x, example, name)
@@ -245,7 +246,7 @@ class HookTaps(Decoder):
 
 @contextmanager
 def _modules_that_run(found: list[nn.Module]) -> Iterator[None]:
-    """Notes the modules that are called, those without parts alone: others may hold what is not run."""
+    """Notes the modules that are called, but only those without submodules: others may hold some that are not run."""
 
     def note(module: nn.Module, inputs: Any) -> None:
         if next(module.children(), None) is None and not any(module is other for other in found):
@@ -308,7 +309,7 @@ def _check_map(value: Any, name: str) -> None:
 
 
 def _check_axes(x: Tensor, latents: Tensor, name: str) -> None:
-    """A map has the latents' axes of space, or more: tokens (B, N, D) would pass for a map of N channels."""
+    """A map must have at least the latents' axes of space: tokens (B, N, D) would pass for a map of N channels."""
     if x.dim() < latents.dim():
         raise ValueError(
             f"{name} gives {tuple(x.shape)} for latents {tuple(latents.shape)}, which have more axes of space: make a "
@@ -325,6 +326,6 @@ def _words(value: Any) -> str:
 def _cast(modules: Sequence[nn.Module], dtype: torch.dtype) -> str:
     found = {str(p.dtype).removeprefix("torch.") for module in modules for p in module.parameters()}
     return (
-        f"the decoder's weights are {', '.join(sorted(found))}, the loss's dtype is {dtype}: one's own decoder runs as "
+        f"the decoder's weights are {', '.join(sorted(found))}, the loss's dtype is {dtype}: your own decoder runs as "
         "it is, so pass its dtype= or cast it"
     )

@@ -13,9 +13,9 @@ class Duplicate(Operation):
     """y = pixel_shuffle(x[:, source], factor): channels, some of them more than once, laid out as cells. Keeps nothing.
 
     Args:
-        channels: of x.
-        source: channel of x by number of y's channel times factor squared plus the cell's number.
-        factor: cells of a side that a cell of x becomes; 1: channels stay channels.
+        channels: channels of x.
+        source: the channel of x at index (channel of y) * factor^2 + (number of the cell).
+        factor: each cell of x becomes factor x factor cells; 1: channels stay channels.
     """
 
     def __init__(self, channels: int, source: Tensor, factor: int = 1) -> None:
@@ -31,7 +31,7 @@ class Duplicate(Operation):
 
 
 class WithShortcut(Operation):
-    """y = operations(x) + shortcut(x), of a shortcut that keeps nothing."""
+    """y = operations(x) + shortcut(x), with a shortcut that keeps nothing."""
 
     def __init__(self, operations: Sequence[Operation], shortcut: Operation) -> None:
         self.operations, self.shortcut = operations, shortcut

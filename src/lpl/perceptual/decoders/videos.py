@@ -13,7 +13,7 @@ from lpl.perceptual.feature_maps import State
 
 
 class VideoTaps(VaeTaps):
-    """AutoencoderKLHunyuanVideo and what is built like it."""
+    """AutoencoderKLHunyuanVideo and similar VAEs."""
 
     frames = True
     axes = (2, 3)
@@ -61,7 +61,7 @@ class CosmosTaps(VideoTaps):
 
 
 class MagvitTaps(VideoTaps):
-    """AutoencoderKLMagvit, of one frame: more are decoded in pieces whose norms are their own."""
+    """AutoencoderKLMagvit, one frame only: more are decoded in pieces with separate norms."""
 
     max_frames = 1
 
@@ -82,7 +82,7 @@ class MagvitTaps(VideoTaps):
         return y
 
     def _forget(self) -> None:
-        """Its convolutions remember frames from call to call."""
+        """Clears the frames that its convolutions keep from call to call."""
         for module in self.decoder.modules():
             if hasattr(module, "prev_features"):
                 module.prev_features = None
@@ -176,7 +176,7 @@ class MochiTaps(VideoTaps):
 
 
 class TemporalDecoderTaps(VideoTaps):
-    """AutoencoderKLTemporalDecoder (Stable Video Diffusion): blocks of frames as a batch, mixed within them."""
+    """AutoencoderKLTemporalDecoder (Stable Video Diffusion): its blocks take frames as a batch and mix them inside."""
 
     parts = (*VideoTaps.parts, "time_conv_out")
 
