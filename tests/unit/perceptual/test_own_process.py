@@ -311,7 +311,7 @@ def test_wrong_call_is_refused(latent_distance, name, options, changes, message)
 
 
 WRONG_OPTIONS = [
-    ({"prediction_type": None}, "prediction_type too: say what the model predicts"),
+    ({"prediction_type": None}, "both None: say what the model predicts"),
     ({"prediction_type": "v"}, "'v' does not go with a process of your own, which has epsilon, v_prediction"),
     ({"prediction_type": "epsilon", "p_gate": None}, "no schedule to draw from: pass p_gate="),
     ({"p_gate": Distribution()}, "no schedule to draw from"),
