@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from statistics import median
 from typing import Any
 
@@ -31,17 +32,20 @@ SAMPLES, ROUNDS = 4, 3
 NOISE = 0.3
 
 
-def with_decoder_dtype(config: TrainConfig, family: Any, latents: Tensor, accelerator: Accelerator) -> TrainConfig:
+def with_decoder_dtype(
+    config: TrainConfig, family: Any, raw_latents: Callable[[], Tensor], accelerator: Accelerator
+) -> TrainConfig:
     """The options with a precision in the place of "auto"; all processes get the same.
 
     Args:
-        latents: (N, C, h, w) in model space; the first of them are measured.
+        raw_latents: gives (N, C, h, w), of which the first are measured; not called without "auto".
     """
     if not config.lpl.use_lpl or config.lpl.lpl_dtype != "auto":
         return config
     chosen: list[str | None] = [None]
     if accelerator.is_main_process:
-        chosen = [_measured(config, family, latents[:SAMPLES].to(accelerator.device))]
+        latents = family.latent_space.from_raw(raw_latents()[:SAMPLES].to(accelerator.device))
+        chosen = [_measured(config, family, latents)]
     if accelerator.num_processes > 1:
         broadcast_object_list(chosen)
     return config.changed(lpl_dtype=chosen[0])

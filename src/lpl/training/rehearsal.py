@@ -334,10 +334,9 @@ def _quiet(active: bool) -> Iterator[None]:
 
 def _weights(config: TrainConfig) -> Weights:
     """The options that decide the denoiser's weights; others are left out, so that plans share what was counted."""
-    names: tuple[str, ...] = ("rank", "lora_alpha", "lora_dropout", "lora_targets", "use_dora")
-    names = (*names, "quantize_base", "offload_blocks")
+    names = ["rank", "lora_alpha", "lora_dropout", "lora_targets", "use_dora", "quantize_base", "offload_blocks"]
     if config.model.continued_lora is not None:
-        names = (*names, "lora_weights", "pretrained_model_name_or_path", "single_file_config")
+        names += ["lora_weights", "pretrained_model_name_or_path", "single_file_config"]
     lora = {name: getattr(config.model, name) for name in names}
     own = None if config.model.rank is None else ModelConfig(**lora)
     return Weights(own, config.run.mixed_precision or "no", config.optim.weights_dtype)

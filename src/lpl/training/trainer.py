@@ -100,8 +100,8 @@ class Trainer:
         if not config.lpl.use_lpl:
             family.vae.to("cpu")  # only validation images need it from now on
         self.batches = Batches(config, self.data, accelerator)
-        first = family.latent_space.from_raw(self.batches.batch(0, 0).raw_latents)
-        config = self.config = with_decoder_dtype(config, family, first, accelerator)
+        batches = self.batches
+        config = self.config = with_decoder_dtype(config, family, lambda: batches.batch(0, 0).raw_latents, accelerator)
         self.num_steps = self.batches.length.steps
         if checked.num_steps is None:
             warn_of_steps(config, self.num_steps)

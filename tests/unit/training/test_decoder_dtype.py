@@ -35,7 +35,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch, gradient: Tensor, seconds: float) ->
         return (EXACT, 1.0) if config.lpl.lpl_dtype == "float32" else (gradient, seconds)
 
     monkeypatch.setattr(decoder_dtype, "_gradient", measured)
-    return with_decoder_dtype(AUTO, Family, LATENTS, Accelerator(cpu=True)).lpl.lpl_dtype
+    return with_decoder_dtype(AUTO, Family, lambda: LATENTS, Accelerator(cpu=True)).lpl.lpl_dtype
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_it_is_measured_on_the_loss_that_trains() -> None:
 
 def test_other_precisions_are_left_alone() -> None:
     for config in (TrainConfig(), AUTO.changed(use_lpl=False)):
-        assert with_decoder_dtype(config, None, LATENTS, Accelerator(cpu=True)) is config
+        assert with_decoder_dtype(config, None, pytest.fail, Accelerator(cpu=True)) is config  # draws no batch
 
 
 def test_a_run_goes_on_in_the_precision_it_began_with(

@@ -122,9 +122,7 @@ class Check:
         with precision.recording(family.text_encoders, calls, PRECISION_IMAGES):
             encoded = Encoded.of(config, family, pictures)
             first = encoded.mean[0].to(self.device)
-            config = self.config = with_decoder_dtype(
-                config, family, family.latent_space.from_raw(first), self.accelerator
-            )
+            config = self.config = with_decoder_dtype(config, family, lambda: first, self.accelerator)
             found["options"]["lpl_dtype"] = config.lpl.lpl_dtype
             self.objective = build_objective(config, family)
             self.step = TrainingStep(
