@@ -1,7 +1,8 @@
 """The documentation site: `python tools/docs_site.py` lays the pages out as in the repository and builds it, strictly.
 
 Pages stay Markdown that a repository host can show: links between them, to examples and to pictures are kept. Notebooks
-become pages with their stored outputs, and ```math blocks become MathML, so no page needs another site's scripts.
+become pages with their stored outputs, and ```math blocks become MathML, so no page needs another site's scripts. Of a
+block's ```language and name, the language is kept: the builder takes a name for text.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ def lay_out(source: Path) -> None:
     for notebook in source.rglob("*.ipynb"):
         write_notebook(notebook)
     for page in source.rglob("*.md"):
-        page.write_text(with_mathml(page.read_text().replace(".ipynb)", ".md)")))
+        text = re.sub(r"^(```\w+) \w+$", r"\1", page.read_text(), flags=re.M)
+        page.write_text(with_mathml(text.replace(".ipynb)", ".md)")))
 
 
 def write_notebook(file: Path) -> None:

@@ -15,10 +15,11 @@ pytest.importorskip("zensical", reason="the extra `docs` is not installed")
 
 LOADED = {"script": "src", "link": "href", "img": "src", "iframe": "src", "source": "src"}
 """Tags that make a browser ask for something, and where they say what."""
+CODE = {"code", "pre", "script", "style"}
 
 
 class Page(HTMLParser):
-    """Ids of a page, what it links to, what it loads, and pictures without a text."""
+    """Ids of a page, what it links to, what it loads, pictures without a text, and lines of text that are no code."""
 
     def __init__(self, file: Path) -> None:
         super().__init__()
@@ -26,6 +27,8 @@ class Page(HTMLParser):
         self.links: list[str] = []
         self.loads: list[str] = []
         self.untold = 0
+        self.prose: list[str] = []
+        self._code = 0
         self.feed(file.read_text())
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -36,6 +39,14 @@ class Page(HTMLParser):
         if LOADED.get(tag) in given:
             self.loads.append(given[LOADED[tag]])
         self.untold += tag == "img" and not given.get("alt")
+        self._code += tag in CODE
+
+    def handle_endtag(self, tag: str) -> None:
+        self._code -= tag in CODE
+
+    def handle_data(self, data: str) -> None:
+        if not self._code:
+            self.prose += data.splitlines()
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +82,12 @@ def test_a_page_loads_from_the_site_alone(site: dict[Path, Page]) -> None:
         for what in page.loads:
             assert what.startswith("data:") or leads(site, file, what), (file, what)
         assert not page.untold, file
+
+
+def test_no_table_and_no_block_of_code_is_left_as_text(site: dict[Path, Page]) -> None:
+    marks = ("| ", "|-", "```")
+    left = {(str(file), line) for file, page in site.items() for line in page.prose if line.startswith(marks)}
+    assert not left
 
 
 def test_every_page_is_in_the_menu(site: dict[Path, Page]) -> None:
