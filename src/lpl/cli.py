@@ -49,6 +49,8 @@ OPTIONS = dict.fromkeys(COMMANDS) | {
     "demo": commands.DemoConfig,
 }
 """The options of each command."""
+WITHOUT_OPTIONS = {"presets": " [NAME]", "completion": " bash|zsh|fish", "env": ""}
+"""What the commands that have no options take."""
 AFTER_INTERRUPTION = {
     **dict.fromkeys(("train", "compare", "demo"), "; the same command continues from the last checkpoint"),
     **dict.fromkeys(("cache", "eval"), "; the same command continues"),
@@ -196,6 +198,8 @@ def _dispatch(argv: list[str]) -> None:
         from lpl.demo.run import run_demo
 
         run_demo(demo)
+    elif command in WITHOUT_OPTIONS and {"-h", "--help"} & set(rest):
+        print(f"usage: lpl {command}{WITHOUT_OPTIONS[command]}\n\n{COMMANDS[command]}")
     elif command == "presets":
         print(preset_text(rest[0]) if len(rest) == 1 else list_presets())
     elif command == "completion":

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from lpl.cli import COMMANDS
 from lpl.config import TrainConfig, declared
 from lpl.config.environment import FEATURES, missing
 
@@ -57,6 +58,12 @@ def test_other_commands_show_their_own_options(helped: Any, command: str, own: l
     assert options_in(text) == own
     assert "Takes every option of `lpl train`" in text
     assert len(options_in(helped(command, "--help", "all"))) == len(own) + len(declared())
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_every_command_has_help(helped: Any, command: str) -> None:
+    assert helped(command, "--help").startswith(f"usage: lpl {command}")
+    assert helped(command, "-h") == helped(command, "--help")
 
 
 def test_values_without_a_flag_are_shown(helped: Any) -> None:

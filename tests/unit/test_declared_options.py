@@ -25,6 +25,7 @@ from lpl.config.commands import (
     ReportConfig,
     VerifyConfig,
 )  # fmt: skip
+from lpl.config.files import REFUSED
 from lpl.config.model_commands import EvalConfig
 
 ROOT = Path(__file__).parents[2]
@@ -167,6 +168,7 @@ def test_bounds_are_checked_on_both_sides() -> None:
         ("lora_rank", "rank"),
         ("validation_step_interval", "validation_steps"),
         ("flow_schedule_shift", "timestep_shift"),
+        ("save_every_n_epochs", "save_steps"),
     ],
 )
 def test_names_of_other_trainers(flag: str, here: str) -> None:
@@ -178,6 +180,18 @@ def test_names_elsewhere_are_nobodys_here_and_unique() -> None:
     told = [name for facts in declared().values() for name in facts.elsewhere]
     assert len(told) == len(set(told))
     assert not set(told) & set(declared())
+
+
+def test_flags_that_the_page_of_other_trainers_names_are_answered() -> None:
+    """Of kohya's scripts and of SimpleTuner; OneTrainer has a file instead."""
+    page = (ROOT / "docs" / "coming_from_other_trainers.md").read_text()
+    kohya, simple_tuner = (part for part in page.split("\n## ") if part.startswith(("kohya", "SimpleTuner")))
+    known = {*declared(), *REFUSED, *(name for facts in declared().values() for name in facts.elsewhere)}
+    for part, least in ((kohya, 60), (simple_tuner, 30)):
+        rows = [line.split("|")[1] for line in part.splitlines() if line.startswith("| `")]
+        named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+        assert len(named) > least
+        assert named <= known
 
 
 def test_flags_without_a_counterpart() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
-from lpl.config.checks import Facts, Options
+from lpl.config.checks import Facts, Options, option
 
 PREFIX = "metadata_"
 
@@ -18,7 +18,7 @@ class MetadataConfig(Options):
 
     metadata_author: str | None = None
     """Who made it."""
-    metadata_description: str | None = None
+    metadata_description: str | None = option(None, elsewhere=("training_comment",))
     """What it is."""
     metadata_license: str | None = None
     """Its licence, best an SPDX identifier such as CC-BY-4.0."""

@@ -30,6 +30,7 @@ UNSAID_GATE = ("lpl_t_threshold", 200)
 
 CACHED = "latents and text embeddings are always cached: --latent_cache_dir says where"
 MEMORY_EFFICIENT = "PyTorch's own memory-efficient attention is always used"
+NOTHING = "there is nothing like it here: leave it out"
 REFUSED = {
     "local_rank": "start several processes with `accelerate launch -m lpl train` or torchrun",
     "debug_loss": "every logged step already has the losses, by term and layer (--log_every 1)",
@@ -39,23 +40,54 @@ REFUSED = {
     "output_name": "--output_dir names the run's folder, and its files are named after that",
     "save_model_as": "every result is .safetensors",
     "save_precision": "results are float32; lpl export writes other precisions",
+    "save_last_n_epochs": "the weights of every --save_steps are kept",
+    "output_config": "config.yaml in --output_dir has the options of the run",
+    "dim_from_weights": "--lora_weights takes the rank from the file anyway",
+    "network_train_text_encoder_only": "the denoiser is always trained; --train_text_encoder trains text encoders too",
     **dict.fromkeys(
         ("dataset_config", "data_backend_config"),
         "--train_data_dir, --dataset_name, --repeats and --resolution say the same",
     ),
     "config_file": "--config FILE reads these options from a YAML file; `lpl presets` lists what ships",
-    "caption_extension": "captions are read from .txt files beside the images, or from metadata.jsonl",
+    **dict.fromkeys(
+        ("caption_extension", "caption_extention"),
+        "captions are read from .txt files beside the images, or from metadata.jsonl",
+    ),
+    **dict.fromkeys(
+        ("min_bucket_reso", "max_bucket_reso"),
+        "all --buckets have one area, the square of --resolution, and --bucket_max_aspect bounds their sides",
+    ),
+    "bucket_no_upscale": "smaller images are scaled up, with a warning that says how many: `lpl data` shows them",
+    "debug_dataset": "`lpl data` with the same options shows what the model would see",
+    "vae_batch_size": "a megapixel is encoded at once, whatever --train_batch_size",
+    "persistent_data_loader_workers": "images are read once, by threads, while the cache is filled",
     "random_crop": "crops are random unless --center_crop",
     "disable_tf32": "TF32 is off unless --allow_tf32",
     "no_half_vae": "the VAE of LPL and of the cache runs in float32 anyway",
     "model_type": "--rank trains a LoRA; without it the whole denoiser is trained",
-    **dict.fromkeys(("model_family", "model_flavour"), "the model's own files say what it is"),
+    **dict.fromkeys(("model_family", "model_flavour", "v2"), "the model's own files say what it is"),
+    "full_fp16": "float16 alone does not train: --mixed_precision fp16, or --weights_dtype bfloat16",
+    **dict.fromkeys(("highvram", "lowram"), "`lpl plan` with the same options says what fits a GPU, and what would"),
+    **dict.fromkeys(
+        ("validation_guidance", "validation_num_inference_steps", "sample_sampler"),
+        "samples are drawn with the model's own scheduler at its usual guidance; `lpl eval` takes other settings",
+    ),
+    "sample_at_first": "samples of step 0 are always drawn",
+    **dict.fromkeys(
+        ("tracker_run_name", "tracker_project_name", "wandb_run_name", "log_prefix"),
+        "--output_dir and --logging_dir say where a run and its logs are",
+    ),
     **dict.fromkeys(("lora_type", "lycoris_config"), "--rank trains a LoRA, --use_dora a DoRA; there is no LyCORIS"),
     "resolution_type": "--resolution is in pixels; with --buckets its square is the area of every shape",
     "set_grads_to_none": "that always happens",
-    **dict.fromkeys(("cache_latents", "cache_latents_to_disk", "cache_text_encoder_outputs"), CACHED),
+    **dict.fromkeys(("cache_latents", "cache_latents_to_disk"), CACHED),
+    **dict.fromkeys(("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk"), CACHED),
     **dict.fromkeys(("xformers", "enable_xformers_memory_efficient_attention"), MEMORY_EFFICIENT),
     **dict.fromkeys(("sdpa", "mem_eff_attn", "enable_npu_flash_attention", "attention_mechanism"), MEMORY_EFFICIENT),
+    **dict.fromkeys(("scale_weight_norms", "loraplus_lr_ratio", "stop_text_encoder_training"), NOTHING),
+    **dict.fromkeys(("ip_noise_gamma", "input_perturbation", "adaptive_noise_scale"), NOTHING),
+    **dict.fromkeys(("color_aug", "face_crop_aug_range", "weighted_captions", "caption_tag_dropout_rate"), NOTHING),
+    **dict.fromkeys(("token_warmup_min", "token_warmup_step", "caption_dropout_every_n_epochs"), NOTHING),
 }
 """Flags of the diffusers scripts, kohya's and SimpleTuner that have no counterpart, and what to do instead."""
 

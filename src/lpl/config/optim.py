@@ -94,7 +94,7 @@ class OptimConfig(Options):
     """Precision of the trained weights and their gradients. bfloat16 halves both; updates are computed in float32 and
     rounded at random to one of the two neighbours, which loses nothing on average (optimizers of optimi keep instead
     what rounding leaves over). Needs --mixed_precision bf16 and adamw, adamw8bit, adafactor or optimi.Class."""
-    fused_backward_pass: bool = option(False, elsewhere=("optimizer_release_gradients",))
+    fused_backward_pass: bool = option(False, elsewhere=("optimizer_release_gradients", "fuse_optimizer"))
     """Step each weight in the backward pass, as soon as its gradient is there, and free that gradient: they never exist
     all at once. Needs --max_grad_norm 0, one micro-batch a step, one process, and an optimizer that --weights_dtype
     bfloat16 takes."""

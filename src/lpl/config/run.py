@@ -71,7 +71,7 @@ class ModelConfig(Options):
     merge_lora_weights: bool = option(False, needs="lora_weights", arms=ONE_MODEL, elsewhere=("base_weights",))
     """Merge --lora_weights into the model before training instead; with --rank a new LoRA is trained on top."""
     quantize_base: Literal["int8", "fp8", "nf4"] | None = option(
-        None, needs="rank", elsewhere=("fp8_base", "base_model_precision")
+        None, needs="rank", elsewhere=("fp8_base", "base_model_precision", "quantize_via")
     )
     """Keep the frozen linear layers of the denoiser's blocks in 8 or 4 bits, for small cards: a half or a quarter of
     bfloat16's memory for a little time. The LoRA is for the whole model, as ever."""
@@ -159,7 +159,7 @@ class RunConfig(Options):
         free=True,
         least=1,
         period="no checkpoint is written on the way",
-        elsewhere=("save_state", "save_every_n_epochs", "checkpoint_step_interval", "checkpoint_epoch_interval"),
+        elsewhere=("save_state", "checkpoint_step_interval", "checkpoint_epoch_interval"),
     )
     """Optimizer steps between checkpoints."""
     checkpoints_total_limit: int | None = option(
@@ -173,7 +173,11 @@ class RunConfig(Options):
     dry_run: bool = option(False, free=True, recorded=False, arms="lpl compare has none", main=True)
     """Print the plan (parameters, taps, steps, memory) and stop."""
     save_steps: int | None = option(
-        None, free=True, least=1, period="no weights are saved on the way", elsewhere=("save_every_n_steps",)
+        None,
+        free=True,
+        least=1,
+        period="no weights are saved on the way",
+        elsewhere=("save_every_n_steps", "save_every_n_epochs"),
     )
     """Optimizer steps between weights for inference, raw and averaged, written to saved-<step> in --output_dir."""
     compile_denoiser: bool = option(False, free=True, elsewhere=("torch_compile", "dynamo_backend"))
