@@ -104,7 +104,7 @@ class Kind:
         return "transformer" if self.is_transformer else "UNet"
 
     def is_flow(self, configs: Mapping[str, Any]) -> bool:
-        """Whether a model with these configs is trained by flow matching; a single file of a UNet without any is not."""
+        """Whether a model with these configs is trained by flow matching; with none it is a single file."""
         return is_flow(configs["scheduler"]) if configs else self.is_transformer
 
     def find(self, name: str) -> Any:
@@ -214,7 +214,9 @@ class Kind:
         if self.is_transformer and not is_flow(configs["scheduler"]):
             kind = configs["scheduler"].get("_class_name")
             raise UserError(f"{FLAG} {name}: its scheduler is {kind}, which is none of {self.name}'s")
-        return configs if self.is_transformer else configs | {"scheduler": chosen_schedule(configs["scheduler"], config)}
+        if self.is_transformer:
+            return configs
+        return configs | {"scheduler": chosen_schedule(configs["scheduler"], config)}
 
     def _read_configs(self, folder: str, config: ModelConfig) -> dict[str, Any]:
         read = reader(Path(folder), folder, config)

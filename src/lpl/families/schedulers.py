@@ -186,7 +186,7 @@ def check_flow(scheduler: Mapping[str, Any], config: ModelConfig, said: Mapping[
         raise UserError(f"{', '.join(odd)}: the model is trained by flow matching: {drop}")
     if said:
         found = ", ".join(f"{name} {value}" for name, value in said.items())
-        raise UserError(f"{where}: says {found}, but --single_file_config has a scheduler of flow matching: give another")
+        raise UserError(f"{where}: says {found}, --single_file_config that it is of flow matching: give one that fits")
     name = str(scheduler.get("_class_name"))
     cls = getattr(diffusers, name, None)
     if not _samples_flow(cls, scheduler):
