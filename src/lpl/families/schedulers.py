@@ -199,7 +199,8 @@ def check_flow(scheduler: Mapping[str, Any], config: ModelConfig, said: Mapping[
 
 def _samples_flow(cls: Any, scheduler: Mapping[str, Any]) -> bool:
     """Whether a scheduler of this class and config goes through sigmas of flow matching, with 1000 sigma as time."""
-    if not hasattr(cls, "scale_model_input") or scheduler.get("prediction_type") != FLOW:
+    known = inspect.signature(cls.__init__).parameters if hasattr(cls, "scale_model_input") else ()
+    if "use_flow_sigmas" not in known or scheduler.get("prediction_type") != FLOW:
         return False
     built = build_scheduler(cls, scheduler)
     if built.config.get("use_dynamic_shifting"):
