@@ -100,22 +100,19 @@ class Stages:
         best |= {name: options for name, options in few.items() if options != best[name.removesuffix(FEW)]}
         self.results.note("best", best)
         points, seeds, controls = self.benchmark.points["report"], self.benchmark.seeds, self.benchmark.controls
-        runs = [self._run(arm, seed, best[arm]) for seed in seeds for arm in ARMS]
-        # Seed by seed, and first around the best guidance, so that an unfinished report has whole pairs.
-        around = self.benchmark.points["search"].guidance
-        for steps in points.sampling_steps[:2]:
-            self._map(runs, replace(points, sampling_steps=[steps], guidance=around))
-        self._keep_unets(runs[: len(ARMS)])
-        others = [self._run(name, seed, best[name]) for seed in seeds for name in best if name not in ARMS]
-        for name, control in controls.items():
-            if control.everywhere:
-                others += [self._control(name, control, seed, best[control.of]) for seed in seeds]
-        self._map(others, replace(points, sampling_steps=points.sampling_steps[:2]))
+        runs, few_runs = [], []
+        # Seed by seed, so that an unfinished report has whole groups of arms.
+        for seed in seeds:
+            runs += [self._run(name, seed, best[name]) for name in ARMS]
+            runs += [self._control(n, c, seed, best[c.of]) for n, c in controls.items() if c.everywhere]
+            few_runs += [self._run(name, seed, best[name]) for name in best if name not in ARMS]
+        self._map([*runs, *few_runs], replace(points, sampling_steps=points.sampling_steps[:2]))
+        self._keep_unets([run for run in runs if run.arm in ARMS and run.seed == seeds[0]])
         for timed in (False, True):  # the timed controls need the times of the others
             chosen = {n: c for n, c in controls.items() if not c.everywhere and timed == (c.as_long_as is not None)}
             made = [self._control(n, c, seed, best[c.of]) for seed in seeds for n, c in chosen.items()]
             self._map(made, self.benchmark.points["controls"])
-        self._map([*runs, *others], points)
+        self._map([*runs, *few_runs], points)
 
     def _data(self) -> Path:
         found = self.folder / "data"
