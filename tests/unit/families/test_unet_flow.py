@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny_models import tiny_flow, tiny_sd
+from tiny_models import tiny_flow, tiny_images, tiny_sd
 
 from lpl.base.errors import UserError
 from lpl.base.tensor_file import write_tensors
@@ -137,7 +137,12 @@ def test_step_by_hand(build: Any, tmp_path: Path) -> None:
 
 def test_without_lpl_the_run_is_the_plain_objective(train: Any, folder: Path) -> None:
     """LPL of weight 0 changes nothing, bit for bit; of weight 1 it sees the same draws at the first step."""
-    options = {"pretrained_model_name_or_path": folder, "max_train_steps": 3, "train_batch_size": 4, "lpl_t_threshold": None}
+    options = {
+        "pretrained_model_name_or_path": folder,
+        "max_train_steps": 3,
+        "train_batch_size": 4,
+        "lpl_t_threshold": None,
+    }
     off = train(**options, use_lpl=False, lpl_weight=None, lpl_norm_type=None, output="off")
     none, on = train(**options, lpl_weight=0.0, output="none"), train(**options, output="on")
     one, other = (load_file(run.folder / UNET) for run in (off, none))
@@ -222,3 +227,21 @@ def test_single_file_of_stable_diffusion_is_refused_before_it_loads(tmp_path: Pa
     config = ModelConfig(str(tiny_flow(tmp_path / "model", build=tiny_sd)))
     with pytest.raises(UserError, match="the model predicts flow_prediction, which a single file cannot say"):
         check_export(config, True, None)
+
+
+def test_check_plan_and_eval_take_it(
+    run_cli: Any, as_flags: Any, folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    base = {"pretrained_model_name_or_path": folder, "resolution": 16}
+    given: dict[str, dict[str, Any]] = {
+        "check": {"train_data_dir": data, "output_dir": tmp_path / "check"},
+        "plan": {},
+        "eval": {
+            "reference_dir": tiny_images(tmp_path / "reference", count=10, size=16), "output_dir": tmp_path / "eval",
+            "num_samples": 10, "num_inference_steps": 2, "scheduler": "dpmsolver++", "num_bootstrap": 100,
+        },
+    }  # fmt: skip
+    for command, options in given.items():
+        code, _, err = run_cli([command, *as_flags(base | options)])
+        assert code == 0, err
