@@ -210,7 +210,7 @@ def _samples_flow(cls: Any, scheduler: Mapping[str, Any]) -> bool:
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise UserError(f"the model's scheduler config makes no {cls.__name__}: {on_one_line(error, 200)}") from error
     pairs = zip(built.timesteps.tolist(), built.sigmas.tolist(), strict=False)  # and a last sigma of 0
-    return all(0 <= sigma <= 1 and abs(t - UNET_TIMESTEPS * sigma) <= 1 for t, sigma in pairs)
+    return all(0 < sigma <= 1 and abs(t - UNET_TIMESTEPS * sigma) <= 1 for t, sigma in pairs)
 
 
 def unet_time(levels: Tensor) -> Tensor:
