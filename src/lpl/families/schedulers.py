@@ -276,8 +276,7 @@ def training_schedule(scheduler: Mapping[str, Any]) -> Schedule:
     base, most = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
     slope = (most - base) / (high - low)
     dynamic = scheduler.get("use_dynamic_shifting")
-    shift: float | Literal["resolution"] = (
-        "resolution" if dynamic else float(scheduler.get("shift", scheduler.get("flow_shift", 1.0)))
-    )
+    own = "flow_shift" if scheduler.get("use_flow_sigmas") else "shift"
+    shift: float | Literal["resolution"] = "resolution" if dynamic else float(scheduler.get(own, 1.0))
     count, line = int(scheduler.get("num_train_timesteps", 1000)), (slope / 4, base - slope * low)
     return Flow(num_timesteps=count, distribution=UNIFORM._replace(shift=shift), dynamic_shift=line)

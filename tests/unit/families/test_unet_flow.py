@@ -51,7 +51,7 @@ def sampled(pipeline: Any, steps: int = 3) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_every_scheduler_of_flow_sigmas_is_known(name: str, tmp_path: Path) -> None:
-    config = ModelConfig(str(tiny_flow(tmp_path / "model", name=name)))
+    config = ModelConfig(str(tiny_flow(tmp_path / "model", name=name, shift=5.0)))  # a key of other classes
     assert model_configs(config)["scheduler"]["_class_name"] == name
     schedule = load_family(config, CPU, torch.float32).schedule
     assert (schedule.is_flow, schedule.prediction_type, schedule.shift) == (True, "flow", 2.0)
