@@ -1,5 +1,6 @@
 """Tiny random models for tests: real classes of diffusers and transformers, built from configs, no download."""
 
+import json
 from typing import Any
 
 import pytest
@@ -99,6 +100,22 @@ def tiny_sdxl(folder: Any, seed: int = 0, prediction_type: str = "epsilon", **sc
         add_watermarker=False,
     )
     pipeline.save_pretrained(folder)
+    return folder
+
+
+def tiny_flow(folder: Any, build: Any = tiny_sdxl, name: str = "DPMSolverMultistepScheduler", **scheduler: Any) -> Any:
+    """A tiny SDXL, or another with a UNet, that is trained by flow matching.
+
+    Args:
+        build: what writes it.
+        name: class of its scheduler.
+        scheduler: further settings of that.
+    """
+    said = {"_class_name": name, "use_flow_sigmas": True, "flow_shift": 2.0, "prediction_type": "flow_prediction"}
+    index = build(folder) / "model_index.json"
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(said | scheduler), encoding="utf-8")
+    found = json.loads(index.read_text(encoding="utf-8")) | {"scheduler": ["diffusers", name]}
+    index.write_text(json.dumps(found), encoding="utf-8")
     return folder
 
 

@@ -75,12 +75,29 @@ class Control:
 
 
 @dataclass(frozen=True)
+class Flow:
+    """The arms of flow matching, see flow.py.
+
+    Attributes:
+        pretraining_steps, pretraining: how the pretrained UNet is trained on, by flow matching.
+        steps, seeds, baseline, lpl: as a Benchmark's.
+    """
+
+    pretraining_steps: int
+    pretraining: Options
+    steps: int
+    seeds: list[int]
+    baseline: Arm
+    lpl: Arm
+
+
+@dataclass(frozen=True)
 class Benchmark:
     """All of arms.yaml."""
 
     pretraining: Pretraining
     points: dict[str, Points]
-    """Of "pretraining", "search", "report" and "controls"."""
+    """Of "pretraining", "search", "report", "controls" and "flow"."""
     guidance: list[float]
     """The grid."""
     steps: int
@@ -90,6 +107,7 @@ class Benchmark:
     baseline: Arm
     lpl: Arm
     controls: dict[str, Control]
+    flow: Flow
 
 
 @dataclass(frozen=True)
@@ -120,13 +138,14 @@ def read_arms(file: Path = ARMS) -> Benchmark:
     try:
         found["pretraining"] = Pretraining(**found["pretraining"])
         found["points"] = {name: Points(**value) for name, value in found["points"].items()}
-        for arm in ("baseline", "lpl"):
-            found[arm] = Arm(**found[arm])
+        for part in (found, found["flow"]):
+            part |= {arm: Arm(**part[arm]) for arm in ("baseline", "lpl")}
+        found["flow"] = Flow(**found["flow"])
         found["controls"] = {name: Control(**value) for name, value in found["controls"].items()}
         benchmark = Benchmark(**found)
     except (TypeError, KeyError) as error:
         raise UserError(f"{file}: {error}") from error
-    if benchmark.search_seed in benchmark.seeds:
+    if benchmark.search_seed in (*benchmark.seeds, *benchmark.flow.seeds):
         raise UserError(f"{file}: search_seed {benchmark.search_seed} is among the reported seeds")
     counts = benchmark.baseline.most_runs, benchmark.lpl.most_runs
     if counts[0] != counts[1]:
@@ -144,6 +163,7 @@ def as_toy(benchmark: Benchmark) -> Benchmark:
         return Arm(arm.start, {name: choices[:1] for name, choices in list(arm.rounds.items())[:1]})
 
     steps = {"train_batch_size": 4, "lr_warmup_steps": 1, "log_every": 2, "checkpointing_steps": 4}
+    flow = benchmark.flow
     few = {
         name: replace(points, samples=32, sampling_steps=points.sampling_steps[:2], guidance=[1.0, 3.0], to_best=False)
         for name, points in benchmark.points.items()
@@ -157,6 +177,14 @@ def as_toy(benchmark: Benchmark) -> Benchmark:
         common=benchmark.common | steps,
         baseline=shorter(benchmark.baseline),
         lpl=shorter(benchmark.lpl),
+        flow=replace(
+            flow,
+            pretraining_steps=4,
+            pretraining=flow.pretraining | {"lr_warmup_steps": 1},
+            steps=4,
+            seeds=flow.seeds[:2],
+            lpl=shorter(flow.lpl),
+        ),
     )
 
 

@@ -3,8 +3,9 @@
     python -m benchmarks.quality.kept FOLDER [ARM]    # the pretrained pipeline, or with an arm's UNet
 
 weights/ has the pretrained pipeline (vae, unet, both text encoders; pipeline.json: the captions that its tokenizers
-were made of, and its steps), the second feature space (features.py), and of arms the difference of their UNet from the
-pretrained one, 6 bits a weight. Every arm, on every machine, begins with these rounded weights.
+were made of, and its steps), the UNet trained on by flow matching (flow_unet), the second feature space (features.py),
+and of arms the difference of their UNet from the pretrained one, 6 bits a weight. Every arm, on every machine, begins
+with these rounded weights.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionXLPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ PIPELINE = "pipeline.json"
 LEVELS = 31
 """Of an arm's differences, either side of zero: 6 bits, which git packs."""
 PARTS = ("unet", "text_encoder", "text_encoder_2")
+FLOW_UNET = "flow_unet.safetensors"
 
 
 def save_half(weights: dict[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
@@ -128,6 +130,32 @@ def kept_pipeline(folder: Path = FOLDER, arm: str | None = None) -> StableDiffus
         force_zeros_for_empty_prompt=True,
         add_watermarker=False,
     )
+
+
+def keep_flow(pipeline: Path, folder: Path, steps: int) -> None:
+    """Writes the UNet of a pipeline's folder that was trained by flow matching for so many steps."""
+    (file,) = (pipeline / "unet").glob("*.safetensors")
+    save_half(load_file(file), folder / FLOW_UNET, {"steps": str(steps)})
+
+
+def kept_flow_steps(folder: Path = FOLDER) -> int | None:
+    """Steps of the kept UNet of flow matching; None where there is none."""
+    if not (folder / FLOW_UNET).is_file():
+        return None
+    with safe_open(folder / FLOW_UNET, framework="pt") as opened:
+        return int(opened.metadata()["steps"])
+
+
+def as_flow(pipeline: StableDiffusionXLPipeline, folder: Path | None = None) -> StableDiffusionXLPipeline:
+    """The pipeline with an unshifted scheduler of flow matching, and with the UNet that a folder keeps, if given."""
+    if folder is not None:
+        _fill(pipeline.unet, folder / FLOW_UNET)
+    pipeline.register_modules(
+        scheduler=DPMSolverMultistepScheduler(
+            use_flow_sigmas=True, flow_shift=1.0, prediction_type="flow_prediction", timestep_spacing="trailing"
+        )
+    )
+    return pipeline
 
 
 def packed(change: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from types import FrameType
 
 from benchmarks.quality.arms import ARMS, as_toy, read_arms
 from benchmarks.quality.fetch import PACKAGES, fetch, few_packages, unpack
+from benchmarks.quality.flow import FlowStages
 from benchmarks.quality.kept import FOLDER, take_published
 from benchmarks.quality.results import Results
 from benchmarks.quality.stages import Stages
@@ -22,7 +23,7 @@ from benchmarks.quality.summary import FILE, summary
 from benchmarks.quality.workers import ROOT, STOPPED, BudgetSpentError, Workers
 from lpl.base.errors import UserError
 
-STAGES = ("fetch", "vae", "denoiser", "features", "search", "report")
+STAGES = ("fetch", "vae", "denoiser", "features", "search", "report", "flow")
 """In this order; the denoiser's first measurement trains the feature space, beside the denoiser."""
 
 
@@ -75,7 +76,8 @@ def run(options: argparse.Namespace) -> None:
             fetch_into(folder, options)
         workers = Workers(options.processes, options.budget_minutes, lock.fileno(), folder / "pause")
         results = Results(file)
-        stages = Stages(benchmark, folder, results, workers, (4,) if options.toy else ())
+        parts = benchmark, folder, results, workers, (4,) if options.toy else ()
+        stages, flow = Stages(*parts), FlowStages(*parts)
 
         def end(number: int, _frame: FrameType | None) -> None:
             workers.stop()
@@ -84,7 +86,7 @@ def run(options: argparse.Namespace) -> None:
         try:
             for stage in chosen:
                 if stage != "fetch":
-                    getattr(stages, stage)()
+                    getattr(flow if stage == "flow" else stages, stage)()
         finally:
             for number, handler in zip((signal.SIGTERM, signal.SIGINT), before, strict=True):
                 signal.signal(number, handler)

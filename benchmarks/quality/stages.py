@@ -12,11 +12,11 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 
 from benchmarks.quality import features as second_space
 from benchmarks.quality.arms import Arm, Benchmark, Control, Options, Points, Run, merged, search
-from benchmarks.quality.kept import keep_arm, keep_pipeline, keep_vae, kept_pipeline, kept_vae, read_kept
+from benchmarks.quality.kept import FLOW_UNET, keep_arm, keep_pipeline, keep_vae, kept_pipeline, kept_vae, read_kept
 from benchmarks.quality.measure import Judge, Request, next_points, training_seconds
 from benchmarks.quality.pretrain import captions_of, trained_steps
 from benchmarks.quality.results import Results, Row
@@ -207,18 +207,26 @@ class Stages:
         if kept is None or kept["steps"] != steps:
             found = "no denoiser" if kept is None else f"a denoiser of {kept['steps']} steps"
             raise UserError(f"{self.weights}: has {found}, not one of {steps}: run --stage denoiser first")
-        files = sorted(f for f in self.weights.glob("*.safetensors") if not f.name.startswith("arm_"))
-        digest = hashlib.sha256()
-        for file in files:
-            digest.update(file.name.encode() + file.read_bytes())
-        self.results.fix("weights", digest.hexdigest()[:16])
+        files = [f for f in self.weights.glob("*.safetensors") if not f.name.startswith("arm_") and f.name != FLOW_UNET]
         self.results.fix("common", self.benchmark.common)
-        base = self.folder / f"base_{digest.hexdigest()[:16]}"
-        if not base.is_dir():
-            partial_ = base.with_suffix(".partial")
-            kept_pipeline(self.weights).save_pretrained(partial_)
-            partial_.rename(base)
-        return base
+        return self._written(f"base_{self._fixed('weights', files)}", lambda: kept_pipeline(self.weights))
+
+    def _fixed(self, name: str, files: list[Path]) -> str:
+        """A hash of kept files, which results.json states under a name."""
+        digest = hashlib.sha256()
+        for file in sorted(files):
+            digest.update(file.name.encode() + file.read_bytes())
+        self.results.fix(name, digest.hexdigest()[:16])
+        return digest.hexdigest()[:16]
+
+    def _written(self, name: str, make: Callable[[], StableDiffusionXLPipeline]) -> Path:
+        """The folder of this name with a pipeline, which is made where it is not there."""
+        place = self.folder / name
+        if not place.is_dir():
+            partial_ = place.with_suffix(".partial")
+            make().save_pretrained(partial_)
+            partial_.rename(place)
+        return place
 
     def _complete(self, run: Run, points: Points) -> list[Row]:
         """The run's rows at these points, after training and measuring it where some are missing."""
@@ -227,6 +235,11 @@ class Stages:
             return found
         with self._preparing:
             base = self._base()
+        folder = self._train(run, base)
+        return self._measure(run, folder, points, training_seconds(folder))
+
+    def _train(self, run: Run, base: Path) -> Path:
+        """The folder of a run that began with a pipeline's folder, after training it where that is not done."""
         name = self._name(run)
         folder, log = self.folder / "runs" / name, self.folder / "logs" / f"{name}.txt"
         if not (folder / FINISHED).is_file():
@@ -242,7 +255,7 @@ class Stages:
             self.workers.train(run.command, options, log)
             for checkpoint in folder.glob("checkpoint-*"):
                 shutil.rmtree(checkpoint)
-        return self._measure(run, folder, points, training_seconds(folder))
+        return folder
 
     @staticmethod
     def _rows_in(file: Path) -> list[Row]:

@@ -22,6 +22,8 @@ from lpl.evaluation.intervals import Interval, mean_interval, paired_ratio
 
 FILE = Path(__file__).parent / "results.json"
 Row = dict[str, Any]
+FLOW = "flow-"
+"""In front of the names of arms trained by flow matching: another model, which has tables of its own."""
 MANY, FEW = 20, 4
 SHOWN = ("frechet_second", "recall", "high_band_log_error")
 BARS = {MANY: 0.95, FEW: 0.90}
@@ -306,14 +308,34 @@ def search_table(content: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def part(content: dict[str, Any], of_flow: bool) -> dict[str, Any]:
+    """What there is of the arms of flow matching, without FLOW in their names, or of the others."""
+    rows = [row for row in content["rows"] if row["arm"].startswith(FLOW) == of_flow]
+    if not of_flow:
+        return content | {"rows": rows}
+    named = [row | {"arm": row["arm"].removeprefix(FLOW)} for row in rows]
+    return content | {"rows": named, "best": content.get("flow_best", {})}
+
+
+def points_tables(rows: list[Row], title: str) -> list[str]:
+    """Every table of the reported rows, by number of sampling steps."""
+    parts = []
+    for steps in sorted({row["sampling_steps"] for row in rows if row["reported"]}, reverse=True):
+        parts += [f"## {title}{steps} sampling steps", ratios_table(rows, steps), seeds_table(rows, steps)]
+        parts += [guidance_table(rows, steps), arms_table(rows, steps)]
+    return parts
+
+
 def summary(content: dict[str, Any]) -> str:
     """All of it."""
-    rows: list[Row] = content["rows"]
-    parts = ["## Verdict", verdict(content)]
-    for steps in sorted({row["sampling_steps"] for row in rows if row["reported"]}, reverse=True):
-        parts += [f"## {steps} sampling steps", ratios_table(rows, steps), seeds_table(rows, steps)]
-        parts += [guidance_table(rows, steps), arms_table(rows, steps)]
-    return "\n\n".join([*parts, "## Pretraining", pretraining_table(content), "## Search", search_table(content)])
+    main, flow = part(content, False), part(content, True)
+    parts = ["## Verdict", verdict(main), *points_tables(main["rows"], "")]
+    parts += ["## Pretraining", pretraining_table(main), "## Search", search_table(main)]
+    if flow["rows"]:
+        parts += points_tables(flow["rows"], "Flow matching, ")
+        parts += ["## Flow matching, pretraining", pretraining_table(flow)]
+        parts += ["## Flow matching, search", search_table(flow)]
+    return "\n\n".join(parts)
 
 
 if __name__ == "__main__":

@@ -237,6 +237,21 @@ def test_a_gpu_without_room_for_a_float32_denoiser(
     assert "error: --mixed_precision no: the denoiser does not fit: in float32 its weights take " in err
 
 
+def test_a_quantized_base_is_measured_as_it_trains(check: Any) -> None:
+    options = {"mixed_precision": "bf16", "rank": 2}
+    distances = []
+    for kind in (None, "int8", "nf4"):
+        found, _, err = check(quantize_base=kind, **options)
+        assert "error" not in err
+        assert found["step"]["seconds"] > 0
+        assert (found["components"]["denoiser"]["float32"]["finite"] is None) == (kind is not None)
+        said = f"than bf16: --quantize_base {kind} is measured in the run's precision alone"
+        assert any(said in line for line in found["refused"]) == (kind is not None)
+        distances.append(torch.tensor([b["distance"] for layer in found["layers"] for b in layer["bins"]]))
+    whole, eight, four = distances
+    assert 0 < (eight - whole).abs().max() < (four - whole).abs().max() < 0.1 * whole.max()
+
+
 @pytest.mark.slow
 def test_a_step_is_timed_in_the_runs_precision_and_keeps_no_gradients(
     check: Any, monkeypatch: pytest.MonkeyPatch

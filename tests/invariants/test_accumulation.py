@@ -45,7 +45,7 @@ def whole(train_in: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return train_in(tmp_path_factory.mktemp("whole") / "out", **OPTIONS)
 
 
-@pytest.mark.parametrize(("batch", "accumulation"), [(1, 8), (4, 2)])
+@pytest.mark.parametrize(("batch", "accumulation"), [(1, 8), pytest.param(4, 2, marks=pytest.mark.slow)])
 def test_accumulation_equals_a_larger_batch(train: Any, whole: Any, batch: int, accumulation: int) -> None:
     options = OPTIONS | {"train_batch_size": batch, "gradient_accumulation_steps": accumulation}
     assert_same_run(train(**options, output="split"), whole)

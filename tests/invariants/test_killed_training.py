@@ -1,6 +1,6 @@
 """A run that is killed, however often and wherever, ends as the undisturbed run: weights, average, moments, losses.
 
-LPL_KILLS says how many kills fall at random moments, and how many at calls that change what is on disk: 2 each, and 100
+LPL_KILLS says how many kills fall at random moments, and how many at calls that change what is on disk: 1 each, and 100
 in `make soak`.
 """
 
@@ -22,7 +22,7 @@ from tiny_models import tiny_images
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 
-KILLS = int(os.environ.get("LPL_KILLS", "2"))
+KILLS = int(os.environ.get("LPL_KILLS", "1"))
 STEPS = 14
 OPTIONS = {
     "max_train_steps": STEPS,

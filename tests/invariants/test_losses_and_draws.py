@@ -56,7 +56,7 @@ def assert_same_run(a: Any, b: Any) -> None:
     assert a.logged()[ratio] == pytest.approx(b.logged()[ratio])
 
 
-@pytest.mark.parametrize(("batch", "accumulation"), [(1, 8), (4, 2)])
+@pytest.mark.parametrize(("batch", "accumulation"), [(1, 8), pytest.param(4, 2, marks=pytest.mark.slow)])
 def test_accumulation_equals_a_larger_batch(train: Any, whole: Any, batch: int, accumulation: int) -> None:
     options = OPTIONS | SPLIT | {"train_batch_size": batch, "gradient_accumulation_steps": accumulation}
     assert_same_run(train(**options, output="split"), whole)

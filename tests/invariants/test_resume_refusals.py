@@ -42,7 +42,9 @@ def test_another_spelling_of_the_same_folder_continues(train, source, data):
     assert run.code == 0
 
 
-@pytest.mark.parametrize("name", ["state.json", "model.safetensors", "optimizer.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["state.json", "model.safetensors", pytest.param("optimizer.safetensors", marks=pytest.mark.slow)]
+)
 def test_damaged_checkpoint_is_named_and_the_one_before_it_used(train, source, name):
     whole = {key: tensor.clone() for key, tensor in source.checkpoint(4, "optimizer").items()}  # not the file's memory
     file = source.folder / "checkpoint-4" / name

@@ -47,7 +47,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 def test_a_killed_run_ends_as_a_whole_one(train: Any, monkeypatch: pytest.MonkeyPatch, variant: str) -> None:
     from lpl.training.trainer import Trainer
 

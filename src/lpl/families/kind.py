@@ -30,7 +30,7 @@ from lpl.families.files import (
     vae_channels,
     vae_stride,
 )
-from lpl.families.schedulers import chosen_schedule, compare_lora, is_flow
+from lpl.families.schedulers import chosen_schedule, compare_lora, is_flow, prediction_of
 
 DORA_OF = "lpl.dora_scale"
 """Metadata key of a DoRA file whose magnitudes suit only one program; the value names that program."""
@@ -48,9 +48,9 @@ class Kind:
         module: its module in families/, which has its parts: the classes Model (a Family), Plan (a Blueprint) and
             Export (an Exported), the functions to_kohya and kohya_layer, and PUBLISHED, configs by component and
             "index".
-        single_file_keys: groups of tensors' names; a single file that has all names of one group is of this family. For
-            a family trained by flow matching, whose file is the transformer, the first group has diffusers' names, the
-            others those of the original layout; else all have the latter.
+        single_file_keys: groups of tensors' names; a single file that has all names of one group is of this family. Of
+            a transformer the first group has diffusers' names, the others those of the original layout; else all have
+            the latter.
         parameters: of the denoiser that PUBLISHED describes; a plan of a single file without configs compares them.
         vae_class: the class of its VAE, in diffusers.
         vae_has_frames: that class takes only videos; a class of the same name in the module takes images too.
@@ -61,8 +61,9 @@ class Kind:
         base, base_name: the published model that a plan uses where no model is given, and its Hub id.
         others: the Hub ids of other published models whose configs are known, and the configs' names in module.
         networks, tokenizers: subfolders of a pipeline, the denoiser first, then the VAE.
-        denoiser_word: what the denoiser is called.
-        is_flow: whether it is trained by flow matching.
+        is_transformer: whether its denoiser is a transformer, not a UNet. All of those are trained by flow matching,
+            their single files hold the transformer alone, their text encoders stay in the precision of their files, and
+            their LoRAs are trained on weights of the run's precision and written with alpha = rank.
         patch: cells of a latent, in height and in width, that the denoiser takes as one.
         options: those of the options that only some models have (config/, by_model) that this family has.
         trained_text: the text encoders that --train_text_encoder trains, always the first ones; the others stay frozen.
@@ -77,8 +78,7 @@ class Kind:
     base_name: str
     networks: tuple[str, ...]
     tokenizers: tuple[str, ...]
-    denoiser_word: str = "transformer"
-    is_flow: bool = True
+    is_transformer: bool = True
     patch: int = 2
     options: frozenset[str] = frozenset()
     trained_text: tuple[str, ...] = ()
@@ -98,6 +98,15 @@ class Kind:
     loaded_with: Mapping[str, Any] = field(default_factory=dict)
     lora_starts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
+    @property
+    def denoiser_word(self) -> str:
+        """What the denoiser is called."""
+        return "transformer" if self.is_transformer else "UNet"
+
+    def is_flow(self, configs: Mapping[str, Any]) -> bool:
+        """Whether a model with these configs is trained by flow matching; with none it is a single file."""
+        return is_flow(configs["scheduler"]) if configs else self.is_transformer
+
     def find(self, name: str) -> Any:
         """A part of it by its name; imports its module and the heavy libraries that this needs."""
         module, _, attribute = self.parts.get(name, f"{self.module}:{name}").partition(":")
@@ -111,7 +120,7 @@ class Kind:
 
     def is_single(self, config: ModelConfig) -> bool:
         """Whether a model is a file with only its transformer; --single_file_config then has the other parts."""
-        return self.is_flow and Path(str(config.pretrained_model_name_or_path)).suffix in SINGLE_FILES
+        return self.is_transformer and Path(str(config.pretrained_model_name_or_path)).suffix in SINGLE_FILES
 
     def published_as(self, name: str | None) -> str | None:
         """The name of a published model's configs in its module; None: they must be read."""
@@ -202,10 +211,12 @@ class Kind:
             configs = self._read_configs(str(folder or name), config)
         if "clip_skip" in self.options:
             check_clip_skip(configs, config)
-        if self.is_flow != is_flow(configs["scheduler"]):
+        if self.is_transformer and not is_flow(configs["scheduler"]):
             kind = configs["scheduler"].get("_class_name")
             raise UserError(f"{FLAG} {name}: its scheduler is {kind}, which is none of {self.name}'s")
-        return configs if self.is_flow else configs | {"scheduler": chosen_schedule(configs["scheduler"], config)}
+        if self.is_transformer:
+            return configs
+        return configs | {"scheduler": chosen_schedule(configs["scheduler"], config)}
 
     def _read_configs(self, folder: str, config: ModelConfig) -> dict[str, Any]:
         read = reader(Path(folder), folder, config)
@@ -229,7 +240,9 @@ class Kind:
 
     def check_export(self, config: ModelConfig, single_file: bool, lora: Path | None) -> None:
         """Refuses a model or a LoRA that cannot be written as asked, before anything heavy loads."""
-        self.model_configs(config)
+        configs = self.model_configs(config)
+        if single_file and configs and not self.is_transformer:
+            prediction_of(configs["scheduler"])
         if lora is not None:
             self.check_lora(config, lora)
 
@@ -242,7 +255,7 @@ class Kind:
         """Refuses a LoRA file of another family, and warns where its prediction type differs."""
         self.lora_parts(lora)
         known = self.model_configs(config).get("scheduler")
-        if known and not self.is_flow:
+        if known and not self.is_transformer:
             compare_lora(lora, known)
 
     def lora_parts(self, file: Path, flag: str = "--lora") -> list[str]:

@@ -29,22 +29,22 @@ def load_whole(
 
     Args:
         encoders_only: leave the denoiser out, where it has its own files.
-        dtypes: precision by component. By default float32, and for the text encoders of a family trained by flow
-            matching, which are large, that of their files. A single file with all parts has one, the denoiser's.
+        dtypes: precision by component. By default float32, and for the text encoders before a transformer, which are
+            large, that of their files. A single file with all parts has one, the denoiser's.
 
     Raises:
         UserError: the model cannot be loaded, or lacks weights.
     """
     transformers.utils.logging.disable_progress_bar()  # a bar per text encoder; the pipeline's own bar stays
     own: dict[str, Any] = dict.fromkeys(kind.networks, torch.float32)
-    if kind.is_flow:
+    if kind.is_transformer:
         own |= {part: "auto" for part in kind.networks if part.startswith("text_encoder")}
     own |= dtypes or {}
     name, denoiser = str(config.pretrained_model_name_or_path), kind.networks[0]
     checked, options = kind.networks, dict(kind.loaded_with)
     encoders_only = encoders_only and config.merged_lora is None
     cls = kind.find(kind.pipelines[0]) if kind.own_pipeline else getattr(diffusers, kind.pipelines[0])
-    if name.endswith(".safetensors") and not kind.is_flow:
+    if name.endswith(".safetensors") and not kind.is_transformer:
         local, vae = config.single_file_config, load_vae(kind, config, own["vae"])
         options |= {"config": local, "local_files_only": local is not None, "cache_dir": config.cache_dir}
         with named(FLAG, name):
@@ -59,7 +59,7 @@ def load_whole(
     with named(FLAG, name):
         check_tokenizers(pipeline, kind.tokenizers)
         require_weights(pipeline, checked)
-        if not kind.is_flow:
+        if not kind.is_transformer:
             set_schedule(pipeline, config)
     of_images(pipeline.vae, kind)
     if config.merged_lora is not None:

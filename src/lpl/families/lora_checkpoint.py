@@ -64,7 +64,7 @@ def write_lora(checkpoint: Path, config: TrainConfig, kind: Kind, result: Path, 
     adapter: dict[str, Any] = {}
     for part, own in found.items():
         adapter |= {f"{part}.{key}": value for key, value in _configuration(own, config).items()}
-        if kind.is_flow:
+        if kind.is_transformer:
             fold_alpha(own, adapter, part)
     step = int(checkpoint.name.rpartition("-")[2])
     facts = lora_metadata(config.model, kind.plan_configs(config.model)["scheduler"]) | config.metadata.said()

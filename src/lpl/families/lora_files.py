@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lpl.config import ModelConfig
 from lpl.families.files import read_header
-from lpl.families.schedulers import PREDICTION, PREDICTIONS, RESCALED
+from lpl.families.schedulers import FLOW, PREDICTION, PREDICTIONS, RESCALED
 
 ADAPTER = "lora_adapter_metadata"
 """diffusers' key of the adapter's peft configuration."""
@@ -60,7 +60,7 @@ def lora_metadata(config: ModelConfig, scheduler: Mapping[str, Any]) -> dict[str
     """Metadata on the model for a LoRA's files, under the keys of modelspec and kohya's programs, which others display.
 
     Also the schedule options, if they were given: a schedule that the run only took from its model is decided by the
-    model that the LoRA is merged into.
+    model that the LoRA is merged into. And where a UNet was trained by flow matching, that.
     """
     model = str(config.pretrained_model_name_or_path)
     name = Path(model).resolve().name if Path(model).exists() else model
@@ -70,6 +70,6 @@ def lora_metadata(config: ModelConfig, scheduler: Mapping[str, Any]) -> dict[str
     }
     if (kind := scheduler.get("prediction_type", "epsilon")) in PREDICTIONS:
         found["modelspec.prediction_type"] = PREDICTIONS[kind]
-    if config.prediction_type is not None:
-        found[PREDICTION] = config.prediction_type
+    if config.prediction_type is not None or kind == FLOW:
+        found[PREDICTION] = config.prediction_type or FLOW
     return found | ({RESCALED: "True"} if config.rescale_betas_zero_snr else {})

@@ -72,8 +72,8 @@ class PipelineBlueprint(ABC):
     def text_encoders(self) -> list[nn.Module]:
         with named(FLAG, "the text encoders of its configs"):
             pairs = zip(self._text_classes, self.text_configs, strict=True)
-            # In families of flow matching in the precision of their files, see load_whole.
-            dtypes = [config.dtype if self.kind.is_flow else None for config in self.text_configs]
+            # Before a transformer in the precision of their files, see load_whole.
+            dtypes = [config.dtype if self.kind.is_transformer else None for config in self.text_configs]
             built = [cls(config).eval() for cls, config in pairs]
             return [network.to(dtype or torch.float32) for network, dtype in zip(built, dtypes, strict=True)]
 

@@ -62,7 +62,7 @@ class PipelineFamily(ABC):
         self.device, self.weight_dtype, self.config = device, weight_dtype, config
         self.lora_says: Mapping[str, str] = {}
         # Large models are never held whole in float32 for a LoRA.
-        own = {self.kind.networks[0]: weight_dtype} if self.kind.is_flow and config.rank is not None else None
+        own = {self.kind.networks[0]: weight_dtype} if self.kind.is_transformer and config.rank is not None else None
         self.pipeline = load_whole(self.kind, config, encoders_only, own)
         self.vae = self.pipeline.vae.float().eval().requires_grad_(False)
         self.denoiser = getattr(self.pipeline, self.kind.networks[0])
@@ -265,7 +265,7 @@ class PipelineFamily(ABC):
             for name in parts
             for key, value in adapters[f"{name}_lora_adapter_metadata"].items()
         }
-        if self.kind.is_flow:  # most readers of such files assume that alpha is the rank
+        if self.kind.is_transformer:  # most readers of such files assume that alpha is the rank
             for name in parts:
                 fold_alpha(tensors[f"{name}_lora_layers"], packed, name)
         facts = lora_metadata(self.config, self.pipeline.scheduler.config) | dict(self.lora_says)

@@ -248,13 +248,18 @@ def check_guidance(config: ModelConfig, guidance_scale: float | None) -> float |
 
 
 def check_sampler(config: ModelConfig, scheduler: SchedulerName, spacing: SpacingName) -> None:
-    """Refuses, before anything heavy loads, options that only a schedule of discrete timesteps has.
+    """Refuses, before anything heavy loads, options that a model of flow matching does not have.
 
     Raises:
-        UserError: for a model of a family trained by flow matching; others are checked once they are loaded.
+        UserError: for a model of a known family trained by flow matching (with a UNet it has --scheduler); others are
+            checked once they are loaded.
     """
-    if _foreign(config) is None and kind_of(config).is_flow:
-        for flag, value in (("--scheduler", scheduler), ("--timestep_spacing", spacing)):
+    if _foreign(config) is not None:
+        return
+    kind = kind_of(config)
+    if kind.is_transformer or kind.is_flow(kind.model_configs(config)):
+        given = {"--scheduler": scheduler if kind.is_transformer else "model", "--timestep_spacing": spacing}
+        for flag, value in given.items():
             require(value == "model", f"{flag} {value}: it was trained by flow matching, which has none; drop it")
 
 

@@ -15,6 +15,8 @@ from lpl.config import ModelConfig
 from lpl.families.files import FLAG, read_header
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from lpl.diffusion.schedule import Schedule
 
 logger = logging.getLogger("lpl")
@@ -24,12 +26,16 @@ WORDS = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction", "v_predict
 """From values of modelspec.prediction_type to diffusers' names."""
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
 """From diffusers' prediction types to modelspec's names."""
+FLOW = "flow_prediction"
+"""diffusers' name of what a model of flow matching predicts, noise - latents."""
+UNET_TIMESTEPS = 1000
+"""The time that a UNet of flow matching is given at sigma 1."""
 PREDICTION, RESCALED = "lpl.prediction_type", "lpl.rescale_betas_zero_snr"
-"""Metadata keys of a LoRA file: the run's options of these names, if they were given."""
+"""Metadata keys of a LoRA file: the run's options of these names, if they were given; the first says FLOW, too."""
 
 NOISE = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
-    "rescale_betas_zero_snr", "timestep_spacing", "steps_offset",
+    "rescale_betas_zero_snr", "timestep_spacing", "steps_offset", "use_flow_sigmas",
 )  # fmt: skip
 """Keys whose values must be the same in every scheduler of a model; other keys concern only their own class."""
 
@@ -78,7 +84,7 @@ def lora_options(file: Path) -> dict[str, Any]:
     """
     metadata = (read_header(file) or {}).get(METADATA, {})
     found: dict[str, Any] = {}
-    if PREDICTION in metadata:
+    if metadata.get(PREDICTION, FLOW) != FLOW:
         found["prediction_type"] = metadata[PREDICTION]
         if found["prediction_type"] not in ("epsilon", "v_prediction", "sample"):
             raise UserError(f"--lora {file}: its metadata say {PREDICTION} {metadata[PREDICTION]}, which is unknown")
@@ -89,7 +95,9 @@ def lora_options(file: Path) -> dict[str, Any]:
 
 def compare_lora(file: Path, scheduler: Mapping[str, Any]) -> None:
     """Warns where a LoRA's prediction type differs from that of the model that it is merged into."""
-    word = WORDS.get((read_header(file) or {}).get(METADATA, {}).get("modelspec.prediction_type"))
+    metadata = (read_header(file) or {}).get(METADATA, {})
+    is_flow = metadata.get(PREDICTION) == FLOW
+    word = FLOW if is_flow else WORDS.get(metadata.get("modelspec.prediction_type"))
     kind = scheduler.get("prediction_type", "epsilon")
     if word not in (None, kind):
         warn(f"{file}: was trained on {word}; the model it is merged into predicts {kind}, and so will the result")
@@ -110,7 +118,8 @@ def prediction_of(scheduler: Any) -> str:
 def chosen_schedule(scheduler: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
     """A scheduler's config, changed by what a single file states, --prediction_type and --rescale_betas_zero_snr.
 
-    The options override the file, and the file overrides the scheduler's config (that of --single_file_config).
+    The options override the file, and the file overrides the scheduler's config (that of --single_file_config). One of
+    flow matching stays as it is, see check_flow.
 
     Zero terminal SNR: sqrt(alphas_cumprod) is shifted and scaled so that its last value is 0 and its first stays; then
     samplers must start at the last timestep (timestep_spacing trailing).
@@ -120,10 +129,13 @@ def chosen_schedule(scheduler: Mapping[str, Any], config: ModelConfig) -> dict[s
 
     Raises:
         UserError: zero terminal SNR with epsilon prediction, which says nothing of x0 in pure noise, or with a class of
-            scheduler that cannot do it.
+            scheduler that cannot do it; what check_flow refuses.
     """
     path = Path(str(config.pretrained_model_name_or_path))
     said = file_schedule(path, config) if path.suffix == ".safetensors" else {}
+    if is_flow(scheduler):
+        check_flow(scheduler, config, said)
+        return dict(scheduler)
     own = scheduler.get("prediction_type", "epsilon")
     kind = said.get("prediction_type", own)
     if config.single_file_config is not None and config.prediction_type is None and kind != own:
@@ -150,6 +162,60 @@ def chosen_schedule(scheduler: Mapping[str, Any], config: ModelConfig) -> dict[s
             "EulerDiscreteScheduler's scheduler_config.json in the model's folder, or drop it"
         )
     return chosen | ZERO_SNR
+
+
+def check_flow(scheduler: Mapping[str, Any], config: ModelConfig, said: Mapping[str, Any]) -> None:
+    """Refuses a scheduler of flow matching with which the pipeline of a UNet cannot sample.
+
+    These pipelines call init_noise_sigma and scale_model_input, which FlowMatchEulerDiscreteScheduler lacks, give the
+    UNet the scheduler's timesteps, which must be 1000 sigma, and know no dynamic shift.
+
+    Args:
+        said: what the model's single file states.
+
+    Raises:
+        UserError: such a scheduler, options of a discrete schedule, or a file that states one.
+    """
+    import diffusers
+
+    where = f"{FLAG} {config.pretrained_model_name_or_path}"
+    given = {"prediction_type": config.prediction_type, "rescale_betas_zero_snr": config.rescale_betas_zero_snr}
+    odd = [f"--{name} {value}" for name, value in given.items() if value]
+    if odd:
+        drop = f"drop {'it' if len(odd) == 1 else 'them'}"
+        raise UserError(f"{', '.join(odd)}: the model is trained by flow matching: {drop}")
+    if said:
+        found = ", ".join(f"{name} {value}" for name, value in said.items())
+        raise UserError(f"{where}: says {found}, --single_file_config that it is of flow matching: give one that fits")
+    name = str(scheduler.get("_class_name"))
+    cls = getattr(diffusers, name, None)
+    if not _samples_flow(cls, scheduler):
+        raise UserError(
+            f"{where}: its scheduler, {name}, does not sample a UNet of flow matching in diffusers; put a "
+            "DPMSolverMultistepScheduler's scheduler_config.json with use_flow_sigmas true, flow_shift and "
+            "prediction_type flow_prediction in the model's folder"
+        )
+
+
+def _samples_flow(cls: Any, scheduler: Mapping[str, Any]) -> bool:
+    """Whether a scheduler of this class and config goes through sigmas of flow matching, with 1000 sigma as time."""
+    known = inspect.signature(cls.__init__).parameters if hasattr(cls, "scale_model_input") else ()
+    if "use_flow_sigmas" not in known or scheduler.get("prediction_type") != FLOW:
+        return False
+    built = build_scheduler(cls, scheduler)
+    if built.config.get("use_dynamic_shifting"):
+        return False
+    try:
+        built.set_timesteps(4)
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise UserError(f"the model's scheduler config makes no {cls.__name__}: {on_one_line(error, 200)}") from error
+    pairs = zip(built.timesteps.tolist(), built.sigmas.tolist(), strict=False)  # and a last sigma of 0
+    return all(0 < sigma <= 1 and abs(t - UNET_TIMESTEPS * sigma) <= 1 for t, sigma in pairs)
+
+
+def unet_time(levels: Tensor) -> Tensor:
+    """What a UNet is given as its time for noise levels (B,): timesteps as they are, 1000 sigma of flow matching."""
+    return UNET_TIMESTEPS * levels if levels.is_floating_point() else levels
 
 
 def build_scheduler(cls: Any, config: Mapping[str, Any], **changes: Any) -> Any:
@@ -210,8 +276,7 @@ def training_schedule(scheduler: Mapping[str, Any]) -> Schedule:
     base, most = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
     slope = (most - base) / (high - low)
     dynamic = scheduler.get("use_dynamic_shifting")
-    shift: float | Literal["resolution"] = (
-        "resolution" if dynamic else float(scheduler.get("shift", scheduler.get("flow_shift", 1.0)))
-    )
+    own = "flow_shift" if scheduler.get("use_flow_sigmas") else "shift"
+    shift: float | Literal["resolution"] = "resolution" if dynamic else float(scheduler.get(own, 1.0))
     count, line = int(scheduler.get("num_train_timesteps", 1000)), (slope / 4, base - slope * low)
     return Flow(num_timesteps=count, distribution=UNIFORM._replace(shift=shift), dynamic_shift=line)

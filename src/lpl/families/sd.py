@@ -1,4 +1,4 @@
-"""Stable Diffusion 1 and 2, with epsilon or v-prediction: like SDXL without sizes, with one text encoder."""
+"""Stable Diffusion 1 and 2, by any schedule that SDXL has: like it without sizes, with one text encoder."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from lpl.families.lora_names import WeightOf, renamed_lora, underscored
 from lpl.families.pipeline_blueprint import PipelineBlueprint
 from lpl.families.pipeline_export import PipelineExport
 from lpl.families.pipeline_family import PipelineFamily
+from lpl.families.schedulers import unet_time
 from lpl.families.sdxl_configs import PUBLISHED as SDXL_PUBLISHED
 from lpl.families.sdxl_names import LORA_TARGETS, WITH_TEXT, modelspec
 
@@ -89,11 +90,12 @@ def denoise(
     extra: Mapping[str, Tensor],
 ) -> Tensor:
     """See families.base.Family.denoise."""
+    timesteps = unet_time(levels)
     if "input_ids" in text:
-        trained: Tensor = denoiser(noisy_latents, levels, text)
+        trained: Tensor = denoiser(noisy_latents, timesteps, text)
         return trained
     embeds = text["prompt_embeds"].to(noisy_latents.dtype)
-    output: Tensor = denoiser(noisy_latents, levels, embeds, return_dict=False)[0]
+    output: Tensor = denoiser(noisy_latents, timesteps, embeds, return_dict=False)[0]
     return output
 
 

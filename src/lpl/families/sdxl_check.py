@@ -23,7 +23,7 @@ from lpl.families.files import (
     reader,
 )
 from lpl.families.kind import Kind, check_clip_skip
-from lpl.families.schedulers import chosen_schedule, compare_lora, file_schedule, prediction_of
+from lpl.families.schedulers import chosen_schedule, compare_lora, file_schedule, is_flow, prediction_of
 from lpl.families.sdxl_configs import check_shape
 
 PIPELINE = "StableDiffusionXLPipeline"
@@ -127,12 +127,10 @@ def _check_configs(configs: dict[str, Any], config: ModelConfig) -> None:
     if channels != latent_channels:
         raise UserError(f"{FLAG} {name}: the UNet takes {channels} channels, the VAE's latents have {latent_channels}")
     kind = str(scheduler.get("_class_name"))
-    if kind.startswith("EDM") or "FlowMatch" in kind:
-        raise UserError(
-            f"{FLAG} {name}: its scheduler is {kind}; EDM and flow schedules are not trained right here yet"
-        )
+    if kind.startswith("EDM"):
+        raise UserError(f"{FLAG} {name}: its scheduler is {kind}; EDM schedules are not trained right here yet")
     prediction_type = scheduler.get("prediction_type", "epsilon")
-    if prediction_type not in ("epsilon", "v_prediction", "sample"):
+    if prediction_type not in ("epsilon", "v_prediction", "sample") and not is_flow(scheduler):
         raise UserError(f"{FLAG} {name}: prediction type {prediction_type} is not trained here; see --prediction_type")
     if scheduler.get("rescale_betas_zero_snr") and prediction_type == "epsilon":
         raise UserError(
@@ -248,8 +246,7 @@ SDXL_KIND = SDXLKind(
     base_name=sdxl_configs.NAME,
     networks=WITH_WEIGHTS,
     tokenizers=TOKENIZERS,
-    denoiser_word="UNet",
-    is_flow=False,
+    is_transformer=False,
     patch=1,
     comfyui_folder="models/checkpoints",
     options=frozenset({"clip_skip", "max_token_length", "train_text_encoder", "text_encoder_2_lr"}),

@@ -104,7 +104,8 @@ SCHEDULER: Shape = {
     "beta_schedule?": TEXT,
     "trained_betas?": ([BETA], NULL),
     "prediction_type?": (TEXT, NULL),
-    "rescale_betas_zero_snr?": SWITCH,
+    **{f"{name}?": SWITCH for name in ("rescale_betas_zero_snr", "use_flow_sigmas", "use_dynamic_shifting")},
+    "flow_shift?": ABOVE_0,
     "steps_offset?": whole(0, 10**5),
     "timestep_spacing?": TEXT,
 }

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lpl.config import ModelConfig
 from lpl.families.joint import JointModel, body_of
 from lpl.families.pipeline_blueprint import PipelineBlueprint
+from lpl.families.schedulers import unet_time
 from lpl.families.sdxl_check import SDXL_KIND
 from lpl.families.sdxl_names import LORA_TARGETS, WITH_TEXT
 from lpl.families.sdxl_text import TOKENS_PER_CHUNK, embed, usual_layer
@@ -78,9 +79,10 @@ def denoise(
     extra: Mapping[str, Tensor],
 ) -> Tensor:
     """See families.base.Family.denoise."""
+    timesteps = unet_time(levels)
     if "input_ids" in text:
-        return denoiser(noisy_latents, levels, text, extra["sizes"])
-    return _run_unet(denoiser, noisy_latents, levels, text["prompt_embeds"], text["pooled"], extra["sizes"])
+        return denoiser(noisy_latents, timesteps, text, extra["sizes"])
+    return _run_unet(denoiser, noisy_latents, timesteps, text["prompt_embeds"], text["pooled"], extra["sizes"])
 
 
 class SDXLBlueprint(PipelineBlueprint):

@@ -158,8 +158,8 @@ def check_model(
     parse_color(config.data.background_color)
     config = replace(config, model=with_lora_weights(config.model))
     kind = kind_of(config.model)
-    check_model_options(config, kind.name, kind.is_flow, kind.options)
     configs = configs_of(config.model)
+    check_model_options(config, kind.name, kind.is_flow(configs), kind.options)
     if config.data.resolution is None:
         config = replace(config, data=replace(config.data, resolution=kind.native_resolution(configs)))
     return config, configs

@@ -26,6 +26,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "sdxl": ("tiny_sdxl", {}),
     "sd": ("tiny_sd", {}),
     "sd_v": ("tiny_sd", {"prediction_type": "v_prediction"}),
+    "sdxl_flow": ("tiny_flow", {}),
+    "sd_flow": ("tiny_flow", {"build": tiny_models.tiny_sd}),
     "sd3": ("tiny_sd3", {}),
     "flux": ("tiny_flux", {}),
     "schnell": ("tiny_flux", {"guidance": False}),
@@ -133,7 +135,7 @@ def watched(pipeline: Any, family: Any, height: int, width: int) -> list[tuple[t
         calls.append((grid(latents), t, grid(output)))
         return step(output, t, latents, **options)
 
-    if family.kind.is_flow:
+    if family.kind.is_transformer:
         pipeline.scheduler.step = spy
     else:  # whose samplers may scale what the denoiser is given
         denoiser.register_forward_hook(lambda _, given, options, out: calls.append((*given, out[0])), with_kwargs=True)
@@ -247,7 +249,7 @@ def test_lora_loads_into_the_pipeline_and_gives_the_same(
     assert arrived == len(load_file(run.folder / "pytorch_lora_weights.safetensors")) > 0
     torch.testing.assert_close(denoised(family, denoiser.eval()), outputs[0], rtol=1e-5, atol=1e-5)
     assert (outputs[0] - before).abs().max() > 1e-3
-    if family.kind.is_flow:
+    if family.kind.is_transformer:
         (adapter,) = denoiser.peft_config.values()
         assert adapter.lora_alpha == adapter.r
 

@@ -245,7 +245,7 @@ def test_the_original_layout_beside_other_parts_is_what_the_folder_is(
     assert differing(load_family(ModelConfig(str(tmp_path / "out")), CPU, torch.float32).denoiser, expected) == []
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.is_flow], ids=lambda kind: kind.module)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.is_transformer], ids=lambda kind: kind.module)
 def test_files_of_the_published_size_fit(kind: Any, tmp_path: Path) -> None:
     network, export = published(kind), kind.find("Export")
     weights = network.state_dict()

@@ -37,7 +37,7 @@ def test_schedule_is_the_papers(model: Path) -> None:
     assert plan_configs(ModelConfig(**V))["scheduler"]["rescale_betas_zero_snr"] is True
 
 
-@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
+@pytest.mark.parametrize("prediction_type", ["v_prediction", pytest.param("sample", marks=pytest.mark.slow)])
 def test_training_at_the_last_timestep_is_finite(train: Any, prediction_type: str) -> None:
     """Every draw is the last timestep; the gate is open there, which no sample needs to be afraid of."""
     options = V | {"prediction_type": prediction_type, "timestep_bias_strategy": "range", "timestep_bias_begin": 0}

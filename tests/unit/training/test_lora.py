@@ -50,7 +50,7 @@ def unet_output(unet: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("preset", "use_dora"),
-    [("attention", False), pytest.param("attention_mlp", False, marks=pytest.mark.slow), ("all", True)],
+    [*(pytest.param(name, False, marks=pytest.mark.slow) for name in ("attention", "attention_mlp")), ("all", True)],
 )
 def test_every_tensor_arrives(
     train: Any, model: Path, monkeypatch: pytest.MonkeyPatch, preset: str, use_dora: bool

@@ -59,11 +59,14 @@ def gpu_memory(device: torch.device) -> int | None:
 
 
 def no_float32(denoiser: torch.nn.Module, device: torch.device, config: TrainConfig) -> str | None:
-    """Why a denoiser's float32 weights do not fit a GPU beside everything else; None: they fit.
+    """Why a denoiser is not measured in float32 (its weights are codes, or do not fit a GPU); None: it is.
 
     Raises:
         UserError: they do not fit, and the run's precision is float32.
     """
+    quantized = config.model.quantize_base
+    if quantized is not None and config.run.mixed_precision != "no":
+        return f"--quantize_base {quantized} is measured in the run's precision alone"
     memory, size = gpu_memory(device), 4 * sum(parameter.numel() for parameter in denoiser.parameters())
     if memory is None or size <= FLOAT32_SHARE * memory:
         return None
@@ -84,7 +87,7 @@ def measure_step(
     if memory is not None and not fits(needs.peak, memory):
         return None, f"time of a step: it needs {needs.peak / 2**30:.1f} GiB, this GPU has {memory / 2**30:.1f}"
     if config.model.rank is not None:
-        if step.autocast is not None:
+        if step.autocast is not None and config.model.quantize_base is None:  # codes were made in it already
             torch.nn.Module.to(denoiser, step.autocast)
         add_lora(denoiser, config.model, step.family.lora_targets, config.run.seed)
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from lpl.base.errors import UserError
 from lpl.base.files import ELSEWHERE, alone_in, write_atomically, writing
 from lpl.base.json_files import as_json
 from lpl.base.output_folder import Names, OutputFolder, kind_of
+from lpl.base.terminal import progress
 from lpl.config.commands import FEWEST, CheckConfig, ReportConfig
 from lpl.config.environment import environment
 from lpl.config.run_folder import CHECK_FILE, CHECK_REPORT, ESTIMATES, MAPS, PAGE, RECONSTRUCTION
@@ -33,6 +35,7 @@ from lpl.training.decoder_dtype import with_decoder_dtype
 from lpl.training.engine import build_accelerator, build_objective
 from lpl.training.offloaded import offload_to_host
 from lpl.training.preflight import Checked, check_data, processes
+from lpl.training.quantized import quantize
 from lpl.training.step import TrainingStep
 
 logger = logging.getLogger("lpl")
@@ -133,8 +136,10 @@ class Check:
             denoiser = family.denoiser.eval().requires_grad_(False)
             if self.no_float32 is not None:
                 torch.nn.Module.to(denoiser, self.step.autocast)
-                if config.model.offload_blocks is not None:
-                    offload_to_host(denoiser, config.model.offload_blocks, self.device)
+            if config.model.quantize_base is not None:
+                quantize(denoiser, config.model.quantize_base, self.device, partial(progress, desc="quantizing"))
+            if self.no_float32 is not None and config.model.offload_blocks is not None:
+                offload_to_host(denoiser, config.model.offload_blocks, self.device)
             self.denoiser = denoiser.to(self.device)
             by_dtype = self._denoiser_precision(encoded)
         components = {
