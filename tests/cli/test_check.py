@@ -240,7 +240,7 @@ def test_a_gpu_without_room_for_a_float32_denoiser(
 def test_a_quantized_base_is_measured_as_it_trains(check: Any) -> None:
     options = {"mixed_precision": "bf16", "rank": 2}
     distances = []
-    for kind in (None, "int8", "nf4"):
+    for kind in (None, "nf4"):
         found, _, err = check(quantize_base=kind, **options)
         assert "error" not in err
         assert found["step"]["seconds"] > 0
@@ -248,8 +248,8 @@ def test_a_quantized_base_is_measured_as_it_trains(check: Any) -> None:
         said = f"than bf16: --quantize_base {kind} is measured in the run's precision alone"
         assert any(said in line for line in found["refused"]) == (kind is not None)
         distances.append(torch.tensor([b["distance"] for layer in found["layers"] for b in layer["bins"]]))
-    whole, eight, four = distances
-    assert 0 < (eight - whole).abs().max() < (four - whole).abs().max() < 0.1 * whole.max()
+    whole, coded = distances
+    assert 0 < (coded - whole).abs().max() < 0.1 * whole.max()
 
 
 @pytest.mark.slow

@@ -257,10 +257,10 @@ def check_sampler(config: ModelConfig, scheduler: SchedulerName, spacing: Spacin
     if _foreign(config) is not None:
         return
     kind = kind_of(config)
-    if kind.is_transformer or kind.is_flow(kind.model_configs(config)):
-        given = {"--scheduler": scheduler if kind.is_transformer else "model", "--timestep_spacing": spacing}
-        for flag, value in given.items():
-            require(value == "model", f"{flag} {value}: it was trained by flow matching, which has none; drop it")
+    given = {"--scheduler": scheduler if kind.is_transformer else "model", "--timestep_spacing": spacing}
+    chosen = [f"{flag} {value}" for flag, value in given.items() if value != "model"]
+    if chosen and (kind.is_transformer or kind.is_flow(kind.model_configs(config))):
+        raise UserError(f"{chosen[0]}: it was trained by flow matching, which has none; drop it")
 
 
 def vae_stride(config: ModelConfig) -> int | None:
