@@ -46,15 +46,28 @@ def _kind(row: Row) -> tuple[int, int]:
     return row.get("base_steps") or row["steps"], row["samples"]
 
 
+def finished(rows: list[Row], arm: str, steps: int) -> dict[float, dict[int, Row]]:
+    """The reported rows without seeds of which the best guidance so far is an end, where other seeds went further."""
+    curve = reported(rows, arm, steps)
+    whole = set()
+    for seed in {seed for of in curve.values() for seed in of}:
+        own = {guidance: of[seed]["frechet"] for guidance, of in curve.items() if seed in of}
+        best = min(own, key=lambda guidance: own[guidance])
+        if (best > min(own) or best == min(curve)) and (best < max(own) or best == max(curve)):
+            whole.add(seed)
+    kept = {guidance: {s: row for s, row in of.items() if s in whole} for guidance, of in curve.items()}
+    return {guidance: of for guidance, of in kept.items() if of}
+
+
 def at_best(rows: list[Row], arm: str, steps: int) -> dict[int, Row]:
     """An arm's rows at its best guidance, by seed."""
-    curve = reported(rows, arm, steps)
+    curve = finished(rows, arm, steps)
     return {seed: curve[guidance][seed] for seed, guidance in chosen_guidance(curve).items()}
 
 
 def is_at_edge(rows: list[Row], arm: str, steps: int) -> bool:
     """Whether the best guidance of any seed is an end of what was measured."""
-    curve = reported(rows, arm, steps)
+    curve = finished(rows, arm, steps)
     return bool({min(curve), max(curve)} & set(chosen_guidance(curve).values())) if curve else False
 
 

@@ -438,6 +438,16 @@ def test_guidance_is_chosen_on_the_other_seeds() -> None:
     assert summary.at_best([], "lpl", 20) == {}
 
 
+def test_a_seed_that_is_not_measured_to_its_best_chooses_nothing() -> None:
+    whole = {1.0: 5, 2.0: 4, 3.0: 3, 5.0: 4}
+    for part in ({2.0: 4}, {1.0: 5, 2.0: 4}, {3.0: 4, 5.0: 5}, {1.0: 5, 3.0: 4}):
+        rows = rows_of("lpl", {1: whole, 2: part})
+        assert {seed: row["guidance"] for seed, row in summary.at_best(rows, "lpl", 20).items()} == {1: 3.0}
+        assert not summary.is_at_edge(rows, "lpl", 20)
+    rows = rows_of("lpl", {1: whole, 2: {2.0: 4, 3.0: 3, 5.0: 4}})
+    assert {seed: row["guidance"] for seed, row in summary.at_best(rows, "lpl", 20).items()} == {1: 3.0, 2: 3.0}
+
+
 def test_only_runs_of_one_length_and_number_of_samples_are_paired() -> None:
     curve = {1: {1.0: 3.0, 2.0: 1.0, 3.0: 2.0}, 2: {1.0: 3.0, 2.0: 1.0, 3.0: 2.0}}
     ours = {seed: {g: 0.9 * v for g, v in of.items()} for seed, of in curve.items()}
