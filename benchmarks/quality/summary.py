@@ -210,7 +210,7 @@ def ratios_table(rows: list[Row], steps: int) -> str:
     return table([*heads, "precision (difference)", "recall (difference)"], lines)
 
 
-def guidance_table(rows: list[Row], steps: int, arm: str = "lpl", other: str = "baseline") -> str:
+def guidance_table(rows: list[Row], steps: int, arm: str, other: str = "baseline") -> str:
     """Both arms at the same guidance, scale by scale."""
     ours, base = reported(rows, arm, steps), reported(rows, other, steps)
     lines = []
@@ -335,7 +335,8 @@ def points_tables(rows: list[Row], title: str) -> list[str]:
     parts = []
     for steps in sorted({row["sampling_steps"] for row in rows if row["reported"]}, reverse=True):
         parts += [f"## {title}{steps} sampling steps", ratios_table(rows, steps), seeds_table(rows, steps)]
-        parts += [guidance_table(rows, steps), arms_table(rows, steps)]
+        ours = [arm for arm in arms_of(rows) if arm.startswith("lpl") and reported(rows, arm, steps)]
+        parts += [*(guidance_table(rows, steps, arm) for arm in ours), arms_table(rows, steps)]
     return parts
 
 

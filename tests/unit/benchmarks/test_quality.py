@@ -438,6 +438,14 @@ def test_guidance_is_chosen_on_the_other_seeds() -> None:
     assert summary.at_best([], "lpl", 20) == {}
 
 
+def test_every_arm_of_lpl_is_shown_scale_by_scale() -> None:
+    curves, more = {1: {1.0: 5, 2.0: 3, 3.0: 4}}, dict.fromkeys(summary.FIGURES, 1.0)
+    rows = [more | row for arm in ("baseline", "lpl", "lpl-default") for row in rows_of(arm, curves)]
+    heads = [text.splitlines()[0] for text in summary.points_tables(rows, "")]
+    for arm in ("lpl", "lpl-default"):
+        assert sum(f"| frechet {arm} / baseline |" in head for head in heads) == 1
+
+
 def test_a_seed_that_is_not_measured_to_its_best_chooses_nothing() -> None:
     whole = {1.0: 5, 2.0: 4, 3.0: 3, 5.0: 4}
     for part in ({2.0: 4}, {1.0: 5, 2.0: 4}, {3.0: 4, 5.0: 5}, {1.0: 5, 3.0: 4}):
