@@ -99,7 +99,7 @@ def main():
     )
     curves = {}
     decoders = {"SDXL's shape, random weights": sdxl_vae("cpu"), "the demo's, trained": load_pipeline().vae}
-    for (name, vae), norm, error in itertools.product(decoders.items(), ("shared", "channel"), ERRORS):
+    for (name, vae), norm, error in itertools.product(decoders.items(), ("shared", "channel", "own"), ERRORS):
         squares, norm_square, of_mean = squares_of(layer_gradients(vae, error, norm_type=norm))
         variance = norm_square - of_mean
 

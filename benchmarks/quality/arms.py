@@ -81,6 +81,7 @@ class Flow:
     Attributes:
         pretraining_steps, pretraining: how the pretrained UNet is trained on, by flow matching.
         steps, seeds, baseline, lpl: as a Benchmark's.
+        default: LPL's default.
     """
 
     pretraining_steps: int
@@ -89,6 +90,7 @@ class Flow:
     seeds: list[int]
     baseline: Arm
     lpl: Arm
+    default: Options
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ class FlowStages(Stages):
             keep_flow(trained, self.weights, how.pretraining_steps)
         self._measure(pretrained, self._base(), points["search"], None)
         best = {name: self._best(name) for name in ARMS}
-        default = merged(best["baseline"], how.lpl.start)
+        default = merged(best["baseline"], how.default)
         best |= {"lpl-default": default} if default != best["lpl"] else {}
         self.results.note("flow_best", best)
         runs = [self._run(arm, seed, options) for seed in self.benchmark.seeds for arm, options in best.items()]

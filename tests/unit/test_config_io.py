@@ -112,7 +112,7 @@ def test_a_run_of_former_defaults_does_not_go_on_with_other_ones(tmp_path: Path)
     )
     gate, norm = (
         ["--lpl_t_threshold 200 -> None", "--lpl_sigma_threshold None -> 3.0"],
-        "--lpl_norm_type shared -> channel",
+        "--lpl_norm_type shared -> own",
     )
     assert differences(parse_train([]), auto) == ["--lpl_target_share 0.2 -> 0.5", *gate, norm]
     assert differences(parse_train(["--lpl_weight", "2"]), fixed) == [*gate, norm]

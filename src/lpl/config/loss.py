@@ -140,7 +140,8 @@ class LPLConfig(Options):
     lpl_norm_type: Literal["default", "shared", "batch", "channel", "channel_detached", "own"] = option(
         defaults.NORM_TYPE, defines=("lpl",)
     )
-    """How features are normalised; weights do not carry over between norms."""
+    """How features are normalised: own, each side by its own statistics of each channel (structure, not contrast);
+    channel, both by the estimate's (asks for more contrast, as guidance does); weights do not carry over."""
     lpl_pow_law: bool = option(True, defines=("lpl",))
     """Halve a layer's weight each time its resolution doubles."""
     lpl_num_blocks: int = option(4, most=100, least=0, defines=("lpl",))

@@ -38,7 +38,7 @@ from lpl.perceptual.loss import LPLOutput
 logger = logging.getLogger(__name__)
 
 FALL = 0.4
-"""About c_(l+1) / c_l with norm channel, for a decoder of SDXL's shape and for the demo's."""
+"""About c_(l+1) / c_l with norms channel and own, for a decoder of SDXL's shape and for the demo's."""
 BINS = 20
 """Half octaves of noise/signal, from 2^-6 to 2^4; values outside belong to the first or the last bin."""
 LOWEST = -6

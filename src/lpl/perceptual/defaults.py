@@ -6,7 +6,7 @@ Fréchet distance of a second; with guidance they make none to either.
 
 from typing import Final
 
-NORM_TYPE: Final = "channel"
+NORM_TYPE: Final = "own"
 SIGMA_THRESHOLD = 3.0
 """The gate: noise/signal, sigma / alpha, at most this; for flow matching sigma / (1 - sigma), so sigma <= 0.75."""
 TARGET_SHARE = 0.5

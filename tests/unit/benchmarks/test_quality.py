@@ -21,6 +21,7 @@ from benchmarks.quality.workers import BudgetSpentError, DivergedError, Workers
 from lpl.base.errors import UserError
 from lpl.config.command_line import parse_train
 from lpl.config.files import as_flags
+from lpl.config.loss import LPLConfig
 
 # What is run.
 
@@ -40,6 +41,15 @@ def test_every_option_of_arms_is_one_of_lpl_train_or_a_variant() -> None:
                 assert not own or parse(own)[1] == []
                 number += 1
     assert number == 2 * 10
+
+
+def test_the_default_of_the_tables_is_the_default_of_the_package() -> None:
+    """Rows keep their options, whatever later versions have as defaults: so arms state them."""
+    benchmark = read_arms()
+    for stated in (benchmark.controls["lpl-default"].plus, benchmark.flow.default):
+        assert LPLConfig(**stated) == LPLConfig()
+    for stated in (*(c.plus for c in benchmark.controls.values() if c.plus.get("use_lpl")), benchmark.flow.lpl.start):
+        assert "lpl_norm_type" in stated
 
 
 def test_both_searches_have_as_many_runs(tmp_path: Path) -> None:
@@ -508,7 +518,7 @@ def test_summary_names_the_search_by_what_differs() -> None:
         for steps in (20, 4)
     ]
     found = summary.tried(rows, "lpl", None)
-    assert [entry.said for entry in found] == ["chosen", "a 1, b unset, lpl_norm_type channel"]
+    assert [entry.said for entry in found] == ["chosen", "a 1, b unset, lpl_norm_type own"]
     assert [(entry.many["frechet"], entry.few["frechet"]) for entry in found] == [(4.0, 4.0), (6.0, 6.0)]
     assert [entry.said for entry in summary.tried(rows, "lpl", {"a": 1})][1] == "chosen"
     assert "lpl, 2 runs" in summary.summary({"rows": rows, "floors": []})

@@ -98,8 +98,8 @@ def test_flow_arms_are_searched_and_reported_under_their_own_names(flow: FlowSta
     assert found == searched | arms
     assert {row["samples"] for row in rows} == {500}
     best = flow.results.content["flow_best"]
-    assert best["lpl"] == best["lpl-default"] | {"lpl_target_share": 0.25}
-    assert best["lpl-default"] == merged(best["baseline"], {"use_lpl": True})
+    assert best["lpl"] == best["lpl-default"] | {"lpl_norm_type": "channel", "lpl_target_share": 0.25}
+    assert best["lpl-default"] == merged(best["baseline"], {"use_lpl": True, "lpl_norm_type": "own"})
     assert {row["guidance"] for row in rows if row["reported"]} == {1.5, 2, 3}  # on to the neighbours of the best
     flow.flow()
     assert len(flow.workers.trained) == len(trained)  # type: ignore[attr-defined]
