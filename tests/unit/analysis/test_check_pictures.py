@@ -23,6 +23,7 @@ from lpl.data.crops import plan_crop
 from lpl.data.prepare import prepare_data
 from lpl.data.sources import open_source
 from lpl.perceptual.decoders.autoencoder_kl import AutoencoderKLTaps
+from lpl.perceptual.distance import NORM_TYPES
 from lpl.perceptual.loss import LatentPerceptualLoss
 
 
@@ -171,7 +172,7 @@ def test_the_walk_is_the_decoder_and_a_broken_one_is_a_fault(monkeypatch: pytest
     assert "--pretrained_vae_model_name_or_path" in fault
 
 
-@pytest.mark.parametrize("norm_type", ["default", "shared", "batch", "channel", "channel_detached"])
+@pytest.mark.parametrize("norm_type", NORM_TYPES)
 @pytest.mark.parametrize("loss_type", ["mse", "l1"])
 def test_maps_sum_up_to_the_loss(norm_type: str, loss_type: str) -> None:
     generator = torch.Generator().manual_seed(0)

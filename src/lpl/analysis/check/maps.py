@@ -14,7 +14,7 @@ from lpl.data.contact_sheet import GREY, INK, Cell, compose, fit
 from lpl.perceptual.distance import FeatureDistance, batch_scale, inlier_mask
 from lpl.perceptual.feature_maps import map_of
 from lpl.perceptual.loss import LatentPerceptualLoss
-from lpl.perceptual.strips import channel_moments, spans
+from lpl.perceptual.strips import arithmetic, channel_moments, spans
 
 ANCHORS = (
     (68, 1, 84), (72, 40, 120), (62, 74, 137), (49, 104, 142), (38, 130, 142), (31, 158, 137), (53, 183, 121),
@@ -64,8 +64,11 @@ def _compare(rule: FeatureDistance, x: Tensor, y: Tensor) -> tuple[Tensor, Tenso
     scale = None
     if rule.norm_type == "batch":
         scale = batch_scale([statistics])
+    elif rule.norm_type == "own":
+        x, y = (_standardised(features, inliers) for features in (x, y))
+        scale = torch.ones(1, x.shape[1], 1, 1).to(x)
     elif rule.norm_type.startswith("channel"):
-        scale = 1 / ((channel_moments(x)[1] / (x.shape[2] * x.shape[3] - 1)).sqrt() + 1e-6)
+        scale = 1 / (_deviation(channel_moments(x)[1], x) + 1e-6)
     share = torch.where(statistics.counted > 0, 1 / statistics.counted, 0) / x.shape[1]
     rows = []
     for first, last in spans(x):
@@ -79,6 +82,17 @@ def _compare(rule: FeatureDistance, x: Tensor, y: Tensor) -> tuple[Tensor, Tenso
         error, _ = rule.error(*values, scale, rule.norm_type, rule.loss_type, False)
         rows.append(error.sum((1, 2, 3)).view(last - first, -1))
     return 1 - inliers[0].to(share).mean(0), torch.cat(rows)
+
+
+def _standardised(features: Tensor, inliers: Tensor) -> Tensor:
+    """A map without its masked values, by its own mean and deviation of each channel."""
+    masked = features.to(arithmetic(features)) * inliers
+    mean, squares = channel_moments(masked)
+    return (masked - mean) / (_deviation(squares, masked) + 1e-6)
+
+
+def _deviation(squares: Tensor, features: Tensor) -> Tensor:
+    return (squares / (features.shape[2] * features.shape[3] - 1)).sqrt()
 
 
 def draw_maps(maps: LayerMaps, timestep: int, name: str) -> Image.Image:
