@@ -59,6 +59,16 @@ def test_a_budget_decodes_the_same_in_every_split(train: Any) -> None:
     assert sum(whole.logged()["lpl/cost"].values()) > 0
 
 
+def test_a_budget_logs_steps_of_which_no_sample_passes(train: Any) -> None:
+    """One sample a step and a narrow gate: in some windows LPL's value is a mean over no samples, and not logged."""
+    budget = {"lpl_budget": 0.3, "lpl_weight": 1.0, "lpl_t_threshold": 300}
+    run = train(**OPTIONS | budget | {"train_batch_size": 1, "max_train_steps": 12})
+    logged = run.logged()
+    passed = {step for step, ratio in logged["lpl/application_ratio"].items() if ratio}
+    assert 0 < len(passed) < 12
+    assert logged["lpl/loss"].keys() == passed
+
+
 def test_reduction_of_the_diffusers_project_depends_on_the_split(train: Any) -> None:
     """What `expected` exists to avoid; if this fails the test above says nothing about the reduction."""
     options = OPTIONS | {"max_train_steps": 1}

@@ -124,6 +124,8 @@ class MetricWindow:
             weight = float(num_lpl_samples) if of_samples else 1.0
             if name == "lpl/loss" and "lpl/cost" in metrics:  # under --lpl_budget it stands for all gated samples
                 weight = float(metrics["lpl/num_samples"])
+            if not weight:  # a mean over no samples
+                continue
             value = value.detach() if isinstance(value, Tensor) else float(value)
             total, count = self._sums.get(name, (None, 0.0))
             value = value if name.endswith(("_min", "_max")) else value * weight
