@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from lpl.base.errors import UserError
 from lpl.config.command_line import parse_train
 from lpl.config.files import RECORD
 from lpl.presets import presets
@@ -69,6 +70,18 @@ def test_preset_of_the_diffusers_project_has_its_numbers() -> None:
         "adam_epsilon": 1e-8, "max_grad_norm": 1.0, "gradient_accumulation_steps": 1,
     }  # fmt: skip
     assert {key: found[key] for key in theirs} == theirs
+
+
+def test_a_budget_of_a_preset_goes_where_it_cannot_act() -> None:
+    """And stays where it can; a budget that was asked for is refused beside the same flags."""
+    budgets = [name for name in presets() if parse_train(["--config", name]).lpl.lpl_budget is not None]
+    assert budgets == [name for name in PRESETS if name not in ("demo", "diffusers-lpl")]
+    for flags in (["--lpl_reduction=gated"], ["--lpl_norm_type", "batch"], ["--lpl_random_depth"]):
+        assert parse_train(["--config", "sdxl-lora", *flags]).lpl.lpl_budget is None
+        with pytest.raises(UserError, match="--lpl_budget"):
+            parse_train(["--config", "sdxl-lora", "--lpl_budget=0.2", *flags])
+    for flags in (["--lpl_reduction=expected"], ["--lpl_norm_type", "channel"], ["--no_lpl_random_depth"]):
+        assert parse_train(["--config", "sdxl-lora", *flags]).lpl.lpl_budget == 0.1
 
 
 def test_flags_win_over_the_preset_wherever_they_stand() -> None:

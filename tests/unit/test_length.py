@@ -94,7 +94,8 @@ def test_a_flag_that_says_how_long_replaces_what_the_preset_says(
 
 def test_replacing_options_are_options() -> None:
     for name, facts in declared().items():
-        assert {*facts.replaced_by, *facts.preset_unless} <= declared().keys(), name
+        unless = {wanted.partition("=")[0] for wanted in facts.preset_unless}
+        assert {*facts.replaced_by, *unless} <= declared().keys(), name
 
 
 def test_what_happens_on_the_way() -> None:

@@ -54,7 +54,7 @@ class Facts:
         by_model: only models of some families have it.
         main: `lpl train --help` shows it; `--help all` shows every one.
         replaced_by: options that say the same in another way: a flag of these drops the value from --config.
-        preset_unless: options that, if given, drop the value from a preset.
+        preset_unless: options ("name", or "name=value") that, if given, drop the value from a preset.
     """
 
     default: Any = None

@@ -142,15 +142,17 @@ def _as_run(options: dict[str, str]) -> dict[str, str]:
 def without_replaced(options: dict[str, str], argv: list[str], is_preset: bool = False) -> dict[str, str]:
     """Options without those that flags of other names replace: gate, length of the run, share of --lpl_weight auto."""
     flags: dict[str, str] = {}
-    for token, following in zip(argv, [*argv[1:], ""], strict=False):
+    for token, following in zip(argv, [*argv[1:], "--"], strict=False):
         name, joined, value = token.removeprefix("--").partition("=")
         if token.startswith("--"):
-            flags[name.replace("-", "_")] = value if joined else following
+            switched = "true" if following.startswith("--") else following
+            flags[name.replace("-", "_")] = value if joined else switched
     given = {name for name, value in flags.items() if value.lower() not in (*EMPTY, "none")}
+    stated = {f"{name}={value}" for name, value in flags.items()}
     replaced = {
         name
         for name, facts in declared().items()
-        if given & set(facts.replaced_by) or (is_preset and given & set(facts.preset_unless))
+        if given & set(facts.replaced_by) or (is_preset and (given | stated) & set(facts.preset_unless))
     }
     if flags.get("lpl_weight", "auto") != "auto":
         replaced.add("lpl_target_share")

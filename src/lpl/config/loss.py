@@ -170,7 +170,9 @@ class LPLConfig(Options):
     lpl_random_depth: bool = False
     """Stop each step at a random depth of the decoder, terms divided by the chance of reaching them: unbiased, cheaper,
     noisier."""
-    lpl_budget: float | None = option(None, above=0, main=True)
+    lpl_budget: float | None = option(
+        None, above=0, main=True, preset_unless=("lpl_random_depth", "lpl_reduction=gated", "lpl_norm_type=batch")
+    )
     """What LPL costs on average, as a share of a step without it (0.1: a tenth): which gated samples are decoded, and
     how deep, is drawn at random, and terms are divided by their chance: the same gradient on average, noisier. Unset:
     no limit."""

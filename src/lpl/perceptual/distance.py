@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lpl.perceptual.convolution import Rows, rows_of
 from lpl.perceptual.frozen import Fuse
-from lpl.perceptual.strips import arithmetic, cells, channel_moments, space, spans
+from lpl.perceptual.strips import Bits, arithmetic, cells, channel_moments, space, spans
 
 MAX_STRIDE = 2
 """Layers with more pixels per cell than this have no outliers to remove."""
@@ -111,7 +111,8 @@ NORM_TYPES = ("default", "shared", "batch", "channel", "channel_detached", "own"
 class TargetStatistics(NamedTuple):
     """Statistics of the target's whole map at a tap, (B, C, 1, 1); those for logs (B,)."""
 
-    inlier_range: tuple[Tensor, Tensor] | None
+    inliers: dict[int, Bits] | None
+    """Where the target is no outlier, by the first row of a strip; None: no outliers are removed."""
     counted: Tensor
     """Number of values that count, or the sum of their mask."""
     moments: tuple[Tensor, Tensor] | None
@@ -121,6 +122,10 @@ class TargetStatistics(NamedTuple):
     outlier_fraction: Tensor
     mean: Tensor
     std: Tensor
+
+    def mask(self, first: int) -> Tensor | None:
+        """The inliers in the strip that begins with this row."""
+        return None if self.inliers is None else self.inliers[first].mask()
 
 
 class FeatureDistance:
@@ -154,20 +159,25 @@ class FeatureDistance:
         mean, squares = channel_moments(y)
         overall = mean.mean(1, keepdim=True)
         variance = (squares + n * (mean - overall).square()).flatten(1).sum(1) / max(channels * n - 1, 1)
-        found = inlier_range(y, (squares / max(n - 1, 1)).sqrt()) if self.masks else None
+        kept: dict[int, Bits] | None = None
         inliers = torch.full_like(mean, n)
         count = inliers if inside is None else inside.to(mean.dtype).sum(axes, keepdim=True).expand_as(mean)
-        if found is not None:
-            inliers, count = torch.zeros_like(mean), torch.zeros_like(mean)
+        if self.masks:
+            kept, inliers, count = {}, torch.zeros_like(mean), torch.zeros_like(mean)
+            ends = inlier_range(y, (squares / max(n - 1, 1)).sqrt())
             for first, last in spans(y):
-                mask = self._mask(rows_of(y), found, first, last, height)[0]
+                low, high = max(0, first - HALO), min(height, last + HALO)
+                mask = inlier_mask(y[:, :, low:high], *ends, self.stride)[:, :, first - low : last - low]
+                kept[first] = Bits.of(mask)
                 inliers += mask.sum(axes, keepdim=True)
                 count += (mask if inside is None else mask * inside[:, :, first:last]).sum(axes, keepdim=True)
-        moments = None
-        if self.norm_type in ("batch", "own"):
-            moments = channel_moments(y, lambda first, last: self._masked(rows_of(y), found, first, last, height)[1])
         outliers = 1 - inliers.flatten(1).sum(1) / (channels * n)
-        return TargetStatistics(found, count, moments, n, outliers, overall.flatten(), variance.sqrt())
+        found = TargetStatistics(kept, count, None, n, outliers, overall.flatten(), variance.sqrt())
+        if self.norm_type in ("batch", "own"):
+            found = found._replace(
+                moments=channel_moments(y, lambda *rows: _masked(rows_of(y), found.mask(rows[0]), *rows))
+            )
+        return found
 
     def __call__(
         self,
@@ -192,7 +202,7 @@ class FeatureDistance:
         """
         if self.norm_type == "own":
             return self._own(x, y, statistics, inside, weight, grad)
-        height, dtype = x.shape[2], arithmetic(x)
+        dtype = arithmetic(x)
         scale, through = batch_scale, None
         if self.norm_type.startswith("channel"):
             mean, squares = channel_moments(x)
@@ -205,7 +215,8 @@ class FeatureDistance:
         share = torch.where(statistics.counted > 0, 1 / statistics.counted, 0) / x.shape[1]
         distance = torch.zeros_like(share)
         for first, last in spans(x):
-            mask, target = self._masked(y, statistics.inlier_range, first, last, height)
+            mask = statistics.mask(first)
+            target = _masked(y, mask, first, last)
             counts = share if mask is None else share * mask
             if inside is not None:
                 counts = counts * inside[:, :, first:last]
@@ -233,26 +244,19 @@ class FeatureDistance:
 
         dd/dz = s (g - sum(g)/n) - s sum(g v) (z - mean) / ((n - 1) std).
         """
-        height, dtype = x.shape[2], arithmetic(x)
         n = statistics.size
-
-        def masked(first: int, last: int) -> tuple[Tensor, Tensor, Tensor | None]:
-            """Rows of z and of the masked target, and the mask."""
-            mask, target = self._masked(y, statistics.inlier_range, first, last, height)
-            source = x[:, :, first:last].to(dtype)
-            return (source if mask is None else source * mask), target, mask
-
         assert statistics.moments is not None
         target_mean, squares = statistics.moments
         target_scale = 1 / ((squares / (n - 1)).sqrt() + 1e-6)
-        mean, squares = channel_moments(x, lambda first, last: masked(first, last)[0])
+        mean, squares = channel_moments(x, lambda first, last: _masked(rows_of(x), statistics.mask(first), first, last))
         std = (squares / (n - 1)).sqrt()
         scale = 1 / (std + 1e-6)
         share = torch.where(statistics.counted > 0, 1 / statistics.counted, 0) / x.shape[1]
         distance, total, along = (torch.zeros_like(share) for _ in range(3))
         for first, last in spans(x):
-            source, target, mask = masked(first, last)
-            v = (source - mean) * scale
+            mask = statistics.mask(first)
+            target = _masked(y, mask, first, last)
+            v = (_masked(rows_of(x), mask, first, last) - mean) * scale
             counts = share if mask is None else share * mask
             if inside is not None:
                 counts = counts * inside[:, :, first:last]
@@ -269,27 +273,17 @@ class FeatureDistance:
             slope = torch.where(std > 0, weight * scale * along / ((n - 1) * std), 0)
             level = weight * scale * total / n
             for first, last in spans(x):
-                source, _, mask = masked(first, last)
-                through = level + slope * (source - mean)
+                mask = statistics.mask(first)
+                through = level + slope * (_masked(rows_of(x), mask, first, last) - mean)
                 grad[:, :, first:last].sub_(through if mask is None else through * mask)
         return distance.flatten(1).sum(1) + _seen(statistics)
 
-    def _mask(self, y: Rows, found: tuple[Tensor, Tensor], first: int, last: int, height: int) -> tuple[Tensor, Tensor]:
-        """The inliers in rows first to last, and these rows of y."""
-        low, high = max(0, first - HALO), min(height, last + HALO)
-        rows = y(low, high)
-        inner = slice(first - low, last - low)
-        return inlier_mask(rows, *found, self.stride)[:, :, inner], rows[:, :, inner]
 
-    def _masked(
-        self, y: Rows, found: tuple[Tensor, Tensor] | None, first: int, last: int, height: int
-    ) -> tuple[Tensor | None, Tensor]:
-        """The mask in rows first to last, and these rows of y, masked, in their arithmetic precision."""
-        if found is None:
-            rows = y(first, last)
-            return None, rows.to(arithmetic(rows))
-        mask, rows = self._mask(y, found, first, last, height)
-        return mask, rows.to(arithmetic(rows)) * mask
+def _masked(y: Rows, mask: Tensor | None, first: int, last: int) -> Tensor:
+    """Rows of a map in their arithmetic precision, 0 where they are masked."""
+    rows = y(first, last)
+    rows = rows.to(arithmetic(rows))
+    return rows if mask is None else rows * mask
 
 
 def _seen(statistics: TargetStatistics) -> Tensor:

@@ -6,6 +6,7 @@ maps with another number of axes of space, the first of which is called rows.
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -102,3 +103,35 @@ def channel_moments(x: Tensor, rows: Callable[[int, int], Tensor] | None = None)
     mean = (share * each).sum(0)
     between = (share * (each - mean).square()).sum(0) * cells(x)
     return mean, torch.stack(squares).sum(0) + between
+
+
+GATHER = 0x0102040810204080
+"""Times eight bytes of 0 or 1 as one number: its highest byte has byte i as bit i."""
+
+
+class Bits(NamedTuple):
+    """A mask in an eighth of its bytes."""
+
+    packed: Tensor
+    """uint8, eight values each, in the order of the mask's memory."""
+    shape: torch.Size
+    layout: torch.memory_format
+
+    @classmethod
+    def of(cls, mask: Tensor) -> "Bits":
+        """Of a mask (bool) with axes of samples, channels and space."""
+        kept = layout(mask)
+        flat = (mask.movedim(1, -1) if kept == torch.channels_last else mask).reshape(-1)
+        flat = torch.nn.functional.pad(flat, (0, -len(flat) % 8))
+        return cls((flat.view(torch.int64) * GATHER).view(torch.uint8)[7::8].clone(), mask.shape, kept)
+
+    def mask(self) -> Tensor:
+        """The mask, as it was."""
+        device = self.packed.device
+        numbers, powers = torch.arange(256, device=device), 2 ** torch.arange(8, device=device)
+        table = (numbers[:, None].div(powers, rounding_mode="floor") % 2).bool().view(torch.int64)
+        flat = table.flatten().index_select(0, self.packed.int()).view(torch.bool)[: self.shape.numel()]
+        if self.layout != torch.channels_last:
+            return flat.view(self.shape)
+        batch, channels, *sides = self.shape
+        return flat.view(batch, *sides, channels).movedim(-1, 1)

@@ -84,7 +84,7 @@ def lpl_of_features(
 
 
 def textbook_lpl(
-    vae: Any, pred_latents: Tensor, target_latents: Tensor, num_blocks: int = 4, norm_type: str = "channel",
+    vae: Any, pred_latents: Tensor, target_latents: Tensor, num_blocks: int = 4, norm_type: str = "own",
     loss_type: str = "mse", pow_law: bool = True, remove_outliers: bool = True, checkpointing: bool = False,
     inside: Tensor | None = None,
 ) -> Tensor:  # fmt: skip

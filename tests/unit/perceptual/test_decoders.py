@@ -68,7 +68,7 @@ def check_against_autograd(name, mask=None, batch=2, **options):
     walk = decoder_taps(copy.deepcopy(vae_of(name)).double())
     x, y = (walk_maps(walk, loss_fn.latent_space.to_raw(latents))[0] for latents in (pred, target))
     expected = torch.zeros(batch, dtype=torch.float64)
-    rest = {"norm_type": "channel", "loss_type": "mse"} | options
+    rest = {"norm_type": "own", "loss_type": "mse"} | options
     for tap, prediction, wanted in zip(walk.taps, x, y, strict=True):
         insides = None if mask is None else [mask_at(mask, wanted, walk.frames)]
         rows = lpl_of_features(

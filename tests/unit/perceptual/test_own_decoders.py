@@ -214,7 +214,7 @@ def test_a_stage_may_carry_more_than_its_map():
     pred, target = (torch.randn(2, 8, 3, 2, dtype=torch.float64) for _ in range(2))
     pred.requires_grad_()
     maps = [[(state := stages[0](z))[0], stages[1](state)[0]] for z in (pred, target)]
-    expected = lpl_of_features(*maps, (16, 16), "channel", "mse", True, True, None)
+    expected = lpl_of_features(*maps, (16, 16), "own", "mse", True, True, None)
     for checkpointing in (False, True):
         options = {"dtype": torch.float64, "checkpointing": checkpointing}
         out = LatentPerceptualLoss(stages=stages, strides=(16, 16), **options)(pred, target).per_sample

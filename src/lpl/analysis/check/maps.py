@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lpl.analysis.check.precision import to_image
 from lpl.data.contact_sheet import GREY, INK, Cell, compose, fit
-from lpl.perceptual.distance import FeatureDistance, batch_scale, inlier_mask
+from lpl.perceptual.distance import FeatureDistance, batch_scale
 from lpl.perceptual.feature_maps import map_of
 from lpl.perceptual.loss import LatentPerceptualLoss
 from lpl.perceptual.strips import arithmetic, channel_moments, spans
@@ -58,9 +58,9 @@ def layer_maps(loss_fn: LatentPerceptualLoss, pred: Tensor, target: Tensor) -> l
 def _compare(rule: FeatureDistance, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Share of masked channels, and distance, at each location (H, W)."""
     statistics = rule.statistics(y, None)
-    inliers = torch.ones_like(y, dtype=torch.bool)
-    if statistics.inlier_range is not None:
-        inliers = inlier_mask(y, *statistics.inlier_range, rule.stride)
+    strips, every = spans(y), torch.ones_like(y, dtype=torch.bool)
+    masks = [every[:, :, first:last] if (mask := statistics.mask(first)) is None else mask for first, last in strips]
+    inliers = torch.cat(masks, 2)
     scale = None
     if rule.norm_type == "batch":
         scale = batch_scale([statistics])
