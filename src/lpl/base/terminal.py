@@ -9,8 +9,6 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from tqdm import tqdm
-
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 """Control characters except tab and newline, line separators, direction marks, halves of surrogate pairs."""
 LONGEST = 4000
@@ -98,6 +96,8 @@ def progress(
     items: Iterable[Any] | None = None, *, desc: str, unit: str = "it", total: int | None = None, show: bool = True
 ) -> Any:
     """A tqdm bar on stderr over items, or of `total` steps."""
+    from tqdm import tqdm  # not for --help
+
     return tqdm(
         items, desc=one_line(desc), unit=unit, total=total, delay=QUIET, leave=False, disable=not show, file=sys.stderr
     )
