@@ -9,11 +9,14 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from itertools import takewhile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import xxhash
-from filelock import BaseFileLock, FileLock, Timeout
 
 from lpl.base.errors import UserError
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 WINDOWS = os.name == "nt"
 PATIENCE = 20
@@ -170,6 +173,8 @@ def alone_at(file: Path, flag: str) -> Iterator[None]:
 
 
 def _locked(file: Path, where: str, busy: str) -> BaseFileLock:
+    from filelock import FileLock, Timeout  # not for --help
+
     lock = FileLock(file, timeout=0)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
