@@ -124,7 +124,8 @@ def _trains(needs: Needs, config: TrainConfig) -> str:
 def _details(needs: Needs, config: TrainConfig) -> list[str]:
     lpl, lines = config.lpl, []
     if lpl.use_lpl:
-        lines.append(f"LPL          weight {lpl.lpl_weight}, {lpl.lpl_norm_type}, {lpl.lpl_loss_type}")
+        share = "" if lpl.lpl_budget is None else f", {lpl.lpl_budget:g} of a step on average"
+        lines.append(f"LPL          weight {lpl.lpl_weight}, {lpl.lpl_norm_type}, {lpl.lpl_loss_type}{share}")
         for name, channels, stride, weight in needs.taps:
             cells = config.data.crop_size // stride
             lines.append(f"  tap {name:6}  {channels} x {cells} x {cells}, weight {weight:g}")
