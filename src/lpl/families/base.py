@@ -202,11 +202,14 @@ def tokenizer_settings(tokenizer: Any) -> list[Any]:
     return [type(tokenizer).__name__, rules, sides, ids, tokenizer.split_special_tokens, *template]
 
 
-def weights_hash(*modules: nn.Module, settings: str = "") -> str:
-    """A hash of modules' weights, whatever files they came from, and of settings."""
+def weights_hash(*modules: nn.Module, settings: str = "", large: bool = False) -> str:
+    """A hash of modules' weights, whatever files they came from, and of settings; large: one that takes gigabytes."""
     import hashlib
 
-    digest = hashlib.blake2b(settings.encode(), digest_size=16)
+    import xxhash
+
+    digest: Any = xxhash.xxh3_128() if large else hashlib.blake2b(digest_size=16)
+    digest.update(settings.encode())
     for module in modules:
         for name, tensor in module.state_dict().items():
             digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())

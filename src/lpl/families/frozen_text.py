@@ -55,7 +55,7 @@ class FrozenTextFamily(PipelineFamily):
         settings = [configs, [tokenizer_settings(tokenizer) for tokenizer in self._tokenizers], self.max_length]
         if self.trains_text:
             settings.append("tokens")
-        self.text_key = weights_hash(*self.frozen_encoders, settings=json.dumps(settings))
+        self.text_key = weights_hash(*self.frozen_encoders, settings=json.dumps(settings), large=True)
         self._cut: list[str] = []
 
     @torch.no_grad()
