@@ -10,7 +10,7 @@ NORM_TYPE: Final = "own"
 SIGMA_THRESHOLD = 3.0
 """The gate: noise/signal, sigma / alpha, at most this; for flow matching sigma / (1 - sigma), so sigma <= 0.75."""
 TARGET_SHARE = 0.5
-"""For the weight "auto": LPL's share of the gradient at the model's output; LPL is then about a fifth of the loss."""
+"""For the weight "auto": LPL's share of the gradient at the model's output; LPL is then about a third of the loss."""
 LOW_SHARE, HIGH_SHARE = 0.05, 0.80
 """Shares of the gradient below which LPL idles, and above which it dominates."""
 WALK_TOLERANCE = 2e-2
