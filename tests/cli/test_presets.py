@@ -80,6 +80,7 @@ def test_a_budget_of_a_preset_goes_where_it_cannot_act() -> None:
         assert parse_train(["--config", "sdxl-lora", *flags]).lpl.lpl_budget is None
         with pytest.raises(UserError, match="--lpl_budget"):
             parse_train(["--config", "sdxl-lora", "--lpl_budget=0.2", *flags])
+    assert parse_train(["--config", "sdxl-lora", "--no_use_lpl"]).lpl.lpl_budget is None
     for flags in (["--lpl_reduction=expected"], ["--lpl_norm_type", "channel"], ["--no_lpl_random_depth"]):
         assert parse_train(["--config", "sdxl-lora", *flags]).lpl.lpl_budget == 0.1
 

@@ -110,7 +110,8 @@ def read_arms(options: CompareConfig) -> list[Arm]:
     for name, overrides in _read(Path(str(options.arms))).items():
         where = f"--arms {options.arms}: {name}"
         own = _flags(overrides, where)
-        flags, configs = [*as_flags(without_replaced(shared, own)), *own], {}
+        # What all share gives way to an arm's own options as a preset does to flags.
+        flags, configs = [*as_flags(without_replaced(shared, own, is_preset=True)), *own], {}
         for seed in options.seeds:
             folder = Path(options.train.run.output_dir) / name / f"seed-{seed}"
             try:

@@ -157,6 +157,8 @@ def _without_idle(parsed: T, preset: Mapping[str, str], argv: list[str]) -> T:
     train = parsed if isinstance(parsed, TrainConfig) else parsed.train  # type: ignore[attr-defined]
     given = {_option(part).removeprefix("--") for part in _parts(argv)}
     idle = [name for name, _ in idle_options(train) if name in preset and name not in given]
+    if not train.lpl.use_lpl:
+        idle += [name for name in preset if name.startswith("lpl_") and name not in given]
     train = train.changed(**{name: declared()[name].default for name in idle})
     return train if isinstance(parsed, TrainConfig) else replace(parsed, train=train)  # type: ignore[return-value, type-var]
 

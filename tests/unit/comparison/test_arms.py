@@ -38,6 +38,13 @@ def test_arms_are_the_shared_options_with_their_own(tmp_path: Path) -> None:
     assert arms[1].configs[5].lpl.lpl_norm_type == "channel"
 
 
+def test_a_shared_option_goes_where_an_arms_own_cannot_act_beside_it(tmp_path: Path) -> None:
+    text = "base: {}\ngated: {lpl_reduction: gated}\ndepth: {lpl_random_depth: true}\nbatch: {lpl_norm_type: batch}\n"
+    for shared in (["--config", "sd15-lora"], ["--lpl_budget=0.1"]):
+        arms = read(tmp_path, text, *shared)
+        assert [arm.configs[0].lpl.lpl_budget for arm in arms] == [0.1, None, None, None]
+
+
 def test_every_option_survives_the_way_through_flags(tmp_path: Path) -> None:
     argv = ["--lr_warmup_steps=None", "--ema_device=cpu", "--use_ema", "--caption_separator=; ", "--max_grad_norm=0.5"]
     arm = read(tmp_path, "a: {}\nb: {}\n", *argv)[0]
