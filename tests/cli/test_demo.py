@@ -50,7 +50,7 @@ def test_arms_differ_in_lpl_alone(small: Path, run_cli: Any, monkeypatch: pytest
         assert {n for n in without if without[n] != with_lpl[n]} == {"use_lpl", "output_dir"}
         assert (with_lpl["use_lpl"], with_lpl["seed"], with_lpl["max_train_steps"]) == (True, seed, 5)
         assert (with_lpl["lpl_norm_type"], with_lpl["lpl_target_share"], with_lpl["lpl_weight"]) == (
-            "channel",
+            "own",
             0.5,
             "auto",
         )

@@ -251,7 +251,7 @@ def test_options_that_cannot_act_are_named(train: Any) -> None:
         timestep_bias_multiplier=2.0,
         use_lpl=False,
         lpl_start=1,
-        lpl_norm_type="own",
+        lpl_norm_type="shared",
     )
     for flag in (
         "--lr_warmup_steps has no effect",
