@@ -1,7 +1,7 @@
 """LPL's defaults, for the library and the command line alike; nothing heavy is imported here.
 
 From what was measured (docs/results.md): they help a little without guidance, and make no difference to the Fréchet
-distance with it. `channel`, which helps one small model more, harms a second without guidance, and in other features.
+distance with it. `channel` helps one small model more without guidance, and takes a second one away in other features.
 """
 
 from typing import Final

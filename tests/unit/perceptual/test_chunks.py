@@ -114,7 +114,9 @@ def test_peak_is_flat_in_the_number_of_samples():
     loss_fn = meta_loss()
     one = peak(loss_fn)
     assert peak(loss_fn, batch=8) == pytest.approx(one, rel=0.01)
-    assert peak(meta_loss(chunk=8), batch=8) > 5 * one
+    for options, pixels in (({"norm_type": "channel"}, 256), ({}, 512)):  # own's strips are a part of a small image's
+        one = peak(meta_loss(**options), pixels=pixels)
+        assert peak(meta_loss(chunk=8, **options), batch=8, pixels=pixels) > 6 * one
 
 
 @pytest.mark.slow
