@@ -68,13 +68,14 @@ def _attention(
 
 
 aten: Any = torch.ops.aten
+DEVICE: Any = torch.ops.prim.device.default
 
 
 class StepCounter(TorchDispatchMode):
     """Counts FLOPs, and live and peak bytes of every storage that an operation under it allocates.
 
     Works on real, meta and fake tensors alike: it counts storages, not pages. It does not see what a kernel allocates
-    and frees within itself, and does not count what was there before.
+    and frees within itself, nor a storage that grows, and does not count what was there before.
 
     Attributes:
         flops: of matrix products, convolutions and attention so far; a multiplication with its addition is two.
@@ -92,6 +93,8 @@ class StepCounter(TorchDispatchMode):
         self.peak = self.live
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is DEVICE and isinstance(args[0], FakeTensor):  # half of all calls
+            return args[0].fake_device
         kwargs = kwargs or {}
         out = _run(func, args, kwargs)
         if func.namespace == "prim":  # a question about a tensor, no operation
@@ -121,10 +124,12 @@ class StepCounter(TorchDispatchMode):
 
 _made: dict[Any, list[Any]] = {}
 """Forms of the results of operations on meta and fake tensors, which torch takes long to derive."""
+_written: set[Any] = set()
+"""Operations, with forms of their arguments, that torch has found to write to one of these and to nothing else."""
 
 
 def _run(func: Any, args: Any, kwargs: Any) -> Any:
-    """The result of an operation; one that makes new meta or fake tensors runs only once for inputs of one form."""
+    """The result of an operation; one that makes meta or fake tensors, or writes to one, runs once for each form."""
     first = args[0] if args and isinstance(args[0], FakeTensor) and args[0].constant is None else None
     if first is not None and _is_view(func):
         with in_kernel_invocation_manager(first.fake_mode):
@@ -133,6 +138,15 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
         wrapped = [FakeTensor(first.fake_mode, view, first.fake_device) for view in listed]
         return wrapped if isinstance(views, (list, tuple)) else wrapped[0]
     key, returns = (func, _form(args), _form([*kwargs.items()])), func._schema.returns
+    place = _place_written(func)
+    if place is not None:
+        written = args[place] if isinstance(place, int) else kwargs[place]
+        if key not in _written:
+            before = _form(written)
+            func(*args, **kwargs)
+            if _is_empty(written) and _form(written) == before:
+                _written.add(key)
+        return written
     if key not in _made:
         out = func(*args, **kwargs)
         tensors = out if isinstance(out, tuple) else (out,)
@@ -151,6 +165,19 @@ def _is_view(func: Any) -> bool:
     """Whether an operation returns nothing but views of its first argument."""
     returns = func._schema.returns
     return not func._schema.is_mutable and all(each.alias_info is not None for each in returns) and bool(returns)
+
+
+@functools.cache
+def _place_written(func: Any) -> int | str | None:
+    """The argument, by place or name, that an operation writes to and returns; None: it does not, or changes views."""
+    schema = func._schema
+    if torch.Tag.inplace_view in func.tags or len(schema.returns) != 1 or schema.returns[0].alias_info is None:
+        return None
+    returned = schema.returns[0].alias_info
+    for number, argument in enumerate(schema.arguments):
+        if returned.is_write and argument.alias_info is not None and argument.alias_info.is_write:
+            return argument.name if argument.kwarg_only else number
+    return None
 
 
 def _is_empty(value: Any) -> bool:

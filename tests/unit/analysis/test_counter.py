@@ -152,3 +152,25 @@ def test_fused_attention_writes_no_scores_on_the_meta_device(checkpointing: bool
     with FusedAttention():
         found = attend(real)
     assert torch.equal(found, attend(real))
+
+
+@pytest.mark.parametrize("kind", ["real", "meta", "fake"])
+def test_what_is_written_to_is_what_comes_back_every_time(kind: str) -> None:
+    """An operation of known form is not derived again: it must still write, grow what is empty, and change views."""
+    where = {"real": torch.device("cpu"), "meta": torch.device("meta"), "fake": FakeTensorMode()}[kind]
+    with where, StepCounter() as counter:  # type: ignore[union-attr]
+        for _ in range(3):
+            x, y = torch.ones(2, 128), torch.full((2, 128), 2.0)
+            assert x.add_(y) is x
+            assert torch.mul(x, y, out=y) is y
+            empty = torch.empty(0)
+            assert torch.add(x, y, out=empty) is empty
+            assert empty.shape == (2, 128)
+            assert x.t_().shape == (128, 2)
+            assert x.t_().shape == (2, 128)
+            assert kind != "real" or (x.sum(), y.sum(), empty.sum()) == (768, 1536, 2304)
+            assert counter.live == 2 * KIB  # without what the empty one has grown by
+            del x, y, empty
+        assert counter.live == 0
+        with pytest.raises(RuntimeError):  # its traceback keeps tensors alive
+            torch.ones(2, 128).add_(torch.ones(3, 128))
