@@ -25,6 +25,7 @@ from lpl.training.counter import FusedAttention, StepCounter, checkpoint, make_f
 from lpl.training.engine import add_lora, build_loss
 from lpl.training.offloaded import offload
 from lpl.training.quantized import quantize
+from lpl.training.repeats import Repeats, UnlikeError
 from lpl.training.states import one_step_size
 
 Device = Literal["cuda", "cpu"]
@@ -156,17 +157,39 @@ class Rehearsal:
     def _denoiser(
         self, kind: Weights, checkpointing: bool, shape: tuple[int, ...], held: bool, fused: OptimConfig | None
     ) -> DenoiserCost:
+        if checkpointing and (kind.lora is None or kind.lora.offload_blocks is None):  # those differ block by block
+            try:
+                return self._passes(kind, True, shape, held, fused, repeats=True)
+            except UnlikeError:
+                pass
+        return self._passes(kind, checkpointing, shape, held, fused, repeats=False)
+
+    def _passes(
+        self,
+        kind: Weights,
+        checkpointing: bool,
+        shape: tuple[int, ...],
+        held: bool,
+        fused: OptimConfig | None,
+        repeats: bool,
+    ) -> DenoiserCost:
+        """Forward and backward, with each block of them or with one of each kind."""
         denoiser = self._model(kind)
         denoiser.disable_gradient_checkpointing()
-        if checkpointing:
-            denoiser.enable_gradient_checkpointing(checkpoint)
         trained = [p for p in denoiser.parameters() if p.requires_grad]
+        counter = StepCounter()
+        blocks = Repeats(counter, keeps_gradients=fused is None)
+        if checkpointing:
+            denoiser.enable_gradient_checkpointing(blocks.checkpoint if repeats else checkpoint)
         with self._tensors(kind.precision in HALF), FusedAttention():
             inputs = self._inputs(shape)
             for parameter in trained:
                 parameter.grad = torch.empty_like(parameter) if held else None
-            with StepCounter() as counter:
-                with _autocast(kind.precision):
+            if repeats:
+                with blocks.trial(), _autocast(kind.precision):
+                    self.blueprint.denoise(denoiser, *inputs)
+            with counter:
+                with blocks.autocast(), _autocast(kind.precision):
                     output = self.blueprint.denoise(denoiser, *inputs)
                 loss = diffusion_loss(output.float(), inputs[0]).mean()
                 forward, kept = counter.peak, counter.live
