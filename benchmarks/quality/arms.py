@@ -63,14 +63,14 @@ class Control:
         of: that arm.
         without: options that do not act in it.
         plus: options laid on top.
-        as_long_as: the arm whose training time it gets; None: as many steps as the others.
+        costs: the control of the same arm whose counted FLOPs it gets; None: as many steps as the others.
         everywhere: measured where the two arms are, and not where controls are.
     """
 
     of: str
     without: list[str] = field(default_factory=list)
     plus: Options = field(default_factory=dict)
-    as_long_as: str | None = None
+    costs: str | None = None
     everywhere: bool = False
 
 

@@ -7,7 +7,6 @@ import subprocess
 import threading
 from functools import cache
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from benchmarks.quality.arms import Run
@@ -100,13 +99,6 @@ class Results:
         with self._lock:
             self.content[name] = value
             self._write()
-
-    def seconds_per_step(self, arm: str) -> float:
-        """Median over the reported runs of an arm."""
-        found = {
-            row["seed"]: row["seconds"] / row["steps"] for row in self.rows if row["arm"] == arm and row["reported"]
-        }
-        return median(found.values())
 
     def _write(self) -> None:
         self.content |= {"lpl": __version__, "environment": environment()}

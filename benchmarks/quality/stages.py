@@ -16,6 +16,7 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 
 from benchmarks.quality import features as second_space
 from benchmarks.quality.arms import Arm, Benchmark, Control, Options, Points, Run, merged, search
+from benchmarks.quality.cost import step_cost
 from benchmarks.quality.kept import FLOW_UNET, keep_arm, keep_pipeline, keep_vae, kept_pipeline, kept_vae, read_kept
 from benchmarks.quality.measure import Judge, Request, next_points, training_seconds
 from benchmarks.quality.pretrain import captions_of, trained_steps
@@ -109,10 +110,9 @@ class Stages:
             few_runs += [self._run(name, seed, best[name]) for name in best if name not in ARMS]
         self._map([*runs, *few_runs], replace(points, sampling_steps=points.sampling_steps[:2]))
         self._keep_unets([run for run in runs if run.arm in ARMS and run.seed == seeds[0]])
-        for timed in (False, True):  # the timed controls need the times of the others
-            rest = {n: c for n, c in controls.items() if not c.everywhere and timed == (c.as_long_as is not None)}
-            made = [self._control(n, c, seed, best[c.of]) for seed in seeds for n, c in rest.items()]
-            self._map(made, self.benchmark.points["controls"])
+        rest = {name: control for name, control in controls.items() if not control.everywhere}
+        made = [self._control(n, c, seed, best[c.of]) for seed in seeds for n, c in rest.items()]
+        self._map(made, self.benchmark.points["controls"])
         self._map([*runs, *few_runs], points)
 
     def _data(self) -> Path:
@@ -154,14 +154,12 @@ class Stages:
 
     def _control(self, name: str, control: Control, seed: int, options: Options) -> Run:
         steps, base_steps = self.benchmark.steps, None
-        options = merged({key: value for key, value in options.items() if key not in control.without}, control.plus)
-        if control.as_long_as is not None:
-            base_steps = steps
-            given = {"arm": name, "reported": True, "base_steps": base_steps, "options": options}
-            earlier = [r["steps"] for r in self.results.rows if all(r.get(n) == v for n, v in given.items())]
-            ratio = self.results.seconds_per_step(control.as_long_as) / self.results.seconds_per_step(control.of)
-            steps = earlier[0] if earlier else max(1, round(steps * ratio))
-        return Run(name, seed, True, steps, options, base_steps)
+        given = merged({key: value for key, value in options.items() if key not in control.without}, control.plus)
+        if control.costs is not None:
+            other = merged(options, self.benchmark.controls[control.costs].plus)
+            base, base_steps = self._base(), steps
+            steps = round(steps * step_cost(other, base) / step_cost(given, base))
+        return Run(name, seed, True, steps, given, base_steps)
 
     def _best(self, name: str) -> Options:
         """The options that the search has found; it goes on where it is not complete."""

@@ -26,6 +26,11 @@ ROOT = Path(__file__).parents[2]
 DIVERGED, STOPPED = 3, 4
 
 
+def as_texts(options: dict[str, Any]) -> dict[str, str]:
+    """Values as they stand in a config file."""
+    return {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in options.items()}
+
+
 class BudgetSpentError(Exception):
     """The minutes are over; the same command goes on."""
 
@@ -95,7 +100,7 @@ class Workers:
             BudgetSpentError: it was stopped, or the time was up before it began.
             UserError: it failed.
         """
-        texts = {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in options.items()}
+        texts = as_texts(options)
         own = [f"--{name}={texts.pop(name)}" for name in list(texts) if name in VARIANT_OPTIONS]
         head = ["lpl", "train"] if command == "lpl" else [command, *own]
         self.call([*head, *as_flags(texts)], log)

@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 
 from benchmarks.quality import arms, features, fetch, kept, measure, pictures, summary
-from benchmarks.quality.arms import Arm, Run, read_arms
+from benchmarks.quality.arms import Arm, Run, merged, read_arms
 from benchmarks.quality.control import LatentDistance
+from benchmarks.quality.cost import step_cost
 from benchmarks.quality.measure import PictureSet, Request, next_points
 from benchmarks.quality.results import Results
 from benchmarks.quality.stages import Stages
@@ -344,7 +345,6 @@ def test_results_know_a_point_again(tmp_path: Path) -> None:
     again = Results(tmp_path / "results.json")
     assert [(row["guidance"], row["frechet"]) for row in again.find(made, 64)] == [(2.0, 5.0), (3.0, 4.0)]
     assert {"commit", "seconds", "samples", "options", "arm", "seed", "steps"} <= again.rows[0].keys()
-    assert again.seconds_per_step("lpl") == 0.7
     assert again.find(made, 65) == []
     for other in (replace(made, options={"use_lpl": True, "lpl_scale": False}), replace(made, seed=2),
                   replace(made, reported=False), replace(made, steps=11)):  # fmt: skip
@@ -364,19 +364,22 @@ def test_rows_made_with_something_else_in_common_are_not_taken_up(tmp_path: Path
         Results(Path(summary.__file__).parent / "results_2026-11.json")
 
 
-def test_equal_wall_time_is_counted_anew_for_other_steps_or_options(tmp_path: Path) -> None:
-    benchmark = replace(read_arms(), steps=500)
-    results = Results(tmp_path / "results.json")
-    stages = Stages(benchmark, tmp_path, results, Workers())
-    for arm, seconds in (("baseline", 50.0), ("lpl", 150.0)):
-        results.add(Run(arm, 1, True, 500, {}), 10, [point(2.0, 1.0)], seconds)
-    control = benchmark.controls["baseline-wall-time"]
-    made = stages._control("baseline-wall-time", control, 1, {"learning_rate": 1e-4})
-    assert (made.steps, made.base_steps) == (1500, 500)
-    results.add(made, 10, [point(2.0, 1.0)], 1.0)
-    results.rows[0]["seconds"] = 100.0
-    assert stages._control("baseline-wall-time", control, 2, {"learning_rate": 1e-4}).steps == 1500
-    assert stages._control("baseline-wall-time", control, 2, {"learning_rate": 2e-4}).steps == 750
+def test_equal_cost_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+    benchmark = read_arms()
+    stages = Stages(benchmark, tmp_path, Results(tmp_path / "results.json"), Workers())
+    monkeypatch.setattr(stages, "_base", lambda: model)
+    options = merged(benchmark.common, benchmark.baseline.start)
+    plain, budget, whole = (
+        step_cost(merged(options, benchmark.controls[arm].plus), model)
+        for arm in ("baseline-same-cost", "lpl-budget", "lpl-default")
+    )
+    assert budget == pytest.approx(1.15 * plain)
+    for arm, cost in (("baseline-same-cost", plain), ("lpl-default-same-cost", whole)):
+        run = stages._control(arm, benchmark.controls[arm], 1, options)
+        assert run.base_steps == benchmark.steps
+        assert run.steps * cost == pytest.approx(benchmark.steps * budget, rel=2e-3)
+    with pytest.raises(UserError, match="the FLOPs of variant_captions are not counted"):
+        step_cost({"variant_captions": "uncaptioned"}, model)
 
 
 def test_a_run_that_diverged_is_noted_and_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
