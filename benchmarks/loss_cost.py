@@ -19,8 +19,8 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderKLQwenImage, AutoencoderKLWan
 
 from lpl import LatentPerceptualLoss
+from lpl.base.counter import FusedAttention, StepCounter
 from lpl.perceptual.textbook import textbook_lpl
-from lpl.training.counter import FusedAttention, StepCounter
 
 sys.path.insert(0, str(Path(__file__).parent))
 from saved_bytes import count_saved_bytes

@@ -29,9 +29,9 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from lpl.base.arguments import shape_of
+from lpl.base.counter import StepCounter
 from lpl.perceptual.auto_weight import MEASURED_SAMPLES
 from lpl.perceptual.loss import LPLOutput
 
@@ -302,9 +302,9 @@ def tap_flops(loss_fn: Any, shape: Sequence[int]) -> list[float]:
     windows = None if meta.crop is None else torch.zeros(1, 2)
     totals = [0.0]
     for depth in range(1, len(meta.taps) + 1):
-        with FlopCounterMode(display=False) as counter:
+        with StepCounter() as counter:
             meta(latents, latents.detach(), reach=(1.0,) * depth, windows=windows)
-        totals.append(float(counter.get_total_flops()))
+        totals.append(float(counter.flops))
     return [b - a for a, b in pairwise(totals)]
 
 

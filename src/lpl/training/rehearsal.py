@@ -15,13 +15,13 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lpl.base.counter import FusedAttention, StepCounter, checkpoint, make_fake
 from lpl.config import LPLConfig, ModelConfig, OptimConfig, TrainConfig
 from lpl.data.filling import CAPTION_BATCH, batch_of
 from lpl.diffusion.latent_space import LatentSpace
 from lpl.diffusion.losses import diffusion_loss
 from lpl.families.base import DECODED_PIXELS, Blueprint
 from lpl.perceptual.loss import CHUNK_PIXELS
-from lpl.training.counter import FusedAttention, StepCounter, checkpoint, make_fake
 from lpl.training.engine import add_lora, build_loss
 from lpl.training.offloaded import offload
 from lpl.training.quantized import quantize

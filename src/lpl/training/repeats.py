@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lpl.training.counter import StepCounter, checkpoint
+from lpl.base.counter import StepCounter, checkpoint
 
 REAL = 2
 """So many of the last blocks of a kind run: outputs of the very last may go nowhere."""

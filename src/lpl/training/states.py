@@ -8,9 +8,9 @@ from math import prod
 import torch
 from torch import nn
 
+from lpl.base.counter import StepCounter
 from lpl.base.errors import UserError, on_one_line
 from lpl.config import OPTIMIZERS, OptimConfig
-from lpl.training.counter import StepCounter
 from lpl.training.optimizers import FAILURES, averages_itself, build_optimizer
 from lpl.training.per_parameter import ROUNDED_AT_ONCE
 

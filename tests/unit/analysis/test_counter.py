@@ -10,8 +10,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from lpl.training.counter import FusedAttention, StepCounter
-from lpl.training.counter import checkpoint as fused_checkpoint
+from lpl.base.counter import FusedAttention, StepCounter
+from lpl.base.counter import checkpoint as fused_checkpoint
 
 KIB = 1024
 

@@ -10,11 +10,11 @@ import torch
 from diffusers.training_utils import EMAModel
 
 from lpl.analysis.needs import Needs, decoded_share, estimate, fixed_costs, floor, optimizer_workspace
+from lpl.base.counter import StepCounter
 from lpl.base.errors import UserError
 from lpl.config import TrainConfig
 from lpl.config.command_line import parse_train
 from lpl.families import blueprint, plan_configs
-from lpl.training.counter import StepCounter
 from lpl.training.optimizers import build_optimizer
 from lpl.training.rehearsal import Rehearsal
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from lpl.base.counter import StepCounter
 from lpl.config import TrainConfig
 from lpl.config.command_line import parse_train
 from lpl.data.filling import batch_of
@@ -15,7 +16,6 @@ from lpl.diffusion.latent_space import LatentSpace
 from lpl.diffusion.losses import diffusion_loss
 from lpl.families import blueprint, model_configs
 from lpl.families.sdxl_configs import PUBLISHED
-from lpl.training.counter import StepCounter
 from lpl.training.engine import add_lora, build_loss
 from lpl.training.optimizers import build_optimizer
 from lpl.training.per_parameter import FusedBackward

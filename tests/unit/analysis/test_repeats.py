@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lpl.base.counter import FusedAttention, StepCounter, checkpoint, make_fake
 from lpl.config.command_line import parse_train
 from lpl.families import blueprint, kind_of, plan_configs
-from lpl.training.counter import FusedAttention, StepCounter, checkpoint, make_fake
 from lpl.training.rehearsal import Rehearsal
 from lpl.training.repeats import Repeats, UnlikeError
 

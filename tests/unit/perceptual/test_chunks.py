@@ -5,12 +5,12 @@ import torch
 from tiny_models import tiny_vae
 
 from lpl import LatentPerceptualLoss
+from lpl.base.counter import StepCounter
 from lpl.perceptual import strips
 from lpl.perceptual.convolution import Convolution, Upsampling
 from lpl.perceptual.distance import NORM_TYPES
 from lpl.perceptual.frozen import Attention, Plain, Resnet
 from lpl.perceptual.sweep import Crop
-from lpl.training.counter import StepCounter
 
 
 def equal(a, b, rtol=1e-5):

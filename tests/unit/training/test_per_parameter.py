@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from lpl.base.counter import StepCounter
 from lpl.config import OptimConfig
 from lpl.training.checkpoint import join_optimizer, split_optimizer
-from lpl.training.counter import StepCounter
 from lpl.training.optimizers import build_optimizer
 from lpl.training.per_parameter import FusedBackward, rounding
 from lpl.training.states import one_step_size
