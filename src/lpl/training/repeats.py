@@ -84,7 +84,9 @@ class Repeats:
         if key not in self._forward:
             return self._run_forward(key, function, args)
         forward = self._forward[key]
-        if forward is None or (not self._is_trial and self._seen[key] > self._number[key] - REAL):
+        if forward is None:
+            return checkpoint(function, *args)
+        if not self._is_trial and self._seen[key] > self._number[key] - REAL:
             return self._run_both(key, function, args)
         self.counter.flops += forward.flops
         self.counter.peak = max(self.counter.peak, self.counter.live + forward.peak)
@@ -111,7 +113,7 @@ class Repeats:
         counter.reset_peak()
         found = checkpoint(function, *args)
         outputs = found if isinstance(found, tuple) else (found,)
-        if any(t is None for t in outputs):
+        if not all(isinstance(t, Tensor) and t.requires_grad for t in outputs):
             self._forward[key] = None
             return found
         storages = {id(t.untyped_storage()): t for t in outputs}
@@ -121,10 +123,8 @@ class Repeats:
         ]
         left = counter.live - before - sum(t.untyped_storage().nbytes() for t in storages.values())
         own = [(t.untyped_storage().nbytes() // t.element_size(), t.dtype) for t in storages.values()]
-        is_known = left >= 0 and not given & set(storages)
-        self._forward[key] = (
-            _Forward(counter.flops - flops, counter.peak - before, left, own, forms) if is_known else None
-        )
+        cost = _Forward(counter.flops - flops, counter.peak - before, left, own, forms)
+        self._forward[key] = None if left < 0 or given & set(storages) else cost
         counter.peak = max(counter.peak, peak)
         return found
 
@@ -137,8 +137,7 @@ class Repeats:
         outputs = found if isinstance(found, tuple) else (found,)
         window.outputs = len(outputs)
         for output in outputs:
-            if output is not None:
-                output.grad_fn.register_prehook(partial(window.begin, output.output_nr))
+            output.grad_fn.register_prehook(partial(window.begin, output.output_nr))
         return found
 
 
