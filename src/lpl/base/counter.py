@@ -175,8 +175,8 @@ def _place_written(func: Any) -> int | str | None:
         return None
     returned = schema.returns[0].alias_info
     for number, argument in enumerate(schema.arguments):
-        if returned.is_write and argument.alias_info is not None and argument.alias_info.is_write:
-            return argument.name if argument.kwarg_only else number
+        if argument.alias_info is not None and argument.alias_info.before_set == returned.before_set:
+            return (argument.name if argument.kwarg_only else number) if returned.is_write else None
     return None
 
 

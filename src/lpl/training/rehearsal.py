@@ -196,6 +196,7 @@ class Rehearsal:
                 counter.reset_peak()
                 with self._stepping(trained, fused):
                     loss.backward()
+                blocks.close()
             for parameter in trained:
                 parameter.grad = None
         return DenoiserCost(forward, kept, counter.peak, counter.flops)
