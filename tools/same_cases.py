@@ -34,6 +34,7 @@ CASES: dict[str, list[str]] = {
     ],
     "lpl_crop": ["train --lpl_crop=8 --lpl_norm_type=shared"],
     "lpl_random_depth": ["train --lpl_random_depth"],
+    "lpl_budget": ["train --lpl_budget=0.3 --lpl_weight=auto"],
     "masks": [
         "train --masked_loss=files --mask_dir=inputs/masks --unmasked_weight=0.1",
         "train --masked_loss=alpha --train_data_dir=inputs/transparent --output_dir={case}/alpha",
