@@ -266,7 +266,7 @@ def test_a_name_in_the_model_is_no_difference() -> None:
     assert count(Network(named), False, True)[1] == 2
 
 
-@pytest.mark.slow  # a quarter of an hour
+@pytest.mark.slow  # minutes
 @pytest.mark.parametrize("preset", ["sdxl", "sdxl-lora", "sd15", "sd35-lora", "flux-lora", "chroma-lora", "zimage-lora",
                                     "klein-lora", "qwen-lora", "sana-lora", "lumina2-lora",
                                     "auraflow-lora"])  # fmt: skip
