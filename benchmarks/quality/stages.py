@@ -101,18 +101,17 @@ class Stages:
         best |= {name: options for name, options in at_few.items() if options != best[name.removesuffix(FEW)]}
         self.results.note("best", best)
         points, seeds, controls = self.benchmark.points["report"], self.benchmark.seeds, self.benchmark.controls
-        everywhere = {name: control for name, control in controls.items() if control.everywhere}
+        made = {name: self._control(name, control, seeds[0], best[control.of]) for name, control in controls.items()}
         runs, few_runs = [], []
         # Seed by seed, so that an unfinished report has whole groups of arms.
         for seed in seeds:
             baseline, chosen = (self._run(name, seed, best[name]) for name in ARMS)
-            runs += [baseline, *(self._control(n, c, seed, best[c.of]) for n, c in everywhere.items()), chosen]
+            runs += [baseline, *(replace(made[name], seed=seed) for name in made if controls[name].everywhere), chosen]
             few_runs += [self._run(name, seed, best[name]) for name in best if name not in ARMS]
         self._map([*runs, *few_runs], replace(points, sampling_steps=points.sampling_steps[:2]))
         self._keep_unets([run for run in runs if run.arm in ARMS and run.seed == seeds[0]])
-        rest = {name: control for name, control in controls.items() if not control.everywhere}
-        made = [self._control(n, c, seed, best[c.of]) for seed in seeds for n, c in rest.items()]
-        self._map(made, self.benchmark.points["controls"])
+        rest = [replace(made[name], seed=seed) for seed in seeds for name in made if not controls[name].everywhere]
+        self._map(rest, self.benchmark.points["controls"])
         self._map([*runs, *few_runs], points)
 
     def _data(self) -> Path:

@@ -335,8 +335,10 @@ def points_tables(rows: list[Row], title: str) -> list[str]:
     parts = []
     for steps in sorted({row["sampling_steps"] for row in rows if row["reported"]}, reverse=True):
         parts += [f"## {title}{steps} sampling steps", ratios_table(rows, steps), seeds_table(rows, steps)]
-        ours = [arm for arm in arms_of(rows) if arm.startswith("lpl") and reported(rows, arm, steps)]
-        parts += [*(guidance_table(rows, steps, arm) for arm in ours), arms_table(rows, steps)]
+        pairs = [(arm, "baseline") for arm in arms_of(rows) if arm != "baseline"]
+        pairs += [("lpl-budget", "lpl-default"), ("lpl-budget", "lpl-default-same-cost")]
+        parts += [guidance_table(rows, steps, *pair) for pair in pairs if all(reported(rows, a, steps) for a in pair)]
+        parts += [arms_table(rows, steps)]
     return parts
 
 

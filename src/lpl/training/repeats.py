@@ -17,6 +17,9 @@ from lpl.base.counter import StepCounter, checkpoint
 
 REAL = 2
 """So many of the last blocks of a kind run: outputs of the very last may go nowhere."""
+OWN_NAME = "target_name"
+"""What peft's layers call the name that they have in the model."""
+PLAIN = (bool, int, float, str, NoneType)
 
 
 class UnlikeError(Exception):
@@ -282,11 +285,6 @@ def _form(value: Any) -> Any:
     if hasattr(value, "__dict__") and not isinstance(value, (type, FunctionType, nn.Module)):  # an attention processor
         return type(value), *((name, each) for name, each in vars(value).items() if isinstance(each, PLAIN))
     return (type(value), value) if isinstance(value, Hashable) else object()
-
-
-OWN_NAME = "target_name"
-"""What peft's layers call the name that they have in the model."""
-PLAIN = (bool, int, float, str, NoneType)
 
 
 def _kind(block: nn.Module) -> Any:
